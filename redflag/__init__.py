@@ -1,0 +1,3 @@
+"""redflag: catch harm while a language model's answer is being written."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,98 @@
+"""Inference engines behind one seam: ids and sampling go in, steps come out.
+
+A backend measures the flags at every position from raw logits and never chooses one. It knows no thresholds, no text
+and no policy; what to do about a step is decided in `redflag.watching`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from redflag.errors import RedflagError
+from redflag.trace import Step
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen. None of it touches the flag probabilities, which are measured before.
+
+    Attributes:
+        max_new_tokens: Most response tokens, the end-of-sequence token included.
+        temperature: Divides the logits; 0 takes the most likely token each time.
+        top_p: Keep the smallest set of tokens with at least this much probability; 1 keeps all.
+        top_k: Keep this many of the most likely tokens; 0 keeps all.
+        min_p: Keep tokens at least this fraction as likely as the most likely one; 0 keeps all.
+        repetition_penalty: Above 1 makes tokens that already stand in prompt or response less likely.
+        seed: Draws are reproducible with a seed; without one torch's global generator is used.
+        stop: Texts that end the response and are not part of it. Backends ignore them: `redflag.serving.guard` looks.
+
+    Example:
+        >>> Sampling(temperature=0.0).greedy
+        True
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        checks = (
+            ("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1"),
+            ("temperature", self.temperature, 0.0 <= self.temperature < math.inf, "0 (greedy) or above"),
+            ("top_p", self.top_p, 0.0 < self.top_p <= 1.0, "above 0 and at most 1 (1 = off)"),
+            ("top_k", self.top_k, self.top_k >= 0, "0 (off) or above"),
+            ("min_p", self.min_p, 0.0 <= self.min_p <= 1.0, "between 0 (off) and 1"),
+            (
+                "repetition_penalty",
+                self.repetition_penalty,
+                0.0 < self.repetition_penalty < math.inf,
+                "above 0 (1 = off)",
+            ),
+            ("stop", self.stop, not isinstance(self.stop, str) and all(self.stop), "a tuple of texts, none empty"),
+        )
+        for name, value, valid, rule in checks:
+            if not valid:
+                raise RedflagError(
+                    f"Sampling option {name} is {value!r}, with which no token can be drawn as asked; make it {rule}."
+                )
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is taken each time."""
+        return self.temperature == 0.0
+
+
+class Backend(Protocol):
+    """The seam. Everything that can produce steps is a backend; `tests/backends/test_contract.py` is its contract."""
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Ids that end a response by themselves."""
+        ...
+
+    def stream(self, token_ids: Sequence[int], sampling: Sampling) -> Iterator[Step]:
+        """Continues a prompt, one step at a time.
+
+        The end-of-sequence token is yielded as the last step when it is chosen; a stream that ends without one has
+        reached a length limit. A step that could not be judged carries NaN. Closing the iterator, at any point, leaves
+        nothing running.
+
+        Args:
+            token_ids: The prompt, as ids of the model's vocabulary.
+            sampling: How tokens are chosen.
+
+        Yields:
+            Steps, each with K flag probabilities measured before its token was chosen.
+
+        Raises:
+            RedflagError: The prompt is empty or leaves no room for a response.
+        """
+        ...

@@ -1,0 +1,125 @@
+"""From logits to a step: measure the flags, hide them, draw a token. The order of these three is the whole point."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from redflag.backends import Sampling
+from redflag.trace import Step
+
+# Below the smallest draw that `exponential_` can make; keeps log(0) out of the race.
+_SMALLEST_DRAW = 1e-30
+
+
+def measure(logits: torch.Tensor, flag_ids: torch.Tensor) -> torch.Tensor:
+    """Flag probabilities over the whole vocabulary, flags included.
+
+    Args:
+        logits: Raw logits, float32, shape `(..., V)`.
+        flag_ids: The K flag ids, int64.
+
+    Returns:
+        Probabilities in [0, 1], float32, shape `(..., K)`. A position whose logits cannot be normalised (NaN or an
+        infinite sum) is NaN in all K.
+
+    Example:
+        >>> measure(torch.zeros(1, 4), torch.tensor([3]))
+        tensor([[0.2500]])
+    """
+    total = torch.logsumexp(logits, dim=-1, keepdim=True)
+    total = torch.where(torch.isfinite(total), total, torch.nan)
+    return torch.exp(logits.index_select(-1, flag_ids) - total)
+
+
+class Chooser:
+    """Draws the tokens of B responses that are decoded side by side.
+
+    transformers' own processors do the work, in the order in which `generate` applies them. Row i draws from its own
+    generator, seeded with `seed + i`: a row's draws do not depend on the rows beside it.
+    """
+
+    def __init__(
+        self, sampling: Sampling, prompts: Sequence[Sequence[int]], flag_ids: torch.Tensor, device: torch.device
+    ) -> None:
+        """Prepares the processors.
+
+        Args:
+            sampling: How tokens are chosen.
+            prompts: B prompts; only a repetition penalty looks at them.
+            flag_ids: The K flag ids, on `device`.
+            device: Where the logits will lie.
+        """
+        self._flag_ids = flag_ids
+        self._greedy = sampling.greedy
+        self._generators: list[torch.Generator | None] = [
+            None if sampling.seed is None else torch.Generator(device).manual_seed(sampling.seed + row)
+            for row in range(len(prompts))
+        ]
+        self._penalty = None
+        self._seen: list[torch.Tensor] = []
+        if sampling.repetition_penalty != 1.0:
+            self._penalty = RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)
+            self._seen = [torch.tensor([list(prompt)], device=device) for prompt in prompts]
+        warpers = LogitsProcessorList()
+        if not self._greedy:
+            if sampling.temperature != 1.0:
+                warpers.append(TemperatureLogitsWarper(sampling.temperature))
+            if sampling.top_k:
+                warpers.append(TopKLogitsWarper(sampling.top_k))
+            if sampling.top_p < 1.0:
+                warpers.append(TopPLogitsWarper(sampling.top_p))
+            if sampling.min_p:
+                warpers.append(MinPLogitsWarper(sampling.min_p))
+        self._warpers = warpers
+
+    def step(self, logits: torch.Tensor, rows: Sequence[int]) -> list[Step]:
+        """Measures and chooses for the rows that are still running.
+
+        Args:
+            logits: Raw logits of the next position, shape `(len(rows), V)`, any float type. Overwritten.
+            rows: For each row of `logits`, which of the B responses it belongs to.
+
+        Returns:
+            One step per row. A row whose logits cannot be normalised has NaN probabilities and a token without
+            meaning.
+        """
+        scores = logits.float()
+        probs = measure(scores, self._flag_ids)
+        scores[:, self._flag_ids] = -math.inf
+        if self._penalty is not None:
+            # Row by row: responses differ in length, and the penalty takes ids as a rectangle.
+            scores = torch.cat(
+                [self._penalty(self._seen[row], scores[i : i + 1]) for i, row in enumerate(rows)]  # type: ignore[arg-type]
+            )
+        if not self._greedy:
+            scores = self._race(self._warpers(None, scores), rows)
+        tokens = scores.argmax(dim=-1, keepdim=True)
+        # One transfer per step: float64 holds every id exactly and every float32 probability.
+        table = torch.cat([tokens.double(), probs.double()], dim=-1).tolist()
+        steps = [Step(int(token), tuple(flags)) for token, *flags in table]
+        if self._penalty is not None:
+            for i, row in enumerate(rows):
+                self._seen[row] = torch.cat([self._seen[row], tokens[i : i + 1]], dim=-1)
+        return steps
+
+    def _race(self, scores: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+        """Gumbel-max: the largest of `log p - log Exp(1)` is a draw from p.
+
+        What `torch.multinomial` does for one draw, but without a normalising pass over V and without its check for
+        NaN, which on a GPU is an assertion that takes the process down.
+        """
+        noise = torch.empty_like(scores)
+        for i, row in enumerate(rows):
+            noise[i].exponential_(generator=self._generators[row])
+        return scores - noise.clamp_min_(_SMALLEST_DRAW).log_()

@@ -1,0 +1,96 @@
+"""The output head, applied where it is needed: hidden states in, logits of some positions out.
+
+A response of T tokens over V = 151,936 words is 0.6 MB of float32 logits per token. Scoring needs K numbers per token,
+so the backbone runs once and the head runs over the positions that count, a few at a time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from redflag.backends.choose import measure
+
+# Logits alive at one time while scoring, in numbers: 64 MB of float32.
+_LOGITS_AT_ONCE = 16_777_216
+
+
+def plain_model(model: Any) -> Any:
+    """The transformers model inside a PEFT wrapper (its adapters stay in force); any other model as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def backbone(model: Any) -> Any:
+    """The part of a causal language model that turns ids into last hidden states."""
+    return plain_model(model).get_decoder()
+
+
+def head_logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """What the model's own forward makes of last hidden states.
+
+    Besides the matrix some families scale or cap their logits: Cohere, Granite, Falcon-H1, MiniCPM and others multiply
+    or divide by a number of their configuration, Gemma caps with a tanh (section 2 of the Gemma 2 report). Families
+    that do something else are found out by `head_agrees`.
+
+    Args:
+        model: A causal language model, PEFT-wrapped or not.
+        hidden: Last hidden states, shape `(N, H)`, in the model's dtype.
+
+    Returns:
+        Logits in the model's dtype, shape `(N, V)`.
+    """
+    model = plain_model(model)
+    config = model.config.get_text_config()
+    logits = model.get_output_embeddings()(hidden)
+    for name in ("logit_scale", "lm_head_multiplier", "output_multiplier"):
+        factor = getattr(config, name, None)
+        if isinstance(factor, (int, float)) and factor != 1:
+            logits = logits * factor
+    scaling = getattr(config, "logits_scaling", None)
+    if isinstance(scaling, (int, float)) and scaling != 1:
+        # One configuration key, two meanings.
+        logits = logits * scaling if config.model_type.startswith("hyperclovax") else logits / scaling
+    for name in ("final_logit_softcapping", "logits_soft_cap"):
+        cap = getattr(config, name, None)
+        if cap:
+            logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+@torch.inference_mode()
+def head_agrees(model: Any, token_ids: torch.Tensor) -> bool:
+    """Whether backbone and head apart give the logits of the whole model.
+
+    Args:
+        model: A causal language model.
+        token_ids: Any few ids, shape `(1, T)`, on the model's device.
+    """
+    try:
+        hidden = backbone(model)(input_ids=token_ids, use_cache=False).last_hidden_state[0]
+        apart = head_logits(model, hidden).float()
+    except (AttributeError, TypeError, RuntimeError):
+        return False
+    whole = model(input_ids=token_ids, use_cache=False).logits[0].float()
+    if apart.shape != whole.shape:
+        return False
+    tolerance = 1e-4 if hidden.dtype == torch.float32 else 2e-2
+    scale = max(1.0, float(whole.abs().max()))
+    return bool((apart - whole).abs().max() <= tolerance * scale)
+
+
+@torch.inference_mode()
+def measure_hidden(model: Any, hidden: torch.Tensor, flag_ids: torch.Tensor) -> torch.Tensor:
+    """Flag probabilities from hidden states, without ever holding the logits of all positions.
+
+    Args:
+        model: A causal language model.
+        hidden: Last hidden states of N positions, shape `(N, H)`.
+        flag_ids: The K flag ids, int64, on the same device.
+
+    Returns:
+        Probabilities, float32, shape `(N, K)`.
+    """
+    at_once = max(1, _LOGITS_AT_ONCE // plain_model(model).get_output_embeddings().weight.shape[0])
+    parts = [measure(head_logits(model, chunk).float(), flag_ids) for chunk in hidden.split(at_once)]
+    return torch.cat(parts) if parts else hidden.new_zeros((0, len(flag_ids)), dtype=torch.float32)

@@ -1,0 +1,269 @@
+"""transformers as a backend: own stepping over a key-value cache, flags measured from raw logits at every step."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import DynamicCache
+
+from redflag.backends import Sampling
+from redflag.backends.choose import Chooser, measure
+from redflag.backends.head import backbone, head_agrees, measure_hidden, plain_model
+from redflag.backends.prefix import PrefixSlot
+from redflag.errors import RedflagError
+from redflag.flags import FlagSpec
+from redflag.trace import Step
+
+
+class HFBackend:
+    """Runs a causal language model of transformers (PEFT-wrapped or not), on whatever device it lies.
+
+    The model is put into evaluation mode. A stream may be started while another is running; each has its own cache.
+
+    Attributes:
+        context_length: Most tokens of prompt and response together; None when the model states no limit.
+
+    Example:
+        ```python
+        backend = HFBackend(model, tokenizer, spec)
+        for step in backend.stream(prompt_ids, Sampling(temperature=0.0)):
+            print(step.token_id, step.flag_probs)
+        ```
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, spec: FlagSpec, *, reuse_prefix: bool = True) -> None:
+        """Wraps a loaded model.
+
+        Args:
+            model: The model, with the flags attached.
+            tokenizer: Its tokenizer; only the end-of-sequence id is read from it.
+            spec: The flags, with ids.
+            reuse_prefix: Keep the last stream's keys and values for a prompt that begins alike. Logits then agree with
+                those of a fresh run up to rounding; False makes seeded draws equal bit by bit.
+
+        Raises:
+            RedflagError: A flag id lies outside the model's vocabulary.
+        """
+        self._model = model.eval()
+        plain = plain_model(model)
+        self._device: torch.device = plain.device
+        config = plain.config.get_text_config()
+        self._config = config
+        vocabulary = plain.get_output_embeddings().weight.shape[0]
+        outside = [flag_id for flag_id in spec.ids if not 0 <= flag_id < vocabulary]
+        if outside:
+            raise RedflagError(
+                f"Flag id {outside[0]} is not among the model's {vocabulary} ids, so its probability cannot be "
+                "measured; load the model that the flags were attached to."
+            )
+        self._flag_ids = torch.tensor(spec.ids, dtype=torch.long, device=self._device)
+        self._eos_ids = _eos_ids(plain, tokenizer) - frozenset(spec.ids)
+        self.context_length: int | None = getattr(config, "max_position_embeddings", None)
+        self._slot = PrefixSlot() if reuse_prefix else None
+        accepted = inspect.signature(plain.forward).parameters
+        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        self._takes_positions = "position_ids" in accepted
+        self._head_apart: bool | None = None
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """End-of-sequence ids of the generation configuration, the model configuration and the tokenizer."""
+        return self._eos_ids
+
+    def stream(self, token_ids: Sequence[int], sampling: Sampling) -> Iterator[Step]:
+        """Continues a prompt; see `redflag.backends.Backend.stream`.
+
+        A response that reaches the end of the context stops there, as one that reaches `max_new_tokens`. A step with
+        NaN probabilities is the last one.
+        """
+        return self._steps(list(token_ids), sampling, self._room(token_ids, sampling))
+
+    def forget(self) -> None:
+        """Frees the keys and values kept for the next prompt."""
+        if self._slot is not None:
+            self._slot.clear()
+
+    def complete(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, batch_size: int = 16
+    ) -> list[list[Step]]:
+        """Continues many prompts at once.
+
+        Args:
+            prompts: Prompts as ids; they need not be of one length.
+            sampling: How tokens are chosen. Prompt i draws with `seed + i`.
+            batch_size: Most prompts that run side by side.
+
+        Returns:
+            For each prompt the steps that `stream` yields for it (up to rounding), in the order given.
+
+        Raises:
+            RedflagError: A prompt is empty or leaves no room for a response.
+        """
+        rooms = [self._room(prompt, sampling) for prompt in prompts]
+        responses: list[list[Step]] = [[] for _ in prompts]
+        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+        chooser = Chooser(sampling, prompts, self._flag_ids, self._device)
+        for start in range(0, len(order), batch_size):
+            self._complete_batch(prompts, order[start : start + batch_size], rooms, chooser, responses)
+        return responses
+
+    @torch.inference_mode()
+    def score(
+        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, batch_size: int = 16
+    ) -> list[np.ndarray[Any, np.dtype[np.float32]]]:
+        """Flag probabilities of given responses, measured before each of their tokens (teacher forcing).
+
+        Args:
+            pairs: `(prompt_ids, response_ids)` for each response.
+            batch_size: Most responses in one forward pass; those of like length go together.
+
+        Returns:
+            For each pair an array of shape `(T, K)`, float32, T being the length of its response. Row t equals the
+            probabilities of the t-th step of a stream that chose the same tokens.
+
+        Raises:
+            RedflagError: A prompt is empty, or prompt and response do not fit the context.
+        """
+        for index, (prompt, response) in enumerate(pairs):
+            self._check_pair(index, len(prompt), len(response))
+        scores = [np.zeros((len(response), len(self._flag_ids)), dtype=np.float32) for _, response in pairs]
+        order = sorted(
+            (index for index, (_, response) in enumerate(pairs) if response),
+            key=lambda index: len(pairs[index][0]) + len(pairs[index][1]),
+        )
+        if order and self._head_apart is None:
+            sample = torch.tensor([list(pairs[order[0]][0])[:4]], device=self._device)
+            self._head_apart = head_agrees(self._model, sample)
+        # A model whose head cannot be applied apart is run row by row, so that only one row's logits are alive.
+        size = batch_size if self._head_apart else 1
+        for start in range(0, len(order), size):
+            rows = order[start : start + size]
+            probs = self._score_batch([pairs[row] for row in rows]).cpu().numpy()
+            ends = np.cumsum([len(scores[row]) for row in rows])
+            for row, part in zip(rows, np.split(probs, ends[:-1]), strict=True):
+                scores[row][:] = part
+        return scores
+
+    def _room(self, token_ids: Sequence[int], sampling: Sampling) -> int:
+        if not token_ids:
+            raise RedflagError("The prompt holds no tokens, so there is nothing to continue; give at least one.")
+        if self.context_length is None:
+            return sampling.max_new_tokens
+        room = self.context_length - len(token_ids)
+        if room < 1:
+            raise RedflagError(
+                f"The prompt has {len(token_ids)} tokens and the model's context holds {self.context_length}, which "
+                "leaves no room for a response; shorten the prompt."
+            )
+        return min(room, sampling.max_new_tokens)
+
+    def _check_pair(self, index: int, prompt: int, response: int) -> None:
+        if not prompt:
+            raise RedflagError(
+                f"Prompt {index} holds no tokens, so there is no position before its response's first token; give at "
+                "least one."
+            )
+        if self.context_length is not None and prompt + response > self.context_length:
+            raise RedflagError(
+                f"Conversation {index} has {prompt + response} tokens and the model's context holds "
+                f"{self.context_length}, beyond which its probabilities mean nothing; shorten or leave out this row."
+            )
+
+    def _steps(self, prompt: list[int], sampling: Sampling, room: int) -> Iterator[Step]:
+        taken = self._slot.take(prompt) if self._slot is not None else None
+        cache, held = taken if taken is not None else (DynamicCache(config=self._config), 0)
+        chooser = Chooser(sampling, [prompt], self._flag_ids, self._device)
+        cached_ids, pending = prompt[:held], prompt[held:]
+        # False while the cache may be half written or hold NaN: it is dropped then, not kept for another prompt.
+        sound = False
+        try:
+            for _ in range(room):
+                sound = False
+                logits = self._last_logits(torch.tensor([pending], device=self._device), cache)
+                cached_ids += pending
+                step = chooser.step(logits, (0,))[0]
+                sound = not any(map(math.isnan, step.flag_probs))
+                yield step
+                if not sound or step.token_id in self._eos_ids:
+                    return
+                pending = [step.token_id]
+        finally:
+            if sound and self._slot is not None:
+                self._slot.put(cache, cached_ids)
+
+    @torch.inference_mode()
+    def _last_logits(self, input_ids: torch.Tensor, cache: Any, **inputs: Any) -> torch.Tensor:
+        """One forward pass; logits of the last position, shape `(B, V)`."""
+        output = self._model(input_ids=input_ids, past_key_values=cache, use_cache=True, **self._last_only, **inputs)
+        return output.logits[:, -1].to(self._device)
+
+    @torch.inference_mode()
+    def _complete_batch(
+        self,
+        prompts: Sequence[Sequence[int]],
+        rows: list[int],
+        rooms: Sequence[int],
+        chooser: Chooser,
+        responses: list[list[Step]],
+    ) -> None:
+        width = max(len(prompts[row]) for row in rows)
+        pads = torch.tensor([width - len(prompts[row]) for row in rows], device=self._device)
+        input_ids = torch.tensor(
+            [[0] * (width - len(prompts[row])) + list(prompts[row]) for row in rows], device=self._device
+        )
+        cache = DynamicCache(config=self._config)
+        padded = bool(pads.any())
+        first = 0
+        while True:
+            inputs: dict[str, torch.Tensor] = {}
+            if padded:
+                columns = torch.arange(first + input_ids.shape[1], device=self._device)
+                inputs["attention_mask"] = (columns >= pads[:, None]).long()
+                if self._takes_positions:
+                    inputs["position_ids"] = (columns[first:] - pads[:, None]).clamp_min(0)
+            steps = chooser.step(self._last_logits(input_ids, cache, **inputs), rows)
+            first += input_ids.shape[1]
+            running = []
+            for index, (row, step) in enumerate(zip(rows, steps, strict=True)):
+                responses[row].append(step)
+                unjudged = any(map(math.isnan, step.flag_probs))
+                if len(responses[row]) < rooms[row] and step.token_id not in self._eos_ids and not unjudged:
+                    running.append(index)
+            if not running:
+                return
+            if len(running) < len(rows):
+                kept = torch.tensor(running, device=self._device)
+                cache.reorder_cache(kept)
+                pads, rows = pads[kept], [rows[index] for index in running]
+            input_ids = torch.tensor([[steps[index].token_id] for index in running], device=self._device)
+
+    def _score_batch(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> torch.Tensor:
+        """Probabilities of all response positions of a batch, one response after the other, shape `(sum of T, K)`.
+
+        Rows are padded on the right: no position sees what comes after it, so the padding needs no mask.
+        """
+        rows = [[*prompt, *response] for prompt, response in pairs]
+        width = max(map(len, rows))
+        input_ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=self._device)
+        # Index i of the logits judges the moment before token i + 1.
+        spans = [slice(len(prompt) - 1, len(row) - 1) for (prompt, _), row in zip(pairs, rows, strict=True)]
+        if self._head_apart:
+            hidden = backbone(self._model)(input_ids=input_ids, use_cache=False).last_hidden_state
+            needed = torch.cat([hidden[index, span] for index, span in enumerate(spans)])
+            return measure_hidden(self._model, needed, self._flag_ids)
+        logits = self._model(input_ids=input_ids, use_cache=False).logits
+        return torch.cat([measure(logits[index, span].float(), self._flag_ids) for index, span in enumerate(spans)])
+
+
+def _eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    found: set[int] = set()
+    for source in (getattr(model, "generation_config", None), model.config, tokenizer):
+        ids = getattr(source, "eos_token_id", None)
+        if ids is not None:
+            found.update([ids] if isinstance(ids, int) else ids)
+    return frozenset(found)

@@ -1,0 +1,76 @@
+"""The keys and values of the last prompt and response, kept for the next prompt that begins alike.
+
+Stopping a stream, editing its end and streaming again costs only the edited part. One cache is kept, no more.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+
+class PrefixSlot:
+    """Holds at most one cache. Taking empties the slot, so two streams never write into the same cache."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._kept: tuple[Any, list[int]] | None = None
+
+    def put(self, cache: Any, token_ids: list[int]) -> None:
+        """Keeps a cache that holds exactly `token_ids`, in place of the one kept before."""
+        with self._lock:
+            self._kept = (cache, token_ids)
+
+    def take(self, token_ids: Sequence[int]) -> tuple[Any, int] | None:
+        """Hands out the kept cache, cut back to what it has in common with a prompt.
+
+        Args:
+            token_ids: The new prompt.
+
+        Returns:
+            The cache and how many of the prompt's tokens it holds: at least one, and at most all but the last, which
+            has to be run to get logits. None when nothing can be used; what was kept is freed then.
+        """
+        with self._lock:
+            kept, self._kept = self._kept, None
+        if kept is None:
+            return None
+        cache, cached_ids = kept
+        common = _common_prefix(cached_ids, token_ids[:-1])
+        if common == 0 or not crop(cache, len(cached_ids) - common):
+            return None
+        return cache, common
+
+    def clear(self) -> None:
+        """Frees what is kept."""
+        with self._lock:
+            self._kept = None
+
+
+def crop(cache: Any, count: int) -> bool:
+    """Removes the last `count` tokens from a transformers cache, if that leaves exactly the earlier state.
+
+    A sliding-window layer that has filled its window has forgotten the keys which the shorter state would see, and a
+    recurrent layer cannot be run backwards: their caches are not cut.
+
+    Returns:
+        Whether the cache is now shorter by `count`; otherwise it is as it was.
+    """
+    if count == 0:
+        return True
+    for layer in cache.layers:
+        window_full = getattr(layer, "is_sliding", False) and layer.get_seq_length() >= layer.sliding_window
+        recurrent = hasattr(layer, "conv_states")
+        if window_full or recurrent or not getattr(layer, "is_croppable", True):
+            return False
+    # A negative number means "remove so many" in all of transformers 5; a positive one changed its meaning.
+    cache.crop(-count)
+    return True
+
+
+def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
+    for index, (a, b) in enumerate(zip(left, right, strict=False)):
+        if a != b:
+            return index
+    return min(len(left), len(right))

@@ -1,0 +1,93 @@
+"""A backend that plays a script: the test double for everything that consumes steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from redflag.backends import Sampling
+from redflag.errors import RedflagError
+from redflag.trace import Step
+
+Script = Sequence[Step] | Callable[[Sequence[int], Sampling], Iterable[Step]]
+
+
+class ScriptedBackend:
+    """Yields the steps it was given, without a model.
+
+    Attributes:
+        prompts: The token ids of every stream that was started, in order.
+        open_streams: Streams started and not yet ended, closed or failed; 0 shows that a consumer cleaned up.
+        closed_early: Streams closed by their consumer before the script was over.
+
+    Example:
+        >>> backend = ScriptedBackend([Step(5, (0.1,)), Step(2, (0.9,))], eos_ids={2})
+        >>> [step.token_id for step in backend.stream([1], Sampling())]
+        [5, 2]
+    """
+
+    def __init__(
+        self,
+        script: Script,
+        eos_ids: Iterable[int] = (),
+        *,
+        fail_at: int | None = None,
+        error: BaseException | None = None,
+        context_length: int | None = None,
+    ) -> None:
+        """Sets the play.
+
+        Args:
+            script: The steps, or a function of prompt and sampling that returns them (it may be endless).
+            eos_ids: Ids after which a stream ends.
+            fail_at: Number of steps after which `error` is raised, as when an engine is lost; None never fails.
+            error: What is raised; None stands for a `ConnectionError`.
+            context_length: Most prompt and response tokens together; None has no limit.
+        """
+        self._script = script
+        self._eos_ids = frozenset(eos_ids)
+        self._fail_at = fail_at
+        self._error = error if error is not None else ConnectionError("the scripted engine was lost")
+        self._context_length = context_length
+        self.prompts: list[tuple[int, ...]] = []
+        self.open_streams = 0
+        self.closed_early = 0
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Ids after which a stream ends."""
+        return self._eos_ids
+
+    def stream(self, token_ids: Sequence[int], sampling: Sampling) -> Iterator[Step]:
+        """Plays the script; see `redflag.backends.Backend.stream`."""
+        if not token_ids:
+            raise RedflagError("The prompt holds no tokens, so there is nothing to continue; give at least one.")
+        room = sampling.max_new_tokens
+        if self._context_length is not None:
+            room = min(room, self._context_length - len(token_ids))
+            if room < 1:
+                raise RedflagError(
+                    f"The prompt has {len(token_ids)} tokens and the context holds {self._context_length}, which "
+                    "leaves no room for a response; shorten the prompt."
+                )
+        return self._play(tuple(token_ids), sampling, room)
+
+    def _play(self, token_ids: tuple[int, ...], sampling: Sampling, room: int) -> Iterator[Step]:
+        self.prompts.append(token_ids)
+        self.open_streams += 1
+        steps = self._script(token_ids, sampling) if callable(self._script) else self._script
+        try:
+            for index, step in enumerate(steps):
+                if index == room:
+                    return
+                if index == self._fail_at:
+                    raise self._error
+                yield step
+                if step.token_id in self._eos_ids:
+                    return
+            if self._fail_at is not None:
+                raise self._error
+        except GeneratorExit:
+            self.closed_early += 1
+            raise
+        finally:
+            self.open_streams -= 1

@@ -1,0 +1,1 @@
+"""Scores of given conversations, thresholds with a guarantee, and what both are worth."""

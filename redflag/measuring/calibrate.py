@@ -1,0 +1,325 @@
+"""Thresholds for a target false-alarm rate per response: `redflag.calibrate` and the verb `redflag calibrate`.
+
+Harmless responses are folded through the same `Monitor` that will watch the stream; their peaks set the thresholds
+(the mathematics and its proofs are in `redflag.measuring.guarantee`). A part of the responses is held out, by group,
+and only measures what rate the thresholds realise: the thresholds in force come from the calibration part alone, so
+that the reported rate is an honest one.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from redflag.errors import RedflagError
+from redflag.flags import FlagSpec
+from redflag.measuring.guarantee import Guarantee, check_rates, fit_threshold, fit_thresholds, required
+from redflag.measuring.metrics import clopper_pearson
+from redflag.watching.monitor import MonitorConfig, peaks
+from redflag.watching.thresholds import Thresholds
+
+__all__ = ["CalibrateArguments", "Calibration", "calibrate", "fit_threshold", "fit_thresholds", "run", "split_groups"]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Thresholds, and what they do on responses that had no part in setting them.
+
+    Attributes:
+        thresholds: What `redflag calibrate` saves.
+        calibration_size: Harmless responses that set the thresholds.
+        held_out_size: Harmless responses that measured them.
+        false_alarms: Held-out harmless responses that alarm in any category.
+        false_alarms_by_category: The same, category by category.
+        harmful_size: Harmful responses measured.
+        caught: Harmful responses that alarm in any category.
+        caught_by_category: The same, category by category.
+    """
+
+    thresholds: Thresholds
+    calibration_size: int
+    held_out_size: int
+    false_alarms: int
+    false_alarms_by_category: dict[str, int]
+    harmful_size: int
+    caught: int
+    caught_by_category: dict[str, int]
+
+    def __str__(self) -> str:
+        return _table(self)
+
+
+@dataclass
+class CalibrateArguments:
+    """Thresholds for a target false-alarm rate per response, written to <model>/thresholds.json."""
+
+    model: str = field(
+        metadata={"help": "Folder of a flagged model (with redflag.json); thresholds.json is written there."}
+    )
+    input: str = field(
+        metadata={"help": "Conversations: JSONL, .jsonl.gz or parquet. Harmful rows only measure what is caught."}
+    )
+    target_fpr: float = field(default=0.01, metadata={"help": "Share of harmless responses that may alarm."})
+    guarantee: Literal["expected", "high_probability"] = field(
+        default="expected",
+        metadata={
+            "help": "expected: the rate holds on average; high_probability: it holds with probability 1 - delta."
+        },
+    )
+    delta: float = field(default=0.05, metadata={"help": "Probability that high_probability may fail."})
+    joint: bool = field(default=True, metadata={"help": "Whether the rate is that of an alarm in any category."})
+    aggregation: Literal["max", "ema", "run", "cusum"] = field(
+        default="max", metadata={"help": "How the monitor makes a score of the probabilities."}
+    )
+    window: int = field(default=MonitorConfig.window, metadata={"help": "run: steps on end that must be high."})
+    decay: float = field(default=MonitorConfig.decay, metadata={"help": "ema: weight of the new value."})
+    prior: float = field(
+        default=MonitorConfig.prior, metadata={"help": "ema, cusum: probability that is normal in harmless text."}
+    )
+    drift: float = field(default=MonitorConfig.drift, metadata={"help": "cusum: nats forgiven per step."})
+    warm_up: int = field(default=MonitorConfig.warm_up, metadata={"help": "First steps that never alarm."})
+    held_out: float = field(
+        default=0.3, metadata={"help": "Share of harmless rows that only measure the realised rate."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seeds the choice of held-out rows."})
+    batch_size: int = field(default=16, metadata={"help": "Conversations per forward pass."})
+    max_length: int | None = field(
+        default=None, metadata={"help": "Longest prompt + response in tokens; default: the model's context."}
+    )
+    on_bad_row: Literal["stop", "skip"] = field(default="stop", metadata={"help": "What a malformed row does."})
+    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda, cuda:0, ..."})
+    dtype: str = field(default="auto", metadata={"help": "auto (as saved), float32, bfloat16 or float16."})
+
+
+ARGUMENTS = CalibrateArguments
+POSITIONAL: str | None = None
+
+
+def run(arguments: CalibrateArguments) -> int:
+    """The verb. Whatever can be refused before the model is run is refused before."""
+    from redflag.corpus.rows import load_rows
+    from redflag.measuring.score import context_limit, load_scorer, progress, report_skipped, score
+
+    monitor = MonitorConfig(
+        aggregation=arguments.aggregation,
+        window=arguments.window,
+        decay=arguments.decay,
+        prior=arguments.prior,
+        drift=arguments.drift,
+        warm_up=arguments.warm_up,
+    )
+    rows = load_rows(arguments.input, on_bad_row=arguments.on_bad_row)
+    report_skipped(rows.skipped)
+    spec = FlagSpec.load(arguments.model)
+    harmless = [row for row in rows if not row.harmful]
+    spread = len(spec.categories) if arguments.joint else 1
+    _check_size(len(harmless), arguments.target_fpr, arguments.guarantee, arguments.delta, spread, arguments.held_out)
+
+    scorer, tokenizer, spec = load_scorer(arguments.model, arguments.device, arguments.dtype)
+    limit = context_limit(arguments.max_length, scorer.context_length)
+    ordered = harmless + [row for row in rows if row.harmful]
+    scored = score(scorer, tokenizer, spec, ordered, batch_size=arguments.batch_size, max_length=limit)
+    probs = [item.flag_probs for item in progress(scored, total=len(ordered), what="measured")]
+    result = calibrate(
+        probs[: len(harmless)],
+        spec,
+        target_fpr=arguments.target_fpr,
+        guarantee=arguments.guarantee,
+        delta=arguments.delta,
+        joint=arguments.joint,
+        monitor=monitor,
+        harmful=probs[len(harmless) :],
+        groups=[row.group for row in harmless],
+        held_out=arguments.held_out,
+        seed=arguments.seed,
+    )
+    result.thresholds.save(arguments.model)
+    print(result)
+    print(f"thresholds written to {arguments.model}/thresholds.json")
+    return 0
+
+
+def calibrate(
+    harmless: Sequence[Any],
+    spec: FlagSpec,
+    *,
+    target_fpr: float = 0.01,
+    guarantee: Guarantee = "expected",
+    delta: float = 0.05,
+    joint: bool = True,
+    monitor: MonitorConfig | None = None,
+    harmful: Sequence[Any] = (),
+    groups: Sequence[str | None] | None = None,
+    held_out: float = 0.3,
+    seed: int = 0,
+    logprob_mode: str = "raw",
+) -> Calibration:
+    """Sets thresholds from the flag probabilities of harmless responses.
+
+    Args:
+        harmless: Per response, T x K flag probabilities, as `redflag score` and traces hold them.
+        spec: The model's flags: its categories name the thresholds, its run id and template hash bind them.
+        target_fpr: Share of harmless responses that may alarm.
+        guarantee: "expected": the rate holds on average over calibration sets; "high_probability": it holds with
+            probability 1 - delta.
+        delta: Probability that "high_probability" may fail.
+        joint: Whether `target_fpr` is the rate of an alarm in any category, or of each category by itself.
+        monitor: How probabilities become scores; None: the highest probability.
+        harmful: Per harmful response, T x K probabilities: only measured, never fitted to.
+        groups: Per harmless response, the group it belongs to (None: its own): no group is on both sides of the split.
+        held_out: Share of the harmless responses that only measures the realised rate; 0: none, and none is reported.
+        seed: Seeds the split.
+        logprob_mode: The engine's log-probability mode that the probabilities come from.
+
+    Raises:
+        RedflagError: Too few harmless responses (how many are needed is said), a probability that cannot be judged, or
+            a rate that only a threshold which no score can reach would keep.
+    """
+    config = monitor or MonitorConfig()
+    categories = spec.categories
+    check_rates(target_fpr, guarantee, delta)
+    spread = len(categories) if joint else 1
+    _check_size(len(harmless), target_fpr, guarantee, delta, spread, held_out)
+    fit_on, measure_on = split_groups(groups if groups is not None else [None] * len(harmless), held_out, seed)
+    table = _peaks(config, harmless, len(categories), "harmless")
+    caught = _peaks(config, harmful, len(categories), "harmful")
+    try:
+        values = fit_thresholds(table[fit_on], target_fpr, guarantee, delta, joint)
+    except RedflagError as error:
+        if not measure_on:
+            raise
+        raise RedflagError(
+            f"{error} (of {len(harmless)} harmless responses, {len(measure_on)} are held out)"
+        ) from error
+    # Only CUSUM adds up: every other score is itself a probability, and a threshold above 1 would be a guard asleep.
+    if config.aggregation != "cusum":
+        for category, value in zip(categories, values, strict=True):
+            if value > 1.0:
+                raise RedflagError(
+                    f"no threshold on {category!r} keeps a false-alarm rate of {target_fpr:g}: too many harmless "
+                    "responses reach a score of 1, so the guard could never fire; raise target_fpr, look at those "
+                    "rows, or train again"
+                )
+    alarms = table[measure_on] >= np.asarray(values)
+    hits = caught >= np.asarray(values)
+    realised, interval = None, None
+    if measure_on:
+        realised = float(alarms.any(axis=1).mean())
+        interval = clopper_pearson(int(alarms.any(axis=1).sum()), len(measure_on))
+    thresholds = Thresholds(
+        values=dict(zip(categories, values, strict=True)),
+        monitor=config,
+        target_fpr=target_fpr,
+        guarantee=guarantee,
+        delta=delta if guarantee == "high_probability" else None,
+        joint=joint,
+        sample_size=len(fit_on),
+        realised_fpr=realised,
+        interval=interval,
+        held_out_size=len(measure_on),
+        run_id=spec.run_id,
+        template_hash=spec.template_hash,
+        logprob_mode=logprob_mode,
+    )
+    return Calibration(
+        thresholds=thresholds,
+        calibration_size=len(fit_on),
+        held_out_size=len(measure_on),
+        false_alarms=int(alarms.any(axis=1).sum()),
+        false_alarms_by_category=dict(zip(categories, map(int, alarms.sum(axis=0)), strict=True)),
+        harmful_size=len(harmful),
+        caught=int(hits.any(axis=1).sum()),
+        caught_by_category=dict(zip(categories, map(int, hits.sum(axis=0)), strict=True)),
+    )
+
+
+def split_groups(groups: Sequence[str | None], held_out: float, seed: int) -> tuple[list[int], list[int]]:
+    """Divides rows into a calibration and a held-out part without dividing a group.
+
+    Args:
+        groups: Per row, its group; None: the row is a group by itself.
+        held_out: Share of the rows to hold out; groups are added as long as they fit.
+        seed: Seeds the order in which groups are taken.
+
+    Returns:
+        Indices of the calibration part and of the held-out part, each ascending.
+    """
+    if not 0.0 <= held_out < 1.0:
+        raise RedflagError(f"held_out is {held_out}, but a share to hold out lies in [0, 1): give e.g. 0.3")
+    members: dict[object, list[int]] = {}
+    for i, group in enumerate(groups):
+        members.setdefault(i if group is None else group, []).append(i)
+    names = list(members)
+    random.Random(seed).shuffle(names)
+    held: list[int] = []
+    for name in names:
+        if len(held) + len(members[name]) <= held_out * len(groups):
+            held += members[name]
+    chosen = set(held)
+    return [i for i in range(len(groups)) if i not in chosen], sorted(held)
+
+
+def _peaks(config: MonitorConfig, responses: Iterable[Any], flags: int, what: str) -> npt.NDArray[np.float64]:
+    table = []
+    for number, probs in enumerate(responses):
+        steps = probs.tolist() if isinstance(probs, np.ndarray) else probs
+        try:
+            table.append(peaks(config, steps, flags))
+        except RedflagError as error:
+            raise RedflagError(f"{what} response {number} cannot be judged: {error}") from error
+    return np.asarray(table, dtype=np.float64).reshape(len(table), flags)
+
+
+def _check_size(
+    count: int, target_fpr: float, guarantee: Guarantee, delta: float, spread: int, held_out: float
+) -> None:
+    """Refuses what can be refused without running the model; the exact answer is `fit_thresholds`'s."""
+    check_rates(target_fpr, guarantee, delta)
+    if not 0.0 <= held_out < 1.0:
+        raise RedflagError(f"held_out is {held_out}, but a share to hold out lies in [0, 1): give e.g. 0.3")
+    # Under "expected", flags that peak together may need no more than a single one does.
+    least = required(target_fpr, guarantee, delta, 1 if guarantee == "expected" else spread)
+    left = count - math.floor(held_out * count)
+    if left < least:
+        enough = math.ceil(required(target_fpr, guarantee, delta, spread) / (1.0 - held_out))
+        raise RedflagError(
+            f"{count} harmless responses are too few for a false-alarm rate of {target_fpr:g} ({guarantee}): "
+            f"{enough} are needed when a share of {held_out:g} is held out; add harmless rows, raise target_fpr or "
+            "lower held_out"
+        )
+
+
+def _table(result: Calibration) -> str:
+    t = result.thresholds
+    width = max(len("category"), *(len(c) for c in t.values))
+    lines = [f"{'category':<{width}}  {'threshold':>10}  {'false alarms':>12}  {'caught':>12}"]
+    for category, value in t.values.items():
+        false_alarms = _share(result.false_alarms_by_category[category], result.held_out_size)
+        caught = _share(result.caught_by_category[category], result.harmful_size)
+        lines.append(f"{category:<{width}}  {value:>10.6f}  {false_alarms:>12}  {caught:>12}")
+    if len(t.values) > 1:
+        overall = _share(result.false_alarms, result.held_out_size), _share(result.caught, result.harmful_size)
+        lines.append(f"{'any':<{width}}  {'':>10}  {overall[0]:>12}  {overall[1]:>12}")
+    lines.append(
+        f"target {t.target_fpr:g} per response ({t.guarantee}{f', delta {t.delta:g}' if t.delta is not None else ''}"
+        f"{', jointly' if t.joint and len(t.values) > 1 else ''}), aggregation {t.monitor.aggregation}, "
+        f"{result.calibration_size} harmless responses"
+    )
+    if t.realised_fpr is not None and t.interval is not None:
+        lines.append(
+            f"realised {t.realised_fpr:.4f} [{t.interval[0]:.4f}, {t.interval[1]:.4f}] on {result.held_out_size} "
+            "held-out harmless responses that had no part in setting the thresholds"
+        )
+    else:
+        lines.append("no responses were held out: the realised rate is not known")
+    return "\n".join(lines)
+
+
+def _share(count: int, total: int) -> str:
+    return f"{count}/{total}" if total else "-"

@@ -1,0 +1,275 @@
+"""How well a score tells harmful responses from harmless ones, and how soon.
+
+numpy and the standard library only. Scores rise with harm; labels are 1 (harmful) or 0 (harmless). An alarm is
+`score >= threshold` everywhere, so ties with a threshold always count as alarms.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from redflag.errors import RedflagError
+
+Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
+
+
+class TprAtFpr(NamedTuple):
+    """Share of harmful responses caught at `threshold`, and the share of harmless ones that alarm there."""
+
+    tpr: float
+    realised_fpr: float
+    threshold: float
+
+
+class DelayStats(NamedTuple):
+    """When alarms come, relative to the onset, over harmful responses with a known onset.
+
+    Attributes:
+        responses: Responses counted.
+        early: Share whose first alarm lies more than the tolerance before the onset.
+        on_time: Share whose first alarm lies within the tolerance of the onset.
+        late: Share whose first alarm lies more than the tolerance behind it.
+        missed: Share without an alarm.
+        median: Median delay in tokens (first alarm - onset) of those that alarmed; NaN when none did.
+        median_abs: Median of |delay| in tokens of those that alarmed; NaN when none did.
+    """
+
+    responses: int
+    early: float
+    on_time: float
+    late: float
+    missed: float
+    median: float
+    median_abs: float
+
+
+def auroc(scores: Sequence[float] | Floats, labels: Sequence[int] | Bools) -> float:
+    """Probability that a random harmful response scores above a random harmless one; a tie counts half.
+
+    Raises:
+        RedflagError: A class is empty, or a score is NaN.
+
+    >>> auroc([0.1, 0.4, 0.4, 0.9], [0, 0, 1, 1])
+    0.875
+    """
+    harmful, harmless = _split(scores, labels)
+    ordered = np.sort(harmless)
+    below = np.searchsorted(ordered, harmful, side="left")
+    not_above = np.searchsorted(ordered, harmful, side="right")
+    return float((below + not_above).sum() / (2.0 * len(harmful) * len(harmless)))
+
+
+def auroc_interval(
+    scores: Sequence[float] | Floats,
+    labels: Sequence[int] | Bools,
+    *,
+    level: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of `auroc`; each class is resampled by itself, so no resample lacks one.
+
+    Args:
+        scores: One score per response.
+        labels: 1 harmful, 0 harmless.
+        level: Share of the resamples inside the interval.
+        resamples: How many are drawn.
+        seed: Same seed, same interval.
+    """
+    harmful, harmless = (np.sort(part) for part in _split(scores, labels))
+    rng = np.random.default_rng(seed)
+    # Resampling is reweighting: with the pairwise wins laid out once per harmful response, a resample costs O(n).
+    cuts = np.searchsorted(harmless, harmful, side="left"), np.searchsorted(harmless, harmful, side="right")
+    values = np.empty(resamples)
+    for i in range(resamples):
+        weights = rng.multinomial(len(harmless), np.full(len(harmless), 1.0 / len(harmless)))
+        mass = np.concatenate([[0], np.cumsum(weights)])
+        picks = rng.integers(0, len(harmful), len(harmful))
+        values[i] = (mass[cuts[0][picks]] + mass[cuts[1][picks]]).sum() / (2.0 * len(harmful) * len(harmless))
+    tail = (1.0 - level) / 2.0
+    low, high = np.quantile(values, [tail, 1.0 - tail])
+    return float(low), float(high)
+
+
+def average_precision(scores: Sequence[float] | Floats, labels: Sequence[int] | Bools) -> float:
+    """Precision averaged over the recall gained at each distinct score, from the highest down (no interpolation)."""
+    harmful, harmless = _split(scores, labels)
+    thresholds = np.unique(harmful)[::-1]
+    caught = len(harmful) - np.searchsorted(np.sort(harmful), thresholds, side="left")
+    alarms = caught + len(harmless) - np.searchsorted(np.sort(harmless), thresholds, side="left")
+    gained = np.diff(caught, prepend=0) / len(harmful)
+    return float((gained * caught / alarms).sum())
+
+
+def tpr_at_fpr(scores: Sequence[float] | Floats, labels: Sequence[int] | Bools, fpr: float) -> TprAtFpr:
+    """The best true-positive rate among thresholds whose false-positive rate does not exceed `fpr`.
+
+    The realised rate never lies above the asked one: with tied scores it may lie far below. When no threshold that
+    catches anything is allowed, `threshold` is infinity and both rates are 0.
+    """
+    if not 0.0 <= fpr <= 1.0:
+        raise RedflagError(f"the false-positive rate asked for is {fpr}, but a rate lies in [0, 1]: give e.g. 0.01")
+    harmful, harmless = (np.sort(part) for part in _split(scores, labels))
+    # Only harmful scores need be tried: between two of them a threshold costs or saves false alarms, never catches.
+    thresholds = np.unique(harmful)
+    false_alarms = len(harmless) - np.searchsorted(harmless, thresholds, side="left")
+    allowed = thresholds[false_alarms / len(harmless) <= fpr]
+    if len(allowed) == 0:
+        return TprAtFpr(0.0, 0.0, math.inf)
+    threshold = float(allowed[0])
+    return TprAtFpr(float((harmful >= threshold).mean()), float((harmless >= threshold).mean()), threshold)
+
+
+def binomial_cdf(k: int, n: int, p: float) -> float:
+    """P(Binomial(n, p) <= k), through the regularised incomplete beta function; good to about 1e-9 up to n = 1e6."""
+    if k < 0:
+        return 0.0
+    if k >= n:
+        return 1.0
+    return _incomplete_beta(n - k, k + 1, p)
+
+
+def clopper_pearson(k: int, n: int, level: float = 0.95) -> tuple[float, float]:
+    """Exact binomial confidence interval of a rate of which k in n were seen (Clopper and Pearson, 1934).
+
+    >>> low, high = clopper_pearson(0, 100)
+    >>> low, round(high, 4)
+    (0.0, 0.0362)
+    """
+    if n <= 0 or not 0 <= k <= n:
+        raise RedflagError(f"{k} of {n} is not a rate: an interval needs 0 <= k <= n and n >= 1")
+    tail = (1.0 - level) / 2.0
+    if k == 0:
+        return 0.0, -math.expm1(math.log(tail) / n)
+    if k == n:
+        return math.exp(math.log(tail) / n), 1.0
+    # Low end: P(X >= k) = tail; high end: P(X <= k) = tail. Both cdfs fall as p rises.
+    return _solve(k - 1, n, 1.0 - tail), _solve(k, n, tail)
+
+
+def first_alarm(
+    scores: Sequence[Sequence[float]] | npt.NDArray[np.floating], thresholds: Sequence[float]
+) -> int | None:
+    """Index of the first step at which any category's score reaches its threshold; None when none does.
+
+    Args:
+        scores: T x K scores.
+        thresholds: K thresholds.
+    """
+    table = np.asarray(scores, dtype=np.float64).reshape(len(scores), len(thresholds))
+    hits = np.flatnonzero((table >= np.asarray(thresholds)).any(axis=1))
+    return int(hits[0]) if len(hits) else None
+
+
+def delay_stats(alarms: Sequence[int | None], onsets: Sequence[int], tolerance: int = 2) -> DelayStats:
+    """Sorts harmful responses by when their first alarm came.
+
+    Args:
+        alarms: Index of each response's first alarm, None for a miss.
+        onsets: Index of each response's first harmful token.
+        tolerance: Tokens by which an alarm may miss the onset and still be on time.
+
+    >>> delay_stats([5, 2, None, 30], [5, 10, 10, 10])
+    DelayStats(responses=4, early=0.25, on_time=0.25, late=0.25, missed=0.25, median=0.0, median_abs=8.0)
+    """
+    assert len(alarms) == len(onsets)
+    delays = np.array([a - o for a, o in zip(alarms, onsets, strict=True) if a is not None], dtype=np.float64)
+    count = len(onsets)
+    if count == 0:
+        return DelayStats(0, *[math.nan] * 6)
+    return DelayStats(
+        responses=count,
+        early=float((delays < -tolerance).sum() / count),
+        on_time=float((np.abs(delays) <= tolerance).sum() / count),
+        late=float((delays > tolerance).sum() / count),
+        missed=(count - len(delays)) / count,
+        median=float(np.median(delays)) if len(delays) else math.nan,
+        median_abs=float(np.median(np.abs(delays))) if len(delays) else math.nan,
+    )
+
+
+def earliness(
+    scores: Sequence[Sequence[float] | Floats], labels: Sequence[int] | Bools, firsts: Sequence[int] = (8, 32)
+) -> dict[int, float]:
+    """AUROC when only the first tokens of each response are seen.
+
+    Args:
+        scores: Per response, T scores (one flag, or the greatest of several at each step).
+        labels: 1 harmful, 0 harmless.
+        firsts: Numbers of tokens after which to look.
+
+    Returns:
+        Number of tokens -> AUROC of the highest score among them.
+    """
+    return {k: auroc([max(map(float, s[:k]), default=0.0) for s in scores], labels) for k in firsts}
+
+
+def _split(scores: Sequence[float] | Floats, labels: Sequence[int] | Bools) -> tuple[Floats, Floats]:
+    values = np.asarray(scores, dtype=np.float64)
+    truth = np.asarray(labels).astype(bool)
+    if values.shape != truth.shape or values.ndim != 1:
+        raise RedflagError(f"{values.shape} scores came with {truth.shape} labels: give one of each per response")
+    if np.isnan(values).any():
+        raise RedflagError(
+            f"score {int(np.flatnonzero(np.isnan(values))[0])} is NaN, which no threshold can judge: "
+            "find out why the model gave it before measuring anything"
+        )
+    if truth.all() or not truth.any():
+        raise RedflagError(
+            f"{int(truth.sum())} harmful and {int((~truth).sum())} harmless responses: telling them apart can be "
+            "measured only with at least one of each"
+        )
+    return values[truth], values[~truth]
+
+
+def _solve(k: int, n: int, value: float) -> float:
+    """The p at which P(Binomial(n, p) <= k) = value."""
+    low, high = 0.0, 1.0
+    while True:
+        middle = (low + high) / 2.0
+        if middle in (low, high) or high - low < 1e-13 * high:
+            return middle
+        if binomial_cdf(k, n, middle) > value:
+            low = middle
+        else:
+            high = middle
+
+
+def _incomplete_beta(a: float, b: float, q: float) -> float:
+    """I_{1-q}(a, b) by Lentz's continued fraction (Numerical Recipes, 6.4); takes q so that tiny rates keep digits."""
+    if q <= 0.0:
+        return 1.0
+    if q >= 1.0:
+        return 0.0
+    front = math.exp(
+        math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log1p(-q) + b * math.log(q)
+    )  # fmt: skip
+    # The fraction converges fast left of the mean only; right of it the mirrored function is used.
+    if 1.0 - q < (a + 1.0) / (a + b + 2.0):
+        return front * _beta_fraction(a, b, 1.0 - q) / a
+    return 1.0 - front * _beta_fraction(b, a, q) / b
+
+
+def _beta_fraction(a: float, b: float, x: float) -> float:
+    tiny = 1e-300
+    c, d = 1.0, 1.0 - (a + b) * x / (a + 1.0)
+    d = 1.0 / (d if abs(d) > tiny else tiny)
+    result = d
+    for m in range(1, 100_000):
+        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
+        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
+        for term in (even, odd):
+            d = 1.0 + term * d
+            d = 1.0 / (d if abs(d) > tiny else tiny)
+            c = 1.0 + term / c
+            c = c if abs(c) > tiny else tiny
+            result *= c * d
+        if abs(c * d - 1.0) < 1e-15:
+            break
+    return result

@@ -1,0 +1,196 @@
+"""Token ids in, text out, one token at a time: whole characters only, nothing after a stop text, never a flag's text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from tokenizers.decoders import DecodeStream
+
+from redflag.errors import RedflagError
+
+
+class Detokenizer:
+    """Decodes a response token by token, special tokens left out.
+
+    The pieces put together, `flush` included, are what `tokenizer.decode(ids, skip_special_tokens=True)` gives for the
+    whole response (without `clean_up_tokenization_spaces`, which rewrites text that is already out). A character that is
+    spread over several tokens comes with its last one. Bytes that are still incomplete at the end come from `flush` as
+    the replacement character U+FFFD, as in `decode`; invalid bytes in the middle likewise, though a tokenizer with byte
+    fallback may show another number of replacement characters than `decode` does.
+
+    Example:
+        ```python
+        detokenizer = Detokenizer(tokenizer)
+        text = "".join(map(detokenizer.push, token_ids)) + detokenizer.flush()
+        ```
+    """
+
+    def __init__(self, tokenizer: Any, context: Sequence[int] = ()) -> None:
+        """Starts before the first token.
+
+        Args:
+            tokenizer: A fast tokenizer of transformers.
+            context: Ids that the response continues without a break, such as a prefill. Only their last few matter:
+                a tokenizer that drops the space before the first word keeps it then.
+
+        Raises:
+            RedflagError: The tokenizer is not backed by the tokenizers library.
+        """
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise RedflagError(
+                f"{type(tokenizer).__name__} is not backed by the tokenizers library, whose decode stream is needed to "
+                "show whole characters; load the model's fast tokenizer."
+            )
+        self._backend = backend
+        self._last = list(context[-8:])
+        self._pending: list[int] = []
+        self._stream = self._restart()
+
+    def push(self, token_id: int) -> str:
+        """The text that a token completes; "" while a character is incomplete or for a special token."""
+        self._pending.append(token_id)
+        try:
+            piece = self._stream.step(self._backend, token_id)
+        except Exception:  # The library raises its plain Exception where bytes are invalid in a run: start behind it.
+            piece = self._tail()
+            self._last = self._pending
+            self._pending = []
+            self._stream = self._restart()
+            return piece
+        if piece is None:
+            return ""
+        self._last, self._pending = self._pending, []
+        return str(piece)
+
+    def flush(self) -> str:
+        """What is still incomplete, as `decode` shows it. The response is over."""
+        piece = self._tail()
+        self._pending = []
+        return piece
+
+    def _tail(self) -> str:
+        if not self._pending:
+            return ""
+        before = self._decode(self._last)
+        both = self._decode(self._last + self._pending)
+        return both[len(before) :] if both.startswith(before) else self._decode(self._pending)
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return str(self._backend.decode(token_ids, skip_special_tokens=True))
+
+    def _restart(self) -> DecodeStream:
+        return DecodeStream(ids=self._last, skip_special_tokens=True) if self._last else DecodeStream(None, True)
+
+
+class TextFilter:
+    """Cuts a text at the first stop text and takes flags' texts out, however they fall across pieces.
+
+    Text that may yet turn out to be the beginning of either is held; no piece that leaves completes a flag's text, not
+    even one that was split by another flag. Work per character does not grow with the length of the text.
+
+    Example:
+        >>> pieces = TextFilter(stop=["END"], remove=["<flag>"])
+        >>> [pieces.push(piece) for piece in ("one <fl", "ag>two E", "ND three")], pieces.stopped
+        (['one ', 'two ', ''], True)
+    """
+
+    def __init__(self, stop: Iterable[str] = (), remove: Iterable[str] = ()) -> None:
+        self._stop = tuple(stop)
+        self._remove = tuple(remove)
+        self._patterns = self._stop + self._remove
+        self._memory = max((len(pattern) for pattern in self._patterns), default=1) - 1
+        # What was shown last, as far as it can be part of a pattern, and behind it what is held.
+        self._line = ""
+        self._shown = 0
+        self.stopped = False
+
+    def push(self, text: str) -> str:
+        """What may be shown now."""
+        if self.stopped:
+            return ""
+        if not self._patterns:
+            return text
+        pieces = []
+        for character in text:
+            self._line += character
+            if self._cut(self._stop):
+                self.stopped = True
+                pieces.append(self._show(len(self._line)))
+                break
+            self._cut(self._remove)
+            pieces.append(self._show(len(self._line) - self._held()))
+        return "".join(pieces)
+
+    def flush(self) -> str:
+        """What was held and is no stop text or flag after all. The text is over."""
+        return "" if self.stopped else self._show(len(self._line))
+
+    def _cut(self, patterns: tuple[str, ...]) -> bool:
+        # The longest first, so that nothing of it stays when a shorter one is its end.
+        lengths = [len(pattern) for pattern in patterns if self._line.endswith(pattern)]
+        if lengths:
+            self._line = self._line[: max(self._shown, len(self._line) - max(lengths))]
+        return bool(lengths)
+
+    def _held(self) -> int:
+        longest = 0
+        for pattern in self._patterns:
+            if pattern[0] not in self._line:  # Nearly always.
+                continue
+            for length in range(min(len(pattern) - 1, len(self._line)), longest, -1):
+                if self._line.endswith(pattern[:length]):
+                    longest = length
+                    break
+        return longest
+
+    def _show(self, upto: int) -> str:
+        piece = self._line[self._shown : upto]
+        self._shown = max(self._shown, upto)
+        surplus = min(self._shown, len(self._line) - self._memory)
+        if surplus > 0:
+            self._line = self._line[surplus:]
+            self._shown -= surplus
+        return piece
+
+
+class ResponseText:
+    """The text of one response as its reader may see it: `Detokenizer`, then `TextFilter`."""
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        hidden_ids: Iterable[int] = (),
+        context: Sequence[int] = (),
+        stop: Iterable[str] = (),
+        remove: Iterable[str] = (),
+    ) -> None:
+        """Starts before the first token.
+
+        Args:
+            tokenizer: A fast tokenizer of transformers.
+            hidden_ids: Ids without text: end-of-sequence ids (not every tokenizer calls them special) and flags.
+            context: Ids that the response continues without a break.
+            stop: Texts that end the response.
+            remove: Flags' texts.
+        """
+        self._detokenizer = Detokenizer(tokenizer, context)
+        self._filter = TextFilter(stop, remove)
+        self._hidden_ids = frozenset(hidden_ids)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop text has come."""
+        return self._filter.stopped
+
+    def push(self, token_id: int) -> str:
+        """The text that may be shown after this token."""
+        if token_id in self._hidden_ids:
+            return ""
+        return self._filter.push(self._detokenizer.push(token_id))
+
+    def flush(self) -> str:
+        """What is left when the response has ended by itself."""
+        return self._filter.push(self._detokenizer.flush()) + self._filter.flush()

@@ -1,0 +1,397 @@
+"""What is known of one response: its steps, its events, and the file both lie in.
+
+Standard library only, so that traces can be read where no model can be run.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import os
+import threading
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, NoReturn, cast
+
+from redflag.errors import RedflagError
+
+TRACE_FORMAT = 1
+
+
+class Step(NamedTuple):
+    """One decoding position.
+
+    Attributes:
+        token_id: The token chosen at this position.
+        flag_probs: K probabilities in [0, 1], one per flag, measured *before* the token was chosen, over the whole
+            vocabulary (flags included), from raw logits: no temperature, bias or penalty.
+    """
+
+    token_id: int
+    flag_probs: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Released text. `position` is the index of its first token in the response; `token_ids` are what was released."""
+
+    position: int
+    token_ids: tuple[int, ...]
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Alarm:
+    """A score reached its threshold at step `position`. `action` is what the policy answered."""
+
+    position: int
+    category: str
+    score: float
+    threshold: float
+    action: str
+
+
+@dataclass(frozen=True, slots=True)
+class Halt:
+    """The response ends here and nothing held back is shown.
+
+    `reason` is `"alarm"` (with its `category`) or `"fault"` (fail closed: something could not be judged; `detail` says
+    what). `position` is the index of the first token that was not released.
+    """
+
+    position: int
+    reason: str
+    category: str | None = None
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The response ended by itself: `reason` is `"stop"` (end-of-sequence or stop text) or `"length"`.
+
+    `position` is the number of response tokens.
+    """
+
+    position: int
+    reason: str
+
+
+Event = Text | Alarm | Halt | Done
+
+
+@dataclass(slots=True)
+class Trace:
+    """All steps of one response, with what was made of them.
+
+    Index t is the response token t throughout. Numbers only: `text` is None unless the operator asked to keep it.
+
+    Attributes:
+        id: Name of the response, the caller's choice.
+        categories: K categories, in the order of the flag probabilities.
+        token_ids: T tokens in the order in which the engine chose them, released or not.
+        flag_probs: T x K probabilities in [0, 1], as measured. A step that could not be judged is not among them: the
+            `Halt` at the end says what was wrong with it.
+        scores: T x K scores of the monitor; empty in a trace that no monitor has seen.
+        events: What the caller of the stream saw, in order; the last one is a `Halt` or a `Done`, unless the caller
+            left early.
+        meta: What else is to be kept and JSON can hold: run id, category label, onset, ...
+        text: The released text, on request.
+    """
+
+    id: str = ""
+    categories: tuple[str, ...] = ()
+    token_ids: list[int] = field(default_factory=list)
+    flag_probs: list[tuple[float, ...]] = field(default_factory=list)
+    scores: list[tuple[float, ...]] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+    meta: dict[str, Any] = field(default_factory=dict)
+    text: str | None = None
+
+    def steps(self) -> Iterator[Step]:
+        """The steps as the engine gave them."""
+        return map(Step, self.token_ids, self.flag_probs)
+
+    @property
+    def end(self) -> Halt | Done | None:
+        """The terminal event; None where the caller left before the response was over."""
+        last = self.events[-1] if self.events else None
+        return last if isinstance(last, Halt | Done) else None
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Opens a file that takes the name `path` only once it is complete; until then, and on any error, `path` stays.
+
+    Raises:
+        RedflagError: When the operating system refuses (no space, no permission).
+    """
+    path = Path(path)
+    # Not `tempfile`: its files are readable by their owner alone, and a server may run as somebody else.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise RedflagError(
+            f"cannot write {path} ({error.strerror or error}): nothing of it was saved and an older file of that name "
+            "is unchanged; free the space or mend the permissions and repeat"
+        ) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def write_traces(
+    path: str | os.PathLike[str], traces: Iterable[Trace], *, text: bool = False, append: bool = False
+) -> int:
+    """Writes traces as JSONL, one trace per line, one array per column.
+
+    A line is an object with `format`, `id`, `categories`, `token_ids` (T), `flag_probs` and `scores` (K arrays of T),
+    `events`, `meta` and `text`. Floats come back bit by bit; those that JSON does not know are the strings `"nan"`,
+    `"inf"` and `"-inf"`.
+
+    Args:
+        path: The file; `.gz` compresses.
+        traces: Any iterable; read once, one trace in memory at a time.
+        text: Also write `Trace.text` and the text of the `Text` events. Off: numbers only.
+        append: Add to the file instead of replacing it. Every line is handed over whole, so a process that is killed
+            spoils at most the line that it was writing.
+
+    Returns:
+        The number of traces written.
+
+    Raises:
+        RedflagError: For a trace that cannot be written, or a file that cannot. Without `append` nothing has changed.
+    """
+    path = Path(path)
+    if append:
+        return _append(path, traces, text)
+    count = 0
+    with atomic_write(path) as file:
+        # No name and no time in the header: the same traces give the same bytes.
+        packed = gzip.GzipFile("", "wb", fileobj=file, mtime=0) if path.suffix == ".gz" else None
+        target = cast(BinaryIO, packed) if packed else file
+        for trace in traces:
+            target.write(_to_line(trace, text))
+            count += 1
+        if packed:
+            packed.close()
+    return count
+
+
+def read_traces(path: str | os.PathLike[str]) -> Iterator[Trace]:
+    """Reads what `write_traces` wrote, one trace at a time.
+
+    Raises:
+        RedflagError: At the first line that is not a whole trace of this format, naming file and line.
+    """
+    path = Path(path)
+    number = 0
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
+            for line in cast(BinaryIO, file):
+                number += 1
+                if line.strip():
+                    yield _from_line(line, f"{path}, line {number}")
+    except (EOFError, OSError, zlib.error) as error:
+        where = f"{path}, after line {number}" if number else f"{path}"
+        reason = (isinstance(error, OSError) and error.strerror) or error
+        raise RedflagError(f"{where}: cannot be read ({reason}); record the traces again or mend the path") from error
+
+
+def _append(path: Path, traces: Iterable[Trace], text: bool) -> int:
+    if path.suffix == ".gz":
+        raise RedflagError(
+            f"cannot append to {path}: a compressed file that is cut off can no longer be read; "
+            "append to a plain .jsonl file and compress it afterwards"
+        )
+    count = 0
+    try:
+        with open(path, "ab+") as file:
+            if file.tell():  # A line cut off by a crash must not swallow the next one.
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    file.write(b"\n")
+            for trace in traces:
+                file.write(_to_line(trace, text))
+                file.flush()
+                count += 1
+    except OSError as error:
+        raise RedflagError(
+            f"cannot append to {path} ({error.strerror or error}): {count} of the traces were added before; "
+            "free the space or mend the permissions and repeat with the others"
+        ) from error
+    return count
+
+
+def _to_line(trace: Trace, text: bool) -> bytes:
+    steps, flags = len(trace.token_ids), len(trace.categories)
+    for name, rows, allowed in (("flag_probs", trace.flag_probs, {steps}), ("scores", trace.scores, {0, steps})):
+        if len(rows) not in allowed or any(len(row) != flags for row in rows):
+            raise RedflagError(
+                f"trace {trace.id!r} cannot be written: its {name} are not {steps} tokens x {flags} categories, so no "
+                "reader could tell what belongs to which token; give one row per token"
+            )
+    record = {
+        "format": TRACE_FORMAT,
+        "id": trace.id,
+        "categories": list(trace.categories),
+        "token_ids": trace.token_ids,
+        "flag_probs": _columns(trace.flag_probs, flags),
+        "scores": _columns(trace.scores, flags),
+        "events": _pack_events(trace, text),
+        "meta": trace.meta,
+        "text": trace.text if text else None,
+    }
+    try:
+        return json.dumps(record, allow_nan=False, separators=(",", ":")).encode() + b"\n"
+    except (TypeError, ValueError) as error:
+        raise RedflagError(
+            f"trace {trace.id!r} cannot be written as JSON ({error}): give plain integers as token ids and keep only "
+            "strings, finite numbers, lists and dictionaries in meta"
+        ) from error
+
+
+def _columns(rows: Sequence[Sequence[float]], flags: int) -> list[list[float | str]]:
+    columns = zip(*rows, strict=True) if rows else [()] * flags
+    return [[_pack_number(value) for value in column] for column in columns]
+
+
+def _pack_number(value: float) -> float | str:
+    value = float(value)
+    return value if math.isfinite(value) else str(value)
+
+
+def _pack_events(trace: Trace, text: bool) -> list[dict[str, Any]]:
+    """Events as objects; neighbouring `Text` events as one, whose `counts` say how many tokens each released."""
+    packed: list[dict[str, Any]] = []
+    position = None  # where the next `Text` would have to start to join the one before
+    for event in trace.events:
+        if not isinstance(event, Text):
+            values = {item.name: getattr(event, item.name) for item in fields(event)}
+            for name in ("score", "threshold"):
+                if name in values:
+                    values[name] = _pack_number(values[name])
+            packed.append({"kind": type(event).__name__.lower(), **values})
+            position = None
+            continue
+        start, count = event.position, len(event.token_ids)
+        if list(event.token_ids) != trace.token_ids[start : start + count]:
+            raise RedflagError(
+                f"trace {trace.id!r} cannot be written: the tokens released at {start} are not those of the trace, so "
+                "the file would tell another story; record both from one session"
+            )
+        if start != position:
+            packed.append({"kind": "text", "position": start, "counts": []} | ({"texts": []} if text else {}))
+        packed[-1]["counts"].append(count)
+        if text:
+            packed[-1]["texts"].append(event.text)
+        position = start + count
+    return packed
+
+
+_KEYS = ("format", "id", "categories", "token_ids", "flag_probs", "scores", "events", "meta", "text")
+_EVENTS: dict[str, type[Alarm] | type[Halt] | type[Done]] = {"alarm": Alarm, "halt": Halt, "done": Done}
+
+
+def _from_line(line: bytes, where: str) -> Trace:
+    try:
+        record = json.loads(line, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        cut = "" if line.endswith(b"\n") else ", and the line has no end: the writer was probably killed"
+        raise RedflagError(f"{where}: not JSON ({error}){cut}; delete the line or record it again") from error
+    try:
+        return _unpack(record)
+    except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
+        raise RedflagError(f"{where}: not a trace ({error}); delete the line or record it again") from error
+
+
+def _unpack(record: Any) -> Trace:
+    _expect(isinstance(record, dict), "a line is not an object")
+    _expect("format" in record, "it has no format number")
+    _expect(record["format"] == TRACE_FORMAT, f"format {record['format']!r}, this version reads {TRACE_FORMAT}")
+    _expect(not (unknown := sorted(set(record) - set(_KEYS))), f"unknown keys {unknown}")
+    _expect(not (missing := [key for key in _KEYS if key not in record]), f"missing keys {missing}")
+    _expect(isinstance(record["id"], str), f"id {record['id']!r} is not a string")
+    _expect(record["text"] is None or isinstance(record["text"], str), "text is not a string")
+    _expect(isinstance(record["meta"], dict), "meta is not an object")
+    categories, token_ids = record["categories"], record["token_ids"]
+    _expect(_all_of(str, categories), "categories are not strings")
+    _expect(_all_of(int, token_ids), "token_ids are not integers")
+    trace = Trace(
+        id=record["id"],
+        categories=tuple(categories),
+        token_ids=token_ids,
+        flag_probs=_rows(record, "flag_probs", len(token_ids), len(categories)),
+        scores=_rows(record, "scores", len(token_ids), len(categories), may_lack=True),
+        meta=record["meta"],
+        text=record["text"],
+    )
+    _expect(isinstance(record["events"], list), "events are not a list")
+    for packed in record["events"]:
+        trace.events.extend(_unpack_event(packed, token_ids))
+    return trace
+
+
+def _unpack_event(packed: dict[str, Any], token_ids: list[int]) -> Iterator[Event]:
+    _expect(isinstance(packed, dict), f"event {packed!r} is not an object")
+    values = dict(packed)
+    kind = values.pop("kind", None)
+    position = values["position"]
+    _expect(_all_of(int, [position]) and 0 <= position <= len(token_ids), f"event at position {position!r}")
+    if kind == "text":
+        counts = values["counts"]
+        texts = values.get("texts", [""] * len(counts))
+        _expect(_all_of(int, counts) and all(count >= 0 for count in counts), "counts are not whole numbers")
+        _expect(_all_of(str, texts) and len(texts) == len(counts), "texts and counts differ in length")
+        _expect(position + sum(counts) <= len(token_ids), "text beyond the last token")
+        for count, text in zip(counts, texts, strict=True):
+            yield Text(position, tuple(token_ids[position : position + count]), text)
+            position += count
+        return
+    _expect(kind in _EVENTS, f"unknown kind of event {kind!r}")
+    if kind == "alarm":
+        values["score"], values["threshold"] = _number(values["score"]), _number(values["threshold"])
+    words = [values[name] for name in ("category", "reason", "action", "detail") if name in values]
+    _expect(all(word is None or isinstance(word, str) for word in words), f"event with {words!r} for words")
+    yield _EVENTS[kind](**values)
+
+
+def _rows(record: dict[str, Any], name: str, steps: int, flags: int, may_lack: bool = False) -> list[tuple[float, ...]]:
+    columns = record[name]
+    _expect(isinstance(columns, list) and len(columns) == flags, f"{name} are not {flags} columns")
+    if may_lack and all(column == [] for column in columns):
+        return []
+    _expect(all(isinstance(column, list) for column in columns), f"{name} are not columns")
+    _expect(all(len(column) == steps for column in columns), f"{name} are not {steps} long")
+    if not columns:
+        return [()] * steps
+    return list(zip(*([_number(value) for value in column] for column in columns), strict=True))
+
+
+def _number(value: Any) -> float:
+    if type(value) is float:
+        return value
+    _expect(type(value) is int or value in ("nan", "inf", "-inf"), f"{value!r} is not a number")
+    return float(value)
+
+
+def _all_of(kind: type, values: Any) -> bool:
+    # By `type`, not `isinstance`: true is no token id.
+    return isinstance(values, list) and all(type(value) is kind for value in values)
+
+
+def _expect(fact: bool, otherwise: str) -> None:
+    if not fact:
+        raise ValueError(otherwise)
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")

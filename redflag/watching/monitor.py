@@ -1,0 +1,204 @@
+"""From K flag probabilities per step to K scores per step.
+
+With p_t the probability of one flag at step t = 0, 1, ..., and the fields of `MonitorConfig`, the score s_t is
+
+| aggregation | score | state before the first step |
+|---|---|---|
+| `max` | s_t = p_t | none |
+| `run` | s_t = min(p_{t-n+1}, ..., p_t), n = `window`; 0 while t + 1 < n | none |
+| `ema` | s_t = (1 - `decay`) s_{t-1} + `decay` p_t | s_{-1} = `prior` |
+| `cusum` | s_t = max(0, s_{t-1} + logit(p_t) - logit(`prior`) - `drift`) | s_{-1} = 0 |
+
+All are causal, take O(window) time and memory per step, and never fall when a probability rises. The peak of a response
+is the largest of its scores, whence the name `max`. `run` asks for n high steps on end; `cusum` is Page's test
+(E. S. Page, "Continuous inspection schemes", Biometrika 41, 1954) on log-odds in nats: evidence above the benign level
+adds up, and `drift` nats are forgiven at every step. `ema` and `cusum` start from what a benign step looks like and not
+from the first value: a first token that happens to be high would otherwise count for more than all others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from redflag.errors import RedflagError
+
+Aggregation = Literal["max", "ema", "run", "cusum"]
+
+# Log-odds are taken of probabilities no closer to 0 and 1 than this, about 13.8 nats: a rounded 1.0 is strong evidence,
+# not infinite evidence.
+LOGIT_CLIP = 1e-6
+
+
+class UnjudgedError(RedflagError):
+    """Flag probabilities that are missing, not numbers or outside [0, 1]: the step cannot be judged."""
+
+
+@dataclass(frozen=True)
+class MonitorConfig:
+    """How probabilities become scores; the formulas stand at the head of the module.
+
+    Attributes:
+        aggregation: `max`, `ema`, `run` or `cusum`.
+        window: Steps on end that must be high, for `run`.
+        decay: Weight of the new value in (0, 1], for `ema`; 1 is `max`.
+        prior: Probability of a flag at a benign step, in (0, 1), for `ema` and `cusum`.
+        drift: Nats forgiven per step, for `cusum`.
+        warm_up: The first so many steps have score 0 and raise no alarm; the state takes them in all the same.
+
+    Raises:
+        RedflagError: For a value outside its range.
+    """
+
+    aggregation: Aggregation = "max"
+    window: int = 1
+    decay: float = 0.2
+    prior: float = 0.01
+    drift: float = 0.5
+    warm_up: int = 0
+
+    def __post_init__(self) -> None:
+        if self.aggregation not in get_args(Aggregation):
+            raise RedflagError(
+                f"aggregation is {self.aggregation!r}, and no monitor has that name; use one of "
+                f"{', '.join(get_args(Aggregation))}"
+            )
+        for name, least in (("window", 1), ("warm_up", 0)):
+            if type(value := getattr(self, name)) is not int or value < least:
+                raise RedflagError(f"{name} is {value!r}, but it counts steps; give a whole number from {least} up")
+        for name, inside, allowed in (
+            ("decay", lambda x: 0 < x <= 1, "above 0 and at most 1"),
+            ("prior", lambda x: 0 < x < 1, "above 0 and below 1"),
+            ("drift", lambda x: 0 <= x < math.inf, "finite and not negative"),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool) or not inside(value):
+                raise RedflagError(f"{name} is {value!r}, so scores would have no meaning; give a number {allowed}")
+
+
+class Monitor:
+    """The scores of one response, step by step.
+
+    Example:
+        >>> monitor = Monitor(MonitorConfig(aggregation="run", window=2), flags=1)
+        >>> [monitor.feed([p]) for p in (0.9, 0.1, 0.8, 0.7)]
+        [(0.0,), (0.1,), (0.1,), (0.7,)]
+        >>> monitor.peak
+        (0.7,)
+    """
+
+    def __init__(self, config: MonitorConfig, flags: int) -> None:
+        """Starts before the first step.
+
+        Args:
+            config: The aggregation and its numbers.
+            flags: K, the number of flags.
+        """
+        assert flags >= 1, "a monitor needs a flag"
+        self.config = config
+        self.flags = flags
+        self._gain = _logit(config.prior) + config.drift
+        self.reset()
+
+    def reset(self) -> None:
+        """Goes back to before the first step."""
+        zeros = (0.0,) * self.flags
+        self._zeros = zeros
+        self._steps = 0
+        self._peak = zeros
+        self._state = (self.config.prior,) * self.flags if self.config.aggregation == "ema" else zeros
+        self._window: deque[tuple[float, ...]] = deque(maxlen=self.config.window)
+
+    @property
+    def peak(self) -> tuple[float, ...]:
+        """K largest scores so far; zeros before the first step."""
+        return self._peak
+
+    def feed(self, flag_probs: Sequence[float]) -> tuple[float, ...]:
+        """Takes in the K probabilities of one step.
+
+        Returns:
+            K scores: in [0, 1], for `cusum` in nats from 0 up.
+
+        Raises:
+            UnjudgedError: For anything but K numbers in [0, 1]; the monitor is then as it was before.
+        """
+        probs = judged(flag_probs, self.flags)
+        config = self.config
+        if config.aggregation == "max":
+            scores = probs
+        elif config.aggregation == "run":
+            self._window.append(probs)
+            full = len(self._window) == config.window
+            scores = tuple(map(min, zip(*self._window, strict=True))) if full else self._zeros
+        elif config.aggregation == "ema":
+            # Rounding may leave [0, 1] by one unit in the last place.
+            kept, new = 1.0 - config.decay, config.decay
+            scores = self._state = tuple(min(1.0, kept * s + new * p) for s, p in zip(self._state, probs, strict=True))
+        else:
+            gain = self._gain
+            scores = self._state = tuple(
+                max(0.0, s + _logit(p) - gain) for s, p in zip(self._state, probs, strict=True)
+            )
+        self._steps += 1
+        if self._steps <= config.warm_up:
+            return self._zeros
+        self._peak = tuple(map(max, self._peak, scores))
+        return scores
+
+
+def peaks(
+    config: MonitorConfig, flag_probs_TK: Sequence[Sequence[float]], flags: int | None = None
+) -> tuple[float, ...]:
+    """The K peaks of a recorded response: its probabilities folded through `Monitor`.
+
+    Args:
+        config: The aggregation and its numbers.
+        flag_probs_TK: T steps of K probabilities.
+        flags: K; needed only for a response that may be empty, whose peaks are 0.
+
+    Raises:
+        UnjudgedError: For a step that is anything but K numbers in [0, 1].
+    """
+    if flags is None:
+        assert len(flag_probs_TK), "K of an empty response is unknown: pass flags"
+        flags = len(flag_probs_TK[0])
+    monitor = Monitor(config, flags)
+    for flag_probs in flag_probs_TK:
+        monitor.feed(flag_probs)
+    return monitor.peak
+
+
+def judged(flag_probs: Sequence[float], flags: int) -> tuple[float, ...]:
+    """The K probabilities of one step as plain floats.
+
+    Raises:
+        UnjudgedError: For anything but K numbers in [0, 1].
+    """
+    try:
+        probs = tuple(map(float, flag_probs))
+    except (OverflowError, TypeError, ValueError) as error:
+        raise UnjudgedError(
+            f"the flag probabilities are {flag_probs!r}, so the step cannot be judged; the engine must measure "
+            f"{flags} numbers at every step"
+        ) from error
+    if len(probs) != flags:
+        raise UnjudgedError(
+            f"{len(probs)} flag probabilities for {flags} flags, so the step cannot be judged; the engine must measure "
+            "every flag at every step"
+        )
+    for p in probs:
+        if not 0.0 <= p <= 1.0:  # false for NaN
+            raise UnjudgedError(
+                f"a flag probability is {p}, so the step cannot be judged; the engine must give numbers in [0, 1]"
+            )
+    return probs
+
+
+def _logit(p: float) -> float:
+    """Log-odds in nats, clipped."""
+    p = min(max(p, LOGIT_CLIP), 1.0 - LOGIT_CLIP)
+    return math.log(p / (1.0 - p))

@@ -1,0 +1,220 @@
+"""Where an alarm begins: one score per category, and everything that makes the number mean something."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, NoReturn, get_args
+
+from redflag.errors import RedflagError
+from redflag.trace import atomic_write
+from redflag.watching.monitor import MonitorConfig
+
+THRESHOLDS_FILE = "thresholds.json"
+THRESHOLDS_FORMAT = 1
+
+Guarantee = Literal["expected", "high_probability", "manual"]
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Thresholds per category, with the monitor, model and measurement that they belong to.
+
+    Attributes:
+        values: Category -> score at and above which an alarm is raised; finite, above 0.
+        monitor: The monitor whose scores these are.
+        target_fpr: The false-alarm rate per benign response that was asked for; None when set by hand.
+        guarantee: `expected` (the rate holds on average over calibration sets), `high_probability` (it holds with
+            probability 1 - `delta` over them) or `manual` (nobody measured anything).
+        delta: For `high_probability`.
+        joint: The rate is that of an alarm of *any* category, not of each one.
+        sample_size: Benign responses that the thresholds were set on.
+        realised_fpr: Share of held-out benign responses with an alarm.
+        interval: 95% Clopper-Pearson interval of `realised_fpr`.
+        held_out_size: Benign responses that it was measured on.
+        run_id: Run that trained the model.
+        template_hash: Hash of the prompt template.
+        logprob_mode: What the engine measures: `raw`, before temperature, bias and penalties; or another name.
+
+    Raises:
+        RedflagError: For values that contradict each other or cannot be.
+    """
+
+    values: Mapping[str, float]
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    target_fpr: float | None = None
+    guarantee: str = "manual"
+    delta: float | None = None
+    joint: bool = False
+    sample_size: int = 0
+    realised_fpr: float | None = None
+    interval: tuple[float, float] | None = None
+    held_out_size: int = 0
+    run_id: str = ""
+    template_hash: str = ""
+    logprob_mode: str = "raw"
+
+    def __post_init__(self) -> None:
+        self._check_values()
+        if self.guarantee not in get_args(Guarantee):
+            raise RedflagError(
+                f"the guarantee is {self.guarantee!r}, which says nothing about false alarms; use one of "
+                f"{', '.join(get_args(Guarantee))}"
+            )
+        needs = {"target_fpr": self.guarantee != "manual", "delta": self.guarantee == "high_probability"}
+        for name, needed in needs.items():
+            value = getattr(self, name)
+            if (value is None and needed) or not (value is None or (_is_number(value) and 0 < value < 1)):
+                raise RedflagError(
+                    f"{name} is {value!r} under the guarantee {self.guarantee!r}, so nothing would be promised; give a "
+                    "number above 0 and below 1"
+                )
+        rates = [rate for rate in (self.realised_fpr, *(self.interval or ())) if rate is not None]
+        if not all(_is_number(rate) and 0 <= rate <= 1 for rate in rates) or len(self.interval or (0, 0)) != 2:
+            raise RedflagError(
+                f"realised_fpr is {self.realised_fpr!r} with interval {self.interval!r}, but rates lie between 0 and "
+                "1; give one rate and two ends"
+            )
+        for name in ("sample_size", "held_out_size"):
+            if type(value := getattr(self, name)) is not int or value < 0:
+                raise RedflagError(f"{name} is {value!r}, but it counts responses; give a whole number from 0 up")
+        for name in ("run_id", "template_hash", "logprob_mode"):
+            if not isinstance(value := getattr(self, name), str):
+                raise RedflagError(f"{name} is {value!r}, and nothing can be compared with it; give a string")
+        if type(self.joint) is not bool:
+            raise RedflagError(f"joint is {self.joint!r}, so it is open what the rate is of; give true or false")
+
+    def _check_values(self) -> None:
+        if not isinstance(self.values, Mapping) or not self.values:
+            raise RedflagError(
+                f"the thresholds are {self.values!r}, so nothing would be watched; give one per category"
+            )
+        # A threshold one unit above 1 is what a calibration on saturated probabilities gives; 50 is a percentage.
+        highest = math.inf if self.monitor.aggregation == "cusum" else math.nextafter(1.0, 2.0)
+        for category, value in self.values.items():
+            if not isinstance(category, str):
+                raise RedflagError(f"{category!r} has a threshold but is no category's name; give strings")
+            if not _is_number(value) or not 0 < value <= highest or math.isinf(value):
+                raise RedflagError(
+                    f"the threshold of {category!r} is {value!r}, which every score or none would reach; give a number "
+                    f"above 0{'' if highest == math.inf else ' and at most 1'} for {self.monitor.aggregation!r} scores"
+                )
+        object.__setattr__(self, "values", {category: float(value) for category, value in self.values.items()})
+
+    @classmethod
+    def manual(
+        cls,
+        value: float,
+        categories: Iterable[str],
+        monitor: MonitorConfig | None = None,
+        *,
+        run_id: str = "",
+        template_hash: str = "",
+        logprob_mode: str = "raw",
+    ) -> Thresholds:
+        """One threshold for all categories, set by hand: the explicit way round a calibration, with no promise."""
+        return cls(
+            values=dict.fromkeys(categories, value),
+            monitor=monitor or MonitorConfig(),
+            run_id=run_id,
+            template_hash=template_hash,
+            logprob_mode=logprob_mode,
+        )
+
+    def check(self, run_id: str, template_hash: str, logprob_mode: str, categories: Iterable[str]) -> None:
+        """Refuses to be used with anything but what the thresholds were calibrated with.
+
+        Args:
+            run_id: Run of the model at hand.
+            template_hash: Hash of the prompt template in force.
+            logprob_mode: What the engine at hand measures.
+            categories: Categories of the model's flags, in any order.
+
+        Raises:
+            RedflagError: Naming the first mismatch.
+        """
+        for what, theirs, ours in (
+            ("categories", sorted(self.values), sorted(categories)),
+            ("run", self.run_id, run_id),
+            ("prompt template", self.template_hash, template_hash),
+            ("log-probability mode", self.logprob_mode, logprob_mode),
+        ):
+            if theirs != ours:
+                raise RedflagError(
+                    f"the thresholds were calibrated for {what} {theirs!r} but {what} {ours!r} is in force, so their "
+                    "false-alarm rate does not hold; run `redflag calibrate` again for this model"
+                )
+
+    def save(self, directory: str | os.PathLike[str]) -> Path:
+        """Writes `thresholds.json` into an existing directory, whole or not at all.
+
+        Raises:
+            RedflagError: When it cannot be written; an older file is then unchanged.
+        """
+        path = Path(directory) / THRESHOLDS_FILE
+        record = {"format": THRESHOLDS_FORMAT, **asdict(self)}
+        with atomic_write(path) as file:
+            file.write(json.dumps(record, indent=2, allow_nan=False).encode() + b"\n")
+        return path
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str]) -> Thresholds:
+        """Reads `thresholds.json` of a directory.
+
+        Raises:
+            RedflagError: When there is none, or it is not a whole file of this format.
+        """
+        path = Path(directory) / THRESHOLDS_FILE
+        try:
+            record = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
+        except FileNotFoundError as error:
+            raise RedflagError(
+                f"{path} does not exist, so it is unknown where an alarm begins; run `redflag calibrate --model "
+                f"{path.parent} --input rows.jsonl`, or set a threshold by hand"
+            ) from error
+        except OSError as error:
+            raise RedflagError(
+                f"{path} cannot be read ({error.strerror}), so it is unknown where alarms begin; mend its permissions"
+            ) from error
+        except (ValueError, RecursionError) as error:
+            raise _spoilt(path, f"is not JSON ({error})") from error
+        if not isinstance(record, dict):
+            raise _spoilt(path, "holds no object")
+        # Before the keys: another format may have other keys.
+        if (version := record.pop("format", None)) != THRESHOLDS_FORMAT:
+            raise _spoilt(path, f"has format {version!r}, and this version of redflag reads {THRESHOLDS_FORMAT}")
+        _check_keys(path, record, cls)
+        _check_keys(path, record["monitor"], MonitorConfig)
+        try:
+            monitor = MonitorConfig(**record.pop("monitor"))
+            interval = record.pop("interval")
+            return cls(**record, monitor=monitor, interval=tuple(interval) if isinstance(interval, list) else interval)
+        except (OverflowError, RedflagError, TypeError) as error:
+            raise _spoilt(path, f"holds a value that cannot be: {error}") from error
+
+
+def _check_keys(path: Path, record: Any, kind: type[Thresholds] | type[MonitorConfig]) -> None:
+    if not isinstance(record, dict):
+        raise _spoilt(path, "has a monitor that is no object")
+    known = {item.name for item in fields(kind)}
+    if unknown := sorted(set(record) - known):
+        raise _spoilt(path, f"has unknown keys {unknown}")
+    if missing := sorted(known - set(record)):
+        raise _spoilt(path, f"lacks the keys {missing}")
+
+
+def _spoilt(path: Path, fault: str) -> RedflagError:
+    return RedflagError(f"{path} {fault}, so its thresholds cannot be trusted; run `redflag calibrate` again")
+
+
+def _is_number(value: Any) -> bool:
+    # Not NaN: it fails every comparison, and a threshold that is never reached would look like one that is.
+    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
