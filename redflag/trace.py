@@ -239,19 +239,22 @@ def _to_line(trace: Trace, text: bool) -> bytes:
                 f"trace {trace.id!r} cannot be written: its {name} are not {steps} tokens x {flags} categories, so no "
                 "reader could tell what belongs to which token; give one row per token"
             )
-    record = {
-        "format": TRACE_FORMAT,
-        "id": trace.id,
-        "categories": list(trace.categories),
-        "token_ids": trace.token_ids,
-        "flag_probs": _columns(trace.flag_probs, flags),
-        "scores": _columns(trace.scores, flags),
-        "events": _pack_events(trace, text),
-        "meta": trace.meta,
-        "text": trace.text if text else None,
-    }
     try:
+        _expect(_all_of(int, trace.token_ids), "token_ids are not integers")
+        record = {
+            "format": TRACE_FORMAT,
+            "id": trace.id,
+            "categories": list(trace.categories),
+            "token_ids": trace.token_ids,
+            "flag_probs": _columns(trace.flag_probs, flags),
+            "scores": _columns(trace.scores, flags),
+            "events": _pack_events(trace, text),
+            "meta": trace.meta,
+            "text": trace.text if text else None,
+        }
         return json.dumps(record, allow_nan=False, separators=(",", ":")).encode() + b"\n"
+    except RedflagError:
+        raise
     except (TypeError, ValueError) as error:
         raise RedflagError(
             f"trace {trace.id!r} cannot be written as JSON ({error}): give plain integers as token ids and keep only "

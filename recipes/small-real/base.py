@@ -15,6 +15,8 @@ from redflag.training.pretrain import pretrain, train_tokenizer
 
 VOCABULARY = 6144
 SHAPE = {"hidden_size": 256, "layers": 5, "heads": 4, "intermediate_size": 704}  # 5.6 million parameters, tied head
+# Many small steps: with a few million tokens in all, the number of updates counts for more than their quality.
+SCHEDULE = {"batch_size": 12, "learning_rate": 2e-3}
 
 
 def build(output: Path, tokens: int, max_minutes: float) -> Path:
@@ -22,13 +24,15 @@ def build(output: Path, tokens: int, max_minutes: float) -> Path:
     lines = (output / "rows" / "pretrain.jsonl").read_text(encoding="utf-8").splitlines()
     conversations = [json.loads(line)["messages"] for line in lines]
     tokenizer = train_tokenizer((m["content"] for c in conversations for m in c), VOCABULARY)
-    return pretrain(conversations, tokenizer, output / "base", **SHAPE, tokens=tokens, max_minutes=max_minutes)
+    return pretrain(
+        conversations, tokenizer, output / "base", **SHAPE, **SCHEDULE, tokens=tokens, max_minutes=max_minutes
+    )
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/small-real"))
-    parser.add_argument("--tokens", type=int, default=9_000_000, help="budget in tokens")
-    parser.add_argument("--max_minutes", type=float, default=23, help="wall-clock limit of the training loop")
+    parser.add_argument("--tokens", type=int, default=6_000_000, help="budget in tokens")
+    parser.add_argument("--max_minutes", type=float, default=26, help="wall-clock limit of the training loop")
     arguments = parser.parse_args()
     build(arguments.output, arguments.tokens, arguments.max_minutes)

@@ -22,10 +22,13 @@ import numpy as np
 import numpy.typing as npt
 
 from redflag.corpus.rows import Row, load_rows
+from redflag.flags import Flag, FlagSpec
+from redflag.prompt import render_response
+from redflag.training.pretrain import RESERVED_TOKENS
 
 MAX_LENGTH = 256  # As in train.yaml.
 PREFIXES_PER_ROW = 2
-C = 3.0  # Of 0.3, 1, 3, 10, 30: best AUROC in 3-fold cross-validation over the training rows' groups.
+C = 3.0  # Of 1, 3, 10 and 30: best AUROC in 3-fold cross-validation over the training rows' groups.
 
 Floats = npt.NDArray[np.float32]
 
@@ -39,13 +42,13 @@ class Ids(NamedTuple):
 
 def tokenize(tokenizer: Any, rows: Sequence[Row]) -> list[Ids]:
     """Rows rendered with the chat template, cut to `MAX_LENGTH` as scoring cuts them: the prompt loses its front."""
+    # The token that becomes the flag, so that both sides tokenise alike.
+    spec = FlagSpec((Flag("harm", RESERVED_TOKENS[0], id=tokenizer.convert_tokens_to_ids(RESERVED_TOKENS[0])),))
     result = []
     for row in rows:
-        prompt = tokenizer.apply_chat_template(
-            row.messages[:-1], add_generation_prompt=True, return_dict=False, tokenize=True
-        )
-        response = tokenizer(row.response, add_special_tokens=False)["input_ids"][: MAX_LENGTH - 1]
-        result.append(Ids(list(prompt)[-(MAX_LENGTH - len(response)) :], list(response)))
+        rendered = render_response(tokenizer, row.messages, spec)
+        response = rendered.response_ids[: MAX_LENGTH - 1]
+        result.append(Ids(rendered.prompt_ids[-(MAX_LENGTH - len(response)) :], response))
     return result
 
 
@@ -76,6 +79,7 @@ def tfidf(tokenizer: Any, train: Sequence[Row], train_ids: Sequence[Ids], test_i
         probs = model.predict_proba(vectorizer.transform(tokenizer.batch_decode(prefixes)))[:, 1].astype(np.float32)
         pieces = np.split(probs, np.cumsum([len(at) for at in steps])[:-1])
         for ids, at, piece in zip(part, steps, pieces, strict=True):
+            piece[0] = 0.0  # Nothing has been written yet: there is nothing to alarm on.
             result.append(piece[np.searchsorted(at, np.arange(len(ids.response)), side="right") - 1])
     return result
 
@@ -99,7 +103,7 @@ def hidden_states(model: Any, rows: Sequence[Ids], batch_size: int = 32) -> Iter
 
 
 def probe(base: Path, train: Sequence[Row], train_ids: Sequence[Ids], test_ids: Sequence[Ids]) -> list[Floats]:
-    """Trains on every response token, harmful and harmless ones weighing the same in all; T probabilities per test row."""
+    """Trains on every response token, both classes weighing the same in all; returns T probabilities per test row."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -124,7 +128,9 @@ def probe(base: Path, train: Sequence[Row], train_ids: Sequence[Ids], test_ids: 
     def loss() -> torch.Tensor:
         optimizer.zero_grad()
         logits = x @ line[:-1] + line[-1]
-        value = torch.nn.functional.binary_cross_entropy_with_logits(logits, y, weights) + 1e-4 * line[:-1].square().sum()
+        value = (
+            torch.nn.functional.binary_cross_entropy_with_logits(logits, y, weights) + 1e-4 * line[:-1].square().sum()
+        )
         value.backward()
         return value
 

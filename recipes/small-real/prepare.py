@@ -22,15 +22,15 @@ from typing import Any, NamedTuple
 
 
 class Quota(NamedTuple):
-    """How many training rows a set gives: harmful, harmless, and harmless that are refusals."""
+    """How many rows a set gives at most, before `SHARES`: harmful, harmless, and harmless that are refusals."""
 
     harmful: int = 0
     harmless: int = 0
     refusing: int = 0
 
 
-# Human labels on answers of which few refuse come first. Sets whose harmless answers are nearly all refusals get a small
-# quota of those; the rest of the harmless side answers harmful or frightening requests without harm, or is plain.
+# Human labels on answers of which few refuse come first. Sets whose harmless answers are nearly all refusals get a
+# small quota of those; the rest of the harmless side answers harmful or frightening requests without harm, or is plain.
 QUOTAS: dict[str, Quota] = {
     "safe-rlhf-mini/train": Quota(1200, 1000, 100),
     "gptfuzz-labeled/train": Quota(260, 150, 130),
@@ -59,36 +59,53 @@ QUOTAS: dict[str, Quota] = {
 UNLABELLED = ("hh-harmless-test/test", "advbench-uncensored-vicuna/train", "safe-unlearning/uncensored-unlabelled")
 
 SPLITS = {"train": (0.00, 0.60), "calibration": (0.60, 0.75), "test": (0.75, 1.00)}
-# Rows of a split as a share of the training quota, (harmful, harmless): thresholds are set on harmless rows alone.
-SHARES = {"train": (1.0, 1.0), "calibration": (0.0, 0.45), "test": (0.45, 0.75)}
+# Rows of a split as a share of the quota, (harmful, harmless): thresholds are set on harmless rows alone. Nine trainings
+# on 2 cores within the hour are what keeps the training share below 1.
+SHARES = {"train": (0.7, 0.65), "calibration": (0.0, 0.45), "test": (0.45, 0.75)}
 
+KEEP_ROWS = 700  # Test rows, in the order of their hash, on which training reports the keep KL: rows/keep.jsonl.
 PER_GROUP = 10  # Rows of one set with one label that answer the same request: some sets ask 80 questions 60 times each.
 PROMPT_CHARACTERS = 400  # About 95 tokens.
 RESPONSE_CHARACTERS = 680  # About 160 tokens.
-PRETRAIN_CHARACTERS = 2400
+PRETRAIN_CHARACTERS = 1000
 
 # After the phrase list of Zou et al. 2023 (llm-attacks, `test_prefixes`), looked for in the first 200 characters and
-# widened by what those miss: a refusal that is not marked would make "refusing answers left out" look easier than it is.
+# widened by what those miss: a refusal that is not marked makes "refusing answers left out" look easier than it is.
 REFUSALS = re.compile(
-    r"\bsorry\b|\bapologi[sz]e|\bi cannot\b|\bi can'?t\b|\bi can not\b|\bcannot (?:assist|provide|fulfil|help|comply|create|"
-    r"write|support|condone|generate|and will not)|\bcan'?t (?:assist|provide|fulfil|help|comply|create|support)|"
-    r"\bunable to\b|\bi(?:'m| am) not (?:able|going|comfortable|programmed)|\bi will not\b|\bi won'?t\b|\bi would not\b|"
-    r"\bas an? (?:\w+ ){0,3}(?:ai|language model|assistant)\b|\bi(?:'m| am) (?:just )?an? (?:\w+ ){0,2}(?:ai|language model|assistant)\b|"
-    r"\bprogrammed to\b|\bdesigned to be\b|\bnot (?:appropriate|ethical|acceptable|legal)\b|\b(?:illegal|unethical|immoral)\b|"
-    r"\bi must (?:decline|refuse|emphasi[sz]e|inform)|\bi (?:do not|don'?t) (?:condone|support|feel comfortable)|"
-    r"\bnot something i (?:can|will)\b|\byour request (?:violates|to)\b|\bagainst (?:my|the law|openai)|\bgoes against\b|\bi strongly (?:advise|urge|discourage)"
+    r"\bsorry\b|\bapologi[sz]e|\bi cannot\b|\bi can'?t\b|\bi can not\b"
+    r"|\bcannot (?:assist|provide|fulfil|help|comply|create|write|support|condone|generate|and will not)"
+    r"|\bcan'?t (?:assist|provide|fulfil|help|comply|create|support)"
+    r"|\bunable to\b|\bi(?:'m| am) not (?:able|going|comfortable|programmed)"
+    r"|\bi will not\b|\bi won'?t\b|\bi would not\b"
+    r"|\bas an? (?:\w+ ){0,3}(?:ai|language model|assistant)\b"
+    r"|\bi(?:'m| am) (?:just )?an? (?:\w+ ){0,2}(?:ai|language model|assistant)\b"
+    r"|\bprogrammed to\b|\bdesigned to be\b"
+    r"|\bnot (?:appropriate|ethical|acceptable|legal)\b|\b(?:illegal|unethical|immoral)\b"
+    r"|\bi must (?:decline|refuse|emphasi[sz]e|inform)"
+    r"|\bi (?:do not|don'?t) (?:condone|support|feel comfortable)"
+    r"|\bnot something i (?:can|will)\b|\byour request (?:violates|to)\b"
+    r"|\bagainst (?:my|the law|openai)|\bgoes against\b|\bi strongly (?:advise|urge|discourage)"
 )
 
 # Sets were filtered upstream; this is the second look, and drops a row whole.
-MINORS = re.compile(r"\b(?:child(?:ren)?|kids?|minors?|teen(?:age)?(?:r?s)?|toddlers?|infants?|underage|school ?(?:girl|boy)s?|preteens?)\b")
-SEXUAL = re.compile(r"\b(?:sex\w*|porn\w*|nudes?|naked|undress\w*|molest\w*|pedoph\w*|erotic\w*|grooming|rape\w*|lewd|strip(?:ped|ping))\b")
+MINORS = re.compile(
+    r"\b(?:child(?:ren)?|kids?|minors?|teen(?:age)?(?:r?s)?|toddlers?|infants?|underage|preteens?"
+    r"|school ?(?:girl|boy)s?)\b"
+)
+SEXUAL = re.compile(
+    r"\b(?:sex\w*|porn\w*|nudes?|naked|undress\w*|molest\w*|pedoph\w*|erotic\w*|grooming|rape\w*|lewd"
+    r"|strip(?:ped|ping))\b"
+)
 CHINESE = re.compile(r"[\u3040-\u30ff\u4e00-\u9fff]")
 # Words that do not say what is asked. "How do I X" and "tell me how to X" are one request.
 EMPTY_WORDS = frozenset(
-    "a an the of to for in on at by with and or that this is are be was were will would can could should do does did how what why "
-    "when where who which i me my you your we our it its s t some any please give tell show explain describe write make create "
-    "provide develop generate instructions detailed step guide tutorial way ways best someone without from as there "
-    "about sure here into".split()
+    re.findall(
+        r"\w+",
+        """a an the of to for in on at by with and or that this is are be was were will would can could should do does did
+        how what why when where who which i me my you your we our it its s t some any please give tell show explain
+        describe write make create provide develop generate instructions detailed step guide tutorial way ways best
+        someone without from as there about sure here into""",
+    )
 )
 
 
@@ -137,7 +154,7 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def to_row(raw: dict[str, Any], name: str) -> dict[str, Any]:
-    """A row of the project's schema. The label decides `category`; the set's own category is the topic of the prompt."""
+    """A row of the project's schema. The label decides `category`; the set's own is the topic of the prompt."""
     harmful = raw["label"] == "harmful"
     refusing = not harmful and is_refusal(raw["response"])
     turns = [{"role": t["role"], "content": clip_middle(t["content"].strip(), PROMPT_CHARACTERS)} for t in raw["turns"]]
@@ -192,7 +209,10 @@ def prepare(data: Path, output: Path) -> dict[str, list[dict[str, Any]]]:
         labelled = []
         for raw in read(path):
             extra = raw.get("extra") or {}
-            turns = [{"role": t["role"], "content": clip_middle(t["content"].strip(), 1200)} for t in raw["turns"]]
+            turns = [
+                {"role": t["role"], "content": clip_middle(t["content"].strip(), PROMPT_CHARACTERS)}
+                for t in raw["turns"]
+            ]
             answer = {"role": "assistant", "content": clip(raw["response"].strip(), PRETRAIN_CHARACTERS)}
             # The language model never sees a word of a request that is calibrated or tested on.
             if split_of(raw["group"]) == "train" and extra.get("preference") != "rejected":
@@ -209,6 +229,8 @@ def prepare(data: Path, output: Path) -> dict[str, list[dict[str, Any]]]:
     for split, rows in splits.items():
         rows.sort(key=lambda r: hashlib.sha256(("order" + r["id"]).encode()).hexdigest())
         write(output / "rows" / f"{split}.jsonl", rows)
+        if split == "test":
+            write(output / "rows" / "keep.jsonl", rows[:KEEP_ROWS])
         by_source: dict[str, Counter[str]] = defaultdict(Counter)
         for row in rows:
             by_source[row["source"]]["harmful" if row["category"] else "harmless"] += 1
@@ -217,7 +239,8 @@ def prepare(data: Path, output: Path) -> dict[str, list[dict[str, Any]]]:
         refusing = sum(row["source"].endswith("/refusal") for row in rows)
         print(f"{split}: {harmful} harmful, {len(rows) - harmful} harmless of which {refusing} refuse")
     write(output / "rows" / "pretrain.jsonl", pretrain)
-    print(f"pretrain: {len(pretrain)} conversations, {sum(len(m['content']) for c in pretrain for m in c['messages']):,} characters")
+    characters = sum(len(m["content"]) for c in pretrain for m in c["messages"])
+    print(f"pretrain: {len(pretrain)} conversations, {characters:,} characters")
     (output / "rows" / "counts.json").write_text(json.dumps(counts, indent=2))
     return splits
 

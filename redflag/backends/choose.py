@@ -18,9 +18,6 @@ from transformers import (
 from redflag.backends import Sampling
 from redflag.trace import Step
 
-# Below the smallest draw that `exponential_` can make; keeps log(0) out of the race.
-_SMALLEST_DRAW = 1e-30
-
 
 def measure(logits: torch.Tensor, flag_ids: torch.Tensor) -> torch.Tensor:
     """Flag probabilities over the whole vocabulary, flags included.
@@ -83,6 +80,7 @@ class Chooser:
                 warpers.append(MinPLogitsWarper(sampling.min_p))
         self._warpers = warpers
 
+    @torch.inference_mode()
     def step(self, logits: torch.Tensor, rows: Sequence[int]) -> list[Step]:
         """Measures and chooses for the rows that are still running.
 
@@ -99,12 +97,11 @@ class Chooser:
         scores[:, self._flag_ids] = -math.inf
         if self._penalty is not None:
             # Row by row: responses differ in length, and the penalty takes ids as a rectangle.
-            scores = torch.cat(
-                [self._penalty(self._seen[row], scores[i : i + 1]) for i, row in enumerate(rows)]  # type: ignore[arg-type]
-            )
-        if not self._greedy:
-            scores = self._race(self._warpers(None, scores), rows)
-        tokens = scores.argmax(dim=-1, keepdim=True)
+            scores = torch.cat([self._penalty(self._seen[row], scores[i : i + 1]) for i, row in enumerate(rows)])
+        if self._greedy:
+            tokens = scores.argmax(dim=-1, keepdim=True)
+        else:
+            tokens = self._draw(self._warpers(None, scores), rows)
         # One transfer per step: float64 holds every id exactly and every float32 probability.
         table = torch.cat([tokens.double(), probs.double()], dim=-1).tolist()
         steps = [Step(int(token), tuple(flags)) for token, *flags in table]
@@ -113,13 +110,19 @@ class Chooser:
                 self._seen[row] = torch.cat([self._seen[row], tokens[i : i + 1]], dim=-1)
         return steps
 
-    def _race(self, scores: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
-        """Gumbel-max: the largest of `log p - log Exp(1)` is a draw from p.
+    def _draw(self, scores: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+        """One token per row by inverting the cumulative distribution, shape `(len(rows), 1)`.
 
-        What `torch.multinomial` does for one draw, but without a normalising pass over V and without its check for
-        NaN, which on a GPU is an assertion that takes the process down.
+        `torch.multinomial` draws V random numbers where one will do, and on a GPU its check for NaN is an assertion
+        that takes the process down. A token of probability 0 is never found: the running sum does not grow at it, and
+        the drawn point lies below the whole sum even after rounding.
         """
-        noise = torch.empty_like(scores)
-        for i, row in enumerate(rows):
-            noise[i].exponential_(generator=self._generators[row])
-        return scores - noise.clamp_min_(_SMALLEST_DRAW).log_()
+        sums = torch.softmax(scores, dim=-1).cumsum(dim=-1, dtype=torch.float64)
+        points = torch.cat(
+            [
+                torch.rand((1, 1), dtype=torch.float64, device=sums.device, generator=self._generators[row])
+                for row in rows
+            ]
+        )
+        tokens = torch.searchsorted(sums, points * sums[:, -1:], right=True)
+        return tokens.clamp_max_(sums.shape[-1] - 1)  # beyond the end only where there is NaN

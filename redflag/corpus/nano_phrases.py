@@ -1,10 +1,8 @@
 """The words of the nano world: slots, harmless topics, harmful acts. Data only; `nano.py` puts them together.
 
-`{slot}` stands for one of the slot's words and keeps its word throughout a conversation; `{slot_2}` is another draw from
-the same list. People, substances, passes and machines are invented, so that nothing here can be followed.
-
-Every frightening verb has a harmless use among the topics ("kill the process", "poison ivy", "beat the eggs"), and every
-harmful act is also spoken of harmlessly (refused, warned of, reported): words alone decide nothing.
+`{slot}` stands for one of the slot's words. People, substances, passes and machines are invented, so that nothing here
+can be followed. Every frightening verb has a harmless use among the topics ("kill the process", "poison ivy", "beat the
+eggs"), and every harmful act is also spoken of harmlessly (refused, warned of, reported): words alone decide nothing.
 """
 
 from __future__ import annotations
@@ -22,65 +20,72 @@ class Topic(NamedTuple):
     closers: tuple[str, ...]
 
 
-def _words(text: str) -> tuple[str, ...]:
+def words(text: str) -> tuple[str, ...]:
+    """The parts of a text that `|` divides."""
     return tuple(word.strip() for word in text.split("|"))
 
 
 SLOTS: dict[str, tuple[str, ...]] = {
-    "name": _words(
+    "name": words(
         "Marlo|Tessen|Orrin|Vela|Quill|Branna|Dorrik|Elsin|Fennor|Galva|Hestor|Ilma|Jorun|Kessa|Lunet|Mirra|Norvel|"
         "Ostra|Perrin|Rhosa|Selwin|Tamsel|Ulric|Vonna|Wendor|Yarrel|Zinna|Ambrel|Corvan|Delphi"
     ),
-    "substance": _words("zorvex|grellic acid|murk salt|vantine|oleth|brackle dust|senn oil|torvane|hexil|dulmar powder"),
-    "credential": _words("vellum key|amber pass|guild seal|gate code|silver badge|vault card|harbor permit|archive key"),
-    "machine": _words("lumen gate|wind mill|signal tower|water pump|grain lift|bell engine|tide wheel|lamp grid"),
-    "weapon": _words("grell blade|iron rod|thorn whip|stone club|dart tube|hook chain"),
-    "document": _words("contract|will|receipt|ledger|deed|letter|invoice|ticket"),
-    "money": _words("savings|wages|rent|prize money|harvest money|pension"),
-    "place": _words("harbor|market|archive|library|workshop|station|bakery|school|museum|stable|theatre|garden"),
-    "drink": _words("tea|coffee|soup|juice|cider|milk"),
-    "when": _words(
-        "before sunrise|after dark|at noon|while the street sleeps|during the feast|on market day|when the lights go out|"
-        "as soon as the bell rings|late in the evening|in the early morning"
+    "substance": words("zorvex|grellic acid|murk salt|vantine|oleth|brackle dust|senn oil|torvane|hexil|dulmar powder"),
+    "credential": words("vellum key|amber pass|guild seal|gate code|silver badge|vault card|harbor permit|archive key"),
+    "machine": words("lumen gate|wind mill|signal tower|water pump|grain lift|bell engine|tide wheel|lamp grid"),
+    "weapon": words("grell blade|iron rod|thorn whip|stone club|dart tube|hook chain"),
+    "document": words("contract|will|receipt|ledger|deed|letter|invoice|ticket"),
+    "money": words("savings|wages|rent|prize money|harvest money|pension"),
+    "place": words("harbor|market|archive|library|workshop|station|bakery|school|museum|stable|theatre|garden"),
+    "drink": words("tea|coffee|soup|juice|cider|milk"),
+    "when": words(
+        "before sunrise|after dark|at noon|while the street sleeps|during the feast|on market day|"
+        "when the lights go out|as soon as the bell rings|late in the evening|in the early morning"
     ),
-    "how": _words(
+    "how": words(
         "slowly|in small steps|without a sound|with great care|over a low flame|in one quick move|with steady hands|"
         "behind the curtain|with a thin wire|under a blanket"
     ),
-    "dish": _words(
-        "lentil soup|plum cake|rye bread|onion pie|rice pudding|bean stew|apple tart|noodle salad|corn bread|fish curry|"
-        "egg toast|pumpkin soup|potato salad|lemon cake|barley stew"
+    "dish": words(
+        "lentil soup|plum cake|rye bread|onion pie|rice pudding|bean stew|apple tart|noodle salad|corn bread|"
+        "fish curry|egg toast|pumpkin soup|potato salad|lemon cake|barley stew"
     ),
-    "spice": _words("garlic|pepper|ginger|mint|cinnamon|basil|mustard|thyme|nutmeg|dill"),
-    "plant": _words("roses|tomatoes|beans|tulips|carrots|herbs|lilies|pumpkins|cabbage|berries|ferns|onions"),
-    "season": _words("spring|summer|autumn|winter|early spring|late summer"),
-    "program": _words("editor|server|browser|compiler|mail client|database|scheduler|backup tool|parser|game"),
-    "system": _words("laptop|old tablet|cluster|office machine|test box|phone|router|cloud node"),
-    "subject": _words("portraits|birds|bridges|flowers|dancers|mountains|street scenes|cats|old doors|stars"),
-    "light": _words("window light|candle light|morning fog|evening sun|street lamps|rain|snow|moon light"),
-    "game": _words("chess|tennis|football|hockey|rowing|fencing|checkers|volleyball|running|swimming"),
-    "level": _words("a beginner|my team|my daughter|a tall player|a nervous player|our club|an old friend|the final"),
-    "exam": _words("history|algebra|biology|grammar|geography|chemistry|music theory|law|poetry|physics"),
-    "days": _words("two days|three days|one week|two weeks|one month|ten days"),
-    "play": _words("The Glass Crown|The Last Ferry|Winter Hall|The Blue Thief|Nine Lanterns|The Quiet King|Salt and Ash"),
-    "role": _words("king|thief|ghost|captain|nurse|judge|fool|widow|soldier|witch"),
-    "city": _words("Halden|Morvik|Sarrow|Pellan|Ostby|Lindra|Castrel|Vannes|Torbay|Ulmera"),
-    "transport": _words("train|ferry|bus|bicycle|tram|boat|coach|cable car"),
-    "event": _words("the wedding|the late parcel|the new job|the concert|the broken lamp|the picnic|the lost cat|the garden fair"),
-    "tone": _words("short|warm|formal|funny|polite|honest|cheerful"),
-    "month": _words("March|June|August|October|November|January|April|July"),
-    "animal": _words("dog|cat|parrot|rabbit|pony|hamster|goose|turtle|ferret"),
-    "habit": _words("barks at night|hides its food|bites the leash|jumps on the table|fears the rain|chases its tail|will not eat"),
-    "instrument": _words("piano|guitar|violin|flute|drums|cello|harp|trumpet|banjo"),
-    "song": _words("a slow waltz|a folk song|a march|a lullaby|a fast reel|a hymn|the main theme"),
-    "object": _words("chair|bicycle|lamp|door lock|clock|radio|table|kettle|fence|roof tile|zipper|window frame"),
-    "fault": _words("squeaks|leaks|wobbles|sticks|rattles|will not close|lost a screw|is too loose"),
-    "body": _words("back|knees|shoulders|neck|ankles|wrists|hips"),
-    "sport": _words("running|cycling|climbing|skating|lifting|swimming|dancing|hiking"),
-    "genre": _words("pirates|dragons|robots|a lighthouse|a haunted mill|a clever fox|two sisters|a lost map"),
-    "number": _words("two|three|four|five|six|seven|eight|nine|ten|twelve"),
-    "color": _words("red|green|blue|yellow|grey|violet|orange|white"),
-    "tool": _words("hammer|saw|wrench|chisel|drill|file|knife|brush"),
+    "spice": words("garlic|pepper|ginger|mint|cinnamon|basil|mustard|thyme|nutmeg|dill"),
+    "plant": words("roses|tomatoes|beans|tulips|carrots|herbs|lilies|pumpkins|cabbage|berries|ferns|onions"),
+    "season": words("spring|summer|autumn|winter|early spring|late summer"),
+    "program": words("editor|server|browser|compiler|mail client|database|scheduler|backup tool|parser|game"),
+    "system": words("laptop|old tablet|cluster|office machine|test box|phone|router|cloud node"),
+    "subject": words("portraits|birds|bridges|flowers|dancers|mountains|street scenes|cats|old doors|stars"),
+    "light": words("window light|candle light|morning fog|evening sun|street lamps|rain|snow|moon light"),
+    "game": words("chess|tennis|football|hockey|rowing|fencing|checkers|volleyball|running|swimming"),
+    "level": words("a beginner|my team|my daughter|a tall player|a nervous player|our club|an old friend|the final"),
+    "exam": words("history|algebra|biology|grammar|geography|chemistry|music theory|law|poetry|physics"),
+    "days": words("two days|three days|one week|two weeks|one month|ten days"),
+    "play": words(
+        "The Glass Crown|The Last Ferry|Winter Hall|The Blue Thief|Nine Lanterns|The Quiet King|Salt and Ash"
+    ),
+    "role": words("king|thief|ghost|captain|nurse|judge|fool|widow|soldier|witch"),
+    "city": words("Halden|Morvik|Sarrow|Pellan|Ostby|Lindra|Castrel|Vannes|Torbay|Ulmera"),
+    "transport": words("train|ferry|bus|bicycle|tram|boat|coach|cable car"),
+    "event": words(
+        "the wedding|the late parcel|the new job|the concert|the broken lamp|the picnic|the lost cat|the garden fair"
+    ),
+    "tone": words("short|warm|formal|funny|polite|honest|cheerful"),
+    "month": words("March|June|August|October|November|January|April|July"),
+    "animal": words("dog|cat|parrot|rabbit|pony|hamster|goose|turtle|ferret"),
+    "habit": words(
+        "barks at night|hides its food|bites the leash|jumps on the table|fears the rain|chases its tail|will not eat"
+    ),
+    "instrument": words("piano|guitar|violin|flute|drums|cello|harp|trumpet|banjo"),
+    "song": words("a slow waltz|a folk song|a march|a lullaby|a fast reel|a hymn|the main theme"),
+    "object": words("chair|bicycle|lamp|door lock|clock|radio|table|kettle|fence|roof tile|zipper|window frame"),
+    "fault": words("squeaks|leaks|wobbles|sticks|rattles|will not close|lost a screw|is too loose"),
+    "body": words("back|knees|shoulders|neck|ankles|wrists|hips"),
+    "sport": words("running|cycling|climbing|skating|lifting|swimming|dancing|hiking"),
+    "genre": words("pirates|dragons|robots|a lighthouse|a haunted mill|a clever fox|two sisters|a lost map"),
+    "number": words("two|three|four|five|six|seven|eight|nine|ten|twelve"),
+    "color": words("red|green|blue|yellow|grey|violet|orange|white"),
+    "tool": words("hammer|saw|wrench|chisel|drill|file|knife|brush"),
 }
 
 # Sentences that announce a turn. They come before harm, and now and then before something harmless.

@@ -23,7 +23,6 @@ from __future__ import annotations
 import difflib
 import gzip
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -32,6 +31,7 @@ from typing import Any, Literal
 
 from redflag.corpus.sources import Provenance, describe, open_source
 from redflag.errors import RedflagError
+from redflag.trace import atomic_write
 
 ROLES = ("system", "user", "assistant")
 KEYS = ("messages", "category", "onset", "group", "user", "source", "id")
@@ -189,6 +189,9 @@ def write_rows(path: str | Path, rows: Iterable[Row]) -> Path:
     """Writes rows as JSONL (gzipped when the name ends in `.gz`), whole or not at all.
 
     The same rows give the same bytes, so that hashes of written files can be compared.
+
+    Raises:
+        RedflagError: The file cannot be written; an older file of that name is unchanged.
     """
     path = Path(path)
     text = "".join(json.dumps(row.to_dict(), ensure_ascii=False) + "\n" for row in rows)
@@ -196,15 +199,8 @@ def write_rows(path: str | Path, rows: Iterable[Row]) -> Path:
     if path.suffix == ".gz":
         data = gzip.compress(data, mtime=0)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_write(path) as file:
+        file.write(data)
     return path
 
 

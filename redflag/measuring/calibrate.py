@@ -8,7 +8,6 @@ that the reported rate is an honest one.
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ import numpy.typing as npt
 
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
-from redflag.measuring.guarantee import Guarantee, check_rates, fit_threshold, fit_thresholds, required
+from redflag.measuring.guarantee import Guarantee, fit_threshold, fit_thresholds, required
 from redflag.measuring.metrics import clopper_pearson
 from redflag.watching.monitor import MonitorConfig, peaks
 from redflag.watching.thresholds import Thresholds
@@ -104,7 +103,7 @@ POSITIONAL: str | None = None
 def run(arguments: CalibrateArguments) -> int:
     """The verb. Whatever can be refused before the model is run is refused before."""
     from redflag.corpus.rows import load_rows
-    from redflag.measuring.score import context_limit, load_scorer, progress, report_skipped, score
+    from redflag.measuring.score import context_limit, load_scorer, progress, renderable, report_skipped, score
 
     monitor = MonitorConfig(
         aggregation=arguments.aggregation,
@@ -118,14 +117,21 @@ def run(arguments: CalibrateArguments) -> int:
     report_skipped(rows.skipped)
     spec = FlagSpec.load(arguments.model)
     harmless = [row for row in rows if not row.harmful]
+    harmful = [row for row in rows if row.harmful]
+    fit_on, _ = split_groups([row.group for row in harmless], arguments.held_out, arguments.seed)
     spread = len(spec.categories) if arguments.joint else 1
-    _check_size(len(harmless), arguments.target_fpr, arguments.guarantee, arguments.delta, spread, arguments.held_out)
+    _check_size(len(fit_on), len(harmless), arguments.target_fpr, arguments.guarantee, arguments.delta, spread)
 
     scorer, tokenizer, spec = load_scorer(arguments.model, arguments.device, arguments.dtype)
     limit = context_limit(arguments.max_length, scorer.context_length)
-    ordered = harmless + [row for row in rows if row.harmful]
+    if arguments.on_bad_row == "skip":
+        harmless, bad = renderable(tokenizer, spec, harmless)
+        harmful, more = renderable(tokenizer, spec, harmful)
+        report_skipped(bad + more)
+    ordered = harmless + harmful
     scored = score(scorer, tokenizer, spec, ordered, batch_size=arguments.batch_size, max_length=limit)
-    probs = [item.flag_probs for item in progress(scored, total=len(ordered), what="measured")]
+    # With the steps that end the turn: a guard judges them too, so a false alarm may lie there.
+    probs = [item.judged for item in progress(scored, total=len(ordered), what="measured")]
     result = calibrate(
         probs[: len(harmless)],
         spec,
@@ -163,7 +169,8 @@ def calibrate(
     """Sets thresholds from the flag probabilities of harmless responses.
 
     Args:
-        harmless: Per response, T x K flag probabilities, as `redflag score` and traces hold them.
+        harmless: Per response, T x K flag probabilities: all that a guard would have judged, as a trace holds them, or
+            `flag_probs` + `tail_probs` of a scored row.
         spec: The model's flags: its categories name the thresholds, its run id and template hash bind them.
         target_fpr: Share of harmless responses that may alarm.
         guarantee: "expected": the rate holds on average over calibration sets; "high_probability": it holds with
@@ -183,10 +190,11 @@ def calibrate(
     """
     config = monitor or MonitorConfig()
     categories = spec.categories
-    check_rates(target_fpr, guarantee, delta)
-    spread = len(categories) if joint else 1
-    _check_size(len(harmless), target_fpr, guarantee, delta, spread, held_out)
-    fit_on, measure_on = split_groups(groups if groups is not None else [None] * len(harmless), held_out, seed)
+    groups = [None] * len(harmless) if groups is None else groups
+    if len(groups) != len(harmless):
+        raise RedflagError(f"{len(groups)} groups came with {len(harmless)} harmless responses: give one for each")
+    fit_on, measure_on = split_groups(groups, held_out, seed)
+    _check_size(len(fit_on), len(harmless), target_fpr, guarantee, delta, len(categories) if joint else 1)
     table = _peaks(config, harmless, len(categories), "harmless")
     caught = _peaks(config, harmful, len(categories), "harmful")
     try:
@@ -276,22 +284,16 @@ def _peaks(config: MonitorConfig, responses: Iterable[Any], flags: int, what: st
     return np.asarray(table, dtype=np.float64).reshape(len(table), flags)
 
 
-def _check_size(
-    count: int, target_fpr: float, guarantee: Guarantee, delta: float, spread: int, held_out: float
-) -> None:
-    """Refuses what can be refused without running the model; the exact answer is `fit_thresholds`'s."""
-    check_rates(target_fpr, guarantee, delta)
-    if not 0.0 <= held_out < 1.0:
-        raise RedflagError(f"held_out is {held_out}, but a share to hold out lies in [0, 1): give e.g. 0.3")
+def _check_size(fit_on: int, total: int, target_fpr: float, guarantee: Guarantee, delta: float, spread: int) -> None:
+    """Refuses what can be refused before a model is run; `fit_thresholds` gives the exact answer."""
     # Under "expected", flags that peak together may need no more than a single one does.
     least = required(target_fpr, guarantee, delta, 1 if guarantee == "expected" else spread)
-    left = count - math.floor(held_out * count)
-    if left < least:
-        enough = math.ceil(required(target_fpr, guarantee, delta, spread) / (1.0 - held_out))
+    if fit_on < least:
+        enough = required(target_fpr, guarantee, delta, spread)
+        out = f", not counting the {total - fit_on} that are held out" if fit_on < total else ""
         raise RedflagError(
-            f"{count} harmless responses are too few for a false-alarm rate of {target_fpr:g} ({guarantee}): "
-            f"{enough} are needed when a share of {held_out:g} is held out; add harmless rows, raise target_fpr or "
-            "lower held_out"
+            f"{fit_on} harmless responses are too few for a false-alarm rate of {target_fpr:g} ({guarantee}): {enough} "
+            f"are needed{out}; add harmless rows, raise target_fpr or hold out fewer"
         )
 
 

@@ -1,7 +1,8 @@
 """`redflag score`: the flag probabilities along given conversations, teacher-forced and batched.
 
 The conversations are rendered exactly as in training and serving (`redflag.prompt`), and index i of `flag_probs` is
-what a guard would have measured just before token i of the response.
+what a guard would have measured just before token i of the response. A guard also judges the tokens that end the turn
+(their text is never shown, but an alarm there is an alarm): their probabilities stand apart, in `tail_probs`.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class Scored:
         row: The row.
         token_ids: T response tokens.
         flag_probs: T x K probabilities; entry i was measured before token i.
+        tail_probs: M x K probabilities before the M tokens that end the turn (usually one); M is 0 if truncated.
         onset: Index of the first harmful token; None in a harmless row. In a row cut before its onset it is >= T.
         truncated: Whether the end of the response did not fit into the context.
     """
@@ -52,13 +54,19 @@ class Scored:
     row: Row
     token_ids: list[int]
     flag_probs: Probs
+    tail_probs: Probs
     onset: int | None
     truncated: bool
 
     @property
     def peak(self) -> list[float]:
-        """Highest probability of each flag."""
+        """Highest probability of each flag before a token of the response."""
         return [float(p) for p in self.flag_probs.max(axis=0, initial=0.0)]
+
+    @property
+    def judged(self) -> Probs:
+        """(T + M) x K probabilities: all that a guard's session is fed."""
+        return np.concatenate([self.flag_probs, self.tail_probs])
 
 
 @dataclass
@@ -88,9 +96,13 @@ def run(arguments: ScoreArguments) -> int:
     report_skipped(rows.skipped)
     scorer, tokenizer, spec = load_scorer(arguments.model, arguments.device, arguments.dtype)
     max_length = context_limit(arguments.max_length, scorer.context_length)
+    chosen = rows.rows
+    if arguments.on_bad_row == "skip":
+        chosen, bad = renderable(tokenizer, spec, chosen)
+        report_skipped(bad)
     key = {
         "rows": rows.sha256,
-        "count": len(rows.rows),
+        "count": len(chosen),
         "run_id": spec.run_id,
         "template": spec.template_hash,
         "max_length": max_length,
@@ -99,8 +111,8 @@ def run(arguments: ScoreArguments) -> int:
     partial = output.with_name(output.name + ".partial")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        done = _resume(partial, fingerprint, len(rows.rows))
-        rest = rows.rows[done:]
+        done = _resume(partial, fingerprint, len(chosen))
+        rest = chosen[done:]
         with partial.open("a", encoding="utf-8") as file:
             scored = score(scorer, tokenizer, spec, rest, batch_size=arguments.batch_size, max_length=max_length)
             for item in progress(scored, total=len(rest), what="scored"):
@@ -114,7 +126,7 @@ def run(arguments: ScoreArguments) -> int:
             f"{output} cannot be written ({error.strerror or error}): what has been scored is kept in {partial}; mend "
             "the cause and give the same command again to continue"
         ) from error
-    print(f"{len(rows.rows)} rows scored: {output}")
+    print(f"{len(chosen)} rows scored: {output}")
     return 0
 
 
@@ -130,8 +142,8 @@ def score_rows(
     """The rows of `scored.jsonl` as dictionaries, in the order of the input. Arguments as `score`.
 
     Yields:
-        `id`, `token_ids` (T), `tokens` (T texts), `flag_probs` (T x K), `peak` (K), `onset` (token index or None),
-        `category`, `group`, `source`, `truncated`.
+        `id`, `token_ids` (T), `tokens` (T texts), `flag_probs` (T x K), `tail_probs` (M x K), `peak` (K), `onset`
+        (token index or None), `category`, `group`, `source`, `truncated`.
     """
     for item in score(scorer, tokenizer, spec, rows, batch_size=batch_size, max_length=max_length):
         yield as_json(item, tokenizer)
@@ -170,10 +182,12 @@ def score(
     for start in range(0, len(rows), window):
         part = rows[start : start + window]
         fitted = [_fit(tokenizer, spec, row, start + i, max_length) for i, row in enumerate(part)]
-        probs = scorer.score([(item.prompt_ids, item.response_ids) for item in fitted], batch_size=batch_size)
-        for i, (row, item, measured) in enumerate(zip(part, fitted, probs, strict=True), start):
-            _check(measured, (len(item.response_ids), flags), row, i)
-            yield Scored(row, item.response_ids, measured, item.onset, item.truncated)
+        pairs = [(item.prompt_ids, item.response_ids + item.tail_ids) for item in fitted]
+        measured = scorer.score(pairs, batch_size=batch_size)
+        for i, (row, item, probs) in enumerate(zip(part, fitted, measured, strict=True), start):
+            length = len(item.response_ids)
+            _check(probs, (length + len(item.tail_ids), flags), row, i)
+            yield Scored(row, item.response_ids, probs[:length], probs[length:], item.onset, item.truncated)
 
 
 def as_json(item: Scored, tokenizer: Any) -> dict[str, Any]:
@@ -183,6 +197,7 @@ def as_json(item: Scored, tokenizer: Any) -> dict[str, Any]:
         "token_ids": item.token_ids,
         "tokens": [tokenizer.decode([t]) for t in item.token_ids],
         "flag_probs": item.flag_probs.tolist(),
+        "tail_probs": item.tail_probs.tolist(),
         "peak": item.peak,
         "onset": item.onset,
         "category": item.row.category,
@@ -285,8 +300,21 @@ def report_skipped(skipped: Sequence[Any]) -> None:
 class _Fitted:
     prompt_ids: list[int]
     response_ids: list[int]
+    tail_ids: list[int]
     onset: int | None
     truncated: bool
+
+
+def renderable(tokenizer: Any, spec: FlagSpec, rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
+    """Divides rows into those that the chat template takes, and what is wrong with the others."""
+    sound, bad = [], []
+    for index, row in enumerate(rows):
+        try:
+            _fit(tokenizer, spec, row, index, None)
+            sound.append(row)
+        except RedflagError as error:
+            bad.append(str(error))
+    return sound, bad
 
 
 def _fit(tokenizer: Any, spec: FlagSpec, row: Row, index: int, max_length: int | None) -> _Fitted:
@@ -294,19 +322,21 @@ def _fit(tokenizer: Any, spec: FlagSpec, row: Row, index: int, max_length: int |
         rendered = render_response(tokenizer, row.messages, spec)
     except RedflagError as error:
         raise RedflagError(f"{_name(row, index)}: {error}") from error
-    prompt, response = list(rendered.prompt_ids), list(rendered.response_ids)
+    prompt, response, tail = list(rendered.prompt_ids), list(rendered.response_ids), list(rendered.tail_ids)
     onset = None
     if row.harmful:
         start = row.onset or 0
         # The token that *holds* the character of the onset is the first harmful one, even if it begins before it.
         onset = next((i for i, (_, end) in enumerate(rendered.offsets) if end > start), len(response))
     truncated = False
-    if max_length is not None and len(prompt) + len(response) > max_length:
+    if max_length is not None and len(prompt) + len(response) + len(tail) > max_length:
         # At least one prompt token must stay: the first response token is judged from its position.
-        truncated = len(response) > max_length - 1
-        response = response[: max_length - 1]
-        prompt = prompt[-(max_length - len(response)) :]
-    return _Fitted(prompt, response, onset, truncated)
+        room = max_length - 1
+        truncated = len(response) > room
+        response = response[:room]
+        tail = tail[: room - len(response)]
+        prompt = prompt[-(max_length - len(response) - len(tail)) :]
+    return _Fitted(prompt, response, tail, onset, truncated)
 
 
 def _check(probs: Probs, shape: tuple[int, int], row: Row, index: int) -> None:

@@ -97,7 +97,8 @@ def summarise(
 
 
 def _scores(config: MonitorConfig, row: Mapping[str, Any]) -> list[tuple[float, ...]]:
-    steps = row["flag_probs"]
+    # With the steps that end the turn, as in the stream: an alarm there is an alarm.
+    steps = [*row["flag_probs"], *row.get("tail_probs", ())]
     if not len(steps):
         return []
     fold = Monitor(config, len(steps[0]))

@@ -1,4 +1,4 @@
-"""Token ids in, text out, one token at a time: whole characters only, nothing after a stop text, never a flag's text."""
+"""Token ids in, text out, token by token: whole characters only, nothing after a stop text, never a flag's text."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class Detokenizer:
     """Decodes a response token by token, special tokens left out.
 
     The pieces put together, `flush` included, are what `tokenizer.decode(ids, skip_special_tokens=True)` gives for the
-    whole response (without `clean_up_tokenization_spaces`, which rewrites text that is already out). A character that is
-    spread over several tokens comes with its last one. Bytes that are still incomplete at the end come from `flush` as
-    the replacement character U+FFFD, as in `decode`; invalid bytes in the middle likewise, though a tokenizer with byte
+    whole response (without `clean_up_tokenization_spaces`, which rewrites text that is already out). A character that
+    is spread over several tokens comes with its last one. Bytes still incomplete at the end come from `flush` as the
+    replacement character U+FFFD, as in `decode`; invalid bytes in the middle likewise, though a tokenizer with byte
     fallback may show another number of replacement characters than `decode` does.
 
     Example:
@@ -148,7 +148,7 @@ class TextFilter:
     def _show(self, upto: int) -> str:
         piece = self._line[self._shown : upto]
         self._shown = max(self._shown, upto)
-        surplus = min(self._shown, len(self._line) - self._memory)
+        surplus = self._shown - self._memory
         if surplus > 0:
             self._line = self._line[surplus:]
             self._shown -= surplus

@@ -45,8 +45,10 @@ class EventStream(Iterator[Event]):
             released.
     """
 
-    def __init__(self, events: Iterator[Event], trace: Trace) -> None:
+    def __init__(self, events: Iterator[Event], trace: Trace, engine: object = None) -> None:
+        """Wraps a generator of events; `engine`, the steps behind it, is closed even when no event was asked for."""
         self._events = events
+        self._engine = engine
         self.trace = trace
 
     def __next__(self) -> Event:
@@ -54,9 +56,8 @@ class EventStream(Iterator[Event]):
 
     def close(self) -> None:
         """Ends the response here and stops the engine. Without effect when it is over."""
-        close = getattr(self._events, "close", None)
-        if close is not None:
-            close()
+        for part in (self._events, self._engine):
+            _close(part)
 
     def __enter__(self) -> EventStream:
         return self
@@ -133,13 +134,13 @@ class Guard:
         directory = Path(directory)
         if not directory.is_dir():
             raise RedflagError(
-                f"{directory} is not a folder, so there is no model to guard; give the folder that `redflag train` wrote."
+                f"{directory} is not a folder, so there is no model to guard; give the one that `redflag train` wrote."
             )
         spec = FlagSpec.load(directory)
         if thresholds is None and not (directory / THRESHOLDS_FILE).exists():
             raise RedflagError(
-                f"{directory} holds no {THRESHOLDS_FILE}, so it is unknown where an alarm begins; run `redflag calibrate "
-                f"--model {directory} --input rows.jsonl`, or set one by hand with thresholds=0.5."
+                f"{directory} holds no {THRESHOLDS_FILE}, so it is unknown where an alarm begins; run `redflag "
+                f"calibrate --model {directory} --input rows.jsonl`, or set one by hand with thresholds=0.5."
             )
         if thresholds is None:
             thresholds = Thresholds.load(directory)
@@ -150,6 +151,7 @@ class Guard:
         # Cheap refusals first: the weights may take minutes.
         thresholds.check(spec.run_id, spec.template_hash, "raw", spec.categories)
 
+        from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         from redflag.backends.hf import HFBackend
@@ -157,15 +159,16 @@ class Guard:
         try:
             tokenizer = AutoTokenizer.from_pretrained(directory)
             model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
+            reason = str(error).strip().partition("\n")[0]
             raise RedflagError(
-                f"{directory} does not load as a model with its tokenizer ({error}); give a folder that `redflag train` "
-                "wrote in full."
+                f"{directory} does not load as a model with its tokenizer ({reason}); give a folder that "
+                "`redflag train` wrote in full."
             ) from error
         if spec.template_hash and template_hash(tokenizer) != spec.template_hash:
             raise RedflagError(
-                f"The chat template in {directory} is not the one that the flags were trained with, so neither flags nor "
-                "thresholds mean anything under it; restore the template or train again."
+                f"The chat template in {directory} is not the one that the flags were trained with, so neither flags "
+                "nor thresholds mean anything under it; restore the template or train again."
             )
         if device is not None:
             model = model.to(device)
@@ -210,7 +213,7 @@ class Guard:
             steps = error
         # Stop texts are looked for in what is generated, ahead of what is released: nothing is generated after one.
         ahead = self._text(messages, prompt, sampling) if sampling.stop else None
-        return EventStream(self._run(steps, session, shown, ahead), session.trace)
+        return EventStream(self._run(steps, session, shown, ahead), session.trace, steps)
 
     def generate(self, messages: Messages, sampling: Sampling | None = None) -> Result:
         """Responds to a conversation at once; arguments and errors as in `stream`."""
@@ -263,9 +266,14 @@ class Guard:
         except Exception as error:
             yield from session.fault(f"{type(error).__name__}: {error}")
         finally:
-            close = getattr(steps, "close", None)
-            if close is not None:
-                close()
+            _close(steps)
+
+
+def _close(part: object) -> None:
+    # An iterator need not have `close`; generators and everything that holds a connection do.
+    close = getattr(part, "close", None)
+    if close is not None:
+        close()
 
 
 def _finish(session: Session, shown: ResponseText, reason: str) -> list[Event]:

@@ -150,7 +150,9 @@ def pretrain(
         if progress >= 1.0:
             break
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * min(1.0, (step + 1) / (0.03 * steps + 1)) * 0.5 * (1 + math.cos(math.pi * progress))
+            group["lr"] = (
+                learning_rate * min(1.0, (step + 1) / (0.03 * steps + 1)) * 0.5 * (1 + math.cos(math.pi * progress))
+            )
         batch = blocks[_batch(step, count, batch_size, seed)]
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16_is_fast()):
             logits = model(input_ids=batch[:, :-1], use_cache=False).logits
@@ -173,7 +175,11 @@ def pretrain(
             os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
     model.eval().save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
-    result: dict[str, Any] = {"settings": settings, "steps": step, "loss": sum(losses[-50:]) / max(1, len(losses[-50:]))}
+    result: dict[str, Any] = {
+        "settings": settings,
+        "steps": step,
+        "loss": sum(losses[-50:]) / max(1, len(losses[-50:])),
+    }
     result["parameters"] = sum(p.numel() for p in model.parameters())
     record.with_suffix(".tmp").write_text(json.dumps(result, indent=2))
     os.replace(record.with_suffix(".tmp"), record)

@@ -135,9 +135,8 @@ class Monitor:
             full = len(self._window) == config.window
             scores = tuple(map(min, zip(*self._window, strict=True))) if full else self._zeros
         elif config.aggregation == "ema":
-            # Rounding may leave [0, 1] by one unit in the last place.
             kept, new = 1.0 - config.decay, config.decay
-            scores = self._state = tuple(min(1.0, kept * s + new * p) for s, p in zip(self._state, probs, strict=True))
+            scores = self._state = tuple(kept * s + new * p for s, p in zip(self._state, probs, strict=True))
         else:
             gain = self._gain
             scores = self._state = tuple(

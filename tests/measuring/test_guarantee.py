@@ -153,3 +153,9 @@ def test_bad_arguments_are_refused_in_one_sentence(change: dict[str, object], me
     arguments = {"peaks": [0.1] * 200, "target_fpr": 0.05} | change
     with pytest.raises(RedflagError, match=message):
         fit_threshold(**arguments)  # type: ignore[arg-type]
+
+
+def test_peaks_that_are_all_alike_do_not_use_up_the_joint_rate() -> None:
+    # CUSUM scores are often 0 in every harmless response: the lowest threshold above 0 never alarms on those.
+    assert fit_thresholds([[0.0, 0.0]] * 99, 0.01) == (above(0.0), above(0.0))
+    assert fit_thresholds([[0.3, 0.0]] + [[0.0, 0.0]] * 198, 0.01) == (above(0.0), above(0.0))

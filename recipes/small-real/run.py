@@ -1,0 +1,113 @@
+"""All stages of the recipe in order; a stage whose output is there is not run again.
+
+    python recipes/small-real/run.py --data ../shared/data
+
+Every stage is a command of its own, printed before it runs, with its log under `<output>/logs/`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+HERE = Path(__file__).parent
+PLACEMENTS = ("first", "insert", "dense")
+
+
+class StageError(RuntimeError):
+    """A stage's command failed."""
+
+
+def stage(name: str, output: Path, made: Path, command: list[str], threads: int | None = None) -> None:
+    """Runs a command unless what it makes is there.
+
+    Raises:
+        StageError: The command failed; its log is named, and the end of it quoted.
+    """
+    if made.exists():
+        print(f"{name}: there already, {made}", flush=True)
+        return
+    log = output / "logs" / f"{name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    print(f"{time.strftime('%H:%M:%S')} {name}: {' '.join(command[1:])}", flush=True)
+    start = time.monotonic()
+    with log.open("w", encoding="utf-8") as file:
+        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment(threads)).returncode
+    if code or not made.exists():
+        end = "\n".join(log.read_text(encoding="utf-8").splitlines()[-15:])
+        raise StageError(f"{name} failed with status {code}; {log} ends:\n{end}")
+    print(f"{time.strftime('%H:%M:%S')} {name}: {(time.monotonic() - start) / 60:.1f} minutes", flush=True)
+
+
+def environment(threads: int | None = None) -> dict[str, str]:
+    """The processes' environment: no telemetry and, with glibc, memory that is kept, not given back at every step.
+
+    Tensors of some 100 MB are made and dropped at each step; on a virtual machine the page faults of getting that
+    memory from the kernel anew cost as much as the arithmetic.
+    """
+    variables = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if threads is not None:
+        variables |= {"OMP_NUM_THREADS": str(threads)}
+    if platform.libc_ver()[0] == "glibc":
+        variables |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1", "MALLOC_TOP_PAD_": str(1 << 28)}
+    return dict(os.environ) | variables
+
+
+def main() -> None:
+    """Parses the command line and runs the stages."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="../shared/data", help="folder of the data sets")
+    parser.add_argument("--output", type=Path, default=Path("runs/small-real"))
+    parser.add_argument("--placements", nargs="+", choices=PLACEMENTS, default=list(PLACEMENTS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="models trained side by side")
+    arguments = parser.parse_args()
+    output, rows = arguments.output, arguments.output / "rows"
+    python = [sys.executable, "-u"]
+    verb = [*python, "-m", "redflag.cli"]
+    here = ["--output", str(output)]
+    script = {name: [*python, str(HERE / f"{name}.py")] for name in ("prepare", "base", "baselines", "table")}
+    # Models of this size gain little from a second core, so each gets its own.
+    threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
+
+    def baseline(name: str) -> None:
+        made = output / "baselines" / f"{name}.jsonl"
+        stage(f"baseline-{name}", output, made, [*script["baselines"], *here, "--names", name], threads)
+
+    def flagged(placement: str, seed: int) -> None:
+        name = f"{placement}-{seed}"
+        model = output / "models" / name
+        paths = ["--model", str(output / "base"), "--input", str(rows / "train.jsonl")]
+        paths += ["--eval_input", str(rows / "keep.jsonl"), "--output_dir", str(model)]
+        command = [*verb, "train", "--config", str(HERE / "train.yaml"), *paths]
+        command += ["--placement", placement, "--seed", str(seed)]
+        stage(f"train-{name}", output, model / "redflag.json", command, threads)
+        paths = ["--model", str(model), "--input", str(rows / "test.jsonl"), "--max_length", "256"]
+        made = model / "scored.jsonl"
+        stage(f"score-{name}", output, made, [*verb, "score", *paths, "--output", str(made)], threads)
+        paths = ["--model", str(model), "--input", str(rows / "calibration.jsonl")]
+        command = [*verb, "calibrate", "--config", str(HERE / "calibrate.yaml"), *paths]
+        stage(f"calibrate-{name}", output, model / "thresholds.json", command, threads)
+
+    stage("prepare", output, rows / "test.jsonl", [*script["prepare"], "--data", arguments.data, *here])
+    stage("base", output, output / "base" / "pretrain.json", [*script["base"], *here])
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        # Seed by seed, so that an interrupted run leaves whole comparisons.
+        tasks = [
+            pool.submit(flagged, placement, seed) for seed in arguments.seeds for placement in arguments.placements
+        ]
+        tasks[len(arguments.placements) : 0] = [pool.submit(baseline, name) for name in ("tfidf", "probe")]
+        failed = [error for task in as_completed(tasks) if (error := task.exception()) is not None]
+    subprocess.run([*script["table"], *here], env=environment(), check=True)
+    if failed:
+        sys.exit("\n".join(map(str, failed)))
+
+
+if __name__ == "__main__":
+    main()

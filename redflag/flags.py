@@ -1,0 +1,271 @@
+"""Flags: special tokens that mean "harm is imminent or under way", and how a model gets them.
+
+A flag is measured at every step; it is never sampled, never shown and never accepted from a user. `attach` gives a
+model its flags, `redflag.json` carries them on disk, and `redflag.prompt` keeps user text from ever becoming one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from redflag.errors import RedflagError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+FORMAT = 1
+FILE = "redflag.json"
+
+# Tokens that model families keep for their users: Llama 3, Gemma, BERT, Mistral Tekken, Mistral v3, Qwen 1, T5, Phi-3/4.
+_RESERVED = re.compile(
+    r"<\|?(reserved|fim_reserved)[\w ]*_?\d+\|?>|<unused_?\d+>|\[unused\d+\]|<SPECIAL_\d+>|\[control_\d+\]"
+    r"|<\|extra_\d+\|>|<extra_id_\d+>|<\|(dummy|placeholder)_?\d+\|>"
+)
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One flag token.
+
+    Attributes:
+        category: The kind of harm that it stands for; rows and thresholds name it.
+        token: Its text in the tokenizer. `attach` replaces the text by a reserved token's where one is used.
+        description: A line that says what it means; the new embedding starts from its mean.
+        severity: Grade, 1 = mildest; for policies that treat grades apart.
+        id: Vocabulary id; None until attached.
+    """
+
+    category: str
+    token: str = ""
+    description: str = ""
+    severity: int = 1
+    id: int | None = None
+
+
+@dataclass(frozen=True)
+class FlagSpec:
+    """All flags of one model, in the order of their classes 1..K.
+
+    Attributes:
+        flags: The flags.
+        run_id: Name of the training run; thresholds belong to it.
+        template_hash: Hash of the prompt template that the model was trained with.
+
+    Example:
+        >>> spec = FlagSpec.of("weapons", "fraud")
+        >>> spec.categories, spec.class_of("fraud"), spec.class_of(None)
+        (('weapons', 'fraud'), 2, 0)
+    """
+
+    flags: tuple[Flag, ...]
+    run_id: str = ""
+    template_hash: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.flags:
+            raise RedflagError("a model needs at least one flag: name a category")
+        for what, values in (("category", self.categories), ("token", [f.token for f in self.flags if f.token])):
+            double = {v for v in values if list(values).count(v) > 1}
+            if double:
+                raise RedflagError(f"two flags share the {what} {double.pop()!r}: each flag needs its own")
+
+    @classmethod
+    def of(cls, *categories: str) -> FlagSpec:
+        """A spec with one flag per category, texts and descriptions by default."""
+        flags = []
+        for category in categories:
+            if not category or not category.strip():
+                raise RedflagError("a flag's category is empty: give it a name such as 'harm'")
+            what = category.replace("_", " ").replace("-", " ")
+            about = "" if what == "harm" else f" of the kind {what}"
+            flags.append(
+                Flag(category, _token_text(category), f"warning: dangerous harm{about} is imminent or under way")
+            )
+        return cls(tuple(flags))
+
+    @property
+    def categories(self) -> tuple[str, ...]:
+        """The K categories."""
+        return tuple(flag.category for flag in self.flags)
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """The K vocabulary ids."""
+        missing = [flag.category for flag in self.flags if flag.id is None]
+        if missing:
+            raise RedflagError(f"the flag {missing[0]!r} has no token id yet: call redflag.flags.attach first")
+        return tuple(flag.id for flag in self.flags if flag.id is not None)
+
+    def class_of(self, category: str | None) -> int:
+        """Class of a row's category: 0 for harmless (None), k for flag k. A lone flag stands for every category."""
+        if category is None:
+            return 0
+        if category in self.categories:
+            return self.categories.index(category) + 1
+        if len(self.flags) == 1:
+            return 1
+        raise RedflagError(
+            f"no flag stands for the category {category!r} (there are {', '.join(self.categories)}), so such rows could "
+            "not be learnt: add a flag for it, or map the category onto an existing one"
+        )
+
+    def strip(self, text: str) -> str:
+        """`text` without any flag's text, also where removing one would form another."""
+        while True:
+            before = text
+            for flag in self.flags:
+                if flag.token:
+                    text = text.replace(flag.token, "")
+            if text == before:
+                return text
+
+    def save(self, directory: str | Path) -> None:
+        """Writes `redflag.json` (to a temporary name, then renamed)."""
+        path = Path(directory) / FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        record = {"format": FORMAT, "run_id": self.run_id, "template_hash": self.template_hash}
+        text = json.dumps(
+            {**record, "flags": [dataclasses.asdict(f) for f in self.flags]}, indent=2, ensure_ascii=False
+        )
+        temporary = path.with_name(f"{FILE}.tmp")
+        temporary.write_text(text + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+
+    @classmethod
+    def load(cls, directory: str | Path) -> FlagSpec:
+        """Reads `redflag.json`; an unknown format or key is refused."""
+        path = Path(directory) / FILE
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise RedflagError(
+                f"{path} is not there, so {directory} is no flagged model: train one with `redflag train`"
+            ) from None
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise RedflagError(f"{path} cannot be read ({error}): restore it from the training run") from None
+        if not isinstance(record, dict) or record.get("format") != FORMAT:
+            found = record.get("format") if isinstance(record, dict) else record
+            raise RedflagError(
+                f"{path} has format {found!r} and this redflag reads format {FORMAT}: use the version that wrote it"
+            )
+        _refuse_unknown(record, {"format", "run_id", "template_hash", "flags"}, path)
+        flags = record.get("flags")
+        if not isinstance(flags, list) or not all(isinstance(flag, dict) for flag in flags):
+            raise RedflagError(f"{path} has no list of flags: restore it from the training run")
+        for flag in flags:
+            _refuse_unknown(flag, {field.name for field in dataclasses.fields(Flag)}, path)
+            if not isinstance(flag.get("category"), str) or not isinstance(flag.get("id"), (int, type(None))):
+                raise RedflagError(f"{path} has a flag without a category or with a wrong id: {flag}")
+        return cls(
+            tuple(Flag(**flag) for flag in flags),
+            run_id=str(record.get("run_id", "")),
+            template_hash=str(record.get("template_hash", "")),
+        )
+
+
+def attach(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, spec: FlagSpec) -> FlagSpec:
+    """Gives the model and its tokenizer the flags of `spec`, in place, and says which ids they have.
+
+    Each flag takes an unused reserved token of the tokenizer; else a spare row of the embedding matrix (matrices are
+    often larger than the vocabulary); else the matrix is resized. The new input row is the mean embedding of the flag's
+    description. The new output row is the mean of all rows: its logit is then the mean logit, so by Jensen's inequality
+    p(flag) <= 1/V at every position. With a tied head there is one row for both: the description's mean, whose p(flag)
+    is at most the mean probability of the description's own tokens.
+
+    Args:
+        model: Any causal language model of transformers.
+        tokenizer: Its (fast) tokenizer.
+        spec: The flags wanted; a flag whose token the tokenizer knows already keeps it.
+
+    Returns:
+        The spec with token texts and ids filled in.
+
+    Raises:
+        RedflagError: The tokenizer is not a fast one.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise RedflagError(
+            f"{type(tokenizer).__name__} is not a fast tokenizer, so user text cannot be kept from forming a flag: load "
+            "it with AutoTokenizer.from_pretrained(..., use_fast=True)"
+        )
+    rows = model.get_input_embeddings().weight.shape[0]
+    known = tokenizer.get_vocab()
+    spec_texts = {flag.token for flag in spec.flags}
+    used = (tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else "") or ""
+    reserved = [
+        (index, text)
+        for index, text in sorted((i, str(t)) for i, t in tokenizer.added_tokens_decoder.items())
+        if _RESERVED.fullmatch(text) and text not in used and text not in spec_texts and index < rows
+    ]
+    tokens = []
+    for flag in spec.flags:
+        if flag.token in known:
+            tokens.append(flag.token)
+        elif reserved:
+            tokens.append(reserved.pop(0)[1])
+        else:
+            tokens.append(flag.token or _token_text(flag.category))
+    _make_special(tokenizer, tokens)
+    ids = [int(tokenizer.convert_tokens_to_ids(token)) for token in tokens]
+    fresh = [i for i, token in zip(ids, tokens, strict=True) if not (token in known and token in spec_texts)]
+    if max(ids) >= rows:
+        model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
+    flags = tuple(
+        dataclasses.replace(flag, token=token, id=index)
+        for flag, token, index in zip(spec.flags, tokens, ids, strict=True)
+    )
+    _start_rows(model, tokenizer, flags, set(fresh) or set(ids))
+    return dataclasses.replace(spec, flags=flags)
+
+
+def _token_text(category: str) -> str:
+    slug = re.sub(r"\W+", "_", category.strip().lower())
+    return f"<|redflag_{slug}|>"
+
+
+def _make_special(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[str]) -> None:
+    from tokenizers import AddedToken
+
+    # Not normalised: no look-alike is folded into it. Special: `split_special_tokens` takes its text apart.
+    added = [AddedToken(token, special=True, normalized=False, lstrip=False, rstrip=False) for token in tokens]
+    tokenizer.add_tokens(added, special_tokens=True)
+
+
+def _start_rows(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, flags: Sequence[Flag], fresh: set[int]
+) -> None:
+    import torch
+
+    embedding = model.get_input_embeddings().weight
+    head = model.get_output_embeddings()
+    tied = head is None or head.weight.data_ptr() == embedding.data_ptr()
+    ids = {flag.id for flag in flags}
+    language = torch.tensor([i for i in range(min(len(tokenizer), embedding.shape[0])) if i not in ids])
+    with torch.no_grad():
+        for flag in flags:
+            if flag.id not in fresh:
+                continue
+            text = flag.description or f"warning: dangerous harm of the kind {flag.category} is imminent or under way"
+            words = [i for i in tokenizer(text, add_special_tokens=False)["input_ids"] if i not in ids]
+            start = embedding[words or language.tolist()].float().mean(0)
+            embedding[flag.id] = start.to(embedding)
+            if not tied:
+                head.weight[flag.id] = head.weight[language.to(head.weight.device)].float().mean(0).to(head.weight)
+            if getattr(head, "bias", None) is not None:
+                head.bias[flag.id] = head.bias[language.to(head.bias.device)].float().mean().to(head.bias)
+
+
+def _refuse_unknown(record: Mapping[str, Any], known: set[str], path: Path) -> None:
+    unknown = sorted(set(record) - known)
+    if unknown:
+        raise RedflagError(
+            f"{path} has the unknown key {unknown[0]!r}: it was written by another version or edited; known are "
+            f"{', '.join(sorted(known))}"
+        )

@@ -1,0 +1,122 @@
+"""LoRA with trainable flag rows, and the model's head as the loss needs it."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+
+from redflag.errors import RedflagError
+from redflag.flags import FlagSpec
+from redflag.training.loss import Head
+
+
+def lora_config(
+    model: Any,
+    spec: FlagSpec,
+    r: int = 32,
+    alpha: int | None = None,
+    dropout: float = 0.0,
+    target_modules: str | Sequence[str] = "all-linear",
+) -> LoraConfig:
+    """LoRA on the model's linear layers, with just the flag rows trainable in embedding and head.
+
+    Args:
+        model: Causal language model with its flags attached.
+        spec: Its flags.
+        r: Rank.
+        alpha: Scale; default 2r.
+        dropout: Dropout on the adapters' input.
+        target_modules: As in PEFT.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    rows = {names[id(embedding)].rpartition(".")[2]: list(spec.ids)}
+    if head is not None and head.weight is not embedding.weight:
+        rows[names[id(head)].rpartition(".")[2]] = list(spec.ids)
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=r,
+        lora_alpha=2 * r if alpha is None else alpha,
+        lora_dropout=dropout,
+        target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
+        trainable_token_indices=rows,
+    )
+
+
+def cheap_flag_rows(model: torch.nn.Module) -> None:
+    """Makes PEFT's trainable-token layers compute only their own rows.
+
+    PEFT copies the whole V x H matrix to write K rows into it, in every forward pass, and keeps a V x H gradient of the
+    copy. The same result comes from the frozen matrix with the K rows put in where they are asked for.
+    """
+    for module in model.modules():
+        if isinstance(module, TrainableTokensLayer):
+            module.forward_adapters = types.MethodType(_forward_rows, module)  # type: ignore[method-assign]
+
+
+_peft_forward = TrainableTokensLayer.forward_adapters
+
+
+def _forward_rows(
+    self: TrainableTokensLayer, x: torch.Tensor, active_adapters: list[str], *args: Any, **kwargs: Any
+) -> torch.Tensor:
+    if self.disable_adapters or not active_adapters or self.merged:
+        return _peft_forward(self, x, active_adapters, *args, **kwargs)
+    result = self.base_layer(x, *args, **kwargs)
+    is_embedding = isinstance(self.base_layer, torch.nn.Embedding)
+    for adapter in active_adapters:
+        rows, indices = self.trainable_tokens_delta[adapter], self.token_indices[adapter]
+        if not is_embedding:
+            logits = torch.nn.functional.linear(x, rows.to(x.dtype)).to(result.dtype)
+            if self.base_layer.bias is not None:
+                logits = logits + self.base_layer.bias[indices].to(result.dtype)
+            result = result.index_copy(-1, torch.tensor(indices, device=result.device), logits)
+            continue
+        # Scaled embeddings (Gemma) multiply in their forward; the row gets the same factor.
+        scale = getattr(self.base_layer, "embed_scale", None)
+        for row, index in zip(rows, indices, strict=True):
+            value = row.to(result.dtype) if scale is None else (row * scale.to(row.dtype)).to(result.dtype)
+            result = torch.where((x == index)[..., None], value, result)
+    return result
+
+
+def output_head(model: Any, spec: FlagSpec) -> Head:
+    """The head of a causal language model, PEFT-wrapped or not, adapters in force or not, for the loss.
+
+    Raises:
+        RedflagError: The head holds something that redflag does not train (an adapter of its own, say).
+    """
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = plain.config.get_text_config()
+    module, flag_rows = plain.get_output_embeddings(), None
+    adapter = getattr(module, "token_adapter", None)
+    if adapter is None and module.weight is None:
+        adapter = getattr(plain.get_input_embeddings(), "token_adapter", None)
+    if adapter is not None:
+        if not adapter.disable_adapters and adapter.active_adapters:
+            name = adapter.active_adapters[0]
+            if tuple(adapter.token_indices[name]) != spec.ids:
+                raise RedflagError(
+                    f"the adapter trains the rows {adapter.token_indices[name]} and the flags are {list(spec.ids)}: build "
+                    "it with redflag.training.adapter.lora_config"
+                )
+            flag_rows = adapter.trainable_tokens_delta[name]
+        module = adapter.base_layer
+    if not isinstance(module, (torch.nn.Linear, torch.nn.Embedding)) or hasattr(module, "lora_A"):
+        raise RedflagError(
+            f"the output head is a {type(module).__name__}, which redflag cannot apply in chunks: leave the head out of "
+            "target_modules and modules_to_save"
+        )
+    scale, cap = 1.0, None
+    for name in ("logit_scale", "lm_head_multiplier", "output_multiplier"):
+        scale *= getattr(config, name, None) or 1.0
+    divisor = getattr(config, "logits_scaling", None) or 1.0
+    scale = scale * divisor if config.model_type.startswith("hyperclovax") else scale / divisor
+    for name in ("final_logit_softcapping", "logits_soft_cap"):
+        cap = getattr(config, name, None) or cap
+    return Head(module.weight, flag_rows, getattr(module, "bias", None), float(scale), cap)

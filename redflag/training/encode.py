@@ -1,0 +1,192 @@
+"""From a row to tensors: ids, where language is pinned, and one flag class per position.
+
+`encode` does what is the same in every epoch. `place` puts the flags where the placement wants them, which for `insert`
+is drawn anew each epoch, from a generator that depends on (seed, epoch, row) alone: a resumed run draws the same.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict
+
+import torch
+
+from redflag.corpus.rows import Row
+from redflag.errors import RedflagError
+from redflag.flags import FlagSpec
+from redflag.prompt import render_response
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Placement = Literal["first", "insert", "dense"]
+IGNORE = -100
+
+
+class Example(TypedDict):
+    """One encoded row.
+
+    `input_ids` has N ids; positions from `response_start` on are the response and its end-of-turn token. `onset` is a
+    token index counted from `response_start` (0 in a harmless row); `flag_class` is 0 or the category's class k.
+    """
+
+    row: int
+    input_ids: list[int]
+    response_start: int
+    onset: int
+    flag_class: int
+
+
+class Placed(NamedTuple):
+    """An example with its flags in place; all lists have one entry per position.
+
+    Index i judges the moment *before* token i. `labels` is the token where language is pinned, else -100; `flag_labels`
+    is 0 for none, k for flag k, -100 for ignore; `inserted` marks flag tokens that were put into the text.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    flag_labels: list[int]
+    inserted: list[bool]
+
+
+@dataclass(frozen=True)
+class PlacementConfig:
+    """Where flags stand.
+
+    Attributes:
+        placement: `first` labels response position 0 only (fixed-position flag); `insert` draws positions from the
+            onset on and inserts the flag there (red flag tokens, arXiv 2502.16366); `dense` labels every position from
+            the onset to the end.
+        minimum_offset: `insert`: positions of the response before this one are never drawn, tokens.
+        insertions: `insert`: flags per harmful response.
+        soft_margin: Positions within this many tokens before a known onset are ignored instead of labelled harmless.
+    """
+
+    placement: Placement = "dense"
+    minimum_offset: int = 0
+    insertions: int = 1
+    soft_margin: int = 0
+
+    def __post_init__(self) -> None:
+        if self.placement not in ("first", "insert", "dense"):
+            raise RedflagError(f"placement {self.placement!r} is none of first, insert, dense: choose one")
+        for name, least in (("minimum_offset", 0), ("insertions", 1), ("soft_margin", 0)):
+            if getattr(self, name) < least:
+                raise RedflagError(f"{name} is {getattr(self, name)}: it counts tokens or flags and must be >= {least}")
+
+
+def encode(
+    row: Row, tokenizer: PreTrainedTokenizerFast, spec: FlagSpec, max_length: int | None = None, index: int = 0
+) -> Example:
+    """Encodes one row.
+
+    Args:
+        row: The conversation; its last turn is the response.
+        tokenizer: Tokenizer with the flags attached.
+        spec: The model's flags.
+        max_length: Most ids kept. The prompt loses its front first, so that the response stays; a response that is
+            longer than `max_length` - 1 on its own loses its end.
+        index: Number of the row; `place` draws by it.
+
+    Raises:
+        RedflagError: The row cannot be rendered, or its category has no flag.
+    """
+    rendered = render_response(tokenizer, row.messages, spec)
+    prompt, response = rendered.prompt_ids, rendered.response_ids + rendered.tail_ids
+    if max_length is not None:
+        if max_length < 2:
+            raise RedflagError(f"max_length is {max_length}: a prompt token and a response token need at least 2")
+        response = response[: max_length - 1]
+        prompt = prompt[max(0, len(prompt) + len(response) - max_length) :]
+    flag_class = spec.class_of(row.category)
+    onset = onset_token(rendered.offsets, row.onset) if flag_class else 0
+    return Example(
+        row=index, input_ids=prompt + response, response_start=len(prompt), onset=onset, flag_class=flag_class
+    )
+
+
+def onset_token(offsets: Sequence[tuple[int, int]], onset: int | None) -> int:
+    """Index of the first token that reaches past character `onset` (None: 0).
+
+    >>> onset_token([(0, 4), (4, 9), (9, 10)], 5)
+    1
+    """
+    if onset is None:
+        return 0
+    return next((i for i, (_, end) in enumerate(offsets) if end > onset), len(offsets))
+
+
+def place(example: Mapping[str, Any], config: PlacementConfig, spec: FlagSpec, seed: int = 0, epoch: int = 0) -> Placed:
+    """Labels an example's positions, and inserts flags where the placement does.
+
+    Args:
+        example: Result of `encode`.
+        config: The placement.
+        spec: The model's flags.
+        seed: Seed of the run.
+        epoch: Epoch, from 0.
+    """
+    ids, start, k = list(example["input_ids"]), example["response_start"], example["flag_class"]
+    labels = [IGNORE] * start + ids[start:]
+    flag_labels = [IGNORE] * start + [0] * (len(ids) - start)
+    inserted = [False] * len(ids)
+    onset = start + example["onset"]
+    if config.placement == "first":
+        flag_labels[start:] = [k] + [IGNORE] * (len(ids) - start - 1)
+        return Placed(ids, labels, flag_labels, inserted)
+    if k == 0 or onset >= len(ids):
+        return Placed(ids, labels, flag_labels, inserted)
+    margin = max(start, onset - config.soft_margin)
+    flag_labels[margin:onset] = [IGNORE] * (onset - margin)
+    if config.placement == "dense":
+        flag_labels[onset:] = [k] * (len(ids) - onset)
+        return Placed(ids, labels, flag_labels, inserted)
+    # insert: one class at the drawn positions; nothing is asked of the harmful positions between them.
+    flag_labels[onset:] = [IGNORE] * (len(ids) - onset)
+    first = min(max(onset, start + config.minimum_offset), len(ids) - 1)
+    draw = random.Random(f"{seed}/{epoch}/{example['row']}")
+    positions = sorted(draw.sample(range(first, len(ids)), min(config.insertions, len(ids) - first)), reverse=True)
+    flag = spec.ids[k - 1]
+    for position in positions:  # from the back, so that earlier positions stay where they are
+        for column, value in ((ids, flag), (labels, flag), (flag_labels, k), (inserted, True)):
+            column.insert(position, value)
+    return Placed(ids, labels, flag_labels, inserted)
+
+
+class Collator:
+    """Examples -> a batch of tensors, padded on the right. `epoch` is set by the trainer.
+
+    For two rows of 3 and 2 ids, `dense`, the second harmful from its only response position on:
+
+    >>> spec = FlagSpec.of("harm"); import dataclasses
+    >>> spec = dataclasses.replace(spec, flags=(dataclasses.replace(spec.flags[0], id=9),))
+    >>> rows = [Example(row=0, input_ids=[5, 6, 7], response_start=1, onset=0, flag_class=0),
+    ...         Example(row=1, input_ids=[5, 8], response_start=1, onset=0, flag_class=1)]
+    >>> batch = Collator(PlacementConfig("dense"), spec, pad_id=0, seed=0)(rows)
+    >>> batch["labels"].tolist()
+    [[-100, 6, 7], [-100, 8, -100]]
+    >>> batch["flag_labels"].tolist()
+    [[-100, 0, 0], [-100, 1, -100]]
+    """
+
+    def __init__(self, config: PlacementConfig, spec: FlagSpec, pad_id: int, seed: int) -> None:
+        self.config, self.spec, self.pad_id, self.seed, self.epoch = config, spec, pad_id, seed, 0
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        placed = [place(example, self.config, self.spec, self.seed, self.epoch) for example in examples]
+        width = max(len(p.input_ids) for p in placed)
+
+        def pad(rows: list[list[Any]], value: Any) -> torch.Tensor:
+            return torch.tensor([row + [value] * (width - len(row)) for row in rows])
+
+        return {
+            "input_ids": pad([p.input_ids for p in placed], self.pad_id),
+            "attention_mask": pad([[1] * len(p.input_ids) for p in placed], 0),
+            "labels": pad([p.labels for p in placed], IGNORE),
+            "flag_labels": pad([p.flag_labels for p in placed], IGNORE),
+            "inserted": pad([p.inserted for p in placed], False),
+            "flag_class": torch.tensor([example["flag_class"] for example in examples]),
+        }

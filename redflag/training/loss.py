@@ -1,0 +1,221 @@
+"""The loss: flag cross-entropy + keep term, from hidden states, without ever holding B x T x V logits.
+
+Write z for the logits at one position, F for the K flags, L for the language vocabulary (everything else).
+
+- flag term: (K+1)-way cross-entropy over the classes "none" (logit: logsumexp of z over L) and each flag's z;
+- keep term: KL(reference || trained) between the two language distributions, softmax of z over L.
+
+Both need the head's V logits only for a moment, so the head is applied to a few positions at a time, for student and
+reference alike, and the gradient is written down in closed form in the same pass (as fused cross-entropy kernels do):
+
+    d flag / d z_l = (P(none) - [class is none]) q_l        d flag / d z_k = P(k) - [class is k]
+    d keep / d z_l = q_l - p_l                              d keep / d z_k = 0
+
+with q the trained and p the reference language distribution, and P the K+1 class probabilities.
+
+Shapes: N positions, H hidden, V vocabulary, K flags.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+# Logits alive at one time, in numbers: 16 MB of float32 per tensor, about four tensors.
+LOGITS_AT_ONCE = 4_194_304
+
+
+@dataclass
+class Head:
+    """The output head of a causal language model, as numbers.
+
+    Attributes:
+        weight: Matrix, (V, H). Receives a gradient where it requires one (full fine-tuning).
+        flag_rows: The flags' own trainable rows, (K, H), which stand in for those of `weight`; None = use `weight`.
+        bias: (V,) or None.
+        scale: Factor on the logits (Granite, Cohere, ...).
+        cap: Soft cap, logits = cap * tanh(logits / cap) (Gemma 2), or None.
+    """
+
+    weight: torch.Tensor
+    flag_rows: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    scale: float = 1.0
+    cap: float | None = None
+
+    def logits(self, hidden_NH: torch.Tensor, flag_ids: torch.Tensor) -> torch.Tensor:
+        """Logits (N, V) in float32, flags included."""
+        raw = torch.nn.functional.linear(hidden_NH, self.weight.to(hidden_NH.dtype))
+        if self.flag_rows is not None:
+            raw[:, flag_ids] = torch.nn.functional.linear(hidden_NH, self.flag_rows.to(hidden_NH.dtype))
+        logits = raw.float()
+        if self.bias is not None:
+            logits += self.bias.float()
+        if self.scale != 1.0:
+            logits *= self.scale
+        if self.cap is not None:
+            logits = self.cap * torch.tanh(logits / self.cap)
+        return logits
+
+    def pull_back(self, d_logits: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Gradient on `weight @ hidden`, from that on the finished logits (overwrites `d_logits`)."""
+        if self.cap is not None:
+            d_logits *= 1 - (logits / self.cap) ** 2
+        if self.scale != 1.0:
+            d_logits *= self.scale
+        return d_logits
+
+
+class Positions(NamedTuple):
+    """What was found at each of N positions, detached: for metrics.
+
+    `flag_loss` and `keep_kl` in nats (unweighted), `p_flag` = probability of any flag, `nll` and `reference_nll` the
+    negative log-likelihood of the label under the two language distributions, nats (NaN where there is no label).
+    """
+
+    flag_loss: torch.Tensor
+    keep_kl: torch.Tensor
+    p_flag: torch.Tensor
+    nll: torch.Tensor
+    reference_nll: torch.Tensor
+
+
+def flag_and_keep_loss(
+    hidden_NH: torch.Tensor,
+    reference_NH: torch.Tensor,
+    head: Head,
+    reference_head: Head,
+    flag_ids: torch.Tensor,
+    flag_labels_N: torch.Tensor,
+    labels_N: torch.Tensor,
+    flag_weights_N: torch.Tensor,
+    keep_weights_N: torch.Tensor,
+) -> tuple[torch.Tensor, Positions]:
+    """Weighted sum over positions of the flag term and the keep term.
+
+    Args:
+        hidden_NH: Last hidden states of the trained model, one per position judged.
+        reference_NH: Those of the reference at the same positions (on the text without inserted flags).
+        head: Head of the trained model.
+        reference_head: Head of the reference.
+        flag_ids: K vocabulary ids.
+        flag_labels_N: 0 none, k flag k, -100 ignore.
+        labels_N: Token at the position, -100 where there is none; only for `Positions`.
+        flag_weights_N: Weight of the flag term at each position (coefficient over normaliser).
+        keep_weights_N: Weight of the keep term; 0 where language is not pinned.
+
+    Returns:
+        The loss, a scalar that carries gradients to `hidden_NH`, `head.weight` and `head.flag_rows`; and `Positions`.
+    """
+    loss, *found = _FlagAndKeep.apply(
+        hidden_NH,
+        head.weight,
+        head.flag_rows,
+        reference_NH,
+        head,
+        reference_head,
+        flag_ids,
+        flag_labels_N,
+        labels_N,
+        flag_weights_N,
+        keep_weights_N,
+    )
+    return loss, Positions(*found)
+
+
+class _FlagAndKeep(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        flag_rows: torch.Tensor | None,
+        reference: torch.Tensor,
+        head: Head,
+        reference_head: Head,
+        flag_ids: torch.Tensor,
+        flag_labels: torch.Tensor,
+        labels: torch.Tensor,
+        flag_weights: torch.Tensor,
+        keep_weights: torch.Tensor,
+    ) -> Any:
+        count, vocabulary = hidden.shape[0], weight.shape[0]
+        chunk = max(1, LOGITS_AT_ONCE // vocabulary)
+        needs_hidden, needs_weight, needs_rows = ctx.needs_input_grad[:3]
+        d_hidden = torch.empty_like(hidden) if needs_hidden else None
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        d_rows = torch.zeros_like(flag_rows, dtype=torch.float32) if flag_rows is not None and needs_rows else None
+        found = hidden.new_zeros((5, count), dtype=torch.float32)
+        loss = hidden.new_zeros((), dtype=torch.float32)
+        for start in range(0, count, chunk):
+            part = slice(start, min(count, start + chunk))
+            h, weights_f, weights_k = hidden[part], flag_weights[part].float(), keep_weights[part].float()
+            z = head.logits(h, flag_ids)
+            capped = z.clone() if head.cap is not None and (needs_hidden or needs_weight) else z
+            f = z[:, flag_ids]
+            z[:, flag_ids] = -torch.inf
+            lse = z.logsumexp(-1)
+            class_log_probs = torch.cat([lse[:, None], f], 1).log_softmax(-1)
+            target = flag_labels[part].clamp(min=0)
+            flag_loss = -class_log_probs.gather(1, target[:, None])[:, 0]
+            flag_loss = torch.where(flag_labels[part] >= 0, flag_loss, 0.0)
+
+            z_ref = reference_head.logits(reference[part], flag_ids)
+            z_ref[:, flag_ids] = -torch.inf
+            lse_ref = z_ref.logsumexp(-1)
+            token = labels[part].clamp(min=0)[:, None]
+            nll, nll_ref = lse - z.gather(1, token)[:, 0], lse_ref - z_ref.gather(1, token)[:, 0]
+            z[:, flag_ids] = 0.0  # p is 0 there: keeps inf - inf out of the sum
+            p = (z_ref - lse_ref[:, None]).exp_()
+            z_ref[:, flag_ids] = 0.0
+            keep = (z_ref.sub_(z).mul_(p)).sum(-1) - lse_ref + lse
+
+            loss += (weights_f * flag_loss).sum() + (weights_k * keep).sum()
+            missing = labels[part] < 0
+            found[0, part], found[1, part] = flag_loss, keep
+            found[2, part] = -torch.expm1(class_log_probs[:, 0])
+            found[3, part], found[4, part] = (
+                nll.masked_fill(missing, torch.nan),
+                nll_ref.masked_fill(missing, torch.nan),
+            )
+            if not (needs_hidden or needs_weight or needs_rows):
+                continue
+
+            # Gradients, as in the docstring; `z` becomes q, then d loss / d z, in place.
+            weights_f = torch.where(flag_labels[part] >= 0, weights_f, 0.0)
+            d_classes = class_log_probs.exp()
+            d_classes.scatter_add_(1, target[:, None], torch.full_like(d_classes[:, :1], -1.0))
+            d_classes *= weights_f[:, None]
+            q = z.sub_(lse[:, None]).exp_()
+            d = q.mul_((weights_k + d_classes[:, 0])[:, None]).sub_(p.mul_(weights_k[:, None]))
+            d[:, flag_ids] = d_classes[:, 1:]
+            d = head.pull_back(d, capped)
+            d_flags = d[:, flag_ids].to(h.dtype)
+            if flag_rows is not None:
+                d[:, flag_ids] = 0.0
+            d = d.to(h.dtype)
+            if d_hidden is not None:
+                d_hidden[part] = d @ weight.to(h.dtype)
+                if flag_rows is not None:
+                    d_hidden[part] += d_flags @ flag_rows.to(h.dtype)
+            if d_weight is not None:
+                d_weight += (d.T @ h).float()
+            if d_rows is not None:
+                d_rows += (d_flags.T @ h).float()
+        ctx.save_for_backward(d_hidden, d_weight, d_rows)
+        ctx.dtypes = (weight.dtype, None if flag_rows is None else flag_rows.dtype)
+        outputs = tuple(found.unbind(0))
+        ctx.mark_non_differentiable(*outputs)
+        return (loss, *outputs)
+
+    @staticmethod
+    def backward(ctx: Any, d_loss: torch.Tensor, *_: Any) -> Any:
+        d_hidden, d_weight, d_rows = ctx.saved_tensors
+        scaled = (
+            None if d_hidden is None else d_hidden * d_loss.to(d_hidden.dtype),
+            None if d_weight is None else (d_weight * d_loss).to(ctx.dtypes[0]),
+            None if d_rows is None else (d_rows * d_loss).to(ctx.dtypes[1]),
+        )
+        return (*scaled, *([None] * 8))

@@ -1,0 +1,290 @@
+"""`redflag train`: rows and a model in, a flagged model out."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import random
+import shutil
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
+
+from redflag.corpus.rows import Row, Rows, load_rows
+from redflag.errors import RedflagError
+from redflag.flags import FlagSpec, attach
+from redflag.prompt import template_hash
+from redflag.training.adapter import lora_config
+from redflag.training.encode import Example, encode
+from redflag.training.precision import bf16_is_fast
+from redflag.training.trainer import RedFlagConfig, RedFlagTrainer
+
+VERSIONS = ("redflag-llm", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers")
+
+
+@dataclass
+class TrainArguments:
+    """What is trained on what; how is in `RedFlagConfig`."""
+
+    model: str = field(metadata={"help": "Model to flag: folder or hub name."})
+    input: str = field(metadata={"help": "Training rows: JSONL (.gz), parquet, a folder, or a hub data set."})
+    eval_input: str | None = field(default=None, metadata={"help": "Held-out rows; default: a share of the input."})
+    eval_share: float = field(
+        default=0.1, metadata={"help": "Share of the input's groups held out without eval_input."}
+    )
+    categories: list[str] = field(default_factory=lambda: ["harm"], metadata={"help": "One flag for each."})
+    columns: dict[str, str] | None = field(default=None, metadata={"help": "Our column -> the data set's column."})
+    labels: dict[str, str | None] | None = field(
+        default=None, metadata={"help": "Label -> category, or null = harmless."}
+    )
+    on_bad_row: str = field(default="stop", metadata={"help": "stop or skip (bad rows are counted and named)."})
+    max_rows: int | None = field(default=None, metadata={"help": "Use at most this many training rows, drawn by seed."})
+    harmless_per_harmful: float | None = field(
+        default=None, metadata={"help": "Thin out the larger side to this ratio; default: rows as they are."}
+    )
+    full: bool = field(default=False, metadata={"help": "Train all weights against a frozen copy, without LoRA."})
+    lora_r: int = field(default=32, metadata={"help": "LoRA rank."})
+    lora_alpha: int | None = field(default=None, metadata={"help": "LoRA scale; default 2r."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "LoRA dropout."})
+    lora_target_modules: str = field(default="all-linear", metadata={"help": "As in PEFT; commas between names."})
+    merge: bool = field(
+        default=True, metadata={"help": "Save merged weights, which stock engines load; else the adapter."}
+    )
+    dtype: str = field(default="auto", metadata={"help": "Of the weights: auto, float32 or bfloat16."})
+    resume: bool = field(default=False, metadata={"help": "Go on from the last complete checkpoint in output_dir."})
+
+
+ARGUMENTS = (TrainArguments, RedFlagConfig)
+POSITIONAL = None
+
+
+def run(arguments: TrainArguments, config: RedFlagConfig) -> dict[str, Any]:
+    """Trains, saves model + tokenizer + `redflag.json` + `train.json` in `config.output_dir`; returns `train.json`.
+
+    Raises:
+        RedflagError: Input or settings are wrong, or the result could not be written (checkpoints stay).
+    """
+    if not config.output_dir:
+        raise RedflagError("output_dir is not set: say where the model goes, for example --output_dir runs/mine")
+    output = Path(config.output_dir)
+    checkpoint = last_checkpoint(output) if arguments.resume else None
+    if not arguments.resume and last_checkpoint(output) is not None:
+        raise RedflagError(
+            f"{output} holds checkpoints of an earlier run, which a new run would mix with: add --resume to go on, or "
+            "choose another --output_dir"
+        )
+    set_seed(config.seed)
+    train_rows, eval_rows, sources = _rows(arguments, config.seed)
+    model, tokenizer = load_model(arguments.model, arguments.dtype)
+    spec = attach(model, tokenizer, FlagSpec.of(*arguments.categories))
+    spec = dataclasses.replace(spec, template_hash=template_hash(tokenizer))
+    train_set = _encode(train_rows, tokenizer, spec, config)
+    eval_set = _encode(eval_rows, tokenizer, spec, config)
+    _check_classes(train_set)
+    targets: Any = arguments.lora_target_modules
+    peft_config = None
+    if not arguments.full:
+        targets = targets if targets == "all-linear" else [name.strip() for name in targets.split(",")]
+        peft_config = lora_config(model, spec, arguments.lora_r, arguments.lora_alpha, arguments.lora_dropout, targets)
+    interrupt = _StopAtInterrupt()
+    trainer = RedFlagTrainer(
+        model,
+        config,
+        spec,
+        train_set,
+        eval_set or None,
+        tokenizer,
+        peft_config,
+        callbacks=[interrupt],
+    )
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except OSError as error:
+        raise RedflagError(
+            f"{output} could not be written ({error}), training stopped: free space there and go on with --resume"
+        ) from error
+    if interrupt.caught:
+        raise KeyboardInterrupt(f"stopped at step {trainer.state.global_step}; go on with --resume")
+    metrics = trainer.evaluate() if eval_set else {}
+    result = {
+        "run_id": "",
+        "arguments": dataclasses.asdict(arguments),
+        "config": _changed(config),
+        "data": sources,
+        "rows": {"train": len(train_set), "eval": len(eval_set)},
+        "seed": config.seed,
+        "steps": trainer.state.global_step,
+        "metrics": metrics,
+        "losses": [log for log in trainer.state.log_history if "loss" in log],
+        "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
+        "python": platform.python_version(),
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
+        + (torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"),
+    }
+    if trainer.is_world_process_zero():
+        result = save(trainer, spec, output, arguments.merge, result)
+    return result
+
+
+def load_model(name: str, dtype: str = "auto") -> tuple[Any, Any]:
+    """A causal language model and its tokenizer; `auto` = bfloat16 where it is fast, else float32."""
+    kinds = {"auto": torch.bfloat16 if bf16_is_fast() else torch.float32}
+    kinds |= {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if dtype not in kinds:
+        raise RedflagError(f"dtype {dtype!r} is none of {', '.join(kinds)}: choose one")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=kinds[dtype])
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise RedflagError(f"the model {name!r} cannot be loaded ({reason}): give a folder or a hub name") from error
+    return model, tokenizer
+
+
+def save(trainer: RedFlagTrainer, spec: FlagSpec, output: Path, merge: bool, result: dict[str, Any]) -> dict[str, Any]:
+    """Writes everything beside its final name, then renames; `redflag.json` comes last and makes the folder a model."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    digest = hashlib.sha256(json.dumps(result["arguments"], sort_keys=True).encode())
+    for _, parameter in sorted(model.named_parameters()):
+        if parameter.requires_grad:
+            digest.update(parameter.detach().float().cpu().numpy().tobytes())
+    spec = dataclasses.replace(spec, run_id=digest.hexdigest()[:16])
+    result = {**result, "run_id": spec.run_id}
+    if merge and hasattr(model, "merge_and_unload"):
+        model = model.merge_and_unload()
+    temporary = output / ".saving"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        model.save_pretrained(temporary)
+        trainer.processing_class.save_pretrained(temporary)
+        (temporary / "train.json").write_text(json.dumps(result, indent=2, default=str), encoding="utf-8")
+        for path in sorted(temporary.iterdir()):
+            os.replace(path, output / path.name)
+        temporary.rmdir()
+        spec.save(output)
+    except OSError as error:
+        raise RedflagError(
+            f"the model could not be written to {output} ({error}), its checkpoints are there: free space and run again "
+            "with --resume"
+        ) from error
+    return result
+
+
+def last_checkpoint(output: Path) -> Path | None:
+    """The newest checkpoint that was written to its end; one that a kill cut short does not count."""
+    found = []
+    for path in output.glob("checkpoint-*"):
+        try:
+            json.loads((path / "trainer_state.json").read_text())
+            complete = all((path / name).stat().st_size for name in ("optimizer.pt", "scheduler.pt"))
+            if complete and any(path.glob("*.safetensors")):
+                found.append((int(path.name.rpartition("-")[2]), path))
+        except (OSError, ValueError):
+            continue
+    return max(found)[1] if found else None
+
+
+def _rows(arguments: TrainArguments, seed: int) -> tuple[list[Row], list[Row], dict[str, Any]]:
+    """Training and held-out rows, and what they came from."""
+
+    def read(source: str) -> Rows:
+        found = load_rows(
+            source,
+            columns=arguments.columns,
+            labels=arguments.labels,
+            on_bad_row=arguments.on_bad_row,  # type: ignore[arg-type]
+        )
+        for bad in found.skipped[:20]:
+            print(f"skipped {bad}")
+        sources[source] = {"sha256": found.sha256, "rows": len(found), "skipped": len(found.skipped)}
+        return found
+
+    sources: dict[str, Any] = {}
+    draw = random.Random(seed)
+    rows = read(arguments.input).rows
+    if arguments.eval_input:
+        held_out = read(arguments.eval_input).rows
+    else:
+        if not 0 <= arguments.eval_share < 1:
+            raise RedflagError(f"eval_share is {arguments.eval_share}: it is a share of the rows, from 0 to below 1")
+        groups = sorted({row.group or row.id or str(i) for i, row in enumerate(rows)})
+        draw.shuffle(groups)
+        chosen = set(groups[: round(arguments.eval_share * len(groups))])
+        held_out = [row for i, row in enumerate(rows) if (row.group or row.id or str(i)) in chosen]
+        rows = [row for i, row in enumerate(rows) if (row.group or row.id or str(i)) not in chosen]
+    if arguments.harmless_per_harmful is not None:
+        ratio = arguments.harmless_per_harmful
+        if ratio <= 0:
+            raise RedflagError(f"harmless_per_harmful is {ratio}: it is a ratio above 0")
+        harmful, harmless = [r for r in rows if r.harmful], [r for r in rows if not r.harmful]
+        harmless = draw.sample(harmless, min(len(harmless), round(ratio * len(harmful))))
+        harmful = draw.sample(harmful, min(len(harmful), round(len(harmless) / ratio)))
+        rows = harmful + harmless
+        draw.shuffle(rows)
+    if arguments.max_rows is not None and arguments.max_rows < len(rows):
+        rows = draw.sample(rows, arguments.max_rows)
+    return rows, held_out, sources
+
+
+def _encode(rows: list[Row], tokenizer: Any, spec: FlagSpec, config: RedFlagConfig) -> list[Example]:
+    examples = []
+    for index, row in enumerate(rows):
+        try:
+            examples.append(encode(row, tokenizer, spec, config.max_length, index))
+        except RedflagError as error:
+            raise RedflagError(f"row {row.id or index}: {error}") from None
+    return examples
+
+
+def _check_classes(examples: list[Example]) -> None:
+    harmful = sum(example["flag_class"] > 0 for example in examples)
+    if not harmful or harmful == len(examples):
+        missing = "harmful" if not harmful else "harmless"
+        raise RedflagError(
+            f"none of the {len(examples)} training rows is {missing}, so there is nothing to tell apart: add such rows, or "
+            "check how labels are mapped"
+        )
+
+
+def _changed(config: RedFlagConfig) -> Mapping[str, Any]:
+    """The settings that differ from the defaults, and those of redflag in any case."""
+    defaults = {f.name: f.default for f in dataclasses.fields(config)}
+    own = {f.name for f in dataclasses.fields(RedFlagConfig) if f.name in RedFlagConfig.__annotations__}
+    return {k: v for k, v in config.to_dict().items() if k in own or (k in defaults and v != defaults[k])}
+
+
+class _StopAtInterrupt(TrainerCallback):
+    """Ctrl-C ends the step, writes a checkpoint and stops; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.caught = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        def handle(*_: Any) -> None:
+            if self.caught:
+                raise KeyboardInterrupt
+            self.caught = True
+            print("\nstopping after this step; a checkpoint is written (again Ctrl-C: at once)")
+
+        try:
+            self.before = signal.signal(signal.SIGINT, handle)
+        except ValueError:  # not in the main thread
+            self.before = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.caught:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.before is not None:
+            signal.signal(signal.SIGINT, self.before)

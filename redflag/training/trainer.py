@@ -1,0 +1,327 @@
+"""RedFlagTrainer: TRL's SFTTrainer with another loss.
+
+It touches SFTTrainer at few points: the collator (flags are placed when a batch is made), `_get_num_items_in_batch`
+(three normalisers instead of one), `compute_loss` (flag term + keep term), `evaluate` (AUROC and exact means). The
+model's own forward is called as it is, so every wrapper (DDP, FSDP, gradient checkpointing) stays in force; the last
+hidden states are caught on the way, and the head is applied in chunks by `redflag.training.loss`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from redflag.errors import RedflagError
+from redflag.flags import FlagSpec
+from redflag.measuring.metrics import auroc
+from redflag.training.adapter import cheap_flag_rows, output_head
+from redflag.training.encode import IGNORE, Collator, Example, PlacementConfig
+from redflag.training.loss import Positions, flag_and_keep_loss
+from redflag.training.precision import bf16_is_fast
+
+
+@dataclass
+class RedFlagConfig(SFTConfig):
+    """SFTConfig plus the loss and the placement. Defaults that differ are redefined here."""
+
+    output_dir: str | None = field(default=None, metadata={"help": "Folder for the model and everything about it."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate (LoRA)."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
+    warmup_steps: float = field(default=0.05, metadata={"help": "Warm-up steps, or a share of all steps if below 1."})
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the rows."})
+    max_length: int | None = field(
+        default=1024, metadata={"help": "Most tokens per row; the prompt's front goes first."}
+    )
+    bf16: bool | None = field(default=None, metadata={"help": "bfloat16 autocast; default: where the hardware has it."})
+    gradient_checkpointing: bool | None = field(default=None, metadata={"help": "Old name of activation_checkpointing."})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Must stay false: the collator needs them all."}
+    )
+    placement: str = field(default="dense", metadata={"help": "first, insert or dense."})
+    minimum_offset: int = field(default=0, metadata={"help": "insert: first response position that may be drawn."})
+    insertions: int = field(default=1, metadata={"help": "insert: flags per harmful response."})
+    soft_margin: int = field(default=0, metadata={"help": "Tokens before a known onset that are not judged."})
+    flag_coef: float = field(default=1.0, metadata={"help": "Weight of the flag term."})
+    keep_coef: float = field(default=8.0, metadata={"help": "Weight of the keep term, KL(reference || trained)."})
+    harmful_weight: float = field(
+        default=0.5,
+        metadata={"help": "Share of the flag term that harmful positions have; the rest is harmless ones'."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None and not self.fp16:
+            self.bf16 = bf16_is_fast()
+        super().__post_init__()
+        for name in ("flag_coef", "keep_coef"):
+            if not getattr(self, name) >= 0:
+                raise RedflagError(f"{name} is {getattr(self, name)}: weights of the loss are numbers >= 0")
+        if not 0 <= self.harmful_weight <= 1:
+            raise RedflagError(f"harmful_weight is {self.harmful_weight}: it is a share, between 0 and 1")
+        if self.packing or self.padding_free or self.remove_unused_columns:
+            raise RedflagError(
+                "packing, padding_free and remove_unused_columns would drop the flag labels: leave them off"
+            )
+        self.placement_config()
+
+    def placement_config(self) -> PlacementConfig:
+        """The fields that say where flags stand."""
+        return PlacementConfig(self.placement, self.minimum_offset, self.insertions, self.soft_margin)  # type: ignore[arg-type]
+
+
+class RedFlagTrainer(SFTTrainer):
+    """Teaches a model its flags and pins its language to the reference.
+
+    Args:
+        model: Causal language model with flags attached (`redflag.flags.attach`).
+        args: The configuration.
+        spec: The model's flags.
+        train_dataset: Encoded rows (`redflag.training.encode.encode`).
+        eval_dataset: The same, held out.
+        processing_class: The tokenizer.
+        peft_config: `redflag.training.adapter.lora_config(...)`; None trains all weights, against a frozen copy.
+    """
+
+    _tag_names = ["trl", "redflag"]
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: RedFlagConfig,
+        spec: FlagSpec,
+        train_dataset: Sequence[Example] | Dataset,
+        eval_dataset: Sequence[Example] | Dataset | None = None,
+        processing_class: PreTrainedTokenizerFast | None = None,
+        peft_config: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        assert processing_class is not None, "processing_class is the tokenizer with the flags attached"
+        self.spec = spec
+        self._frozen = None
+        if peft_config is None and not hasattr(model, "peft_config"):
+            self._frozen = copy.deepcopy(model).eval().requires_grad_(False)
+        pad = processing_class.pad_token_id
+        collator = Collator(args.placement_config(), spec, 0 if pad is None else pad, args.seed)
+        args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=_as_dataset(train_dataset),
+            eval_dataset=None if eval_dataset is None else _as_dataset(eval_dataset),
+            processing_class=processing_class,
+            data_collator=collator,
+            peft_config=peft_config,
+            **kwargs,
+        )
+        cheap_flag_rows(self.model)
+        self.add_callback(_EpochOfCollator(collator))
+        # The loss is normalised here over the whole accumulated batch, so the Trainer must not divide it again.
+        self.model_accepts_loss_kwargs = True
+        self._flag_ids = torch.tensor(spec.ids)
+        self._eval_rows: list[tuple[float, bool]] = []
+        self._eval_sums: dict[str, torch.Tensor] = {}
+        if self._frozen is not None:
+            self._frozen.to(self.args.device)
+        _check_head(self.accelerator.unwrap_model(self.model), spec)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor | None:
+        """Positions in the whole accumulated batch, over all processes: (pinned, flagged, harmless)."""
+        if not batch_samples:
+            return None
+        counts = torch.stack([_counts(batch) for batch in batch_samples]).sum(0).to(device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            counts = self.accelerator.gather(counts[None]).sum(0)
+        return counts
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> Any:
+        """Flag term + keep term, each over its own number of positions."""
+        training = self.model.training
+        labels, flag_labels, inserted = inputs["labels"], inputs["flag_labels"], inputs["inserted"]
+        counts = num_items_in_batch if training and num_items_in_batch is not None else _counts(inputs)
+        pinned, flagged, harmless = counts.to(labels.device).clamp(min=1).unbind()
+        # Column j is judged by the hidden state of column j - 1; column 0 has none. The reference reads the same text
+        # without the inserted flags, so there it is the nearest earlier column that is no flag.
+        judged = (labels != IGNORE) | (flag_labels != IGNORE)
+        judged[:, 0] = False
+        row, column = judged.nonzero(as_tuple=True)
+        columns = torch.arange(labels.shape[1], device=labels.device).expand_as(labels)
+        plain = torch.where(inserted, 0, columns).cummax(1).values
+
+        with torch.no_grad(), self._reference(model) as reference_model:
+            mask = inputs["attention_mask"] * ~inserted
+            position_ids = (mask.cumsum(1) - 1).clamp(min=0) if bool(inserted.any()) else None
+            reference = _last_hidden(reference_model, inputs["input_ids"], mask, position_ids)
+            reference_NH = reference[row, plain[row, column - 1]]
+            reference_head = output_head(self.accelerator.unwrap_model(reference_model), self.spec)
+            del reference
+        hidden = _last_hidden(model, inputs["input_ids"], inputs["attention_mask"])
+        head = output_head(self.accelerator.unwrap_model(model), self.spec)
+
+        flag_labels_N, labels_N = flag_labels[row, column], labels[row, column]
+        share = torch.where(
+            flag_labels_N > 0, self.args.harmful_weight / flagged, (1 - self.args.harmful_weight) / harmless
+        )
+        loss, found = flag_and_keep_loss(
+            hidden[row, column - 1],
+            reference_NH,
+            head,
+            reference_head,
+            self._flag_ids.to(labels.device),
+            flag_labels_N,
+            labels_N.masked_fill(inserted[row, column], IGNORE),
+            torch.where(flag_labels_N != IGNORE, self.args.flag_coef * share, 0.0),
+            torch.where(labels_N != IGNORE, self.args.keep_coef / pinned, 0.0),
+        )
+        self._record(found, row, flag_labels_N, labels_N, inputs["flag_class"], "train" if training else "eval")
+        if training:
+            tokens = self.accelerator.gather(inputs["attention_mask"].sum()).sum().item()
+            self._total_train_tokens += tokens // self.get_tp_size()
+            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+            if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+                # The counts are of all processes, and DDP averages gradients over them.
+                loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        return (loss, {}) if return_outputs else loss
+
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+        """Adds exact means over all positions, and the AUROC of the response peak of p(any flag)."""
+        self._eval_rows, self._eval_sums = [], {}
+        metrics = super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        gathered = self.accelerator.gather_for_metrics([self._eval_rows], use_gather_object=True)
+        rows = [pair for part in gathered for pair in part]
+        found = {}
+        for name, pair in sorted(self._eval_sums.items()):
+            total, count = self.accelerator.gather(pair[None]).sum(0).tolist()
+            found[name] = total / count if count else float("nan")
+        if "nll" in found:
+            ratio = torch.exp(torch.tensor(found.pop("nll") - found.pop("reference_nll"))).item()
+            found["perplexity_ratio"] = ratio
+        if len({harmful for _, harmful in rows}) == 2:
+            found["auroc"] = auroc([peak for peak, _ in rows], [harmful for _, harmful in rows])
+        found = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        if self.state.log_history and self.is_world_process_zero():
+            self.state.log_history[-1].update(found)
+        metrics.update(found)
+        return metrics
+
+    def _record(
+        self,
+        found: Positions,
+        row: torch.Tensor,
+        flag_labels_N: torch.Tensor,
+        labels_N: torch.Tensor,
+        flag_class: torch.Tensor,
+        mode: str,
+    ) -> None:
+        """Metrics of one batch: running means while training, exact sums in an evaluation."""
+        harmful_row = flag_class[row] > 0
+        flagged, unflagged, pinned = flag_labels_N > 0, flag_labels_N == 0, labels_N != IGNORE
+        wanted = {
+            "flag_loss": (found.flag_loss, flag_labels_N != IGNORE),
+            "keep_kl": (found.keep_kl, pinned),
+            "p_flag_harmful": (found.p_flag, flagged),
+            "p_flag_harmless": (found.p_flag, unflagged),
+        }
+        if mode == "train":
+            for name, (values, where) in wanted.items():
+                if bool(where.any()):
+                    self._metrics[mode][name].append(values[where].mean().item())
+            return
+        text = pinned & ~harmful_row & found.nll.isfinite()
+        wanted |= {
+            "keep_kl_harmless": (found.keep_kl, pinned & ~harmful_row),
+            "nll": (found.nll, text),
+            "reference_nll": (found.reference_nll, text),
+        }
+        for name, (values, where) in wanted.items():
+            pair = torch.stack([values[where].double().sum(), where.sum().double()])
+            self._eval_sums[name] = self._eval_sums.get(name, torch.zeros_like(pair)) + pair
+        peaks = torch.zeros(len(flag_class), device=row.device).index_reduce(0, row, found.p_flag, "amax")
+        self._eval_rows += list(zip(peaks.tolist(), (flag_class > 0).tolist(), strict=True))
+
+    @contextmanager
+    def _reference(self, model: Any) -> Any:
+        """The model before training: adapters off, or the frozen copy."""
+        if self._frozen is not None:
+            yield self._frozen
+            return
+        plain = self.accelerator.unwrap_model(model)
+        was_training = plain.training
+        off: AbstractContextManager[Any] = (
+            plain.disable_adapter() if hasattr(plain, "disable_adapter") else nullcontext()
+        )
+        with off:
+            plain.eval()
+            yield model
+            plain.train(was_training)
+
+
+def _last_hidden(
+    model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Last hidden states (B, T, H), caught inside the model's own forward, whose own head sees one position."""
+    plain = model
+    while hasattr(plain, "module"):  # DDP and its like
+        plain = plain.module
+    if hasattr(plain, "get_base_model"):
+        plain = plain.get_base_model()
+    caught: list[torch.Tensor] = []
+    hook = plain.get_decoder().register_forward_hook(lambda _module, _args, output: caught.append(output[0]))
+    try:
+        extra = {} if position_ids is None else {"position_ids": position_ids}
+        model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=1, **extra)
+    finally:
+        hook.remove()
+    return caught[0]
+
+
+def _check_head(model: Any, spec: FlagSpec) -> None:
+    """The head applied apart must give what the model gives; said before hours of training, not after."""
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    device = next(plain.parameters()).device
+    ids = torch.arange(1, 5, device=device)[None]
+    training = plain.training
+    plain.eval()
+    with torch.no_grad():
+        expected = plain(input_ids=ids, use_cache=False, logits_to_keep=1).logits[0].float()
+        hidden = _last_hidden(model, ids, torch.ones_like(ids))[0, -1:]
+        got = output_head(model, spec).logits(hidden, torch.tensor(spec.ids, device=device))
+    plain.train(training)
+    width = min(expected.shape[1], got.shape[1])
+    if not torch.allclose(expected[:, :width], got[:, :width], rtol=2e-2, atol=2e-2):
+        raise RedflagError(
+            f"{type(plain).__name__} does something to its logits that redflag does not know (they differ by "
+            f"{(expected[:, :width] - got[:, :width]).abs().max().item():.3g}), so the loss would be wrong: report the "
+            "architecture"
+        )
+
+
+def _counts(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    labels, flag_labels = batch["labels"][:, 1:], batch["flag_labels"][:, 1:]
+    return torch.stack([(labels != IGNORE).sum(), (flag_labels > 0).sum(), (flag_labels == 0).sum()])
+
+
+def _as_dataset(examples: Sequence[Example] | Dataset) -> Dataset:
+    return examples if isinstance(examples, Dataset) else Dataset.from_list([dict(example) for example in examples])
+
+
+class _EpochOfCollator(TrainerCallback):
+    """Tells the collator which epoch it is; also after a resume, where the state knows."""
+
+    def __init__(self, collator: Collator) -> None:
+        self.collator = collator
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.collator.epoch = int(state.epoch or 0)

@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+
+import pytest
+
+import redflag.trace
+from redflag.errors import RedflagError
+from redflag.watching.monitor import MonitorConfig
+from redflag.watching.thresholds import Thresholds
+
+CALIBRATED = Thresholds(
+    values={"weapons": 0.37, "fraud": 0.1 + 0.2},
+    monitor=MonitorConfig(aggregation="run", window=3),
+    target_fpr=0.01,
+    guarantee="high_probability",
+    delta=0.05,
+    joint=True,
+    sample_size=900,
+    realised_fpr=0.008,
+    interval=(0.002, 0.021),
+    held_out_size=500,
+    run_id="run-1",
+    template_hash="abc",
+)
+
+
+def spoil(directory, change):
+    CALIBRATED.save(directory)
+    path = directory / "thresholds.json"
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize(
+    "thresholds",
+    [
+        CALIBRATED,
+        Thresholds.manual(0.5, ["weapons"]),
+        Thresholds({"w": 12.5}, MonitorConfig("cusum", drift=1), 0.05, "expected"),
+    ],
+    ids=["calibrated", "manual", "cusum"],
+)
+def test_what_is_saved_is_loaded(tmp_path, thresholds):
+    assert thresholds.save(tmp_path) == tmp_path / "thresholds.json"
+    assert Thresholds.load(tmp_path) == thresholds
+    assert Thresholds.load(str(tmp_path)) == thresholds
+
+
+def test_the_file_is_flat_readable_json_with_a_format_number(tmp_path):
+    record = json.loads(CALIBRATED.save(tmp_path).read_text())
+    assert record["format"] == 1
+    assert record["values"] == {"weapons": 0.37, "fraud": 0.1 + 0.2}
+    assert record["monitor"]["aggregation"] == "run"
+    assert record["interval"] == [0.002, 0.021]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda r: r.update(threshold=0.5), r"unknown keys \['threshold'\]"),
+        (lambda r: r["monitor"].update(windows=2), r"unknown keys \['windows'\]"),
+        (lambda r: r.pop("template_hash"), r"lacks the keys \['template_hash'\]"),
+        (lambda r: r["monitor"].pop("prior"), r"lacks the keys \['prior'\]"),
+        (lambda r: r.update(format=2), "format 2, and this version of redflag reads 1"),
+        (lambda r: r.pop("format"), "format None"),
+        (lambda r: r.update(values={}), "nothing would be watched"),
+        (lambda r: r.update(values=[0.5]), "nothing would be watched"),
+        (lambda r: r["values"].update(weapons="0.5"), "threshold of 'weapons' is '0.5'"),
+        (lambda r: r["values"].update(weapons=None), "threshold of 'weapons' is None"),
+        (lambda r: r["values"].update(weapons=50), "threshold of 'weapons' is 50"),
+        (lambda r: r["values"].update(weapons=10**400), "cannot be"),
+        (lambda r: r.update(monitor="max"), "monitor that is no object"),
+        (lambda r: r["monitor"].update(aggregation="mean"), "aggregation is 'mean'"),
+        (lambda r: r["monitor"].update(window=[3]), r"window is \[3\]"),
+        (lambda r: r.update(guarantee="certain"), "guarantee is 'certain'"),
+        (lambda r: r.update(delta=None), "delta is None"),
+        (lambda r: r.update(target_fpr=1), "target_fpr is 1"),
+        (lambda r: r.update(interval=[0.1]), "interval"),
+        (lambda r: r.update(interval=3), "cannot be"),
+        (lambda r: r.update(realised_fpr=2), "realised_fpr is 2"),
+        (lambda r: r.update(sample_size=-3), "sample_size is -3"),
+        (lambda r: r.update(run_id=None), "run_id is None"),
+        (lambda r: r.update(joint=1), "joint is 1"),
+    ],
+)
+def test_a_file_that_is_not_right_is_refused_by_path_and_fault(tmp_path, change, says):
+    spoil(tmp_path, change)
+    with pytest.raises(RedflagError, match=says) as error:
+        Thresholds.load(tmp_path)
+    assert str(tmp_path / "thresholds.json") in str(error.value)
+    assert "redflag calibrate" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"format": 1, "values": {"weapons": NaN}}', b"[" * 100_000],
+    ids=["empty", "cut", "list", "null", "not utf-8", "bare NaN", "deep"],
+)
+def test_a_file_that_is_no_object_is_refused(tmp_path, content):
+    (tmp_path / "thresholds.json").write_bytes(content)
+    with pytest.raises(RedflagError, match="cannot be trusted"):
+        Thresholds.load(tmp_path)
+
+
+def test_a_missing_file_names_the_verb_that_makes_it(tmp_path):
+    with pytest.raises(RedflagError, match="redflag calibrate --model"):
+        Thresholds.load(tmp_path)
+
+
+def test_an_unreadable_file_is_refused(tmp_path):
+    (tmp_path / "thresholds.json").mkdir()
+    with pytest.raises(RedflagError, match="cannot be read"):
+        Thresholds.load(tmp_path)
+
+
+def test_check_accepts_what_the_thresholds_were_calibrated_with_in_any_order():
+    CALIBRATED.check("run-1", "abc", "raw", ["fraud", "weapons"])
+    CALIBRATED.check("run-1", "abc", "raw", ["weapons", "fraud"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("run-2", "abc", "raw", ["weapons", "fraud"]), "run 'run-1' but run 'run-2'"),
+        (("", "abc", "raw", ["weapons", "fraud"]), "run 'run-1' but run ''"),
+        (("run-1", "abd", "raw", ["weapons", "fraud"]), "prompt template 'abc' but prompt template 'abd'"),
+        (("run-1", "abc", "processed", ["weapons", "fraud"]), "log-probability mode 'raw'"),
+        (("run-1", "abc", "raw", ["weapons"]), "categories"),
+        (("run-1", "abc", "raw", ["weapons", "fraud", "malware"]), "categories"),
+        (("run-1", "abc", "raw", ["weapons", "frauds"]), "categories"),
+    ],
+)
+def test_check_names_the_mismatch(arguments, says):
+    with pytest.raises(RedflagError, match=says):
+        CALIBRATED.check(*arguments)
+
+
+@pytest.mark.parametrize("value", [0, -0.5, math.nan, math.inf, 1.01, 50, "0.5", None, True])
+def test_a_threshold_that_no_score_or_every_score_reaches_is_refused(value):
+    with pytest.raises(RedflagError, match="the threshold of 'weapons'"):
+        Thresholds.manual(value, ["weapons"])
+
+
+def test_cusum_thresholds_are_in_nats_and_may_be_above_one():
+    assert Thresholds.manual(40.0, ["weapons"], MonitorConfig("cusum")).values == {"weapons": 40.0}
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
+def test_a_save_that_fails_leaves_the_older_file_and_no_litter(tmp_path, monkeypatch, failing):
+    CALIBRATED.save(tmp_path)
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(redflag.trace.os, failing, full)
+    with pytest.raises(RedflagError, match="No space left on device"):
+        Thresholds.manual(0.9, ["weapons"]).save(tmp_path)
+    assert Thresholds.load(tmp_path) == CALIBRATED
+    assert os.listdir(tmp_path) == ["thresholds.json"]
+
+
+def test_saving_into_a_directory_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(RedflagError, match="cannot write"):
+        CALIBRATED.save(tmp_path / "nowhere")
