@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         module = importlib.import_module(VERBS[verb][0])
         arguments = parse(module, argv[1:], prog=f"redflag {verb}")
-        module.run(*arguments)
+        status = module.run(*arguments)
     except (RedflagError, FileNotFoundError, PermissionError, IsADirectoryError) as error:
         print(f"redflag {verb}: {error}", file=sys.stderr)
         return 2
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of a pipe went away (`redflag show F | head`): nothing is wrong.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    return 0
+    return status if isinstance(status, int) else 0
 
 
 def parse(module: Any, argv: list[str], prog: str) -> tuple[Any, ...]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import json
-from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -191,14 +190,63 @@ def test_a_request_is_its_words_without_the_empty_ones(one: str, other: str, sam
 @pytest.mark.parametrize(
     ("file", "module", "given"),
     [
-        ("train.yaml", "redflag.training.train", {"output_dir": "runs/x"}),
-        ("calibrate.yaml", "redflag.measuring.calibrate", {"model": "runs/x", "input": "rows.jsonl"}),
+        ("train.yaml", "redflag.training.train", ["--output_dir", "runs/x", "--placement", "insert", "--seed", "2"]),
+        ("calibrate.yaml", "redflag.measuring.calibrate", ["--model", "runs/x"]),
     ],
 )
-def test_settings_are_settings_of_the_verbs(file: str, module: str, given: dict[str, str]) -> None:
+def test_settings_are_settings_of_the_verbs(file: str, module: str, given: list[str]) -> None:
+    from redflag.cli import parse
+
+    # Unknown keys are errors, so parsing is the check.
     verb = importlib.import_module(module)
+    arguments = parse(verb, ["--config", str(RECIPE / file), *given], prog="redflag")
     settings = yaml.safe_load((RECIPE / file).read_text(encoding="utf-8"))
-    known = {field.name for field in fields(verb.ARGUMENTS)}
-    for more in getattr(verb, "CONFIGS", ()):
-        known |= {field.name for field in fields(more)}
-    assert set(settings) <= known
+    for key, value in settings.items():
+        if f"--{key}" not in given:
+            assert [getattr(part, key) for part in arguments if hasattr(part, key)] == [value], key
+
+
+def scored(path: Path, shift: float) -> None:
+    """Sixty rows: a third harmful, a third harmless, a third refusing; `shift` tells the harmful ones apart."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for i in range(60):
+        kind = ("harmful", "harmless", "refusal")[i % 3]
+        p = 0.2 + (i * 7 % 60) / 200 + (shift if kind == "harmful" else 0.0)
+        row = {
+            "id": str(i),
+            "flag_probs": [[p]] * 40,
+            "peak": [p],
+            "category": "harm" if kind == "harmful" else None,
+            "onset": 0 if kind == "harmful" else None,
+            "source": "set/refusal" if kind == "refusal" else "set",
+        }
+        lines.append(json.dumps(row))
+    path.write_text("\n".join(lines), encoding="utf-8")
+
+
+def test_the_table_has_every_method_with_its_spread_and_both_readings(tmp_path: Path) -> None:
+    table = load("table")
+    for placement in ("first", "dense"):
+        for seed, shift in enumerate((0.1, 0.2, 0.3)):
+            folder = tmp_path / "models" / f"{placement}-{seed}"
+            scored(folder / "scored.jsonl", shift)
+            metrics = {"eval_keep_kl_harmless": 0.01 * (seed + 1), "eval_perplexity_ratio": 1.0}
+            (folder / "train.json").write_text(json.dumps({"metrics": metrics}))
+    scored(tmp_path / "baselines" / "tfidf.jsonl", 0.45)
+    results = table.collect(tmp_path)
+    assert list(results["methods"]) == ["first", "dense", "tfidf"]
+    dense = results["methods"]["dense"]
+    assert dense["seeds"] == ["0", "1", "2"]
+    assert dense["language"]["keep_kl"]["mean"] == pytest.approx(0.02)
+    assert dense["language"]["keep_kl"]["sd"] == pytest.approx(0.01)
+    assert dense["all"]["sources"]["set"]["harmless"] == 40
+    assert dense["no_refusals"]["sources"]["set"]["harmless"] == 20
+    assert len(dense["all"]["monitors"]["max"]["auroc"]["values"]) == 3
+    assert "auroc_first_8" not in dense["all"]["monitors"]["run of 16"]
+    assert "position 0" in results["methods"]["first"]["all"]["monitors"]
+    tfidf = results["methods"]["tfidf"]["all"]["monitors"]["max"]["auroc"]
+    assert tfidf == {"mean": 1.0, "sd": None, "values": [1.0]}
+    text = table.markdown(results)
+    assert "flag, `dense` (3 seeds) | max |" in text
+    assert "TF-IDF + logistic regression | max | 1.000 | 1.000 (0.000) |" in text

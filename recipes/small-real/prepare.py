@@ -59,11 +59,11 @@ QUOTAS: dict[str, Quota] = {
 UNLABELLED = ("hh-harmless-test/test", "advbench-uncensored-vicuna/train", "safe-unlearning/uncensored-unlabelled")
 
 SPLITS = {"train": (0.00, 0.60), "calibration": (0.60, 0.75), "test": (0.75, 1.00)}
-# Rows of a split as a share of the quota, (harmful, harmless): thresholds are set on harmless rows alone. Nine trainings
-# on 2 cores within the hour are what keeps the training share below 1.
+# Rows of a split as a share of the quota, (harmful, harmless): thresholds are set on harmless rows alone. What keeps
+# the training share below 1 is that nine models are to be trained on 2 cores within the hour.
 SHARES = {"train": (0.7, 0.65), "calibration": (0.0, 0.45), "test": (0.45, 0.75)}
 
-KEEP_ROWS = 700  # Test rows, in the order of their hash, on which training reports the keep KL: rows/keep.jsonl.
+KEEP_ROWS = 700  # Test rows, first by hash, on which training reports the keep KL: rows/keep.jsonl.
 PER_GROUP = 10  # Rows of one set with one label that answer the same request: some sets ask 80 questions 60 times each.
 PROMPT_CHARACTERS = 400  # About 95 tokens.
 RESPONSE_CHARACTERS = 680  # About 160 tokens.
@@ -101,8 +101,8 @@ CHINESE = re.compile(r"[\u3040-\u30ff\u4e00-\u9fff]")
 EMPTY_WORDS = frozenset(
     re.findall(
         r"\w+",
-        """a an the of to for in on at by with and or that this is are be was were will would can could should do does did
-        how what why when where who which i me my you your we our it its s t some any please give tell show explain
+        """a an the of to for in on at by with and or that this is are be was were will would can could should do does
+        did how what why when where who which i me my you your we our it its s t some any please give tell show explain
         describe write make create provide develop generate instructions detailed step guide tutorial way ways best
         someone without from as there about sure here into""",
     )

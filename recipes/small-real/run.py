@@ -99,10 +99,9 @@ def main() -> None:
     stage("base", output, output / "base" / "pretrain.json", [*script["base"], *here])
     with ThreadPoolExecutor(arguments.jobs) as pool:
         # Seed by seed, so that an interrupted run leaves whole comparisons.
-        tasks = [
-            pool.submit(flagged, placement, seed) for seed in arguments.seeds for placement in arguments.placements
-        ]
-        tasks[len(arguments.placements) : 0] = [pool.submit(baseline, name) for name in ("tfidf", "probe")]
+        work = [(flagged, (placement, seed)) for seed in arguments.seeds for placement in arguments.placements]
+        work[len(arguments.placements) : 0] = [(baseline, (name,)) for name in ("tfidf", "probe")]
+        tasks = [pool.submit(function, *given) for function, given in work]
         failed = [error for task in as_completed(tasks) if (error := task.exception()) is not None]
     subprocess.run([*script["table"], *here], env=environment(), check=True)
     if failed:

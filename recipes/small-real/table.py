@@ -105,17 +105,10 @@ def language(folders: Sequence[Path]) -> dict[str, Any]:
     """Keep KL (nats per token) and perplexity ratio on harmless rows, from each run's train.json."""
     found: dict[str, list[float]] = {}
     for folder in folders:
-        path = folder / "train.json"
-        metrics = json.loads(path.read_text())["metrics"] if path.exists() else {}
-        for ours, theirs in (("keep_kl", KEEP_KL), ("perplexity_ratio", PERPLEXITY_RATIO)):
-            value = next((metrics[key] for key in theirs if key in metrics), None)
-            if value is not None:
-                found.setdefault(ours, []).append(value)
+        metrics = json.loads((folder / "train.json").read_text(encoding="utf-8"))["metrics"]
+        for ours, theirs in (("keep_kl", "eval_keep_kl_harmless"), ("perplexity_ratio", "eval_perplexity_ratio")):
+            found.setdefault(ours, []).append(metrics[theirs])
     return {key: spread(values) for key, values in found.items()}
-
-
-KEEP_KL = ("eval_keep_kl", "keep_kl")
-PERPLEXITY_RATIO = ("eval_perplexity_ratio", "perplexity_ratio")
 
 
 def collect(output: Path) -> dict[str, Any]:

@@ -26,12 +26,29 @@ def backbone(model: Any) -> Any:
     return plain_model(model).get_decoder()
 
 
+def logit_finish(model: Any) -> tuple[float, float | None]:
+    """What a model does to its logits after the matrix: a factor, then a soft cap (None: none).
+
+    Cohere, Granite, Falcon-H1, MiniCPM and others multiply or divide by a number of their configuration, Gemma caps with
+    `cap * tanh(logits / cap)` (section 2 of the Gemma 2 report). Families that do something else are found out by
+    `head_agrees`.
+    """
+    config = plain_model(model).config.get_text_config()
+    factor, cap = 1.0, None
+    for name in ("logit_scale", "lm_head_multiplier", "output_multiplier"):
+        value = getattr(config, name, None)
+        factor *= value if isinstance(value, (int, float)) else 1.0
+    scaling = getattr(config, "logits_scaling", None)
+    if isinstance(scaling, (int, float)):
+        # One configuration key, two meanings.
+        factor = factor * scaling if config.model_type.startswith("hyperclovax") else factor / scaling
+    for name in ("final_logit_softcapping", "logits_soft_cap"):
+        cap = getattr(config, name, None) or cap
+    return factor, cap
+
+
 def head_logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
     """What the model's own forward makes of last hidden states.
-
-    Besides the matrix some families scale or cap their logits: Cohere, Granite, Falcon-H1, MiniCPM and others multiply
-    or divide by a number of their configuration, Gemma caps with a tanh (section 2 of the Gemma 2 report). Families
-    that do something else are found out by `head_agrees`.
 
     Args:
         model: A causal language model, PEFT-wrapped or not.
@@ -40,22 +57,11 @@ def head_logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
     Returns:
         Logits in the model's dtype, shape `(N, V)`.
     """
-    model = plain_model(model)
-    config = model.config.get_text_config()
-    logits = model.get_output_embeddings()(hidden)
-    for name in ("logit_scale", "lm_head_multiplier", "output_multiplier"):
-        factor = getattr(config, name, None)
-        if isinstance(factor, (int, float)) and factor != 1:
-            logits = logits * factor
-    scaling = getattr(config, "logits_scaling", None)
-    if isinstance(scaling, (int, float)) and scaling != 1:
-        # One configuration key, two meanings.
-        logits = logits * scaling if config.model_type.startswith("hyperclovax") else logits / scaling
-    for name in ("final_logit_softcapping", "logits_soft_cap"):
-        cap = getattr(config, name, None)
-        if cap:
-            logits = torch.tanh(logits / cap) * cap
-    return logits
+    factor, cap = logit_finish(model)
+    logits = plain_model(model).get_output_embeddings()(hidden)
+    if factor != 1.0:
+        logits = logits * factor
+    return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 @torch.inference_mode()

@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 
+from redflag.backends.head import logit_finish, plain_model
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
 from redflag.training.loss import Head
@@ -56,7 +57,7 @@ def cheap_flag_rows(model: torch.nn.Module) -> None:
     """
     for module in model.modules():
         if isinstance(module, TrainableTokensLayer):
-            module.forward_adapters = types.MethodType(_forward_rows, module)  # type: ignore[method-assign]
+            module.forward_adapters = types.MethodType(_forward_rows, module)
 
 
 _peft_forward = TrainableTokensLayer.forward_adapters
@@ -91,8 +92,7 @@ def output_head(model: Any, spec: FlagSpec) -> Head:
     Raises:
         RedflagError: The head holds something that redflag does not train (an adapter of its own, say).
     """
-    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-    config = plain.config.get_text_config()
+    plain = plain_model(model)
     module, flag_rows = plain.get_output_embeddings(), None
     adapter = getattr(module, "token_adapter", None)
     if adapter is None and module.weight is None:
@@ -112,11 +112,4 @@ def output_head(model: Any, spec: FlagSpec) -> Head:
             f"the output head is a {type(module).__name__}, which redflag cannot apply in chunks: leave the head out of "
             "target_modules and modules_to_save"
         )
-    scale, cap = 1.0, None
-    for name in ("logit_scale", "lm_head_multiplier", "output_multiplier"):
-        scale *= getattr(config, name, None) or 1.0
-    divisor = getattr(config, "logits_scaling", None) or 1.0
-    scale = scale * divisor if config.model_type.startswith("hyperclovax") else scale / divisor
-    for name in ("final_logit_softcapping", "logits_soft_cap"):
-        cap = getattr(config, name, None) or cap
-    return Head(module.weight, flag_rows, getattr(module, "bias", None), float(scale), cap)
+    return Head(module.weight, flag_rows, getattr(module, "bias", None), *logit_finish(plain))

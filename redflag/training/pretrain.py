@@ -96,7 +96,9 @@ def pretrain(
         max_minutes: Wall-clock limit of the training loop; the schedule is fitted to it on the fly.
     """
     output_dir = Path(output_dir)
-    ids = np.concatenate([np.asarray(x, dtype=np.int32) for x in _encode(conversations, tokenizer)] or [np.zeros(0)])
+    ids = np.concatenate(
+        [np.asarray(x, dtype=np.int32) for x in _encode(conversations, tokenizer)] or [np.zeros(0, dtype=np.int32)]
+    )
     count = len(ids) // (sequence_length + 1)
     if count == 0:
         raise RedflagError(

@@ -19,6 +19,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from redflag.backends.head import backbone, plain_model
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
 from redflag.measuring.metrics import auroc
@@ -41,7 +42,9 @@ class RedFlagConfig(SFTConfig):
         default=1024, metadata={"help": "Most tokens per row; the prompt's front goes first."}
     )
     bf16: bool | None = field(default=None, metadata={"help": "bfloat16 autocast; default: where the hardware has it."})
-    gradient_checkpointing: bool | None = field(default=None, metadata={"help": "Old name of activation_checkpointing."})
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Old name of activation_checkpointing."}
+    )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay false: the collator needs them all."}
     )
@@ -248,7 +251,7 @@ class RedFlagTrainer(SFTTrainer):
         for name, (values, where) in wanted.items():
             pair = torch.stack([values[where].double().sum(), where.sum().double()])
             self._eval_sums[name] = self._eval_sums.get(name, torch.zeros_like(pair)) + pair
-        peaks = torch.zeros(len(flag_class), device=row.device).index_reduce(0, row, found.p_flag, "amax")
+        peaks = torch.zeros(len(flag_class), device=row.device).scatter_reduce(0, row, found.p_flag, "amax")
         self._eval_rows += list(zip(peaks.tolist(), (flag_class > 0).tolist(), strict=True))
 
     @contextmanager
@@ -275,10 +278,8 @@ def _last_hidden(
     plain = model
     while hasattr(plain, "module"):  # DDP and its like
         plain = plain.module
-    if hasattr(plain, "get_base_model"):
-        plain = plain.get_base_model()
     caught: list[torch.Tensor] = []
-    hook = plain.get_decoder().register_forward_hook(lambda _module, _args, output: caught.append(output[0]))
+    hook = backbone(plain).register_forward_hook(lambda _module, _args, output: caught.append(output[0]))
     try:
         extra = {} if position_ids is None else {"position_ids": position_ids}
         model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=1, **extra)
@@ -289,7 +290,7 @@ def _last_hidden(
 
 def _check_head(model: Any, spec: FlagSpec) -> None:
     """The head applied apart must give what the model gives; said before hours of training, not after."""
-    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    plain = plain_model(model)
     device = next(plain.parameters()).device
     ids = torch.arange(1, 5, device=device)[None]
     training = plain.training

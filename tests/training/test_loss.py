@@ -102,7 +102,7 @@ def test_equal_to_the_loop_for_any_draw(seed, flags, rows, n):
 
 
 def test_all_masked_is_zero_with_zero_gradients():
-    hidden, reference, head, reference_head, flag_ids, labels, tokens, *_ = make(1, 2, True)
+    hidden, reference, head, reference_head, flag_ids, labels, *_ = make(1, 2, True)
     nothing, ignore = torch.zeros(N), torch.full_like(labels, -100)
     got, _ = flag_and_keep_loss(
         hidden, reference, head, reference_head, torch.tensor(flag_ids), ignore, ignore, torch.ones(N), nothing
