@@ -1,3 +1,60 @@
-"""redflag: catch harm while a language model's answer is being written."""
+"""redflag: catch harm while a language model's answer is being written.
+
+`import redflag` is instant: each public name loads its module, and torch or trl with it, when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from redflag.flags import FlagSpec
+    from redflag.measuring.calibrate import calibrate
+    from redflag.serving.guard import Guard
+    from redflag.trace import Step, Trace
+    from redflag.training.encode import build_dataset
+    from redflag.training.trainer import RedFlagConfig, RedFlagTrainer
+    from redflag.watching.monitor import Monitor
+    from redflag.watching.policy import Policy
+    from redflag.watching.thresholds import Thresholds
 
 __version__ = "0.1.0"
+
+_HOME = {
+    "FlagSpec": "redflag.flags",
+    "Guard": "redflag.serving.guard",
+    "Monitor": "redflag.watching.monitor",
+    "Policy": "redflag.watching.policy",
+    "RedFlagConfig": "redflag.training.trainer",
+    "RedFlagTrainer": "redflag.training.trainer",
+    "Step": "redflag.trace",
+    "Thresholds": "redflag.watching.thresholds",
+    "Trace": "redflag.trace",
+    "build_dataset": "redflag.training.encode",
+    "calibrate": "redflag.measuring.calibrate",
+}
+
+__all__ = [
+    "FlagSpec",
+    "Guard",
+    "Monitor",
+    "Policy",
+    "RedFlagConfig",
+    "RedFlagTrainer",
+    "Step",
+    "Thresholds",
+    "Trace",
+    "build_dataset",
+    "calibrate",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'redflag' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

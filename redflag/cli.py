@@ -16,7 +16,7 @@ VERBS = {
     "score": ("redflag.measuring.score", "flag probabilities of given conversations, token by token"),
     "calibrate": ("redflag.measuring.calibrate", "thresholds for a target false-alarm rate per response"),
     "generate": ("redflag.serving.generate", "stream a guarded answer to the terminal"),
-    "show": ("redflag.corpus.show", "rows, encoded examples or traces in colour"),
+    "show": ("redflag.training.show", "rows, encoded examples or traces in colour"),
 }
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from redflag.errors import RedflagError
+from redflag.trace import atomic_write
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 FILE = "redflag.json"
 
-# Tokens that model families keep for their users: Llama 3, Gemma, BERT, Mistral Tekken, Mistral v3, Qwen 1, T5, Phi-3/4.
+# Tokens that families keep for their users: Llama 3, Gemma, BERT, Mistral Tekken, Mistral v3, Qwen 1, T5, Phi-3/4.
 _RESERVED = re.compile(
     r"<\|?(reserved|fim_reserved)[\w ]*_?\d+\|?>|<unused_?\d+>|\[unused\d+\]|<SPECIAL_\d+>|\[control_\d+\]"
     r"|<\|extra_\d+\|>|<extra_id_\d+>|<\|(dummy|placeholder)_?\d+\|>"
@@ -71,18 +71,24 @@ class FlagSpec:
     def __post_init__(self) -> None:
         if not self.flags:
             raise RedflagError("a model needs at least one flag: name a category")
-        for what, values in (("category", self.categories), ("token", [f.token for f in self.flags if f.token])):
-            double = {v for v in values if list(values).count(v) > 1}
-            if double:
-                raise RedflagError(f"two flags share the {what} {double.pop()!r}: each flag needs its own")
+        for flag in self.flags:
+            if not flag.category.strip():
+                raise RedflagError("a flag's category is empty: give it a name such as 'harm'")
+            if flag.token != flag.token.strip():
+                raise RedflagError(
+                    f"the flag token {flag.token!r} begins or ends with white space, which templates strip: leave that out"
+                )
+        for what in ("category", "token", "id"):
+            values = [v for v in (getattr(flag, what) for flag in self.flags) if v not in ("", None)]
+            double = next((v for v in values if values.count(v) > 1), None)
+            if double is not None:
+                raise RedflagError(f"two flags share the {what} {double!r}: each flag needs its own")
 
     @classmethod
     def of(cls, *categories: str) -> FlagSpec:
         """A spec with one flag per category, texts and descriptions by default."""
         flags = []
         for category in categories:
-            if not category or not category.strip():
-                raise RedflagError("a flag's category is empty: give it a name such as 'harm'")
             what = category.replace("_", " ").replace("-", " ")
             about = "" if what == "harm" else f" of the kind {what}"
             flags.append(
@@ -112,8 +118,8 @@ class FlagSpec:
         if len(self.flags) == 1:
             return 1
         raise RedflagError(
-            f"no flag stands for the category {category!r} (there are {', '.join(self.categories)}), so such rows could "
-            "not be learnt: add a flag for it, or map the category onto an existing one"
+            f"no flag stands for the category {category!r} (there are {', '.join(self.categories)}), so such rows "
+            "could not be learnt: add a flag for it, or map the category onto an existing one"
         )
 
     def strip(self, text: str) -> str:
@@ -127,16 +133,22 @@ class FlagSpec:
                 return text
 
     def save(self, directory: str | Path) -> None:
-        """Writes `redflag.json` (to a temporary name, then renamed)."""
+        """Writes `redflag.json`, whole or not at all.
+
+        Raises:
+            RedflagError: The operating system refuses.
+        """
         path = Path(directory) / FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
         record = {"format": FORMAT, "run_id": self.run_id, "template_hash": self.template_hash}
         text = json.dumps(
             {**record, "flags": [dataclasses.asdict(f) for f in self.flags]}, indent=2, ensure_ascii=False
         )
-        temporary = path.with_name(f"{FILE}.tmp")
-        temporary.write_text(text + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RedflagError(f"the folder {directory} cannot be made ({error}): give another one") from error
+        with atomic_write(path) as file:
+            file.write((text + "\n").encode())
 
     @classmethod
     def load(cls, directory: str | Path) -> FlagSpec:
@@ -148,7 +160,7 @@ class FlagSpec:
             raise RedflagError(
                 f"{path} is not there, so {directory} is no flagged model: train one with `redflag train`"
             ) from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
             raise RedflagError(f"{path} cannot be read ({error}): restore it from the training run") from None
         if not isinstance(record, dict) or record.get("format") != FORMAT:
             found = record.get("format") if isinstance(record, dict) else record
@@ -157,17 +169,26 @@ class FlagSpec:
             )
         _refuse_unknown(record, {"format", "run_id", "template_hash", "flags"}, path)
         flags = record.get("flags")
-        if not isinstance(flags, list) or not all(isinstance(flag, dict) for flag in flags):
+        if not isinstance(flags, list) or not flags or not all(isinstance(flag, dict) for flag in flags):
             raise RedflagError(f"{path} has no list of flags: restore it from the training run")
+        for name in ("run_id", "template_hash"):
+            _check_type(record, name, str, path)
         for flag in flags:
             _refuse_unknown(flag, {field.name for field in dataclasses.fields(Flag)}, path)
-            if not isinstance(flag.get("category"), str) or not isinstance(flag.get("id"), (int, type(None))):
-                raise RedflagError(f"{path} has a flag without a category or with a wrong id: {flag}")
-        return cls(
-            tuple(Flag(**flag) for flag in flags),
-            run_id=str(record.get("run_id", "")),
-            template_hash=str(record.get("template_hash", "")),
-        )
+            if not flag.get("category") or not flag.get("token"):
+                raise RedflagError(f"{path} has a flag without category or token ({flag}): restore it from the run")
+            for name, kind in (("category", str), ("token", str), ("description", str), ("severity", int)):
+                _check_type(flag, name, kind, path)
+            if flag.get("id") is not None:
+                _check_type(flag, "id", int, path)
+        try:
+            return cls(
+                tuple(Flag(**flag) for flag in flags),
+                run_id=record.get("run_id", ""),
+                template_hash=record.get("template_hash", ""),
+            )
+        except RedflagError as error:
+            raise RedflagError(f"{path}: {error}") from None
 
 
 def attach(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, spec: FlagSpec) -> FlagSpec:
@@ -182,47 +203,65 @@ def attach(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, spec: Fla
     Args:
         model: Any causal language model of transformers.
         tokenizer: Its (fast) tokenizer.
-        spec: The flags wanted; a flag whose token the tokenizer knows already keeps it.
+        spec: The flags wanted. A token that the tokenizer knows already keeps its id; a flag with an id (of a spec read
+            from disk) keeps its trained rows as well.
 
     Returns:
         The spec with token texts and ids filled in.
 
     Raises:
-        RedflagError: The tokenizer is not a fast one.
+        RedflagError: The tokenizer is not a fast one, or a flag's token serves another purpose.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise RedflagError(
-            f"{type(tokenizer).__name__} is not a fast tokenizer, so user text cannot be kept from forming a flag: load "
-            "it with AutoTokenizer.from_pretrained(..., use_fast=True)"
+            f"{type(tokenizer).__name__} is not a fast tokenizer, so user text cannot be kept from forming a flag: "
+            "load it with AutoTokenizer.from_pretrained(..., use_fast=True)"
         )
     rows = model.get_input_embeddings().weight.shape[0]
     known = tokenizer.get_vocab()
-    spec_texts = {flag.token for flag in spec.flags}
-    used = (tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else "") or ""
+    named = {flag.token for flag in spec.flags}
+    for flag in spec.flags:
+        if flag.id is not None and known.get(flag.token) != flag.id:
+            raise RedflagError(
+                f"the flag token {flag.token!r} has the id {known.get(flag.token)} in this tokenizer and {flag.id} in "
+                "the spec, so they belong to different models: load both from one folder"
+            )
+        if flag.token in known and _has_purpose(tokenizer, flag.token):
+            raise RedflagError(
+                f"the token {flag.token!r} has a purpose in this model's conversations, so it cannot be a flag: name "
+                "an unused token, or none"
+            )
     reserved = [
-        (index, text)
+        text
         for index, text in sorted((i, str(t)) for i, t in tokenizer.added_tokens_decoder.items())
-        if _RESERVED.fullmatch(text) and text not in used and text not in spec_texts and index < rows
+        if _RESERVED.fullmatch(text) and not _has_purpose(tokenizer, text) and text not in named and index < rows
     ]
     tokens = []
     for flag in spec.flags:
-        if flag.token in known:
-            tokens.append(flag.token)
-        elif reserved:
-            tokens.append(reserved.pop(0)[1])
+        if flag.token not in known:
+            candidates = iter(reserved)
+            token = next(
+                (t for t in candidates if _make_special(tokenizer, t)), flag.token or _token_text(flag.category)
+            )
+            reserved = list(candidates)
         else:
-            tokens.append(flag.token or _token_text(flag.category))
-    _make_special(tokenizer, tokens)
+            token = flag.token
+        if not _make_special(tokenizer, token):
+            raise RedflagError(
+                f"the tokenizer makes {token!r} even out of ordinary text, so users could write this flag: name "
+                "another token, or none"
+            )
+        tokens.append(token)
     ids = [int(tokenizer.convert_tokens_to_ids(token)) for token in tokens]
-    fresh = [i for i, token in zip(ids, tokens, strict=True) if not (token in known and token in spec_texts)]
     if max(ids) >= rows:
         model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
     flags = tuple(
         dataclasses.replace(flag, token=token, id=index)
         for flag, token, index in zip(spec.flags, tokens, ids, strict=True)
     )
-    _start_rows(model, tokenizer, flags, set(fresh) or set(ids))
-    return dataclasses.replace(spec, flags=flags)
+    attached = dataclasses.replace(spec, flags=flags)
+    _start_rows(model, tokenizer, flags, [new for new, old in zip(flags, spec.flags, strict=True) if old.id is None])
+    return attached
 
 
 def _token_text(category: str) -> str:
@@ -230,36 +269,63 @@ def _token_text(category: str) -> str:
     return f"<|redflag_{slug}|>"
 
 
-def _make_special(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[str]) -> None:
+def _has_purpose(tokenizer: PreTrainedTokenizerFast, token: str) -> bool:
+    """Whether a token has a role (end of sequence, padding, ...) or a chat template writes it."""
+    names = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+    templates = tokenizer.chat_template or ""
+    if not isinstance(templates, str):
+        templates = "\n".join(templates.values())
+    return token in templates or any(token == str(getattr(tokenizer, name, None)) for name in names)
+
+
+def _make_special(tokenizer: PreTrainedTokenizerFast, token: str) -> bool:
+    """Makes `token` a special token, known or new; says whether its text in a message now stays ordinary text."""
     from tokenizers import AddedToken
 
     # Not normalised: no look-alike is folded into it. Special: `split_special_tokens` takes its text apart.
-    added = [AddedToken(token, special=True, normalized=False, lstrip=False, rstrip=False) for token in tokens]
-    tokenizer.add_tokens(added, special_tokens=True)
+    added = AddedToken(token, special=True, normalized=False, lstrip=False, rstrip=False)
+    tokenizer.add_tokens([added], special_tokens=True)
+    text = tokenizer(token, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return tokenizer.convert_tokens_to_ids(token) not in text
 
 
 def _start_rows(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, flags: Sequence[Flag], fresh: set[int]
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, flags: Sequence[Flag], fresh: Sequence[Flag]
 ) -> None:
     import torch
 
     embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings()
     tied = head is None or head.weight.data_ptr() == embedding.data_ptr()
-    ids = {flag.id for flag in flags}
-    language = torch.tensor([i for i in range(min(len(tokenizer), embedding.shape[0])) if i not in ids])
+    bias = getattr(head, "bias", None)
+    ids = {flag.id for flag in flags if flag.id is not None}
+    language = [i for i in range(min(len(tokenizer), embedding.shape[0])) if i not in ids]
+
+    def mean(weight: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+        if rows is not language:
+            return weight[list(rows)].float().mean(0)
+        # The sum of a slice less the flags needs no second matrix in float32, which `weight[language]` would.
+        count = min(len(tokenizer), len(weight))
+        inside = [i for i in ids if i < count]
+        total = weight[:count].sum(0, dtype=torch.float32)
+        return (total - weight[inside].float().sum(0)) / len(language)
+
     with torch.no_grad():
-        for flag in flags:
-            if flag.id not in fresh:
-                continue
+        for flag in fresh:
             text = flag.description or f"warning: dangerous harm of the kind {flag.category} is imminent or under way"
-            words = [i for i in tokenizer(text, add_special_tokens=False)["input_ids"] if i not in ids]
-            start = embedding[words or language.tolist()].float().mean(0)
-            embedding[flag.id] = start.to(embedding)
+            words = [i for i in tokenizer(text, add_special_tokens=False)["input_ids"] if i not in ids] or language
+            embedding[flag.id] = mean(embedding, words).to(embedding)
+            # A tied head is the embedding; only a bias of its own is left to set.
+            rows = words if tied else language
             if not tied:
-                head.weight[flag.id] = head.weight[language.to(head.weight.device)].float().mean(0).to(head.weight)
-            if getattr(head, "bias", None) is not None:
-                head.bias[flag.id] = head.bias[language.to(head.bias.device)].float().mean().to(head.bias)
+                head.weight[flag.id] = mean(head.weight, rows).to(head.weight)
+            if bias is not None:
+                bias[flag.id] = mean(bias, rows).to(bias)
+
+
+def _check_type(record: Mapping[str, Any], name: str, kind: type, path: Path) -> None:
+    if name in record and type(record[name]) is not kind:
+        raise RedflagError(f"{path} has {name}: {record[name]!r}, which is no {kind.__name__}: restore it from the run")
 
 
 def _refuse_unknown(record: Mapping[str, Any], known: set[str], path: Path) -> None:

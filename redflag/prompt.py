@@ -1,17 +1,20 @@
 """The one prompt rendering: training, scoring and serving all turn messages into ids here.
 
-The text comes from the model's own chat template. The ids are those of the stock tokenizer, unless somebody's text would
-make it produce a special token; then that text is tokenised apart, with special tokens split into ordinary ones. So
-no role, spelling or Unicode form makes a flag, nor any other control token, from what a user wrote.
+The text comes from the model's own chat template. The ids are those of the stock tokenizer, unless somebody's text
+would make it produce a control token; then that text is tokenised apart, with control tokens split into ordinary ones.
+So no role, spelling or Unicode form makes a flag, nor an end of turn, from what a user wrote.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
+from weakref import WeakKeyDictionary
 
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
@@ -61,7 +64,7 @@ def render_prompt(
         raise RedflagError(
             "the conversation has only an assistant turn: the model needs a user or system turn to answer"
         )
-    prefill, _ = _content_ids(tokenizer, messages[-1]["content"], spec)
+    prefill, _ = _content_ids(tokenizer, messages[-1]["content"], _control(tokenizer, spec).special)
     return _guarded(tokenizer, messages[:-1], spec) + prefill
 
 
@@ -79,18 +82,19 @@ def render_response(
     messages = _checked(messages)
     if messages[-1]["role"] != "assistant" or len(messages) == 1:
         raise RedflagError(
-            f"the last turn is the {messages[-1]['role']}'s and {len(messages)} turn(s) are there: a response is judged, "
-            "so the conversation must end with an assistant turn that answers something"
+            f"the last turn is the {messages[-1]['role']}'s and {len(messages)} turn(s) are there: a response is "
+            "judged, so the conversation must end with an assistant turn that answers something"
         )
     prompt = _guarded(tokenizer, messages[:-1], spec)
-    ids, offsets = _content_ids(tokenizer, messages[-1]["content"], spec)
+    control = _control(tokenizer, spec)
+    ids, offsets = _content_ids(tokenizer, messages[-1]["content"], control.special)
     if not ids:
         raise RedflagError("the response is empty, so there is nothing to judge: drop the row")
-    sentinel = secrets.token_hex(12)
+    sentinel = _sentinel()
     whole = _template(tokenizer, [*messages[:-1], {"role": "assistant", "content": sentinel}], False)
-    tail = _tokenise(tokenizer, whole.rpartition(sentinel)[2]) if tokenizer.chat_template else []
-    special = set(tokenizer.all_special_ids)
-    end = next((i for i, token in enumerate(tail) if token in special), None)
+    _, found, after = whole.rpartition(sentinel)
+    tail = _tokenise(tokenizer, after) if found and tokenizer.chat_template else []
+    end = next((i for i, token in enumerate(tail) if token in control.all), None)
     if end is not None:
         tail = tail[: end + 1]
     else:
@@ -100,8 +104,7 @@ def render_response(
 
 def template_hash(tokenizer: PreTrainedTokenizerFast) -> str:
     """Names the prompt template in force; thresholds are refused where it differs."""
-    template = tokenizer.chat_template or FALLBACK_TEMPLATE
-    return hashlib.sha256(str(template).encode()).hexdigest()[:16]
+    return hashlib.sha256(_template_text(tokenizer).encode()).hexdigest()[:16]
 
 
 def _checked(messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
@@ -115,10 +118,30 @@ def _checked(messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
             )
         if message.get("role") not in ROLES:
             raise RedflagError(f"message {number} has the role {message.get('role')!r}: use one of {', '.join(ROLES)}")
+        try:
+            message["content"].encode()
+        except UnicodeEncodeError:
+            raise RedflagError(
+                f"message {number} holds half of a surrogate pair, which is no character, so no tokenizer reads it: "
+                "mend the program that decoded the text"
+            ) from None
         checked.append({"role": message["role"], "content": message["content"]})
     if not any(message["content"].strip() for message in checked):
         raise RedflagError("every message of the conversation is empty: write a prompt")
     return checked
+
+
+def _template_text(tokenizer: PreTrainedTokenizerFast) -> str:
+    """The Jinja source in force; of several named templates the default one."""
+    if not tokenizer.chat_template:
+        return FALLBACK_TEMPLATE
+    try:
+        return str(tokenizer.get_chat_template())
+    except ValueError as error:
+        raise RedflagError(
+            f"the tokenizer has the chat templates {', '.join(tokenizer.chat_template)} and none is named default, so "
+            "it is unknown how a prompt looks: set tokenizer.chat_template to the one to use"
+        ) from error
 
 
 def _template(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Mapping[str, str]], generate: bool) -> str:
@@ -129,61 +152,174 @@ def _template(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Mapping[str
             list(messages),
             tokenize=False,
             add_generation_prompt=generate,
-            chat_template=tokenizer.chat_template or FALLBACK_TEMPLATE,
+            chat_template=_template_text(tokenizer),
             enable_thinking=False,  # read by templates with a thinking mode (Qwen3); others ignore it
         )
-    except jinja2.TemplateError as error:
+    except (jinja2.TemplateError, TypeError) as error:
         roles = [message["role"] for message in messages]
         raise RedflagError(
             f"the chat template refuses the turns {roles} ({error}): reorder them or merge the system turn"
-        )
+        ) from error
 
 
 def _guarded(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Mapping[str, str]], spec: FlagSpec) -> list[int]:
-    flags = set(spec.ids)
-    special = set(tokenizer.all_special_ids) | flags
-    sentinels = {secrets.token_hex(12): message["content"] for message in messages}
-    skeleton = _template(
-        tokenizer, [{"role": m["role"], "content": s} for m, s in zip(messages, sentinels, strict=True)], True
+    """Ids of the conversation in which every control token is the template's own.
+
+    What the template says by itself is learnt by rendering stand-ins for the contents. Contents that hold a control
+    token are tokenised apart; should contents make one only together, or with the template's text, all are.
+    """
+    control = _control(tokenizer, spec)
+    forbidden = [control.special if message["role"] == "assistant" else control.all for message in messages]
+    stand_ins = [_stand_in(message["content"]) for message in messages]
+    expected = [i for i in _rendered(tokenizer, messages, stand_ins, forbidden) if i in control.special]
+    if control.flags.intersection(expected):
+        raise RedflagError("the chat template itself holds a flag token: give the model a template without it")
+    dirty = [
+        stand_in if bad.intersection(_tokenise(tokenizer, message["content"])) else None
+        for message, stand_in, bad in zip(messages, stand_ins, forbidden, strict=True)
+    ]
+    for apart in (dirty, stand_ins):
+        ids = _rendered(tokenizer, messages, apart, forbidden, contents=True)
+        if [i for i in ids if i in control.special] == expected:
+            return _with_bos(tokenizer, ids)
+    raise RedflagError(
+        "the chat template makes control tokens out of what the messages say, so a user could forge turns or flags: "
+        "give the model a template that writes the contents unchanged"
     )
-    whole = _tokenise(tokenizer, _template(tokenizer, messages, True))
-    expected = [i for i in _tokenise(tokenizer, skeleton) if i in special]
-    if [i for i in whole if i in special] == expected and not flags.intersection(whole):
-        return _with_bos(tokenizer, whole)
+
+
+class _StandIn(NamedTuple):
+    """Harmless text in place of a message's content; white space around it stays, which some templates strip."""
+
+    before: str
+    name: str
+    after: str
+
+    def __str__(self) -> str:
+        return self.before + self.name + self.after
+
+
+def _sentinel() -> str:
+    # Random, so that no message can hold it; letters only, which every normaliser leaves alone.
+    return "".join(secrets.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(24))
+
+
+def _stand_in(content: str) -> _StandIn | None:
+    core = content.strip()
+    if not core:  # Templates ask whether a content is empty, so a blank one stands for itself.
+        return None
+    before, _, after = content.partition(core)
+    return _StandIn(before, _sentinel(), after)
+
+
+def _rendered(
+    tokenizer: PreTrainedTokenizerFast,
+    messages: Sequence[Mapping[str, str]],
+    stand_ins: Sequence[_StandIn | None],
+    forbidden: Sequence[frozenset[int]],
+    contents: bool = False,
+) -> list[int]:
+    """Ids of the rendered conversation with stand-ins for some contents, or with those contents tokenised apart."""
+    turns = [
+        {"role": message["role"], "content": str(stand_in) if stand_in else message["content"]}
+        for message, stand_in in zip(messages, stand_ins, strict=True)
+    ]
+    text = _template(tokenizer, turns, True)
+    named = {s.name: (s, m, bad) for s, m, bad in zip(stand_ins, messages, forbidden, strict=True) if s}
+    if not contents or not named:
+        return _tokenise(tokenizer, text)
+    # A content takes along the white space around it that the template left.
+    patterns = (f"(?:{re.escape(s.before)})?{s.name}(?:{re.escape(s.after)})?" for s, _, _ in named.values())
     ids = []
-    for piece in re.split(f"({'|'.join(sentinels)})", skeleton):
-        if piece in sentinels:
-            ids += _content_ids(tokenizer, sentinels[piece], spec)[0]
+    for piece in re.split(f"({'|'.join(patterns)})", text):
+        found = named.get(piece.strip())
+        if found:
+            core = found[1]["content"].strip()
+            ids += _content_ids(tokenizer, piece.replace(found[0].name, core), found[2])[0]
         elif piece:
             ids += _tokenise(tokenizer, piece)
-    if flags.intersection(ids):
-        raise RedflagError("the chat template itself holds a flag token: give the model a template without it")
-    return _with_bos(tokenizer, ids)
+    return ids
 
 
 def _with_bos(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> list[int]:
     """A chat template brings its own begin-of-sequence token; the fallback does not."""
     bos = tokenizer.bos_token_id
-    if tokenizer.chat_template or bos is None or tokenizer("a")["input_ids"][:1] != [bos]:
-        return ids
+    with _TOKENIZING:
+        if tokenizer.chat_template or bos is None or tokenizer("a")["input_ids"][:1] != [bos]:
+            return ids
     return [bos, *ids]
 
 
+class _Control(NamedTuple):
+    """Ids that users may not make: `flags`; `special` tokens, flags among them; `all`, also the template's others."""
+
+    flags: frozenset[int]
+    special: frozenset[int]
+    all: frozenset[int]
+
+
+# The tokenizer is asked for its added tokens once: there may be thousands.
+_ADDED: WeakKeyDictionary[object, tuple[object, frozenset[int], frozenset[int]]] = WeakKeyDictionary()
+
+
+def _control(tokenizer: PreTrainedTokenizerFast, spec: FlagSpec) -> _Control:
+    template = _template_text(tokenizer)
+    key = (template, len(tokenizer), tokenizer.unk_token, tokenizer.eos_token, tokenizer.bos_token)
+    known = _ADDED.get(tokenizer)
+    if known is None or known[0] != key:
+        # Not `all_special_ids`: it names only tokens with a role, and lacks Llama 3's <|start_header_id|>.
+        added = tokenizer.added_tokens_decoder
+        special = {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)
+        # Fine-tunes often add their turn tokens as ordinary ones.
+        marks = {i for i, token in added.items() if token.content in template and not token.content.isspace()}
+        unknown = tokenizer.unk_token
+        if unknown is not None and unknown not in (
+            tokenizer.eos_token,
+            tokenizer.bos_token,
+        ):
+            special.discard(tokenizer.unk_token_id)  # stands for any character that the vocabulary lacks
+            marks.discard(tokenizer.unk_token_id)
+        known = (key, frozenset(special), frozenset(marks))
+        _ADDED[tokenizer] = known
+    flags = frozenset(spec.ids)
+    return _Control(flags, known[1] | flags, known[1] | known[2] | flags)
+
+
+# `split_special_tokens` is a state of the tokenizer, not of the call: another thread must not switch it meanwhile.
+_TOKENIZING = threading.Lock()
+
+
 def _tokenise(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False, split_special_tokens=False, verbose=False)["input_ids"])
+    with _TOKENIZING:
+        return list(tokenizer(text, add_special_tokens=False, split_special_tokens=False, verbose=False)["input_ids"])
 
 
 def _content_ids(
-    tokenizer: PreTrainedTokenizerFast, text: str, spec: FlagSpec
+    tokenizer: PreTrainedTokenizerFast, text: str, forbidden: Collection[int]
 ) -> tuple[list[int], list[tuple[int, int]]]:
-    """Ids of what somebody wrote, special tokens taken apart; verified, because everything rests on it."""
-    encoded = tokenizer(
-        text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
-    )
-    ids = list(encoded["input_ids"])
-    if set(spec.ids).intersection(ids):
-        raise RedflagError(
-            "the text holds a flag token that the tokenizer does not take apart, and a flag is never accepted from a "
-            "user: mark the flag as a special token (redflag.flags.attach does)"
+    """Ids of what somebody wrote, control tokens taken apart; verified, because everything rests on it.
+
+    Some tokenizers make a control token even so (it is not marked as special, or the model's own vocabulary holds it):
+    then the text is cut within it and both sides are tokenised alone.
+    """
+    with _TOKENIZING:
+        encoded = tokenizer(
+            text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
         )
-    return ids, [(int(start), int(end)) for start, end in encoded["offset_mapping"]]
+    ids = list(encoded["input_ids"])
+    offsets = [(int(start), int(end)) for start, end in encoded["offset_mapping"]]
+    bad = [(start, end) for i, (start, end) in zip(ids, offsets, strict=True) if i in forbidden]
+    if not bad:
+        return ids, offsets
+    if any(end - start < 2 for start, end in bad):
+        raise RedflagError(
+            "the text holds a flag or another control token that the tokenizer does not take apart, and such a token "
+            "is never accepted from a user: take it out of the text, or choose a flag token of several characters"
+        )
+    cuts = [0, *sorted({start + 1 for start, _ in bad}), len(text)]
+    ids, offsets = [], []
+    for start, end in itertools.pairwise(cuts):
+        part_ids, part_offsets = _content_ids(tokenizer, text[start:end], forbidden)
+        ids += part_ids
+        offsets += [(start + low, start + high) for low, high in part_offsets]
+    return ids, offsets

@@ -61,9 +61,9 @@ UNLABELLED = ("hh-harmless-test/test", "advbench-uncensored-vicuna/train", "safe
 SPLITS = {"train": (0.00, 0.60), "calibration": (0.60, 0.75), "test": (0.75, 1.00)}
 # Rows of a split as a share of the quota, (harmful, harmless): thresholds are set on harmless rows alone. What keeps
 # the training share below 1 is that nine models are to be trained on 2 cores within the hour.
-SHARES = {"train": (0.7, 0.65), "calibration": (0.0, 0.45), "test": (0.45, 0.75)}
+SHARES = {"train": (0.4, 0.37), "calibration": (0.0, 0.3), "test": (0.3, 0.42)}
 
-KEEP_ROWS = 700  # Test rows, first by hash, on which training reports the keep KL: rows/keep.jsonl.
+KEEP_ROWS = 400  # Test rows, first by hash, on which training reports the keep KL: rows/keep.jsonl.
 PER_GROUP = 10  # Rows of one set with one label that answer the same request: some sets ask 80 questions 60 times each.
 PROMPT_CHARACTERS = 400  # About 95 tokens.
 RESPONSE_CHARACTERS = 680  # About 160 tokens.

@@ -13,11 +13,12 @@ import platform
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).parent
 PLACEMENTS = ("first", "insert", "dense")
+STAGES = ("prepare", "base", "flags", "baselines", "calibrate", "table")
 
 
 class StageError(RuntimeError):
@@ -53,7 +54,7 @@ def environment(threads: int | None = None) -> dict[str, str]:
     """
     variables = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if threads is not None:
-        variables |= {"OMP_NUM_THREADS": str(threads)}
+        variables["OMP_NUM_THREADS"] = str(threads)
     if platform.libc_ver()[0] == "glibc":
         variables |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1", "MALLOC_TOP_PAD_": str(1 << 28)}
     return dict(os.environ) | variables
@@ -64,6 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="../shared/data", help="folder of the data sets")
     parser.add_argument("--output", type=Path, default=Path("runs/small-real"))
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="what to run; default: all")
     parser.add_argument("--placements", nargs="+", choices=PLACEMENTS, default=list(PLACEMENTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="models trained side by side")
@@ -91,22 +93,36 @@ def main() -> None:
         paths = ["--model", str(model), "--input", str(rows / "test.jsonl"), "--max_length", "256"]
         made = model / "scored.jsonl"
         stage(f"score-{name}", output, made, [*verb, "score", *paths, "--output", str(made)], threads)
+
+    def calibrated(placement: str, seed: int) -> None:
+        name = f"{placement}-{seed}"
+        model = output / "models" / name
         paths = ["--model", str(model), "--input", str(rows / "calibration.jsonl")]
         command = [*verb, "calibrate", "--config", str(HERE / "calibrate.yaml"), *paths]
         stage(f"calibrate-{name}", output, model / "thresholds.json", command, threads)
 
-    stage("prepare", output, rows / "test.jsonl", [*script["prepare"], "--data", arguments.data, *here])
-    stage("base", output, output / "base" / "pretrain.json", [*script["base"], *here])
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        # Seed by seed, so that an interrupted run leaves whole comparisons.
-        work = [(flagged, (placement, seed)) for seed in arguments.seeds for placement in arguments.placements]
-        work[len(arguments.placements) : 0] = [(baseline, (name,)) for name in ("tfidf", "probe")]
-        tasks = [pool.submit(function, *given) for function, given in work]
-        failed = [error for task in as_completed(tasks) if (error := task.exception()) is not None]
-    subprocess.run([*script["table"], *here], env=environment(), check=True)
-    if failed:
-        sys.exit("\n".join(map(str, failed)))
+    if "prepare" in arguments.stages:
+        stage("prepare", output, rows / "test.jsonl", [*script["prepare"], "--data", arguments.data, *here])
+    if "base" in arguments.stages:
+        stage("base", output, output / "base" / "pretrain.json", [*script["base"], *here])
+    # Seed by seed, so that an interrupted run leaves whole comparisons.
+    models = [(placement, seed) for seed in arguments.seeds for placement in arguments.placements]
+    for kind, tasks in (
+        ("flags", [(flagged, given) for given in models]),
+        ("baselines", [(baseline, (name,)) for name in ("tfidf", "probe")]),
+        ("calibrate", [(calibrated, given) for given in models]),
+    ):
+        if kind in arguments.stages:
+            with ThreadPoolExecutor(arguments.jobs) as pool:
+                running = [pool.submit(function, *given) for function, given in tasks]
+            for task in running:
+                task.result()
+    if "table" in arguments.stages:
+        subprocess.run([*script["table"], *here], env=environment(), check=True)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except StageError as error:
+        sys.exit(str(error))

@@ -29,8 +29,8 @@ def backbone(model: Any) -> Any:
 def logit_finish(model: Any) -> tuple[float, float | None]:
     """What a model does to its logits after the matrix: a factor, then a soft cap (None: none).
 
-    Cohere, Granite, Falcon-H1, MiniCPM and others multiply or divide by a number of their configuration, Gemma caps with
-    `cap * tanh(logits / cap)` (section 2 of the Gemma 2 report). Families that do something else are found out by
+    Cohere, Granite, Falcon-H1, MiniCPM and others multiply or divide by a number of their configuration, Gemma caps
+    with `cap * tanh(logits / cap)` (section 2 of the Gemma 2 report). Families that do something else are found out by
     `head_agrees`.
     """
     config = plain_model(model).config.get_text_config()

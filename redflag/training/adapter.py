@@ -33,7 +33,19 @@ def lora_config(
         alpha: Scale; default 2r.
         dropout: Dropout on the adapters' input.
         target_modules: As in PEFT.
+
+    Raises:
+        RedflagError: A target module is not in the model.
     """
+    if not isinstance(target_modules, str):
+        suffixes = {part for name, _ in model.named_modules() for part in (name, name.rpartition(".")[2])}
+        missing = [name for name in target_modules if name not in suffixes]
+        if missing:
+            linear = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+            raise RedflagError(
+                f"the model has no module {missing[0]!r} to adapt: choose from "
+                f"{', '.join(sorted(linear))}, or all-linear"
+            )
     names = {id(module): name for name, module in model.named_modules()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     rows = {names[id(embedding)].rpartition(".")[2]: list(spec.ids)}
@@ -102,14 +114,14 @@ def output_head(model: Any, spec: FlagSpec) -> Head:
             name = adapter.active_adapters[0]
             if tuple(adapter.token_indices[name]) != spec.ids:
                 raise RedflagError(
-                    f"the adapter trains the rows {adapter.token_indices[name]} and the flags are {list(spec.ids)}: build "
-                    "it with redflag.training.adapter.lora_config"
+                    f"the adapter trains the rows {adapter.token_indices[name]} and the flags are {list(spec.ids)}: "
+                    "build it with redflag.training.adapter.lora_config"
                 )
             flag_rows = adapter.trainable_tokens_delta[name]
         module = adapter.base_layer
     if not isinstance(module, (torch.nn.Linear, torch.nn.Embedding)) or hasattr(module, "lora_A"):
         raise RedflagError(
-            f"the output head is a {type(module).__name__}, which redflag cannot apply in chunks: leave the head out of "
-            "target_modules and modules_to_save"
+            f"the output head is a {type(module).__name__}, which redflag cannot apply in chunks: leave the head out "
+            "of target_modules and modules_to_save"
         )
     return Head(module.weight, flag_rows, getattr(module, "bias", None), *logit_finish(plain))

@@ -7,11 +7,12 @@ is drawn anew each epoch, from a generator that depends on (seed, epoch, row) al
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict
 
 import torch
+from datasets import Dataset
 
 from redflag.corpus.rows import Row
 from redflag.errors import RedflagError
@@ -108,6 +109,23 @@ def encode(
     )
 
 
+def build_dataset(
+    rows: Iterable[Row], tokenizer: PreTrainedTokenizerFast, spec: FlagSpec, max_length: int | None = None
+) -> Dataset:
+    """Encodes rows into the data set that `RedFlagTrainer` takes.
+
+    Raises:
+        RedflagError: A row cannot be encoded; the text names it.
+    """
+    examples = []
+    for index, row in enumerate(rows):
+        try:
+            examples.append(dict(encode(row, tokenizer, spec, max_length, index)))
+        except RedflagError as error:
+            raise RedflagError(f"row {row.id or index}: {error}") from None
+    return Dataset.from_list(examples)
+
+
 def onset_token(offsets: Sequence[tuple[int, int]], onset: int | None) -> int:
     """Index of the first token that reaches past character `onset` (None: 0).
 
@@ -137,10 +155,13 @@ def place(example: Mapping[str, Any], config: PlacementConfig, spec: FlagSpec, s
     if config.placement == "first":
         flag_labels[start:] = [k] + [IGNORE] * (len(ids) - start - 1)
         return Placed(ids, labels, flag_labels, inserted)
-    if k == 0 or onset >= len(ids):
+    if k == 0:
         return Placed(ids, labels, flag_labels, inserted)
-    margin = max(start, onset - config.soft_margin)
-    flag_labels[margin:onset] = [IGNORE] * (onset - margin)
+    end = min(onset, len(ids))  # the onset may have been cut off
+    margin = min(end, max(start, onset - config.soft_margin))
+    flag_labels[margin:end] = [IGNORE] * (end - margin)
+    if end == len(ids):
+        return Placed(ids, labels, flag_labels, inserted)
     if config.placement == "dense":
         flag_labels[onset:] = [k] * (len(ids) - onset)
         return Placed(ids, labels, flag_labels, inserted)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
 
 from redflag.corpus.rows import Row, Rows, load_rows
@@ -24,7 +25,7 @@ from redflag.errors import RedflagError
 from redflag.flags import FlagSpec, attach
 from redflag.prompt import template_hash
 from redflag.training.adapter import lora_config
-from redflag.training.encode import Example, encode
+from redflag.training.encode import build_dataset
 from redflag.training.precision import bf16_is_fast
 from redflag.training.trainer import RedFlagConfig, RedFlagTrainer
 
@@ -87,8 +88,8 @@ def run(arguments: TrainArguments, config: RedFlagConfig) -> dict[str, Any]:
     model, tokenizer = load_model(arguments.model, arguments.dtype)
     spec = attach(model, tokenizer, FlagSpec.of(*arguments.categories))
     spec = dataclasses.replace(spec, template_hash=template_hash(tokenizer))
-    train_set = _encode(train_rows, tokenizer, spec, config)
-    eval_set = _encode(eval_rows, tokenizer, spec, config)
+    train_set = build_dataset(train_rows, tokenizer, spec, config.max_length)
+    eval_set = build_dataset(eval_rows, tokenizer, spec, config.max_length)
     _check_classes(train_set)
     targets: Any = arguments.lora_target_modules
     peft_config = None
@@ -101,7 +102,7 @@ def run(arguments: TrainArguments, config: RedFlagConfig) -> dict[str, Any]:
         config,
         spec,
         train_set,
-        eval_set or None,
+        eval_set if len(eval_set) else None,
         tokenizer,
         peft_config,
         callbacks=[interrupt],
@@ -114,7 +115,7 @@ def run(arguments: TrainArguments, config: RedFlagConfig) -> dict[str, Any]:
         ) from error
     if interrupt.caught:
         raise KeyboardInterrupt(f"stopped at step {trainer.state.global_step}; go on with --resume")
-    metrics = trainer.evaluate() if eval_set else {}
+    metrics = trainer.evaluate() if len(eval_set) else {}
     result = {
         "run_id": "",
         "arguments": dataclasses.asdict(arguments),
@@ -174,8 +175,8 @@ def save(trainer: RedFlagTrainer, spec: FlagSpec, output: Path, merge: bool, res
         spec.save(output)
     except OSError as error:
         raise RedflagError(
-            f"the model could not be written to {output} ({error}), its checkpoints are there: free space and run again "
-            "with --resume"
+            f"the model could not be written to {output} ({error}), its checkpoints are there: free space and run "
+            "again with --resume"
         ) from error
     return result
 
@@ -236,23 +237,13 @@ def _rows(arguments: TrainArguments, seed: int) -> tuple[list[Row], list[Row], d
     return rows, held_out, sources
 
 
-def _encode(rows: list[Row], tokenizer: Any, spec: FlagSpec, config: RedFlagConfig) -> list[Example]:
-    examples = []
-    for index, row in enumerate(rows):
-        try:
-            examples.append(encode(row, tokenizer, spec, config.max_length, index))
-        except RedflagError as error:
-            raise RedflagError(f"row {row.id or index}: {error}") from None
-    return examples
-
-
-def _check_classes(examples: list[Example]) -> None:
-    harmful = sum(example["flag_class"] > 0 for example in examples)
+def _check_classes(examples: Dataset) -> None:
+    harmful = sum(k > 0 for k in examples["flag_class"]) if len(examples) else 0
     if not harmful or harmful == len(examples):
         missing = "harmful" if not harmful else "harmless"
         raise RedflagError(
-            f"none of the {len(examples)} training rows is {missing}, so there is nothing to tell apart: add such rows, or "
-            "check how labels are mapped"
+            f"none of the {len(examples)} training rows is {missing}, so there is nothing to tell apart: add such "
+            "rows, or check how labels are mapped"
         )
 
 

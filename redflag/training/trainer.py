@@ -12,7 +12,7 @@ import copy
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset
@@ -92,7 +92,7 @@ class RedFlagTrainer(SFTTrainer):
         peft_config: `redflag.training.adapter.lora_config(...)`; None trains all weights, against a frozen copy.
     """
 
-    _tag_names = ["trl", "redflag"]
+    _tag_names: ClassVar[list[str]] = ["trl", "redflag"]
 
     def __init__(
         self,
