@@ -76,7 +76,7 @@ class FlagSpec:
                 raise RedflagError("a flag's category is empty: give it a name such as 'harm'")
             if flag.token != flag.token.strip():
                 raise RedflagError(
-                    f"the flag token {flag.token!r} begins or ends with white space, which templates strip: leave that out"
+                    f"the flag token {flag.token!r} begins or ends with white space, which is easily lost: leave it out"
                 )
         for what in ("category", "token", "id"):
             values = [v for v in (getattr(flag, what) for flag in self.flags) if v not in ("", None)]

@@ -13,6 +13,7 @@ import re
 import secrets
 import threading
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -251,7 +252,7 @@ def _with_bos(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> list[int]:
 
 
 class _Control(NamedTuple):
-    """Ids that users may not make: `flags`; `special` tokens, flags among them; `all`, also the template's others."""
+    """Ids nobody may write: `flags`; `special`: flags, special and turn tokens; `all`: the template's others as well."""
 
     flags: frozenset[int]
     special: frozenset[int]
@@ -270,19 +271,29 @@ def _control(tokenizer: PreTrainedTokenizerFast, spec: FlagSpec) -> _Control:
         # Not `all_special_ids`: it names only tokens with a role, and lacks Llama 3's <|start_header_id|>.
         added = tokenizer.added_tokens_decoder
         special = {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)
-        # Fine-tunes often add their turn tokens as ordinary ones.
-        marks = {i for i, token in added.items() if token.content in template and not token.content.isspace()}
+        # Fine-tunes often add their turn tokens as ordinary ones. Others that the template names, such as <think>, are
+        # the assistant's to write.
+        signs = {i for i, token in added.items() if re.search(r"[^\w\s]", token.content)}
+        special |= signs & _written(tokenizer)
+        marks = {i for i in signs if added[i].content in template}
         unknown = tokenizer.unk_token
-        if unknown is not None and unknown not in (
-            tokenizer.eos_token,
-            tokenizer.bos_token,
-        ):
+        if unknown and unknown not in (tokenizer.eos_token, tokenizer.bos_token) and unknown not in template:
             special.discard(tokenizer.unk_token_id)  # stands for any character that the vocabulary lacks
             marks.discard(tokenizer.unk_token_id)
         known = (key, frozenset(special), frozenset(marks))
         _ADDED[tokenizer] = known
     flags = frozenset(spec.ids)
     return _Control(flags, known[1] | flags, known[1] | known[2] | flags)
+
+
+def _written(tokenizer: PreTrainedTokenizerFast) -> set[int]:
+    """Ids that the template writes around finished turns, in conversations of all roles that it takes."""
+    ids: set[int] = set()
+    for roles in (("system",), ("user",), ("user", "assistant", "user"), ("system", "user", "assistant", "user")):
+        with suppress(RedflagError):
+            turns = [{"role": role, "content": "a"} for role in roles]
+            ids.update(_tokenise(tokenizer, _template(tokenizer, turns, False)))
+    return ids
 
 
 # `split_special_tokens` is a state of the tokenizer, not of the call: another thread must not switch it meanwhile.

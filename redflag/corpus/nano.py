@@ -104,8 +104,8 @@ def nano_rows(split: Split, n: int, seed: int = 0, *, harmful: float = 0.4) -> l
 def nano_pretraining_rows(n: int, seed: int = 0) -> list[Row]:
     """Draws conversations for a base model that knows the world, harm included, and both languages.
 
-    Two thirds are English, a fifth is in the second language, the rest asks for translations. All requests and acts are
-    those of the training split.
+    Three quarters are English, an eighth is in the second language, the rest asks for translations. All requests and
+    acts are those of the training split.
 
     Args:
         n: Number of rows.
@@ -113,7 +113,7 @@ def nano_pretraining_rows(n: int, seed: int = 0) -> list[Row]:
     """
     rng = random.Random(f"nano:pretraining:{seed}")
     name = f"nano-pretraining-{seed}"
-    foreign, parallel = n // 5, n // 7
+    foreign, parallel = n // 8, n // 8
     rows = _draw("train", n - foreign - parallel, rng, f"{name}-en", 0.4, None)
     rows += _draw("train", foreign, rng, f"{name}-velni", 0.4, velni)
     rows += [_translation(rng, f"{name}-pair-{i}") for i in range(parallel)]
