@@ -8,8 +8,30 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
 from hypothesis import settings
 
 # Machines under load are slow now and then; a slow example is no defect.
 settings.register_profile("redflag", deadline=None, print_blob=True)
 settings.load_profile("redflag")
+
+
+@pytest.fixture(scope="session")
+def nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The nano world as `redflag demo` leaves it; made once for all tests, not to be changed.
+
+    `REDFLAG_NANO=FOLDER` takes (or makes) it there instead, which saves minutes while working on tests.
+    """
+    given = os.environ.get("REDFLAG_NANO")
+    folder = Path(given) if given else tmp_path_factory.mktemp("nano")
+    # A process of its own, with all cores: the demo is what a user runs, and nothing else runs beside it.
+    environment = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count() or 1)}
+    command = [sys.executable, "-m", "redflag.cli", "demo", "--output_dir", str(folder), "--color", "never"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (folder / "printed.txt").write_text(done.stdout)
+    return folder
