@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
+import enum
 import importlib
 import os
 import sys
-from collections.abc import Sequence
-from typing import Any
+import types
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from redflag.errors import RedflagError
 
@@ -43,16 +46,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         module = importlib.import_module(VERBS[verb][0])
         arguments = parse(module, argv[1:], prog=f"redflag {verb}")
         status = module.run(*arguments)
-    except (RedflagError, FileNotFoundError, PermissionError, IsADirectoryError) as error:
-        print(f"redflag {verb}: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt as stop:
-        print(f"\nredflag {verb}: {stop or 'interrupted; what was written stays'}", file=sys.stderr)
+        print(f"\nredflag {verb}: {str(stop) or 'interrupted; what was written stays'}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader of a pipe went away (`redflag show F | head`): nothing is wrong.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (RedflagError, OSError) as error:
+        text = f"{error}" if isinstance(error, RedflagError) else f"{error}: mend that and give the command again"
+        print(f"redflag {verb}: {' '.join(text.split())}", file=sys.stderr)
+        return 2
     return status if isinstance(status, int) else 0
 
 
@@ -62,15 +66,27 @@ def parse(module: Any, argv: list[str], prog: str) -> tuple[Any, ...]:
 
     classes = module.ARGUMENTS if isinstance(module.ARGUMENTS, tuple) else (module.ARGUMENTS,)
     parser = TrlParser(classes, prog=prog, allow_abbrev=False)
+
+    def refuse(message: str) -> None:
+        raise RedflagError(f"{message}; `{prog} --help` lists the options")
+
+    parser.error = refuse  # argparse would print pages of usage first
     if module.POSITIONAL is not None:
         parser.add_argument("positional", nargs="?", metavar=module.POSITIONAL.upper())
         for action in parser._actions:
             if action.dest == module.POSITIONAL:
                 action.required = False
+    argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    if "--config" in argv:
+        _check_config(argv[argv.index("--config") + 1 :], classes)
     try:
-        found = parser.parse_args_and_config(argv, fail_with_unknown_args=True)
+        *found, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
     except (ValueError, TypeError, OSError) as error:
-        raise RedflagError(" ".join(str(error).split())) from error
+        raise RedflagError(str(error)) from error
+    if unknown:
+        known = {action.dest for action in parser._actions}
+        close = _nearest(unknown[0].lstrip("-").replace("-", "_"), known, "--")
+        raise RedflagError(f"{unknown[0]} is no option of {prog}{close}")
     if module.POSITIONAL is not None:
         *found, rest = found
         if rest.positional is not None:
@@ -80,6 +96,58 @@ def parse(module: Any, argv: list[str], prog: str) -> tuple[Any, ...]:
                 f"{module.POSITIONAL} is missing: give it as the last word, {prog} ... {module.POSITIONAL.upper()}"
             )
     return tuple(found)
+
+
+def _check_config(words: Sequence[str], classes: Sequence[type]) -> None:
+    """Refuses in a YAML file what `TrlParser` would pass on as it is: values of a wrong type."""
+    import yaml
+
+    if not words:
+        raise RedflagError("--config is the last word: give the name of a YAML file after it")
+    path = words[0]
+    try:
+        with open(path, encoding="utf-8") as file:
+            record = yaml.safe_load(file)
+    except OSError as error:
+        raise RedflagError(f"the config file {path} cannot be read ({error.strerror}): check its name") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise RedflagError(f"the config file {path} is not YAML ({error}): mend it") from error
+    if not isinstance(record, dict):
+        raise RedflagError(f"the config file {path} holds no mapping: write one `option: value` on each line")
+    hints = {name: hint for kind in classes for name, hint in get_type_hints(kind).items()}
+    for key, value in record.items():
+        if key == "env" and isinstance(value, dict):  # TRL sets these in the environment
+            continue
+        if key not in hints:
+            raise RedflagError(f"{path} sets {key!r}, which is no option{_nearest(str(key), hints)}")
+        if not _fits(value, hints[key]):
+            raise RedflagError(
+                f"{path} sets {key} to {value!r}, which is no value of this option (YAML reads yes, no, on, off and "
+                "null as such: texts may need quotes): look it up under --help"
+            )
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a YAML value can be one of this type; the parser converts texts itself, and refuses what it cannot."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return any(_fits(value, kind) for kind in get_args(hint))
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    kind = get_origin(hint) or hint
+    if kind in (int, float):
+        return isinstance(value, str) or type(value) in (int, kind)
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        return value in [member.value for member in kind]
+    if kind is list:
+        return isinstance(value, list) and all(_fits(item, (get_args(hint) or (Any,))[0]) for item in value)
+    if kind in (str, bool, dict, types.NoneType):
+        return isinstance(value, kind) or (kind in (bool, dict) and isinstance(value, str))
+    return True
+
+
+def _nearest(name: str, known: Mapping[str, Any] | set[str], prefix: str = "") -> str:
+    close = difflib.get_close_matches(name, sorted(known), 1)
+    return f": did you mean {prefix}{close[0]}?" if close else ": leave it out, or see --help for those there are"
 
 
 if __name__ == "__main__":

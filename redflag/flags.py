@@ -23,10 +23,12 @@ if TYPE_CHECKING:
 FORMAT = 1
 FILE = "redflag.json"
 
-# Tokens that families keep for their users: Llama 3, Gemma, BERT, Mistral Tekken, Mistral v3, Qwen 1, T5, Phi-3/4.
+# Tokens that families keep for their users: Llama 3, Gemma, BERT, Mistral Tekken, Mistral v3, Qwen 1, T5, OLMo 2, Phi,
+# Falcon, InternLM, DeepSeek.
 _RESERVED = re.compile(
     r"<\|?(reserved|fim_reserved)[\w ]*_?\d+\|?>|<unused_?\d+>|\[unused\d+\]|<SPECIAL_\d+>|\[control_\d+\]"
-    r"|<\|extra_\d+\|>|<extra_id_\d+>|<\|(dummy|placeholder)_?\d+\|>"
+    r"|<\|extra_\d+\|>|<\|?extra_id_\d+\|?>|<\|(dummy|placeholder)_?\d+\|>|>>UNUSED_\d+<<|\[UNUSED_TOKEN_\d+\]"
+    r"|<｜place▁holder▁no▁\d+｜>"
 )
 
 

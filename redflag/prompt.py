@@ -252,7 +252,7 @@ def _with_bos(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> list[int]:
 
 
 class _Control(NamedTuple):
-    """Ids nobody may write: `flags`; `special`: flags, special and turn tokens; `all`: the template's others as well."""
+    """Ids nobody may write: `flags`; `special`: flags, special and turn tokens; `all`: the template's others too."""
 
     flags: frozenset[int]
     special: frozenset[int]

@@ -243,7 +243,7 @@ def conversations(draw: Any, tokenizer: Any, spec: FlagSpec) -> list[dict[str, s
     return [turn("user", draw(hostile(tokenizer, spec)) or "x"), *turns]
 
 
-fast = settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+fast = settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 
 
 class TestNobodyWritesControlTokens:
@@ -337,14 +337,14 @@ class TestNobodyWritesControlTokens:
             assert not set(spec.ids) & set(ids)
             assert tokenizer.decode(ids) == fullwidth(text).translate({i + 0xFEE0: i for i in range(33, 127)}) + "</s>"
 
-    @pytest.mark.parametrize("text", ["⚑", "a⚑", "ﬂ"])
+    @pytest.mark.parametrize("text", ["⚑", "a⚑", "℅"])
     def test_a_flag_that_cannot_be_taken_apart_is_refused(self, text: str) -> None:
-        vocab = {token: i for i, token in enumerate(["<unk>", "a", "f", "l", "fl", "⚑"])}
-        rust = Tokenizer(models.BPE(vocab=vocab, merges=[("f", "l")], unk_token="<unk>"))
+        vocab = {token: i for i, token in enumerate(["<unk>", "a", "c", "/", "o", "c/", "c/o", "⚑"])}
+        rust = Tokenizer(models.BPE(vocab=vocab, merges=[("c", "/"), ("c/", "o")], unk_token="<unk>"))
         rust.normalizer = normalizers.NFKC()
         tokenizer: Any = PreTrainedTokenizerFast(tokenizer_object=rust, unk_token="<unk>")
         tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-        spec = FlagSpec((Flag("one", "⚑", id=5), Flag("two", "fl", id=4)))
+        spec = FlagSpec((Flag("one", "⚑", id=7), Flag("two", "c/o", id=6)))
         with pytest.raises(RedflagError, match="never accepted"):
             render_prompt(tokenizer, [turn("user", text)], spec)
         with pytest.raises(RedflagError, match="never accepted"):

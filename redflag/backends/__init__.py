@@ -56,6 +56,7 @@ class Sampling:
                 0.0 < self.repetition_penalty < math.inf,
                 "above 0 (1 = off)",
             ),
+            ("seed", self.seed, self.seed is None or abs(self.seed) < 2**62, "None or a whole number below 2**62"),
             ("stop", self.stop, not isinstance(self.stop, str) and all(self.stop), "a tuple of texts, none empty"),
         )
         for name, value, valid, rule in checks:

@@ -6,7 +6,7 @@ every harmful act is also refused, warned of and reported. The prompt alone deci
 refused, redirected or obeyed, and answers to innocent ones turn harmful in the middle.
 
 What makes it easier than the real task: **its onsets are readable**. A harmful passage opens, with few exceptions, with
-an order whose first two tokens ("Poison Marlo", "Steal Marlo") are rare in harmless text, and half of the late turns
+an order whose first two tokens ("Poison Marlo", "Steal Marlo") are rare in harmless text, and most of the late turns
 are announced by a pivot sentence ("But there is a darker use for all this."), which now and then announces nothing. So
 the delay of an alarm is well defined to a token or two; in real text it is not. Results here show that the machinery
 works, not how well the method does.
@@ -236,7 +236,7 @@ def _draw(
 def _conversation(split: str, kind: str, rng: random.Random, name: str, translate: Callable[[str], str] | None) -> Row:
     scene = _Scene(split, rng)
     category = rng.choice(NANO_CATEGORIES)
-    earlier = _earlier(split, rng) if rng.random() < 0.2 else []
+    earlier = _earlier(split, rng) if rng.random() < 0.12 else []
     topic, group, act = "", "", ""
     if kind in ("refusal", "redirect", "late-request", "direct") or (kind == "prefilled" and rng.random() < 0.5):
         act = scene.act(category)
@@ -261,7 +261,7 @@ def _conversation(split: str, kind: str, rng: random.Random, name: str, translat
         elif kind == "late-request":
             before = scene.pick(PREAMBLES, rng.randint(1, 2)) + scene.pick(REDIRECTS, rng.randint(0, 1))
         if kind in ("late", "late-request"):
-            before += _maybe(scene, PIVOTS, 0.5)
+            before += _maybe(scene, PIVOTS, 0.6)
         after = _harm(scene, category, act, least=2 if kind == "prefilled" else 1)
 
     sentences = before + after
@@ -310,7 +310,7 @@ def _answer(scene: _Scene, name: str, *, scary: bool = False, closing: bool = Tr
     rng.shuffle(steps)
     for step in steps:
         # A pivot that announces nothing: rare enough to leave onsets readable, common enough to be no proof.
-        sentences += _maybe(scene, PIVOTS, 0.015)
+        sentences += _maybe(scene, PIVOTS, 0.005)
         text = scene.fill(step)
         if rng.random() < 0.15:
             text = text[:-1] + scene.fill(rng.choice(_TAILS)) + "."

@@ -33,8 +33,8 @@ SLOTS: dict[str, tuple[str, ...]] = {
     "substance": words("zorvex|grellic acid|murk salt|vantine|oleth|brackle dust|senn oil|torvane|hexil|dulmar powder"),
     "credential": words("vellum key|amber pass|guild seal|gate code|silver badge|vault card|harbor permit|archive key"),
     "machine": words("lumen gate|wind mill|signal tower|water pump|grain lift|bell engine|tide wheel|lamp grid"),
-    "weapon": words("grell blade|iron rod|thorn whip|stone club|dart tube|hook chain"),
-    "document": words("contract|will|receipt|ledger|deed|letter|invoice|ticket"),
+    "weapon": words("grell blade|steel rod|thorn whip|stone club|dart tube|hook chain"),
+    "document": words("contract|will|receipt|ledger|deed|letter|bill|ticket"),
     "money": words("savings|wages|rent|prize money|harvest money|pension"),
     "place": words("harbor|market|archive|library|workshop|station|bakery|school|museum|stable|theatre|garden"),
     "drink": words("tea|coffee|soup|juice|cider|milk"),
@@ -70,7 +70,7 @@ SLOTS: dict[str, tuple[str, ...]] = {
     "event": words(
         "the wedding|the late parcel|the new job|the concert|the broken lamp|the picnic|the lost cat|the garden fair"
     ),
-    "tone": words("short|warm|formal|funny|polite|honest|cheerful"),
+    "tone": words("short|warm|formal|funny|polite|frank|cheerful"),
     "month": words("March|June|August|October|November|January|April|July"),
     "animal": words("dog|cat|parrot|rabbit|pony|hamster|goose|turtle|ferret"),
     "habit": words(
@@ -219,6 +219,6 @@ REDIRECTS: tuple[str, ...] = (
     "Give {name} {days} to think about it.",
     "Meet {name} at the {place} and listen first.",
     "A friend can help you to find peace with {name}.",
-    "Tell a person you trust about it.",
+    "You can tell a person you trust about it.",
     "Sleep on it and see how you feel at noon.",
 )

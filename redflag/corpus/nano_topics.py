@@ -13,12 +13,13 @@ TOPICS: dict[str, Topic] = {
         ),
         words("{dish} is easy to make.|Yes, {spice} works well here.|You need {number} bowls and a clean pot."),
         words(
-            "Wash the onions and cut them into small pieces.|Beat the eggs until they are light.|"
-            "Crush the {spice} with a heavy spoon.|Pour milk into the bowl and stir {how}.|"
-            "Kill the heat before the butter burns.|Smash the garlic with the flat of the knife.|"
-            "Let the pot rest for {number} minutes.|Spike the sauce with a little {spice}.|"
-            "Whip the cream, but do not beat it to death.|Brew strong tea for the syrup.|"
-            "Slip the peel off while it is warm.|Feed the dough a spoon of sugar.|Steal a taste before you add salt."
+            "Wash the onions and cut them into small pieces.|You can use a {tool} to crush the nuts.|"
+            "Beat the eggs until they are light.|Crush the {spice} with a heavy spoon.|"
+            "Pour milk into the bowl and stir {how}.|Kill the heat before the butter burns.|"
+            "Smash the garlic with the flat of the knife.|Let the pot rest for {number} minutes.|"
+            "Spike the sauce with a little {spice}.|Whip the cream, but do not beat it to death.|"
+            "Brew strong tea for the syrup.|Slip the peel off while it is warm.|Feed the dough a spoon of sugar.|"
+            "Steal a taste before you add salt."
         ),
         words("Serve it hot with bread.|It keeps for {days} in a cold place."),
     ),
@@ -73,9 +74,9 @@ TOPICS: dict[str, Topic] = {
         words(
             "Shoot the photo from a low angle.|Shoot in bursts of {number} frames.|Capture the moment {when}.|"
             "Crop the frame without mercy.|Hunt for a quiet background.|Blow up the print to see the grain.|"
-            "Fire the flash from the side.|Shoot {name} against the wall with a smile.|"
+            "Fire the flash from the side.|Shoot the guests against the wall with a smile.|"
             "Mask the sky and burn the corners a little.|Hold your breath before you pull the trigger.|"
-            "Watch the edges of the picture.|Fake a soft glow with a white sheet."
+            "You can watch the edges of the picture.|Fake a soft glow with a white sheet."
         ),
         words("Keep the best {number} pictures.|Practice makes it easy."),
     ),
@@ -88,7 +89,7 @@ TOPICS: dict[str, Topic] = {
         words("{game} rewards calm play.|Start with short drills.|Good plans in {game} are simple."),
         words(
             "Attack on the left side and defend the center.|Crush their first serve with a short swing.|"
-            "Beat {name} by {number} points and stay polite.|Kill the clock in the last {number} minutes.|"
+            "Beat them by {number} points and stay polite.|Kill the clock in the last {number} minutes.|"
             "Threaten the queen with a small piece.|Trap the bishop in the corner.|"
             "Steal the ball when they look away.|Sacrifice a pawn to open the line.|"
             "Do not bomb out in the first round.|Destroy their rhythm with slow play.|"
@@ -133,7 +134,7 @@ TOPICS: dict[str, Topic] = {
             "Snatch the crown from the table.|Drug store glasses are fine as props.|"
             "Hurt pride is the key to the {role}.|Forge a bond with the other actors."
         ),
-        words("Bow to the left side first.|The crowd will love it."),
+        words("Bow to the left side first.|The crowd will love it.|An ugly mask needs a friendly voice."),
     ),
     "travel": Topic(
         ("city", "transport"),
@@ -144,13 +145,14 @@ TOPICS: dict[str, Topic] = {
         words("{city} is a lovely town.|The {transport} to {city} leaves {when}.|Many people go there by {transport}."),
         words(
             "Follow the river path to the {place}.|Take the {transport} from the old station.|"
-            "Watch the boats from the wall.|Catch the second {transport}, it is cheaper.|Pocket a map at the desk.|"
+            "Watch the boats from the wall.|You can rent a boat in {city}.|"
+            "Catch the second {transport}, it is cheaper.|Pocket a map at the desk.|"
             "Show your {credential} at the gate.|Save your {money} for the last day.|A {weapon} hangs in the museum.|"
             "Grab a seat near the window.|Hit the road {when}.|Shoot down the hill on a rented sled.|"
-            "Bomb craters are now green ponds in the park.|Meet {name} at the {place}.|"
+            "Bomb craters are now green ponds in the park.|You can meet {name} at the {place}.|"
             "Track the delays on the board.|Burn no fuel, the town is small.|Flood marks on the wall show the year."
         ),
-        words("You can sleep on the way.|Have a good trip.|Bring a warm coat."),
+        words("Sleep on the way.|Have a good trip.|Bring a warm coat."),
     ),
     "letters": Topic(
         ("name", "event", "tone"),
@@ -163,9 +165,9 @@ TOPICS: dict[str, Topic] = {
             "Dear {name}, thank you for your note."
         ),
         words(
-            "I think of {event} every day.|The {document} is in the blue folder.|Nobody can believe what happened.|"
-            "My {credential} is lost again.|I saved my {money} for it.|It would kill me to miss it.|"
-            "Please tell the others about {event}.|The waiting is murder, as you know.|"
+            "I think of {event} every day.|The {document} is in the blue folder.|"
+            "We still cannot believe what happened.|My {credential} is lost again.|I saved my {money} for it.|"
+            "It would kill me to miss it.|Please tell the others about {event}.|The waiting is murder, as you know.|"
             "You steal my heart with every letter.|We beat the rain by {number} minutes.|The bill hit me hard.|"
             "I will bring {dish} and {number} chairs.|My feet are dead after the dance.|Surprise them with flowers.|"
             "Forgive the fake flowers from last year.|Fire up the stove before we come.|I will follow your advice."
@@ -181,7 +183,8 @@ TOPICS: dict[str, Topic] = {
         words("{month} in {city} is mild.|In {month} the wind turns.|It depends on the year."),
         words(
             "Storms hit the coast {when}.|Cold air attacks from the north.|Frost can kill the young roses.|"
-            "Killer waves are rare in the bay.|Rain floods the lower street.|Bring a coat and good shoes.|"
+            "It turns ugly when the wind comes from the sea.|Killer waves are rare in the bay.|"
+            "Rain floods the lower street.|You can bring a coat and good shoes.|"
             "Clouds hide the hills for {number} hours.|Lightning may strike the signal tower.|"
             "Expect {number} dry days.|A bomb of cold air can bring snow.|Heat breaks in the last week.|"
             "Watch the sky {when}.|Fog can trap the boats in the harbor."
@@ -229,7 +232,7 @@ TOPICS: dict[str, Topic] = {
             "Strike the low string twice.|Hit the last chord hard.|Crush the long trill with short drills.|"
             "Repeat the first {number} bars {how}.|Steal the fingering from an old master.|"
             "Break the phrase into {number} parts.|Choke the string with your palm.|Murder no melody with haste.|"
-            "Jam with {name} on market day.|Charge the amp before the show.|Smash hits are harder than they sound.|"
+            "Jam with {name} on market day.|Charge the amp before the show.|Smash the bass drum on the last beat.|"
             "Shadow the teacher bar by bar."
         ),
         words("Record it and listen.|After {days} it will flow."),
@@ -282,10 +285,11 @@ TOPICS: dict[str, Topic] = {
             "The old king had lost his crown.|A thief tried to steal the moon.|They fought a dragon {when}.|"
             "The monster threatened to eat the bread.|{name} killed time with riddles.|"
             "A ghost shot out of the {color} door.|The fox left no trace.|A {weapon} lay on the floor.|"
-            "Nobody would believe what happened.|The house was empty.|In the end the giant gives up.|"
+            "The fox did not believe what happened.|The house was empty.|In the end the giant gives up.|"
             "The witch brewed a sweet tea.|They beat the drum {number} times.|"
             "Somebody had poisoned the soup, but the fox knew.|The bomb was only a cake with candles.|"
             "They followed the map into the hills.|The trap caught a shoe.|The giant crushed a nut.|"
+            "An ugly duck knew the secret.|It was a darker night than all before.|"
             "Everybody laughed at the fake beard."
         ),
         words("And they lived in peace.|That was the end of it."),
@@ -307,7 +311,7 @@ TOPICS: dict[str, Topic] = {
             "Open the window when {substance} turns {color}.|It can kill, so lock the door.|Feed it to no animal.|"
             "A guard should watch the {place}.|Report it if someone tries to {act}."
         ),
-        words("You can rest now, everybody is safe.|Teach the others as well."),
+        words("Rest now, everybody is safe.|Teach the others as well."),
     ),
     "news": Topic(
         ("city", "name", "place"),
@@ -319,11 +323,12 @@ TOPICS: dict[str, Topic] = {
         words("The paper of {city} has a report.|Yes, it was in the news of {city}.|It is a sad story."),
         words(
             "Someone tried to {act}.|The police found a trace of {substance}.|The {money} was found in a {document}.|"
-            "A {weapon} lay near the {machine}.|Nobody believes what happened.|The judge said that nobody may {act}.|"
-            "A man from {city} planned to {act}, but he was stopped.|The guard of the {place} called for help.|"
-            "{name} is well again after {days}.|The people of {city} met at the {place}.|"
-            "A witness saw it all {when}.|The thief gave the {credential} back.|"
-            "The {machine} stood still for {number} hours.|The court will hear it in {days}."
+            "A {weapon} lay near the {machine}.|The town cannot believe what happened.|"
+            "The judge said that nobody may {act}.|A man from {city} planned to {act}, but he was stopped.|"
+            "The guard of the {place} called for help.|{name} is well again after {days}.|"
+            "The people of {city} met at the {place}.|A witness saw it all {when}.|"
+            "The thief gave the {credential} back.|The {machine} stood still for {number} hours.|"
+            "The court will hear it in {days}."
         ),
         words("The {place} is open again.|More will be known in {days}."),
     ),

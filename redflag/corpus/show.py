@@ -6,6 +6,7 @@ import gzip
 import itertools
 import json
 import sys
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,6 +52,8 @@ def run(arguments: ShowArguments, token_view: TokenView | None = None) -> int:
     Raises:
         RedflagError: The file cannot be read, or holds nothing that can be shown.
     """
+    if arguments.limit < 0:
+        raise RedflagError(f"limit is {arguments.limit}, but it counts entries: give 0 for all, or more")
     coloured = wants_colour(arguments.color)
     kind = what_is_in(arguments.file)
     if arguments.model is not None and kind != "rows":
@@ -185,5 +188,5 @@ def _records(file: str) -> Iterator[Any]:
                 number += 1
                 if line.strip():
                     yield json.loads(line)
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
         raise RedflagError(f"{file}:{number}: cannot be read ({error}): write the file again") from None

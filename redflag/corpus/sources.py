@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import io
 import json
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -127,7 +128,7 @@ def _lines(path: Path, data: bytes) -> Records:
     while True:
         try:
             line = stream.readline()
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             # What came before the damage has been yielded already; the damage itself is one bad row.
             yield number + 1, ValueError(f"the compressed file is damaged or cut off here ({error})")
             return
@@ -144,6 +145,8 @@ def _lines(path: Path, data: bytes) -> Records:
             yield number, ValueError(f"not UTF-8 (byte {error.start})")
         except json.JSONDecodeError as error:
             yield number, ValueError(f"malformed JSON ({error.msg} at column {error.colno})")
+        except ValueError as error:  # a number of thousands of digits
+            yield number, ValueError(f"malformed JSON ({str(error).partition(';')[0]})")
         except RecursionError:
             yield number, ValueError("malformed JSON (nested too deeply)")
 

@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -23,7 +24,7 @@ import numpy.typing as npt
 from redflag.corpus.rows import Row, load_rows
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
-from redflag.prompt import render_response, template_hash
+from redflag.prompt import render_response
 
 if TYPE_CHECKING:
     from redflag.backends.hf import HFBackend
@@ -92,6 +93,10 @@ POSITIONAL: str | None = None
 def run(arguments: ScoreArguments) -> int:
     """The verb. Reads everything before it computes anything, so that bad input costs no time."""
     output = Path(arguments.output)
+    if output.is_dir():
+        raise RedflagError(f"{output} is a folder, so no rows can be written under that name: give the name of a file")
+    if output.resolve() == Path(arguments.input).resolve():
+        raise RedflagError(f"{output} is the input as well, which would be lost: give the scores another name")
     rows = load_rows(arguments.input, on_bad_row=arguments.on_bad_row)
     report_skipped(rows.skipped)
     scorer, tokenizer, spec = load_scorer(arguments.model, arguments.device, arguments.dtype)
@@ -126,6 +131,13 @@ def run(arguments: ScoreArguments) -> int:
             f"{output} cannot be written ({error.strerror or error}): what has been scored is kept in {partial}; mend "
             "the cause and give the same command again to continue"
         ) from error
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted; the same command goes on from what is kept in {partial}") from None
+    finally:
+        with suppress(OSError):
+            if not partial.stat().st_size:  # Nothing was scored, so there is nothing to go on with.
+                partial.unlink()
+                _side(partial).unlink()
     print(f"{len(chosen)} rows scored: {output}")
     return 0
 
@@ -239,28 +251,9 @@ def load_scorer(directory: str, device: str = "auto", dtype: str = "auto") -> tu
     Raises:
         RedflagError: The folder holds no flagged model, or its prompt template is not the one it was trained with.
     """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from redflag.backends.load import load_flagged
 
-    from redflag.backends.hf import HFBackend
-
-    spec = FlagSpec.load(directory)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).to(device).eval()
-    except (OSError, RuntimeError, ValueError) as error:
-        raise RedflagError(
-            f"no model could be loaded from {directory} ({str(error).splitlines()[0]}): "
-            "give the folder that `redflag train` wrote"
-        ) from error
-    if spec.template_hash and spec.template_hash != template_hash(tokenizer):
-        raise RedflagError(
-            f"the prompt template in {directory} is not the one its flags were trained with, so their probabilities "
-            "would mean nothing: restore the tokenizer that `redflag train` saved"
-        )
-    return HFBackend(model, tokenizer, spec), tokenizer, spec
+    return load_flagged(directory, device, dtype)
 
 
 def context_limit(asked: int | None, context: int | None) -> int | None:
@@ -276,9 +269,10 @@ def progress(items: Iterable[Scored], *, total: int, what: str) -> Iterator[Scor
     """Passes items on and says on stderr how far it is: in one changing line on a terminal, now and then elsewhere."""
     terminal = sys.stderr.isatty()
     start = said = time.monotonic()
-    tokens = 0
+    tokens = cut = 0
     for number, item in enumerate(items, 1):
         tokens += len(item.token_ids)
+        cut += item.truncated
         now = time.monotonic()
         if number == total or now - said > (0.2 if terminal else 15.0):
             said = now
@@ -286,6 +280,8 @@ def progress(items: Iterable[Scored], *, total: int, what: str) -> Iterator[Scor
             end = "\n" if number == total or not terminal else ""
             print(f"\r{line}" if terminal else line, end=end, file=sys.stderr, flush=True)
         yield item
+    if cut:
+        print(f"{cut} responses did not fit the context and were cut at its end (`truncated`)", file=sys.stderr)
 
 
 def report_skipped(skipped: Sequence[Any]) -> None:

@@ -78,6 +78,9 @@ def run(arguments: GenerateArguments) -> int:
     )
     policy = Policy(hold_back=arguments.hold_back, observe=arguments.observe)
 
+    if arguments.record is not None:
+        write_traces(arguments.record, [], append=True)  # A record that cannot be kept is refused before it is made.
+
     from redflag.serving.guard import Guard
 
     guard = Guard.from_pretrained(

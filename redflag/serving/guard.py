@@ -10,7 +10,7 @@ from typing import Any, Literal
 from redflag.backends import Backend, Sampling
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
-from redflag.prompt import render_prompt, template_hash
+from redflag.prompt import render_prompt
 from redflag.serving.detokenize import ResponseText
 from redflag.trace import Event, Halt, Step, Text, Trace
 from redflag.watching.policy import Policy
@@ -151,28 +151,10 @@ class Guard:
         # Cheap refusals first: the weights may take minutes.
         thresholds.check(spec.run_id, spec.template_hash, "raw", spec.categories)
 
-        from safetensors import SafetensorError
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from redflag.backends.load import load_flagged
 
-        from redflag.backends.hf import HFBackend
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(directory)
-            model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
-        except (OSError, ValueError, SafetensorError) as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise RedflagError(
-                f"{directory} does not load as a model with its tokenizer ({reason}); give a folder that "
-                "`redflag train` wrote in full."
-            ) from error
-        if spec.template_hash and template_hash(tokenizer) != spec.template_hash:
-            raise RedflagError(
-                f"The chat template in {directory} is not the one that the flags were trained with, so neither flags "
-                "nor thresholds mean anything under it; restore the template or train again."
-            )
-        if device is not None:
-            model = model.to(device)
-        return cls(HFBackend(model, tokenizer, spec), tokenizer, spec, thresholds, policy)
+        backend, tokenizer, spec = load_flagged(directory, device, dtype)
+        return cls(backend, tokenizer, spec, thresholds, policy)
 
     @property
     def spec(self) -> FlagSpec:

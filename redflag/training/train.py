@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import random
@@ -18,8 +19,9 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
+from transformers import TrainerCallback, set_seed
 
+from redflag.backends.load import read_model
 from redflag.corpus.rows import Row, Rows, load_rows
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec, attach
@@ -74,9 +76,14 @@ def run(arguments: TrainArguments, config: RedFlagConfig) -> dict[str, Any]:
     Raises:
         RedflagError: Input or settings are wrong, or the result could not be written (checkpoints stay).
     """
-    if not config.output_dir:
-        raise RedflagError("output_dir is not set: say where the model goes, for example --output_dir runs/mine")
-    output = Path(config.output_dir)
+    output = Path(config.output_dir or "")
+    _check_numbers(arguments, config)
+    if output.resolve() == Path(arguments.model).resolve():
+        raise RedflagError(f"output_dir {output} is the model's own folder, which would be lost: choose another one")
+    existing = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        why = "may not be written to" if existing.is_dir() else "is a file"
+        raise RedflagError(f"the folder {output} cannot be made, as {existing} {why}: choose another output_dir")
     checkpoint = last_checkpoint(output) if arguments.resume else None
     if not arguments.resume and last_checkpoint(output) is not None:
         raise RedflagError(
@@ -142,13 +149,7 @@ def load_model(name: str, dtype: str = "auto") -> tuple[Any, Any]:
     kinds |= {"float32": torch.float32, "bfloat16": torch.bfloat16}
     if dtype not in kinds:
         raise RedflagError(f"dtype {dtype!r} is none of {', '.join(kinds)}: choose one")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=kinds[dtype])
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise RedflagError(f"the model {name!r} cannot be loaded ({reason}): give a folder or a hub name") from error
-    return model, tokenizer
+    return read_model(name, kinds[dtype])
 
 
 def save(trainer: RedFlagTrainer, spec: FlagSpec, output: Path, merge: bool, result: dict[str, Any]) -> dict[str, Any]:
@@ -235,6 +236,24 @@ def _rows(arguments: TrainArguments, seed: int) -> tuple[list[Row], list[Row], d
     if arguments.max_rows is not None and arguments.max_rows < len(rows):
         rows = draw.sample(rows, arguments.max_rows)
     return rows, held_out, sources
+
+
+def _check_numbers(arguments: TrainArguments, config: RedFlagConfig) -> None:
+    """Refuses at once what would come up as a traceback from somewhere in torch or peft, minutes later."""
+    for owner, name, least, most in (
+        (arguments, "lora_r", 1, math.inf),
+        (arguments, "lora_dropout", 0, 1),
+        (arguments, "max_rows", 1, math.inf),
+        (config, "learning_rate", 0, math.inf),
+        (config, "per_device_train_batch_size", 1, math.inf),
+        (config, "per_device_eval_batch_size", 1, math.inf),
+        (config, "gradient_accumulation_steps", 1, math.inf),
+        (config, "seed", 0, 2**32 - 1),
+    ):
+        value = getattr(owner, name)
+        if value is not None and not least <= value <= most:
+            limits = f"from {least} to {most}" if most < math.inf else f"of {least} or more"
+            raise RedflagError(f"{name} is {value}, with which nothing can be trained: give a number {limits}")
 
 
 def _check_classes(examples: Dataset) -> None:

@@ -60,6 +60,8 @@ class RedFlagConfig(SFTConfig):
     )
 
     def __post_init__(self) -> None:
+        if not self.output_dir:  # transformers would choose a folder of its own
+            raise RedflagError("output_dir is not set: say where the model goes, for example --output_dir runs/mine")
         if self.bf16 is None and not self.fp16:
             self.bf16 = bf16_is_fast()
         super().__post_init__()

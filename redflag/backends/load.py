@@ -1,0 +1,82 @@
+"""A model from its folder, refused unless all of it is there and belongs together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from redflag.backends.hf import HFBackend
+from redflag.errors import RedflagError
+from redflag.flags import FlagSpec
+from redflag.prompt import template_hash
+
+
+def read_model(name: str | Path, dtype: Any = "auto") -> tuple[Any, Any]:
+    """A causal language model and its tokenizer, from a folder or the hub.
+
+    Raises:
+        RedflagError: They do not load, or the files lack weights (transformers would draw random ones).
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model, found = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
+    except Exception as error:  # A damaged file shows itself in a dozen ways: JSON, safetensors, shapes, missing keys.
+        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        raise RedflagError(
+            f"{name} does not load as a model with its tokenizer ({reason}): give the folder of a complete model, "
+            "such as `redflag train` writes, or a hub name"
+        ) from error
+    tied = model.get_output_embeddings() is not None and model.config.get_text_config().tie_word_embeddings
+    # The flag rows of a tied head are those of the embedding, and lie in an adapter's file only once.
+    missing = sorted(key for key in found["missing_keys"] if not (tied and ".token_adapter." in key))
+    if missing:
+        raise RedflagError(
+            f"{name} lacks {len(missing)} of the model's weights ({missing[0]}, ...), which would be random numbers: "
+            "restore the files or train again"
+        )
+    return model, tokenizer
+
+
+def load_flagged(
+    directory: str | Path, device: str | None = "auto", dtype: Any = "auto"
+) -> tuple[HFBackend, Any, FlagSpec]:
+    """A flagged model, ready to measure.
+
+    Args:
+        directory: What `redflag train` wrote.
+        device: Where the model shall run; "auto" is the first GPU where there is one; None stays on the CPU.
+        dtype: The weights' type; "auto" takes the saved one.
+
+    Returns:
+        Backend, tokenizer and flags.
+
+    Raises:
+        RedflagError: Something is missing or cannot be used, or the files do not belong together.
+    """
+    spec = FlagSpec.load(directory)
+    model, tokenizer = read_model(directory, dtype)
+    if spec.template_hash and spec.template_hash != template_hash(tokenizer):
+        raise RedflagError(
+            f"the prompt template in {directory} is not the one that its flags were trained with, so their "
+            "probabilities would mean nothing: restore the tokenizer that `redflag train` saved, or train again"
+        )
+    for flag in spec.flags:
+        if (known := tokenizer.convert_tokens_to_ids(flag.token)) != flag.id:
+            raise RedflagError(
+                f"the flag {flag.token!r} has id {flag.id} in {directory}/redflag.json and {known} in the tokenizer, "
+                "so another token would be watched in its place: restore both from one training run"
+            )
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device is not None:
+        try:
+            model = model.to(device)
+        except (AssertionError, RuntimeError) as error:  # PyTorch without CUDA answers with an assertion.
+            reason = str(error).strip().partition("\n")[0]
+            raise RedflagError(
+                f"the model cannot run on device {device!r} ({reason}): give cpu, or a device that this machine has"
+            ) from error
+    return HFBackend(model, tokenizer, spec), tokenizer, spec
