@@ -45,7 +45,7 @@ class GenerateArguments:
         default="auto",
         metadata={"help": "Flag probability as background; auto: on a terminal, unless NO_COLOR is set."},
     )
-    device: str | None = field(default=None, metadata={"help": "Where the model runs, such as cuda."})
+    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda, cuda:0, ..."})
 
 
 ARGUMENTS = GenerateArguments

@@ -117,7 +117,7 @@ class Guard:
         policy: Policy | None = None,
         thresholds: Thresholds | float | None = None,
         dtype: Any = "auto",
-        device: Any = None,
+        device: str | None = "auto",
     ) -> Guard:
         """Loads a trained and calibrated directory: model, tokenizer, `redflag.json` and `thresholds.json`.
 
@@ -126,7 +126,7 @@ class Guard:
             policy: What alarms lead to; the default halts without a hold-back.
             thresholds: In place of the calibrated file: thresholds, or one number for all categories, set by hand.
             dtype: The weights' type; `"auto"` takes the saved one.
-            device: Where the model shall run, such as `"cuda"`; None stays on the CPU.
+            device: Where the model shall run, such as `"cuda"`; "auto" is the first GPU where there is one.
 
         Raises:
             RedflagError: Something is missing, or the files do not belong together.
