@@ -63,11 +63,12 @@ def span(text: str, probability: float | None, harmful: bool = False) -> str:
     return "\n".join(start + line + RESET if line else "" for line in text.split("\n"))
 
 
-def legend() -> str:
-    """One line that explains the colours."""
+def legend(labels: bool = False) -> str:
+    """One line that explains the colours; with `labels`, also the underline of what is labelled harmful."""
     highs = [low for low, _ in SHADES[1:]] + [1.0]
     parts = [span(f" {low:g}-{high:g} ", low) for (low, _), high in zip(SHADES, highs, strict=True)]
-    return f"p(flag) before each token: {''.join(parts)}  labelled harmful: {span('like this', None, True)}"
+    line = "p(flag) before each token: " + "".join(parts)
+    return f"{line}  labelled harmful: {span('like this', None, True)}" if labels else line
 
 
 def printable(text: str) -> str:

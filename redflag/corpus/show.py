@@ -88,7 +88,7 @@ def run(arguments: ShowArguments, token_view: TokenView | None = None) -> int:
             show_row(row, coloured, view(row) if view else None) for row in rows if _wanted(row.harmful, arguments.only)
         )
     if coloured:
-        print(legend() + "\n")
+        print(legend(labels=True) + "\n")
     shown = 0
     for entry in itertools.islice(entries, arguments.limit or None):
         print(entry + "\n")

@@ -9,15 +9,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from redflag.backends import Sampling
+from redflag.corpus.paint import RESET, legend, printable, span, wants_colour
 from redflag.errors import RedflagError
 from redflag.trace import Alarm, Done, Event, Halt, Text, Trace, write_traces
 from redflag.watching.policy import Policy
-
-# Lowest probability of each shade and its xterm-256 background: pale yellow to dark brown. Lightness falls steadily, so
-# the order is seen with any colour vision and in greyscale.
-_SHADES = ((0.0, None), (0.01, 230), (0.05, 222), (0.2, 214), (0.5, 166), (0.9, 88))
-_LIGHT = frozenset({230, 222, 214})
-_RESET = "\x1b[0m"
 
 
 @dataclass
@@ -86,7 +81,7 @@ def run(arguments: GenerateArguments) -> int:
     guard = Guard.from_pretrained(
         arguments.model, policy=policy, thresholds=arguments.threshold, device=arguments.device
     )
-    coloured = _wants_colour(arguments.color)
+    coloured = wants_colour(arguments.color)
     if coloured:
         print(legend(), file=sys.stderr)
     with guard.stream(messages, sampling) as stream:
@@ -96,7 +91,7 @@ def run(arguments: GenerateArguments) -> int:
                 sys.stdout.flush()
         finally:
             # Also when interrupted: what was seen is kept, and the terminal gets its colours back.
-            sys.stdout.write((_RESET if coloured else "") + "\n")
+            sys.stdout.write((RESET if coloured else "") + "\n")
             sys.stdout.flush()
             if arguments.record is not None:
                 stream.trace.id = stream.trace.id or os.urandom(8).hex()
@@ -117,23 +112,13 @@ def paint(events: Iterable[Event], trace: Trace, coloured: bool) -> Iterator[str
     """
     for event in events:
         if isinstance(event, Text) and event.text:
-            text = _printable(event.text)
-            span = trace.flag_probs[event.position : event.position + len(event.token_ids)]
-            shade = _shade(max((max(probs) for probs in span), default=0.0)) if coloured else None
-            yield text if shade is None else _on(shade, text)
+            text = printable(event.text)
+            judged = trace.flag_probs[event.position : event.position + len(event.token_ids)]
+            yield span(text, max((max(probs) for probs in judged), default=0.0)) if coloured else text
         elif isinstance(event, Halt) and coloured:
-            yield f"{_RESET}\x1b[1;7m[halted: {event.category or event.reason}]"
+            yield f"{RESET}\x1b[1;7m[halted: {event.category or event.reason}]"
         elif isinstance(event, Alarm) and coloured and event.action == "continue":
-            yield f"{_RESET}\x1b[7m[alarm: {event.category}]{_RESET}"
-
-
-def legend() -> str:
-    """One line that explains the colours."""
-    parts = []
-    for (low, shade), high in zip(_SHADES, [low for low, _ in _SHADES[1:]] + [1.0], strict=True):
-        label = f" {low:g}-{high:g} "
-        parts.append(label if shade is None else _on(shade, label))
-    return "p(flag) before each token: " + "".join(parts)
+            yield f"{RESET}\x1b[7m[alarm: {event.category}]{RESET}"
 
 
 def summary(trace: Trace) -> list[str]:
@@ -167,24 +152,3 @@ def _peak(values: Sequence[float]) -> tuple[float, int]:
     key: Callable[[int], float] = values.__getitem__
     position = max(range(len(values)), key=key)
     return values[position], position
-
-
-def _wants_colour(choice: str) -> bool:
-    if choice == "auto":
-        return sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
-    return choice == "always"
-
-
-def _shade(probability: float) -> int | None:
-    return next(shade for low, shade in reversed(_SHADES) if probability >= low)
-
-
-def _on(shade: int, text: str) -> str:
-    # A background that runs over a line's end fills the terminal's whole width.
-    start = f"\x1b[48;5;{shade};38;5;{16 if shade in _LIGHT else 231}m"
-    return "\n".join(start + line + _RESET if line else "" for line in text.split("\n"))
-
-
-def _printable(text: str) -> str:
-    """Without control characters: a model must not be able to steer the terminal."""
-    return "".join(c if c in "\n\t" or (ord(c) >= 32 and not 127 <= ord(c) < 160) else "\ufffd" for c in text)
