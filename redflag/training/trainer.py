@@ -2,7 +2,7 @@
 
 It touches SFTTrainer at few points: the collator (flags are placed when a batch is made), `_get_num_items_in_batch`
 (three normalisers instead of one), `compute_loss` (flag term + keep term), `evaluate` (AUROC and exact means). The
-model's own forward is called as it is, so every wrapper (DDP, FSDP, gradient checkpointing) stays in force; the last
+model's own forward is called as it is, so every wrapper (DDP, activation checkpointing) stays in force; the last
 hidden states are caught on the way, and the head is applied in chunks by `redflag.training.loss`.
 """
 

@@ -127,6 +127,22 @@ def test_accumulated_micro_batches_train_like_one_big_batch(tmp_path, tokenizer,
             torch.testing.assert_close(other[name], value, rtol=1e-3, atol=1e-5, msg=name)
 
 
+def test_activation_checkpointing_changes_nothing_but_memory(tmp_path, tokenizer):
+    finals = []
+    for checkpointing in (False, True):
+        model = build("llama", len(tokenizer))
+        spec = attach(model, tokenizer, FlagSpec.of("harm"))
+        examples = [encode(row, tokenizer, spec, 64, i) for i, row in enumerate(make_rows())]
+        config = settings(tmp_path, max_steps=3, activation_checkpointing=checkpointing, learning_rate=1e-2)
+        torch.manual_seed(1)
+        peft_config = lora_config(model, spec, 4)
+        trainer = RedFlagTrainer(model, config, spec, examples, processing_class=tokenizer, peft_config=peft_config)
+        trainer.train()
+        finals.append({name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad})
+    for name, value in finals[0].items():
+        torch.testing.assert_close(finals[1][name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
 def test_a_batch_without_harmful_rows_still_trains(tmp_path, flagged):
     model, tokenizer, spec, examples = flagged
     harmless = [example for example in examples if not example["flag_class"]]
