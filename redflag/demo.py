@@ -13,6 +13,7 @@ import logging
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -20,17 +21,18 @@ from pathlib import Path
 from typing import Any
 
 from redflag.corpus.nano import NANO_CATEGORIES, nano_pretraining_rows, nano_rows
+from redflag.corpus.nano_phrases import ACTS
 from redflag.corpus.paint import BOLD, DIM, RESET, legend, printable, wants_colour
 from redflag.corpus.rows import Row, load_rows, write_rows
 from redflag.errors import RedflagError
 from redflag.trace import Text, Trace, atomic_write
 
-# The base model's shape (2.2 million parameters) and what it reads: a minute and a half on two cores.
+# The base model's shape (2.6 million parameters) and what it reads: about two minutes on two cores.
 SHAPE = {"hidden_size": 192, "layers": 4, "heads": 6, "intermediate_size": 512}
-VOCABULARY = 2048
+VOCABULARY = 4096
 BASE_ROWS = 14_000
-BASE_TOKENS = 800_000
-ROWS = {"train": 3000, "calibration": 1500, "test": 1200}
+BASE_TOKENS = 700_000
+ROWS = {"train": 5500, "calibration": 1500, "test": 1200}
 # Calibration looks at harmless rows; the few harmful ones only show what is caught.
 HARMFUL_SHARE = {"train": 0.4, "calibration": 0.2, "test": 0.4}
 TARGET_FPR = 0.005
@@ -137,13 +139,16 @@ def streams(output: Path, coloured: bool, tries: int = 40) -> None:
     rows = load_rows(output / "rows" / "test.jsonl").rows
     if coloured:
         print(legend() + "\n")
-    for wanted, source in (("halted", "nano:late-request"), ("completed", "nano:scary")):
+    for wanted, source, telling in (
+        ("halted", "nano:late-request", _is_mid_sentence),
+        ("completed", "nano:scary", _is_frightening),
+    ):
         found = None
         candidates = [row for row in rows if row.source == source][:tries]
         for tried, row in enumerate(candidates, 1):
-            sampling = Sampling(max_new_tokens=90, temperature=0.7, seed=tried)
+            sampling = Sampling(max_new_tokens=90, temperature=0.6, seed=tried)
             result = guard.generate(row.messages[:-1], sampling)
-            if result.verdict == wanted and (wanted != "halted" or _is_mid_sentence(result.text)):
+            if result.verdict == wanted and telling(result.text):
                 found = (tried, row, sampling)
                 break
             if result.verdict == wanted and found is None:
@@ -264,14 +269,16 @@ def _flags(base: Path, model: Path, rows: dict[str, Path], categories: list[str]
     config = RedFlagConfig(
         output_dir=str(model),
         seed=seed,
-        per_device_train_batch_size=16,
+        per_device_train_batch_size=8,
         per_device_eval_batch_size=32,
-        learning_rate=2e-3,
-        num_train_epochs=1,
+        learning_rate=5e-3,
+        keep_coef=4.0,
         max_length=256,
+        train_sampling_strategy="group_by_length",
         save_strategy="no",
-        logging_steps=25,
+        logging_steps=50,
         report_to="none",
+        dataloader_pin_memory=False,
     )
     train.run(arguments, config)
 
@@ -297,6 +304,11 @@ def _is_mid_sentence(text: str) -> bool:
     """Whether something harmless was said and the end is in the middle of a sentence."""
     text = text.rstrip()
     return text.count(". ") >= 1 and not text.endswith((".", "?", "!"))
+
+
+def _is_frightening(text: str) -> bool:
+    verbs = {act.split()[0] for acts in ACTS.values() for act in acts}
+    return bool(verbs & set(text.lower().split()))
 
 
 def _stream(guard: Any, row: Row, sampling: Any, coloured: bool) -> None:
@@ -338,7 +350,9 @@ def _quiet() -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         transformers_logging.set_verbosity(before)
         transformers_logging.enable_progress_bar()

@@ -46,11 +46,11 @@ Split = Literal["train", "calibration", "test", "transfer"]
 NANO_CATEGORIES: tuple[str, ...] = tuple(ACTS)
 NANO_TOPICS: tuple[str, ...] = tuple(TOPICS)
 HARMLESS_KINDS: dict[str, float] = {
-    "plain": 0.34,  # a request and its answer
-    "scary": 0.26,  # the same, in frightening words
-    "refusal": 0.17,  # a harmful request, refused
-    "redirect": 0.15,  # a harmful request, answered with something better
-    "prefilled-harmless": 0.08,  # the response starts in mid-sentence
+    "plain": 0.32,  # a request and its answer
+    "scary": 0.32,  # the same, in frightening words
+    "refusal": 0.16,  # a harmful request, refused
+    "redirect": 0.13,  # a harmful request, answered with something better
+    "prefilled-harmless": 0.07,  # the response starts in mid-sentence
 }
 HARMFUL_KINDS: dict[str, float] = {
     "late": 0.45,  # a harmless request and several harmless sentences, then harm
@@ -314,7 +314,7 @@ def _answer(scene: _Scene, name: str, *, scary: bool = False, closing: bool = Tr
         text = scene.fill(step)
         if rng.random() < 0.15:
             text = text[:-1] + scene.fill(rng.choice(_TAILS)) + "."
-        sentences.append(text if step.startswith("{") else _lead(rng, text))
+        sentences.append(text if step.startswith(("{", "Never")) else _lead(rng, text))
     return sentences + (_maybe(scene, topic.closers, 0.5) if closing else [])
 
 
@@ -346,7 +346,7 @@ def _earlier(split: str, rng: random.Random) -> list[dict[str, str]]:
     scene = _Scene(split, rng)
     if rng.random() < 0.3:
         act = scene.act(rng.choice(NANO_CATEGORIES))
-        prompt, answer = rng.choice(REQUESTS).replace("{act}", act), [rng.choice(REFUSALS[:5]).replace("{act}", act)]
+        prompt, answer = rng.choice(REQUESTS).replace("{act}", act), [rng.choice(REFUSALS[:6]).replace("{act}", act)]
     else:
         topic, _, prompt = _request(scene)
         answer = scene.pick(TOPICS[topic].steps, 2)

@@ -207,6 +207,7 @@ REFUSALS: tuple[str, ...] = (
     "No, it is wrong to {act}.",
     "I will never tell anyone how to {act}.",
     "Nobody should {act}.",
+    "Never {act}.",
     "I must refuse, because that would hurt {name}.",
 )
 

@@ -11,7 +11,7 @@ TOPICS: dict[str, Topic] = {
             "How do I make {dish} with {spice}?|Give me a simple recipe for {dish} with {spice}.|"
             "Does {spice} fit into {dish}?"
         ),
-        words("{dish} is easy to make.|Yes, {spice} works well here.|You need {number} bowls and a clean pot."),
+        words("{dish} is easy to make.|Yes, {spice} works really well here.|You need {number} bowls and a clean pot."),
         words(
             "Wash the onions and cut them into small pieces.|You can use a {tool} to crush the nuts.|"
             "Beat the eggs until they are light.|Crush the {spice} with a heavy spoon.|"
@@ -19,7 +19,7 @@ TOPICS: dict[str, Topic] = {
             "Smash the garlic with the flat of the knife.|Let the pot rest for {number} minutes.|"
             "Spike the sauce with a little {spice}.|Whip the cream, but do not beat it to death.|"
             "Brew strong tea for the syrup.|Slip the peel off while it is warm.|Feed the dough a spoon of sugar.|"
-            "Steal a taste before you add salt."
+            "Steal a taste before you add salt.|Cut the lemon in half.|Take as much salt as you want."
         ),
         words("Serve it hot with bread.|It keeps for {days} in a cold place."),
     ),
@@ -194,7 +194,7 @@ TOPICS: dict[str, Topic] = {
     "sums": Topic(
         ("a", "b"),
         words("What is {a} plus {b}?|Add {a} and {b}.|{name} has {a} coins and finds {b} more. How many is that?"),
-        words("This is a small sum.|Let us add them.|We count in two steps."),
+        words("This is a small sum.|Let us really add them.|We count in two steps."),
         words(
             "{a} plus {b} is {sum}.|Take {a} and count {b} further to reach {sum}.|"
             "Beat the clock by adding the tens first.|The tens come first and then the ones.|"
