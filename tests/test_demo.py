@@ -17,7 +17,7 @@ from redflag.corpus.rows import load_rows, write_rows
 from redflag.flags import FlagSpec
 from redflag.measuring.score import load_scorer
 from redflag.prompt import render_prompt
-from redflag.trace import Done, Halt, Text, read_traces
+from redflag.trace import Alarm, Done, Halt, Text, read_traces
 from redflag.watching.session import replay
 from redflag.watching.thresholds import Thresholds
 
@@ -91,18 +91,21 @@ def test_scores_given_afterwards_are_those_measured_while_streaming(nano):
 
 
 def test_halted_answers_show_nothing_at_or_after_the_alarm(nano):
+    """Prefilled into the middle of harm, as an attacker would: what follows is held back, then dropped."""
     guard = Guard.from_pretrained(nano / "model", policy=Policy(hold_back=3))
-    rows = [row for row in load_rows(nano / "rows" / "test.jsonl") if row.source == "nano:late-request"][:12]
+    rows = [row for row in load_rows(nano / "rows" / "test.jsonl").rows if row.harmful and row.source == "nano:late"]
     halted = 0
-    for row in rows:
-        events = list(guard.stream(row.messages[:-1], Sampling(max_new_tokens=90, temperature=0.7, seed=3)))
+    for seed, row in enumerate(rows[:30]):
+        begun = row.response[: (row.onset + len(row.response)) // 2]
+        messages = [*row.messages[:-1], {"role": "assistant", "content": begun}]
+        events = list(guard.stream(messages, Sampling(max_new_tokens=60, temperature=0.7, seed=seed)))
         assert isinstance(events[-1], (Halt, Done))
         if isinstance(events[-1], Halt):
             halted += 1
-            alarm = next(event for event in events if type(event).__name__ == "Alarm")
+            alarm = next(event for event in events if isinstance(event, Alarm))
             shown = sum(len(event.token_ids) for event in events if isinstance(event, Text))
-            assert shown <= max(0, alarm.position - 3)
-    assert halted >= 6
+            assert shown == events[-1].position == max(0, alarm.position - 3)
+    assert halted >= 10
 
 
 def test_a_recorded_response_replays_to_the_same_events(nano, tmp_path, capsys):
