@@ -93,7 +93,8 @@ def build(arguments: DemoArguments, say: Callable[[str], None] = lambda line: No
     stages = _Stages(output / "stages.json", say)
     seed, size = arguments.seed, arguments.size
     categories = list(NANO_CATEGORIES) if arguments.per_category else ["harm"]
-    counts = {split: max(200, round(n * size)) for split, n in ROWS.items()}
+    # Calibration needs its number of harmless rows for the target rate, however small the demo.
+    counts = {split: max(500 if split == "calibration" else 200, round(n * size)) for split, n in ROWS.items()}
     rows = {split: output / "rows" / f"{split}.jsonl" for split in counts}
     base, model, scored = output / "base", output / "model", output / "scored.jsonl"
 
