@@ -8,12 +8,20 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from tiny import WORDS, build, make_rows
+
+from redflag.corpus.rows import write_rows
+from redflag.flags import FlagSpec, attach
+from redflag.prompt import template_hash
+from redflag.training.pretrain import train_tokenizer
+from redflag.watching.thresholds import Thresholds
 
 # Machines under load are slow now and then; a slow example is no defect.
 settings.register_profile("redflag", deadline=None, print_blob=True)
@@ -34,4 +42,23 @@ def nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     (folder / "printed.txt").write_text(done.stdout)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def origin(tmp_path_factory):
+    """A base model, the same with two flags and thresholds, rows, an older result: what the cases then spoil."""
+    folder = tmp_path_factory.mktemp("origin")
+    tokenizer = train_tokenizer([" ".join(WORDS)] * 5, 320)
+    model = build("llama", len(tokenizer))
+    for part in (model, tokenizer):
+        part.save_pretrained(folder / "base")
+    spec = attach(model, tokenizer, FlagSpec.of("harm", "fraud"))
+    spec = dataclasses.replace(spec, run_id="run-1", template_hash=template_hash(tokenizer))
+    for part in (model, tokenizer):
+        part.save_pretrained(folder / "model")
+    spec.save(folder / "model")
+    Thresholds.manual(0.5, spec.categories, run_id="run-1", template_hash=spec.template_hash).save(folder / "model")
+    write_rows(folder / "rows.jsonl", make_rows(48))
+    (folder / "scored.jsonl").write_text("an older result\n")
     return folder

@@ -1,6 +1,6 @@
-"""Bad input, case by case: one sentence that names the fault and the way out, or a stream that fails closed.
+"""Bad input, case by case: one sentence that names the fault and the way out, nothing lost.
 
-Whatever is refused leaves every file as it was. All cases but the last ones go through the command line.
+Whatever is refused leaves every file as it was. All cases go through the command line.
 """
 
 from __future__ import annotations
@@ -16,22 +16,17 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
-from tiny import WORDS, build, make_rows
+from tiny import make_rows
 from transformers import AutoTokenizer
 
 from redflag import cli, trace
-from redflag.backends import Sampling
 from redflag.backends.hf import HFBackend
-from redflag.backends.scripted import ScriptedBackend
 from redflag.corpus.rows import load_rows, write_rows
 from redflag.errors import RedflagError
-from redflag.flags import FlagSpec, attach
+from redflag.flags import FlagSpec
 from redflag.measuring.score import read_scored
 from redflag.prompt import FALLBACK_TEMPLATE, template_hash
-from redflag.serving.guard import Guard
-from redflag.trace import Halt, Step, Text, read_traces
-from redflag.training.pretrain import train_tokenizer
-from redflag.watching.thresholds import Thresholds
+from redflag.trace import Halt, read_traces
 
 VERBS = {
     "train": ["--model", "base", "--output_dir", "new", "--use_cpu", "true", "--max_steps", "1"],
@@ -40,25 +35,6 @@ VERBS = {
     "generate": ["--model", "model", "--max_new_tokens", "6", "--seed", "1", "tell the cat"],
     "show": [],
 }
-
-
-@pytest.fixture(scope="module")
-def origin(tmp_path_factory):
-    """A base model, the same with two flags and thresholds, rows, an older result: what the cases then spoil."""
-    folder = tmp_path_factory.mktemp("origin")
-    tokenizer = train_tokenizer([" ".join(WORDS)] * 5, 320)
-    model = build("llama", len(tokenizer))
-    for part in (model, tokenizer):
-        part.save_pretrained(folder / "base")
-    spec = attach(model, tokenizer, FlagSpec.of("harm", "fraud"))
-    spec = dataclasses.replace(spec, run_id="run-1", template_hash=template_hash(tokenizer))
-    for part in (model, tokenizer):
-        part.save_pretrained(folder / "model")
-    spec.save(folder / "model")
-    Thresholds.manual(0.5, spec.categories, run_id="run-1", template_hash=spec.template_hash).save(folder / "model")
-    write_rows(folder / "rows.jsonl", make_rows(48))
-    (folder / "scored.jsonl").write_text("an older result\n")
-    return folder
 
 
 @pytest.fixture
@@ -505,90 +481,3 @@ def test_a_damaged_trace_is_named_by_its_line(refused, here, capsys, line):
     whole = (here / "t.jsonl").read_text()
     (here / "t.jsonl").write_text(whole + (whole[: len(whole) // 2] if line == "half" else line + "\n"))
     refused(["show", "t.jsonl"], "t.jsonl, line 2: not ", "delete the line or record it again")
-
-
-# From here on by the Python interface: a scripted engine can fail as no real one can be made to.
-
-ASK = [{"role": "user", "content": "tell the cat"}]
-GOOD = (0.01, 0.02)
-
-
-class Guarded:
-    """A guard over scripted steps that spell a text."""
-
-    def __init__(self, origin):
-        self.tokenizer = AutoTokenizer.from_pretrained(origin / "model")
-        self.spec = FlagSpec.load(origin / "model")
-        self.thresholds = Thresholds.load(origin / "model")
-
-    def steps(self, words):
-        return [Step(i, GOOD) for i in self.tokenizer(words, split_special_tokens=True)["input_ids"]]
-
-    def __call__(self, steps, **options):
-        self.backend = ScriptedBackend(steps, {self.tokenizer.eos_token_id}, **options)
-        return Guard(self.backend, self.tokenizer, self.spec, self.thresholds)
-
-
-@pytest.fixture(scope="module")
-def guarded(origin):
-    return Guarded(origin)
-
-
-BAD_STEPS = {
-    "NaN": (Step(40, (0.1, math.nan)), "a flag probability is nan"),
-    "below 0": (Step(40, (-0.1, 0.1)), "a flag probability is -0.1"),
-    "above 1": (Step(40, (0.1, 1.5)), "a flag probability is 1.5"),
-    "one flag missing": (Step(40, (0.1,)), "1 flag probabilities for 2 flags"),
-    "no probabilities": (Step(40, None), "the flag probabilities are None"),
-    "no step": (None, "None"),
-    "a flag chosen": (Step(5, GOOD), "the engine chose flag id 5"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_STEPS)
-def test_a_step_that_cannot_be_judged_halts_and_nothing_follows(guarded, name):
-    bad, reason = BAD_STEPS[name]
-    assert guarded.spec.ids[0] == 5
-    result = guarded([*guarded.steps("the cat"), bad, *guarded.steps(" sat")]).generate(ASK)
-    assert (result.text, result.verdict) == ("the cat", "fault")
-    assert [type(event) for event in result.events].count(Halt) == 1 and reason in result.events[-1].detail
-
-
-def test_a_lost_engine_halts(guarded):
-    result = guarded(guarded.steps("the cat sat"), fail_at=1).generate(ASK)
-    assert result.verdict == "fault" and "engine was lost" in result.events[-1].detail
-    assert "".join(event.text for event in result.events if isinstance(event, Text)) == result.text != "the cat sat"
-
-
-@pytest.mark.parametrize("form", ["{}", " {} ", "a{}b", "{0}{0}", "<|reserved{}_0|>", "\u200b{}", "<|user|>{}<|end|>"])
-@pytest.mark.parametrize("role", ["system", "user", "assistant"])
-def test_the_text_of_a_flag_makes_no_flag_and_is_never_shown(guarded, role, form):
-    flag = guarded.spec.flags[0].token
-    said = form.format(flag)
-    guard = guarded([*guarded.steps("the " + said), Step(guarded.tokenizer.eos_token_id, GOOD)])
-    turn = {"role": role, "content": said}
-    messages = {"system": [turn, *ASK], "user": [turn], "assistant": [*ASK, turn]}[role]
-    result = guard.generate(messages, Sampling(max_new_tokens=200))
-    (prompt,) = guarded.backend.prompts
-    assert not set(prompt) & set(guarded.spec.ids)
-    assert result.verdict == "completed" and flag not in result.text and result.text.startswith("the ")
-
-
-BAD_MESSAGES = {
-    "none": ([], "the conversation is empty"),
-    "blank": ([{"role": "user", "content": " "}], "every message of the conversation is empty"),
-    "an unknown role": ([{"role": "tool", "content": "hi"}], "the role 'tool'"),
-    "no text": ([{"role": "user", "content": None}], "message 0 has no text content"),
-    "no content": ([{"role": "user"}], "message 0 has no text content"),
-    "only an answer": ([{"role": "assistant", "content": "hi"}], "only an assistant turn"),
-    "half a character": ([{"role": "user", "content": "\ud800"}], "half of a surrogate pair"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_MESSAGES)
-def test_a_conversation_that_is_none_is_refused_before_the_engine_is_asked(guarded, name):
-    messages, reason = BAD_MESSAGES[name]
-    guard = guarded(guarded.steps("the cat"))
-    with pytest.raises(RedflagError, match=reason):
-        guard.stream(messages)
-    assert not guarded.backend.prompts
