@@ -23,8 +23,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-# Logits alive at one time, in numbers: 16 MB of float32 per tensor, about four tensors.
-LOGITS_AT_ONCE = 4_194_304
+# Logits alive at one time, in numbers: 64 MB of float32 per tensor, about four tensors. Smaller chunks would read the
+# head from memory more often than they compute with it.
+LOGITS_AT_ONCE = 16_777_216
 
 
 @dataclass
