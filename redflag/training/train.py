@@ -120,6 +120,8 @@ def run(arguments: TrainArguments, config: RedFlagConfig) -> dict[str, Any]:
         raise RedflagError(
             f"{output} could not be written ({error}), training stopped: free space there and go on with --resume"
         ) from error
+    finally:
+        interrupt.restore()
     if interrupt.caught:
         raise KeyboardInterrupt(f"stopped at step {trainer.state.global_step}; go on with --resume")
     metrics = trainer.evaluate() if len(eval_set) else {}
@@ -278,6 +280,7 @@ class _StopAtInterrupt(TrainerCallback):
 
     def __init__(self) -> None:
         self.caught = False
+        self.before: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         def handle(*_: Any) -> None:
@@ -295,6 +298,7 @@ class _StopAtInterrupt(TrainerCallback):
         if self.caught:
             control.should_save = control.should_training_stop = True
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def restore(self) -> None:
+        """Puts the handler back that was there before, however training ended."""
         if self.before is not None:
             signal.signal(signal.SIGINT, self.before)
