@@ -130,7 +130,7 @@ def run(arguments: ScoreArguments) -> int:
     if world.rank == 0:
         report_skipped(rows.skipped)
     with ExitStack() as stack:
-        scorer, tokenizer, spec = open_scorer(arguments, world, stack)
+        scorer, tokenizer, spec = open_scorer(arguments, world, stack, arguments.upper_bound)
         max_length = context_limit(arguments.max_length, scorer.context_length)
         chosen = rows.rows
         if arguments.on_bad_row == "skip":
@@ -153,8 +153,19 @@ def run(arguments: ScoreArguments) -> int:
     return 0
 
 
+class ScorerArguments(Protocol):
+    """The options that say what measures the flags."""
+
+    model: str
+    upstream: list[str]
+    upstream_model: str | None
+    upstream_key_env: str | None
+    device: str
+    dtype: str
+
+
 def open_scorer(
-    arguments: ScoreArguments, world: World, stack: ExitStack
+    arguments: ScorerArguments, world: World, stack: ExitStack, upper_bound: bool = False
 ) -> tuple[HFBackend | Upstreams, Any, FlagSpec]:
     """What measures the flags: a model in this process, or servers, which `stack` closes; tokenizer and flags.
 
@@ -170,7 +181,7 @@ def open_scorer(
         arguments.upstream,
         name=arguments.upstream_model,
         api_key=key_in(arguments.upstream_key_env),
-        upper_bound=arguments.upper_bound,
+        upper_bound=upper_bound,
     )
     stack.callback(upstreams.close)
     return upstreams, tokenizer, spec
