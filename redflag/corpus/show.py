@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from redflag.corpus.options import RowOptions
 from redflag.corpus.paint import BOLD, DIM, RESET, legend, paint, printable, reviewed, wants_colour
 from redflag.corpus.rows import Row, load_rows
 from redflag.errors import RedflagError
@@ -23,7 +24,7 @@ TokenView = Callable[[str], Callable[[Row], Pieces]]
 
 
 @dataclass
-class ShowArguments:
+class ShowArguments(RowOptions):
     """Rows, scored rows or traces in colour."""
 
     file: str = field(metadata={"help": "Rows, a file of `redflag score`, or traces."})
@@ -33,6 +34,9 @@ class ShowArguments:
     )
     limit: int = field(default=10, metadata={"help": "Most entries to show; 0 shows all."})
     only: Literal["all", "harmful", "harmless"] = field(default="all", metadata={"help": "Which entries to show."})
+    unlabelled: Literal["stop", "skip", "harmless"] = field(
+        default="harmless", kw_only=True, metadata={"help": "What a row does whose label is null."}
+    )
     color: Literal["auto", "always", "never"] = field(
         default="auto", metadata={"help": "auto: on a terminal, unless NO_COLOR is set."}
     )
@@ -79,7 +83,7 @@ def run(arguments: ShowArguments, token_view: TokenView | None = None) -> int:
             if token_view is None:
                 raise RedflagError("the token view is not available here: leave out --model")
             view = token_view(arguments.model)
-        rows = load_rows(arguments.file, on_bad_row="skip", unlabelled="harmless")
+        rows = load_rows(arguments.file, on_bad_row="skip", **arguments.row_options())
         for bad in rows.skipped[:5]:
             print(f"skipped {bad}", file=sys.stderr)
         if len(rows.skipped) > 5:
