@@ -154,7 +154,7 @@ class LocalSource:
         for i, (span, (_, ids)) in enumerate(zip(spans, pairs, strict=True)):
             logits = (head_logits(self._model, hidden[i, span]) if self._head_apart else hidden[i, span]).float()
             chosen = logits.gather(1, torch.tensor(list(ids), device=device)[:, None])[:, 0]
-            values.append((chosen - logits.logsumexp(-1)).double().cpu().numpy())
+            values.append((chosen - logits.logsumexp(-1)).cpu().double().numpy())
         return values
 
 
