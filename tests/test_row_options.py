@@ -22,7 +22,7 @@ def here(origin, tmp_path, monkeypatch):
     return tmp_path
 
 
-def say(number):
+def words(number):
     return " ".join(WORDS[(number * 7 + i) % len(WORDS)] for i in range(6))
 
 
@@ -31,7 +31,7 @@ def beaver(number):
     bad = number % 3 == 0
     return {
         "prompt": f"tell {WORDS[number % 9]}",
-        "response": say(number),
+        "response": words(number),
         "category": {"animal_abuse": False, "fraud": bad and number % 2 == 0, "violence": bad},
         "is_safe": not bad,
     }
@@ -39,7 +39,7 @@ def beaver(number):
 
 def table(count):
     """CSV of answers under other names, the label in words."""
-    lines = [f"{say(i)},{WORDS[i % 9]},{'bad' if i % 3 == 0 else 'fine'},violence" for i in range(count)]
+    lines = [f"{words(i)},{WORDS[i % 9]},{'bad' if i % 3 == 0 else 'fine'},violence" for i in range(count)]
     return "\n".join(["answer,question,verdict,category", *lines, ""])
 
 
@@ -139,7 +139,7 @@ def test_an_audit_reads_two_answers_of_a_record_and_csv(here, capsys):
 
 @pytest.mark.parametrize("verb", [train, score, calibrate, evaluate, audit, show])
 def test_every_verb_that_reads_rows_has_the_same_row_options(here, verb):
-    words = {
+    required = {
         train: ["--model", "m", "--input", "i", "--output_dir", "o", "--use_cpu", "true"],
         score: ["--model", "m", "--input", "i", "--output", "o"],
         calibrate: ["--model", "m", "--input", "i"],
@@ -151,7 +151,7 @@ def test_every_verb_that_reads_rows_has_the_same_row_options(here, verb):
     given = ["--columns", '{"category": null, "response": ["a", "b"]}', "--labels", '{"yes": "harm"}']
     for options in (given, ["--config", "options.yaml"]):
         options = [*options, "--split", "test", "--unlabelled", "skip"]
-        arguments, *_ = cli.parse(verb, [*options, *words], "redflag x")
+        arguments, *_ = cli.parse(verb, [*options, *required], "redflag x")
         assert arguments.row_options() == {
             "columns": {"category": None, "response": ["a", "b"]},
             "labels": {"yes": "harm"},

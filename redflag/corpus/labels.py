@@ -71,10 +71,10 @@ def category_of(
         raise ValueError(f"label {text!r} is none of {', '.join(_WORDS)}: map it with labels")
     if names is not None:
         if harmful != bool(names):
-            said = f"names {names[0]!r}" if names else "names no harm"
+            statement = f"names {names[0]!r}" if names else "names no harm"
             raise ValueError(
-                f"{label_column} is {text} but category {said}, so one of them is wrong: correct the row, or drop the "
-                f"""label with --columns '{{"{label_column}": null}}' if the categories are right"""
+                f"{label_column} is {text} but category {statement}, so one of them is wrong: correct the row, or drop "
+                f"""the label with --columns '{{"{label_column}": null}}' if the categories are right"""
             )
         return _first(names, labels)
     return (category or DEFAULT_CATEGORY) if harmful else None

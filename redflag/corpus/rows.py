@@ -183,30 +183,32 @@ class RecordReader:
     @property
     def digest(self) -> str:
         """Of what was said about how records are to be read; "" where nothing was."""
-        said = [self.columns, self.labels, self.unlabelled]
-        if said == [{}, None, "stop"]:
+        options = [self.columns, self.labels, self.unlabelled]
+        if options == [{}, None, "stop"]:
             return ""
-        return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(options).encode()).hexdigest()[:16]
 
     def read(self, record: Any) -> list[Row | ValueError]:
         """The rows of a record (mostly one), each a row or the reason why it is none."""
         if isinstance(record, ValueError):
             return [record]
         try:
-            found = rows_in(record, self.columns)
+            candidates = rows_in(record, self.columns)
         except ValueError as error:
             return [error]
         rows: list[Row | ValueError] = []
-        for cells in found:
+        for candidate in candidates:
             try:
-                rows.append(self._row(cells))
+                rows.append(self._row(candidate))
             except ValueError as error:
                 rows.append(error)
         return rows
 
-    def _row(self, found: Cells) -> Row:
-        cells = found.values
-        for key in cells.keys() - _KNOWN:
+    def _row(self, candidate: Cells) -> Row:
+        cells = candidate.values
+        for key in cells:
+            if key in _KNOWN:
+                continue
             name = str(key)
             if (close := lookalike(name)) is not None and close not in cells:
                 raise ValueError(
@@ -215,9 +217,9 @@ class RecordReader:
                 )
             self.ignored[name] += 1
         messages = conversation(cells, self.unanswered == "keep")
-        category = category_of(cells, found.label_column, self.labels, self.unlabelled)
+        category = category_of(cells, candidate.label_column, self.labels, self.unlabelled)
         row = _checked(cells, messages, category)
-        by = found.label_column if "label" in cells else "category" if cells.get("category") is not None else ""
+        by = candidate.label_column if "label" in cells else "category" if cells.get("category") is not None else ""
         self.decided_by[by] += 1
         return row
 

@@ -66,8 +66,8 @@ def check_columns(columns: Columns) -> None:
             raise RedflagError(f"columns must map {key!r} to a column, a list of columns or null (got {value!r})")
     lengths = {key: len(value) for key, value in columns.items() if isinstance(value, (list, tuple))}
     if len(set(lengths.values())) > 1:
-        said = ", ".join(f"{length} for {key!r}" for key, length in lengths.items())
-        raise RedflagError(f"columns must name equally many columns for each key that has several (got {said})")
+        counts = ", ".join(f"{length} for {key!r}" for key, length in lengths.items())
+        raise RedflagError(f"columns must name equally many columns for each key that has several (got {counts})")
 
 
 def rows_in(record: Any, columns: Columns) -> list[Cells]:
@@ -93,7 +93,7 @@ def rows_in(record: Any, columns: Columns) -> list[Cells]:
     # A column that is mapped from is not read under its own name as well.
     rest = {key: value for key, value in record.items() if key not in taken and key not in columns and key not in known}
     count = max((len(theirs) for theirs in mapping.values() if not isinstance(theirs, str)), default=1)
-    found = []
+    rows = []
     for number in range(count):
         names = {ours: theirs if isinstance(theirs, str) else theirs[number] for ours, theirs in mapping.items()}
         values = rest | {ours: record[name] for ours, name in names.items() if name in record}
@@ -101,8 +101,8 @@ def rows_in(record: Any, columns: Columns) -> list[Cells]:
             _read_texts(values)
         if any(not isinstance(theirs, str) for theirs in mapping.values()):
             _mark(values, number)
-        found.append(Cells(values, names.get("label", "label")))
-    return found
+        rows.append(Cells(values, names.get("label", "label")))
+    return rows
 
 
 @functools.lru_cache(maxsize=4096)
@@ -149,7 +149,7 @@ def _read_texts(values: dict[str, Any]) -> None:
 
 def _mark(values: dict[str, Any], number: int) -> None:
     if values.get("group") is None:
-        asked = json.dumps(values.get("messages") or values.get("prompt"), sort_keys=True, default=str)
-        values["group"] = hashlib.sha256(asked.encode()).hexdigest()[:16]
+        prompt = json.dumps(values.get("messages") or values.get("prompt"), sort_keys=True, default=str)
+        values["group"] = hashlib.sha256(prompt.encode()).hexdigest()[:16]
     if values.get("id") is not None:
         values["id"] = f"{values['id']}-{number}"

@@ -125,11 +125,20 @@ def show_row(row: Row, coloured: bool, tokens: Pieces | None = None) -> str:
         verdict += f" from character {row.onset or 0}"
     lines = [_head(coloured, row.id, verdict, row.source, row.group)]
     for message in row.messages[:-1]:
+        lines += _extras(message, coloured)
         lines.append(_turn(coloured, message["role"], printable(message["content"])))
+    lines += _extras(row.messages[-1], coloured)
     onset = (row.onset or 0) if row.harmful else len(row.response)
     parts: Pieces = [(row.response[:onset], None, False), (row.response[onset:], None, row.harmful)]
     lines.append(_turn(coloured, "assistant", "".join(paint(parts if tokens is None else tokens, coloured))))
     return "\n".join(lines)
+
+
+def _extras(message: Mapping[str, Any], coloured: bool) -> list[str]:
+    """What a turn holds beside its text: thoughts and tool calls."""
+    lines = printable(message.get("reasoning_content", "")).splitlines()
+    calls = [printable(json.dumps(call, ensure_ascii=False)) for call in message.get("tool_calls", ())]
+    return [_dim(f"    | {line}", coloured) for line in lines] + [_dim(f"    > {call}", coloured) for call in calls]
 
 
 def show_scored(record: Mapping[str, Any], coloured: bool) -> str:

@@ -61,6 +61,7 @@ def label_warnings(rows: int, harmful: int, decided_by: Mapping[str, int], ignor
         )
     unread = [] if labelled else [name for name in ignored if _VERDICTS & set(re.split(r"[^a-z]+", name.lower()))]
     if unread:
+        unread.sort(key=lambda name: "response" not in name.lower())  # a label of the prompt is not what is asked for
         decides = "category decides" if by_category else "every row counts as harmless"
         plural = len(unread) > 1
         warnings.append(

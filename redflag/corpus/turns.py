@@ -118,9 +118,10 @@ def _joined(where: str, parts: list[Any] | tuple[Any, ...]) -> str:
     for number, part in enumerate(parts):
         what = part.get("type") if isinstance(part, Mapping) else None
         if what not in ("text", "input_text", "output_text"):
-            found = f"of the type {what!r}" if what is not None else f"that is {kind(part)} without a type"
+            description = f"of the type {what!r}" if what is not None else f"that is {kind(part)} without a type"
             raise ValueError(
-                f"{where} has content that is not text but a list, with part {number} {found}: only text can be judged"
+                f"{where} has content that is not text but a list, with part {number} {description}: only text can be "
+                "judged"
             )
         if not isinstance(part.get("text"), str):
             raise ValueError(f"{where} has content that is not text but a list, with no text in part {number}")
@@ -165,9 +166,9 @@ def _suggestion(cells: Mapping[str, Any]) -> str:
     names = {str(name).lower(): str(name) for name in cells}
     columns: dict[str, str] = {}
     for ours, likely in (("prompt", _REQUESTS), ("response", _ANSWERS)):
-        found = next((names[name] for name in likely if name in names), None)
-        if found is not None and cells.get(ours) is None:
-            columns[ours] = found
+        column = next((names[name] for name in likely if name in names), None)
+        if column is not None and cells.get(ours) is None:
+            columns[ours] = column
     if columns:
         return f". If these columns hold it, give --columns '{json.dumps(columns)}'"
     for name, value in cells.items():

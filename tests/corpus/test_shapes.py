@@ -13,11 +13,11 @@ from redflag.corpus.rows import load_rows, write_rows
 from redflag.errors import RedflagError
 
 
-def asked(content: str) -> dict[str, Any]:
+def user(content: str) -> dict[str, Any]:
     return {"role": "user", "content": content}
 
 
-def said(content: str, **more: Any) -> dict[str, Any]:
+def assistant(content: str, **more: Any) -> dict[str, Any]:
     return {"role": "assistant", "content": content, **more}
 
 
@@ -76,15 +76,15 @@ READ: dict[str, tuple[list[dict[str, Any]], dict[str, Any], list[tuple[str, str,
         [("Hello?", "Hi.", None), ("Hello?", "Ho.", None), ("More?", "No.", "x")],
     ),
     "conversation": (
-        [{"conversation": [asked(f"Q{i}"), said(f"A{i}")], "model": "m"} for i in range(3)],
+        [{"conversation": [user(f"Q{i}"), assistant(f"A{i}")], "model": "m"} for i in range(3)],
         {},
         [(f"Q{i}", f"A{i}", None) for i in range(3)],
     ),
     "content in parts": (
         [
-            {"messages": [asked(parts("Q", "1")), said("A1")]},  # type: ignore[arg-type]
-            {"messages": [asked("Q2"), said(parts("A2"))]},  # type: ignore[arg-type]
-            {"prompt": [asked(parts("Q3"))], "response": parts("A", "3")},  # type: ignore[arg-type]
+            {"messages": [user(parts("Q", "1")), assistant("A1")]},  # type: ignore[arg-type]
+            {"messages": [user("Q2"), assistant(parts("A2"))]},  # type: ignore[arg-type]
+            {"prompt": [user(parts("Q3"))], "response": parts("A", "3")},  # type: ignore[arg-type]
         ],
         {},
         [("Q\n1", "A1", None), ("Q2", "A2", None), ("Q3", "A\n3", None)],
@@ -174,7 +174,7 @@ READ: dict[str, tuple[list[dict[str, Any]], dict[str, Any], list[tuple[str, str,
 # Shape -> a record, options, and the sentence that says why it is none and what to do.
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "an image": (
-        {"messages": [asked([*parts("Q"), {"type": "image_url", "image_url": {"url": "x"}}]), said("A")]},  # type: ignore[list-item]
+        {"messages": [user([*parts("Q"), {"type": "image_url", "image_url": {"url": "x"}}]), assistant("A")]},  # type: ignore[list-item]
         {},
         "message 0 (user) has content that is not text but a list, with part 1 of the type 'image_url': only text can "
         "be judged",
@@ -186,17 +186,17 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         "function_response, observation, system",
     ),
     "a response that calls a tool": (
-        {"messages": [asked("Q"), said(None, tool_calls=[CALL])]},  # type: ignore[arg-type]
+        {"messages": [user("Q"), assistant(None, tool_calls=[CALL])]},  # type: ignore[arg-type]
         {},
         "the response is a tool call without text: there is nothing to judge",
     ),
     "tool calls that are no objects": (
-        {"messages": [asked("Q"), said("A", tool_calls=["weather"])]},
+        {"messages": [user("Q"), assistant("A", tool_calls=["weather"])]},
         {},
         "message 1 (assistant) has tool_calls that are not a list of objects",
     ),
     "thoughts that are no text": (
-        {"messages": [asked("Q"), said("A", thinking={"on": True})]},
+        {"messages": [user("Q"), assistant("A", thinking={"on": True})]},
         {},
         "message 1 (assistant) has reasoning_content that is not text but an object",
     ),
@@ -339,7 +339,7 @@ def test_a_shape_that_is_not_read_gets_the_sentence_that_says_how(tmp_path: Path
 def test_the_columns_named_for_a_prompts_only_set_give_prompts() -> None:
     records = [{"goal": f"Q{i}", "target": "Sure"} for i in range(3)]
     rows = load_rows(records, columns={"prompt": "goal"}, unanswered="keep").rows
-    assert [row.messages for row in rows] == [[asked(f"Q{i}")] for i in range(3)]
+    assert [row.messages for row in rows] == [[user(f"Q{i}")] for i in range(3)]
 
 
 def test_tool_turns_and_thoughts_are_kept_and_written_back(tmp_path: Path) -> None:
@@ -369,15 +369,15 @@ def test_tool_turns_and_thoughts_are_kept_and_written_back(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
 def test_thoughts_are_one_key_whatever_the_source_calls_them(key: str) -> None:
-    (row,) = load_rows([{"messages": [asked("Q"), said("A", **{key: "Hm."})]}]).rows
-    assert row.messages[-1] == said("A", reasoning_content="Hm.")
+    (row,) = load_rows([{"messages": [user("Q"), assistant("A", **{key: "Hm."})]}]).rows
+    assert row.messages[-1] == assistant("A", reasoning_content="Hm.")
 
 
 def test_half_a_character_is_bad_wherever_a_turn_holds_it() -> None:
     call = {"function": {"name": "\ud83d"}}
     for messages in (
-        [asked("Q"), said("", tool_calls=[call]), asked("Q"), said("A")],
-        [asked("Q"), said("A", thinking="\ud83d")],
+        [user("Q"), assistant("", tool_calls=[call]), user("Q"), assistant("A")],
+        [user("Q"), assistant("A", thinking="\ud83d")],
     ):
         with pytest.raises(RedflagError, match="holds half a character"):
             load_rows([{"messages": messages}])
@@ -433,8 +433,8 @@ def test_a_label_of_ones_own_comes_before_the_known_columns() -> None:
 @pytest.mark.parametrize("name, delimiter", [("rows.csv", ","), ("rows.tsv", "\t")])
 def test_a_csv_with_text_for_everything_gives_the_same_rows(tmp_path: Path, name: str, delimiter: str) -> None:
     records = [
-        {"messages": [asked("Q, 1"), said('A "1"\nline')], "category": "harm", "onset": 3, "id": "1"},
-        {"messages": [asked("Q2"), said("A2")], "category": None, "onset": None, "id": "2"},
+        {"messages": [user("Q, 1"), assistant('A "1"\nline')], "category": "harm", "onset": 3, "id": "1"},
+        {"messages": [user("Q2"), assistant("A2")], "category": None, "onset": None, "id": "2"},
     ]
     with (tmp_path / name).open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(records[0]), delimiter=delimiter)

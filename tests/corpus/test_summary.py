@@ -52,9 +52,9 @@ WARNED: dict[str, tuple[list[tuple[int, dict[str, Any]]], dict[str, Any], list[s
         [(5, PAIR | {"prompt_label": "unsafe", "response_label": "safe", "tagged": 1})],
         {},
         [
-            "warning: the columns prompt_label, response_label look like a label and are not read; every row counts "
-            """as harmless. If one says whether the response is harmful, give --columns '{"label": "prompt_label"}', and """
-            "--labels unless its values are words like harmful"
+            "warning: the columns response_label, prompt_label look like a label and are not read; every row counts as "
+            """harmless. If one says whether the response is harmful, give --columns '{"label": "response_label"}', """
+            "and --labels unless its values are words like harmful"
         ],
     ),
     "a label that is used beside another": (
