@@ -245,8 +245,9 @@ def _rows(arguments: TrainArguments, seed: int) -> tuple[list[Row], list[Row], d
             on_bad_row=arguments.on_bad_row,  # type: ignore[arg-type]
         )
         if int(os.environ.get("RANK", "0")) == 0:
-            for line in [f"skipped {bad}" for bad in found.skipped[:20]] + label_table(found) + warnings_about(found):
-                print(line)
+            for bad in found.skipped[:20]:
+                print(f"skipped {bad}")
+            print("\n".join([f"{source}:", *label_table(found), *warnings_about(found)]))
         sources[source] = {"sha256": found.sha256, "rows": len(found), "skipped": len(found.skipped)}
         return found
 
