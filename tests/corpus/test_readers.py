@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 import shutil
@@ -86,7 +87,6 @@ def test_a_long_answer_is_not_cut_at_the_limit_of_csv() -> None:
     st.sampled_from([("r.csv", ","), ("r.tsv", "\t")]),
 )
 def test_whatever_csv_writes_is_read_as_it_was(records: list[dict[str, str]], kind: tuple[str, str]) -> None:
-    import csv
     import io
 
     file = io.StringIO(newline="")
@@ -284,3 +284,26 @@ def test_a_loading_script_is_named_as_such(hub: Path) -> None:
         RedflagError, match=r"allenai/coconot must be files of rows .it is a loading script, which data"
     ):
         load_rows("allenai/coconot::train")
+
+
+@pytest.mark.parametrize("name, delimiter", [("rows.csv", ","), ("rows.tsv", "\t")])
+def test_a_csv_with_text_for_everything_gives_the_same_rows(tmp_path: Path, name: str, delimiter: str) -> None:
+    records = [
+        {
+            "messages": [{"role": "user", "content": "Q, 1"}, {"role": "assistant", "content": 'A "1"\nline'}],
+            "category": "harm",
+            "onset": 3,
+            "id": "1",
+        },
+        {
+            "messages": [{"role": "user", "content": "Q2"}, {"role": "assistant", "content": "A2"}],
+            "category": None,
+            "onset": None,
+            "id": "2",
+        },
+    ]
+    with (tmp_path / name).open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(records[0]), delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows({**record, "messages": json.dumps(record["messages"])} for record in records)
+    assert load_rows(tmp_path / name).rows == load_rows(records).rows

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -387,16 +386,3 @@ def test_a_label_of_ones_own_comes_before_the_known_columns() -> None:
     assert load_rows([mapped], columns={"label": "bad"}).rows[0].category == "harm"
     assert load_rows([mapped], columns={"label": "is_safe"}).rows[0].category is None
     assert load_rows([mapped], labels={"true": "odd", "false": None}).rows[0].category == "odd"
-
-
-@pytest.mark.parametrize("name, delimiter", [("rows.csv", ","), ("rows.tsv", "\t")])
-def test_a_csv_with_text_for_everything_gives_the_same_rows(tmp_path: Path, name: str, delimiter: str) -> None:
-    records = [
-        {"messages": [user("Q, 1"), assistant('A "1"\nline')], "category": "harm", "onset": 3, "id": "1"},
-        {"messages": [user("Q2"), assistant("A2")], "category": None, "onset": None, "id": "2"},
-    ]
-    with (tmp_path / name).open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(records[0]), delimiter=delimiter)
-        writer.writeheader()
-        writer.writerows({**record, "messages": json.dumps(record["messages"])} for record in records)
-    assert load_rows(tmp_path / name).rows == load_rows(records).rows
