@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from redflag.corpus.options import RowOptions
 from redflag.corpus.rows import Row
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
@@ -64,7 +65,7 @@ class Calibration:
 
 
 @dataclass
-class CalibrateArguments:
+class CalibrateArguments(RowOptions):
     """Thresholds for a target false-alarm rate per response, written to <model>/thresholds.json."""
 
     model: str = field(
@@ -72,7 +73,7 @@ class CalibrateArguments:
     )
     input: str = field(
         metadata={
-            "help": "Conversations: JSONL, .jsonl.gz or parquet; or a recording of this model (.parquet), which is not "
+            "help": "Conversations, as `redflag score` reads; or a recording of this model (.parquet), which is not "
             "measured again. Harmful rows only measure what is caught."
         }
     )
@@ -125,7 +126,7 @@ POSITIONAL: str | None = None
 def run(arguments: CalibrateArguments) -> int:
     """The verb. Whatever can be refused before the model is run is refused before."""
     from redflag.corpus.rows import load_rows
-    from redflag.measuring.score import report_skipped
+    from redflag.measuring.progress import report_rows
 
     monitor = MonitorConfig(
         aggregation=arguments.aggregation,
@@ -138,8 +139,8 @@ def run(arguments: CalibrateArguments) -> int:
     spec = FlagSpec.load(arguments.model)
     recording = recorded(arguments.input, spec)
     if recording is None:
-        rows = load_rows(arguments.input, on_bad_row=arguments.on_bad_row)
-        report_skipped(rows.skipped)
+        rows = load_rows(arguments.input, on_bad_row=arguments.on_bad_row, **arguments.row_options())
+        report_rows(rows)
         harmless = [row for row in rows if not row.harmful]
         harmful = [row for row in rows if row.harmful]
         fit_on, _ = split_groups([row.group for row in harmless], arguments.held_out, arguments.seed)

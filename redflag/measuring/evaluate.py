@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from redflag.corpus.options import RowOptions
 from redflag.corpus.rows import Rows, load_rows
+from redflag.corpus.summary import warnings_about
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
 from redflag.measuring.guarantee import check_rates
@@ -24,11 +26,11 @@ from redflag.watching.policy import Policy
 
 
 @dataclass
-class EvaluateArguments:
+class EvaluateArguments(RowOptions):
     """Detection, delay, false alarms, language, baselines and attacks: one report."""
 
     model: str = field(metadata={"help": "Folder of a flagged model (with redflag.json)."})
-    test: str = field(metadata={"help": "Rows that the report is about: JSONL, .jsonl.gz or parquet."})
+    test: str = field(metadata={"help": "Rows that the report is about, as `redflag score` reads."})
     calibration: str = field(metadata={"help": "Other rows, on which thresholds are fitted; only harmless ones count."})
     output_dir: str = field(default="runs/evaluation", metadata={"help": "Where report and recordings go."})
     train: str | None = field(default=None, metadata={"help": "Rows that the flags were trained on; for baselines."})
@@ -157,7 +159,14 @@ def evaluate(arguments: EvaluateArguments, say: Callable[[str], None] = lambda l
     )
     spec = FlagSpec.load(arguments.model)
     paths = {"test": arguments.test, "calibration": arguments.calibration, "train": arguments.train}
-    rows = {split: load_rows(path, on_bad_row=arguments.on_bad_row) for split, path in paths.items() if path}
+    rows = {
+        name: load_rows(path, on_bad_row=arguments.on_bad_row, **arguments.row_options())
+        for name, path in paths.items()
+        if path
+    }
+    for name, part in rows.items():
+        for line in warnings_about(part):
+            say(f"{name} rows: {line}")
     warnings = _check(arguments, rows)
     judge = stages.judge_of(arguments) if arguments.attacks else None
     attacks = stages.attacks_of(arguments, rows) if arguments.attacks else []

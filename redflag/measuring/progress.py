@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from redflag.corpus.rows import Rows
+from redflag.corpus.summary import warnings_about
 from redflag.measuring.scored import Scored
 
 CUT = "{} responses did not fit the context and were cut at its end (`truncated`)"
@@ -37,6 +39,13 @@ def report_skipped(skipped: Sequence[Any]) -> None:
         print(f"skipped {bad}", file=sys.stderr)
     if len(skipped) > 5:
         print(f"... and {len(skipped) - 5} more; {len(skipped)} rows skipped in all", file=sys.stderr)
+
+
+def report_rows(rows: Rows) -> None:
+    """Says on stderr which rows were left out, and what is doubtful about the labels of the others."""
+    report_skipped(rows.skipped)
+    for line in warnings_about(rows):
+        print(line, file=sys.stderr)
 
 
 def prompt_progress(items: Iterable[dict[str, Any]], total: int) -> Iterator[dict[str, Any]]:

@@ -85,7 +85,7 @@ class FlagReader:
 
 def run_prompts(arguments: ScoreArguments, world: World) -> int:
     """The verb `score` with `prompts`."""
-    rows = load_rows(arguments.input, on_bad_row=arguments.on_bad_row, unanswered="keep")
+    rows = load_rows(arguments.input, on_bad_row=arguments.on_bad_row, unanswered="keep", **arguments.row_options())
     if world.rank == 0:
         report_skipped(rows.skipped)
     with ExitStack() as stack:
@@ -105,7 +105,7 @@ def run_prompts(arguments: ScoreArguments, world: World) -> int:
                 report_skipped(bad)
         output = Path(arguments.output)
         check_batch(arguments.batch_size)
-        key = {"prompts": True, "rows": rows.sha256, "count": len(chosen), "max_length": max_length, **reader.key}
+        key = {"prompts": True, "rows": rows.fingerprint, "count": len(chosen), "max_length": max_length, **reader.key}
         alone, chunk, fingerprint = plan(reader.source, key, output, world, arguments.batch_size)
 
         def lines(start: int, stop: int) -> Iterator[str]:

@@ -25,11 +25,12 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
+from redflag.corpus.options import RowOptions
 from redflag.corpus.rows import Row, load_rows
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
 from redflag.measuring.fitting import fit, renderable, row_name
-from redflag.measuring.progress import CUT, progress, report_skipped
+from redflag.measuring.progress import CUT, progress, report_rows, report_skipped
 from redflag.measuring.scored import Probs, Scored, as_json, read_scored
 from redflag.measuring.shards import kept_in, write_lines
 from redflag.measuring.world import World
@@ -70,11 +71,11 @@ class Scorer(Protocol):
 
 
 @dataclass
-class ScoreArguments:
+class ScoreArguments(RowOptions):
     """Flag probabilities of given conversations, one JSON row per input row."""
 
     model: str = field(metadata={"help": "Folder of a flagged model (with redflag.json)."})
-    input: str = field(metadata={"help": "Conversations: JSONL, .jsonl.gz or parquet."})
+    input: str = field(metadata={"help": "Conversations: JSONL, JSON, CSV, Parquet, a folder, or a hub data set."})
     output: str = field(
         metadata={"help": "JSONL to write; an interrupted run is continued from <output>.partial or .parts."}
     )
@@ -126,9 +127,9 @@ def run(arguments: ScoreArguments) -> int:
             f"the marker {arguments.marker[0]!r} is measured where an answer begins and not along given answers: add "
             "--prompts"
         )
-    rows = load_rows(arguments.input, on_bad_row=arguments.on_bad_row)
+    rows = load_rows(arguments.input, on_bad_row=arguments.on_bad_row, **arguments.row_options())
     if world.rank == 0:
-        report_skipped(rows.skipped)
+        report_rows(rows)
     with ExitStack() as stack:
         scorer, tokenizer, spec = open_scorer(arguments, world, stack, arguments.upper_bound)
         max_length = context_limit(arguments.max_length, scorer.context_length)
@@ -143,7 +144,7 @@ def run(arguments: ScoreArguments) -> int:
             spec,
             chosen,
             output,
-            rows_sha256=rows.sha256,
+            rows_sha256=rows.fingerprint,
             batch_size=arguments.batch_size,
             max_length=max_length,
             world=world,

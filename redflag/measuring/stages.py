@@ -38,7 +38,7 @@ def record(arguments: EvaluateArguments, source: str, rows: Rows, path: Path, sp
     """The flag's recording of the rows of a file, made once; `path` without its ending."""
     kept, scored = path.with_suffix(".parquet"), path.with_suffix(".scored.jsonl")
     meta = {
-        "rows": rows.sha256,
+        "rows": rows.fingerprint,
         "run_id": spec.run_id,
         "template_hash": spec.template_hash,
         "max_length": arguments.max_length,
@@ -55,6 +55,7 @@ def record(arguments: EvaluateArguments, source: str, rows: Rows, path: Path, sp
             model=arguments.model,
             input=source,
             output=str(scored),
+            **arguments.row_options(),
             upstream=list(arguments.upstream),
             upstream_model=arguments.upstream_model,
             upstream_key_env=arguments.upstream_key_env,

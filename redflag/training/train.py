@@ -23,7 +23,9 @@ from transformers import PreTrainedConfig, TrainerCallback, set_seed
 
 from redflag.backends.load import read_model
 from redflag.backends.precision import DTYPES, Machine, choose_precision
+from redflag.corpus.options import RowOptions
 from redflag.corpus.rows import Row, Rows, load_rows
+from redflag.corpus.summary import label_table, warnings_about
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec, attach
 from redflag.prompt import template_hash
@@ -43,20 +45,16 @@ VERSIONS = ("redflag-llm", "torch", "transformers", "trl", "peft", "datasets", "
 
 
 @dataclass
-class TrainArguments:
+class TrainArguments(RowOptions):
     """What is trained on what; how is in `RedFlagConfig`."""
 
     model: str = field(metadata={"help": "Model to flag: folder or hub name."})
-    input: str = field(metadata={"help": "Training rows: JSONL (.gz), parquet, a folder, or a hub data set."})
+    input: str = field(metadata={"help": "Training rows: JSONL, JSON, CSV, Parquet, a folder, or a hub data set."})
     eval_input: str | None = field(default=None, metadata={"help": "Held-out rows; default: a share of the input."})
     eval_share: float = field(
         default=0.1, metadata={"help": "Share of the input's groups held out without eval_input."}
     )
     categories: list[str] = field(default_factory=lambda: ["harm"], metadata={"help": "One flag for each."})
-    columns: dict[str, str] | None = field(default=None, metadata={"help": "Our column -> the data set's column."})
-    labels: dict[str, str | None] | None = field(
-        default=None, metadata={"help": "Label -> category, or null = harmless."}
-    )
     on_bad_row: str = field(default="stop", metadata={"help": "stop or skip (bad rows are counted and named)."})
     max_rows: int | None = field(default=None, metadata={"help": "Use at most this many training rows, drawn by seed."})
     harmless_per_harmful: float | None = field(
@@ -243,12 +241,13 @@ def _rows(arguments: TrainArguments, seed: int) -> tuple[list[Row], list[Row], d
     def read(source: str) -> Rows:
         found = load_rows(
             source,
-            columns=arguments.columns,
-            labels=arguments.labels,
+            **arguments.row_options(),
             on_bad_row=arguments.on_bad_row,  # type: ignore[arg-type]
         )
-        for bad in found.skipped[:20]:
-            print(f"skipped {bad}")
+        if int(os.environ.get("RANK", "0")) == 0:
+            for bad in found.skipped[:20]:
+                print(f"skipped {bad}")
+            print("\n".join([f"{source}:", *label_table(found), *warnings_about(found)]))
         sources[source] = {"sha256": found.sha256, "rows": len(found), "skipped": len(found.skipped)}
         return found
 
