@@ -144,7 +144,7 @@ class Server:
         self._since = int(time.time())
 
     def stop(self) -> None:
-        """Ends all responses, each with its last chunk: the server is going down."""
+        """Ends all responses, each with an error that says so: the server is going down."""
         for exchange in tuple(self.open):
             exchange.stop()
 

@@ -35,7 +35,7 @@ from typing import Any
 from redflag.trace import Alarm, Done, Escalation, Event, Halt, Reflection, Text, Trace
 
 DONE = b"data: [DONE]\n\n"
-REFUSAL = "The response was stopped before its first word, because it was judged harmful."
+REFUSAL = "The response was stopped by a safety check before any of it was shown."
 
 
 class Answer:

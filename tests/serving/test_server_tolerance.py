@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import openai
@@ -25,6 +27,7 @@ from redflag.serving.schema import ChatRequest, CompletionRequest
 from redflag.watching.policy import Policy
 from redflag.watching.thresholds import Thresholds
 
+ROOT = Path(__file__).resolve().parents[2]
 CHAT, TEXT = ROUTES
 KEY, OPERATOR = "sk-first-client-key-0", "operator-key-0123456789"
 ORIGIN = "app://obsidian.md"
@@ -193,6 +196,42 @@ def test_of_every_parameter_of_the_openai_package_it_is_known_what_becomes_of_it
     for module, kind in ((chat_create_params, ChatRequest), (completion_create_params, CompletionRequest)):
         params = set(module.CompletionCreateParamsBase.__annotations__) | {"stream"}
         assert params - set(kind.model_fields) - set(UNSUPPORTED) <= IGNORED_OF_OPENAI
+
+
+IGNORED_OF_VLLM = {
+    "cache_salt",
+    "ec_transfer_params",
+    "include_reasoning",
+    "kv_transfer_params",
+    "media_io_kwargs",
+    "mm_payload",
+    "parallel_tool_calls",
+    "priority",
+    "reasoning_effort",
+    "request_id",
+    "return_mm_kwargs",
+    "routed_experts_prompt_start",
+    "session_id",
+    "stream_interval",
+    "thinking_token_budget",
+    "truncation_side",
+}
+
+
+def test_of_every_parameter_of_vllm_it_is_known_what_becomes_of_it():
+    entrypoints = ".vllm/lib/python3*/site-packages/vllm/entrypoints/openai"
+    kinds = (("chat_completion", ChatRequest), ("completion", CompletionRequest))
+    paths = [next(ROOT.glob(f"{entrypoints}/{folder}/protocol.py"), None) for folder, _ in kinds]
+    if None in paths:
+        pytest.skip("vLLM is not installed in .vllm")
+    for path, (_, kind) in zip(paths, kinds, strict=True):
+        (fields,) = (
+            [line.target.id for line in node.body if isinstance(line, ast.AnnAssign)]
+            for node in ast.parse(path.read_text()).body
+            if isinstance(node, ast.ClassDef) and node.name.endswith("CompletionRequest") and "Batch" not in node.name
+        )
+        known = set(kind.model_fields) | set(UNSUPPORTED) | IGNORED_OF_VLLM
+        assert [name for name in fields if not name.startswith("_") and name not in known] == []
 
 
 # Bodies of clients as recorded, but for tools, which are not supported yet.
