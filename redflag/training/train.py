@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib.metadata
-import json
 import math
 import os
 import platform
 import random
-import shutil
 import signal
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,7 +16,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedConfig, TrainerCallback, set_seed
+from transformers import TrainerCallback, set_seed
 
 from redflag.backends.load import read_model
 from redflag.corpus.rows import Row, Rows, load_rows
@@ -30,15 +27,11 @@ from redflag.training.adapter import lora_config
 from redflag.training.encode import build_dataset
 from redflag.training.order import EpochOrder
 from redflag.training.precision import bf16_is_fast
+from redflag.training.preflight import refuse_part, refuse_quantised, repair_generation, try_evaluation, try_saving
+from redflag.training.saving import last_checkpoint, save
 from redflag.training.sharded import whole_model
 from redflag.training.trainer import RedFlagConfig, RedFlagTrainer
 
-# Weights and optimizer in a checkpoint: of whole models, and of FSDP2 in one file each or a part for every process.
-CHECKPOINTS = (
-    ("*.safetensors", "optimizer.pt"),
-    ("pytorch_model_fsdp.bin", "optimizer.bin"),
-    ("pytorch_model_fsdp_0/.metadata", "optimizer_0/.metadata"),
-)
 VERSIONS = ("redflag-llm", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers")
 
 
@@ -127,6 +120,8 @@ def run(arguments: TrainArguments, config: RedFlagConfig) -> dict[str, Any]:
         peft_config,
         callbacks=[interrupt, EpochOrder()],
     )
+    try_saving(trainer.accelerator.unwrap_model(trainer.model), tokenizer, spec, output, arguments.merge)
+    try_evaluation(trainer, eval_set)
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except OSError as error:
@@ -165,65 +160,12 @@ def load_model(name: str, dtype: str = "auto") -> tuple[Any, Any]:
     kinds |= {"float32": torch.float32, "bfloat16": torch.bfloat16}
     if dtype not in kinds:
         raise RedflagError(f"dtype {dtype!r} is none of {', '.join(kinds)}: choose one")
-    try:
-        described, _ = PreTrainedConfig.get_config_dict(name)
-    except Exception:  # `read_model` says what is wrong with it.
-        described = {}
-    if (described.get("quantization_config") or {}).get("quant_method") == "mxfp4":
-        raise RedflagError(
-            f"{name} holds its experts as MXFP4 numbers, which cannot be trained, nor saved again: write a bfloat16 "
-            "copy first, as recipes/gpt-oss-20b-redflag/base.py does"
-        )
-    return read_model(name, kinds[dtype])
-
-
-def save(
-    model: Any, tokenizer: Any, spec: FlagSpec, output: Path, merge: bool, result: dict[str, Any]
-) -> dict[str, Any]:
-    """Writes everything beside its final name, then renames; `redflag.json` comes last and makes the folder a model."""
-    digest = hashlib.sha256(json.dumps(result["arguments"], sort_keys=True).encode())
-    for _, parameter in sorted(model.named_parameters()):
-        if parameter.requires_grad:
-            digest.update(parameter.detach().float().cpu().numpy().tobytes())
-    spec = dataclasses.replace(spec, run_id=digest.hexdigest()[:16])
-    result = {**result, "run_id": spec.run_id}
-    if merge and hasattr(model, "merge_and_unload"):
-        model = model.merge_and_unload()
-    temporary = output / ".saving"
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        # The flags' rows are in the adapter by themselves: PEFT would add the whole matrix where it has grown by them.
-        model.save_pretrained(temporary, **({"save_embedding_layers": False} if hasattr(model, "peft_type") else {}))
-        tokenizer.save_pretrained(temporary)
-        (temporary / "train.json").write_text(json.dumps(result, indent=2, default=str), encoding="utf-8")
-        for path in sorted(temporary.iterdir()):
-            os.replace(path, output / path.name)
-        temporary.rmdir()
-        spec.save(output)
-    except OSError as error:
-        raise RedflagError(
-            f"the model could not be written to {output} ({error}), its checkpoints are there: free space and run "
-            "again with --resume"
-        ) from error
-    return result
-
-
-def last_checkpoint(output: Path) -> Path | None:
-    """The newest checkpoint that was written to its end; one that a kill cut short does not count."""
-    found = []
-    for path in output.glob("checkpoint-*"):
-        try:
-            json.loads((path / "trainer_state.json").read_text())
-            if (path / "scheduler.pt").stat().st_size and any(_holds(path, *files) for files in CHECKPOINTS):
-                found.append((int(path.name.rpartition("-")[2]), path))
-        except (OSError, ValueError):
-            continue
-    return max(found)[1] if found else None
-
-
-def _holds(path: Path, *patterns: str) -> bool:
-    return all(any(file.stat().st_size for file in path.glob(pattern)) for pattern in patterns)
+    refuse_quantised(name)
+    model, tokenizer = read_model(name, kinds[dtype])
+    refuse_part(name, model)
+    for line in repair_generation(model):
+        print(line)
+    return model, tokenizer
 
 
 def _rows(arguments: TrainArguments, seed: int) -> tuple[list[Row], list[Row], dict[str, Any]]:
