@@ -9,6 +9,7 @@ import gzip
 import json
 import math
 import os
+import tempfile
 import threading
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -64,6 +65,30 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def require_writable(folder: str | Path, option: str) -> None:
+    """Refuses a folder that no file can be written into, before any work is done for that file.
+
+    Args:
+        folder: Where files are to be written; it need not exist yet, and is not made.
+        option: The option that names it, for what is said.
+
+    Raises:
+        RedflagError: It cannot be made, or nothing can be written there.
+    """
+    folder = Path(folder).absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir():
+        raise RedflagError(f"{option} must be in a folder (got {folder}, where {existing} is a file). Choose another")
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise RedflagError(
+            f"{option} must be where files can be written (got {folder}; {existing}: {error.strerror or error}). "
+            "Choose another, or change its permissions"
+        ) from error
 
 
 def write_traces(

@@ -25,6 +25,7 @@ from redflag.measuring.observed import known_onset
 from redflag.measuring.parts import split_groups
 from redflag.measuring.recorded import recorded
 from redflag.measuring.recording import Recording
+from redflag.trace import require_writable
 from redflag.watching.monitor import MonitorConfig
 from redflag.watching.thresholds import Thresholds
 
@@ -128,6 +129,7 @@ def run(arguments: CalibrateArguments) -> int:
         warm_up=arguments.warm_up,
     )
     spec = FlagSpec.load(arguments.model)
+    require_writable(arguments.model, "model, whose thresholds.json is written,")
     recording = recorded(arguments.input, spec)
     if recording is None:
         rows = load_rows(arguments.input, on_bad_row=arguments.on_bad_row)

@@ -23,6 +23,7 @@ from redflag.corpus.rows import Row, Rows, load_rows
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec, attach
 from redflag.prompt import template_hash
+from redflag.trace import require_writable
 from redflag.training.adapter import lora_config
 from redflag.training.encode import build_dataset
 from redflag.training.order import EpochOrder
@@ -84,10 +85,7 @@ def run(arguments: TrainArguments, config: RedFlagConfig) -> dict[str, Any]:
     _check_numbers(arguments, config)
     if output.resolve() == Path(arguments.model).resolve():
         raise RedflagError(f"output_dir {output} is the model's own folder, which would be lost: choose another one")
-    existing = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        why = "may not be written to" if existing.is_dir() else "is a file"
-        raise RedflagError(f"the folder {output} cannot be made, as {existing} {why}: choose another output_dir")
+    require_writable(output, "output_dir")
     checkpoint = last_checkpoint(output) if arguments.resume else None
     if not arguments.resume and last_checkpoint(output) is not None:
         raise RedflagError(
