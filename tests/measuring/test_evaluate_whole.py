@@ -1,4 +1,4 @@
-"""An evaluation from end to end where the flags stand behind the base's vocabulary; and what it tries before it begins."""
+"""An evaluation from end to end where flags stand behind the base's vocabulary; and what is tried before it begins."""
 
 import dataclasses
 import json
@@ -10,10 +10,11 @@ from tiny import SIZES, make_rows
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from redflag import cli
-from redflag.corpus.rows import write_rows
+from redflag.corpus.rows import load_rows, write_rows
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec, attach
 from redflag.judges import UnansweredError, Verdict
+from redflag.measuring.baselines.run import record_baselines
 from redflag.measuring.evaluate import EvaluateArguments, evaluate
 from redflag.prompt import template_hash
 
@@ -33,9 +34,7 @@ def world(tmp_path_factory):
     torch.manual_seed(3)
     ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
     model = LlamaForCausalLM(
-        LlamaConfig(
-            **SIZES, **ends, vocab_size=len(tokenizer), max_position_embeddings=128, tie_word_embeddings=True
-        )
+        LlamaConfig(**SIZES, **ends, vocab_size=len(tokenizer), max_position_embeddings=128, tie_word_embeddings=True)
     )
     for part in (model, tokenizer):
         part.save_pretrained(folder / "base")
@@ -156,3 +155,11 @@ def test_thresholds_that_could_not_be_saved_are_found_before_anything_is_scored(
     argv = ["calibrate", "--model", str(world / "model"), "--input", str(world / "calibration.jsonl")]
     assert cli.main([*argv, "--target_fpr", "0.2"]) == 2
     assert "thresholds.json is written" in (error := capsys.readouterr().err) and "Read-only file system" in error
+
+
+@pytest.mark.parametrize("name", ["token head", "refusal tokens", "deep alignment", "refusal at every position"])
+def test_every_baseline_reads_a_base_that_has_no_place_for_the_flags(world, tmp_path, name):
+    rows = {split: load_rows(world / f"{split}.jsonl").rows for split in ("train", "test", "calibration")}
+    folders = (world / "base", world / "model")
+    recorded = record_baselines([name], *folders, *rows.values(), tmp_path, most_rows=8)[name]
+    assert len(recorded.test) == 30 and recorded.test.probs.min() >= 0 and recorded.test.probs.max() <= 1
