@@ -67,28 +67,28 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             temporary.unlink()
 
 
-def require_writable(folder: str | Path, option: str) -> None:
-    """Refuses a folder that no file can be written into, before any work is done for that file.
+def require_writable(path: str | os.PathLike[str], option: str, *, file: bool = False) -> None:
+    """Refuses a place that nothing can be written to, before any work is done for it.
 
     Args:
-        folder: Where files are to be written; it need not exist yet, and is not made.
-        option: The option that names it, for what is said.
+        path: A folder for files, which need not exist yet and is not made; or a file.
+        option: The option that names it.
+        file: Whether it is a file.
 
     Raises:
-        RedflagError: It cannot be made, or nothing can be written there.
+        RedflagError: The folder cannot be made, or no file can be written in it.
     """
-    folder = Path(folder).absolute()
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    if not existing.is_dir():
-        raise RedflagError(f"{option} must be in a folder (got {folder}, where {existing} is a file). Choose another")
+    folder = Path(path).absolute().parent if file else Path(path).absolute()
+    existing = next(place for place in (folder, *folder.parents) if place.exists())
+    reason = "" if existing.is_dir() else f"{existing} is a file"
     try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
+        if not reason:
+            with tempfile.TemporaryFile(dir=existing):
+                pass
     except OSError as error:
-        raise RedflagError(
-            f"{option} must be where files can be written (got {folder}; {existing}: {error.strerror or error}). "
-            "Choose another, or change its permissions"
-        ) from error
+        reason = f"{existing}: {error.strerror or error}"
+    if reason:
+        raise RedflagError(f"{path} cannot be written ({reason}): choose another {option}, or mend that")
 
 
 def write_traces(

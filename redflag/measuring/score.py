@@ -117,7 +117,7 @@ def run(arguments: ScoreArguments) -> int:
         raise RedflagError(f"{output} is a folder, so no rows can be written under that name: give the name of a file")
     if output.resolve() == Path(arguments.input).resolve():
         raise RedflagError(f"{output} is the input as well, which would be lost: give the scores another name")
-    require_writable(output.parent, "output")
+    require_writable(output, "output", file=True)
     world = World.here()
     if arguments.prompts:
         from redflag.measuring.prompts import run_prompts

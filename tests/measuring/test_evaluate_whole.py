@@ -141,7 +141,7 @@ def test_a_place_that_cannot_be_written_to_is_refused_before_a_model_is_loaded(w
     option = "--output" if verb == "score" else "--output_dir"
     assert cli.main([verb, *words, option, "test.jsonl/below"]) == 2
     error = capsys.readouterr().err.strip()
-    assert error.count("\n") == 0 and "is a file). Choose another" in error
+    assert error.count("\n") == 0 and "is a file): choose another" in error
 
 
 def test_thresholds_that_could_not_be_saved_are_found_before_anything_is_scored(world, capsys, monkeypatch):
@@ -154,7 +154,7 @@ def test_thresholds_that_could_not_be_saved_are_found_before_anything_is_scored(
     monkeypatch.setattr("redflag.backends.load.read_model", lambda *a: pytest.fail("a model was loaded"))
     argv = ["calibrate", "--model", str(world / "model"), "--input", str(world / "calibration.jsonl")]
     assert cli.main([*argv, "--target_fpr", "0.2"]) == 2
-    assert "thresholds.json is written" in (error := capsys.readouterr().err) and "Read-only file system" in error
+    assert "thresholds.json cannot be written" in (error := capsys.readouterr().err) and "Read-only file" in error
 
 
 @pytest.mark.parametrize("name", ["token head", "refusal tokens", "deep alignment", "refusal at every position"])
