@@ -70,12 +70,12 @@ def save(
         replace_model(temporary, output)
         spec.save(output)
     except (OSError, SafetensorError) as error:
-        checkpoints = last_checkpoint(output) is not None
-        fix = "free space and run again with --resume" if checkpoints else "free space and train again"
-        raise RedflagError(
-            f"the model could not be written to {output} ({error}), its checkpoints "
-            f"{'are there' if checkpoints else 'were not wanted (save_strategy no)'}: {fix}"
-        ) from error
+        rest = (
+            "there is no checkpoint: free space and train again"
+            if last_checkpoint(output) is None
+            else "its checkpoints are there: free space and run again with --resume"
+        )
+        raise RedflagError(f"the model could not be written to {output} ({error}), {rest}") from error
     return result
 
 

@@ -17,10 +17,10 @@ from transformers import (
 )
 
 from redflag import cli
+from redflag.backends import Sampling
 from redflag.backends.load import load_flagged
 from redflag.corpus.rows import write_rows
 from redflag.errors import RedflagError
-from redflag.flags import FlagSpec
 from redflag.training.preflight import refuse_quantised, repair_generation
 from redflag.training.trainer import RedFlagTrainer
 
@@ -186,10 +186,17 @@ def test_a_multimodal_model_is_saved_under_the_names_that_engines_look_for(tmp_p
     base, saved = names_of(tmp_path / "base"), names_of(tmp_path / "out")
     assert base[0] == ["Qwen3_5ForConditionalGeneration"] and any("visual" in name for name in base[2])
     assert saved == base
-    backend, _, spec = load_flagged(tmp_path / "out", None)
-    (scores,) = backend.score([([20, 30, 40], [50, 60, 70])])
-    assert scores.shape == (3, 1) and (scores > 0).all()
-    assert spec == FlagSpec.load(tmp_path / "out")
+    assert train(tmp_path, "adapter", merge=False) == 0
+    measured = {}
+    for name in ("out", "adapter"):
+        backend, _, _ = load_flagged(tmp_path / name, None)
+        # Twice, and a longer prompt in between: the wrapper keeps positions from one call to the next.
+        for prompt in ([20, 30, 40], [20, 30, 40, 50, 60, 70, 80], [20, 30, 40]):
+            steps = list(backend.stream(prompt, Sampling(max_new_tokens=6, temperature=0.0)))
+            (scores,) = backend.score([(prompt, [step.token_id for step in steps])])
+            assert [step.flag_probs[0] for step in steps] == pytest.approx(scores[:, 0], rel=1e-4)
+        measured[name] = scores
+    assert measured["adapter"] == pytest.approx(measured["out"], rel=1e-4)
 
 
 def test_a_multimodal_model_of_which_only_the_text_part_loads_is_refused(tmp_path, capsys, monkeypatch):
