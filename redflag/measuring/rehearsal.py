@@ -15,6 +15,7 @@ from redflag.flags import FlagSpec
 from redflag.measuring import report as reporting
 from redflag.measuring import score, stages, tables
 from redflag.measuring.attacks import Attack, Target, request_of
+from redflag.measuring.baselines.run import check_baselines
 from redflag.measuring.recording import Recording
 from redflag.trace import atomic_write
 
@@ -59,6 +60,16 @@ def rehearse(
     if record.exists() and record.read_text(encoding="utf-8") == made_of:
         return
     two = [_shortest([row for row in rows["test"] if row.harmful == harmful]) for harmful in (True, False)]
+    if names:
+        check_baselines(
+            names,
+            str(arguments.base),
+            arguments.model,
+            output,
+            device=arguments.device,
+            most_rows=arguments.baseline_rows,
+            options=arguments.baseline_options,
+        )
     if judge is not None:
         _ask(judge, two[0])
     if arguments.base or attacks or not arguments.upstream:
@@ -125,5 +136,5 @@ def _made_of(
 
     models = [model_stamp(folder) for folder in (arguments.model, arguments.base) if folder]
     asked = [list(names), [attack.name for attack in attacks], getattr(judge, "identity", None)]
-    how = [arguments.device, arguments.dtype, arguments.max_length, spec.run_id]
+    how = [arguments.device, arguments.dtype, arguments.max_length, arguments.baseline_options, spec.run_id]
     return json.dumps([models, rows["test"].sha256, asked, how])

@@ -94,6 +94,13 @@ def test_what_comes_last_is_tried_before_the_rows_are_scored(world, tmp_path, mo
     assert not (tmp_path / "out" / "rehearsal.json").exists()
 
 
+def test_an_option_that_a_baseline_does_not_take_is_found_before_the_rows_are_scored(world, tmp_path, monkeypatch):
+    monkeypatch.setattr("redflag.measuring.score.run", lambda arguments: pytest.fail("rows were scored"))
+    options = {"refusal tokens": {"tunning": {}}}
+    with pytest.raises(RedflagError, match="do not fit the baseline 'refusal tokens'"):
+        evaluate(arguments(world, tmp_path / "out", baselines=["refusal tokens"], baseline_options=options))
+
+
 def test_a_judge_that_does_not_answer_is_found_before_the_rows_are_scored(world, tmp_path, monkeypatch):
     def silent(messages, answer):
         raise UnansweredError("connection refused")
