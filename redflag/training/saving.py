@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from transformers.utils import cached_file
 
 from redflag.errors import RedflagError
 from redflag.flags import FILE, FlagSpec
@@ -23,9 +24,11 @@ CHECKPOINTS = (
 )
 # Without one of these nothing loads a folder.
 CONFIGURATIONS = ("config.json", "adapter_config.json")
+PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 # What else a model is loaded from, as transformers and PEFT name it. An engine that finds shards of an earlier run, or
 # an adapter, beside a model in one file loads them as well.
 LOADED = (
+    *PROCESSORS,
     "model.safetensors",
     "model-*-of-*.safetensors",
     "model.safetensors.index.json",
@@ -66,6 +69,8 @@ def save(
         # The flags' rows are in the adapter by themselves: PEFT would add the whole matrix where it has grown by them.
         model.save_pretrained(temporary, **({"save_embedding_layers": False} if hasattr(model, "peft_type") else {}))
         tokenizer.save_pretrained(temporary)
+        if not hasattr(model, "peft_type"):
+            copy_processors(model.config.name_or_path, temporary)
         (temporary / "train.json").write_text(json.dumps(result, indent=2, default=str), encoding="utf-8")
         replace_model(temporary, output)
         spec.save(output)
@@ -97,6 +102,17 @@ def replace_model(new: Path, output: Path) -> None:
         _remove(output / path.name)
         os.replace(path, output / path.name)
     new.rmdir()
+
+
+def copy_processors(base: str, folder: Path) -> None:
+    """Copies what a multimodal base says about its images: engines start no such model without, also for text."""
+    for name in PROCESSORS if base else ():
+        try:
+            path = cached_file(base, name, _raise_exceptions_for_missing_entries=False)
+        except (OSError, ValueError):  # The base is out of reach by now, which shall not cost the model.
+            continue
+        if path is not None:
+            shutil.copyfile(path, folder / name)
 
 
 def last_checkpoint(output: Path) -> Path | None:

@@ -170,6 +170,7 @@ def qwen3_5(folder: Path) -> None:
     )
     Qwen3_5ForConditionalGeneration(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text('{"patch_size": 4}')
 
 
 def names_of(folder: Path) -> tuple[list[str], str, set[str]]:
@@ -186,6 +187,7 @@ def test_a_multimodal_model_is_saved_under_the_names_that_engines_look_for(tmp_p
     base, saved = names_of(tmp_path / "base"), names_of(tmp_path / "out")
     assert base[0] == ["Qwen3_5ForConditionalGeneration"] and any("visual" in name for name in base[2])
     assert saved == base
+    assert (tmp_path / "out" / "preprocessor_config.json").read_text() == '{"patch_size": 4}'
     assert train(tmp_path, "adapter", merge=False) == 0
     measured = {}
     for name in ("out", "adapter"):

@@ -179,6 +179,12 @@ def test_a_save_after_a_killed_one_is_whole(base, tmp_path, monkeypatch):
     load_flagged(tmp_path / "out", None)
 
 
+def test_a_base_that_is_gone_by_the_end_costs_nothing(base, tmp_path):
+    base[0].config.name_or_path = str(tmp_path / "gone")
+    flagged_folder(base, tmp_path / "out", 2)
+    load_flagged(tmp_path / "out", None)
+
+
 def test_files_of_the_user_stay(base, tmp_path):
     flagged_folder(base, tmp_path / "out", 2)
     for name in ("notes.txt", "thresholds.json", "other.safetensors", "checkpoint-4/trainer_state.json"):
