@@ -30,7 +30,7 @@ from redflag.errors import RedflagError
 from redflag.measuring import audit_page
 from redflag.measuring.audit_counts import Audit, Finding
 from redflag.measuring.score import report_skipped
-from redflag.trace import atomic_write
+from redflag.trace import atomic_write, require_writable
 
 
 @dataclass
@@ -90,6 +90,7 @@ def run(arguments: AuditArguments) -> int:
         RedflagError: An option makes no sense, or something cannot be read or written.
     """
     _check(arguments)
+    require_writable(arguments.output_dir, "output_dir")
     taxonomy = load_taxonomy(arguments.taxonomy)
     classifier: RefusalClassifier | PhraseClassifier
     if arguments.train:

@@ -28,8 +28,9 @@ from redflag.measuring.observed import known_onset
 from redflag.measuring.parts import split_groups
 from redflag.measuring.recorded import recorded
 from redflag.measuring.recording import Recording
+from redflag.trace import require_writable
 from redflag.watching.monitor import MonitorConfig
-from redflag.watching.thresholds import Thresholds
+from redflag.watching.thresholds import THRESHOLDS_FILE, Thresholds
 
 __all__ = ["CalibrateArguments", "Calibration", "calibrate", "fit_threshold", "fit_thresholds", "run", "split_groups"]
 
@@ -137,6 +138,7 @@ def run(arguments: CalibrateArguments) -> int:
         warm_up=arguments.warm_up,
     )
     spec = FlagSpec.load(arguments.model)
+    require_writable(f"{arguments.model}/{THRESHOLDS_FILE}", "model", file=True)
     recording = recorded(arguments.input, spec)
     if recording is None:
         rows = load_rows(arguments.input, on_bad_row=arguments.on_bad_row, **arguments.row_options())

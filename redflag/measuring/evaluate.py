@@ -21,6 +21,7 @@ from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
 from redflag.measuring.guarantee import check_rates
 from redflag.measuring.world import World
+from redflag.trace import require_writable
 from redflag.watching.monitor import MonitorConfig
 from redflag.watching.policy import Policy
 
@@ -144,6 +145,7 @@ def evaluate(arguments: EvaluateArguments, say: Callable[[str], None] = lambda l
     """
     from redflag.measuring import cascade, cost, stages, tables
     from redflag.measuring import report as reporting
+    from redflag.measuring.rehearsal import rehearse
     from redflag.measuring.versus import versus
 
     reporting.require()
@@ -172,8 +174,26 @@ def evaluate(arguments: EvaluateArguments, say: Callable[[str], None] = lambda l
     attacks = stages.attacks_of(arguments, rows) if arguments.attacks else []
     names = stages.baselines_of(arguments)
     cascades = cascade.cascades_of(arguments, names, rows)
+    require_writable(output, "output_dir")
     output.mkdir(parents=True, exist_ok=True)
 
+    def complete(
+        methods: dict[str, Any], language: dict[str, Any] | None, table: list[dict[str, Any]], judged: Any
+    ) -> dict[str, Any]:
+        return {
+            "format": 1,
+            "title": f"{Path(arguments.model).resolve().name} on {Path(arguments.test).name}",
+            "made": stages.made(arguments, spec, rows, time.monotonic() - start),
+            "methods": methods,
+            "language": language,
+            "attacks": table,
+            "judge": judged,
+            "warnings": list(dict.fromkeys(warnings)),
+        }
+
+    if not World.here().rank:
+        say("== two rows, to the end")
+        rehearse(arguments, spec, rows, names, attacks, judge, output, complete)
     recordings = {}
     for split in ("test", "calibration"):
         say(f"== flag probabilities of the {split} rows")
@@ -225,17 +245,7 @@ def evaluate(arguments: EvaluateArguments, say: Callable[[str], None] = lambda l
         table, judged, attempts = stages.attack(arguments, attacks, judge, rows, output / "attacks", thresholds, say)
     for name, method in methods.items():
         warnings += [f"{name}: {note}" for note in method["notes"]]
-    result = {
-        "format": 1,
-        "title": f"{Path(arguments.model).resolve().name} on {Path(arguments.test).name}",
-        "made": stages.made(arguments, spec, rows, time.monotonic() - start),
-        "methods": methods,
-        "model_pass": dict(own),
-        "language": language,
-        "attacks": table,
-        "judge": judged,
-        "warnings": list(dict.fromkeys(warnings)),
-    }
+    result = complete(methods, language, table, judged) | {"model_pass": dict(own)}
     say("== report")
     reporting.write(result, [*stages.viewed(arguments, recordings["test"], tokens, flag), *attempts], output)
     return result

@@ -34,6 +34,7 @@ from redflag.measuring.progress import CUT, progress, report_rows, report_skippe
 from redflag.measuring.scored import Probs, Scored, as_json, read_scored
 from redflag.measuring.shards import kept_in, write_lines
 from redflag.measuring.world import World
+from redflag.trace import require_writable
 
 if TYPE_CHECKING:
     from redflag.backends.hf import HFBackend
@@ -117,6 +118,7 @@ def run(arguments: ScoreArguments) -> int:
         raise RedflagError(f"{output} is a folder, so no rows can be written under that name: give the name of a file")
     if output.resolve() == Path(arguments.input).resolve():
         raise RedflagError(f"{output} is the input as well, which would be lost: give the scores another name")
+    require_writable(output, "output", file=True)
     world = World.here()
     if arguments.prompts:
         from redflag.measuring.prompts import run_prompts

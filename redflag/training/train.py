@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib.metadata
-import json
 import math
 import os
 import platform
 import random
-import shutil
 import signal
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,7 +16,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedConfig, TrainerCallback, set_seed
+from transformers import TrainerCallback, set_seed
 
 from redflag.backends.load import read_model
 from redflag.backends.precision import DTYPES, Machine, choose_precision
@@ -29,18 +26,15 @@ from redflag.corpus.summary import label_table, warnings_about
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec, attach
 from redflag.prompt import template_hash
+from redflag.trace import require_writable
 from redflag.training.adapter import lora_config
 from redflag.training.encode import build_dataset
 from redflag.training.order import EpochOrder
+from redflag.training.preflight import refuse_part, refuse_quantised, repair_generation, try_evaluation, try_saving
+from redflag.training.saving import last_checkpoint, save
 from redflag.training.sharded import whole_model
 from redflag.training.trainer import RedFlagConfig, RedFlagTrainer
 
-# Weights and optimizer in a checkpoint: of whole models, and of FSDP2 in one file each or a part for every process.
-CHECKPOINTS = (
-    ("*.safetensors", "optimizer.pt"),
-    ("pytorch_model_fsdp.bin", "optimizer.bin"),
-    ("pytorch_model_fsdp_0/.metadata", "optimizer_0/.metadata"),
-)
 VERSIONS = ("redflag-llm", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers")
 
 
@@ -92,10 +86,7 @@ def run(arguments: TrainArguments, config: RedFlagConfig) -> dict[str, Any]:
     _check_numbers(arguments, config)
     if output.resolve() == Path(arguments.model).resolve():
         raise RedflagError(f"output_dir {output} is the model's own folder, which would be lost: choose another one")
-    existing = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        why = "may not be written to" if existing.is_dir() else "is a file"
-        raise RedflagError(f"the folder {output} cannot be made, as {existing} {why}: choose another output_dir")
+    require_writable(output, "output_dir")
     checkpoint = last_checkpoint(output) if arguments.resume else None
     if not arguments.resume and last_checkpoint(output) is not None:
         raise RedflagError(
@@ -128,6 +119,8 @@ def run(arguments: TrainArguments, config: RedFlagConfig) -> dict[str, Any]:
         peft_config,
         callbacks=[interrupt, EpochOrder()],
     )
+    try_saving(trainer.accelerator.unwrap_model(trainer.model), tokenizer, spec, output, arguments.merge)
+    try_evaluation(trainer, eval_set)
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except OSError as error:
@@ -164,75 +157,13 @@ def load_model(name: str, dtype: str = "auto", use_cpu: bool = False) -> tuple[A
     """A causal language model to train, its tokenizer, and the type that its weights are saved in."""
     machine = Machine.here()
     choose_precision(machine, dtype=dtype, use_cpu=use_cpu)  # refuses an unknown type before a long download
-    try:
-        described, _ = PreTrainedConfig.get_config_dict(name)
-    except Exception:  # `read_model` says what is wrong with it.
-        described = {}
-    if (described.get("quantization_config") or {}).get("quant_method") == "mxfp4":
-        raise RedflagError(
-            f"{name} holds its experts as MXFP4 numbers, which cannot be trained, nor saved again: write a bfloat16 "
-            "copy first, as recipes/gpt-oss-20b-redflag/base.py does"
-        )
+    refuse_quantised(name)
     model, tokenizer = read_model(name, DTYPES.get(dtype, "auto"))
+    refuse_part(name, model)
+    for line in repair_generation(model):
+        print(line)
     precision = choose_precision(machine, model.dtype, dtype=dtype, use_cpu=use_cpu)
     return model.to(precision.weights), tokenizer, precision.saved
-
-
-def save(
-    model: Any,
-    tokenizer: Any,
-    spec: FlagSpec,
-    output: Path,
-    merge: bool,
-    result: dict[str, Any],
-    dtype: torch.dtype | None = None,
-) -> dict[str, Any]:
-    """Writes everything beside its final name, then renames; `redflag.json` comes last and makes the folder a model."""
-    digest = hashlib.sha256(json.dumps(result["arguments"], sort_keys=True).encode())
-    for _, parameter in sorted(model.named_parameters()):
-        if parameter.requires_grad:
-            digest.update(parameter.detach().float().cpu().numpy().tobytes())
-    spec = dataclasses.replace(spec, run_id=digest.hexdigest()[:16])
-    result = {**result, "run_id": spec.run_id}
-    if merge and hasattr(model, "merge_and_unload"):
-        model = model.merge_and_unload()
-    if dtype is not None and not hasattr(model, "peft_type"):
-        model = model.to(dtype)
-    temporary = output / ".saving"
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        # The flags' rows are in the adapter by themselves: PEFT would add the whole matrix where it has grown by them.
-        model.save_pretrained(temporary, **({"save_embedding_layers": False} if hasattr(model, "peft_type") else {}))
-        tokenizer.save_pretrained(temporary)
-        (temporary / "train.json").write_text(json.dumps(result, indent=2, default=str), encoding="utf-8")
-        for path in sorted(temporary.iterdir()):
-            os.replace(path, output / path.name)
-        temporary.rmdir()
-        spec.save(output)
-    except OSError as error:
-        raise RedflagError(
-            f"the model could not be written to {output} ({error}), its checkpoints are there: free space and run "
-            "again with --resume"
-        ) from error
-    return result
-
-
-def last_checkpoint(output: Path) -> Path | None:
-    """The newest checkpoint that was written to its end; one that a kill cut short does not count."""
-    found = []
-    for path in output.glob("checkpoint-*"):
-        try:
-            json.loads((path / "trainer_state.json").read_text())
-            if (path / "scheduler.pt").stat().st_size and any(_holds(path, *files) for files in CHECKPOINTS):
-                found.append((int(path.name.rpartition("-")[2]), path))
-        except (OSError, ValueError):
-            continue
-    return max(found)[1] if found else None
-
-
-def _holds(path: Path, *patterns: str) -> bool:
-    return all(any(file.stat().st_size for file in path.glob(pattern)) for pattern in patterns)
 
 
 def _rows(arguments: TrainArguments, seed: int) -> tuple[list[Row], list[Row], dict[str, Any]]:
