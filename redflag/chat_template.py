@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 from redflag.errors import RedflagError
@@ -58,7 +58,7 @@ def apply(tokenizer: PreTrainedTokenizerFast, turns: Sequence[Message], generate
 
 
 def _apply(
-    tokenizer: PreTrainedTokenizerFast, turns: Sequence[Message], generate: bool, listed: frozenset[str], **more: Any
+    tokenizer: PreTrainedTokenizerFast, turns: Sequence[Message], generate: bool, listed: frozenset[str], head: str = ""
 ) -> str:
     import jinja2
 
@@ -73,9 +73,8 @@ def _apply(
             given,
             tokenize=False,
             add_generation_prompt=generate,
-            chat_template=template_text(tokenizer),
+            chat_template=head + template_text(tokenizer),
             enable_thinking=False,  # read by templates with a thinking mode (Qwen3); others ignore it
-            **more,
         )
     except (jinja2.TemplateError, AttributeError, LookupError, TypeError, ValueError) as error:
         roles = [turn["role"] for turn in turns]
@@ -126,10 +125,8 @@ def reads_clock(tokenizer: PreTrainedTokenizerFast) -> bool:
     for roles in PROBES:
         turns = [{"role": role, "content": "a"} for role in roles]
         with suppress(RedflagError):
-            texts = {
-                _apply(tokenizer, turns, True, listed, strftime_now=lambda _, day=day: day)
-                for day in ("1 Jan 2001", "2 Feb 2002")
-            }
-            if len(texts) > 1:
+            day = sentinel()
+            clock = f"{{% macro strftime_now(format) %}}{day}{{% endmacro %}}"  # in place of transformers' own
+            if day in _apply(tokenizer, turns, True, listed, clock):
                 return True
     return False
