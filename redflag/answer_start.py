@@ -55,7 +55,7 @@ def answer_start(tokenizer: PreTrainedTokenizerFast, turns: Sequence[Message], l
             known.clear()
         known[key] = _find(tokenizer, turns, last, tail)
         if known[key]:
-            _say_once(
+            say_once(
                 f"the chat template's prompt ends in {_end(tail)!r}, before an answer begins: {known[key]!r} is put "
                 "behind it in training, scoring and serving"
             )
@@ -129,5 +129,6 @@ def _end(text: str) -> str:
 
 
 @lru_cache(maxsize=64)
-def _say_once(sentence: str) -> None:
+def say_once(sentence: str) -> None:
+    """Logs a warning, the first time that there is reason to."""
     _log.warning(sentence)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-from redflag.answer_start import answer_start
+from redflag.answer_start import answer_start, say_once
 from redflag.chat_template import FALLBACK_TEMPLATE as FALLBACK_TEMPLATE
 from redflag.chat_template import apply, reads_clock, roles_in_parts, sentinel, template_text
 from redflag.control_tokens import content_ids, control_ids, own_bos, tokenise
@@ -133,36 +133,36 @@ def template_hash(tokenizer: PreTrainedTokenizerFast) -> str:
     """Names the prompt template in force; thresholds are refused where it differs.
 
     What is done to its text (contents given as parts, a thought closed) is part of the name. What it writes besides is
-    not: a date (`warn_of_clock`), or tools that a system turn lists.
+    not: a date, which `check_template` warns of, or tools that a system turn lists.
 
     Raises:
         RedflagError: As `check_template`.
     """
-    added, listed = check_template(tokenizer), sorted(roles_in_parts(tokenizer))
+    added, listed = _added(tokenizer), sorted(roles_in_parts(tokenizer))
     name = "\0".join([template_text(tokenizer), *([added, *listed] if added or listed else [])])
     return hashlib.sha256(name.encode()).hexdigest()[:16]
 
 
-def check_template(tokenizer: PreTrainedTokenizerFast) -> str:
-    """Tries the chat template on one question, before a model is trained or served; says what is put behind it.
+def check_template(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Tries the chat template before a model is trained or served, and warns, once, where prompts tell the day's date.
 
     Raises:
         RedflagError: What a user says would not appear, or the prompt does not end where an answer begins.
     """
+    _added(tokenizer)
+    if reads_clock(tokenizer):
+        say_once(
+            "the chat template writes the day's date into prompts, so the prompts that are served differ from those "
+            "that thresholds were calibrated with, and template_hash does not show it: write a fixed date into the "
+            "template before training"
+        )
+
+
+def _added(tokenizer: PreTrainedTokenizerFast) -> str:
+    """What is put behind the prompt of a lone question."""
     name = sentinel()
     turns = [{"role": "user", "content": name}]
     return answer_start(tokenizer, turns, name, apply(tokenizer, turns, True))
-
-
-def clock_warning(tokenizer: PreTrainedTokenizerFast) -> str:
-    """What thresholds do not hold for where the template writes the day's date into prompts; else empty."""
-    if not reads_clock(tokenizer):
-        return ""
-    return (
-        "the chat template writes the date of rendering into prompts, so the prompts that are served differ from those "
-        "that thresholds were calibrated with, and template_hash does not show it: write a fixed date into the "
-        "template before training"
-    )
 
 
 def _guarded(

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from redflag.backends.hf import HFBackend, find_eos_ids
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
-from redflag.prompt import template_hash
+from redflag.prompt import check_template, template_hash
 
 
 def read_model(name: str | Path, dtype: Any = "auto") -> tuple[Any, Any]:
@@ -137,6 +137,7 @@ def read_tokenizer(directory: str | Path) -> tuple[Any, frozenset[int]]:
 
 
 def _check(directory: str | Path, tokenizer: Any, spec: FlagSpec) -> None:
+    check_template(tokenizer)
     if spec.template_hash and spec.template_hash != template_hash(tokenizer):
         raise RedflagError(
             f"the prompt template in {directory} is not the one that its flags were trained with, so their "

@@ -25,7 +25,7 @@ from redflag.backends.load import read_model
 from redflag.corpus.rows import Row, Rows, load_rows
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec, attach
-from redflag.prompt import template_hash
+from redflag.prompt import check_template, template_hash
 from redflag.training.adapter import lora_config
 from redflag.training.encode import build_dataset
 from redflag.training.order import EpochOrder
@@ -104,6 +104,7 @@ def run(arguments: TrainArguments, config: RedFlagConfig) -> dict[str, Any]:
     set_seed(config.seed)
     train_rows, eval_rows, sources = _rows(arguments, config.seed)
     model, tokenizer = load_model(arguments.model, arguments.dtype)
+    check_template(tokenizer)
     if arguments.attention:
         model.set_attn_implementation(arguments.attention)
     spec = attach(model, tokenizer, FlagSpec.of(*arguments.categories))
