@@ -15,6 +15,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -134,13 +135,12 @@ def template_hash(tokenizer: PreTrainedTokenizerFast) -> str:
 
     What is done to its text (contents given as parts, a thought closed) is part of the name. What it writes besides is
     not: a date, which `check_template` warns of, or tools that a system turn lists.
-
-    Raises:
-        RedflagError: As `check_template`.
     """
-    added, listed = _added(tokenizer), sorted(roles_in_parts(tokenizer))
-    name = "\0".join([template_text(tokenizer), *([added, *listed] if added or listed else [])])
-    return hashlib.sha256(name.encode()).hexdigest()[:16]
+    name = [template_text(tokenizer)]
+    with suppress(RedflagError):  # Whether it can be used is another question.
+        added, listed = _added(tokenizer), sorted(roles_in_parts(tokenizer))
+        name += [added, *listed] if added or listed else []
+    return hashlib.sha256("\0".join(name).encode()).hexdigest()[:16]
 
 
 def check_template(tokenizer: PreTrainedTokenizerFast) -> None:

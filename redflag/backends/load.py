@@ -137,12 +137,12 @@ def read_tokenizer(directory: str | Path) -> tuple[Any, frozenset[int]]:
 
 
 def _check(directory: str | Path, tokenizer: Any, spec: FlagSpec) -> None:
-    check_template(tokenizer)
     if spec.template_hash and spec.template_hash != template_hash(tokenizer):
         raise RedflagError(
             f"the prompt template in {directory} is not the one that its flags were trained with, so their "
             "probabilities would mean nothing: restore the tokenizer that `redflag train` saved, or train again"
         )
+    check_template(tokenizer)
     for flag in spec.flags:
         if (known := tokenizer.convert_tokens_to_ids(flag.token)) != flag.id:
             raise RedflagError(
