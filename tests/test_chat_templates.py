@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
+import shutil
 from importlib.resources import files
 from typing import Any
 
@@ -11,7 +13,9 @@ import pytest
 from real_models import tokenizer_of
 from recipes_of import script
 from templates import byte_level, turn
+from transformers import AutoTokenizer
 
+from redflag import cli
 from redflag.answer_start import say_once
 from redflag.chat_template import roles_in_parts
 from redflag.errors import RedflagError
@@ -222,3 +226,44 @@ class TestClock:
     ) -> None:
         check_template(world(template)[0])
         assert ("writes the day's date into prompts" in warnings.text) is reads
+
+
+class TestVerbs:
+    """A model folder with two flags, whose template is changed."""
+
+    @pytest.fixture
+    def folder(self, origin: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+        shutil.copytree(origin, tmp_path, dirs_exist_ok=True)
+        monkeypatch.chdir(tmp_path)
+        return tmp_path
+
+    @pytest.mark.parametrize(
+        "argv",
+        [
+            "train --model base --input rows.jsonl --output_dir out --use_cpu true",
+            "score --model model --input rows.jsonl --output scored.jsonl",
+            "generate --model model Hi",
+        ],
+        ids=lambda argv: argv.split()[0],
+    )
+    @pytest.mark.parametrize(
+        "template, words",
+        [
+            ("{% for m in messages %}<|user|>{{ m.text }}{% endfor %}<|assistant|>", "shows what a user says neither"),
+            (CHAT_TEMPLATE + "{% if add_generation_prompt %}<think>{% endif %}", "ends inside a thought"),
+        ],
+        ids=["no words", "an open thought"],
+    )
+    def test_a_template_that_cannot_be_used_is_refused_in_one_sentence(
+        self, folder: Any, argv: str, template: str, words: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        for name in ("base", "model"):
+            tokenizer = AutoTokenizer.from_pretrained(folder / name)
+            tokenizer.chat_template = template
+            tokenizer.save_pretrained(folder / name)
+        for file in (folder / "model" / "redflag.json", folder / "model" / "thresholds.json"):
+            file.write_text(json.dumps(json.loads(file.read_text()) | {"template_hash": template_hash(tokenizer)}))
+        assert cli.main(argv.split()) == 2
+        *_, last = capsys.readouterr().err.strip().splitlines()
+        assert last.startswith(f"redflag {argv.split()[0]}: the chat template") and words in last
+        assert not (folder / "out").exists()
