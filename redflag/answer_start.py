@@ -25,9 +25,8 @@ _log = logging.getLogger(__name__)
 
 # The tags that released models open a thought with: <think>, [THINK], <|START_THINKING|>, ◁think▷, <|channel>thought.
 _OPENING = re.compile(
-    r"(?P<before>[<\[◁]\|?)(?P<start>START_|start_|begin_of_)?(?P<name>(?:\w+:)?(?:think|thinking|thought|reasoning))"
-    r"(?P<after>\|?[>\]▷])|(?P<channel><\|channel>thought)",
-    re.IGNORECASE,
+    r"(?P<before>[<\[◁]\|?)(?P<start>START_|start_|begin_of_)?(?P<name>(?:\w+:)?(?i:think|thinking|thought|reasoning))"
+    r"(?P<after>\|?[>\]▷])|(?P<channel><\|channel>thought)"
 )
 _ENDS = {"START_": "END_", "start_": "end_", "begin_of_": "end_of_", None: "/"}
 _KEPT = 64  # ends of prompts whose continuation is remembered

@@ -196,6 +196,12 @@ def _guarded(
         item.stand_in if item.forbidden.intersection(tokenise(tokenizer, item.text)) else None
         for item in conversation.texts
     ]
+    for name in conversation.aliases:
+        if control.all.intersection(tokenise(tokenizer, name)):
+            raise RedflagError(
+                f"the name, id or key {name!r} of a tool call holds a control token, which is never accepted from a "
+                "user: take it out"
+            )
     for apart in (dirty, conversation.stand_ins):
         text = apply(tokenizer, conversation.turns(apart, style), True) + added
         render = partial(_spliced_contents, tokenizer, text, conversation, apart)
