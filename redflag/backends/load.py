@@ -14,7 +14,7 @@ from redflag.backends.hf import HFBackend, find_eos_ids
 from redflag.backends.precision import inference_device
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
-from redflag.prompt import template_hash
+from redflag.prompt import check_template, template_hash
 
 
 def read_model(name: str | Path, dtype: Any = "auto") -> tuple[Any, Any]:
@@ -156,6 +156,7 @@ def _check(directory: str | Path, tokenizer: Any, spec: FlagSpec) -> None:
             f"the prompt template in {directory} is not the one that its flags were trained with, so their "
             "probabilities would mean nothing: restore the tokenizer that `redflag train` saved, or train again"
         )
+    check_template(tokenizer)
     for flag in spec.flags:
         if (known := tokenizer.convert_tokens_to_ids(flag.token)) != flag.id:
             raise RedflagError(

@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -30,7 +31,7 @@ from redflag.corpus.rows import Row, load_rows
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
 from redflag.measuring.fitting import fit, renderable, row_name
-from redflag.measuring.progress import CUT, progress, report_rows, report_skipped
+from redflag.measuring.progress import cut_lines, progress, report_rows, report_skipped
 from redflag.measuring.scored import Probs, Scored, as_json, read_scored
 from redflag.measuring.shards import kept_in, write_lines
 from redflag.measuring.world import World
@@ -237,20 +238,20 @@ def score_to_file(
     }
     bounds: dict[str, Any] = {"upper_bound": True} if getattr(scorer, "upper_bound", False) else {}
     alone, chunk, fingerprint = plan(scorer, key, output, world, batch_size)
-    cut = 0
+    cut: Counter[str] = Counter()
 
     def lines(start: int, stop: int) -> Iterator[str]:
-        nonlocal cut
         scored = score(
             scorer, tokenizer, spec, rows[start:stop], batch_size=batch_size, max_length=max_length, first=start
         )
         for item in progress(scored, total=stop - start, what="scored") if alone else scored:
-            cut += item.truncated
+            cut.update(response=item.truncated, prompt=item.prompt_truncated)
             yield json.dumps({**as_json(item, tokenizer), **bounds}, ensure_ascii=False, allow_nan=False)
 
     written = write_lines(output, len(rows), lines, chunk=chunk, fingerprint=fingerprint, world=world)
-    if cut and not alone:
-        print(f"process {world.rank}: {CUT.format(cut)}", file=sys.stderr)
+    if not alone:
+        for line in cut_lines(cut):
+            print(f"process {world.rank}: {line}", file=sys.stderr)
     return written
 
 
@@ -284,7 +285,7 @@ def score_rows(
     Yields:
         `id`, `token_ids` (T), `tokens` (T texts), `flag_probs` (T x K), `tail_probs` (M x K), `peak` (K), `onset`
         (token index or None), `category`, `group`, `source`, `lang`, `onset_source`, `turns` (of the user),
-        `truncated`.
+        `truncated`, `prompt_truncated`.
     """
     for item in score(scorer, tokenizer, spec, rows, batch_size=batch_size, max_length=max_length):
         yield as_json(item, tokenizer)
@@ -308,8 +309,9 @@ def score(
         spec: The model's flags.
         rows: Conversations that end in the response.
         batch_size: Conversations per forward pass.
-        max_length: Longest prompt + response in tokens; None: no limit. A prompt that does not fit loses its front; a
-            response that does not fit even alone loses its end and is marked as truncated.
+        max_length: Longest prompt + response in tokens; None: no limit. A prompt that does not fit loses its
+            oldest turns (`redflag.truncation.fit_prompt`); a response that does not fit even alone loses its end. Both
+            are marked.
         first: Number of the first of these rows, for what errors say.
 
     Raises:
@@ -332,7 +334,8 @@ def score(
                 raise RedflagError(f"{row_name(row, i)}: {error}") from error
             length = len(item.response_ids)
             _check(probs, (length + len(item.tail_ids), flags), row, i)
-            yield Scored(row, item.response_ids, probs[:length], probs[length:], item.onset, item.truncated)
+            cut = {"truncated": item.truncated, "prompt_truncated": item.prompt_truncated}
+            yield Scored(row, item.response_ids, probs[:length], probs[length:], item.onset, **cut)
 
 
 def served(scorer: object) -> bool:

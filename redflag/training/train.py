@@ -25,7 +25,7 @@ from redflag.corpus.rows import Row, Rows, load_rows
 from redflag.corpus.summary import label_table, warnings_about
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec, attach
-from redflag.prompt import template_hash
+from redflag.prompt import check_template, template_hash
 from redflag.trace import require_writable
 from redflag.training.adapter import lora_config
 from redflag.training.encode import build_dataset
@@ -96,6 +96,7 @@ def run(arguments: TrainArguments, config: RedFlagConfig) -> dict[str, Any]:
     set_seed(config.seed)
     train_rows, eval_rows, sources = _rows(arguments, config.seed)
     model, tokenizer, saved = load_model(arguments.model, arguments.dtype, config.use_cpu)
+    check_template(tokenizer)
     if arguments.attention:
         model.set_attn_implementation(arguments.attention)
     spec = attach(model, tokenizer, FlagSpec.of(*arguments.categories))
