@@ -147,16 +147,18 @@ def test_a_client_that_leaves_stops_the_upstream(model_dir):
 
 @pytest.fixture(scope="module")
 def asks(nano):
-    """Conversations of the nano world, harmful and harmless."""
+    """Conversations of the nano world: harmless requests, and harmful answers begun a little past their onset.
+
+    Which of those the model goes on with in harm depends on its weights, and they on the processor that trained them;
+    some do on every one.
+    """
     rows = load_rows(nano / "rows" / "test.jsonl").rows
-    return {
-        kind: [row.messages for row in rows if (row.category is not None) == (kind == "harmful")][:12]
-        for kind in ("harmful", "harmless")
-    }
-
-
-def conversation(messages):
-    return {"messages": [dict(message) for message in messages[:-1]]}
+    begun = [
+        [*row.messages[:-1], {"role": "assistant", "content": row.response[: (row.onset or 0) + 12]}]
+        for row in rows
+        if row.harmful
+    ]
+    return {"harmful": begun[:12], "harmless": [row.messages[:-1] for row in rows if not row.harmful][:6]}
 
 
 @pytest.fixture(scope="module")
@@ -173,14 +175,10 @@ def test_before_vllm_harmless_responses_are_whole_and_harmful_ones_halt(before_v
     server = before_vllm
     local = Guard.from_pretrained(nano / "model", Policy(hold_back=1), device=None)
     ends = set()
-    for kind, messages in [(kind, messages) for kind, found in asks.items() for messages in found[:6]]:
-        fields = conversation(messages)
-        if kind == "harmful":  # A prefill of its first words: the model goes on as it was trained to.
-            start = messages[-1]["content"][:25]
-            fields["messages"].append({"role": "assistant", "content": start})
-        expected = local.generate(fields["messages"], Sampling(max_new_tokens=40, temperature=0.0))
+    for messages in (*asks["harmful"], *asks["harmless"]):
+        expected = local.generate(messages, Sampling(max_new_tokens=40, temperature=0.0))
         for stream in (False, True):
-            asked = {"model": MODEL, **fields, "stream": stream, "max_tokens": 40, "temperature": 0}
+            asked = {"model": MODEL, "messages": messages, "stream": stream, "max_tokens": 40, "temperature": 0}
             count = len(server.traces)
             text, last = read(httpx.post(server.url + ROUTES[0], json=asked, timeout=60), stream)
             trace = server.told(count + 1)
@@ -225,10 +223,8 @@ def test_before_vllm_reflections_stay_hidden(vllm_nano, nano, asks):
         guard = Guard.from_upstream(nano / "model", vllm_nano.url, policy)
         with running(guard, Limits(MODEL, prefill=True)) as server:
             reviewed = 0
-            for count, messages in enumerate(asks["harmful"][:6], 1):
-                fields = conversation(messages)
-                fields["messages"].append({"role": "assistant", "content": messages[-1]["content"][:25]})
-                asked = {"model": MODEL, **fields, "stream": True, "max_tokens": 40, "temperature": 0}
+            for count, messages in enumerate(asks["harmful"], 1):
+                asked = {"model": MODEL, "messages": messages, "stream": True, "max_tokens": 40, "temperature": 0}
                 text, last = read(httpx.post(server.url + ROUTES[0], json=asked, timeout=60), True)
                 trace = server.told(count)
                 released = [i for event in trace.events if isinstance(event, Text) for i in event.token_ids]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from chat_server import chat_server
+from stock_vllm import serve_vllm
 
 from redflag import cli
 from redflag.corpus.nano import nano_rows
@@ -155,26 +156,33 @@ def test_S3_1_the_nano_world_from_a_constitution(tmp_path, nano, command):
     assert all(row["forecast"][0][0] == 0 for row in found)
 
 
-def test_S3_1_the_nano_world_behind_a_stock_vllm(tmp_path, vllm_nano, command):
+@pytest.fixture(scope="module")
+def vllm_base(nano, tmp_path_factory):
+    """The nano world's base model behind a stock vLLM: in harmful answers the flagged one would write flags."""
+    with serve_vllm(nano / "base", tmp_path_factory.mktemp("vllm")) as server:
+        yield server
+
+
+def test_S3_1_the_nano_world_behind_a_stock_vllm(tmp_path, vllm_base, command):
     out = tmp_path / "out"
-    words = ("--constitution", NANO, "--url", f"{vllm_nano.url}/v1", "--model", vllm_nano.name, "--judge", "oracle")
+    words = ("--constitution", NANO, "--url", f"{vllm_base.url}/v1", "--model", vllm_base.name, "--judge", "oracle")
     more = ("--requests", 96, "--max_tokens", 64, "--near", 1.0, "--temperatures", 1.0, "--yes", "true")
-    before = vllm_nano.finished
+    before = vllm_base.finished
     status, said = command(*words, *more, "--output_dir", out)
     assert status == 0, said.err
     report = json.loads((out / "synthesize.json").read_text())
-    assert vllm_nano.finished - before == report["asked"]["requests"] > 80 and report["asked"]["tokens_out"] > 800
+    assert vllm_base.finished - before == report["asked"]["requests"] > 80 and report["asked"]["tokens_out"] > 800
     rows = load_rows(out / "rows.jsonl").rows
     assert any(row.harmful for row in rows) and any(not row.harmful for row in rows)
     assert not any("<|flag" in row.response for row in rows)
     first = (out / "rows.jsonl").read_bytes()
     assert command(*words, *more, "--output_dir", out)[0] == 0
-    assert vllm_nano.finished - before == report["asked"]["requests"] and (out / "rows.jsonl").read_bytes() == first
+    assert vllm_base.finished - before == report["asked"]["requests"] and (out / "rows.jsonl").read_bytes() == first
 
     harmful = [row for row in rows if row.harmful][:2]
     write_rows(tmp_path / "few.jsonl", harmful)
     status, said = command(
-        *("--forecasts", tmp_path / "few.jsonl", "--url", f"{vllm_nano.url}/v1", "--model", vllm_nano.name),
+        *("--forecasts", tmp_path / "few.jsonl", "--url", f"{vllm_base.url}/v1", "--model", vllm_base.name),
         *("--judge", "oracle", "--output_dir", tmp_path / "f", "--samples", 2, "--positions", 3, "--yes", "true"),
     )
     assert status == 0, said.err
