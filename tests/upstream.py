@@ -57,7 +57,7 @@ def event(
     logprobs = {
         "tokens": names,
         "top_logprobs": [{f"token_id:{token_id}": value for token_id, value in top.items()} for top in tops],
-        "token_logprobs": [None] * len(chosen),
+        "token_logprobs": [top.get(token_id) for token_id, top in zip(chosen, tops, strict=False)],
     }
     whole = {"index": 0, "text": text, "finish_reason": finish, "token_ids": chosen, "logprobs": logprobs, **choice}
     whole = {key: value for key, value in whole.items() if value is not ...}

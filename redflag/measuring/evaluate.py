@@ -53,6 +53,16 @@ class EvaluateArguments:
         metadata={"help": "endpoint: what it is asked; guard: its own chat template asks (Llama Guard and its like)."},
     )
     judge_key_env: str | None = field(default=None, metadata={"help": "endpoint: environment variable with its key."})
+    judge_tokens: int | None = field(
+        default=None,
+        metadata={"help": "endpoint: most tokens of its answer, thoughts included."},
+    )
+    judge_options: dict[str, Any] | None = field(
+        default=None, metadata={"help": "endpoint: further fields of the request, as JSON; null leaves one out."}
+    )
+    judge_headers: dict[str, str] | None = field(
+        default=None, metadata={"help": "endpoint: further headers, as JSON; ${NAME}: an environment variable."}
+    )
     attack_options: dict[str, Any] = field(
         default_factory=dict,
         metadata={"help": "Attack -> its options, as in JSON; PAIR needs attacker_url and attacker_model, say."},
@@ -104,6 +114,9 @@ class EvaluateArguments:
     )
     upstream_model: str | None = field(default=None, metadata={"help": "... its name there; default: the only one."})
     upstream_key_env: str | None = field(default=None, metadata={"help": "... environment variable with the API key."})
+    upstream_headers: dict[str, str] | None = field(
+        default=None, metadata={"help": "... further headers, as JSON; ${NAME} stands for an environment variable."}
+    )
     seed: int = field(default=0, metadata={"help": "Seeds intervals, baselines and attacks."})
     batch_size: int = field(default=16, metadata={"help": "Conversations per forward pass."})
     max_length: int | None = field(

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from redflag.backends.outbound import extra_headers
 from redflag.errors import RedflagError
 from redflag.flags import FILE, Flag, FlagSpec
 from redflag.measuring.score import key_in
@@ -207,6 +208,7 @@ def open_markers(arguments: ScoreArguments, world: World, stack: ExitStack) -> t
             eos_ids,
             model=arguments.upstream_model,
             api_key=key_in(arguments.upstream_key_env),
+            headers=extra_headers(arguments.upstream_headers, "upstream_headers"),
             upper_bound=arguments.upper_bound,
         )
         stack.callback(upstreams.close)

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
+from redflag.backends.outbound import extra_headers
 from redflag.corpus.rows import Row, load_rows
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
@@ -91,6 +92,9 @@ class ScoreArguments:
     )
     upstream_model: str | None = field(default=None, metadata={"help": "... its name there; default: the only one."})
     upstream_key_env: str | None = field(default=None, metadata={"help": "... environment variable with the API key."})
+    upstream_headers: dict[str, str] | None = field(
+        default=None, metadata={"help": "... further headers, as JSON; ${NAME} stands for an environment variable."}
+    )
     upper_bound: bool = field(
         default=False, metadata={"help": "... upper bounds from the 20 most likely tokens: quick, and for old servers."}
     )
@@ -170,6 +174,7 @@ def open_scorer(
         arguments.upstream,
         name=arguments.upstream_model,
         api_key=key_in(arguments.upstream_key_env),
+        headers=extra_headers(arguments.upstream_headers, "upstream_headers"),
         upper_bound=arguments.upper_bound,
     )
     stack.callback(upstreams.close)

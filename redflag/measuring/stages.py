@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from redflag.backends.outbound import extra_headers
 from redflag.corpus.rows import Row, Rows
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
@@ -58,6 +59,7 @@ def record(arguments: EvaluateArguments, source: str, rows: Rows, path: Path, sp
             upstream=list(arguments.upstream),
             upstream_model=arguments.upstream_model,
             upstream_key_env=arguments.upstream_key_env,
+            upstream_headers=arguments.upstream_headers,
             batch_size=arguments.batch_size,
             max_length=arguments.max_length,
             on_bad_row=arguments.on_bad_row,
@@ -169,11 +171,19 @@ def judge_of(arguments: EvaluateArguments) -> Judge:
     key = os.environ.get(arguments.judge_key_env) if arguments.judge_key_env else None
     if arguments.judge_key_env and not key:
         raise RedflagError(f"the environment variable {arguments.judge_key_env} holds no key for the judge: set it")
+    asked: dict[str, Any] = {
+        "api_key": key,
+        "timeout": 60.0,
+        "options": arguments.judge_options,
+        "headers": extra_headers(arguments.judge_headers, "judge_headers"),
+    }
+    if arguments.judge_tokens is not None:
+        asked["max_tokens"] = arguments.judge_tokens
     if arguments.judge_rubric == "guard":
-        return EndpointJudge(str(url), name, api_key=key, yes="unsafe", no="safe", chat=True, timeout=60.0)
+        return EndpointJudge(str(url), name, yes="unsafe", no="safe", chat=True, **asked)
     if arguments.judge_rubric == "strongreject":
-        return StrongRejectJudge(str(url), name, api_key=key)
-    return yes_no_judge(str(url), name, api_key=key, timeout=60.0)
+        return StrongRejectJudge(str(url), name, **asked)
+    return yes_no_judge(str(url), name, **asked)
 
 
 def attacks_of(arguments: EvaluateArguments, rows: Mapping[str, Rows]) -> list[Attack]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from redflag.backends.outbound import extra_headers
 from redflag.errors import RedflagError
 
 if TYPE_CHECKING:
@@ -93,6 +94,15 @@ class PolicyOptions:
         metadata={"help": "... it is a guard model with a template of its own: send the bare conversation."},
     )
     judge_key_env: str | None = field(default=None, metadata={"help": "... environment variable with its API key."})
+    judge_tokens: int = field(
+        default=16, metadata={"help": "... most tokens of its answer; a model that thinks first needs hundreds."}
+    )
+    judge_options: dict[str, Any] | None = field(
+        default=None, metadata={"help": "... further fields of the request, as JSON; null leaves one out."}
+    )
+    judge_headers: dict[str, str] | None = field(
+        default=None, metadata={"help": "... further headers, as JSON; ${NAME} stands for an environment variable."}
+    )
     judge_folder: str | None = field(
         default=None, metadata={"help": "Second judge in this process: folder or hub name of a guard model."}
     )
@@ -182,6 +192,9 @@ class PolicyOptions:
                 yes=yes,
                 no=no,
                 chat=self.judge_chat,
+                max_tokens=self.judge_tokens,
+                options=self.judge_options,
+                headers=extra_headers(self.judge_headers, "judge_headers"),
             )
         if self.judge_folder is not None:
             from redflag.judges.model import ModelJudge

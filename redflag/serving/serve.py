@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from redflag.backends import Sampling
+from redflag.backends.outbound import extra_headers
 from redflag.errors import RedflagError
 from redflag.serving.options import PolicyOptions
 from redflag.trace import Trace, write_traces
@@ -43,6 +44,9 @@ class ServeArguments:
         default=None, metadata={"help": "... the model's name there; default: its first."}
     )
     upstream_key_env: str | None = field(default=None, metadata={"help": "... environment variable with its API key."})
+    upstream_headers: dict[str, str] | None = field(
+        default=None, metadata={"help": "... further headers, as JSON; ${NAME} stands for an environment variable."}
+    )
     upper_bound: bool = field(
         default=False,
         metadata={"help": "... knows no logprob_token_ids: bound the flags by its 20 most likely tokens."},
@@ -92,7 +96,7 @@ def run(arguments: ServeArguments, policy: PolicyOptions) -> int:
     """
     try:
         from redflag.serving import log
-        from redflag.serving.audit import AuditLog
+        from redflag.serving.audit import AuditLog, check_system
         from redflag.serving.exchange import Readiness
         from redflag.serving.metrics import Metrics
         from redflag.serving.process import Process, bind, raise_file_limit
@@ -106,7 +110,9 @@ def run(arguments: ServeArguments, policy: PolicyOptions) -> int:
     log.setup(arguments.json_logs)
     limits = limits_of(arguments, os.environ)
     metrics, telemetry = Metrics(), Telemetry(arguments.telemetry)
-    raise_file_limit()
+    if arguments.audit is not None:
+        check_system()
+    raise_file_limit(2 * arguments.max_open)
     with bind(arguments.host, arguments.port, arguments.send_timeout) as listening:
         guard, probe = attach(arguments, policy, metrics)
         if arguments.name is None and arguments.upstream is not None:
@@ -196,6 +202,7 @@ def attach(
             judge,
             model=arguments.upstream_model,
             api_key=_key(arguments.upstream_key_env),
+            headers=extra_headers(arguments.upstream_headers, "upstream_headers"),
             upper_bound=arguments.upper_bound,
             step_timeout=arguments.step_timeout,
         )

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from redflag.backends import Sampling
+from redflag.backends.outbound import extra_headers
 from redflag.corpus.paint import DIM, RESET, printable, reviewed, span, verdict, wants_colour
 from redflag.serving.detokenize import Detokenizer
 from redflag.serving.options import PolicyOptions, read_key
@@ -51,6 +52,9 @@ class TerminalOptions:
         default=None, metadata={"help": "... the model's name there; default: its first."}
     )
     upstream_key_env: str | None = field(default=None, metadata={"help": "... environment variable with its API key."})
+    upstream_headers: dict[str, str] | None = field(
+        default=None, metadata={"help": "... further headers, as JSON; ${NAME} stands for an environment variable."}
+    )
     upper_bound: bool = field(
         default=False,
         metadata={"help": "... knows no logprob_token_ids: bound the flags by its 20 most likely tokens."},
@@ -106,6 +110,7 @@ class TerminalOptions:
             judge,
             model=self.upstream_model,
             api_key=key,
+            headers=extra_headers(self.upstream_headers, "upstream_headers"),
             upper_bound=self.upper_bound,
         )
 

@@ -73,6 +73,9 @@ def judge_of(
     *,
     key_env: str | None = None,
     guard: bool = False,
+    max_tokens: int | None = None,
+    options: Mapping[str, Any] | None = None,
+    headers: Mapping[str, str] | None = None,
     device: str = "auto",
 ) -> Judge | None:
     """A judge; None for `none`.
@@ -83,6 +86,9 @@ def judge_of(
         name: The model's name there, or its folder.
         key_env: Environment variable with the API key.
         guard: The server runs a guard model whose chat template is its rubric (`unsafe`, `safe`).
+        max_tokens: Most tokens of its answer; None: those of an answer without thoughts.
+        options: Further fields of the request.
+        headers: Sent with every request.
         device: Where a model in this process runs.
 
     Raises:
@@ -102,8 +108,13 @@ def judge_of(
         return ModelJudge(name, device=device)
     from redflag.judges.endpoint import EndpointJudge
 
-    words = {"yes": "unsafe", "no": "safe", "chat": True} if guard else {}
-    return EndpointJudge(str(url), name, api_key=_key(key_env), timeout=60.0, retries=4, **words)  # type: ignore[arg-type]
+    asked: dict[str, Any] = {"yes": "unsafe", "no": "safe", "chat": True} if guard else {}
+    if max_tokens is not None:
+        asked["max_tokens"] = max_tokens
+    key = _key(key_env)
+    return EndpointJudge(
+        str(url), name, api_key=key, timeout=60.0, retries=4, options=options, headers=headers, **asked
+    )
 
 
 def _key(variable: str | None) -> str | None:
