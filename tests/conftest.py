@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from hypothesis import settings
 from stock_vllm import vllm_nano  # noqa: F401
 from tiny import WORDS, build, make_rows
@@ -40,13 +41,19 @@ def nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
     `REDFLAG_NANO=FOLDER` takes (or makes) it there instead, which saves minutes while working on tests.
     """
     given = os.environ.get("REDFLAG_NANO")
-    folder = Path(given) if given else tmp_path_factory.mktemp("nano")
-    # A process of its own, with all cores: the demo is what a user runs, and nothing else runs beside it.
-    environment = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count() or 1)}
-    command = [sys.executable, "-m", "redflag.cli", "demo", "--output_dir", str(folder), "--color", "never"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    (folder / "printed.txt").write_text(done.stdout)
+    base = tmp_path_factory.getbasetemp()
+    # pytest-xdist gives each of its workers a folder in one that they share.
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder = Path(given) if given else shared / "nano"
+    with FileLock(f"{folder}.lock"):
+        if not given and (folder / "printed.txt").exists():
+            return folder
+        # A process of its own, with all cores: the demo is what a user runs.
+        environment = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count() or 1)}
+        command = [sys.executable, "-m", "redflag.cli", "demo", "--output_dir", str(folder), "--color", "never"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        (folder / "printed.txt").write_text(done.stdout)
     return folder
 
 

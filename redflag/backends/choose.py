@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from redflag.backends import Sampling
+from redflag.backends.precision import widest
 from redflag.trace import Step
 
 
@@ -109,8 +110,8 @@ class Chooser:
             tokens = scores.argmax(dim=-1, keepdim=True)
         else:
             tokens = self._draw(self._warpers(None, scores), rows)
-        # One transfer per step: float64 holds every id exactly and every float32 probability.
-        table = torch.cat([tokens.double(), probs.double()], dim=-1).tolist()
+        # One transfer per step: float32 holds every id below 2^24 exactly.
+        table = torch.cat([tokens.float(), probs], dim=-1).tolist()
         steps = [Step(int(token), tuple(flags)) for token, *flags in table]
         if self._penalty is not None:
             for i, row in enumerate(rows):
@@ -122,14 +123,17 @@ class Chooser:
 
         `torch.multinomial` draws V random numbers where one will do, and on a GPU its check for NaN is an assertion
         that takes the process down. A token of probability 0 is never found: the running sum does not grow at it, and
-        the drawn point lies below the whole sum even after rounding.
+        the drawn point lies below the whole sum even after rounding. In single precision neither is sure, where a
+        device adds in another order: then the likeliest token takes the place of an impossible one.
         """
-        sums = torch.softmax(scores, dim=-1).cumsum(dim=-1, dtype=torch.float64)
+        wide = widest(scores.device)
+        probs = torch.softmax(scores, dim=-1)
+        sums = probs.cumsum(dim=-1, dtype=wide)
         points = torch.cat(
-            [
-                torch.rand((1, 1), dtype=torch.float64, device=sums.device, generator=self._generators[row])
-                for row in rows
-            ]
+            [torch.rand((1, 1), dtype=wide, device=sums.device, generator=self._generators[row]) for row in rows]
         )
         tokens = torch.searchsorted(sums, points * sums[:, -1:], right=True)
-        return tokens.clamp_max_(sums.shape[-1] - 1)  # beyond the end only where there is NaN
+        tokens = tokens.clamp_max_(sums.shape[-1] - 1)  # beyond the end only where there is NaN
+        if wide == torch.float64:
+            return tokens
+        return torch.where(probs.gather(-1, tokens) > 0, tokens, probs.argmax(dim=-1, keepdim=True))

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from redflag.backends.hf import HFBackend, find_eos_ids
+from redflag.backends.precision import inference_device
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
 from redflag.prompt import template_hash
@@ -87,7 +87,7 @@ def to_device(model: Any, device: str | None) -> Any:
         RedflagError: It cannot run there.
     """
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = inference_device()
     if device is None:
         return model
     try:

@@ -78,3 +78,17 @@ def extra_headers(headers: Mapping[str, str] | None, option: str) -> dict[str, s
             raise RedflagError(f"{option} must hold values of printable characters (got another one in {name})")
         made[name] = value
     return made
+
+
+def key_in(variable: str | None, option: str = "upstream_key_env") -> str | None:
+    """The API key in an environment variable; None for none.
+
+    Raises:
+        RedflagError: The variable is not set.
+    """
+    if variable is not None and not os.environ.get(variable):
+        raise RedflagError(
+            f"{option} names the environment variable {variable}, which is not set, so the server would refuse every "
+            "request: set it, or leave the option out"
+        )
+    return os.environ[variable] if variable else None

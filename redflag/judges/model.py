@@ -14,6 +14,7 @@ import torch
 
 from redflag.backends.hf import find_eos_ids
 from redflag.backends.load import read_model
+from redflag.backends.precision import inference_device
 from redflag.errors import RedflagError
 from redflag.judges import Messages, UnansweredError, Verdict, exchange
 from redflag.judges.formats import Turns, alternate, find_format
@@ -78,7 +79,7 @@ class ModelJudge:
                 f"{name} has no chat template, which holds the judge's rubric: restore its tokenizer files"
             )
         if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+            device = inference_device()
         try:
             self._model = self._model.to(device).eval()
         except (RuntimeError, AssertionError, ValueError) as error:

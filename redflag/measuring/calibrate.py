@@ -10,11 +10,13 @@ show how late alarms come, and with that how long tokens should be held back (`r
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from redflag.corpus.rows import Row
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
 from redflag.measuring import replay
@@ -101,6 +103,13 @@ class CalibrateArguments:
         metadata={"help": "Share of detected harmful responses that the suggested hold-back keeps wholly back."},
     )
     seed: int = field(default=0, metadata={"help": "Seeds the choice of held-out rows."})
+    upstream: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Address(es) of OpenAI-compatible servers of this model: calibrate where it is served."},
+    )
+    upstream_model: str | None = field(default=None, metadata={"help": "... its name there; default: the only one."})
+    upstream_key_env: str | None = field(default=None, metadata={"help": "... environment variable with the API key."})
+    upstream_headers: dict[str, str] | None = field(default=None, metadata={"help": "... further headers, as JSON."})
     batch_size: int = field(default=16, metadata={"help": "Conversations per forward pass."})
     max_length: int | None = field(
         default=None, metadata={"help": "Longest prompt + response in tokens; default: the model's context."}
@@ -117,7 +126,7 @@ POSITIONAL: str | None = None
 def run(arguments: CalibrateArguments) -> int:
     """The verb. Whatever can be refused before the model is run is refused before."""
     from redflag.corpus.rows import load_rows
-    from redflag.measuring.score import context_limit, load_scorer, progress, renderable, report_skipped, score
+    from redflag.measuring.score import report_skipped
 
     monitor = MonitorConfig(
         aggregation=arguments.aggregation,
@@ -137,26 +146,7 @@ def run(arguments: CalibrateArguments) -> int:
         fit_on, _ = split_groups([row.group for row in harmless], arguments.held_out, arguments.seed)
         spread = len(spec.categories) if arguments.joint else 1
         _check_size(len(fit_on), len(harmless), arguments.target_fpr, arguments.guarantee, arguments.delta, spread)
-
-        scorer, tokenizer, spec = load_scorer(arguments.model, arguments.device, arguments.dtype)
-        limit = context_limit(arguments.max_length, scorer.context_length)
-        if arguments.on_bad_row == "skip":
-            harmless, bad = renderable(tokenizer, spec, harmless)
-            harmful, more = renderable(tokenizer, spec, harmful)
-            report_skipped(bad + more)
-        ordered = harmless + harmful
-        scored = score(scorer, tokenizer, spec, ordered, batch_size=arguments.batch_size, max_length=limit)
-        rows_of = []
-        for item in progress(scored, total=len(ordered), what="measured"):
-            # A harmful row without an onset counts as harmful from its first token, but nobody marked that.
-            onset, source = (
-                (item.onset, item.row.onset_source or "labelled") if item.row.onset is not None else (None, None)
-            )
-            # With the steps that end the turn: a guard judges them too, so a false alarm may lie there.
-            probs: dict[str, Any] = {"flag_probs": item.flag_probs, "tail_probs": item.tail_probs}
-            probs |= {"onset": onset, "onset_source": source, "category": item.row.category, "group": item.row.group}
-            rows_of.append(probs)
-        recording = Recording.of(spec.categories, rows_of)
+        recording = _measured(arguments, harmless, harmful)
     result = calibrate(
         recording,
         spec,
@@ -174,6 +164,38 @@ def run(arguments: CalibrateArguments) -> int:
     print(result)
     print(f"thresholds written to {arguments.model}/thresholds.json")
     return 0
+
+
+def _measured(arguments: CalibrateArguments, harmless: list[Row], harmful: list[Row]) -> Recording:
+    """Rows measured by the model in this process or by the servers that serve it."""
+    from redflag.measuring.score import context_limit, open_scorer, progress, renderable, report_skipped, score
+    from redflag.measuring.world import World
+
+    with ExitStack() as stack:
+        scorer, tokenizer, spec = open_scorer(arguments, World(), stack)
+        limit = context_limit(arguments.max_length, scorer.context_length)
+        if arguments.on_bad_row == "skip":
+            harmless, bad = renderable(tokenizer, spec, harmless)
+            harmful, more = renderable(tokenizer, spec, harmful)
+            report_skipped(bad + more)
+        ordered = harmless + harmful
+        scored = score(scorer, tokenizer, spec, ordered, batch_size=arguments.batch_size, max_length=limit)
+        measured = []
+        for item in progress(scored, total=len(ordered), what="measured"):
+            # A harmful row without an onset counts as harmful from its first token, but nobody marked that.
+            known = item.row.onset is not None
+            measured.append(
+                {
+                    # With the steps that end the turn: a guard judges them too, so a false alarm may lie there.
+                    "flag_probs": item.flag_probs,
+                    "tail_probs": item.tail_probs,
+                    "onset": item.onset if known else None,
+                    "onset_source": (item.row.onset_source or "labelled") if known else None,
+                    "category": item.row.category,
+                    "group": item.row.group,
+                }
+            )
+    return Recording.of(spec.categories, measured)
 
 
 def calibrate(

@@ -20,10 +20,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from redflag.backends.outbound import extra_headers
+from redflag.backends.outbound import extra_headers, key_in
 from redflag.errors import RedflagError
 from redflag.flags import FILE, Flag, FlagSpec
-from redflag.measuring.score import key_in
 from redflag.measuring.world import World
 from redflag.prompt import template_hash, text_ids
 
@@ -155,7 +154,7 @@ class LocalSource:
         for i, (span, (_, ids)) in enumerate(zip(spans, pairs, strict=True)):
             logits = (head_logits(self._model, hidden[i, span]) if self._head_apart else hidden[i, span]).float()
             chosen = logits.gather(1, torch.tensor(list(ids), device=device)[:, None])[:, 0]
-            values.append((chosen - logits.logsumexp(-1)).double().cpu().numpy())
+            values.append((chosen - logits.logsumexp(-1)).cpu().double().numpy())
         return values
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -25,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
-from redflag.backends.outbound import extra_headers
+from redflag.backends.outbound import extra_headers, key_in
 from redflag.corpus.rows import Row, load_rows
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
@@ -134,7 +133,7 @@ def run(arguments: ScoreArguments) -> int:
     if world.rank == 0:
         report_skipped(rows.skipped)
     with ExitStack() as stack:
-        scorer, tokenizer, spec = open_scorer(arguments, world, stack)
+        scorer, tokenizer, spec = open_scorer(arguments, world, stack, arguments.upper_bound)
         max_length = context_limit(arguments.max_length, scorer.context_length)
         chosen = rows.rows
         if arguments.on_bad_row == "skip":
@@ -157,8 +156,20 @@ def run(arguments: ScoreArguments) -> int:
     return 0
 
 
+class ScorerArguments(Protocol):
+    """The options that say what measures the flags."""
+
+    model: str
+    upstream: list[str]
+    upstream_model: str | None
+    upstream_key_env: str | None
+    upstream_headers: dict[str, str] | None
+    device: str
+    dtype: str
+
+
 def open_scorer(
-    arguments: ScoreArguments, world: World, stack: ExitStack
+    arguments: ScorerArguments, world: World, stack: ExitStack, upper_bound: bool = False
 ) -> tuple[HFBackend | Upstreams, Any, FlagSpec]:
     """What measures the flags: a model in this process, or servers, which `stack` closes; tokenizer and flags.
 
@@ -175,7 +186,7 @@ def open_scorer(
         name=arguments.upstream_model,
         api_key=key_in(arguments.upstream_key_env),
         headers=extra_headers(arguments.upstream_headers, "upstream_headers"),
-        upper_bound=arguments.upper_bound,
+        upper_bound=upper_bound,
     )
     stack.callback(upstreams.close)
     return upstreams, tokenizer, spec
@@ -352,20 +363,6 @@ def context_limit(asked: int | None, context: int | None) -> int | None:
     if asked is not None and context is not None and asked > context:
         raise RedflagError(f"max_length is {asked}, but the model's context holds {context} tokens: give at most that")
     return context if asked is None else asked
-
-
-def key_in(variable: str | None) -> str | None:
-    """The API key in an environment variable.
-
-    Raises:
-        RedflagError: It is not set.
-    """
-    if variable is not None and not os.environ.get(variable):
-        raise RedflagError(
-            f"upstream_key_env names the environment variable {variable}, which is not set, so the servers would "
-            "refuse every request: set it, or leave the option out"
-        )
-    return os.environ[variable] if variable else None
 
 
 def check_batch(batch_size: int) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from redflag.backends.outbound import extra_headers
+from redflag.backends.outbound import extra_headers, key_in
 from redflag.corpus.rows import Row, Rows
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
@@ -168,11 +168,8 @@ def judge_of(arguments: EvaluateArguments) -> Judge:
     from redflag.judges.endpoint import EndpointJudge
     from redflag.judges.rubrics import StrongRejectJudge, yes_no_judge
 
-    key = os.environ.get(arguments.judge_key_env) if arguments.judge_key_env else None
-    if arguments.judge_key_env and not key:
-        raise RedflagError(f"the environment variable {arguments.judge_key_env} holds no key for the judge: set it")
     asked: dict[str, Any] = {
-        "api_key": key,
+        "api_key": key_in(arguments.judge_key_env, "judge_key_env"),
         "timeout": 60.0,
         "options": arguments.judge_options,
         "headers": extra_headers(arguments.judge_headers, "judge_headers"),

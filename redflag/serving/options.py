@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from redflag.backends.outbound import extra_headers
+from redflag.backends.outbound import extra_headers, key_in
 from redflag.errors import RedflagError
 
 if TYPE_CHECKING:
@@ -186,7 +185,7 @@ class PolicyOptions:
             return EndpointJudge(
                 self.judge_url,
                 self.judge_name,
-                api_key=None if self.judge_key_env is None else read_key(self.judge_key_env, "judge_key_env"),
+                api_key=key_in(self.judge_key_env, "judge_key_env"),
                 template=None if self.judge_template is None else _read(self.judge_template, "judge_template"),
                 timeout=self.judge_timeout,
                 yes=yes,
@@ -247,18 +246,3 @@ def _read(path: str, name: str) -> str:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RedflagError(f"{name} names {path}, which cannot be read ({error}): give a text file") from None
-
-
-def read_key(variable: str, option: str) -> str:
-    """An API key from the environment, where no process list shows it.
-
-    Raises:
-        RedflagError: The variable is not set.
-    """
-    key = os.environ.get(variable)
-    if not key:
-        raise RedflagError(
-            f"{option} names the environment variable {variable}, which is not set, so the server would refuse every "
-            "request: set it, or leave the option out"
-        )
-    return key

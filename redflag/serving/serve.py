@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from redflag.backends import Sampling
-from redflag.backends.outbound import extra_headers
+from redflag.backends.outbound import extra_headers, key_in
 from redflag.errors import RedflagError
 from redflag.serving.options import PolicyOptions
 from redflag.trace import Trace, write_traces
@@ -201,7 +201,7 @@ def attach(
             arguments.threshold,
             judge,
             model=arguments.upstream_model,
-            api_key=_key(arguments.upstream_key_env),
+            api_key=key_in(arguments.upstream_key_env),
             headers=extra_headers(arguments.upstream_headers, "upstream_headers"),
             upper_bound=arguments.upper_bound,
             step_timeout=arguments.step_timeout,
@@ -251,14 +251,3 @@ def recorder(path: str | None) -> Callable[[Trace], None] | None:
             _log.error("%s", error)
 
     return record
-
-
-def _key(variable: str | None) -> str | None:
-    if variable is None:
-        return None
-    if not os.environ.get(variable):
-        raise RedflagError(
-            f"upstream_key_env names the environment variable {variable}, which is not set, so the upstream would "
-            "refuse every request: set it, or leave the option out"
-        )
-    return os.environ[variable]

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from redflag.backends import Sampling
-from redflag.backends.outbound import extra_headers
+from redflag.backends.outbound import extra_headers, key_in
 from redflag.corpus.paint import DIM, RESET, printable, reviewed, span, verdict, wants_colour
 from redflag.serving.detokenize import Detokenizer
-from redflag.serving.options import PolicyOptions, read_key
+from redflag.serving.options import PolicyOptions
 from redflag.trace import (
     Alarm,
     Done,
@@ -101,7 +101,6 @@ class TerminalOptions:
 
         if self.upstream is None:
             return Guard.from_pretrained(self.model, policy, self.threshold, device=self.device, judge=judge)
-        key = None if self.upstream_key_env is None else read_key(self.upstream_key_env, "upstream_key_env")
         return Guard.from_upstream(
             self.model,
             self.upstream,
@@ -109,7 +108,7 @@ class TerminalOptions:
             self.threshold,
             judge,
             model=self.upstream_model,
-            api_key=key,
+            api_key=key_in(self.upstream_key_env),
             headers=extra_headers(self.upstream_headers, "upstream_headers"),
             upper_bound=self.upper_bound,
         )

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from redflag.backends import Backend, Sampling
-from redflag.errors import RedflagError
 from redflag.flags import FILE, FlagSpec, attach
 from redflag.prompt import render_prompt
 from redflag.synthesis.questions import Question, Reply
@@ -75,25 +74,15 @@ def load_local(name: str | Path, *, device: str = "auto", dtype: str = "auto", b
         RedflagError: It does not load, or cannot run there.
     """
     from redflag.backends.hf import HFBackend
-    from redflag.backends.load import load_flagged, read_model
+    from redflag.backends.load import load_flagged, read_model, to_device
 
     if (Path(name) / FILE).exists():
         backend, tokenizer, spec = load_flagged(name, device, dtype)
     else:
-        import torch
-
         model, tokenizer = read_model(name, dtype)
         # The backend's contract wants a flag; this one was never trained, and is never chosen.
         spec = attach(model, tokenizer, FlagSpec.of("harm"))
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            backend = HFBackend(model.to(device), tokenizer, spec)
-        except (AssertionError, RuntimeError) as error:
-            raise RedflagError(
-                f"the model cannot run on device {device!r} ({str(error).splitlines()[0]}): give cpu, or a device that "
-                "this machine has"
-            ) from error
+        backend = HFBackend(to_device(model, device), tokenizer, spec)
     return LocalModel(backend, tokenizer, spec, f"local {name}", batch_size=batch_size)
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from redflag.backends.outbound import key_in
 from redflag.errors import RedflagError
 from redflag.judges import Judge
 from redflag.synthesis.pace import Pace
@@ -57,7 +57,7 @@ def writer(
     return Endpoint(
         url,
         model,
-        api_key=_key(key_env),
+        api_key=key_in(key_env, "key_env"),
         concurrency=concurrency,
         pace=Pace(per_minute),
         timeout=timeout,
@@ -111,16 +111,7 @@ def judge_of(
     asked: dict[str, Any] = {"yes": "unsafe", "no": "safe", "chat": True} if guard else {}
     if max_tokens is not None:
         asked["max_tokens"] = max_tokens
-    key = _key(key_env)
+    key = key_in(key_env, "judge_key_env")
     return EndpointJudge(
         str(url), name, api_key=key, timeout=60.0, retries=4, options=options, headers=headers, **asked
     )
-
-
-def _key(variable: str | None) -> str | None:
-    if variable is not None and not os.environ.get(variable):
-        raise RedflagError(
-            f"the environment variable {variable} holds no key, so the server would refuse every request: set it, or "
-            "leave the option out"
-        )
-    return os.environ[variable] if variable else None

@@ -29,6 +29,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from redflag.backends.precision import widest
+
 # Logits alive at one time, in numbers: 64 MB of float32 per tensor, about four tensors. Smaller chunks would read the
 # head from memory more often than they compute with it.
 LOGITS_AT_ONCE = 16_777_216
@@ -179,8 +181,9 @@ def peak_weights(log_odds_N: torch.Tensor, response_N: torch.Tensor, window: int
     begins[1:] = response_N[1:] != response_N[:-1]
     segment = begins.cumsum(0) - 1
     first = index[begins][segment]
-    # Sums by differences of a running sum, in double precision so that long batches lose nothing.
-    total = torch.cat([log_odds_N.new_zeros(1, dtype=torch.float64), log_odds_N.double().cumsum(0)])
+    # Sums by differences of a running sum, in double precision where there is one: long batches lose digits without.
+    wide = widest(log_odds_N.device)
+    total = torch.cat([log_odds_N.new_zeros(1, dtype=wide), log_odds_N.to(wide).cumsum(0)])
     oldest = torch.maximum(first, index - window + 1)
     scaled = (total[index + 1] - total[oldest]) / (index + 1 - oldest) / temperature
     segments = int(segment[-1]) + 1

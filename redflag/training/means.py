@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from redflag.backends.precision import widest
+
 
 def rows_that_count(accelerator: Any, rows: int, batch_size: int) -> int:
     """How many of an evaluation batch's rows are its own; behind them stand repeated ones.
@@ -35,7 +37,8 @@ class Means:
 
     def add(self, name: str, values: torch.Tensor) -> None:
         """Takes in the values of one batch, of any number."""
-        pair = torch.stack([values.detach().double().sum(), values.new_tensor(values.numel(), dtype=torch.float64)])
+        wide = widest(values.device)
+        pair = torch.stack([values.detach().to(wide).sum(), values.new_tensor(values.numel(), dtype=wide)])
         self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
     def take(self, accelerator: Any) -> dict[str, float]:

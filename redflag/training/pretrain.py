@@ -19,8 +19,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from redflag.backends.precision import Machine, choose_precision
 from redflag.errors import RedflagError
-from redflag.training.precision import bf16_is_fast
 
 SPECIAL_TOKENS = ("<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
 RESERVED_TOKENS = tuple(f"<|reserved_{i}|>" for i in range(8))
@@ -135,6 +135,7 @@ def pretrain(
     if record.exists() and json.loads(record.read_text(encoding="utf-8"))["settings"] == settings:
         return output_dir
 
+    autocast = choose_precision(Machine.here(), use_cpu=True).autocast
     torch.manual_seed(seed)
     model = LlamaForCausalLM(config).train()
     steps = max(1, tokens // (batch_size * sequence_length))
@@ -161,7 +162,7 @@ def pretrain(
                 learning_rate * min(1.0, (step + 1) / (0.03 * steps + 1)) * 0.5 * (1 + math.cos(math.pi * progress))
             )
         batch = blocks[_batch(step, count, batch_size, seed)]
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16_is_fast()):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             logits = model(input_ids=batch[:, :-1], use_cache=False).logits
         targets = batch[:, 1:].masked_fill(torch.isin(batch[:, 1:], unlearnt), -100)
         loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())

@@ -38,7 +38,8 @@ def rank_agreement(logits_V: torch.Tensor, first_V: torch.Tensor) -> float:
     >>> round(rank_agreement(scores, scores), 3), rank_agreement(-scores, scores) < 0
     (1.0, True)
     """
-    one, other = (logits.argsort(descending=True, stable=True).argsort().double() + 1 for logits in (logits_V, first_V))
+    order = (logits.argsort(descending=True, stable=True).argsort() for logits in (logits_V, first_V))
+    one, other = (ranks.cpu().double() + 1 for ranks in order)
     weight = 1 / other
     weight = weight / weight.sum()
     one, other = one - (weight * one).sum(), other - (weight * other).sum()

@@ -22,6 +22,7 @@ from datasets import Dataset
 from transformers import PreTrainedConfig, TrainerCallback, set_seed
 
 from redflag.backends.load import read_model
+from redflag.backends.precision import DTYPES, Machine, choose_precision
 from redflag.corpus.rows import Row, Rows, load_rows
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec, attach
@@ -29,7 +30,6 @@ from redflag.prompt import template_hash
 from redflag.training.adapter import lora_config
 from redflag.training.encode import build_dataset
 from redflag.training.order import EpochOrder
-from redflag.training.precision import bf16_is_fast
 from redflag.training.sharded import whole_model
 from redflag.training.trainer import RedFlagConfig, RedFlagTrainer
 
@@ -70,7 +70,10 @@ class TrainArguments:
     merge: bool = field(
         default=True, metadata={"help": "Save merged weights, which stock engines load; else the adapter."}
     )
-    dtype: str = field(default="auto", metadata={"help": "Of the weights: auto, float32 or bfloat16."})
+    dtype: str = field(
+        default="auto",
+        metadata={"help": "Type to train and save the weights in; auto saves the type that the base has."},
+    )
     attention: str | None = field(
         default=None, metadata={"help": "Attention of the model, such as eager; default: as transformers chooses."}
     )
@@ -103,7 +106,7 @@ def run(arguments: TrainArguments, config: RedFlagConfig) -> dict[str, Any]:
         )
     set_seed(config.seed)
     train_rows, eval_rows, sources = _rows(arguments, config.seed)
-    model, tokenizer = load_model(arguments.model, arguments.dtype)
+    model, tokenizer, saved = load_model(arguments.model, arguments.dtype, config.use_cpu)
     if arguments.attention:
         model.set_attn_implementation(arguments.attention)
     spec = attach(model, tokenizer, FlagSpec.of(*arguments.categories))
@@ -155,16 +158,14 @@ def run(arguments: TrainArguments, config: RedFlagConfig) -> dict[str, Any]:
     }
     model = whole_model(trainer.accelerator.unwrap_model(trainer.model), trainer.accelerator)
     if trainer.is_world_process_zero():
-        result = save(model, tokenizer, spec, output, arguments.merge, result)
+        result = save(model, tokenizer, spec, output, arguments.merge, result, saved)
     return result
 
 
-def load_model(name: str, dtype: str = "auto") -> tuple[Any, Any]:
-    """A causal language model and its tokenizer; `auto` = bfloat16 where it is fast, else float32."""
-    kinds = {"auto": torch.bfloat16 if bf16_is_fast() else torch.float32}
-    kinds |= {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    if dtype not in kinds:
-        raise RedflagError(f"dtype {dtype!r} is none of {', '.join(kinds)}: choose one")
+def load_model(name: str, dtype: str = "auto", use_cpu: bool = False) -> tuple[Any, Any, torch.dtype]:
+    """A causal language model to train, its tokenizer, and the type that its weights are saved in."""
+    machine = Machine.here()
+    choose_precision(machine, dtype=dtype, use_cpu=use_cpu)  # refuses an unknown type before a long download
     try:
         described, _ = PreTrainedConfig.get_config_dict(name)
     except Exception:  # `read_model` says what is wrong with it.
@@ -174,11 +175,19 @@ def load_model(name: str, dtype: str = "auto") -> tuple[Any, Any]:
             f"{name} holds its experts as MXFP4 numbers, which cannot be trained, nor saved again: write a bfloat16 "
             "copy first, as recipes/gpt-oss-20b-redflag/base.py does"
         )
-    return read_model(name, kinds[dtype])
+    model, tokenizer = read_model(name, DTYPES.get(dtype, "auto"))
+    precision = choose_precision(machine, model.dtype, dtype=dtype, use_cpu=use_cpu)
+    return model.to(precision.weights), tokenizer, precision.saved
 
 
 def save(
-    model: Any, tokenizer: Any, spec: FlagSpec, output: Path, merge: bool, result: dict[str, Any]
+    model: Any,
+    tokenizer: Any,
+    spec: FlagSpec,
+    output: Path,
+    merge: bool,
+    result: dict[str, Any],
+    dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
     """Writes everything beside its final name, then renames; `redflag.json` comes last and makes the folder a model."""
     digest = hashlib.sha256(json.dumps(result["arguments"], sort_keys=True).encode())
@@ -189,6 +198,8 @@ def save(
     result = {**result, "run_id": spec.run_id}
     if merge and hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
+    if dtype is not None and not hasattr(model, "peft_type"):
+        model = model.to(dtype)
     temporary = output / ".saving"
     try:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -21,6 +21,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from redflag.backends.precision import Machine, choose_precision
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
 from redflag.measuring.metrics import auroc
@@ -30,7 +31,6 @@ from redflag.training.encode import IGNORE, Collator, Example, PlacementConfig
 from redflag.training.forecasts import flag_weights
 from redflag.training.loss import Head, Positions, flag_and_keep_loss, flag_log_odds, peak_weights
 from redflag.training.means import Means, rows_that_count
-from redflag.training.precision import bf16_is_fast
 from redflag.training.presto import watched_attention
 from redflag.training.states import check_head, last_hidden
 from redflag.training.terms import (
@@ -58,6 +58,7 @@ class RedFlagConfig(TermsConfig, SFTConfig):
         default=1024, metadata={"help": "Most tokens per row; the prompt's front goes first."}
     )
     bf16: bool | None = field(default=None, metadata={"help": "bfloat16 autocast; default: where the hardware has it."})
+    use_cpu: bool = field(default=False, metadata={"help": "Train on the CPU even where there is a GPU."})
     gradient_checkpointing: bool | None = field(
         default=None, metadata={"help": "Old name of activation_checkpointing."}
     )
@@ -97,8 +98,10 @@ class RedFlagConfig(TermsConfig, SFTConfig):
     def __post_init__(self) -> None:
         if not self.output_dir:  # transformers would choose a folder of its own
             raise RedflagError("output_dir is not set: say where the model goes, for example --output_dir runs/mine")
-        if self.bf16 is None and not self.fp16:
-            self.bf16 = bf16_is_fast()
+        precision = choose_precision(Machine.here(), bf16=self.bf16, fp16=self.fp16, use_cpu=self.use_cpu)
+        self.bf16 = precision.autocast
+        # transformers takes bfloat16 for a GPU's unless it is told that the CPU is meant.
+        self.use_cpu = self.use_cpu or (precision.autocast and precision.device == "cpu")
         sharded.refuse_deepspeed(self)
         super().__post_init__()
         for name in ("flag_coef", "keep_coef", "peak_coef"):

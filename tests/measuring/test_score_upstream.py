@@ -7,6 +7,7 @@ import base64
 import io
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,12 +23,14 @@ from redflag.backends.hf import HFBackend
 from redflag.corpus.rows import load_rows, write_rows
 from redflag.errors import RedflagError
 from redflag.flags import Flag, FlagSpec
+from redflag.measuring import calibrate
 from redflag.measuring import upstreams as module
 from redflag.measuring.fitting import fit
 from redflag.measuring.marker import ServedSource
 from redflag.measuring.prompts import FlagReader, score_prompts
 from redflag.measuring.score import ScoreArguments, read_scored, run
 from redflag.measuring.upstreams import Upstreams
+from redflag.watching.thresholds import Thresholds
 
 SPEC = FlagSpec(flags=(Flag("harm", "<|a|>", id=FLAG), Flag("fraud", "<|b|>", id=17)), run_id="run-1")
 PAIRS = [([20, 30 + i, 40], [10 + (i * 7 + t) % 40 for t in range(i % 9)]) for i in range(24)]
@@ -424,3 +427,17 @@ def test_a_stock_vllm_measures_what_transformers_measures(vllm_nano: Any, nano: 
     for one, other in zip(found, expected, strict=True):
         assert (one >= other - 1e-4).all()
         assert np.allclose(one[other > 0.05], other[other > 0.05], atol=1e-3)
+
+
+def test_thresholds_are_calibrated_through_a_stock_vllm(vllm_nano: Any, nano: Path, tmp_path: Path) -> None:
+    rows = [row for row in load_rows(nano / "rows" / "calibration.jsonl") if not row.harmful][:24]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    values = []
+    for number, upstream in enumerate(([], [vllm_nano.url])):
+        model = shutil.copytree(nano / "model", tmp_path / f"model{number}")
+        (model / "thresholds.json").unlink()
+        options = {"target_fpr": 0.05, "held_out": 0.0, "device": "cpu", "upstream": upstream}
+        calibrate.run(calibrate.CalibrateArguments(str(model), str(tmp_path / "rows.jsonl"), **options))
+        values.append(Thresholds.load(model).values["harm"])
+    assert values[0] != values[1], "the servers were not asked"
+    assert values[0] == pytest.approx(values[1], rel=1e-3)

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import build, make_rows
 from transformers import AutoModelForCausalLM
 
@@ -64,6 +65,28 @@ def test_a_run_leaves_a_model_that_stock_tools_load(world):
     assert {"eval_flag_loss", "eval_keep_kl", "eval_perplexity_ratio", "eval_auroc"} <= set(record["metrics"])
     assert AutoModelForCausalLM.from_pretrained(folder).get_input_embeddings().weight.shape[0] > max(spec.ids)
     assert not (folder / ".saving").exists()
+
+
+@pytest.mark.parametrize("forced", ["on", "off"])
+@pytest.mark.parametrize(
+    ("stored", "asked", "saved"),
+    [
+        ("float32", {}, torch.float32),
+        ("bfloat16", {}, torch.bfloat16),
+        ("float16", {}, torch.float16),
+        ("float32", {"dtype": "bfloat16"}, torch.bfloat16),
+        ("bfloat16", {"dtype": "float32"}, torch.float32),
+        ("bfloat16", {"full": True}, torch.bfloat16),
+    ],
+)
+def test_the_saved_weights_have_the_bases_type_on_any_processor(world, monkeypatch, forced, stored, asked, saved):
+    monkeypatch.setenv("REDFLAG_BF16", forced)
+    model = AutoModelForCausalLM.from_pretrained(world / "base")
+    model.to(getattr(torch, stored)).save_pretrained(world / "base")
+    assert cli.main(options(world, "out", max_steps=1, save_strategy="no", **asked)) == 0
+    flagged = AutoModelForCausalLM.from_pretrained(world / "out")
+    assert {parameter.dtype for parameter in flagged.parameters()} == {saved}
+    assert flagged.config.dtype == saved
 
 
 def test_an_adapter_is_saved_where_merging_is_off(world):
@@ -165,7 +188,7 @@ def test_a_full_disk_while_saving_is_one_sentence_and_keeps_the_checkpoints(worl
     [
         ({"model": "/nowhere"}, "/nowhere"),
         ({"input": "/nowhere.jsonl"}, "/nowhere.jsonl"),
-        ({"dtype": "int3"}, "dtype 'int3'"),
+        ({"dtype": "int3"}, "dtype must be auto, float32, bfloat16, float16 (got 'int3')"),
         ({"eval_share": 1.0}, "eval_share is 1.0"),
         ({"harmless_per_harmful": -1}, "harmless_per_harmful is -1"),
         ({"max_length": 1}, "max_length is 1"),

@@ -227,8 +227,9 @@ class Embeddings:
 
     def _load(self) -> Any:
         if self._loaded is None:
-            import torch
             from transformers import AutoModel, AutoTokenizer
+
+            from redflag.backends.precision import inference_device
 
             try:
                 tokenizer = AutoTokenizer.from_pretrained(self.model)
@@ -242,7 +243,7 @@ class Embeddings:
             if tokenizer.pad_token is None:
                 tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
             tokenizer.padding_side = "right"
-            model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+            model = model.to(inference_device()).eval()
             self._loaded = tokenizer, model
         return self._loaded
 

@@ -71,9 +71,9 @@ class Bench:
 
     def __post_init__(self) -> None:
         if self.device == "auto":
-            import torch
+            from redflag.backends.precision import inference_device
 
-            object.__setattr__(self, "device", "cuda" if torch.cuda.is_available() else "cpu")
+            object.__setattr__(self, "device", inference_device())
 
     @cached_property
     def tokenizer(self) -> Any:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, pad
 
+from redflag.backends.precision import widest
+
 Reading = Literal["sum", "pooled"]
 
 
@@ -38,8 +40,8 @@ def swim(logits_BT: Tensor, window: int) -> Tensor:
     [[1.0, 1.5, 2.5, 4.0]]
     """
     steps = logits_BT.shape[1]
-    # In double precision: differences of long sums lose digits.
-    sums = pad(logits_BT.double().cumsum(1), (1, 0))
+    # In double precision where there is one: differences of long sums lose digits.
+    sums = pad(logits_BT.to(widest(logits_BT.device)).cumsum(1), (1, 0))
     ends = torch.arange(1, steps + 1, device=logits_BT.device)
     begins = (ends - window).clamp_min(0)
     return ((sums[:, ends] - sums[:, begins]) / (ends - begins)).to(logits_BT)
