@@ -27,6 +27,7 @@ from redflag.corpus.sources import Provenance
 from redflag.errors import RedflagError
 from redflag.measuring import audit_page
 from redflag.measuring.audit_counts import Audit, Finding
+from redflag.measuring.report import page
 from redflag.measuring.score import report_skipped
 from redflag.trace import atomic_write
 
@@ -122,6 +123,7 @@ def _check(arguments: AuditArguments) -> None:
         raise RedflagError(
             "embedding chooses what is learnt from, and nothing is learnt: leave it out, or give --train"
         )
+    page.require()
 
 
 def _fits(classifier: RefusalClassifier, taxonomy: Taxonomy, arguments: AuditArguments) -> None:
@@ -166,9 +168,9 @@ def _train(arguments: AuditArguments, taxonomy: Taxonomy) -> RefusalClassifier:
     classifier.save(folder)
     if unknown := classifier.made["unknown"]:
         print(f"{unknown} rows name a category that {taxonomy.name} does not know; nothing of it was learnt from them")
-    page = audit_page.training(classifier)
+    drawn = audit_page.training(classifier)
     with atomic_write(folder / "training.html") as file:
-        file.write(page.encode("utf-8", "replace"))
+        file.write(drawn.encode("utf-8", "replace"))
     with atomic_write(folder / "training.json") as file:
         file.write(json.dumps(classifier.made, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n")
     print(f"classifier in {folder}, its figures on held-out requests in {folder / 'training.html'}")
