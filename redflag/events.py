@@ -164,6 +164,11 @@ class Trace:
         return sum(len(event.token_ids) for event in self.events if isinstance(event, Forced))
 
     @property
+    def generated(self) -> int:
+        """Tokens that the engine made for the response, hidden ones included."""
+        return len(self.token_ids) + self.waited + self.taken
+
+    @property
     def end(self) -> Halt | Done | None:
         """The terminal event; None where the caller left before the response was over."""
         last = self.events[-1] if self.events else None

@@ -3,34 +3,33 @@
 The text comes from the model's own chat template. The ids are those of the stock tokenizer, unless somebody's text
 would make it produce a control token; then that text is tokenised apart, with control tokens split into ordinary ones.
 So no role, spelling or Unicode form makes a flag, nor an end of turn, from what a user wrote.
+
+Every rendering is verified: each message's text appears, in order, and the prompt ends where an answer begins. Two
+texts may be missing: the reasoning of earlier turns (`reasoning_content`), which most templates leave out on purpose,
+and white space around a message.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
+import json
 import re
-import secrets
-import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
-from weakref import WeakKeyDictionary
 
+from redflag.answer_start import answer_start, say_once
+from redflag.chat_template import FALLBACK_TEMPLATE as FALLBACK_TEMPLATE
+from redflag.chat_template import apply, reads_clock, roles_in_parts, sentinel, template_text
+from redflag.control_tokens import content_ids, control_ids, own_bos, tokenise
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
+from redflag.messages import Message, checked
+from redflag.stand_ins import Conversation, HiddenTextError, StandIn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-ROLES = ("system", "user", "assistant")
-
-# For tokenizers without a chat template.
-FALLBACK_TEMPLATE = (
-    "{% for message in messages %}### {{ message['role'] | capitalize }}\n{{ message['content'] }}\n\n{% endfor %}"
-    "{% if add_generation_prompt %}### Assistant\n{% endif %}"
-)
 
 
 class RenderedRow(NamedTuple):
@@ -50,7 +49,7 @@ class RenderedRow(NamedTuple):
 
 
 def render_prompt(
-    tokenizer: PreTrainedTokenizerFast, messages: Sequence[Mapping[str, str]], spec: FlagSpec, preface: str = ""
+    tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], spec: FlagSpec, preface: str = ""
 ) -> list[int]:
     """Ids of a conversation up to where the assistant writes on.
 
@@ -58,28 +57,29 @@ def render_prompt(
     operator's at the head of the system turn (which is made where there is none); a flag's text in it is the flag.
 
     Raises:
-        RedflagError: The messages are empty or malformed, or the chat template refuses them.
+        RedflagError: The messages are empty or malformed, or the chat template refuses them, does not show them, or
+            does not end where an answer begins.
     """
-    messages = _checked(messages)
+    turns = checked(messages)
     prefill: list[int] = []
-    if messages[-1]["role"] == "assistant":
-        if len(messages) == 1:
+    if turns[-1]["role"] == "assistant":
+        if len(turns) == 1:
             raise RedflagError(
                 "the conversation has only an assistant turn: the model needs a user or system turn to answer"
             )
-        prefill = text_ids(tokenizer, messages.pop()["content"], spec)
+        prefill = text_ids(tokenizer, _answer(turns.pop()), spec)
     if not preface:
-        return _guarded(tokenizer, messages, spec) + prefill
-    mark = _sentinel()
-    if messages[0]["role"] == "system":
-        messages[0]["content"] = f"{mark}\n\n{messages[0]['content']}"
+        return _guarded(tokenizer, turns, spec) + prefill
+    mark = sentinel()
+    if turns[0]["role"] == "system":
+        turns[0]["content"] = f"{mark}\n\n{turns[0]['content']}"
     else:
-        messages.insert(0, {"role": "system", "content": mark})
+        turns.insert(0, {"role": "system", "content": mark})
     flags = {flag.token: flag.id for flag in spec.flags if flag.token and flag.id is not None}
     inserted: list[int] = []
     for piece in re.split(f"({'|'.join(map(re.escape, sorted(flags, key=len, reverse=True)))})", preface):
         inserted += [flags[piece]] if piece in flags else text_ids(tokenizer, piece, spec)
-    return _guarded(tokenizer, messages, spec, (mark, inserted)) + prefill
+    return _guarded(tokenizer, turns, spec, (mark, inserted)) + prefill
 
 
 def render_text(tokenizer: PreTrainedTokenizerFast, text: str, spec: FlagSpec) -> list[int]:
@@ -88,44 +88,40 @@ def render_text(tokenizer: PreTrainedTokenizerFast, text: str, spec: FlagSpec) -
     Raises:
         RedflagError: The text is empty, or holds a control token that cannot be split.
     """
-    _checked([{"role": "user", "content": text}])
-    ids = text_ids(tokenizer, text, spec)
-    with _TOKENIZING:
-        bos = tokenizer.bos_token_id
-        return [bos, *ids] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else ids
+    checked([{"role": "user", "content": text}])
+    return own_bos(tokenizer) + text_ids(tokenizer, text, spec)
 
 
 def text_ids(tokenizer: PreTrainedTokenizerFast, text: str, spec: FlagSpec) -> list[int]:
     """Ids of a text alone, control tokens in it split into ordinary ones."""
-    return _content_ids(tokenizer, text, _control(tokenizer, spec).special)[0]
+    return content_ids(tokenizer, text, control_ids(tokenizer, spec).special)[0]
 
 
-def render_response(
-    tokenizer: PreTrainedTokenizerFast, messages: Sequence[Mapping[str, str]], spec: FlagSpec
-) -> RenderedRow:
+def render_response(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], spec: FlagSpec) -> RenderedRow:
     """Ids of a conversation whose last turn is the assistant's, split where the response begins and ends.
 
     The prompt is rendered exactly as `render_prompt` renders it when serving, and the response is tokenised on its own,
-    as a model writes it.
+    as a model writes it. Reasoning of the last turn's is left out, as thinking is switched off.
 
     Raises:
         RedflagError: As `render_prompt`; also where the last turn is not the assistant's or is empty.
     """
-    messages = _checked(messages)
-    if messages[-1]["role"] != "assistant" or len(messages) == 1:
+    turns = checked(messages)
+    if turns[-1]["role"] != "assistant" or len(turns) == 1:
         raise RedflagError(
-            f"the last turn is the {messages[-1]['role']}'s and {len(messages)} turn(s) are there: a response is "
+            f"the last turn is the {turns[-1]['role']}'s and {len(turns)} turn(s) are there: a response is "
             "judged, so the conversation must end with an assistant turn that answers something"
         )
-    prompt = _guarded(tokenizer, messages[:-1], spec)
-    control = _control(tokenizer, spec)
-    ids, offsets = _content_ids(tokenizer, messages[-1]["content"], control.special)
+    response = _answer(turns.pop())
+    prompt = _guarded(tokenizer, turns, spec)
+    control = control_ids(tokenizer, spec)
+    ids, offsets = content_ids(tokenizer, response, control.special)
     if not ids:
         raise RedflagError("the response is empty, so there is nothing to judge: drop the row")
-    sentinel = _sentinel()
-    whole = _template(tokenizer, [*messages[:-1], {"role": "assistant", "content": sentinel}], False)
-    _, found, after = whole.rpartition(sentinel)
-    tail = _tokenise(tokenizer, after) if found and tokenizer.chat_template else []
+    answer = sentinel()
+    whole = apply(tokenizer, [*turns, {"role": "assistant", "content": answer}], False)
+    _, found, after = whole.rpartition(answer)
+    tail = tokenise(tokenizer, after) if found and tokenizer.chat_template else []
     end = next((i for i, token in enumerate(tail) if token in control.all), None)
     if end is not None:
         tail = tail[: end + 1]
@@ -135,68 +131,43 @@ def render_response(
 
 
 def template_hash(tokenizer: PreTrainedTokenizerFast) -> str:
-    """Names the prompt template in force; thresholds are refused where it differs."""
-    return hashlib.sha256(_template_text(tokenizer).encode()).hexdigest()[:16]
+    """Names the prompt template in force; thresholds are refused where it differs.
+
+    What is done to its text (contents given as parts, a thought closed) is part of the name. What it writes besides is
+    not: a date, which `check_template` warns of, or tools that a system turn lists.
+    """
+    name = [template_text(tokenizer)]
+    with suppress(RedflagError):  # Whether it can be used is another question.
+        added, listed = _added(tokenizer), sorted(roles_in_parts(tokenizer))
+        name += [added, *listed] if added or listed else []
+    return hashlib.sha256("\0".join(name).encode()).hexdigest()[:16]
 
 
-def _checked(messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
-    if not messages:
-        raise RedflagError("the conversation is empty, so there is nothing to answer: give at least one user message")
-    checked = []
-    for number, message in enumerate(messages):
-        if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
-            raise RedflagError(
-                f"message {number} has no text content: each message is {{'role': ..., 'content': 'text'}}"
-            )
-        if message.get("role") not in ROLES:
-            raise RedflagError(f"message {number} has the role {message.get('role')!r}: use one of {', '.join(ROLES)}")
-        try:
-            message["content"].encode()
-        except UnicodeEncodeError:
-            raise RedflagError(
-                f"message {number} holds half of a surrogate pair, which is no character, so no tokenizer reads it: "
-                "mend the program that decoded the text"
-            ) from None
-        checked.append({"role": message["role"], "content": message["content"]})
-    if not any(message["content"].strip() for message in checked):
-        raise RedflagError("every message of the conversation is empty: write a prompt")
-    return checked
+def check_template(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Tries the chat template before a model is trained or served, and warns, once, where prompts tell the day's date.
 
-
-def _template_text(tokenizer: PreTrainedTokenizerFast) -> str:
-    """The Jinja source in force; of several named templates the default one."""
-    if not tokenizer.chat_template:
-        return FALLBACK_TEMPLATE
-    try:
-        return str(tokenizer.get_chat_template())
-    except ValueError as error:
-        raise RedflagError(
-            f"the tokenizer has the chat templates {', '.join(tokenizer.chat_template)} and none is named default, so "
-            "it is unknown how a prompt looks: set tokenizer.chat_template to the one to use"
-        ) from error
-
-
-def _template(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Mapping[str, str]], generate: bool) -> str:
-    import jinja2
-
-    try:
-        return tokenizer.apply_chat_template(
-            list(messages),
-            tokenize=False,
-            add_generation_prompt=generate,
-            chat_template=_template_text(tokenizer),
-            enable_thinking=False,  # read by templates with a thinking mode (Qwen3); others ignore it
+    Raises:
+        RedflagError: What a user says would not appear, or the prompt does not end where an answer begins.
+    """
+    _added(tokenizer)
+    if reads_clock(tokenizer):
+        say_once(
+            "the chat template writes the day's date into prompts, so the prompts that are served differ from those "
+            "that thresholds were calibrated with, and template_hash does not show it: write a fixed date into the "
+            "template before training"
         )
-    except (jinja2.TemplateError, TypeError) as error:
-        roles = [message["role"] for message in messages]
-        raise RedflagError(
-            f"the chat template refuses the turns {roles} ({error}): reorder them or merge the system turn"
-        ) from error
+
+
+def _added(tokenizer: PreTrainedTokenizerFast) -> str:
+    """What is put behind the prompt of a lone question."""
+    name = sentinel()
+    turns = [{"role": "user", "content": name}]
+    return answer_start(tokenizer, turns, name, apply(tokenizer, turns, True))
 
 
 def _guarded(
     tokenizer: PreTrainedTokenizerFast,
-    messages: Sequence[Mapping[str, str]],
+    messages: Sequence[Message],
     spec: FlagSpec,
     insert: tuple[str, list[int]] = ("", []),
 ) -> list[int]:
@@ -207,99 +178,84 @@ def _guarded(
     What the template says by itself is learnt by rendering stand-ins for the contents. Contents that hold a control
     token are tokenised apart; should contents make one only together, or with the template's text, all are.
     """
-    control = _control(tokenizer, spec)
-    forbidden = [control.special if message["role"] == "assistant" else control.all for message in messages]
-    name = _sentinel()
-    stand_ins = [_stand_in(message["content"], name, number) for number, message in enumerate(messages)]
+    control = control_ids(tokenizer, spec)
+    conversation = Conversation(messages, control)
     mark, inserted = insert
-    expected = [i for i in _rendered(tokenizer, messages, stand_ins, forbidden, (mark, [])) if i in control.special]
+    try:
+        style, skeleton = conversation.skeleton(tokenizer)
+    except HiddenTextError as error:
+        if mark:
+            raise RedflagError(_NO_REFLECTIONS) from error
+        raise
+    skeleton_turns = conversation.turns(conversation.stand_ins, style, aliased=True)
+    added = answer_start(tokenizer, skeleton_turns, conversation.pattern, skeleton)
+    expected = [i for i in tokenise(tokenizer, skeleton + added) if i in control.special]
     if control.flags.intersection(expected):
         raise RedflagError("the chat template itself holds a flag token: give the model a template without it")
     dirty = [
-        stand_in if bad.intersection(_tokenise(tokenizer, message["content"])) else None
-        for message, stand_in, bad in zip(messages, stand_ins, forbidden, strict=True)
+        item.stand_in if item.forbidden.intersection(tokenise(tokenizer, item.text)) else None
+        for item in conversation.texts
     ]
-    for apart in (dirty, stand_ins):
-        ids = _rendered(tokenizer, messages, apart, forbidden, (mark, []), contents=True)
+    for name in conversation.aliases:
+        if control.all.intersection(tokenise(tokenizer, name)):
+            raise RedflagError(
+                f"the name, id or key {name!r} of a tool call holds a control token, which is never accepted from a "
+                "user: take it out"
+            )
+    for apart in (dirty, conversation.stand_ins):
+        text = apply(tokenizer, conversation.turns(apart, style), True) + added
+        render = partial(_spliced_contents, tokenizer, text, conversation, apart)
+        ids = render((mark, []))
         if [i for i in ids if i in control.special] == expected:
             if inserted:
-                clean, ids = ids, _rendered(tokenizer, messages, apart, forbidden, insert, contents=True)
+                clean, ids = ids, render(insert)
                 if len(ids) != len(clean) + len(inserted):
-                    raise RedflagError(
-                        "the chat template does not show the system turn once, so examples of reflections cannot stand "
-                        "in it: leave them out (reflect.system), or use a model whose template has a system turn"
-                    )
-            return _with_bos(tokenizer, ids)
+                    raise RedflagError(_NO_REFLECTIONS)
+            # A chat template brings its own begin-of-sequence token; the fallback does not.
+            return ids if tokenizer.chat_template else own_bos(tokenizer) + ids
     raise RedflagError(
         "the chat template makes control tokens out of what the messages say, so a user could forge turns or flags: "
         "give the model a template that writes the contents unchanged"
     )
 
 
-class _StandIn(NamedTuple):
-    """Harmless text in place of a message's content; white space around it stays, which some templates strip."""
-
-    before: str
-    name: str
-    after: str
-
-    def __str__(self) -> str:
-        return self.before + self.name + self.after
+_NO_REFLECTIONS = (
+    "the chat template does not show the system turn once, so examples of reflections cannot stand in it: leave them "
+    "out (reflect.system), or use a model whose template has a system turn"
+)
 
 
-_LETTERS = "abcdefghijklmnopqrstuvwxyz"
-_PLACES = 6  # letters that number a stand-in
-
-
-def _sentinel() -> str:
-    # Random, so that no message can hold it; letters only, which every normaliser leaves alone.
-    return "".join(secrets.choice(_LETTERS) for _ in range(24))
-
-
-def _stand_in(content: str, mark: str, number: int) -> _StandIn | None:
-    """A stand-in, named by a mark that all share and a number, so that one short pattern finds thousands of them."""
-    core = content.strip()
-    if not core:  # Templates ask whether a content is empty, so a blank one stands for itself.
-        return None
-    before, _, after = content.partition(core)
-    return _StandIn(before, mark + "".join(_LETTERS[number // 26**place % 26] for place in range(_PLACES)), after)
-
-
-def _rendered(
+def _spliced_contents(
     tokenizer: PreTrainedTokenizerFast,
-    messages: Sequence[Mapping[str, str]],
-    stand_ins: Sequence[_StandIn | None],
-    forbidden: Sequence[frozenset[int]],
+    text: str,
+    conversation: Conversation,
+    apart: Sequence[StandIn | None],
     insert: tuple[str, list[int]],
-    contents: bool = False,
 ) -> list[int]:
-    """Ids of the rendered conversation with stand-ins for some contents, or with those contents tokenised apart."""
-    turns = [
-        {"role": message["role"], "content": str(stand_in) if stand_in else message["content"]}
-        for message, stand_in in zip(messages, stand_ins, strict=True)
-    ]
-    text = _template(tokenizer, turns, True)
-    named = {s.name: (s, m, bad) for s, m, bad in zip(stand_ins, messages, forbidden, strict=True) if s}
-    if not contents or not named:
-        return _spliced(text, insert, lambda part: _tokenise(tokenizer, part))
-    # All names begin alike: a pattern of their own for each would take time that grows with the square of their number.
-    shared = re.escape(next(iter(named))[:-_PLACES])
-    literal, *pieces = re.split(f"({shared}[a-z]{{{_PLACES}}})", text)
+    """Ids of a rendered conversation, the texts that stand-ins stand for tokenised apart."""
+    named = {
+        stand_in.name: (stand_in, item) for stand_in, item in zip(apart, conversation.texts, strict=True) if stand_in
+    }
+    if not named:
+        return _spliced(text, insert, partial(tokenise, tokenizer))
+    literal, *pieces = re.split(f"({conversation.pattern})", text)
     ids: list[int] = []
     for name, following in zip(pieces[::2], pieces[1::2], strict=True):
-        stand_in, message, bad = named[name]
+        stand_in, item = named[name]
         # A content takes along the white space around it that the template left.
         before = stand_in.before if literal.endswith(stand_in.before) else ""
         after = stand_in.after if following.startswith(stand_in.after) else ""
         literal = literal[: len(literal) - len(before)]
         if literal:
-            ids += _spliced(literal, insert, lambda part: _tokenise(tokenizer, part))
-        content = before + message["content"].strip() + after
-        apart = partial(_content_ids, tokenizer, forbidden=bad)
-        ids += _spliced(content, insert, lambda part: apart(part)[0])  # noqa: B023
+            ids += _spliced(literal, insert, partial(tokenise, tokenizer))
+        core = item.text.strip()
+        if item.kind == "argument":  # It stands in JSON.
+            core = json.dumps(core, ensure_ascii=False)[1:-1]
+        split = partial(content_ids, tokenizer, forbidden=item.forbidden)
+        ids += _spliced(before + core + after, insert, lambda part: split(part)[0])  # noqa: B023
         literal = following[len(after) :]
     if literal:
-        ids += _spliced(literal, insert, lambda part: _tokenise(tokenizer, part))
+        ids += _spliced(literal, insert, partial(tokenise, tokenizer))
     return ids
 
 
@@ -312,95 +268,8 @@ def _spliced(text: str, insert: tuple[str, list[int]], tokenise: Callable[[str],
     return (tokenise(before) if before else []) + inserted + (tokenise(after) if after else [])
 
 
-def _with_bos(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> list[int]:
-    """A chat template brings its own begin-of-sequence token; the fallback does not."""
-    bos = tokenizer.bos_token_id
-    with _TOKENIZING:
-        if tokenizer.chat_template or bos is None or tokenizer("a")["input_ids"][:1] != [bos]:
-            return ids
-    return [bos, *ids]
-
-
-class _Control(NamedTuple):
-    """Ids nobody may write: `flags`; `special`: flags, special and turn tokens; `all`: the template's others too."""
-
-    flags: frozenset[int]
-    special: frozenset[int]
-    all: frozenset[int]
-
-
-# The tokenizer is asked for its added tokens once: there may be thousands.
-_ADDED: WeakKeyDictionary[object, tuple[object, frozenset[int], frozenset[int]]] = WeakKeyDictionary()
-
-
-def _control(tokenizer: PreTrainedTokenizerFast, spec: FlagSpec) -> _Control:
-    template = _template_text(tokenizer)
-    key = (template, len(tokenizer), tokenizer.unk_token, tokenizer.eos_token, tokenizer.bos_token)
-    known = _ADDED.get(tokenizer)
-    if known is None or known[0] != key:
-        # Not `all_special_ids`: it names only tokens with a role, and lacks Llama 3's <|start_header_id|>.
-        added = tokenizer.added_tokens_decoder
-        special = {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)
-        # Fine-tunes often add their turn tokens as ordinary ones. Others that the template names, such as <think>, are
-        # the assistant's to write.
-        signs = {i for i, token in added.items() if re.search(r"[^\w\s]", token.content)}
-        special |= signs & _written(tokenizer)
-        marks = {i for i in signs if added[i].content in template}
-        unknown = tokenizer.unk_token
-        if unknown and unknown not in (tokenizer.eos_token, tokenizer.bos_token) and unknown not in template:
-            special.discard(tokenizer.unk_token_id)  # stands for any character that the vocabulary lacks
-            marks.discard(tokenizer.unk_token_id)
-        known = (key, frozenset(special), frozenset(marks))
-        _ADDED[tokenizer] = known
-    flags = frozenset(spec.ids)
-    return _Control(flags, known[1] | flags, known[1] | known[2] | flags)
-
-
-def _written(tokenizer: PreTrainedTokenizerFast) -> set[int]:
-    """Ids that the template writes around finished turns, in conversations of all roles that it takes."""
-    ids: set[int] = set()
-    for roles in (("system",), ("user",), ("user", "assistant", "user"), ("system", "user", "assistant", "user")):
-        with suppress(RedflagError):
-            turns = [{"role": role, "content": "a"} for role in roles]
-            ids.update(_tokenise(tokenizer, _template(tokenizer, turns, False)))
-    return ids
-
-
-# `split_special_tokens` is a state of the tokenizer, not of the call: another thread must not switch it meanwhile.
-_TOKENIZING = threading.Lock()
-
-
-def _tokenise(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
-    with _TOKENIZING:
-        return list(tokenizer(text, add_special_tokens=False, split_special_tokens=False, verbose=False)["input_ids"])
-
-
-def _content_ids(
-    tokenizer: PreTrainedTokenizerFast, text: str, forbidden: Collection[int]
-) -> tuple[list[int], list[tuple[int, int]]]:
-    """Ids of what somebody wrote, control tokens taken apart; verified, because everything rests on it.
-
-    Some tokenizers make a control token even so (it is not marked as special, or the model's own vocabulary holds it):
-    then the text is cut within it and both sides are tokenised alone.
-    """
-    with _TOKENIZING:
-        encoded = tokenizer(
-            text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
-        )
-    ids = list(encoded["input_ids"])
-    offsets = [(int(start), int(end)) for start, end in encoded["offset_mapping"]]
-    bad = [(start, end) for i, (start, end) in zip(ids, offsets, strict=True) if i in forbidden]
-    if not bad:
-        return ids, offsets
-    if any(end - start < 2 for start, end in bad):
-        raise RedflagError(
-            "the text holds a flag or another control token that the tokenizer does not take apart, and such a token "
-            "is never accepted from a user: take it out of the text, or choose a flag token of several characters"
-        )
-    cuts = [0, *sorted({start + 1 for start, _ in bad}), len(text)]
-    ids, offsets = [], []
-    for start, end in itertools.pairwise(cuts):
-        part_ids, part_offsets = _content_ids(tokenizer, text[start:end], forbidden)
-        ids += part_ids
-        offsets += [(start + low, start + high) for low, high in part_offsets]
-    return ids, offsets
+def _answer(turn: Message) -> str:
+    """The text of the assistant's last turn."""
+    if "tool_calls" in turn:
+        raise RedflagError("the last turn calls tools, and only text is judged: end the conversation before it")
+    return str(turn["content"])

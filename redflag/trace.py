@@ -9,6 +9,7 @@ import gzip
 import json
 import math
 import os
+import tempfile
 import threading
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -64,6 +65,30 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def require_writable(path: str | os.PathLike[str], option: str, *, file: bool = False) -> None:
+    """Refuses a place that nothing can be written to, before any work is done for it.
+
+    Args:
+        path: A folder for files, which need not exist yet and is not made; or a file.
+        option: The option that names it.
+        file: Whether it is a file.
+
+    Raises:
+        RedflagError: The folder cannot be made, or no file can be written in it.
+    """
+    folder = Path(path).absolute().parent if file else Path(path).absolute()
+    existing = next(place for place in (folder, *folder.parents) if place.exists())
+    reason = "" if existing.is_dir() else f"{existing} is a file"
+    try:
+        if not reason:
+            with tempfile.TemporaryFile(dir=existing):
+                pass
+    except OSError as error:
+        reason = f"{existing}: {error.strerror or error}"
+    if reason:
+        raise RedflagError(f"{path} cannot be written ({reason}): choose another {option}, or mend that")
 
 
 def write_traces(

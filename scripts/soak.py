@@ -143,7 +143,7 @@ class Soak:
         refused = {"too long": 413, "not utf-8": 400, "refused": 400}.get(kind)
         if refused is not None or response.status != 200:
             error = (await response.json())["error"]
-            # Without a token to show, what breaks is an error; a full or restarting server says so.
+            # Where nothing was sent, what breaks is an error; a full or restarting server says so.
             allowed = {refused} if refused is not None else {429, 503, 504}
             if not self.scripted and kind == LONG:
                 allowed = {400}  # more than the context of a small model
@@ -164,6 +164,8 @@ class Soak:
             if line == b"data: [DONE]\n":
                 return self._judge(kind, number, begun, name, text, last, whole=True)
             last = json.loads(line[6:])
+            if "error" in last:
+                continue
             choice = last["choices"][0]
             text += (choice["delta"].get("content") or "") if "delta" in choice else choice["text"]
             chunks += 1
@@ -184,17 +186,19 @@ class Soak:
             self.wrong.append(f"{kind} case-{number}: UNJUDGED TEXT {text!r}")
         if not whole:
             return "left"
-        reason, said = last["choices"][0]["finish_reason"], last.get("redflag") or {}
+        said = last.get("redflag") or {}
         found = {"halted": "halted", "fault": "fault"}.get(said.get("verdict"), "done")
-        if reason != ("content_filter" if said else "stop" if found == "done" and self.scripted else reason):
+        reason = None if "error" in last else last["choices"][0]["finish_reason"]
+        expected = {"halted": "content_filter", "fault": None}.get(found, "stop" if self.scripted else reason)
+        if reason != expected or ("error" in last) != (found == "fault"):
             self.wrong.append(f"{kind} case-{number}: finish_reason {reason} with {said}")
         if self.scripted and not self._disturbed(begun):
             case = Case.of(number)
-            expected, tokens = case.outcome(HOLD_BACK)
+            outcome, tokens = case.outcome(HOLD_BACK)
             # Steps that arrive together with what is broken may be lost with it.
             early = found == "fault" and case.breaks and self.tongue.text(number, case.length).startswith(text)
-            if (found, text) != (expected, self.tongue.text(number, tokens)) and not early:
-                self.wrong.append(f"{kind} case-{number}: {found} after {text!r}, not {expected} after {tokens} tokens")
+            if (found, text) != (outcome, self.tongue.text(number, tokens)) and not early:
+                self.wrong.append(f"{kind} case-{number}: {found} after {text!r}, not {outcome} after {tokens} tokens")
         return found
 
     def _disturbed(self, begun: float) -> bool:

@@ -135,7 +135,7 @@ def chunks_of(data: bytes) -> list[dict]:
 
 def text_of_chunks(chunks: list[dict]) -> str:
     """What a reader puts together."""
-    choices = [choice for chunk in chunks for choice in chunk["choices"]]
+    choices = [choice for chunk in chunks for choice in chunk.get("choices", ())]
     return "".join(choice["delta"].get("content") or "" if "delta" in choice else choice["text"] for choice in choices)
 
 

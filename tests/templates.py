@@ -192,6 +192,11 @@ def turn(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
+def rendered(name: str, messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The messages without those that a template leaves out, which are refused."""
+    return [message for message in messages if name != "no system turn" or message["role"] != "system"]
+
+
 def fullwidth(text: str) -> str:
     return "".join(chr(ord(c) + 0xFEE0) if "!" <= c <= "~" else c for c in text)
 

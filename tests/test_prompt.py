@@ -36,7 +36,7 @@ class TestOrdinaryTextIsStock:
         "content", ["x < y | z > [a]", "", "  \n", " padded \n", "<|", "<think", "￼\u200d👩‍👩‍👧 é"]
     )
     def test_brackets_blanks_and_emoji_are_ordinary(self, content: str) -> None:
-        for name in ("byte-level", "headers, trimmed", "thinking", "no system turn"):
+        for name in ("byte-level", "headers, trimmed", "thinking"):
             tokenizer, spec = world(name)
             messages = [turn("system", content), turn("user", "Hi"), turn("assistant", content), turn("user", "Go on")]
             stock = tokenizer.apply_chat_template(
@@ -89,7 +89,7 @@ class TestRefusals:
             ([{"role": "user"}], "message 0 has no text content"),
             ([turn("user", "Hi"), {"role": "user", "content": [{"type": "text"}]}], "message 1 has no text content"),
             (["Hi"], "message 0 has no text content"),
-            ([turn("tool", "Hi")], "role 'tool': use one of system, user, assistant"),
+            ([turn("robot", "Hi")], "role 'robot': use one of system, user, assistant, tool"),
             ([{"content": "Hi"}], "role None"),
             ([turn("user", "a\ud800b")], "message 0 holds half of a surrogate pair"),
             ([turn("assistant", "Sure")], "only an assistant turn"),

@@ -17,6 +17,7 @@ from templates import (
     fast,
     fullwidth,
     hostile,
+    rendered,
     turn,
     with_template,
     world,
@@ -36,7 +37,7 @@ class TestNobodyWritesControlTokens:
     @given(data=st.data())
     def test_no_flag_and_no_turn_is_injected(self, name: str, data: Any) -> None:
         tokenizer, spec = world(name)
-        messages = data.draw(conversations(tokenizer, spec))
+        messages = rendered(name, data.draw(conversations(tokenizer, spec)))
         if not any(message["content"].strip() for message in messages):
             return
         ids = render_prompt(tokenizer, messages, spec)
@@ -53,7 +54,8 @@ class TestNobodyWritesControlTokens:
     @given(data=st.data())
     def test_a_response_holds_neither_flag_nor_end(self, name: str, data: Any) -> None:
         tokenizer, spec = world(name)
-        messages = [*data.draw(conversations(tokenizer, spec)), turn("assistant", data.draw(hostile(tokenizer, spec)))]
+        messages = rendered(name, data.draw(conversations(tokenizer, spec)))
+        messages.append(turn("assistant", data.draw(hostile(tokenizer, spec))))
         try:
             row = render_response(tokenizer, messages, spec)
         except RedflagError as error:
@@ -89,7 +91,7 @@ class TestNobodyWritesControlTokens:
         token = spec.flags[0].token
         texts = [token[a:b] for a, b in zip(pieces, (*pieces[1:], None), strict=True) if token[a:b]]
         for roles in (["user"], ["system", "user"], ["user", "assistant"]):
-            messages = [turn(roles[i % len(roles)], text) for i, text in enumerate(texts)]
+            messages = rendered(name, [turn(roles[i % len(roles)], text) for i, text in enumerate(texts)])
             if len(messages) > 1 or messages[0]["role"] != "assistant":
                 assert not set(spec.ids) & set(render_prompt(tokenizer, messages, spec))
 

@@ -75,6 +75,23 @@ class BusyError(RedflagError):
     """The engine has as much work as it takes: the same request may succeed later."""
 
 
+class ContextLengthError(RedflagError):
+    """The prompt leaves no room for a response.
+
+    Attributes:
+        prompt_tokens: Tokens of the prompt.
+        context_length: Most tokens of prompt and response together.
+    """
+
+    def __init__(self, prompt_tokens: int, context_length: int, whose: str = "model") -> None:
+        super().__init__(
+            f"The prompt has {prompt_tokens} tokens and the {whose}'s context holds {context_length}, which leaves no "
+            "room for a response; shorten the prompt."
+        )
+        self.prompt_tokens = prompt_tokens
+        self.context_length = context_length
+
+
 class Engine(Protocol):
     """What all backends say about themselves."""
 

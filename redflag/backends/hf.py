@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from redflag.backends import Sampling
+from redflag.backends import ContextLengthError, Sampling
 from redflag.backends.choose import Chooser, measure
 from redflag.backends.head import CACHE, backbone, head_agrees, measure_hidden, plain_model
 from redflag.backends.prefix import PrefixSlot
@@ -172,10 +172,7 @@ class HFBackend:
             return sampling.max_new_tokens
         room = self.context_length - len(token_ids)
         if room < 1:
-            raise RedflagError(
-                f"The prompt has {len(token_ids)} tokens and the model's context holds {self.context_length}, which "
-                "leaves no room for a response; shorten the prompt."
-            )
+            raise ContextLengthError(len(token_ids), self.context_length)
         return min(room, sampling.max_new_tokens)
 
     def _check_pair(self, index: int, prompt: int, response: int) -> None:

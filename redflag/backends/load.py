@@ -6,13 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as MULTIMODAL
 
 from redflag.backends.hf import HFBackend, find_eos_ids
 from redflag.backends.precision import inference_device
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
-from redflag.prompt import template_hash
+from redflag.prompt import check_template, template_hash
 
 
 def read_model(name: str | Path, dtype: Any = "auto") -> tuple[Any, Any]:
@@ -45,17 +47,29 @@ def _read_weights(name: str | Path, dtype: Any) -> tuple[Any, set[str]]:
     """A model, and the names of the weights that its files lack."""
     config = Path(name) / "adapter_config.json"
     if not config.is_file():
-        model, found = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
+        model, found = _auto_class(name).from_pretrained(name, dtype=dtype, output_loading_info=True)
         return model, set(found["missing_keys"])
     adapter = json.loads(config.read_text(encoding="utf-8"))
     base = adapter["base_model_name_or_path"]
-    model, found = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, output_loading_info=True)
+    model, found = _auto_class(base).from_pretrained(base, dtype=dtype, output_loading_info=True)
     # The base has no rows for flags that were put behind its vocabulary; the adapter holds them, and needs the place.
     trained = adapter.get("trainable_token_indices") or []
     ids = [i for part in (trained.values() if isinstance(trained, dict) else [trained]) for i in part]
     if ids and max(ids) >= model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
     return model, set(found["missing_keys"]) | set(model.load_adapter(str(name)).missing_keys)
+
+
+def _auto_class(name: str | Path) -> Any:
+    """What loads a model as the class that its files name.
+
+    Of a multimodal model such as Qwen3.5 `AutoModelForCausalLM` gives the text part, whose class and weights have other
+    names when it is saved, which engines do not load. (Of Gemma 3 it gives the whole.)
+    """
+    config = AutoConfig.from_pretrained(name)
+    kind = config.model_type
+    whole = kind in CAUSAL and MULTIMODAL.get(kind) in (config.architectures or ())
+    return AutoModelForImageTextToText if whole else AutoModelForCausalLM
 
 
 def load_flagged(
@@ -142,6 +156,7 @@ def _check(directory: str | Path, tokenizer: Any, spec: FlagSpec) -> None:
             f"the prompt template in {directory} is not the one that its flags were trained with, so their "
             "probabilities would mean nothing: restore the tokenizer that `redflag train` saved, or train again"
         )
+    check_template(tokenizer)
     for flag in spec.flags:
         if (known := tokenizer.convert_tokens_to_ids(flag.token)) != flag.id:
             raise RedflagError(

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import AsyncGenerator, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from redflag.backends import BusyError, Sampling
+from redflag.backends import BusyError, ContextLengthError, Sampling
 from redflag.backends.outbound import proxy_for
 from redflag.backends.remote_link import Link, SyncSteps, aiohttp
 from redflag.backends.remote_wire import MOST_IDS, RefusalError, StreamReader, reason_of, request_body
@@ -171,10 +171,7 @@ class RemoteBackend:
         if watch:
             self._check_ids(watch, "watched")
         if self.context_length is not None and len(token_ids) >= self.context_length:
-            raise RedflagError(
-                f"The prompt has {len(token_ids)} tokens and the server's context holds {self.context_length}, which "
-                "leaves no room for a response; shorten the prompt."
-            )
+            raise ContextLengthError(len(token_ids), self.context_length, "server")
 
     def _check_ids(self, ids: Sequence[int], kind: str) -> None:
         if not 1 <= len(ids) <= MOST_IDS:

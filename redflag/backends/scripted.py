@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from redflag.backends import Sampling
+from redflag.backends import ContextLengthError, Sampling
 from redflag.errors import RedflagError
 from redflag.trace import Step
 
@@ -73,10 +73,7 @@ class ScriptedBackend:
         if self._context_length is not None:
             room = min(room, self._context_length - len(token_ids))
             if room < 1:
-                raise RedflagError(
-                    f"The prompt has {len(token_ids)} tokens and the context holds {self._context_length}, which "
-                    "leaves no room for a response; shorten the prompt."
-                )
+                raise ContextLengthError(len(token_ids), self._context_length)
         steps: Iterable[Step]
         if watch and self._watched is not None:
             steps = self._watched(token_ids, sampling, watch)

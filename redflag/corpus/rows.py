@@ -13,18 +13,19 @@ character of the response where harm begins; absent, a harmful response is harmf
 constructed ones. `forecast` lists `[character, probability of harm from there on]`, where `redflag synthesize` or
 somebody else has looked ahead; a third number says how many continuations that rests on.
 
-Public sets come in other shapes, which are understood as well: `prompt` + `response` (+ `label`), and `messages` that
-end before the answer + `response`. Where there is a `label` it decides: in such sets `category` is often the topic of
-the *prompt*, so a benign row is harmless whatever its `category`, and a harmful one takes its category from there.
+Public sets come in other shapes, which are understood as well: `prompt` + `response` (+ `label`), `messages` that end
+before the answer + `response`, and those of `shapes.py`. Where there is a `label` it decides: in such sets `category`
+is often the topic of the *prompt*, so a benign row is harmless whatever its `category`, and a harmful one takes its
+category from there.
 
 Extra keys are ignored, and counted in `Rows.ignored`; but a key that looks like a misspelt `category`, `onset` or
-`label` makes a row bad, because to ignore it would turn a harmful row into a harmless one.
+`label` makes a row bad, because to ignore it would turn a harmful row into a harmless one; `columns` maps or drops it.
 """
 
 from __future__ import annotations
 
-import difflib
 import gzip
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -33,20 +34,29 @@ from pathlib import Path
 from typing import Any, Literal
 
 from redflag.corpus.forecast_points import checked_forecast
+from redflag.corpus.labels import DEFAULT_CATEGORY, Unlabelled, category_of
+from redflag.corpus.shapes import FOREIGN_KEYS, KEYS, Cells, Columns, check_columns, lookalike, rows_in
 from redflag.corpus.sources import Provenance, describe, open_source
+from redflag.corpus.turns import ROLES, conversation, kind
 from redflag.errors import RedflagError
 from redflag.trace import atomic_write
 
-ROLES = ("system", "user", "assistant")
-KEYS = (
-    *("messages", "category", "onset", "group", "user", "source", "id", "lang", "onset_source", "prefill"),
-    *("forecast", "forecast_category"),
-)
-FOREIGN_KEYS = ("prompt", "response", "label")
-DEFAULT_CATEGORY = "harm"
+__all__ = [
+    "DEFAULT_CATEGORY",
+    "FOREIGN_KEYS",
+    "KEYS",
+    "ROLES",
+    "BadRow",
+    "RecordReader",
+    "Row",
+    "Rows",
+    "load_rows",
+    "write_rows",
+]
+
 ONSET_SOURCES = ("constructed", "natural")
 
-_LABELS = {"harmful": True, "unsafe": True, "benign": False, "harmless": False, "safe": False}
+_KNOWN = frozenset((*KEYS, *FOREIGN_KEYS))
 
 
 @dataclass(frozen=True)
@@ -54,7 +64,8 @@ class Row:
     """One labelled conversation.
 
     Attributes:
-        messages: `{"role", "content"}` turns; the last is the assistant's: the response.
+        messages: `{"role", "content"}` turns; the last is the assistant's: the response. Where the source has them,
+            also `tool_calls`, `reasoning_content`, `tool_call_id`, `name` (see `turns.py`).
         category: What kind of harm the response holds; None in a harmless row.
         onset: Character offset in the response where harm begins; None in a harmful row means 0.
         group: Rows that ask the same thing share it; splits never divide a group.
@@ -71,7 +82,7 @@ class Row:
         forecast_category: Harm of what kind, in a harmless row; a harmful one says it by its category.
     """
 
-    messages: list[dict[str, str]]
+    messages: list[dict[str, Any]]
     category: str | None = None
     onset: int | None = None
     group: str | None = None
@@ -92,7 +103,7 @@ class Row:
     @property
     def response(self) -> str:
         """The text of the last assistant turn."""
-        return self.messages[-1]["content"]
+        return str(self.messages[-1]["content"])
 
     def to_dict(self) -> dict[str, Any]:
         """The row as it is written: keys that hold nothing are left out."""
@@ -129,6 +140,13 @@ class Rows:
     ignored: dict[str, int] = field(default_factory=dict)
     files: tuple[str, ...] = ()
     sha256: str = ""
+    decided_by: dict[str, int] = field(default_factory=dict)
+    read_as: str = ""
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells these rows from others: `sha256`, and how the records were read where that was said."""
+        return f"{self.sha256}/{self.read_as}" if self.read_as else self.sha256
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
@@ -137,14 +155,79 @@ class Rows:
         return len(self.rows)
 
 
-class _Unlabelled(ValueError):
-    """The row is sound but its label says nothing."""
+@dataclass
+class RecordReader:
+    """Turns records into rows, and counts what they held.
+
+    Attributes:
+        columns: As in `load_rows`; so are `labels`, `unlabelled` and `unanswered`.
+        ignored: Extra keys and the number of rows that hold them.
+        decided_by: As in `Rows`.
+
+    Raises:
+        RedflagError: `columns` or a choice is wrong.
+    """
+
+    columns: Columns = field(default_factory=dict)
+    labels: Mapping[str, str | None] | None = None
+    unlabelled: Literal["stop", "skip", "harmless"] = "stop"
+    unanswered: Literal["stop", "keep"] = "stop"
+    ignored: Counter[str] = field(default_factory=Counter)
+    decided_by: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        _check_choice("unlabelled", self.unlabelled, ("stop", "skip", "harmless"))
+        _check_choice("unanswered", self.unanswered, ("stop", "keep"))
+        check_columns(self.columns)
+
+    @property
+    def digest(self) -> str:
+        """Of what was said about how records are to be read; "" where nothing was."""
+        options = [self.columns, self.labels, self.unlabelled]
+        if options == [{}, None, "stop"]:
+            return ""
+        return hashlib.sha256(json.dumps(options).encode()).hexdigest()[:16]
+
+    def read(self, record: Any) -> list[Row | ValueError]:
+        """The rows of a record (mostly one), each a row or the reason why it is none."""
+        if isinstance(record, ValueError):
+            return [record]
+        try:
+            candidates = rows_in(record, self.columns)
+        except ValueError as error:
+            return [error]
+        rows: list[Row | ValueError] = []
+        for candidate in candidates:
+            try:
+                rows.append(self._row(candidate))
+            except ValueError as error:
+                rows.append(error)
+        return rows
+
+    def _row(self, candidate: Cells) -> Row:
+        cells = candidate.values
+        for key in cells:
+            if key in _KNOWN:
+                continue
+            name = str(key)
+            if (close := lookalike(name)) is not None and close not in cells:
+                raise ValueError(
+                    f"unknown key {key!r}, which looks like {close!r}: rename it, map it with columns ("
+                    f"--columns '{json.dumps({close: name})}'), or drop it with --columns '{json.dumps({name: None})}'"
+                )
+            self.ignored[name] += 1
+        messages = conversation(cells, self.unanswered == "keep")
+        category = category_of(cells, candidate.label_column, self.labels, self.unlabelled)
+        row = _checked(cells, messages, category)
+        by = candidate.label_column if "label" in cells else "category" if cells.get("category") is not None else ""
+        self.decided_by[by] += 1
+        return row
 
 
 def load_rows(
     source: str | Path | Iterable[Any],
     *,
-    columns: Mapping[str, str] | None = None,
+    columns: Columns | None = None,
     labels: Mapping[str, str | None] | None = None,
     on_bad_row: Literal["stop", "skip"] = "stop",
     unlabelled: Literal["stop", "skip", "harmless"] = "stop",
@@ -154,16 +237,20 @@ def load_rows(
     """Reads rows.
 
     Args:
-        source: A JSONL (also .gz) or parquet file; a folder (all such files in it, sorted), a glob pattern, or a list
-            of any of these; the name of a data set on the hub; a `datasets.Dataset`; an iterable of mappings or rows.
-        columns: Our key -> the source's key, such as `{"prompt": "question", "response": "answer", "label": "toxic"}`.
-            Our keys are those of the row and `prompt`, `response`, `label`.
-        labels: Value of the label (as text; true and false in small letters) -> category, or None for harmless. Without
-            it `harmful` and `unsafe` mean the row's own category, or "harm" where it has none; `benign`, `harmless` and
-            `safe` mean harmless; any other value is bad.
+        source: A file of JSON lines, CSV or TSV (with a header; an empty cell is null), all also `.gz`, or Parquet; a
+            `.json` file of one array; a folder (all such files in it but `.json`, sorted), a glob pattern, or a list of
+            any of these; a data set on the hub, as `OWNER/NAME`, `OWNER/NAME:CONFIGURATION:SPLIT` or
+            `OWNER/NAME::SPLIT`; a `datasets.Dataset`; an iterable of mappings or rows.
+        columns: Our key -> the source's key, such as `{"prompt": "question", "response": "answer", "label": "toxic"}`;
+            several make a row of each (`{"response": ["a", "b"], "label": ["a_bad", "b_bad"]}`). Our keys are those of
+            the row and `prompt`, `response`, `label`. The source's key -> None drops a column.
+        labels: Value of the label (as text; true and false in small letters) -> category, or None for harmless; where
+            `category` is an object of truth values, its names -> category. Without it `harmful` and `unsafe` mean the
+            row's own category, or "harm" where it has none; `benign`, `harmless`, `unharmful` and `safe` mean harmless,
+            and so does true in a column `is_safe`; any other value is bad.
         on_bad_row: "stop" raises at the first bad row; "skip" leaves it out and lists it in `Rows.skipped`.
         unlabelled: What a null label means: "stop" treats the row as bad, "skip" leaves it out, "harmless" keeps it.
-        split: Split to take from a data set on the hub.
+        split: Split to take from a data set on the hub whose name says none.
         unanswered: What a conversation without a response is: "stop" a bad row; "keep" a prompt, whose `messages` end
             before the response.
 
@@ -175,39 +262,33 @@ def load_rows(
         >>> rows.rows[0].category, rows.rows[0].response
         ('insult', 'Take that!')
     """
-    for name, value, known in (
-        ("on_bad_row", on_bad_row, ("stop", "skip")),
-        ("unlabelled", unlabelled, ("stop", "skip", "harmless")),
-        ("unanswered", unanswered, ("stop", "keep")),
-    ):
-        if value not in known:
-            raise RedflagError(f"{name} is {value!r}, which means nothing here: choose one of {', '.join(known)}")
-    columns = dict(columns or {})
-    if unknown := sorted(set(columns) - set(KEYS) - set(FOREIGN_KEYS)):
-        raise RedflagError(
-            f"columns maps {unknown[0]!r}, which is no key of a row: map from one of {', '.join(KEYS + FOREIGN_KEYS)}"
-        )
+    _check_choice("on_bad_row", on_bad_row, ("stop", "skip"))
+    reader = RecordReader(dict(columns or {}), labels, unlabelled, unanswered)
     rows: list[Row] = []
     skipped: list[BadRow] = []
-    ignored: Counter[str] = Counter()
     provenance = Provenance()
     for name, records in open_source(source, split, provenance):
         for line, record in records:
-            try:
-                if isinstance(record, ValueError):
-                    raise record
-                rows.append(_row(record, columns, labels, unlabelled, ignored, unanswered == "keep"))
-            except _Unlabelled as error:
-                skipped.append(BadRow(name, line, str(error)))
-            except ValueError as error:
-                bad = BadRow(name, line, str(error))
-                if on_bad_row == "stop":
-                    raise RedflagError(f"{bad}; mend the row, or skip such rows with on_bad_row=skip") from None
+            for row in reader.read(record):
+                if isinstance(row, Row):
+                    rows.append(row)
+                    continue
+                bad = BadRow(name, line, str(row))
+                if on_bad_row == "stop" and not isinstance(row, Unlabelled):
+                    raise RedflagError(f"{bad}; mend the row, or skip such rows with on_bad_row=skip")
                 skipped.append(bad)
     if not rows:
         what = f"all {len(skipped)} rows were left out (first: {skipped[0]})" if skipped else "it is empty"
         raise RedflagError(f"no usable row in {describe(source)}: {what}; give a source of rows")
-    return Rows(rows, skipped, dict(ignored), tuple(provenance.files), provenance.sha256)
+    return Rows(
+        rows,
+        skipped,
+        dict(reader.ignored),
+        tuple(provenance.files),
+        provenance.sha256,
+        dict(reader.decided_by),
+        reader.digest,
+    )
 
 
 def write_rows(path: str | Path, rows: Iterable[Row]) -> Path:
@@ -229,40 +310,17 @@ def write_rows(path: str | Path, rows: Iterable[Row]) -> Path:
     return path
 
 
-def _row(
-    record: Any,
-    columns: Mapping[str, str],
-    labels: Mapping[str, str | None] | None,
-    unlabelled: str,
-    ignored: Counter[str],
-    keep_unanswered: bool = False,
-) -> Row:
-    """Turns a record into a row, or raises a ValueError whose text is the reason why it is none."""
-    if not isinstance(record, Mapping):
-        raise ValueError(f"not an object but {_kind(record)}")
-    # What may be left out of a row may be left out of a mapped one; but without these a row would change its meaning.
-    needed = (theirs for ours, theirs in columns.items() if ours in ("messages", "category", *FOREIGN_KEYS))
-    if missing := sorted(theirs for theirs in needed if theirs not in record):
-        raise ValueError(f"no column {missing[0]!r}, which columns maps")
-    # A column that is mapped from is not read under its own name as well.
-    renamed = {theirs: ours for ours, theirs in columns.items()}
-    cells: dict[str, Any] = {
-        renamed.get(key) or key: value for key, value in record.items() if key in renamed or key not in columns
-    }
-    for key in cells.keys() - set(KEYS) - set(FOREIGN_KEYS):
-        lookalike = difflib.get_close_matches(str(key).lower(), ("category", "onset", "label"), 1, cutoff=0.77)
-        if lookalike and lookalike[0] not in cells:
-            raise ValueError(
-                f"unknown key {key!r}, which looks like {lookalike[0]!r}: rename it, or map it with columns"
-            )
-        ignored[str(key)] += 1
+def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise RedflagError(f"{name} is {value!r}, which means nothing here: choose one of {', '.join(known)}")
 
-    messages = _messages(cells, keep_unanswered)
-    category = _category(cells, labels, unlabelled)
+
+def _checked(cells: Mapping[str, Any], messages: list[dict[str, Any]], category: str | None) -> Row:
+    """The row, its other keys checked; raises a ValueError whose text is the reason why it is none."""
     onset = cells.get("onset")
     if onset is not None:
         if isinstance(onset, bool) or not isinstance(onset, int):
-            raise ValueError(f"onset is not a whole number but {_kind(onset)}")
+            raise ValueError(f"onset is not a whole number but {kind(onset)}")
         if category is None:
             raise ValueError(f"onset is {onset} in a row without category: a harmless response has no onset")
         if not 0 <= onset < len(messages[-1]["content"]):
@@ -273,7 +331,7 @@ def _row(
     prefill = cells.get("prefill")
     if prefill is not None:
         if isinstance(prefill, bool) or not isinstance(prefill, int):
-            raise ValueError(f"prefill is not a whole number but {_kind(prefill)}")
+            raise ValueError(f"prefill is not a whole number but {kind(prefill)}")
         if not 0 <= prefill < len(messages[-1]["content"]):
             raise ValueError(
                 f"prefill is {prefill}, so of the response of {len(messages[-1]['content'])} characters nothing is the "
@@ -296,97 +354,10 @@ def _row(
     return row
 
 
-def _messages(cells: Mapping[str, Any], keep_unanswered: bool) -> list[dict[str, str]]:
-    """The conversation, the response last: from `messages`, `messages` + `response` or `prompt` + `response`."""
-    turns, response = cells.get("messages"), cells.get("response")
-    if turns is None:
-        turns = cells.get("prompt")
-        if turns is None:
-            raise ValueError("neither messages nor prompt: there is no conversation in it")
-        if isinstance(turns, str):
-            turns = [{"role": "user", "content": turns}]
-        if response is None and not keep_unanswered:
-            raise ValueError("a prompt without response: there is nothing to judge")
-    if not isinstance(turns, (list, tuple)):
-        raise ValueError(f"messages is not a list but {_kind(turns)}")
-    messages = [_turn(number, turn) for number, turn in enumerate(turns)]
-    if response is not None:
-        if messages and messages[-1]["role"] == "assistant":
-            raise ValueError(
-                "messages end with an assistant turn and there is a response as well: which is the answer?"
-            )
-        messages.append(_turn(len(messages), {"role": "assistant", "content": response}))
-    if not messages:
-        raise ValueError("messages is empty")
-    answered = messages[-1]["role"] == "assistant"
-    if not answered and not keep_unanswered:
-        if all(message["role"] != "assistant" for message in messages):
-            raise ValueError("no assistant turn: there is nothing to judge")
-        raise ValueError(f"the last turn is the {messages[-1]['role']}'s: it must be the assistant's, which is judged")
-    if answered and not keep_unanswered and not messages[-1]["content"].strip():
-        raise ValueError("the response is empty")
-    if all(message["role"] != "user" or not message["content"].strip() for message in messages):
-        raise ValueError("no user turn with text: the response answers nothing")
-    return messages
-
-
-def _turn(number: int, turn: Any) -> dict[str, str]:
-    if not isinstance(turn, Mapping):
-        raise ValueError(f"message {number} is not an object but {_kind(turn)}")
-    role, content = turn.get("role"), turn.get("content")
-    if role not in ROLES:
-        raise ValueError(f"message {number} has role {role!r}, which is none of {', '.join(ROLES)}")
-    if not isinstance(content, str):
-        raise ValueError(f"message {number} ({role}) has content that is not text but {_kind(content)}")
-    try:
-        content.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"message {number} ({role}) holds half a character (lone surrogate at {error.start})"
-        ) from None
-    return {"role": role, "content": content}
-
-
-def _category(cells: Mapping[str, Any], labels: Mapping[str, str | None] | None, unlabelled: str) -> str | None:
-    category = cells.get("category")
-    if category is not None and (not isinstance(category, str) or not category.strip()):
-        raise ValueError(f"category is not a name but {_kind(category)}: leave it out in a harmless row")
-    if "label" not in cells:
-        return category
-    label = cells["label"]
-    if label is None:
-        if unlabelled == "stop":
-            raise ValueError("label is null: say with unlabelled=skip or unlabelled=harmless what that means")
-        if unlabelled == "skip":
-            raise _Unlabelled("label is null")
-        return None
-    text = json.dumps(label) if isinstance(label, bool) else str(label)
-    if labels is not None:
-        if text not in labels:
-            raise ValueError(f"label {text!r} is not mapped: labels knows {', '.join(map(repr, labels))}")
-        return labels[text]
-    if text not in _LABELS:
-        raise ValueError(f"label {text!r} is none of {', '.join(_LABELS)}: map it with labels")
-    return (category or DEFAULT_CATEGORY) if _LABELS[text] else None
-
-
 def _name(cells: Mapping[str, Any], key: str) -> str | None:
     value = cells.get(key)
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    raise ValueError(f"{key} is not a name but {_kind(value)}")
-
-
-def _kind(value: Any) -> str:
-    """A value in the words of JSON, for reasons."""
-    if value is None:
-        return "null"
-    if isinstance(value, str):
-        return f"the text {value[:40]!r}"
-    if isinstance(value, Mapping):
-        return "an object"
-    if isinstance(value, (list, tuple)):
-        return "a list"
-    return json.dumps(value) if isinstance(value, (bool, int, float)) else f"a {type(value).__name__}"
+    raise ValueError(f"{key} is not a name but {kind(value)}")

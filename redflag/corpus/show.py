@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from redflag.corpus.options import RowOptions
 from redflag.corpus.paint import BOLD, DIM, RESET, legend, paint, printable, reviewed, wants_colour
 from redflag.corpus.rows import Row, load_rows
 from redflag.errors import RedflagError
@@ -23,7 +24,7 @@ TokenView = Callable[[str], Callable[[Row], Pieces]]
 
 
 @dataclass
-class ShowArguments:
+class ShowArguments(RowOptions):
     """Rows, scored rows or traces in colour."""
 
     file: str = field(metadata={"help": "Rows, a file of `redflag score`, or traces."})
@@ -33,6 +34,9 @@ class ShowArguments:
     )
     limit: int = field(default=10, metadata={"help": "Most entries to show; 0 shows all."})
     only: Literal["all", "harmful", "harmless"] = field(default="all", metadata={"help": "Which entries to show."})
+    unlabelled: Literal["stop", "skip", "harmless"] = field(
+        default="harmless", kw_only=True, metadata={"help": "What a row does whose label is null."}
+    )
     color: Literal["auto", "always", "never"] = field(
         default="auto", metadata={"help": "auto: on a terminal, unless NO_COLOR is set."}
     )
@@ -79,7 +83,7 @@ def run(arguments: ShowArguments, token_view: TokenView | None = None) -> int:
             if token_view is None:
                 raise RedflagError("the token view is not available here: leave out --model")
             view = token_view(arguments.model)
-        rows = load_rows(arguments.file, on_bad_row="skip", unlabelled="harmless")
+        rows = load_rows(arguments.file, on_bad_row="skip", **arguments.row_options())
         for bad in rows.skipped[:5]:
             print(f"skipped {bad}", file=sys.stderr)
         if len(rows.skipped) > 5:
@@ -121,11 +125,20 @@ def show_row(row: Row, coloured: bool, tokens: Pieces | None = None) -> str:
         verdict += f" from character {row.onset or 0}"
     lines = [_head(coloured, row.id, verdict, row.source, row.group)]
     for message in row.messages[:-1]:
+        lines += _extras(message, coloured)
         lines.append(_turn(coloured, message["role"], printable(message["content"])))
+    lines += _extras(row.messages[-1], coloured)
     onset = (row.onset or 0) if row.harmful else len(row.response)
     parts: Pieces = [(row.response[:onset], None, False), (row.response[onset:], None, row.harmful)]
     lines.append(_turn(coloured, "assistant", "".join(paint(parts if tokens is None else tokens, coloured))))
     return "\n".join(lines)
+
+
+def _extras(message: Mapping[str, Any], coloured: bool) -> list[str]:
+    """What a turn holds beside its text: thoughts and tool calls."""
+    lines = printable(message.get("reasoning_content", "")).splitlines()
+    calls = [printable(json.dumps(call, ensure_ascii=False)) for call in message.get("tool_calls", ())]
+    return [_dim(f"    | {line}", coloured) for line in lines] + [_dim(f"    > {call}", coloured) for call in calls]
 
 
 def show_scored(record: Mapping[str, Any], coloured: bool) -> str:

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import io
 import json
-import zlib
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from redflag.corpus.readers import NAMED_SUFFIXES, SUFFIXES, Records, read_file
 from redflag.errors import RedflagError
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
-
-# A record is a JSON value, or the error that stood in its place.
-Records = Iterator[tuple[int, Any]]
+# OWNER/NAME, or a folder as the hub lays one out; then `:CONFIGURATION`, then `:SPLIT`. The drive of a Windows path is
+# part of the folder.
+_WITH_CONFIG = re.compile(r"(?P<name>(?:[A-Za-z]:[\\/])?[^:]+):(?P<config>[\w.+-]*)(?::(?P<split>[^*?]+))?")
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 @dataclass
@@ -46,15 +45,15 @@ def open_source(source: Any, split: str, provenance: Provenance) -> Iterator[tup
     items = list(source) if isinstance(source, (list, tuple)) else source
     if isinstance(items, list) and items and all(isinstance(item, (str, Path)) for item in items):
         for item in items:
-            paths = _paths(item)
-            if paths is None:
-                yield from open_source(_hub(str(item), split), split, provenance)
+            if (address := hub_address(item)) is not None:
+                name, config, own_split = address
+                yield from open_source(_hub(name, config, own_split or split), split, provenance)
                 continue
-            for path in paths:
+            for path in _paths(item):
                 data = _read(path)
                 provenance.digests.append(hashlib.sha256(data).hexdigest())
                 provenance.files.append(str(path))
-                yield str(path), _parquet(path, data) if path.suffix == ".parquet" else _lines(path, data)
+                yield str(path), read_file(path, data)
         return
     try:
         iterator = iter(items)
@@ -75,17 +74,47 @@ def _numbered(iterator: Iterator[Any], digest: Any) -> Records:
         yield number, record
 
 
-def _paths(item: str | Path) -> list[Path] | None:
-    """Files that a name stands for; None when it can only be a data set on the hub."""
+def hub_address(item: str | Path) -> tuple[str, str | None, str | None] | None:
+    """Data set, configuration and split that a name stands for; None where it can only be files.
+
+    `OWNER/NAME:CONFIGURATION:SPLIT`, of which the configuration may be empty (`OWNER/NAME::SPLIT`) and everything
+    behind the name left out. A file or folder of the whole name comes first. In place of `OWNER/NAME` a folder may
+    stand, which is then read as its card (`README.md`) says.
+
+    Example:
+        >>> hub_address("allenai/wildguardmix:wildguardtrain:train")
+        ('allenai/wildguardmix', 'wildguardtrain', 'train')
+        >>> hub_address("PKU-Alignment/BeaverTails::30k_train")
+        ('PKU-Alignment/BeaverTails', None, '30k_train')
+        >>> hub_address("C:\\\\rows.jsonl"), hub_address("C:/data/rows.jsonl")
+        (None, None)
+    """
+    if not isinstance(item, str) or Path(item).expanduser().exists():
+        return None
+    parts = _WITH_CONFIG.fullmatch(item)
+    if parts is not None and not item.endswith(NAMED_SUFFIXES):
+        name = parts["name"]
+        if _HUB_NAME.fullmatch(name) or Path(name).expanduser().is_dir():
+            return name, parts["config"] or None, parts["split"]
+    if _HUB_NAME.fullmatch(item) and not re.fullmatch(r"\.[A-Za-z]\w*", Path(item).suffix):
+        return item, None, None
+    return None
+
+
+def _paths(item: str | Path) -> list[Path]:
+    """Files that a name stands for."""
     path = Path(item).expanduser()
     if path.is_dir():
         found = sorted(p for p in path.rglob("*") if p.name.endswith(SUFFIXES) and p.is_file())
         if not found:
-            raise RedflagError(f"the folder {path} holds no rows: put files ending in {', '.join(SUFFIXES)} there")
+            other = " (.json files are read where they are named)" if any(path.rglob("*.json")) else ""
+            raise RedflagError(
+                f"the folder {path} holds no rows{other}: put files ending in {', '.join(SUFFIXES)} there"
+            )
         return found
     if path.exists():
-        if not path.name.endswith((*SUFFIXES, ".json", ".json.gz", ".ndjson")):
-            raise RedflagError(f"{path} is no file of rows: its name should end in one of {', '.join(SUFFIXES)}")
+        if not path.name.endswith(NAMED_SUFFIXES):
+            raise RedflagError(f"{path} is no file of rows: its name should end in one of {', '.join(NAMED_SUFFIXES)}")
         return [path]
     if any(c in str(path) for c in "*?["):
         parts = path.parts[1:] if path.is_absolute() else path.parts
@@ -94,23 +123,43 @@ def _paths(item: str | Path) -> list[Path] | None:
         if not found:
             raise RedflagError(f"no file matches {path}: check the pattern and the folder it starts from")
         return found
-    name = str(item)
-    if isinstance(item, str) and name.count("/") == 1 and not name.startswith((".", "/", "~")) and not path.suffix:
-        return None
     raise RedflagError(f"there is no file or folder {path}: check the path the rows should be read from")
 
 
-def _hub(name: str, split: str) -> Any:
+def _hub(name: str, config: str | None, split: str) -> Any:
     import datasets
 
     try:
-        return datasets.load_dataset(name, split=split)
-    except Exception as error:  # a dozen kinds, from DNS to a missing split; all mean the same to the user
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return datasets.load_dataset(name, config, split=split)
+    except Exception as error:  # a dozen kinds, from DNS to a missing split
+        reason = str(error)
+        if names := _available(reason, r"(?:available configs:|not found\. Available:) "):
+            raise RedflagError(
+                f"configuration must be one of {', '.join(names)} for the data set {name} "
+                f"(got {config or 'none'}). Write it behind the name, such as {name}:{names[0]}:{split}"
+            ) from error
+        if names := _available(reason, r"Should be one of "):
+            given = f"{name}:{config or ''}:{names[0]}"
+            raise RedflagError(
+                f"split must be one of {', '.join(names)} for the data set {name} (got {split}). Give --split "
+                f"{names[0]}, or write it behind the name: {given}"
+            ) from error
+        if "scripts are no longer supported" in reason:
+            raise RedflagError(
+                f"the data set {name} must be files of rows (it is a loading script, which datasets "
+                f"{datasets.__version__} does not run). Download its data files and give their folder"
+            ) from error
+        reason = reason.splitlines()[0] if reason else type(error).__name__
         raise RedflagError(
             f"{name!r} is no file here and cannot be had from the hub as a data set with split {split!r} ({reason}): "
             "check the name and the connection"
         ) from error
+
+
+def _available(reason: str, before: str) -> list[str]:
+    """The names that an error of `datasets` lists behind some words; empty where it is another error."""
+    listed = re.search(before + r"\[(.*?)\]", reason)
+    return re.findall(r"'([^']*)'", listed[1]) if listed else []
 
 
 def _read(path: Path) -> bytes:
@@ -118,51 +167,6 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise RedflagError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
-
-
-def _lines(path: Path, data: bytes) -> Records:
-    stream: Any = io.BytesIO(data)
-    if path.suffix == ".gz":
-        stream = gzip.GzipFile(fileobj=stream)
-    number = 0
-    while True:
-        try:
-            line = stream.readline()
-        except (OSError, EOFError, zlib.error) as error:
-            # What came before the damage has been yielded already; the damage itself is one bad row.
-            yield number + 1, ValueError(f"the compressed file is damaged or cut off here ({error})")
-            return
-        if not line:
-            return
-        number += 1
-        if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")
-        if not line.strip():
-            continue
-        try:
-            yield number, json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            yield number, ValueError(f"not UTF-8 (byte {error.start})")
-        except json.JSONDecodeError as error:
-            yield number, ValueError(f"malformed JSON ({error.msg} at column {error.colno})")
-        except ValueError as error:  # a number of thousands of digits
-            yield number, ValueError(f"malformed JSON ({str(error).partition(';')[0]})")
-        except RecursionError:
-            yield number, ValueError("malformed JSON (nested too deeply)")
-
-
-def _parquet(path: Path, data: bytes) -> Records:
-    import pyarrow.lib
-    import pyarrow.parquet
-
-    number = 0
-    try:
-        for batch in pyarrow.parquet.ParquetFile(io.BytesIO(data)).iter_batches(1024):
-            for record in batch.to_pylist():
-                number += 1
-                yield number, record
-    except (pyarrow.lib.ArrowException, OSError) as error:
-        yield number + 1, ValueError(f"not a readable parquet file ({str(error).splitlines()[0]})")
 
 
 def describe(source: Any) -> str:

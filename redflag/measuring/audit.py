@@ -13,30 +13,34 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
+from redflag.corpus.options import RowOptions
 from redflag.corpus.refusals import PhraseClassifier, RefusalClassifier, Taxonomy, load_taxonomy
 from redflag.corpus.refusals.features import is_folder
 from redflag.corpus.refusals.pairs import read_labelled, read_rows
-from redflag.corpus.rows import Row
+from redflag.corpus.rows import RecordReader, Row
 from redflag.corpus.sources import Provenance
+from redflag.corpus.summary import label_warnings
 from redflag.errors import RedflagError
 from redflag.measuring import audit_page
 from redflag.measuring.audit_counts import Audit, Finding
 from redflag.measuring.report import page
 from redflag.measuring.score import report_skipped
-from redflag.trace import atomic_write
+from redflag.trace import atomic_write, require_writable
+from redflag.versions import versions
 
 
 @dataclass
-class AuditArguments:
+class AuditArguments(RowOptions):
     """Refusals in a file of rows: how many, of which kind, and those that look wrong."""
 
-    input: str | None = field(default=None, metadata={"help": "Rows to audit: JSONL (.gz), parquet, a folder."})
+    input: str | None = field(
+        default=None, metadata={"help": "Rows to audit: JSONL, JSON, CSV, Parquet, a folder, or a hub data set."}
+    )
     output_dir: str = field(default="runs/audit", metadata={"help": "Where audit.json and audit.html go."})
     classifier: str | None = field(
         default=None, metadata={"help": "Folder of a trained classifier; with --train it is written there."}
@@ -68,9 +72,8 @@ class AuditArguments:
         default=None,
         metadata={"help": "Write the rows here with the kind of refusal as category, for `redflag train`."},
     )
-    columns: dict[str, str] | None = field(default=None, metadata={"help": "Our column -> the data set's column."})
-    labels: dict[str, str | None] | None = field(
-        default=None, metadata={"help": "Label -> category, or null = harmless."}
+    unlabelled: Literal["stop", "skip", "harmless"] = field(
+        default="harmless", kw_only=True, metadata={"help": "What a row does whose label is null."}
     )
     on_bad_row: Literal["stop", "skip"] = field(default="stop", metadata={"help": "What a malformed row does."})
     batch_size: int = field(default=32, metadata={"help": "Texts per forward pass of an embedding model."})
@@ -88,6 +91,7 @@ def run(arguments: AuditArguments) -> int:
         RedflagError: An option makes no sense, or something cannot be read or written.
     """
     _check(arguments)
+    require_writable(arguments.output_dir, "output_dir")
     taxonomy = load_taxonomy(arguments.taxonomy)
     classifier: RefusalClassifier | PhraseClassifier
     if arguments.train:
@@ -160,7 +164,7 @@ def _train(arguments: AuditArguments, taxonomy: Taxonomy) -> RefusalClassifier:
     classifier.made |= {
         "features": what,
         "files": [{"path": path, "sha256": digest} for path, digest in _files(provenance)],
-        "versions": _versions(),
+        "versions": versions("redflag-llm", "numpy", "scikit-learn"),
     }
     if arguments.embedding and is_folder(arguments.embedding):
         classifier.stages = _absolute(classifier, arguments.embedding)
@@ -196,19 +200,21 @@ def _audit(arguments: AuditArguments, classifier: RefusalClassifier | PhraseClas
         sure=arguments.sure,
         keep=arguments.candidates,
     )
+    reader = RecordReader(dict(arguments.columns or {}), arguments.labels, arguments.unlabelled)
     chunks = read_rows(
         cast(str, arguments.input),
         provenance,
-        columns=arguments.columns,
-        labels=arguments.labels,
+        reader,
+        split=arguments.split,
         on_bad_row=arguments.on_bad_row,
     )
-    skipped, held = [], 0
+    skipped, held, harmful = [], 0, 0
     with ExitStack() as stack:
         write = _writer(stack, arguments.write_rows)
         for pairs, bad in chunks:
             findings = audit.feed([pair for pair, _ in pairs], classifier.judge([pair for pair, _ in pairs]))
             skipped += bad
+            harmful += sum(row.harmful for _, row in pairs)
             held += write([row for _, row in pairs], findings)
             _say(f"{audit.rows:,} rows, {audit.refusals:,} refusals, {audit.rows / (time.monotonic() - begun):,.0f}/s")
         if audit.rows == 0:
@@ -217,12 +223,14 @@ def _audit(arguments: AuditArguments, classifier: RefusalClassifier | PhraseClas
     if sys.stderr.isatty():
         print(file=sys.stderr)
     report_skipped(skipped)
+    for line in label_warnings(audit.rows, harmful, reader.decided_by, reader.ignored):
+        print(line, file=sys.stderr)
     made = {
         "command": " ".join(["redflag audit", *sys.argv[2:]]),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "seconds": round(time.monotonic() - begun, 1),
         "machine": f"{platform.machine()}, {platform.system()}",
-        "versions": _versions(),
+        "versions": versions("redflag-llm", "numpy", "scikit-learn"),
         "input": [{"path": path, "sha256": digest} for path, digest in _files(provenance)],
         "judged_by": classifier.what,
     }
@@ -276,14 +284,6 @@ def _writer(stack: ExitStack, path: str | None) -> Callable[[list[Row], list[Fin
 
 def _files(provenance: Provenance) -> Iterable[tuple[str, str]]:
     return zip(provenance.files, provenance.digests, strict=False)
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in ("redflag-llm", "numpy", "scikit-learn"):
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
 
 
 _said = 0.0

@@ -16,6 +16,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from redflag.backends.outbound import UpstreamOptions
+from redflag.corpus.options import RowOptions
 from redflag.corpus.rows import Row
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
@@ -27,8 +29,9 @@ from redflag.measuring.observed import known_onset
 from redflag.measuring.parts import split_groups
 from redflag.measuring.recorded import recorded
 from redflag.measuring.recording import Recording
+from redflag.trace import require_writable
 from redflag.watching.monitor import MonitorConfig
-from redflag.watching.thresholds import Thresholds
+from redflag.watching.thresholds import THRESHOLDS_FILE, Thresholds
 
 __all__ = ["CalibrateArguments", "Calibration", "calibrate", "fit_threshold", "fit_thresholds", "run", "split_groups"]
 
@@ -64,7 +67,7 @@ class Calibration:
 
 
 @dataclass
-class CalibrateArguments:
+class CalibrateArguments(RowOptions, UpstreamOptions):
     """Thresholds for a target false-alarm rate per response, written to <model>/thresholds.json."""
 
     model: str = field(
@@ -72,7 +75,7 @@ class CalibrateArguments:
     )
     input: str = field(
         metadata={
-            "help": "Conversations: JSONL, .jsonl.gz or parquet; or a recording of this model (.parquet), which is not "
+            "help": "Conversations, as `redflag score` reads; or a recording of this model (.parquet), which is not "
             "measured again. Harmful rows only measure what is caught."
         }
     )
@@ -107,9 +110,6 @@ class CalibrateArguments:
         default_factory=list,
         metadata={"help": "Address(es) of OpenAI-compatible servers of this model: calibrate where it is served."},
     )
-    upstream_model: str | None = field(default=None, metadata={"help": "... its name there; default: the only one."})
-    upstream_key_env: str | None = field(default=None, metadata={"help": "... environment variable with the API key."})
-    upstream_headers: dict[str, str] | None = field(default=None, metadata={"help": "... further headers, as JSON."})
     batch_size: int = field(default=16, metadata={"help": "Conversations per forward pass."})
     max_length: int | None = field(
         default=None, metadata={"help": "Longest prompt + response in tokens; default: the model's context."}
@@ -126,7 +126,7 @@ POSITIONAL: str | None = None
 def run(arguments: CalibrateArguments) -> int:
     """The verb. Whatever can be refused before the model is run is refused before."""
     from redflag.corpus.rows import load_rows
-    from redflag.measuring.score import report_skipped
+    from redflag.measuring.progress import report_rows
 
     monitor = MonitorConfig(
         aggregation=arguments.aggregation,
@@ -137,10 +137,11 @@ def run(arguments: CalibrateArguments) -> int:
         warm_up=arguments.warm_up,
     )
     spec = FlagSpec.load(arguments.model)
+    require_writable(f"{arguments.model}/{THRESHOLDS_FILE}", "model", file=True)
     recording = recorded(arguments.input, spec)
     if recording is None:
-        rows = load_rows(arguments.input, on_bad_row=arguments.on_bad_row)
-        report_skipped(rows.skipped)
+        rows = load_rows(arguments.input, on_bad_row=arguments.on_bad_row, **arguments.row_options())
+        report_rows(rows)
         harmless = [row for row in rows if not row.harmful]
         harmful = [row for row in rows if row.harmful]
         fit_on, _ = split_groups([row.group for row in harmless], arguments.held_out, arguments.seed)

@@ -61,7 +61,7 @@ def passes(arguments: EvaluateArguments, rows: Rows, spec: FlagSpec, path: Path)
     """
     from redflag.measuring.baselines.bench import model_stamp
 
-    made_of = [model_stamp(arguments.model), rows.sha256, arguments.device, arguments.dtype, arguments.batch_size]
+    made_of = [model_stamp(arguments.model), rows.fingerprint, arguments.device, arguments.dtype, arguments.batch_size]
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
         if kept["made_of"] == made_of:

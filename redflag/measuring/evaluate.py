@@ -14,21 +14,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from redflag.backends.outbound import UpstreamOptions
+from redflag.corpus.options import RowOptions
 from redflag.corpus.rows import Rows, load_rows
+from redflag.corpus.summary import warnings_about
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
 from redflag.measuring.guarantee import check_rates
 from redflag.measuring.world import World
+from redflag.trace import require_writable
 from redflag.watching.monitor import MonitorConfig
 from redflag.watching.policy import Policy
 
 
 @dataclass
-class EvaluateArguments:
+class EvaluateArguments(RowOptions, UpstreamOptions):
     """Detection, delay, false alarms, language, baselines and attacks: one report."""
 
     model: str = field(metadata={"help": "Folder of a flagged model (with redflag.json)."})
-    test: str = field(metadata={"help": "Rows that the report is about: JSONL, .jsonl.gz or parquet."})
+    test: str = field(metadata={"help": "Rows that the report is about, as `redflag score` reads."})
     calibration: str = field(metadata={"help": "Other rows, on which thresholds are fitted; only harmless ones count."})
     output_dir: str = field(default="runs/evaluation", metadata={"help": "Where report and recordings go."})
     train: str | None = field(default=None, metadata={"help": "Rows that the flags were trained on; for baselines."})
@@ -112,11 +116,6 @@ class EvaluateArguments:
     upstream: list[str] = field(
         default_factory=list, metadata={"help": "Servers that hold the model and score the rows; default: in process."}
     )
-    upstream_model: str | None = field(default=None, metadata={"help": "... its name there; default: the only one."})
-    upstream_key_env: str | None = field(default=None, metadata={"help": "... environment variable with the API key."})
-    upstream_headers: dict[str, str] | None = field(
-        default=None, metadata={"help": "... further headers, as JSON; ${NAME} stands for an environment variable."}
-    )
     seed: int = field(default=0, metadata={"help": "Seeds intervals, baselines and attacks."})
     batch_size: int = field(default=16, metadata={"help": "Conversations per forward pass."})
     max_length: int | None = field(
@@ -155,6 +154,7 @@ def evaluate(arguments: EvaluateArguments, say: Callable[[str], None] = lambda l
     """
     from redflag.measuring import cascade, cost, stages, tables
     from redflag.measuring import report as reporting
+    from redflag.measuring.rehearsal import rehearse
     from redflag.measuring.versus import versus
 
     reporting.require()
@@ -170,14 +170,39 @@ def evaluate(arguments: EvaluateArguments, say: Callable[[str], None] = lambda l
     )
     spec = FlagSpec.load(arguments.model)
     paths = {"test": arguments.test, "calibration": arguments.calibration, "train": arguments.train}
-    rows = {split: load_rows(path, on_bad_row=arguments.on_bad_row) for split, path in paths.items() if path}
+    rows = {
+        name: load_rows(path, on_bad_row=arguments.on_bad_row, **arguments.row_options())
+        for name, path in paths.items()
+        if path
+    }
+    for name, part in rows.items():
+        for line in warnings_about(part):
+            say(f"{name} rows: {line}")
     warnings = _check(arguments, rows)
     judge = stages.judge_of(arguments) if arguments.attacks else None
     attacks = stages.attacks_of(arguments, rows) if arguments.attacks else []
     names = stages.baselines_of(arguments)
     cascades = cascade.cascades_of(arguments, names, rows)
+    require_writable(output, "output_dir")
     output.mkdir(parents=True, exist_ok=True)
 
+    def complete(
+        methods: dict[str, Any], language: dict[str, Any] | None, table: list[dict[str, Any]], judged: Any
+    ) -> dict[str, Any]:
+        return {
+            "format": 1,
+            "title": f"{Path(arguments.model).resolve().name} on {Path(arguments.test).name}",
+            "made": stages.made(arguments, spec, rows, time.monotonic() - start),
+            "methods": methods,
+            "language": language,
+            "attacks": table,
+            "judge": judged,
+            "warnings": list(dict.fromkeys(warnings)),
+        }
+
+    if not World.here().rank:
+        say("== two rows, to the end")
+        rehearse(arguments, spec, rows, names, attacks, judge, output, complete)
     recordings = {}
     for split in ("test", "calibration"):
         say(f"== flag probabilities of the {split} rows")
@@ -229,17 +254,7 @@ def evaluate(arguments: EvaluateArguments, say: Callable[[str], None] = lambda l
         table, judged, attempts = stages.attack(arguments, attacks, judge, rows, output / "attacks", thresholds, say)
     for name, method in methods.items():
         warnings += [f"{name}: {note}" for note in method["notes"]]
-    result = {
-        "format": 1,
-        "title": f"{Path(arguments.model).resolve().name} on {Path(arguments.test).name}",
-        "made": stages.made(arguments, spec, rows, time.monotonic() - start),
-        "methods": methods,
-        "model_pass": dict(own),
-        "language": language,
-        "attacks": table,
-        "judge": judged,
-        "warnings": list(dict.fromkeys(warnings)),
-    }
+    result = complete(methods, language, table, judged) | {"model_pass": dict(own)}
     say("== report")
     reporting.write(result, [*stages.viewed(arguments, recordings["test"], tokens, flag), *attempts], output)
     return result

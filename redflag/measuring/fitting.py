@@ -9,7 +9,7 @@ from typing import Any
 from redflag.corpus.rows import Row
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
-from redflag.prompt import render_response
+from redflag.truncation import fit_row
 
 
 @dataclass(frozen=True)
@@ -21,33 +21,34 @@ class Fitted:
     tail_ids: list[int]
     onset: int | None
     truncated: bool
+    prompt_truncated: bool
 
 
 def fit(tokenizer: Any, spec: FlagSpec, row: Row, index: int, max_length: int | None) -> Fitted:
-    """Renders a conversation and cuts it to `max_length` tokens; `index` is its number, for what errors say.
+    """Renders a conversation and cuts it to `max_length` tokens, as training does.
+
+    `index` is its number, for what errors say.
 
     Raises:
         RedflagError: The chat template refuses it.
     """
     try:
-        rendered = render_response(tokenizer, row.messages, spec)
+        fitted = fit_row(tokenizer, row.messages, spec, max_length)
     except RedflagError as error:
         raise RedflagError(f"{row_name(row, index)}: {error}") from error
-    prompt, response, tail = list(rendered.prompt_ids), list(rendered.response_ids), list(rendered.tail_ids)
     onset = None
     if row.harmful:
         start = row.onset or 0
         # The token that *holds* the character of the onset is the first harmful one, even if it begins before it.
-        onset = next((i for i, (_, end) in enumerate(rendered.offsets) if end > start), len(response))
-    truncated = False
-    if max_length is not None and len(prompt) + len(response) + len(tail) > max_length:
-        # At least one prompt token must stay: the first response token is judged from its position.
-        room = max_length - 1
-        truncated = len(response) > room
-        response = response[:room]
-        tail = tail[: room - len(response)]
-        prompt = prompt[-(max_length - len(response) - len(tail)) :]
-    return Fitted(prompt, response, tail, onset, truncated)
+        onset = next((i for i, (_, end) in enumerate(fitted.offsets) if end > start), len(fitted.offsets))
+    return Fitted(
+        fitted.prompt_ids,
+        fitted.response_ids,
+        fitted.tail_ids,
+        onset,
+        truncated=fitted.response_truncated,
+        prompt_truncated=fitted.prompt_truncated,
+    )
 
 
 def renderable(tokenizer: Any, spec: FlagSpec, rows: Sequence[Row]) -> tuple[list[Row], list[str]]:

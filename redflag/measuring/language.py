@@ -69,7 +69,8 @@ def language_change(
     device = plain_model(flagged).device
     models = [flagged.eval(), reference.to(device).eval()]
     apart = all(head_agrees(model, torch.tensor([pairs[0][0][:4]], device=device)) for model in models)
-    flag_ids = torch.tensor([i for i in spec.ids if i < words[1]], device=device)
+    # Flags behind the reference's vocabulary have no column there, and none in what is compared.
+    flag_ids = torch.tensor([i for i in spec.ids if i < words[1]], dtype=torch.long, device=device)
     total, nll = 0.0, [0.0, 0.0]
     tokens = sum(len(response) for _, response in pairs)
     pairs.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
@@ -79,15 +80,14 @@ def language_change(
         chosen = torch.tensor([t for _, response in pairs[start : start + size] for t in response], device=device)
         for part in range(0, len(chosen), step := max(1, LOGITS_AT_ONCE // words[1])):
             spans = [states[part : part + step] for states in hidden]
-            found = [
+            log_probs = [
                 _language(head_logits(model, span) if apart else span, words[1], flag_ids)
                 for model, span in zip(models, spans, strict=True)
             ]
-            new, old = found
-            total += float((old.exp() * (old - new).nan_to_num(0.0)).sum())
-            said = chosen[part : part + step, None]
-            for i, logs in enumerate(found):
-                nll[i] -= float(logs.gather(1, said).sum())
+            total += math.fsum(_divergence(*log_probs).tolist())
+            targets = chosen[part : part + step, None]
+            for i, logs in enumerate(log_probs):
+                nll[i] -= math.fsum(logs.gather(1, targets)[:, 0].tolist())
     return {
         "keep_kl": total / tokens,
         "perplexity_ratio": math.exp((nll[0] - nll[1]) / tokens),
@@ -111,7 +111,16 @@ def states_before(model: Any, pairs: Sequence[tuple[list[int], list[int]]], devi
 
 
 def _language(logits: torch.Tensor, words: int, flag_ids: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities of everything but flags, float64, N x words."""
-    logits = logits[:, :words].double()
-    logits[:, flag_ids] = -math.inf
+    """Log-probabilities of everything but flags, float32 (Apple's GPUs have no float64), N x words."""
+    logits = logits[:, :words].float().index_fill(1, flag_ids, -math.inf)
     return torch.log_softmax(logits, dim=-1)
+
+
+def _divergence(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    """KL(old || new) of each position, shape `(N,)`.
+
+    Summed as old * log(old / new) - old + new, the same where both sum to one: what float32 loses in the two
+    normalisers then cancels to first order.
+    """
+    p = old.exp()
+    return (p * (old - new).nan_to_num(0.0) - p + new.exp()).sum(-1)

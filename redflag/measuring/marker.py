@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from redflag.backends.outbound import extra_headers, key_in
 from redflag.errors import RedflagError
 from redflag.flags import FILE, Flag, FlagSpec
 from redflag.measuring.world import World
@@ -205,9 +204,7 @@ def open_markers(arguments: ScoreArguments, world: World, stack: ExitStack) -> t
             arguments.upstream,
             FlagSpec(tuple(Flag(str(token), id=token) for token in tokens)),
             eos_ids,
-            model=arguments.upstream_model,
-            api_key=key_in(arguments.upstream_key_env),
-            headers=extra_headers(arguments.upstream_headers, "upstream_headers"),
+            **arguments.upstream_options(),
             upper_bound=arguments.upper_bound,
         )
         stack.callback(upstreams.close)

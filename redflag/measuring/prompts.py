@@ -36,6 +36,7 @@ from redflag.measuring.score import (
 from redflag.measuring.shards import write_lines
 from redflag.measuring.world import World
 from redflag.prompt import render_prompt
+from redflag.truncation import fit_prompt
 
 if TYPE_CHECKING:
     from redflag.measuring.score import ScoreArguments
@@ -85,7 +86,7 @@ class FlagReader:
 
 def run_prompts(arguments: ScoreArguments, world: World) -> int:
     """The verb `score` with `prompts`."""
-    rows = load_rows(arguments.input, on_bad_row=arguments.on_bad_row, unanswered="keep")
+    rows = load_rows(arguments.input, on_bad_row=arguments.on_bad_row, unanswered="keep", **arguments.row_options())
     if world.rank == 0:
         report_skipped(rows.skipped)
     with ExitStack() as stack:
@@ -105,7 +106,7 @@ def run_prompts(arguments: ScoreArguments, world: World) -> int:
                 report_skipped(bad)
         output = Path(arguments.output)
         check_batch(arguments.batch_size)
-        key = {"prompts": True, "rows": rows.sha256, "count": len(chosen), "max_length": max_length, **reader.key}
+        key = {"prompts": True, "rows": rows.fingerprint, "count": len(chosen), "max_length": max_length, **reader.key}
         alone, chunk, fingerprint = plan(reader.source, key, output, world, arguments.batch_size)
 
         def lines(start: int, stop: int) -> Iterator[str]:
@@ -145,7 +146,7 @@ def score_prompts(
         rows: Conversations; a last turn of the assistant's is the response, and ignored.
         batch_size: Prompts per forward pass.
         max_length: Most tokens of prompt and what is measured behind it; None: no limit. A prompt that does not fit
-            loses its front.
+            loses its oldest turns (`redflag.truncation.fit_prompt`).
         first: Number of the first of these rows, for what errors say.
 
     Yields:
@@ -163,13 +164,13 @@ def score_prompts(
         prompts = [
             _prompt_ids(reader, tokenizer, spec, row, first + start + i, max_length) for i, row in enumerate(part)
         ]
-        measured = iter(reader.read(prompts, batch_size))
+        measured = iter(reader.read([ids for ids, _ in prompts], batch_size))
         for i, row in enumerate(part, first + start):
             try:
                 found = next(measured)  # of servers: as soon as it is there
             except RedflagError as error:
                 raise RedflagError(f"{row_name(row, i)}: {error}") from error
-            yield _record(row, i, found)
+            yield _record(row, i, found, prompts[i - first - start][1])
 
 
 def prompt_of(row: Row) -> list[dict[str, str]]:
@@ -179,7 +180,8 @@ def prompt_of(row: Row) -> list[dict[str, str]]:
 
 def _prompt_ids(
     reader: Reader, tokenizer: Any, spec: FlagSpec, row: Row, index: int, max_length: int | None
-) -> list[int]:
+) -> tuple[list[int], bool]:
+    """Ids of a prompt, and whether it had to be cut."""
     messages = prompt_of(row)
     for text in reader.forbidden:
         if any(text in turn["content"] for turn in messages):
@@ -187,21 +189,20 @@ def _prompt_ids(
                 f"{row_name(row, index)}: the prompt holds the marker {text!r}, and whoever may write it moves its "
                 "probability: take it out of the text, or leave such rows out with on_bad_row=skip"
             )
-    try:
-        ids = render_prompt(tokenizer, messages, spec)
-    except RedflagError as error:
-        raise RedflagError(f"{row_name(row, index)}: {error}") from error
-    if max_length is None:
-        return ids
-    if max_length <= reader.room:
+    if max_length is not None and max_length <= reader.room:
         raise RedflagError(
             f"max_length is {max_length}, and {reader.room} token(s) behind the prompt are measured, which leaves none "
             "for the prompt: give more"
         )
-    return ids[-(max_length - reader.room) :]
+    try:
+        ids = render_prompt(tokenizer, messages, spec)
+        limit = len(ids) if max_length is None else max_length - reader.room
+        return fit_prompt(tokenizer, messages, spec, limit, ids), len(ids) > limit
+    except RedflagError as error:
+        raise RedflagError(f"{row_name(row, index)}: {error}") from error
 
 
-def _record(row: Row, index: int, found: dict[str, Any]) -> dict[str, Any]:
+def _record(row: Row, index: int, found: dict[str, Any], cut: bool) -> dict[str, Any]:
     probs = np.asarray(found["flag_probs"], dtype=np.float64)
     if not (np.isfinite(probs).all() and (probs >= 0.0).all() and (probs <= 1.0).all()):
         raise RedflagError(
@@ -224,6 +225,7 @@ def _record(row: Row, index: int, found: dict[str, Any]) -> dict[str, Any]:
         "onset_source": None,
         "turns": sum(turn["role"] == "user" for turn in messages),
         "truncated": False,
+        "prompt_truncated": cut,
         **{name: value for name, value in found.items() if name != "flag_probs"},
     }
 

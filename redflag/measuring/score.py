@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -24,15 +25,17 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
-from redflag.backends.outbound import extra_headers, key_in
+from redflag.backends.outbound import UpstreamOptions
+from redflag.corpus.options import RowOptions
 from redflag.corpus.rows import Row, load_rows
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
 from redflag.measuring.fitting import fit, renderable, row_name
-from redflag.measuring.progress import CUT, progress, report_skipped
+from redflag.measuring.progress import cut_lines, progress, report_rows, report_skipped
 from redflag.measuring.scored import Probs, Scored, as_json, read_scored
 from redflag.measuring.shards import kept_in, write_lines
 from redflag.measuring.world import World
+from redflag.trace import require_writable
 
 if TYPE_CHECKING:
     from redflag.backends.hf import HFBackend
@@ -70,11 +73,11 @@ class Scorer(Protocol):
 
 
 @dataclass
-class ScoreArguments:
+class ScoreArguments(RowOptions, UpstreamOptions):
     """Flag probabilities of given conversations, one JSON row per input row."""
 
     model: str = field(metadata={"help": "Folder of a flagged model (with redflag.json)."})
-    input: str = field(metadata={"help": "Conversations: JSONL, .jsonl.gz or parquet."})
+    input: str = field(metadata={"help": "Conversations: JSONL, JSON, CSV, Parquet, a folder, or a hub data set."})
     output: str = field(
         metadata={"help": "JSONL to write; an interrupted run is continued from <output>.partial or .parts."}
     )
@@ -88,11 +91,6 @@ class ScoreArguments:
     upstream: list[str] = field(
         default_factory=list,
         metadata={"help": "Address(es) of OpenAI-compatible servers of this model, which measure instead."},
-    )
-    upstream_model: str | None = field(default=None, metadata={"help": "... its name there; default: the only one."})
-    upstream_key_env: str | None = field(default=None, metadata={"help": "... environment variable with the API key."})
-    upstream_headers: dict[str, str] | None = field(
-        default=None, metadata={"help": "... further headers, as JSON; ${NAME} stands for an environment variable."}
     )
     upper_bound: bool = field(
         default=False, metadata={"help": "... upper bounds from the 20 most likely tokens: quick, and for old servers."}
@@ -119,6 +117,7 @@ def run(arguments: ScoreArguments) -> int:
         raise RedflagError(f"{output} is a folder, so no rows can be written under that name: give the name of a file")
     if output.resolve() == Path(arguments.input).resolve():
         raise RedflagError(f"{output} is the input as well, which would be lost: give the scores another name")
+    require_writable(output, "output", file=True)
     world = World.here()
     if arguments.prompts:
         from redflag.measuring.prompts import run_prompts
@@ -129,9 +128,9 @@ def run(arguments: ScoreArguments) -> int:
             f"the marker {arguments.marker[0]!r} is measured where an answer begins and not along given answers: add "
             "--prompts"
         )
-    rows = load_rows(arguments.input, on_bad_row=arguments.on_bad_row)
+    rows = load_rows(arguments.input, on_bad_row=arguments.on_bad_row, **arguments.row_options())
     if world.rank == 0:
-        report_skipped(rows.skipped)
+        report_rows(rows)
     with ExitStack() as stack:
         scorer, tokenizer, spec = open_scorer(arguments, world, stack, arguments.upper_bound)
         max_length = context_limit(arguments.max_length, scorer.context_length)
@@ -146,7 +145,7 @@ def run(arguments: ScoreArguments) -> int:
             spec,
             chosen,
             output,
-            rows_sha256=rows.sha256,
+            rows_sha256=rows.fingerprint,
             batch_size=arguments.batch_size,
             max_length=max_length,
             world=world,
@@ -161,11 +160,10 @@ class ScorerArguments(Protocol):
 
     model: str
     upstream: list[str]
-    upstream_model: str | None
-    upstream_key_env: str | None
-    upstream_headers: dict[str, str] | None
     device: str
     dtype: str
+
+    def upstream_options(self) -> dict[str, Any]: ...
 
 
 def open_scorer(
@@ -183,9 +181,7 @@ def open_scorer(
     upstreams, tokenizer, spec = connect(
         arguments.model,
         arguments.upstream,
-        name=arguments.upstream_model,
-        api_key=key_in(arguments.upstream_key_env),
-        headers=extra_headers(arguments.upstream_headers, "upstream_headers"),
+        **arguments.upstream_options(),
         upper_bound=upper_bound,
     )
     stack.callback(upstreams.close)
@@ -239,20 +235,20 @@ def score_to_file(
     }
     bounds: dict[str, Any] = {"upper_bound": True} if getattr(scorer, "upper_bound", False) else {}
     alone, chunk, fingerprint = plan(scorer, key, output, world, batch_size)
-    cut = 0
+    cut: Counter[str] = Counter()
 
     def lines(start: int, stop: int) -> Iterator[str]:
-        nonlocal cut
         scored = score(
             scorer, tokenizer, spec, rows[start:stop], batch_size=batch_size, max_length=max_length, first=start
         )
         for item in progress(scored, total=stop - start, what="scored") if alone else scored:
-            cut += item.truncated
+            cut.update(response=item.truncated, prompt=item.prompt_truncated)
             yield json.dumps({**as_json(item, tokenizer), **bounds}, ensure_ascii=False, allow_nan=False)
 
     written = write_lines(output, len(rows), lines, chunk=chunk, fingerprint=fingerprint, world=world)
-    if cut and not alone:
-        print(f"process {world.rank}: {CUT.format(cut)}", file=sys.stderr)
+    if not alone:
+        for line in cut_lines(cut):
+            print(f"process {world.rank}: {line}", file=sys.stderr)
     return written
 
 
@@ -286,7 +282,7 @@ def score_rows(
     Yields:
         `id`, `token_ids` (T), `tokens` (T texts), `flag_probs` (T x K), `tail_probs` (M x K), `peak` (K), `onset`
         (token index or None), `category`, `group`, `source`, `lang`, `onset_source`, `turns` (of the user),
-        `truncated`.
+        `truncated`, `prompt_truncated`.
     """
     for item in score(scorer, tokenizer, spec, rows, batch_size=batch_size, max_length=max_length):
         yield as_json(item, tokenizer)
@@ -310,8 +306,9 @@ def score(
         spec: The model's flags.
         rows: Conversations that end in the response.
         batch_size: Conversations per forward pass.
-        max_length: Longest prompt + response in tokens; None: no limit. A prompt that does not fit loses its front; a
-            response that does not fit even alone loses its end and is marked as truncated.
+        max_length: Longest prompt + response in tokens; None: no limit. A prompt that does not fit loses its
+            oldest turns (`redflag.truncation.fit_prompt`); a response that does not fit even alone loses its end. Both
+            are marked.
         first: Number of the first of these rows, for what errors say.
 
     Raises:
@@ -334,7 +331,8 @@ def score(
                 raise RedflagError(f"{row_name(row, i)}: {error}") from error
             length = len(item.response_ids)
             _check(probs, (length + len(item.tail_ids), flags), row, i)
-            yield Scored(row, item.response_ids, probs[:length], probs[length:], item.onset, item.truncated)
+            cut = {"truncated": item.truncated, "prompt_truncated": item.prompt_truncated}
+            yield Scored(row, item.response_ids, probs[:length], probs[length:], item.onset, **cut)
 
 
 def served(scorer: object) -> bool:

@@ -29,6 +29,7 @@ class Scored:
         tail_probs: M x K probabilities before the M tokens that end the turn (usually one); M is 0 if truncated.
         onset: Index of the first harmful token; None in a harmless row. In a row cut before its onset it is >= T.
         truncated: Whether the end of the response did not fit into the context.
+        prompt_truncated: Whether the prompt did not, and lost its oldest turns.
     """
 
     row: Row
@@ -37,6 +38,7 @@ class Scored:
     tail_probs: Probs
     onset: int | None
     truncated: bool
+    prompt_truncated: bool = False
 
     @property
     def peak(self) -> list[float]:
@@ -66,6 +68,7 @@ def as_json(item: Scored, tokenizer: Any) -> dict[str, Any]:
         "onset_source": item.row.onset_source,
         "turns": sum(turn["role"] == "user" for turn in item.row.messages),
         "truncated": item.truncated,
+        "prompt_truncated": item.prompt_truncated,
     }
 
 

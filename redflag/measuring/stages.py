@@ -8,7 +8,6 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ from redflag.flags import FlagSpec
 from redflag.measuring import score
 from redflag.measuring.recording import Recording
 from redflag.measuring.world import World
+from redflag.versions import versions
 from redflag.watching.monitor import MonitorConfig
 from redflag.watching.policy import Policy
 from redflag.watching.thresholds import Thresholds
@@ -39,7 +39,7 @@ def record(arguments: EvaluateArguments, source: str, rows: Rows, path: Path, sp
     """The flag's recording of the rows of a file, made once; `path` without its ending."""
     kept, scored = path.with_suffix(".parquet"), path.with_suffix(".scored.jsonl")
     meta = {
-        "rows": rows.sha256,
+        "rows": rows.fingerprint,
         "run_id": spec.run_id,
         "template_hash": spec.template_hash,
         "max_length": arguments.max_length,
@@ -56,6 +56,7 @@ def record(arguments: EvaluateArguments, source: str, rows: Rows, path: Path, sp
             model=arguments.model,
             input=source,
             output=str(scored),
+            **arguments.row_options(),
             upstream=list(arguments.upstream),
             upstream_model=arguments.upstream_model,
             upstream_key_env=arguments.upstream_key_env,
@@ -312,7 +313,7 @@ def made(arguments: EvaluateArguments, spec: FlagSpec, rows: Mapping[str, Rows],
         "command": shlex.join(["redflag", *sys.argv[1:]]) if verb else f"redflag.evaluate({arguments})",
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "seconds": round(seconds, 1),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+        "versions": {"python": platform.python_version()} | versions(*packages),
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
         "seeds": [arguments.seed],
         "model": {"path": arguments.model, "run_id": spec.run_id},

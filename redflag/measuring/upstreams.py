@@ -27,7 +27,7 @@ def connect(
     directory: str,
     urls: Sequence[str],
     *,
-    name: str | None = None,
+    model: str | None = None,
     api_key: str | None = None,
     headers: Mapping[str, str] | None = None,
     upper_bound: bool = False,
@@ -37,7 +37,7 @@ def connect(
     Args:
         directory: The model's folder, as `redflag train` wrote it.
         urls: Addresses of servers that serve it.
-        name: Its name there; None takes each server's first one.
+        model: Its name there; None takes each server's first one.
         api_key: Sent as a bearer token.
         headers: Sent with every request.
         upper_bound: As for `Upstreams`.
@@ -51,7 +51,7 @@ def connect(
     from redflag.backends.load import load_tokenizer
 
     tokenizer, spec, eos_ids = load_tokenizer(directory)
-    upstreams = Upstreams(urls, spec, eos_ids, model=name, api_key=api_key, headers=headers, upper_bound=upper_bound)
+    upstreams = Upstreams(urls, spec, eos_ids, model=model, api_key=api_key, headers=headers, upper_bound=upper_bound)
     return upstreams, tokenizer, spec
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import hmac
 from dataclasses import dataclass
+from typing import Literal
 
 from fastapi import Request
 
+from redflag.serving.api_errors import ApiError
 from redflag.serving.exchange import timeout_at
-from redflag.serving.schema import ApiError
 
 OPERATOR_HEADER = "x-redflag-operator"
 TRACE_HEADER = "x-redflag-trace"
@@ -28,7 +29,10 @@ class Limits:
         api_keys: Clients must show one of these; empty lets everybody in.
         operator_key: Shows that a request is the operator's own; None: there is no operator.
         max_body_bytes: Longest request body.
-        max_tokens: Most response tokens that a client may ask for.
+        max_tokens: Most response tokens of a request.
+        over_limit: What becomes of a request for more: it is clipped, or refused.
+        unknown_fields: What becomes of request fields that are unknown and change no token.
+        allow_origins: Web pages from there may ask; `*` lets all pages ask, no origin none.
         default_tokens: Response tokens where the client asks for no number.
         max_open: Most requests being answered at once; more are refused with 429.
         prefill: Clients may write the beginning of the response, as a last message of the assistant's.
@@ -44,6 +48,9 @@ class Limits:
     operator_key: str | None = None
     max_body_bytes: int = 4 << 20
     max_tokens: int = 4096
+    over_limit: Literal["clip", "refuse"] = "clip"
+    unknown_fields: Literal["ignore", "refuse"] = "ignore"
+    allow_origins: tuple[str, ...] = ()
     default_tokens: int = 1024
     max_open: int = 1024
     prefill: bool = False
@@ -79,9 +86,9 @@ def admit(request: Request, limits: Limits, *, audited: bool = False) -> Caller:
     Raises:
         ApiError: 401 for a client without a key that it needs, 403 for what is the operator's.
     """
-    given = request.headers.get("authorization", "")
+    given = bearer(request)
     # All are compared, so that the time taken tells nothing.
-    if limits.api_keys and not any([same(given, f"Bearer {key}") for key in limits.api_keys]):
+    if limits.api_keys and not any([same(given, key) for key in limits.api_keys]):
         raise ApiError(
             401,
             "the API key is missing or unknown; send `Authorization: Bearer KEY`",
@@ -101,6 +108,12 @@ def admit(request: Request, limits: Limits, *, audited: bool = False) -> Caller:
     if not audited:
         raise ApiError(403, "this server keeps no audit log, and no override goes unlogged", "audit_log_required")
     return Caller(operator, view, reason.strip()[:_LONGEST_REASON])
+
+
+def bearer(request: Request) -> str:
+    """The token of a request, "" for none. The case of the scheme does not matter (RFC 9110, 11.1)."""
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else ""
 
 
 def is_operator(request: Request, limits: Limits) -> bool:

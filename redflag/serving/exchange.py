@@ -75,6 +75,11 @@ class Exchange:
         return self._cut == "timeout"
 
     @property
+    def stopped(self) -> bool:
+        """Whether the server went down before the response was over."""
+        return self._cut == "stopped"
+
+    @property
     def end(self) -> str:
         """How it ended: `done`, `halted`, `fault`, `timeout`, `refused`, or `disconnected` where the client left."""
         end = self.response.trace.end
@@ -83,7 +88,7 @@ class Exchange:
         if end is None or not self.delivered:
             return "disconnected"
         if isinstance(end, Halt) and end.reason == "fault":
-            return "timeout" if self.late else "fault"
+            return "timeout" if self.late or self.stopped else "fault"
         return "done" if isinstance(end, Done) else "halted"
 
     async def next(self) -> Event:
@@ -111,8 +116,8 @@ class Exchange:
         self._hurry("disconnected")
 
     def stop(self) -> None:
-        """Time is over: the response ends here, with what was released."""
-        self._hurry("timeout")
+        """The server goes down: the response ends here, with what was released."""
+        self._hurry("stopped")
 
     async def close(self) -> None:
         """Stops the engine, at any point and whoever cancels, and tells. Without effect the second time."""
@@ -141,7 +146,8 @@ class Exchange:
             self._cut = self._cut or "timeout"
             if self._cut == "disconnected":
                 raise ConnectionAbortedError("the client has left") from error
-            error = TimeoutError(f"the response took longer than {self._seconds:g} s, or the server is going down")
+            late = f"the response took longer than {self._seconds:g} s"
+            error = TimeoutError("the server is going down" if self.stopped else late)
         elif isinstance(error, RedflagError) and not self.committed and self.response.untouched:
             self._refused = True
             raise error

@@ -150,7 +150,7 @@ class Metrics:
                 self._resumes.inc()
             elif isinstance(event, Halt):
                 self._halt(event)
-        self._generated.inc(len(trace.token_ids) + trace.waited + trace.taken)
+        self._generated.inc(trace.generated)
         self._released.inc(released)
         if reflections:
             self._waited.observe(trace.waited)

@@ -1,12 +1,12 @@
-"""What a request may say: bodies of `/v1/chat/completions` and `/v1/completions`, and errors in OpenAI's shape.
+"""What a request may say: bodies of `/v1/chat/completions` and `/v1/completions`.
 
-Nothing is ignored in silence. A field that cannot be carried out is refused by name unless it holds the value that
-changes nothing; a field that nobody knows is refused too.
+Nothing is ignored in silence. Which fields are refused and which are ignored and named stands in
+`redflag.serving.fields`; messages that an SDK made of an answer may be sent back as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -15,123 +15,138 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PrivateAttr,
     ValidationError,
     ValidationInfo,
+    field_validator,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
 from redflag.backends import Sampling
+from redflag.serving.api_errors import ApiError
+from redflag.serving.fields import ignored_fields
 
 MOST_STOPS = 16
 LONGEST_STOP = 128
+NO_LIMIT = -1  # what clients send for "as many tokens as there may be"
 
 Body = TypeVar("Body", bound="_Request")
 
 
-class ApiError(Exception):
-    """A refusal, in the words of the API.
-
-    Attributes:
-        status: The HTTP status.
-        code: What is wrong, for programs.
-        param: The request's field, as a path such as `messages.0.role`.
-        headers: Headers of the answer.
-
-    Example:
-        >>> ApiError(404, "there is no model 'x'", "model_not_found", param="model").body()["error"]["type"]
-        'invalid_request_error'
-    """
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        code: str,
-        *,
-        param: str | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.code = code
-        self.param = param
-        self.headers = dict(headers or {})
-
-    def body(self) -> dict[str, Any]:
-        """The answer's body."""
-        kind = _KINDS.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+def _a_limit(value: int) -> int:
+    if value < 1 and value != NO_LIMIT:
+        raise PydanticCustomError("greater_than_equal", "input should be 1 or more, or -1 for no limit")
+    return value
 
 
-_KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+def _as_text(value: Any) -> Any:
+    """User names that are numbers: databases have those."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-def _only(*neutral: Any, advice: str = "leave it out") -> AfterValidator:
-    """A field that is understood and not carried out: only values that change nothing are taken."""
-
-    def check(value: Any, info: ValidationInfo) -> Any:
-        if value is None or any(value == item and type(value) is type(item) for item in neutral):
-            return value
-        shown = repr(value)
-        raise PydanticCustomError(
-            "unsupported",
-            "{name} is {value}, which this server does not carry out; {advice}",
-            {
-                "name": info.field_name or "this field",
-                "value": shown if len(shown) < 80 else shown[:76] + " ...",
-                "advice": advice,
-            },
-        )
-
-    return AfterValidator(check)
+def _as_stops(value: Any) -> Any:
+    if isinstance(value, str):
+        return [value] if value else []
+    return value
 
 
-_STRICT = ConfigDict(extra="forbid", strict=True)
+_OPEN = ConfigDict(extra="allow", strict=True)
 _Real = Annotated[float, Field(allow_inf_nan=False)]
+_Limit = Annotated[int, AfterValidator(_a_limit)]
+_Name = Annotated[str, Field(max_length=512), BeforeValidator(_as_text)]
 _Stops = Annotated[
     list[Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]],
     Field(max_length=MOST_STOPS),
-    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+    BeforeValidator(_as_stops),
 ]
+# Of a message: what answers of this and other servers hold beside the text. The prompt does not show it.
+_LEFT_OUT = frozenset(
+    (
+        "annotations",
+        "audio",
+        "function_call",
+        "name",
+        "parsed",
+        "reasoning",
+        "reasoning_content",
+        "refusal",
+        "tool_calls",
+    )
+)
+_MISSING: Any = object()
 
 
 class _TextPart(BaseModel):
-    model_config = _STRICT
-    type: Literal["text"]
+    model_config = _OPEN
+    type: Literal["text", "input_text"]
     text: str
 
 
 class _Message(BaseModel):
-    """One turn. What answers of this server hold may be sent back as it is; `name` is accepted and not shown."""
+    """One turn. What answers hold may be sent back as it is: everything but the text is left out of the prompt.
 
-    model_config = _STRICT
+    An assistant's turn without text (it was halted before its first token, or only thought) is an empty turn: left out
+    altogether, two user turns would follow each other, which some templates refuse.
+    """
+
+    model_config = _OPEN
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[_TextPart]
-    name: str | None = None
-    refusal: Annotated[Any, _only()] = None
-    annotations: Annotated[Any, _only([])] = None
-    audio: Annotated[Any, _only()] = None
-    function_call: Annotated[Any, _only()] = None
-    tool_calls: Annotated[Any, _only([])] = None
+    content: str | list[_TextPart] = Field(default=_MISSING, validate_default=True)
+    tool_calls: Any = None
+    function_call: Any = None
+
+    @field_validator("role", mode="before")
+    @classmethod
+    def _no_tool_turn(cls, role: Any) -> Any:
+        if role in ("tool", "function"):
+            raise PydanticCustomError(
+                "unsupported_turn", "results of tools are not supported yet; send the conversation without them"
+            )
+        return role
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _empty_turn(cls, content: Any, info: ValidationInfo) -> Any:
+        if content is _MISSING or content is None:
+            if info.data.get("role") == "assistant":
+                return ""
+            if content is _MISSING:
+                raise PydanticCustomError("missing", "it is missing")
+        return content
+
+    @field_validator("tool_calls", "function_call")
+    @classmethod
+    def _no_call(cls, calls: Any) -> Any:
+        if calls is not None and calls != []:
+            raise PydanticCustomError(
+                "unsupported_turn", "calls of tools are not supported yet; send the conversation without them"
+            )
+        return calls
 
     def turn(self) -> dict[str, str]:
         """The turn as the chat template knows it; text parts are lines, `developer` is the system."""
         content = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
         return {"role": "system" if self.role == "developer" else self.role, "content": content}
 
+    def extra(self) -> Iterator[str]:
+        """Keys that mean nothing here."""
+        yield from (f"messages.{name}" for name in self.model_extra or {} if name not in _LEFT_OUT)
+        if not isinstance(self.content, str):
+            for part in self.content:
+                yield from (f"messages.content.{name}" for name in part.model_extra or {})
+
 
 class _StreamOptions(BaseModel):
-    model_config = _STRICT
-    include_usage: bool = False
-    include_obfuscation: Annotated[Any, _only(False)] = None
-    continuous_usage_stats: Annotated[Any, _only(False)] = None
+    model_config = _OPEN
+    include_usage: bool | None = None
 
 
 class _Request(BaseModel):
-    model_config = _STRICT
+    model_config = _OPEN
     model: str
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: _Limit | None = None
+    max_completion_tokens: _Limit | None = None
     temperature: Annotated[_Real, Field(ge=0, le=2)] | None = None
     top_p: Annotated[_Real, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1)] | None = None
@@ -141,20 +156,19 @@ class _Request(BaseModel):
     stop: _Stops | None = None
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
-    user: Annotated[str, Field(max_length=512)] | None = None
-    safety_identifier: Annotated[str, Field(max_length=512)] | None = None
-    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
+    user: _Name | None = None
+    safety_identifier: _Name | None = None
+    metadata: dict[str, Any] | None = None
 
-    n: Annotated[Any, _only(1, advice="send a request for each answer")] = None
-    frequency_penalty: Annotated[Any, _only(0, 0.0)] = None
-    presence_penalty: Annotated[Any, _only(0, 0.0)] = None
-    logit_bias: Annotated[Any, _only({})] = None
-    service_tier: Annotated[Any, _only("auto", "default")] = None
+    _ignored: list[str] = PrivateAttr(default_factory=list)
 
     @model_validator(mode="after")
-    def _together(self) -> _Request:
-        if self.stream_options is not None and not self.stream:
-            raise PydanticCustomError("stream_options", "stream_options means nothing without stream; leave it out")
+    def _one_limit(self) -> _Request:
+        if len({self.max_tokens, self.max_completion_tokens} - {None}) > 1:
+            raise PydanticCustomError(
+                "max_completion_tokens",
+                "max_tokens and max_completion_tokens differ, so it is open which one counts; give one of them",
+            )
         return self
 
     @property
@@ -165,12 +179,24 @@ class _Request(BaseModel):
     @property
     def wants_usage(self) -> bool:
         """Whether the stream shall end with a chunk of token counts."""
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     @property
     def asked_tokens(self) -> int | None:
-        """The most response tokens the client wants."""
-        return self.max_tokens
+        """The most response tokens the client wants; `NO_LIMIT` for as many as there may be."""
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def ignored(self) -> list[str]:
+        """Fields that were left out of account."""
+        return self._ignored
+
+    def extra(self) -> Iterator[str]:
+        """Fields below the top level that mean nothing here."""
+        if self.stream_options is not None:
+            for name, value in (self.stream_options.model_extra or {}).items():
+                if value not in (None, False):
+                    yield f"stream_options.{name}"
 
     def sampling(self, max_new_tokens: int) -> Sampling:
         """How tokens shall be chosen; what the client leaves open is OpenAI's default."""
@@ -190,38 +216,6 @@ class ChatRequest(_Request):
     """Body of `/v1/chat/completions`."""
 
     messages: Annotated[list[_Message], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-
-    logprobs: Annotated[Any, _only(False)] = None
-    top_logprobs: Annotated[Any, _only(0)] = None
-    tools: Annotated[Any, _only([])] = None
-    tool_choice: Annotated[Any, _only("none", "auto")] = None
-    parallel_tool_calls: Annotated[Any, _only(True, False)] = None
-    functions: Annotated[Any, _only([])] = None
-    function_call: Annotated[Any, _only("none", "auto")] = None
-    response_format: Annotated[Any, _only({"type": "text"})] = None
-    modalities: Annotated[Any, _only(["text"])] = None
-    audio: Annotated[Any, _only()] = None
-    prediction: Annotated[Any, _only()] = None
-    reasoning_effort: Annotated[Any, _only("none")] = None
-    verbosity: Annotated[Any, _only("medium")] = None
-    store: Annotated[Any, _only(False)] = None
-    web_search_options: Annotated[Any, _only()] = None
-
-    @model_validator(mode="after")
-    def _one_limit(self) -> ChatRequest:
-        both = {self.max_tokens, self.max_completion_tokens} - {None}
-        if len(both) > 1:
-            raise PydanticCustomError(
-                "max_completion_tokens",
-                "max_tokens and max_completion_tokens differ, so it is open which one counts; give one of them",
-            )
-        return self
-
-    @property
-    def asked_tokens(self) -> int | None:
-        """The most response tokens the client wants."""
-        return self.max_completion_tokens or self.max_tokens
 
     def input(self) -> list[dict[str, str]]:
         """The conversation."""
@@ -232,16 +226,17 @@ class ChatRequest(_Request):
         """Whether the client wrote the beginning of the response."""
         return self.messages[-1].role == "assistant"
 
+    def extra(self) -> Iterator[str]:
+        """As for every request; of the messages too."""
+        yield from super().extra()
+        for message in self.messages:
+            yield from message.extra()
+
 
 class CompletionRequest(_Request):
     """Body of `/v1/completions`. One prompt, as text: ids could hold a flag, several prompts are several requests."""
 
     prompt: str | list[Any]
-
-    logprobs: Annotated[Any, _only()] = None
-    best_of: Annotated[Any, _only(1)] = None
-    echo: Annotated[Any, _only(False)] = None
-    suffix: Annotated[Any, _only()] = None
 
     @model_validator(mode="after")
     def _one_prompt(self) -> CompletionRequest:
@@ -261,8 +256,13 @@ class CompletionRequest(_Request):
         return False
 
 
-def parse(kind: type[Body], body: bytes) -> Body:
+def parse(kind: type[Body], body: bytes, *, refuse_unknown: bool = False) -> Body:
     """A request body, checked.
+
+    Args:
+        kind: Which request it is.
+        body: JSON.
+        refuse_unknown: Refuse fields that could be ignored.
 
     Raises:
         ApiError: 400, in words that name the field.
@@ -270,18 +270,23 @@ def parse(kind: type[Body], body: bytes) -> Body:
     Example:
         >>> parse(CompletionRequest, b'{"model": "m", "prompt": "Once", "n": 2}')
         Traceback (most recent call last):
-        redflag.serving.schema.ApiError: n is 2, which this server does not carry out; send a request for each answer
+        redflag.serving.api_errors.ApiError: n is 2, which is not supported; send a request for each answer
     """
     try:
-        return kind.model_validate_json(body)
+        request = kind.model_validate_json(body)
     except ValidationError as error:
         raise _explained(error) from None
+    names = dict.fromkeys([*ignored_fields(request.model_extra or {}), *request.extra()])
+    if names and refuse_unknown:
+        name = next(iter(names))
+        raise ApiError(400, f"{name} is unknown or not supported; leave it out", "unknown_parameter", param=name)
+    request._ignored.extend(names)
+    return request
 
 
 _CODES = {
     "missing": "missing_required_parameter",
-    "extra_forbidden": "unknown_parameter",
-    "unsupported": "unsupported_parameter",
+    "unsupported_turn": "unsupported_parameter",
     "json_invalid": "invalid_json",
     "literal_error": "invalid_value",
     "string_too_short": "invalid_value",
@@ -304,17 +309,13 @@ def _explained(error: ValidationError) -> ApiError:
     kind = first["type"]
     if kind == "json_invalid":
         return ApiError(400, f"the body is not JSON in UTF-8 ({first['msg']}); mend it", "invalid_json")
-    if kind in ("stream_options", "max_completion_tokens", "prompt"):
+    if kind in ("max_completion_tokens", "prompt"):
         return ApiError(400, first["msg"], "invalid_value", param=kind)
     # Names of union branches stand in the path too; they are no fields.
     path = [str(part) for part in first["loc"] if not (isinstance(part, str) and ("[" in part or part == "str"))]
     param = ".".join(path) or None
-    if kind == "extra_forbidden":
-        message = f"{param} is no parameter that this server knows; leave it out"
-    elif kind == "missing":
+    if kind == "missing":
         message = f"{param} is missing; give it"
-    elif kind == "unsupported":
-        message = first["msg"]
     elif path[-1:] == ["type"] and "content" in path:
         message = f"{param}: only parts of the type text are accepted; leave images, audio and files out"
     else:

@@ -6,20 +6,18 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
+from typing import Any
 
 from fastapi import Request, Response
-from fastapi.responses import JSONResponse
 from sse_starlette import EventSourceResponse
 from sse_starlette.sse import SendTimeoutError
 from starlette.types import Message, Receive, Scope, Send
 
-from redflag.backends import BusyError
 from redflag.errors import RedflagError
 from redflag.serving.access import Limits
+from redflag.serving.api_errors import ApiError, error_response, late, refused_by_engine, stopping, unavailable
 from redflag.serving.exchange import Exchange
-from redflag.serving.schema import ApiError
 from redflag.serving.wire import Answer, operator_view
-from redflag.trace import Halt
 
 
 class EventStream(EventSourceResponse):
@@ -31,6 +29,7 @@ class EventStream(EventSourceResponse):
         self._exchange = exchange
         self._extra = headers
         self._error: ApiError | None = None
+        self._detail: dict[str, Any] = {}
         self._closing = False
         super().__init__(
             self._chunks(answer, view), headers=headers, ping=limits.ping, send_timeout=limits.send_timeout, sep="\n"
@@ -40,21 +39,24 @@ class EventStream(EventSourceResponse):
         exchange = self._exchange
         opening = answer.opening()
         try:
-            while answer.finish_reason is None:
-                event = await exchange.next()
-                text = answer.push(event)
-                if not exchange.committed and isinstance(event, Halt) and event.reason == "fault":
-                    self._error = late() if exchange.late else unavailable()
-                    exchange.delivered = True
-                    return
+            while not answer.over:
+                text = answer.push(await exchange.next())
                 if text:
                     yield opening + answer.chunk(text)
                     opening = b""
         except RedflagError as error:
-            self._error = _refusal(error)
+            self._error = refused_by_engine(error, answer.param)
             return
-        self._closing = True
-        yield opening + answer.closing(operator_view(exchange.response.trace) if view else None)
+        trace = exchange.response.trace
+        seen = operator_view(trace) if view else None
+        if answer.failed and not exchange.committed:
+            self._error, self._detail = _fault(exchange, answer), answer.failure(seen)
+        else:
+            self._closing = True
+            if answer.failed:
+                yield answer.breaking(_fault(exchange, answer).body(), seen)
+            else:
+                yield opening + answer.closing(trace.generated, seen)
         exchange.delivered = True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -68,7 +70,7 @@ class EventStream(EventSourceResponse):
                 return
             if self._error is not None:
                 if not message.get("more_body"):  # Nothing has been sent: the error takes the stream's place.
-                    await error_response(self._error, self._extra)(scope, receive, send)
+                    await error_response(self._error, self._extra, self._detail)(scope, receive, send)
                 return
             if closed and message.get("more_body"):
                 return  # a ping that comes after the last chunk
@@ -93,20 +95,21 @@ async def whole(
     gone = asyncio.ensure_future(_disconnected(request))
     gone.add_done_callback(lambda task: None if task.cancelled() else exchange.leave())
     try:
-        while answer.finish_reason is None:
+        while not answer.over:
             answer.push(await exchange.next())
     except RedflagError as error:
-        raise _refusal(error) from error
+        raise refused_by_engine(error, answer.param) from error
     except ConnectionAbortedError:
         return Response(status_code=499)  # Nobody reads it.
     finally:
         gone.cancel()
     exchange.delivered = True
     trace = exchange.response.trace
-    if isinstance(trace.end, Halt) and trace.end.reason == "fault" and not answer.text:
-        return error_response(late() if exchange.late else unavailable(), headers)
+    seen = operator_view(trace) if view else None
+    if answer.failed:
+        return error_response(_fault(exchange, answer), headers, answer.failure(seen))
     # In ASCII, as the chunks of a stream: an operator's text may hold what no other encoding takes.
-    body = json.dumps(answer.body(operator_view(trace) if view else None))
+    body = json.dumps(answer.body(trace.generated, seen))
     return Response(body, media_type="application/json", headers=dict(headers))
 
 
@@ -115,30 +118,7 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-def busy(message: str) -> ApiError:
-    return ApiError(429, message, "engine_busy", headers={"Retry-After": "1"})
-
-
-def unavailable() -> ApiError:
-    return ApiError(
-        503,
-        "the engine failed before anything could be shown, and what cannot be judged is not shown; try again",
-        "engine_unavailable",
-        headers={"Retry-After": "1"},
-    )
-
-
-def late() -> ApiError:
-    return ApiError(504, "nothing could be shown within the time that a response has; try again", "response_timeout")
-
-
-def _refusal(error: RedflagError) -> ApiError:
-    """The engine did not begin: it is full, cannot continue this prompt, or an upstream refuses this server itself."""
-    if isinstance(error, BusyError):
-        return busy(str(error))
-    status = getattr(error, "status", 400)
-    return ApiError(400, str(error), "invalid_value") if status in (400, 413, 422) else unavailable()
-
-
-def error_response(error: ApiError, headers: Mapping[str, str] | None = None) -> Response:
-    return JSONResponse(error.body(), error.status, headers={**(headers or {}), **error.headers})
+def _fault(exchange: Exchange, answer: Answer) -> ApiError:
+    """What a client is told of a response that broke."""
+    kind = stopping if exchange.stopped else late if exchange.late else unavailable
+    return kind(shown=exchange.committed and bool(answer.text))

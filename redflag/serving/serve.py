@@ -7,10 +7,10 @@ import os
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 from redflag.backends import Sampling
-from redflag.backends.outbound import extra_headers, key_in
+from redflag.backends.outbound import UpstreamOptions
 from redflag.errors import RedflagError
 from redflag.serving.options import PolicyOptions
 from redflag.trace import Trace, write_traces
@@ -30,7 +30,7 @@ _ASKED_AGAIN = 60.0  # seconds
 
 
 @dataclass
-class ServeArguments:
+class ServeArguments(UpstreamOptions):
     """What `redflag serve` is told. Keys come from the environment: `REDFLAG_API_KEYS` (comma between),
     `REDFLAG_OPERATOR_KEY`."""
 
@@ -39,13 +39,6 @@ class ServeArguments:
     )
     upstream: str | None = field(
         default=None, metadata={"help": "OpenAI-compatible server that runs the model, such as http://127.0.0.1:8000."}
-    )
-    upstream_model: str | None = field(
-        default=None, metadata={"help": "... the model's name there; default: its first."}
-    )
-    upstream_key_env: str | None = field(default=None, metadata={"help": "... environment variable with its API key."})
-    upstream_headers: dict[str, str] | None = field(
-        default=None, metadata={"help": "... further headers, as JSON; ${NAME} stands for an environment variable."}
     )
     upper_bound: bool = field(
         default=False,
@@ -68,7 +61,17 @@ class ServeArguments:
     )
     max_open: int = field(default=1024, metadata={"help": "Requests being answered at once; more are refused (429)."})
     max_body_bytes: int = field(default=4 << 20, metadata={"help": "Longest request body (413)."})
-    max_tokens: int = field(default=4096, metadata={"help": "Most response tokens that a client may ask for."})
+    max_tokens: int = field(default=4096, metadata={"help": "Most response tokens of a request."})
+    over_limit: Literal["clip", "refuse"] = field(
+        default="clip", metadata={"help": "... what becomes of a request for more: the answer is cut, or 400."}
+    )
+    unknown_fields: Literal["ignore", "refuse"] = field(
+        default="ignore",
+        metadata={"help": "Request fields that change no token: name them in X-Ignored-Params, or 400."},
+    )
+    allow_origins: str | None = field(
+        default=None, metadata={"help": "Web pages that may ask (CORS): origins, comma between, or *; default: none."}
+    )
     default_tokens: int = field(default=1024, metadata={"help": "Response tokens where a client asks for no number."})
     prefill: bool = field(default=False, metadata={"help": "Let clients write the beginning of the response."})
     body_timeout: float = field(default=30.0, metadata={"help": "Seconds for a request body to arrive."})
@@ -172,6 +175,9 @@ def limits_of(arguments: ServeArguments, environment: Mapping[str, str]) -> Limi
         operator_key=operator,
         max_body_bytes=arguments.max_body_bytes,
         max_tokens=arguments.max_tokens,
+        over_limit=arguments.over_limit,
+        unknown_fields=arguments.unknown_fields,
+        allow_origins=origins_of(arguments.allow_origins),
         default_tokens=arguments.default_tokens,
         max_open=arguments.max_open,
         prefill=arguments.prefill,
@@ -180,6 +186,27 @@ def limits_of(arguments: ServeArguments, environment: Mapping[str, str]) -> Limi
         send_timeout=arguments.send_timeout,
         ping=arguments.ping,
     )
+
+
+def origins_of(text: str | None) -> tuple[str, ...]:
+    """The origins in a list with commas.
+
+    Raises:
+        RedflagError: One is no origin, so no browser would ever send it.
+
+    Example:
+        >>> origins_of("https://chat.example.org, app://obsidian.md")
+        ('https://chat.example.org', 'app://obsidian.md')
+    """
+    origins = tuple(origin.strip() for origin in (text or "").split(",") if origin.strip())
+    for origin in origins:
+        scheme, separator, host = origin.partition("://")
+        if origin not in ("*", "null") and not (scheme and separator and host and "/" not in host):
+            raise RedflagError(
+                f"allow_origins must be origins such as https://chat.example.org, or * (got {origin!r}). Browsers send "
+                "scheme, host and port, without a path or a slash at the end."
+            )
+    return origins
 
 
 def attach(
@@ -200,9 +227,7 @@ def attach(
             policy,
             arguments.threshold,
             judge,
-            model=arguments.upstream_model,
-            api_key=key_in(arguments.upstream_key_env),
-            headers=extra_headers(arguments.upstream_headers, "upstream_headers"),
+            **arguments.upstream_options(),
             upper_bound=arguments.upper_bound,
             step_timeout=arguments.step_timeout,
         )

@@ -2,12 +2,14 @@
 
 Every way out of here leads through `Answer`, which sees nothing but the events of a response. What a request can end in
 stands in the table of `redflag.serving.wire`; where the engine fails before anything was released and sent, the answer
-is an error (503, or 504 for a time-out) instead, so that a client may simply try again.
+is an error (503, or 504 for a time-out) instead, so that a client may simply try again. What of a request is refused,
+clipped or ignored stands in docs/clients.md.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import secrets
 import time
@@ -19,25 +21,31 @@ from typing import Any, cast
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
-from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from redflag.backends import AsyncBackend
 from redflag.errors import RedflagError
 from redflag.prompt import text_ids
 from redflag.serving import log
-from redflag.serving.access import Caller, Limits, admit, is_operator, read_body, same
+from redflag.serving.access import Caller, Limits, admit, bearer, is_operator, read_body, same
+from redflag.serving.api_errors import ApiError, add_handlers, busy, late, unavailable
 from redflag.serving.audit import AuditLog
 from redflag.serving.exchange import Exchange, Readiness, Stopwatch, timeout_at
+from redflag.serving.fields import escaped, header
 from redflag.serving.guard import Guard
 from redflag.serving.metrics import Metrics
 from redflag.serving.response import Response as GuardedResponse
 from redflag.serving.response import Stream, adrive
-from redflag.serving.schema import ApiError, ChatRequest, CompletionRequest, parse
-from redflag.serving.sending import EventStream, busy, error_response, late, unavailable, whole
+from redflag.serving.schema import NO_LIMIT, ChatRequest, CompletionRequest, parse
+from redflag.serving.sending import EventStream, whole
 from redflag.serving.telemetry import Telemetry
-from redflag.serving.wire import Answer
+from redflag.serving.wire import REFUSAL, Answer
 from redflag.trace import Trace
 
+_log = logging.getLogger(__name__)
+
+_IGNORED = "x-ignored-params"
+_MOST_NAMES = 256  # of ignored fields, of which the log tells once each: clients choose them
 _TIMED = 1 / 8  # share of the responses whose steps are timed, which costs as much as counting them
 
 Kind = type[ChatRequest] | type[CompletionRequest]
@@ -79,19 +87,32 @@ def build_app(
                 telemetry.shutdown()
             await cast(AsyncBackend, guard.backend).aclose()
 
-    app = FastAPI(title="redflag", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    # No redirects to a path without its slash: before TLS they would lead away from it.
+    app = FastAPI(
+        title="redflag", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
+    )
     app.state.server = server
-    app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(ApiError, _api_error)
-    app.add_exception_handler(Exception, _internal_error)
-    options: dict[str, Any] = {"response_model": None}
-    app.add_api_route("/v1/chat/completions", server.chat, methods=["POST"], **options)
-    app.add_api_route("/v1/completions", server.complete, methods=["POST"], **options)
-    app.add_api_route("/v1/models", server.models, methods=["GET"], **options)
-    app.add_api_route("/v1/models/{name:path}", server.model, methods=["GET"], **options)
-    app.add_api_route("/health", server.health, methods=["GET"], **options)
-    app.add_api_route("/ready", server.ready, methods=["GET"], **options)
-    app.add_api_route("/metrics", server.show_metrics, methods=["GET"], **options)
+    add_handlers(app)
+    if limits.allow_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=limits.allow_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],  # SDKs send x-stainless-* of their own
+            expose_headers=["x-request-id", _IGNORED, "retry-after"],
+        )
+    reading = ["GET", "HEAD"]
+    for path, endpoint, methods in (
+        ("/v1/chat/completions", server.chat, ["POST"]),
+        ("/v1/completions", server.complete, ["POST"]),
+        ("/v1/models", server.models, reading),
+        ("/health", server.health, reading),
+        ("/ready", server.ready, reading),
+        ("/metrics", server.show_metrics, reading),
+    ):
+        for spelling in (path, f"{path}/"):
+            app.add_api_route(spelling, endpoint, methods=methods, response_model=None)
+    app.add_api_route("/v1/models/{name:path}", server.model, methods=reading, response_model=None)
     return app
 
 
@@ -116,13 +137,14 @@ class Server:
         self._audit = audit
         self._telemetry = telemetry if telemetry is not None else Telemetry(enabled=False)
         self._record = record
+        self._ignored: set[str] = set()  # fields of which the log has told
         self._coming = 0  # requests that are not yet being answered
         # Their own threads: those of the event loop may all be waiting for second judges.
         self._clerks = ThreadPoolExecutor(2, "redflag-render")
         self._since = int(time.time())
 
     def stop(self) -> None:
-        """Ends all responses, each with its last chunk: the server is going down."""
+        """Ends all responses, each with an error that says so: the server is going down."""
         for exchange in tuple(self.open):
             exchange.stop()
 
@@ -144,7 +166,7 @@ class Server:
         """Counters; where there is an operator, for him alone: halts by category answer an attacker's questions."""
         key = self.limits.operator_key
         # As a bearer token too: that is what scrapers can send.
-        scraper = key is not None and same(request.headers.get("authorization", ""), f"Bearer {key}")
+        scraper = key is not None and same(bearer(request), key)
         if key is not None and not scraper and not is_operator(request, self.limits):
             raise ApiError(403, "metrics are the operator's: send the operator key", "operator_key_required")
         content, media_type = self._metrics.render()
@@ -158,7 +180,7 @@ class Server:
     async def model(self, request: Request, name: str) -> Response:
         """The one model, by name."""
         admit(request, self.limits)
-        self._check_model(name)
+        self._check_model(name.rstrip("/"))
         return JSONResponse(self._model())
 
     async def chat(self, request: Request) -> Response:
@@ -171,6 +193,7 @@ class Server:
 
     async def _respond(self, request: Request, kind: Kind) -> Response:
         begun = time.perf_counter()
+        route = request.url.path.rstrip("/")
         self._coming += 1
         try:
             caller = admit(request, self.limits, audited=self._audit is not None)
@@ -190,7 +213,7 @@ class Server:
             seconds = time.perf_counter() - begun
             self._metrics.observe(
                 Trace(),
-                route=request.url.path,
+                route=route,
                 streamed=False,
                 overridden=False,
                 seconds_to_first=None,
@@ -210,10 +233,14 @@ class Server:
             prompt_tokens=len(first.token_ids),
             usage=body.wants_usage,
             decoy=self.guard.policy.decoy,
+            refusal=self._refusal(),
             count=self._count,
         )
-        exchange = self._begin(request, response, body, caller)
+        exchange = self._begin(request, route, response, body, caller)
         headers = {"x-request-id": name}
+        if body.ignored:
+            headers[_IGNORED] = header(body.ignored)
+            self._tell_ignored(body.ignored)
         if body.stream:
             return EventStream(exchange, answer, caller.view, headers, self.limits)
         try:
@@ -221,9 +248,8 @@ class Server:
         finally:
             await exchange.close()
 
-    def _begin(self, request: Request, response: GuardedResponse, body: Body, caller: Caller) -> Exchange:
+    def _begin(self, request: Request, route: str, response: GuardedResponse, body: Body, caller: Caller) -> Exchange:
         """Starts the clock and everything that counts."""
-        route = request.url.path
         around = ExitStack()
         around.enter_context(self._metrics.open())
         span = around.enter_context(
@@ -278,17 +304,10 @@ class Server:
 
     def _prepare(self, kind: Kind, content: bytes, caller: Caller) -> tuple[Body, GuardedResponse]:
         """The request and the response to it, in a thread."""
-        body = parse(kind, content)
-        self._check_model(body.model)
         limits = self.limits
-        tokens = body.asked_tokens or min(limits.default_tokens, limits.max_tokens)
-        if tokens > limits.max_tokens:
-            raise ApiError(
-                400,
-                f"{tokens} response tokens are more than the {limits.max_tokens} that this server allows; ask for less",
-                "invalid_value",
-                param="max_tokens" if body.max_tokens else "max_completion_tokens",
-            )
+        body = parse(kind, content, refuse_unknown=limits.unknown_fields == "refuse")
+        self._check_model(body.model)
+        tokens = self._most_tokens(body)
         if body.prefilled and not limits.prefill:
             raise ApiError(
                 400,
@@ -311,6 +330,32 @@ class Server:
                 raise ApiError(503, str(error), "audit_log_failed") from error
         return body, response
 
+    def _most_tokens(self, body: Body) -> int:
+        """How many tokens the response may have."""
+        limits, asked = self.limits, body.asked_tokens
+        if asked is None:
+            return min(limits.default_tokens, limits.max_tokens)
+        if asked > limits.max_tokens and limits.over_limit == "refuse":
+            raise ApiError(
+                400,
+                f"{asked} response tokens are more than the {limits.max_tokens} that this server allows; ask for less",
+                "invalid_value",
+                param="max_tokens" if body.max_tokens else "max_completion_tokens",
+            )
+        return limits.max_tokens if asked == NO_LIMIT else min(asked, limits.max_tokens)
+
+    def _tell_ignored(self, names: list[str]) -> None:
+        for name in map(escaped, names):
+            if name not in self._ignored and len(self._ignored) < _MOST_NAMES:
+                self._ignored.add(name)
+                _log.info("ignored the request field %s, which is unknown here or changes no token", name)
+
+    def _refusal(self) -> str:
+        """What a chat says that was halted before its first token; never the text of a decoy."""
+        policy = self.guard.policy
+        text = policy.replacement
+        return text if isinstance(text, str) and text and not policy.decoy else REFUSAL
+
     def _count(self, text: str) -> int:
         try:
             return len(text_ids(self.guard.tokenizer, text, self.guard.spec))
@@ -328,27 +373,3 @@ class Server:
 
     def _model(self) -> dict[str, Any]:
         return {"id": self.limits.name, "object": "model", "created": self._since, "owned_by": "redflag"}
-
-
-async def _api_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
-    return error_response(error)
-
-
-async def _http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    what = {404: f"there is no {request.url.path[:200]!r} here", 405: f"{request.method} does not work here"}
-    codes = {404: "not_found", 405: "method_not_allowed"}
-    return error_response(
-        ApiError(
-            error.status_code,
-            what.get(error.status_code, str(error.detail)),
-            codes.get(error.status_code, "http_error"),
-            headers=dict(error.headers or {}),
-        )
-    )
-
-
-async def _internal_error(request: Request, error: Exception) -> Response:
-    # What went wrong is in the log; its text may hold what nobody outside should read.
-    return error_response(ApiError(500, "the server has a defect; its log says more", "internal_error"))

@@ -9,7 +9,7 @@ discussed) is `redflag.*`:
 | `gen_ai.provider.name` | `redflag` |
 | `gen_ai.request.model` | the model's name |
 | `gen_ai.response.id` | the request's id |
-| `gen_ai.response.finish_reasons` | `stop`, `length` or `content_filter` |
+| `gen_ai.response.finish_reasons` | `stop`, `length`, `content_filter` (an alarm) or `error` (a fault) |
 | `gen_ai.usage.input_tokens` | tokens of the prompt, where the caller knows them |
 | `gen_ai.usage.output_tokens` | tokens of the response that the engine made, without hidden ones |
 | `error.type` | class of the fault, where there was one |
@@ -188,7 +188,8 @@ class _Telling(Span):
         if isinstance(last, Halt):
             attributes |= {f"redflag.halt.{name.split('.')[1]}": value for name, value in _halt(last).items()}
         if last is not None:
-            attributes["gen_ai.response.finish_reasons"] = [last.reason if isinstance(last, Done) else "content_filter"]
+            reason = {"alarm": "content_filter", "fault": "error"}.get(last.reason, last.reason)
+            attributes["gen_ai.response.finish_reasons"] = [reason]
         self._span.set_attributes(attributes)
         if end in _FAILED:
             fault = fault_class(last.detail) if isinstance(last, Halt) else end

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from redflag.backends import Sampling
-from redflag.backends.outbound import extra_headers, key_in
+from redflag.backends.outbound import UpstreamOptions
 from redflag.corpus.paint import DIM, RESET, printable, reviewed, span, verdict, wants_colour
 from redflag.serving.detokenize import Detokenizer
 from redflag.serving.options import PolicyOptions
@@ -39,7 +39,7 @@ Split = Callable[[Text], Sequence[str]]
 
 
 @dataclass(kw_only=True)
-class TerminalOptions:
+class TerminalOptions(UpstreamOptions):
     """The model, how it chooses tokens, and what is shown and kept."""
 
     model: str = field(
@@ -47,13 +47,6 @@ class TerminalOptions:
     )
     upstream: str | None = field(
         default=None, metadata={"help": "OpenAI-compatible server that runs the model, such as http://127.0.0.1:8000."}
-    )
-    upstream_model: str | None = field(
-        default=None, metadata={"help": "... the model's name there; default: its first."}
-    )
-    upstream_key_env: str | None = field(default=None, metadata={"help": "... environment variable with its API key."})
-    upstream_headers: dict[str, str] | None = field(
-        default=None, metadata={"help": "... further headers, as JSON; ${NAME} stands for an environment variable."}
     )
     upper_bound: bool = field(
         default=False,
@@ -107,9 +100,7 @@ class TerminalOptions:
             policy,
             self.threshold,
             judge,
-            model=self.upstream_model,
-            api_key=key_in(self.upstream_key_env),
-            headers=extra_headers(self.upstream_headers, "upstream_headers"),
+            **self.upstream_options(),
             upper_bound=self.upper_bound,
         )
 

@@ -8,7 +8,17 @@ How a response ends, on both routes:
 | `Done("length")` | `length` | absent |
 | `Halt("alarm")` | `content_filter` | `{"verdict": "halted", "reason": "alarm", "category": ...}` |
 | ... with the text of a decoy | `stop` | absent |
-| `Halt("fault")` | `content_filter` | `{"verdict": "fault", "reason": "fault", "category": null}` |
+| `Halt("fault")` | none, but an error | `{"verdict": "fault", "reason": "fault", "category": null}`, beside it |
+
+A fault is no finish: a stream ends with `{"error": {...}}` before `[DONE]`. Where nothing was sent yet, the status is
+500 or more and the body an error, without `redflag`.
+
+In a chat that was halted before any text was shown, `refusal` says so, since many clients take an empty answer for a
+defect; where text was shown it stays null, since some clients then erase what they have shown.
+
+`usage.completion_tokens` counts what the engine generated for the response, also what was not shown; its details tell
+apart `released_tokens` and `hidden_tokens` (held back when it was halted, taken back, of reflections, of a stop text).
+A replacement counts as generated and released. Behind a decoy all tokens count as released, and only those.
 
 An operator who asks for the trace finds it in `redflag` too, whatever the end (`operator_view`). Nobody else reads a
 number here: a probability is an attacker's compass.
@@ -25,6 +35,7 @@ from typing import Any
 from redflag.trace import Alarm, Done, Escalation, Event, Halt, Reflection, Text, Trace
 
 DONE = b"data: [DONE]\n\n"
+REFUSAL = "The response was stopped by a safety check before any of it was shown."
 
 
 class Answer:
@@ -32,7 +43,8 @@ class Answer:
 
     Attributes:
         tokens: Response tokens shown, those of a replacement included.
-        finish_reason: `stop`, `length` or `content_filter`; None while the response goes on.
+        finish_reason: `stop`, `length` or `content_filter`; None while the response goes on, and after a fault.
+        failed: It ended with a fault.
         detail: What `redflag` says about the end; None where it says nothing.
 
     Example:
@@ -52,6 +64,7 @@ class Answer:
         prompt_tokens: int,
         usage: bool = False,
         decoy: bool = False,
+        refusal: str = REFUSAL,
         count: Callable[[str], int] = lambda text: 0,
     ) -> None:
         """Starts before the first event.
@@ -63,16 +76,21 @@ class Answer:
             prompt_tokens: Tokens of the prompt.
             usage: The stream ends with a chunk of token counts.
             decoy: A replacement ends as if the model had written it.
+            refusal: What a chat says that was halted before any text was shown.
             count: Tokens of a text; a replacement counts as written.
         """
         self.tokens = 0
         self.finish_reason: str | None = None
+        self.failed = False
         self.detail: dict[str, Any] | None = None
         self._chat = chat
         self._prompt_tokens = prompt_tokens
         self._usage = usage
         self._decoy = decoy
+        self._refusal = refusal
         self._count = count
+        self._replaced = 0
+        self._disguised = False
         self._pieces: list[str] = []
         kind = (
             "chat.completion" if chat else "text_completion",
@@ -90,7 +108,7 @@ class Answer:
         Returns:
             The text that the reader sees because of it; "" for none.
         """
-        assert self.finish_reason is None, "the response is over"
+        assert not self.over, "the response is over"
         text = ""
         if isinstance(event, Text):
             text = event.text
@@ -99,16 +117,35 @@ class Answer:
             self.finish_reason = "length" if event.reason == "length" else "stop"
         elif isinstance(event, Halt):
             text = event.text
-            self.tokens += self._count(text) if text else 0
-            if self._decoy and text and event.reason == "alarm":
-                self.finish_reason = "stop"
+            self._replaced = self._count(text) if text else 0
+            self.tokens += self._replaced
+            if event.reason == "fault":
+                self.failed = True
+                self.detail = {"verdict": "fault", "reason": "fault", "category": None}
+            elif self._decoy and text:
+                self.finish_reason, self._disguised = "stop", True
             else:
                 self.finish_reason = "content_filter"
-                verdict = "halted" if event.reason == "alarm" else "fault"
-                self.detail = {"verdict": verdict, "reason": event.reason, "category": event.category}
+                self.detail = {"verdict": "halted", "reason": "alarm", "category": event.category}
         if text:
             self._pieces.append(text)
         return text
+
+    @property
+    def over(self) -> bool:
+        """Whether the last event has come."""
+        return self.failed or self.finish_reason is not None
+
+    @property
+    def refusal(self) -> str | None:
+        """What a chat says in place of a text; None wherever there is text, or nothing was halted."""
+        halted = self._chat and self.finish_reason == "content_filter" and not self._pieces
+        return self._refusal if halted else None
+
+    @property
+    def param(self) -> str:
+        """The request's field that holds the prompt."""
+        return "messages" if self._chat else "prompt"
 
     @property
     def text(self) -> str:
@@ -123,25 +160,36 @@ class Answer:
         """One chunk of text."""
         return self._before + json.dumps(text).encode() + self._after
 
-    def closing(self, view: dict[str, Any] | None = None) -> bytes:
-        """What a stream ends with: the final chunk, token counts where asked for, `[DONE]`.
+    def closing(self, generated: int, view: dict[str, Any] | None = None) -> bytes:
+        """What a stream ends with: a refusal if there is one, the final chunk, token counts where asked for, `[DONE]`.
 
         Args:
+            generated: Tokens that the engine made, hidden ones included (`Trace.generated`).
             view: What the operator asked to see.
         """
-        assert self.finish_reason is not None, "the response goes on"
+        assert self.finish_reason is not None, "the response goes on, or has failed"
+        refusal = _sse(self._chunk({"refusal": self.refusal})) if self.refusal else b""
         final = self._chunk({} if self._chat else "", self.finish_reason) | self._redflag(view)
-        counts = _sse({**self._frame, "choices": [], "usage": self._counts()}) if self._usage else b""
-        return _sse(final) + counts + DONE
+        counts = _sse({**self._frame, "choices": [], "usage": self._counts(generated)}) if self._usage else b""
+        return refusal + _sse(final) + counts + DONE
 
-    def body(self, view: dict[str, Any] | None = None) -> dict[str, Any]:
-        """The whole response, for who does not stream; `view` as for `closing`."""
+    def breaking(self, error: dict[str, Any], view: dict[str, Any] | None = None) -> bytes:
+        """What a stream ends with after a fault: `error`, which is an error's body, and `[DONE]`."""
+        assert self.failed, "nothing has failed"
+        return _sse({**error, **self._redflag(view)}) + DONE
+
+    def failure(self, view: dict[str, Any] | None = None) -> dict[str, Any]:
+        """What stands beside an error that is sent in place of the response: what the operator asked to see."""
+        return self._redflag(view) if view is not None else {}
+
+    def body(self, generated: int, view: dict[str, Any] | None = None) -> dict[str, Any]:
+        """The whole response, for who does not stream; arguments as for `closing`."""
         assert self.finish_reason is not None, "the response goes on"
         content: dict[str, Any] = {"text": self.text}
         if self._chat:
-            content = {"message": {"role": "assistant", "content": self.text, "refusal": None}}
+            content = {"message": {"role": "assistant", "content": self.text, "refusal": self.refusal}}
         choice = {"index": 0, **content, "logprobs": None, "finish_reason": self.finish_reason}
-        return {**self._head, "choices": [choice], "usage": self._counts(), **self._redflag(view)}
+        return {**self._head, "choices": [choice], "usage": self._counts(generated), **self._redflag(view)}
 
     def _chunk(self, content: Any, finish_reason: str | None = None) -> dict[str, Any]:
         choice = {"index": 0, ("delta" if self._chat else "text"): content, "logprobs": None}
@@ -151,11 +199,16 @@ class Answer:
             **({"usage": None} if self._usage else {}),
         }
 
-    def _counts(self) -> dict[str, int]:
+    def _counts(self, generated: int) -> dict[str, Any]:
+        all_tokens = self.tokens if self._disguised else generated + self._replaced
         return {
             "prompt_tokens": self._prompt_tokens,
-            "completion_tokens": self.tokens,
-            "total_tokens": self._prompt_tokens + self.tokens,
+            "completion_tokens": all_tokens,
+            "total_tokens": self._prompt_tokens + all_tokens,
+            "completion_tokens_details": {
+                "released_tokens": self.tokens,
+                "hidden_tokens": all_tokens - self.tokens,
+            },
         }
 
     def _redflag(self, view: dict[str, Any] | None) -> dict[str, Any]:

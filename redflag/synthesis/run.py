@@ -29,7 +29,7 @@ from redflag.synthesis.onset import agreement, find_onsets, with_onsets
 from redflag.synthesis.pipeline import Settings, is_held_out, synthesize
 from redflag.synthesis.questions import KeptAnswers
 from redflag.synthesis.who import judge_of, writer
-from redflag.trace import atomic_write
+from redflag.trace import atomic_write, require_writable
 
 
 @dataclass
@@ -124,6 +124,7 @@ def run(arguments: SynthesizeArguments) -> int:
     output = Path(arguments.output_dir)
     if output.exists() and not output.is_dir():
         raise RedflagError(f"output_dir {output} is a file, so nothing could be kept there: give a folder's name")
+    require_writable(output, "output_dir")
     source = getattr(arguments, given[0])
     if given[0] != "constitution" and Path(source).resolve().parent == output.resolve():
         raise RedflagError(f"{source} lies in output_dir, where it could be overwritten: give another folder")

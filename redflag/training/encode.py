@@ -17,8 +17,8 @@ from datasets import Dataset
 from redflag.corpus.rows import Row
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
-from redflag.prompt import render_response
 from redflag.training.forecasts import CHOICES, NONE, spread
+from redflag.truncation import fit_row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -34,7 +34,8 @@ class Example(TypedDict):
     token index counted from `response_start` (0 in a harmless row); `flag_class` is 0 or the category's class k.
     `group` numbers what the row asks (-1: nobody else asks it); `prefill` is the number of response tokens before a
     refusal that is to be learnt (-1: no such row). `forecast` holds pairs [token, probability of harm], tokens counted
-    from `response_start`, and `forecast_class` the class of that harm (0: nobody says).
+    from `response_start`, and `forecast_class` the class of that harm (0: nobody says). `prompt_truncated` is there
+    where the prompt did not fit.
     """
 
     row: int
@@ -46,6 +47,7 @@ class Example(TypedDict):
     prefill: NotRequired[int]
     forecast: NotRequired[list[list[float]]]
     forecast_class: NotRequired[int]
+    prompt_truncated: NotRequired[bool]
 
 
 class Placed(NamedTuple):
@@ -118,25 +120,22 @@ def encode(
         row: The conversation; its last turn is the response.
         tokenizer: Tokenizer with the flags attached.
         spec: The model's flags.
-        max_length: Most ids kept. The prompt loses its front first, so that the response stays; a response that is
-            longer than `max_length` - 1 on its own loses its end.
+        max_length: Most ids kept. The prompt is cut first (`redflag.truncation.fit_prompt`), so that the response
+            stays; a response that is longer than `max_length` - 1 on its own loses its end.
         index: Number of the row; `place` draws by it.
 
     Raises:
         RedflagError: The row cannot be rendered, or its category has no flag.
     """
-    rendered = render_response(tokenizer, row.messages, spec)
+    rendered = fit_row(tokenizer, row.messages, spec, max_length)
     prompt, response = rendered.prompt_ids, rendered.response_ids + rendered.tail_ids
-    if max_length is not None:
-        if max_length < 2:
-            raise RedflagError(f"max_length is {max_length}: a prompt token and a response token need at least 2")
-        response = response[: max_length - 1]
-        prompt = prompt[max(0, len(prompt) + len(response) - max_length) :]
     flag_class = spec.class_of(row.category)
     onset = onset_token(rendered.offsets, row.onset) if flag_class else 0
     example = Example(
         row=index, input_ids=prompt + response, response_start=len(prompt), onset=onset, flag_class=flag_class
     )
+    if rendered.prompt_truncated:
+        example["prompt_truncated"] = True
     if row.prefill is not None:
         if flag_class and row.prefill:
             raise RedflagError(
@@ -161,7 +160,7 @@ def build_dataset(
     plain_share: float = 0.0,
     seed: int = 0,
 ) -> Dataset:
-    """Encodes rows into the data set that `RedFlagTrainer` takes.
+    """Encodes rows into the data set that `RedFlagTrainer` takes; prints how many prompts had to be cut.
 
     `plain_share` of the rows with a category are learnt as rows without: the same answers, no flag. Which ones depends
     on `seed` and the row's id alone.
@@ -171,16 +170,20 @@ def build_dataset(
     """
     examples: list[dict[str, Any]] = []
     groups: dict[str, int] = {}
+    cut = 0
     for index, row in enumerate(rows):
         try:
             example = dict(encode(row, tokenizer, spec, max_length, index))
         except RedflagError as error:
             raise RedflagError(f"row {row.id or index}: {error}") from None
+        cut += bool(example.pop("prompt_truncated", False))
         if example["flag_class"] and is_plain(row.id or str(index), plain_share, seed):
             example |= {"flag_class": 0, "onset": 0, "forecast": [], "forecast_class": 0}
         if row.group is not None:
             example["group"] = groups.setdefault(row.group, len(groups))
         examples.append(example)
+    if cut:
+        print(f"{cut} of {len(examples)} prompts did not fit into max_length {max_length} and lost their oldest turns")
     missing: dict[str, Any] = {"group": -1, "prefill": -1, "forecast": [], "forecast_class": 0}
     for name, value in missing.items():  # a column for all rows, or for none
         if any(name in example for example in examples):

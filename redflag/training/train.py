@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import importlib.metadata
-import json
 import math
 import os
 import platform
 import random
-import shutil
 import signal
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,44 +15,40 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedConfig, TrainerCallback, set_seed
+from transformers import TrainerCallback, set_seed
 
 from redflag.backends.load import read_model
 from redflag.backends.precision import DTYPES, Machine, choose_precision
+from redflag.corpus.options import RowOptions
 from redflag.corpus.rows import Row, Rows, load_rows
+from redflag.corpus.summary import label_table, warnings_about
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec, attach
-from redflag.prompt import template_hash
+from redflag.prompt import check_template, template_hash
+from redflag.trace import require_writable
 from redflag.training.adapter import lora_config
 from redflag.training.encode import build_dataset
 from redflag.training.order import EpochOrder
+from redflag.training.preflight import refuse_part, refuse_quantised, repair_generation, try_evaluation, try_saving
+from redflag.training.saving import last_checkpoint, save
 from redflag.training.sharded import whole_model
 from redflag.training.trainer import RedFlagConfig, RedFlagTrainer
+from redflag.versions import versions
 
-# Weights and optimizer in a checkpoint: of whole models, and of FSDP2 in one file each or a part for every process.
-CHECKPOINTS = (
-    ("*.safetensors", "optimizer.pt"),
-    ("pytorch_model_fsdp.bin", "optimizer.bin"),
-    ("pytorch_model_fsdp_0/.metadata", "optimizer_0/.metadata"),
-)
 VERSIONS = ("redflag-llm", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers")
 
 
 @dataclass
-class TrainArguments:
+class TrainArguments(RowOptions):
     """What is trained on what; how is in `RedFlagConfig`."""
 
     model: str = field(metadata={"help": "Model to flag: folder or hub name."})
-    input: str = field(metadata={"help": "Training rows: JSONL (.gz), parquet, a folder, or a hub data set."})
+    input: str = field(metadata={"help": "Training rows: JSONL, JSON, CSV, Parquet, a folder, or a hub data set."})
     eval_input: str | None = field(default=None, metadata={"help": "Held-out rows; default: a share of the input."})
     eval_share: float = field(
         default=0.1, metadata={"help": "Share of the input's groups held out without eval_input."}
     )
     categories: list[str] = field(default_factory=lambda: ["harm"], metadata={"help": "One flag for each."})
-    columns: dict[str, str] | None = field(default=None, metadata={"help": "Our column -> the data set's column."})
-    labels: dict[str, str | None] | None = field(
-        default=None, metadata={"help": "Label -> category, or null = harmless."}
-    )
     on_bad_row: str = field(default="stop", metadata={"help": "stop or skip (bad rows are counted and named)."})
     max_rows: int | None = field(default=None, metadata={"help": "Use at most this many training rows, drawn by seed."})
     harmless_per_harmful: float | None = field(
@@ -94,10 +86,7 @@ def run(arguments: TrainArguments, config: RedFlagConfig) -> dict[str, Any]:
     _check_numbers(arguments, config)
     if output.resolve() == Path(arguments.model).resolve():
         raise RedflagError(f"output_dir {output} is the model's own folder, which would be lost: choose another one")
-    existing = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        why = "may not be written to" if existing.is_dir() else "is a file"
-        raise RedflagError(f"the folder {output} cannot be made, as {existing} {why}: choose another output_dir")
+    require_writable(output, "output_dir")
     checkpoint = last_checkpoint(output) if arguments.resume else None
     if not arguments.resume and last_checkpoint(output) is not None:
         raise RedflagError(
@@ -107,6 +96,7 @@ def run(arguments: TrainArguments, config: RedFlagConfig) -> dict[str, Any]:
     set_seed(config.seed)
     train_rows, eval_rows, sources = _rows(arguments, config.seed)
     model, tokenizer, saved = load_model(arguments.model, arguments.dtype, config.use_cpu)
+    check_template(tokenizer)
     if arguments.attention:
         model.set_attn_implementation(arguments.attention)
     spec = attach(model, tokenizer, FlagSpec.of(*arguments.categories))
@@ -130,6 +120,8 @@ def run(arguments: TrainArguments, config: RedFlagConfig) -> dict[str, Any]:
         peft_config,
         callbacks=[interrupt, EpochOrder()],
     )
+    try_saving(trainer.accelerator.unwrap_model(trainer.model), tokenizer, spec, output, arguments.merge)
+    try_evaluation(trainer, eval_set)
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except OSError as error:
@@ -151,7 +143,7 @@ def run(arguments: TrainArguments, config: RedFlagConfig) -> dict[str, Any]:
         "steps": trainer.state.global_step,
         "metrics": metrics,
         "losses": [log for log in trainer.state.log_history if "loss" in log],
-        "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
+        "versions": versions(*VERSIONS),
         "python": platform.python_version(),
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
         + (torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"),
@@ -166,75 +158,13 @@ def load_model(name: str, dtype: str = "auto", use_cpu: bool = False) -> tuple[A
     """A causal language model to train, its tokenizer, and the type that its weights are saved in."""
     machine = Machine.here()
     choose_precision(machine, dtype=dtype, use_cpu=use_cpu)  # refuses an unknown type before a long download
-    try:
-        described, _ = PreTrainedConfig.get_config_dict(name)
-    except Exception:  # `read_model` says what is wrong with it.
-        described = {}
-    if (described.get("quantization_config") or {}).get("quant_method") == "mxfp4":
-        raise RedflagError(
-            f"{name} holds its experts as MXFP4 numbers, which cannot be trained, nor saved again: write a bfloat16 "
-            "copy first, as recipes/gpt-oss-20b-redflag/base.py does"
-        )
+    refuse_quantised(name)
     model, tokenizer = read_model(name, DTYPES.get(dtype, "auto"))
+    refuse_part(name, model)
+    for line in repair_generation(model):
+        print(line)
     precision = choose_precision(machine, model.dtype, dtype=dtype, use_cpu=use_cpu)
     return model.to(precision.weights), tokenizer, precision.saved
-
-
-def save(
-    model: Any,
-    tokenizer: Any,
-    spec: FlagSpec,
-    output: Path,
-    merge: bool,
-    result: dict[str, Any],
-    dtype: torch.dtype | None = None,
-) -> dict[str, Any]:
-    """Writes everything beside its final name, then renames; `redflag.json` comes last and makes the folder a model."""
-    digest = hashlib.sha256(json.dumps(result["arguments"], sort_keys=True).encode())
-    for _, parameter in sorted(model.named_parameters()):
-        if parameter.requires_grad:
-            digest.update(parameter.detach().float().cpu().numpy().tobytes())
-    spec = dataclasses.replace(spec, run_id=digest.hexdigest()[:16])
-    result = {**result, "run_id": spec.run_id}
-    if merge and hasattr(model, "merge_and_unload"):
-        model = model.merge_and_unload()
-    if dtype is not None and not hasattr(model, "peft_type"):
-        model = model.to(dtype)
-    temporary = output / ".saving"
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        # The flags' rows are in the adapter by themselves: PEFT would add the whole matrix where it has grown by them.
-        model.save_pretrained(temporary, **({"save_embedding_layers": False} if hasattr(model, "peft_type") else {}))
-        tokenizer.save_pretrained(temporary)
-        (temporary / "train.json").write_text(json.dumps(result, indent=2, default=str), encoding="utf-8")
-        for path in sorted(temporary.iterdir()):
-            os.replace(path, output / path.name)
-        temporary.rmdir()
-        spec.save(output)
-    except OSError as error:
-        raise RedflagError(
-            f"the model could not be written to {output} ({error}), its checkpoints are there: free space and run "
-            "again with --resume"
-        ) from error
-    return result
-
-
-def last_checkpoint(output: Path) -> Path | None:
-    """The newest checkpoint that was written to its end; one that a kill cut short does not count."""
-    found = []
-    for path in output.glob("checkpoint-*"):
-        try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-            if (path / "scheduler.pt").stat().st_size and any(_holds(path, *files) for files in CHECKPOINTS):
-                found.append((int(path.name.rpartition("-")[2]), path))
-        except (OSError, ValueError):
-            continue
-    return max(found)[1] if found else None
-
-
-def _holds(path: Path, *patterns: str) -> bool:
-    return all(any(file.stat().st_size for file in path.glob(pattern)) for pattern in patterns)
 
 
 def _rows(arguments: TrainArguments, seed: int) -> tuple[list[Row], list[Row], dict[str, Any]]:
@@ -243,12 +173,13 @@ def _rows(arguments: TrainArguments, seed: int) -> tuple[list[Row], list[Row], d
     def read(source: str) -> Rows:
         found = load_rows(
             source,
-            columns=arguments.columns,
-            labels=arguments.labels,
+            **arguments.row_options(),
             on_bad_row=arguments.on_bad_row,  # type: ignore[arg-type]
         )
-        for bad in found.skipped[:20]:
-            print(f"skipped {bad}")
+        if int(os.environ.get("RANK", "0")) == 0:
+            for bad in found.skipped[:20]:
+                print(f"skipped {bad}")
+            print("\n".join([f"{source}:", *label_table(found), *warnings_about(found)]))
         sources[source] = {"sha256": found.sha256, "rows": len(found), "skipped": len(found.skipped)}
         return found
 

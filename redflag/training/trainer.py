@@ -55,7 +55,7 @@ class RedFlagConfig(TermsConfig, SFTConfig):
     warmup_steps: float = field(default=0.05, metadata={"help": "Warm-up steps, or a share of all steps if below 1."})
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the rows."})
     max_length: int | None = field(
-        default=1024, metadata={"help": "Most tokens per row; the prompt's front goes first."}
+        default=1024, metadata={"help": "Most tokens per row; the prompt's oldest turns go first."}
     )
     bf16: bool | None = field(default=None, metadata={"help": "bfloat16 autocast; default: where the hardware has it."})
     use_cpu: bool = field(default=False, metadata={"help": "Train on the CPU even where there is a GPU."})

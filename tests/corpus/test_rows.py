@@ -137,9 +137,9 @@ def test_an_unusable_source_is_refused(arguments: dict[str, Any], reason: str) -
 def test_a_folder_without_rows_and_a_foreign_file_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RedflagError, match="holds no rows"):
         load_rows(tmp_path)
-    (tmp_path / "rows.csv").write_text("a,b")
+    (tmp_path / "rows.txt").write_text("a,b")
     with pytest.raises(RedflagError, match="no file of rows"):
-        load_rows(tmp_path / "rows.csv")
+        load_rows(tmp_path / "rows.txt")
     with pytest.raises(RedflagError, match="no file matches"):
         load_rows(str(tmp_path / "*.jsonl"))
 

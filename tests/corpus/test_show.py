@@ -185,3 +185,22 @@ def test_nano_rows_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     rows = nano_rows("train", 20)
     out = _shown(capsys, str(write_rows(tmp_path / "nano.jsonl.gz", rows)), limit=0)
     assert out.count("[[") == sum(row.harmful for row in rows)
+
+
+def test_thoughts_and_tool_calls_of_a_row_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    call = {"function": {"name": "weather"}}
+    messages = [
+        {"role": "user", "content": "Rain?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "Dry.", "name": "weather"},
+        {"role": "assistant", "content": "None.", "reasoning_content": "It is dry."},
+    ]
+    out = _shown(capsys, str(write_rows(tmp_path / "rows.jsonl", [Row(messages)])), color="never")
+    assert out.splitlines()[1:7] == [
+        "user: Rain?",
+        """    > {"function": {"name": "weather"}}""",
+        "assistant: ",
+        "tool: Dry.",
+        "    | It is dry.",
+        "assistant: None.",
+    ]

@@ -50,6 +50,7 @@ def test_scored_rows_hold_every_documented_key_in_the_order_of_the_input(
             "onset_source",
             "turns",
             "truncated",
+            "prompt_truncated",
         )
     ]
     assert "".join(first["tokens"]) == RESPONSE and tokenizer.decode(first["token_ids"]) == RESPONSE
@@ -81,10 +82,12 @@ def test_a_prompt_too_long_loses_its_front_and_the_response_stays_whole(
     row = conversation("The sea is wide.", prompt="Tell me about the sea. " * 50)
     (whole,) = score(scorer, tokenizer, spec, [row])
     (cut,) = score(scorer, tokenizer, spec, [row], max_length=40)
-    assert cut.token_ids == whole.token_ids and not cut.truncated
+    assert cut.token_ids == whole.token_ids and not cut.truncated and cut.prompt_truncated
+    assert not whole.prompt_truncated
     prompt, response = scorer.calls[1][0]
-    assert len(prompt) + len(response) == 40
-    assert scorer.calls[0][0][0][-len(prompt) :] == prompt
+    assert 30 < len(prompt) + len(response) <= 40
+    full = scorer.calls[0][0][0]
+    assert prompt[0] == full[0] and full[1 - len(prompt) :] == prompt[1:], "the turn's own beginning stays"
 
 
 def test_a_response_too_long_loses_its_end_and_says_so(

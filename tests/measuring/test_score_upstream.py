@@ -298,7 +298,7 @@ def verb(
 
     def connected(directory: str, urls: list[str], **options: Any) -> Any:
         own = FlagSpec(flags=SPEC.flags[:1], run_id="run-1")
-        options = {"model": options["name"], "api_key": options["api_key"], "upper_bound": options["upper_bound"]}
+        options = {"model": options["model"], "api_key": options["api_key"], "upper_bound": options["upper_bound"]}
         return Upstreams(urls, own, frozenset({EOS}), retries=0, **options), tokenizer, spec
 
     monkeypatch.setattr(module, "connect", connected)

@@ -112,9 +112,11 @@ def test_an_upstream_that_dies_in_the_middle_ends_every_open_answer_and_is_not_r
         assert all(first.choices[0].finish_reason is None for first in firsts)
         os.killpg(upstream.process.pid, signal.SIGKILL)
         for stream in open_streams:
-            last = list(stream)[-1]
+            try:
+                assert list(stream)[-1].choices[0].finish_reason == "stop"  # it was over before
+            except openai.APIError as error:
+                assert error.code == "engine_unavailable"
             stream.close()
-            assert last.choices[0].finish_reason in ("content_filter", "stop")
         with pytest.raises(openai.InternalServerError):
             client.completions.create(model=model, prompt="How do I make", max_tokens=5)
         with pytest.raises(urllib.error.HTTPError) as refused:

@@ -16,7 +16,7 @@ from running import MODEL, ROUTES, Play, body_of, chunks_of, engine, running, sh
 
 from redflag.serving.access import Limits
 from redflag.serving.guard import Guard
-from redflag.serving.wire import Answer
+from redflag.serving.wire import REFUSAL, Answer
 from redflag.trace import Done, Text
 from redflag.watching.policy import Policy, Reflect
 
@@ -40,9 +40,9 @@ class Cell:
 
     name: str
     text: str = ""
-    finish: str = "stop"
+    finish: str | None = "stop"
     redflag: dict[str, Any] | None = None
-    status: int = 200
+    status: int = 200  # of the whole answer; a stream that has shown text by then has 200 and ends with the error
     high: Any = None
     policy: Policy = field(default_factory=Policy)
     answer: str = "abcdefghij"
@@ -54,7 +54,8 @@ class Cell:
     timeout: float = 60.0
     max_tokens: int = 64
     fields: dict[str, Any] = field(default_factory=dict)
-    tokens: int | None = None  # completion_tokens, where not one per letter
+    released: int | None = None  # tokens shown, where not one per letter; -1: by the trace
+    hidden: int | None = None  # tokens generated and not shown; None: by the trace
     ended: str = "done"
 
 
@@ -65,50 +66,52 @@ def lost(messages, answer):
 WHOLE = "abcdefghij"
 OTHER = '日本 👩‍👩‍👧 é \u2028\r\n"\\'
 CELLS = [
-    Cell("no alarm", WHOLE, tokens=11),
-    Cell("no alarm, held back", WHOLE, policy=Policy(hold_back=4), tokens=11),
-    Cell("no alarm, at the end", WHOLE, policy=Policy(release="end"), tokens=11),
-    Cell("no alarm, other characters", OTHER, answer=OTHER, tokens=-1),
-    Cell("length", "abcd", "length", max_tokens=4),
+    Cell("no alarm", WHOLE, released=11, hidden=0),
+    Cell("no alarm, held back", WHOLE, policy=Policy(hold_back=4), released=11),
+    Cell("no alarm, at the end", WHOLE, policy=Policy(release="end"), released=11),
+    Cell("no alarm, other characters", OTHER, answer=OTHER, released=-1),
+    Cell("length", "abcd", "length", max_tokens=4, hidden=0),
     Cell("length, held back", "abcd", "length", max_tokens=4, policy=Policy(hold_back=2)),
-    Cell("stop text", "abc", fields={"stop": ["de", "zz"]}, tokens=-1),
-    Cell("stop text, held back", "abc", fields={"stop": "de"}, policy=Policy(hold_back=5), tokens=-1),
+    Cell("stop text", "abc", fields={"stop": ["de", "zz"]}, released=-1),
+    Cell("stop text, held back", "abc", fields={"stop": "de"}, policy=Policy(hold_back=5), released=-1),
     Cell("halt before a stop text", "abcdef", "content_filter", alarm(), high=HARM, fields={"stop": ["hi"]},
          ended="halted"),
-    Cell("halt", "abcdef", "content_filter", alarm(), high=HARM, ended="halted"),
+    Cell("halt", "abcdef", "content_filter", alarm(), high=HARM, ended="halted", hidden=1),
     Cell("halt, other category", "abcdef", "content_filter", alarm("theft"), high=THEFT, ended="halted"),
-    Cell("halt, held back", "abc", "content_filter", alarm(), high=HARM, policy=Policy(hold_back=3), ended="halted"),
-    Cell("halt, at once", "", "content_filter", alarm(), high={0: (0.9, 0)}, ended="halted"),
-    Cell("halt, at the end", "", "content_filter", alarm(), high=HARM, policy=Policy(release="end"), ended="halted"),
+    Cell("halt, held back", "abc", "content_filter", alarm(), high=HARM, policy=Policy(hold_back=3),
+         ended="halted", hidden=4),
+    Cell("halt, at once", "", "content_filter", alarm(), high={0: (0.9, 0)}, ended="halted", hidden=1),
+    Cell("halt, at the end", "", "content_filter", alarm(), high=HARM, policy=Policy(release="end"),
+         ended="halted", hidden=7),
     Cell("halt, by sentence", "ab.", "content_filter", alarm(), answer="ab. cdefgh", high=HARM, ended="halted",
-         policy=Policy(release="sentence"), tokens=-1),
-    Cell("continue", WHOLE, high=HARM, policy=Policy(default="continue"), tokens=11),
-    Cell("observe", WHOLE, high=HARM, policy=Policy(observe=True), tokens=11),
+         policy=Policy(release="sentence"), released=-1),
+    Cell("continue", WHOLE, high=HARM, policy=Policy(default="continue"), released=11),
+    Cell("observe", WHOLE, high=HARM, policy=Policy(observe=True), released=11),
     Cell("reflect, refuse", "abcdef", "content_filter", alarm(), high=HARM, harm=0.9, ended="halted",
          policy=Policy(default="reflect", reflect=REFLECT)),
     Cell("reflect, refuse with a text", "abcdefNo.", "content_filter", alarm(), high=HARM, harm=0.9, ended="halted",
-         policy=Policy(default="reflect", reflect=REFLECT, confirmed="replace", replacement="No."), tokens=-1),
-    Cell("reflect, resume", WHOLE, high=HARM, harm=0.1, policy=Policy(default="reflect", reflect=REFLECT), tokens=11),
+         policy=Policy(default="reflect", reflect=REFLECT, confirmed="replace", replacement="No."), released=-1),
+    Cell("reflect, resume", WHOLE, high=HARM, harm=0.1, policy=Policy(default="reflect", reflect=REFLECT), released=11),
     Cell("escalate, refuse", "abcdef", "content_filter", alarm(), high=HARM, judge=lambda messages, answer: 0.9,
          policy=Policy(default="escalate"), ended="halted"),
     Cell("escalate, resume", WHOLE, high=HARM, judge=lambda messages, answer: 0.1, policy=Policy(default="escalate"),
-         tokens=11),
+         released=11),
     Cell("escalate, unanswered", "abcdef", "content_filter", alarm(), high=HARM, judge=lost, ended="halted",
          policy=Policy(default="escalate")),
-    Cell("replace", "abcdefSorry.", "content_filter", alarm(), high=HARM, ended="halted", tokens=-1,
+    Cell("replace", "abcdefSorry.", "content_filter", alarm(), high=HARM, ended="halted", released=-1,
          policy=Policy(default="replace", replacement="Sorry.")),
-    Cell("decoy", "abcdefBread.", "stop", None, high=HARM, ended="halted", tokens=-1,
+    Cell("decoy", "abcdefBread.", "stop", None, high=HARM, ended="halted", released=-1, hidden=0,
          policy=Policy(default="replace", replacement="Bread.", decoy=True)),
     Cell("replace, with what no encoding takes", "abcdef\ud800", "content_filter", alarm(), high=HARM, ended="halted",
-         tokens=6, policy=Policy(default="replace", replacement="\ud800")),
-    Cell("engine lost", "abcd", "content_filter", FAULT, fail_at=4, ended="fault"),
-    Cell("engine lost, held back", "ab", "content_filter", FAULT, fail_at=4, policy=Policy(hold_back=2), ended="fault"),
+         released=6, policy=Policy(default="replace", replacement="\ud800")),
+    Cell("engine lost", "abcd", None, FAULT, status=503, fail_at=4, ended="fault"),
+    Cell("engine lost, held back", "ab", None, FAULT, status=503, fail_at=4, policy=Policy(hold_back=2), ended="fault"),
     Cell("engine lost, at once", status=503, fail_at=0, ended="fault"),
     Cell("engine lost, nothing released", status=503, fail_at=4, policy=Policy(hold_back=9), ended="fault"),
-    Cell("NaN", "abcd", "content_filter", FAULT, high={4: NAN}, ended="fault"),
-    Cell("NaN, held back", "ab", "content_filter", FAULT, high={4: NAN}, policy=Policy(hold_back=2), ended="fault"),
+    Cell("NaN", "abcd", None, FAULT, status=503, high={4: NAN}, ended="fault"),
+    Cell("NaN, held back", "ab", None, FAULT, status=503, high={4: NAN}, policy=Policy(hold_back=2), ended="fault"),
     Cell("NaN, at once", status=503, high={0: NAN}, ended="fault"),
-    Cell("time-out", "ab", "content_filter", FAULT, pause=(2, 1.0), timeout=0.5, ended="timeout"),
+    Cell("time-out", "ab", None, FAULT, status=504, pause=(2, 1.0), timeout=0.5, ended="timeout"),
     Cell("time-out, at once", status=504, pause=(0, 1.0), timeout=0.3, ended="timeout"),
 ]  # fmt: skip
 NAMES = [cell.name for cell in CELLS]
@@ -135,13 +138,15 @@ def serve(tokenizer, spec, thresholds, script):
     return start
 
 
-def completion_tokens(cell, tokenizer, trace):
-    if cell.tokens is None:
-        return len(cell.text)
-    if cell.tokens >= 0:
-        return cell.tokens
+def tokens_of(cell, tokenizer, trace):
+    """Tokens shown, and tokens generated and not shown."""
     released = sum(len(event.token_ids) for event in trace.events if isinstance(event, Text))
-    return released + len(tokenizer(trace.end.text)["input_ids"] if getattr(trace.end, "text", "") else ())
+    hidden = trace.generated - released if cell.hidden is None else cell.hidden
+    if cell.released is None:
+        return len(cell.text), hidden
+    if cell.released >= 0:
+        return cell.released, hidden
+    return released + len(tokenizer(trace.end.text)["input_ids"] if getattr(trace.end, "text", "") else ()), hidden
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=NAMES)
@@ -153,31 +158,40 @@ def test_what_a_client_gets_byte_by_byte(cell, serve, tokenizer):
             answer = httpx.post(server.url + route, json=asked, timeout=20)
             trace = server.told(count)
             time.sleep(cell.pause[1])  # until the engine's one thread is free again
-            assert answer.status_code == cell.status, (route, stream, answer.content)
+            broken = cell.status != 200 and not (stream and cell.text)
+            assert answer.status_code == (cell.status if broken else 200), (route, stream, answer.content)
             assert answer.headers["x-request-id"] == trace.id
             assert_nothing_leaked(answer.content)
-            if cell.status != 200:
+            if broken:
                 body = answer.json()
                 assert answer.headers["content-type"] == "application/json"
                 assert body["error"]["type"] == "server_error" and set(body) == {"error"}
-                assert body["error"]["code"] == {503: "engine_unavailable", 504: "response_timeout"}[cell.status]
+                assert body["error"]["code"] == CODES[cell.status]
                 continue
             assert shown_by(trace) == cell.text
             check = check_stream if stream else check_whole
-            check(cell, "chat" in route, answer, trace, completion_tokens(cell, tokenizer, trace))
+            check(cell, "chat" in route, answer, trace, tokens_of(cell, tokenizer, trace))
         assert server.ends() == {cell.ended}
+
+
+CODES = {503: "engine_unavailable", 504: "response_timeout"}
+
+
+def refusal_of(cell):
+    return REFUSAL if cell.finish == "content_filter" and not cell.text else None
 
 
 def check_whole(cell, chat, answer, trace, tokens):
     body = answer.json()
-    content = {"message": {"role": "assistant", "content": cell.text, "refusal": None}} if chat else {"text": cell.text}
+    message = {"role": "assistant", "content": cell.text, "refusal": refusal_of(cell)}
+    content = {"message": message} if chat else {"text": cell.text}
     assert body == {
         "id": trace.id,
         "object": "chat.completion" if chat else "text_completion",
         "created": body["created"],
         "model": MODEL,
         "choices": [{"index": 0, **content, "logprobs": None, "finish_reason": cell.finish}],
-        "usage": usage(body["usage"]["prompt_tokens"], tokens),
+        "usage": usage(body["usage"]["prompt_tokens"], *tokens),
         **({"redflag": cell.redflag} if cell.redflag else {}),
     }
 
@@ -185,6 +199,13 @@ def check_whole(cell, chat, answer, trace, tokens):
 def check_stream(cell, chat, answer, trace, tokens):
     assert answer.headers["content-type"].startswith("text/event-stream")
     *chunks, final, counts = chunks_of(answer.content)
+    if cell.status != 200:
+        chunks, error = [*chunks, final], counts
+        assert error == {"error": error["error"], "redflag": FAULT}
+        assert (error["error"]["type"], error["error"]["code"]) == ("server_error", CODES[cell.status])
+        assert text_of_chunks(chunks) == cell.text
+        assert not any(chunk["choices"][0]["finish_reason"] for chunk in chunks)
+        return
     frame = {
         "id": trace.id,
         "object": "chat.completion.chunk" if chat else "text_completion",
@@ -198,8 +219,13 @@ def check_stream(cell, chat, answer, trace, tokens):
         "usage": None,
         **({"redflag": cell.redflag} if cell.redflag else {}),
     }  # fmt: skip
-    assert counts == {**frame, "choices": [], "usage": usage(counts["usage"]["prompt_tokens"], tokens)}
+    assert counts == {**frame, "choices": [], "usage": usage(counts["usage"]["prompt_tokens"], *tokens)}
     assert text_of_chunks([*chunks, final]) == cell.text
+    if chat and refusal_of(cell):
+        refused = chunks.pop()
+        assert refused["choices"] == [
+            {"index": 0, "delta": {"refusal": REFUSAL}, "logprobs": None, "finish_reason": None}
+        ]
     for number, chunk in enumerate(chunks):
         [choice] = chunk["choices"]
         text = choice["delta"]["content"] if chat else choice["text"]
@@ -212,8 +238,13 @@ def check_stream(cell, chat, answer, trace, tokens):
         assert chunk == {**frame, "choices": [choice], "usage": None}
 
 
-def usage(prompt, completion):
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+def usage(prompt, released, hidden):
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": released + hidden,
+        "total_tokens": prompt + released + hidden,
+        "completion_tokens_details": {"released_tokens": released, "hidden_tokens": hidden},
+    }
 
 
 def assert_nothing_leaked(data: bytes):
@@ -234,12 +265,13 @@ def test_the_openai_client_reads_all_of_it(cell, serve):
             lambda: list(client.completions.create(prompt="hello", stream=True, **asked)),
         ]
         if cell.status != 200:
-            kind = openai.InternalServerError
-            for call in calls:
-                with pytest.raises(kind) as error:
+            for call, streamed in zip(calls, (False, True) * 2, strict=True):
+                with pytest.raises(openai.APIError) as error:
                     call()
                 time.sleep(cell.pause[1])
-                assert error.value.status_code == cell.status
+                assert error.value.code == CODES[cell.status] and error.value.type == "server_error"
+                # Once a stream has begun there is no status to tell it by.
+                assert getattr(error.value, "status_code", None) == (None if streamed and cell.text else cell.status)
             return
         results = []
         for call in calls:
@@ -248,6 +280,8 @@ def test_the_openai_client_reads_all_of_it(cell, serve):
         chat, chat_chunks, text, text_chunks = results
         assert chat.choices[0].message.content == text.choices[0].text == cell.text
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chat_chunks) == cell.text
+        assert chat.choices[0].message.refusal == refusal_of(cell)
+        assert "".join(chunk.choices[0].delta.refusal or "" for chunk in chat_chunks) == (refusal_of(cell) or "")
         assert "".join(chunk.choices[0].text for chunk in text_chunks) == cell.text
         for last in (chat, chat_chunks[-1], text, text_chunks[-1]):
             assert last.choices[0].finish_reason == cell.finish
@@ -262,7 +296,7 @@ async def asked_twice(url, cell):
         return chat, [chunk async for chunk in stream]
 
 
-@pytest.mark.parametrize("name", ["no alarm", "halt", "reflect, resume", "engine lost", "decoy"])
+@pytest.mark.parametrize("name", ["no alarm", "halt", "reflect, resume", "decoy"])
 def test_the_asynchronous_openai_client_reads_it_too(name, serve):
     cell = CELLS[NAMES.index(name)]
     with serve(cell) as server:
@@ -295,7 +329,9 @@ def test_no_unjudged_token_leaves_the_server(hold_back, tokenizer, spec, thresho
             if answer.status_code == 200:
                 left = text_of_chunks(chunks_of(answer.content)) if stream else answer.json()["choices"][0]["text"]
             trace = server.told(len(playing))
-            assert left == shown_by(trace) == "abcdefghij"[: max(0, step - hold_back)]
+            judged = "abcdefghij"[: max(0, step - hold_back)]
+            assert shown_by(trace) == judged
+            assert left == (judged if stream or bad == (0.9, 0.0) else "")  # an error in place of a whole answer
 
 
 KEYS = {"X-Redflag-Operator": OPERATOR, "X-Redflag-Trace": "1"}
@@ -340,7 +376,7 @@ def test_nobody_else_sees_the_trace(serve):
 def test_an_answer_takes_nothing_after_its_end():
     answer = Answer("cmpl-1", MODEL, chat=False, prompt_tokens=1)
     with pytest.raises(AssertionError):
-        answer.closing()
+        answer.closing(0)
     answer.push(Done(0, "stop"))
     with pytest.raises(AssertionError):
         answer.push(Text(0, (1,), "late"))

@@ -155,15 +155,16 @@ def test_a_server_that_is_full_is_busy_too(guard, stuck, free):
         assert httpx.post(server.url + TEXT, json=body_of(TEXT)).status_code == 200
 
 
-def test_a_stream_that_has_said_that_it_lives_ends_with_a_last_chunk_whatever_happens(guard, script):
+def test_a_stream_that_has_said_that_it_lives_ends_with_an_error_before_done(guard, script):
     _, made = guard(Play(script("abc"), pause=(0, 0.6)), fail_at=0)
     with running(made, Limits(MODEL, ping=0.2)) as server:
         for route in ROUTES:
             answer = httpx.post(server.url + route, json=body_of(route, stream=True))
             assert answer.status_code == 200 and answer.content.startswith(b": ping")
             last = chunks_of(answer.content)[-1]
-            assert last["choices"][0]["finish_reason"] == "content_filter"
+            assert last["error"]["code"] == "engine_unavailable"
             assert last["redflag"] == {"verdict": "fault", "reason": "fault", "category": None}
+            assert b"content_filter" not in answer.content
 
 
 def test_a_second_judge_keeps_nobody_else_waiting(guard, script):
@@ -217,7 +218,7 @@ def test_a_client_that_takes_nothing_is_given_up(guard, endless):
             assert server.ends() == {"disconnected"}
 
 
-def test_when_the_server_goes_down_open_responses_get_their_last_chunk(guard, endless):
+def test_when_the_server_goes_down_open_responses_end_with_an_error_that_says_so(guard, endless):
     backend, made = guard(endless, Policy(hold_back=3))
     parts = []
     with running(made, Limits(MODEL, max_tokens=10**6)) as server:
@@ -236,11 +237,34 @@ def test_when_the_server_goes_down_open_responses_get_their_last_chunk(guard, en
         whole.join(20)
         chunks = chunks_of(b"".join(parts[:-1]))
         assert text_of_chunks(chunks) == shown_by(server.traces[0]) != ""
-        fault = {"verdict": "fault", "reason": "fault", "category": None}
-        body = parts[-1].json()
-        assert chunks[-1]["redflag"] == body["redflag"] == fault
-        assert body["choices"][0]["message"]["content"] == shown_by(server.told(2))
+        assert chunks[-1]["redflag"] == {"verdict": "fault", "reason": "fault", "category": None}
+        assert parts[-1].status_code == 503 and set(parts[-1].json()) == {"error"}
+        for error in (chunks[-1]["error"], parts[-1].json()["error"]):
+            assert (error["type"], error["code"]) == ("server_error", "shutting_down")
+            assert "shutting down" in error["message"]
+        assert not any(chunk["choices"][0]["finish_reason"] for chunk in chunks[:-1])
+        server.told(2)
         wait_for(lambda: backend.open_streams == 0)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_response_that_had_shown_nothing_when_the_server_went_down_is_503(stream, guard, stuck, free):
+    _, made = guard(stuck, Policy(release="end"))
+    with running(made) as server:
+        answers = []
+        asking = threading.Thread(
+            target=lambda: answers.append(httpx.post(server.url + CHAT, json=body_of(CHAT, stream=stream), timeout=20))
+        )
+        asking.start()
+        wait_for(
+            lambda: len(server.server.open) == 1 and len(next(iter(server.server.open)).response.trace.token_ids) == 3
+        )
+        server.stop()
+        asking.join(20)
+        assert answers[0].status_code == 503 and answers[0].json()["error"]["code"] == "shutting_down"
+        assert answers[0].headers["retry-after"] == "1"
+        free.set()
+        server.told()
 
 
 class Doubtful:

@@ -35,34 +35,53 @@ def responses(draw) -> list[Event]:
     return [*draw(st.lists(st.one_of(RELEASED, HIDDEN), max_size=12)), draw(ENDS)]
 
 
+ERROR = {"error": {"message": "lost", "type": "server_error", "param": None, "code": "engine_unavailable"}}
+HIDDEN_TOKENS = 7
+
+
 def answered(events, *, view=None, **options):
     """All bytes of a stream, as the server sends them, and the answer behind them."""
-    answer = Answer("id-1", MODEL, prompt_tokens=3, count=len, **options)
+    answer = Answer("id-1", MODEL, prompt_tokens=3, count=len, refusal="REFUSED", **options)
     sent = answer.opening()
     for event in events:
         text = answer.push(event)
         sent += answer.chunk(text) if text else b""
-    return sent + answer.closing(view), answer
+    if answer.failed:
+        return sent + answer.breaking(ERROR, view), answer
+    return sent + answer.closing(generated_in(events), view), answer
+
+
+def generated_in(events):
+    """Tokens of the engine's: those that were released, and some that were not."""
+    return sum(len(event.token_ids) for event in events if isinstance(event, Text)) + HIDDEN_TOKENS
 
 
 @given(responses(), st.booleans(), st.booleans(), st.booleans())
 def test_whatever_comes_what_is_read_is_what_was_released(events, chat, usage, decoy):
     sent, answer = answered(events, chat=chat, usage=usage, decoy=decoy)
     chunks = chunks_of(sent)
-    body = answer.body()
     end = events[-1]
     shown = "".join(event.text for event in events if isinstance(event, Text | Halt))
+    if end == Halt(0, "fault", None, "SECRET"):
+        assert_broken(chunks, sent, shown)
+        return
+    body = answer.body(generated_in(events))
     choice = body["choices"][0]
     assert text_of_chunks(chunks) == shown == (choice["message"]["content"] if chat else choice["text"])
     assert b"SECRET" not in sent and "SECRET" not in json.dumps(body)
 
     if usage:
         counts = chunks.pop()
-        released = sum(len(event.token_ids) for event in events if isinstance(event, Text))
         extra = len(end.text) if isinstance(end, Halt) else 0
+        unseen = 0 if isinstance(end, Halt) and decoy and end.text else HIDDEN_TOKENS
+        released = generated_in(events) - HIDDEN_TOKENS + extra
         assert counts["choices"] == [] and counts["usage"] == body["usage"]
-        assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": released + extra,
-                                 "total_tokens": 3 + released + extra}  # fmt: skip
+        assert body["usage"] == {
+            "prompt_tokens": 3,
+            "completion_tokens": released + unseen,
+            "total_tokens": 3 + released + unseen,
+            "completion_tokens_details": {"released_tokens": released, "hidden_tokens": unseen},
+        }
     finals = [chunk for chunk in chunks if chunk["choices"][0]["finish_reason"] is not None]
     assert finals == chunks[-1:] and not any("redflag" in chunk for chunk in chunks[:-1])
     final = chunks[-1]
@@ -73,9 +92,22 @@ def test_whatever_comes_what_is_read_is_what_was_released(events, chat, usage, d
     if isinstance(end, Done) or hidden:
         assert "redflag" not in final and choice["finish_reason"] == ("stop" if hidden else end.reason)
     else:
-        verdict = "halted" if end.reason == "alarm" else "fault"
-        assert final["redflag"] == {"verdict": verdict, "reason": end.reason, "category": end.category}
+        assert final["redflag"] == {"verdict": "halted", "reason": "alarm", "category": end.category}
         assert choice["finish_reason"] == "content_filter"
+    if chat:
+        refusals = [chunk["choices"][0]["delta"].get("refusal") for chunk in chunks]
+        wanted = "REFUSED" if not shown and choice["finish_reason"] == "content_filter" else None
+        assert choice["message"]["refusal"] == wanted
+        assert [refusal for refusal in refusals if refusal] == [wanted] * (wanted is not None)
+
+
+def assert_broken(chunks, sent, shown):
+    """A fault is an error, in a stream as in no other way: nothing ends it, and nothing counts as a filter's doing."""
+    *pieces, last = chunks
+    assert text_of_chunks(pieces) == shown
+    assert last == {**ERROR, "redflag": {"verdict": "fault", "reason": "fault", "category": None}}
+    assert not any(chunk["choices"][0]["finish_reason"] for chunk in pieces)
+    assert b"content_filter" not in sent and b"SECRET" not in sent
 
 
 @given(responses(), st.booleans())
@@ -84,7 +116,8 @@ def test_an_operators_view_is_json_whatever_the_numbers(events, chat):
     view = operator_view(trace)
     sent, answer = answered(events, chat=chat, decoy=True, view=view)
     seen = chunks_of(sent)[-1]["redflag"]
-    assert seen == answer.body(view)["redflag"] == json.loads(json.dumps(seen, allow_nan=False))
+    other = answer.failure(view) if answer.failed else answer.body(0, view)
+    assert seen == other["redflag"] == json.loads(json.dumps(seen, allow_nan=False))
     assert seen["peak"] == {"harm": None} and len(seen["alarms"]) == sum(isinstance(event, Alarm) for event in events)
     assert seen["verdict"] in ("completed", "halted", "fault")
 
@@ -100,9 +133,18 @@ def test_a_chunk_is_one_line_whatever_its_text(text):
 
 def test_an_answer_takes_nothing_after_its_end():
     answer = Answer("id-1", MODEL, chat=False, prompt_tokens=1)
-    for early in (answer.closing, answer.body):
+    for early in (answer.closing, answer.body, answer.breaking):
         with pytest.raises(AssertionError):
-            early()
+            early(0)
     answer.push(Done(0, "stop"))
     with pytest.raises(AssertionError):
         answer.push(Text(0, (1,), "late"))
+
+
+def test_a_response_that_failed_has_no_last_chunk_and_no_body():
+    answer = Answer("id-1", MODEL, chat=True, prompt_tokens=1)
+    answer.push(Halt(0, "fault", None, "lost"))
+    assert answer.over and answer.finish_reason is None and answer.failure() == {}
+    for late in (lambda: answer.closing(0), lambda: answer.body(0), lambda: answer.push(Done(0, "stop"))):
+        with pytest.raises(AssertionError):
+            late()

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from redflag.corpus.rows import BadRow, Row, load_rows
+from redflag.corpus.labels import Unlabelled
+from redflag.corpus.rows import BadRow, RecordReader, Row
 from redflag.corpus.sources import Provenance, open_source
 from redflag.errors import RedflagError
 
@@ -49,18 +50,18 @@ class Pair:
 def read_rows(
     source: str | Path,
     provenance: Provenance,
+    reader: RecordReader,
     *,
-    columns: Mapping[str, str] | None = None,
-    labels: Mapping[str, str | None] | None = None,
+    split: str = "train",
     on_bad_row: Literal["stop", "skip"] = "stop",
 ) -> Iterator[tuple[list[tuple[Pair, Row]], list[BadRow]]]:
-    """Rows of any file that `load_rows` reads, some thousands at a time; also those whose label is null.
+    """Rows of any file that `load_rows` reads, some thousands at a time.
 
     Args:
         source: File, folder, pattern or data set.
         provenance: Takes the files' names and digests.
-        columns: As in `load_rows`.
-        labels: As in `load_rows`.
+        reader: Makes rows of records.
+        split: As in `load_rows`.
         on_bad_row: "stop" raises at a row that cannot be used; "skip" yields it among the bad ones.
 
     Yields:
@@ -69,26 +70,17 @@ def read_rows(
     Raises:
         RedflagError: The source cannot be read, or a row is bad.
     """
-    sound = _sound(columns or {}, labels)
-    for name, records in open_source(source, "train", provenance):
+    for name, records in open_source(source, split, provenance):
         while chunk := list(itertools.islice(records, CHUNK)):
-            bad = [BadRow(name, line, str(record)) for line, record in chunk if isinstance(record, ValueError)]
-            chunk = [(line, record) for line, record in chunk if not isinstance(record, ValueError)]
-            # A sound row at the end: a chunk of nothing but bad rows is no error of its own.
-            rows = load_rows(
-                [*(record for _, record in chunk), sound],
-                columns=columns,
-                labels=labels,
-                on_bad_row="skip",
-                unlabelled="harmless",
-            )
-            left_out = {one.line: one for one in rows.skipped}
-            bad += [BadRow(name, chunk[number - 1][0], one.reason) for number, one in left_out.items()]
-            bad.sort(key=lambda one: one.line)
-            if bad and on_bad_row == "stop":
-                raise RedflagError(f"{bad[0]}; mend the row, or skip such rows with on_bad_row=skip")
-            kept = [record for number, record in enumerate(chunk, 1) if number not in left_out]
-            pairs = [(_pair(line, record, row), row) for (line, record), row in zip(kept, rows.rows[:-1], strict=True)]
+            pairs, bad = [], []
+            for line, record in chunk:
+                for row in reader.read(record):
+                    if isinstance(row, Row):
+                        pairs.append((_pair(line, record, row), row))
+                        continue
+                    bad.append(BadRow(name, line, str(row)))
+                    if on_bad_row == "stop" and not isinstance(row, Unlabelled):
+                        raise RedflagError(f"{bad[-1]}; mend the row, or skip such rows with on_bad_row=skip")
             yield pairs, bad
 
 
@@ -116,19 +108,6 @@ def read_labelled(sources: list[str], provenance: Provenance) -> list[Pair]:
     if not pairs:
         raise RedflagError(f"no row to learn from in {', '.join(map(str, sources))}: give rows with labels")
     return pairs
-
-
-def _sound(columns: Mapping[str, str], labels: Mapping[str, str | None] | None) -> dict[str, Any]:
-    """A record that these columns and labels make a row of."""
-    ours: dict[str, Any] = {"prompt": "?", "response": "."}
-    if "messages" in columns:
-        ours = {"messages": [{"role": "user", "content": "?"}]} | ({"response": "."} if "response" in columns else {})
-        ours["messages"] += [] if "response" in columns else [{"role": "assistant", "content": "."}]
-    if "label" in columns:
-        ours["label"] = next(iter(labels)) if labels else "benign"
-    if "category" in columns:
-        ours["category"] = None
-    return {columns.get(key, key): value for key, value in ours.items()}
 
 
 def _pair(line: int, record: Mapping[str, Any], row: Row) -> Pair:

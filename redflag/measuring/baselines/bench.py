@@ -54,7 +54,7 @@ class Bench:
         model: Folder of the flagged model, whose tokenizer splits the responses; None: the base model's does.
         folder: Where hidden states are kept while they are needed.
         seed: Seeds everything that is drawn.
-        max_length: Most tokens of prompt and response; a prompt that does not fit loses its front.
+        max_length: Most tokens of prompt and response; a prompt that does not fit loses its oldest turns.
         batch_size: Conversations per forward pass.
         hidden_from: Whose hidden states the probes read.
         device: Where models run; "auto" is the first GPU where there is one.

@@ -24,6 +24,7 @@ from redflag.measuring.baselines.bench import Bench, Read, digest, model_stamp, 
 from redflag.measuring.baselines.tuning import IGNORE, Example, Tuning, fine_tune
 from redflag.measuring.recording import Recording
 from redflag.trace import atomic_write
+from redflag.truncation import fit_prompt
 
 Labels = Literal["onset", "response"]
 
@@ -158,7 +159,7 @@ def refusal_tokens(
                 answer = [marks[0], *draw.choice(texts), *read.judged_ids[read.tokens :]]
             else:
                 answer = [marks[1], *read.judged_ids]
-            made.append(_example(bench, read.prompt_ids, answer, [True] * len(answer)))
+            made.append(_example(bench, read, answer, [True] * len(answer)))
         return made
 
     what = (
@@ -190,7 +191,7 @@ def deep_alignment(
         made = []
         for read in reads:
             if not read.row.harmful:
-                made.append(_example(bench, read.prompt_ids, read.judged_ids, [True] * len(read.judged_ids)))
+                made.append(_example(bench, read, read.judged_ids, [True] * len(read.judged_ids)))
                 continue
             made.append(_behind_harm(bench, read, draw, draw.choice(texts), labels))
         return made
@@ -228,7 +229,7 @@ def refusal_everywhere(
         made = []
         for read in reads:
             if not read.row.harmful:
-                made.append(_example(bench, read.prompt_ids, read.judged_ids, [True] * len(read.judged_ids)))
+                made.append(_example(bench, read, read.judged_ids, [True] * len(read.judged_ids)))
             elif draw.random() < 0.5:
                 made.append(_behind_harm(bench, read, draw, draw.choice(texts), labels))
             else:
@@ -256,15 +257,15 @@ def _behind_harm(bench: Bench, read: Read, draw: random.Random, refusal: list[in
         least = min((read.onset or 0) + 1, read.tokens) if labels == "onset" else 1
         count = draw.randint(least, max(least, min(_LONGEST, read.tokens)))
     answer = read.judged_ids[:count] + refusal
-    return _example(bench, read.prompt_ids, answer, [False] * count + [True] * len(refusal))
+    return _example(bench, read, answer, [False] * count + [True] * len(refusal))
 
 
-def _example(bench: Bench, prompt: list[int], answer: list[int], asked: list[bool]) -> Example:
-    """The answer behind the prompt, whose front is cut where both do not fit."""
-    room = bench.limit
+def _example(bench: Bench, read: Read, answer: list[int], asked: list[bool]) -> Example:
+    """The answer behind the prompt, which is cut where both do not fit."""
+    room, prompt = bench.limit, read.prompt_ids
     if room is not None:
         answer, asked = answer[: room - 1], asked[: room - 1]
-        prompt = prompt[-(room - len(answer)) :]
+        prompt = fit_prompt(bench.tokenizer, read.row.messages[:-1], bench.spec, room - len(answer), prompt)
     return Example(
         prompt + answer,
         [IGNORE] * len(prompt) + [token if one else IGNORE for token, one in zip(answer, asked, strict=True)],

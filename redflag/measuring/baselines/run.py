@@ -131,9 +131,7 @@ def record_baselines(
     models = [model_stamp(folder) for folder in (bench.base, bench.model) if folder is not None]
     result: dict[str, Recorded] = {}
     for name in names:
-        given = dict(options.get(name, {}))
-        if name in TRAINED or given.get("backbone") == "tuned":
-            given.setdefault("most_rows", most_rows)
+        given = _options(name, options, most_rows)
         # A guard's weights are part of what its scores come from.
         stamps = [*models, *([model_stamp(given["path"])] if given.get("path") else [])]
         key = [_VERSION, name, digests, stamps, seed, max_length, hidden_from, given]
@@ -153,6 +151,42 @@ def record_baselines(
     if hidden_dir is None:
         forget(bench)
     return result
+
+
+def check_baselines(
+    names: Sequence[str],
+    base_dir: str | Path,
+    model_dir: str | Path,
+    folder: str | Path,
+    *,
+    device: str = "cpu",
+    most_rows: int | None = None,
+    options: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Sets each baseline up and drops it, so that what `record_baselines` would refuse is refused before other work.
+
+    Args:
+        names: As in `record_baselines`, like the others.
+        base_dir: The base model.
+        model_dir: The flagged model.
+        folder: Nothing is written there.
+        device: Where models would run.
+        most_rows: Most rows of those that train a model.
+        options: By name.
+
+    Raises:
+        RedflagError: An option is unknown, or a folder lacks something.
+    """
+    bench = Bench(Path(base_dir), Path(model_dir), Path(folder), device=device)
+    for name in names:
+        _build(name, bench, _options(name, options, most_rows), Path(folder))
+
+
+def _options(name: str, options: Mapping[str, Mapping[str, Any]], most_rows: int | None) -> dict[str, Any]:
+    given = dict(options.get(name, {}))
+    if name in TRAINED or given.get("backbone") == "tuned":
+        given.setdefault("most_rows", most_rows)
+    return given
 
 
 def _build(name: str, bench: Bench, options: dict[str, Any], folder: Path) -> Baseline | None:

@@ -4,12 +4,16 @@ import random
 
 import pytest
 import torch
+from templates import turn, world
 from tiny import build
 
 from redflag.backends.load import read_model
+from redflag.corpus.rows import Row
 from redflag.measuring.baselines import refusing
-from redflag.measuring.baselines.bench import thinned
+from redflag.measuring.baselines.bench import Read, thinned
 from redflag.measuring.baselines.tuning import IGNORE, Example, Tuning, fine_tune, loss_of
+from redflag.prompt import render_prompt
+from redflag.truncation import fit_prompt
 
 
 def shown(bench, example):
@@ -79,14 +83,20 @@ def test_refusal_tokens_stand_before_every_answer(bench, rows, tmp_path):
         assert one.ids == [*reads[1].prompt_ids, 6, *reads[1].judged_ids]
 
 
-def test_a_long_prompt_loses_its_front_and_the_answer_stays():
+def test_a_long_prompt_is_cut_as_scoring_cuts_it_and_the_answer_stays():
     class Bench:
-        limit = 6
+        limit = 40
 
-    assert refusing._example(Bench, [1, 2, 3, 4], [5, 6, 7], [False, True, True]) == Example(
-        [2, 3, 4, 5, 6, 7], [IGNORE] * 4 + [6, 7]
-    )
-    assert refusing._example(Bench, [1, 2], [*range(3, 11)], [True] * 8).ids == [2, 3, 4, 5, 6, 7]
+    Bench.tokenizer, Bench.spec = world("headers, trimmed")
+    talk = [turn("system", "Be kind."), turn("user", "many words " * 30)]
+    prompt = render_prompt(Bench.tokenizer, talk, Bench.spec)
+    read = Read(Row([*talk, turn("assistant", "No")]), prompt, [], 0, None, False)
+    example = refusing._example(Bench, read, [5, 6, 7], [False, True, True])
+    kept = fit_prompt(Bench.tokenizer, talk, Bench.spec, 37)
+    assert example == Example([*kept, 5, 6, 7], [IGNORE] * (len(kept) + 1) + [6, 7])
+    assert kept[0] == Bench.tokenizer.bos_token_id and len(example.ids) <= 40
+    long = refusing._example(Bench, read, [*range(3, 103)], [True] * 100)
+    assert long.ids == [prompt[-1], *range(3, 42)]
 
 
 def test_the_loss_is_that_of_a_loop_over_tokens():

@@ -1,0 +1,132 @@
+"""The model's chat template: which one is in force, whether it reads text or parts, and whether it reads the clock."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+from redflag.errors import RedflagError
+from redflag.messages import ROLES, Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+# For tokenizers without a chat template.
+FALLBACK_TEMPLATE = (
+    "{% for message in messages %}### {{ message['role'] | capitalize }}\n{{ message['content'] }}\n\n{% endfor %}"
+    "{% if add_generation_prompt %}### Assistant\n{% endif %}"
+)
+
+# Conversations that a template is tried with; some refuse a system turn, or a second one of the user's.
+PROBES = (("system", "user", "assistant", "user"), ("user", "assistant", "user"), ("user",))
+
+_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def sentinel(length: int = 24) -> str:
+    """A text to be found again: random, so that no message holds it; letters only, which normalisers leave alone."""
+    return "".join(secrets.choice(_LETTERS) for _ in range(length))
+
+
+def template_text(tokenizer: PreTrainedTokenizerFast) -> str:
+    """The Jinja source in force; of several named templates the default one.
+
+    Raises:
+        RedflagError: There are several and none is named default.
+    """
+    if not tokenizer.chat_template:
+        return FALLBACK_TEMPLATE
+    try:
+        return str(tokenizer.get_chat_template())
+    except ValueError as error:
+        raise RedflagError(
+            f"the tokenizer has the chat templates {', '.join(tokenizer.chat_template)} and none is named default, so "
+            "it is unknown how a prompt looks: set tokenizer.chat_template to the one to use"
+        ) from error
+
+
+def apply(tokenizer: PreTrainedTokenizerFast, turns: Sequence[Message], generate: bool) -> str:
+    """The conversation as the template writes it, thinking switched off; with `generate`, to be continued.
+
+    Raises:
+        RedflagError: The template refuses the turns, or does not show what is said in them.
+    """
+    return _apply(tokenizer, turns, generate, roles_in_parts(tokenizer))
+
+
+def _apply(
+    tokenizer: PreTrainedTokenizerFast, turns: Sequence[Message], generate: bool, listed: frozenset[str], head: str = ""
+) -> str:
+    import jinja2
+
+    given = [
+        {**turn, "content": [{"type": "text", "text": turn["content"]}]}
+        if turn["role"] in listed and turn["content"] is not None
+        else turn
+        for turn in turns
+    ]
+    try:
+        return tokenizer.apply_chat_template(
+            given,
+            tokenize=False,
+            add_generation_prompt=generate,
+            chat_template=head + template_text(tokenizer),
+            enable_thinking=False,  # read by templates with a thinking mode (Qwen3); others ignore it
+        )
+    except (jinja2.TemplateError, AttributeError, LookupError, TypeError, ValueError) as error:
+        roles = [turn["role"] for turn in turns]
+        raise RedflagError(
+            f"the chat template refuses the turns {roles} ({error}): reorder them or merge the system turn"
+        ) from error
+
+
+_IN_PARTS: WeakKeyDictionary[object, tuple[str, frozenset[str]]] = WeakKeyDictionary()
+
+
+def roles_in_parts(tokenizer: PreTrainedTokenizerFast) -> frozenset[str]:
+    """The roles whose content the template reads as a list of parts only; found out once, by trying.
+
+    Raises:
+        RedflagError: What a user says appears neither from text nor from parts.
+    """
+    template = template_text(tokenizer)
+    known = _IN_PARTS.get(tokenizer)
+    if known is None or known[0] != template:
+        known = (template, _find_roles_in_parts(tokenizer))
+        _IN_PARTS[tokenizer] = known
+    return known[1]
+
+
+def _find_roles_in_parts(tokenizer: PreTrainedTokenizerFast) -> frozenset[str]:
+    refusal: RedflagError | None = None
+    for roles in PROBES:
+        turns = [{"role": role, "content": sentinel()} for role in roles]
+        for listed in (frozenset[str](), frozenset(ROLES), frozenset(ROLES) - {"system"}):
+            try:
+                text = _apply(tokenizer, turns, True, listed)
+            except RedflagError as error:
+                refusal = refusal or error
+                continue
+            # A list that was written as it stands is no text.
+            if all(turn["content"] in text for turn in turns) and "'type'" not in text:
+                return listed
+    raise refusal or RedflagError(
+        "the chat template shows what a user says neither from text nor from a list of parts, so the model would "
+        "answer prompts without words: set tokenizer.chat_template to the template that the model was trained with"
+    )
+
+
+def reads_clock(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether the template writes the time of rendering into prompts, so that they change from day to day."""
+    listed = roles_in_parts(tokenizer)
+    for roles in PROBES:
+        turns = [{"role": role, "content": "a"} for role in roles]
+        with suppress(RedflagError):
+            day = sentinel()
+            clock = f"{{% macro strftime_now(format) %}}{day}{{% endmacro %}}"  # in place of transformers' own
+            if day in _apply(tokenizer, turns, True, listed, clock):
+                return True
+    return False

@@ -1,0 +1,120 @@
+"""Control tokens: which ids nobody may write, and text as ids without them."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import threading
+from collections.abc import Collection
+from contextlib import suppress
+from typing import TYPE_CHECKING, NamedTuple
+from weakref import WeakKeyDictionary
+
+from redflag.chat_template import apply, template_text
+from redflag.errors import RedflagError
+from redflag.flags import FlagSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+class Control(NamedTuple):
+    """Ids nobody may write: `flags`; `special`: flags, special and turn tokens; `all`: the template's others too."""
+
+    flags: frozenset[int]
+    special: frozenset[int]
+    all: frozenset[int]
+
+
+def control_ids(tokenizer: PreTrainedTokenizerFast, spec: FlagSpec) -> Control:
+    """The ids that nobody but the template may write, and the flags, which nobody writes."""
+    flags = frozenset(spec.ids)
+    special, marks = template_ids(tokenizer)
+    return Control(flags, special | flags, special | marks | flags)
+
+
+# The tokenizer is asked for its added tokens once: there may be thousands.
+_ADDED: WeakKeyDictionary[object, tuple[object, frozenset[int], frozenset[int]]] = WeakKeyDictionary()
+
+
+def template_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[frozenset[int], frozenset[int]]:
+    """Special and turn tokens, and the others that the template names."""
+    template = template_text(tokenizer)
+    key = (template, len(tokenizer), tokenizer.unk_token, tokenizer.eos_token, tokenizer.bos_token)
+    known = _ADDED.get(tokenizer)
+    if known is None or known[0] != key:
+        # Not `all_special_ids`: it names only tokens with a role, and lacks Llama 3's <|start_header_id|>.
+        added = tokenizer.added_tokens_decoder
+        special = {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)
+        # Fine-tunes often add their turn tokens as ordinary ones. Others that the template names, such as <think>, are
+        # the assistant's to write.
+        signs = {i for i, token in added.items() if re.search(r"[^\w\s]", token.content)}
+        special |= signs & _written(tokenizer)
+        marks = {i for i in signs if added[i].content in template}
+        unknown = tokenizer.unk_token
+        if unknown and unknown not in (tokenizer.eos_token, tokenizer.bos_token) and unknown not in template:
+            special.discard(tokenizer.unk_token_id)  # stands for any character that the vocabulary lacks
+            marks.discard(tokenizer.unk_token_id)
+        known = (key, frozenset(special), frozenset(marks))
+        _ADDED[tokenizer] = known
+    return known[1], known[2]
+
+
+def _written(tokenizer: PreTrainedTokenizerFast) -> set[int]:
+    """Ids that the template writes around finished turns, in conversations of all roles that it takes."""
+    ids: set[int] = set()
+    for roles in (("system",), ("user",), ("user", "assistant", "user"), ("system", "user", "assistant", "user")):
+        with suppress(RedflagError):
+            ids.update(tokenise(tokenizer, apply(tokenizer, [{"role": role, "content": "a"} for role in roles], False)))
+    return ids
+
+
+# `split_special_tokens` is a state of the tokenizer, not of the call: another thread must not switch it meanwhile.
+_TOKENIZING = threading.Lock()
+
+
+def tokenise(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    """Ids of a text of the template's, control tokens in it included."""
+    with _TOKENIZING:
+        return list(tokenizer(text, add_special_tokens=False, split_special_tokens=False, verbose=False)["input_ids"])
+
+
+def own_bos(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """The begin-of-sequence token that the tokenizer itself puts before a text; none of them: empty."""
+    bos = tokenizer.bos_token_id
+    with _TOKENIZING:
+        return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
+
+
+def content_ids(
+    tokenizer: PreTrainedTokenizerFast, text: str, forbidden: Collection[int]
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Ids of what somebody wrote, control tokens taken apart, and their offsets; verified: everything rests on it.
+
+    Some tokenizers make a control token even so (it is not marked as special, or the model's own vocabulary holds it):
+    then the text is cut within it and both sides are tokenised alone.
+
+    Raises:
+        RedflagError: A control token cannot be taken apart.
+    """
+    with _TOKENIZING:
+        encoded = tokenizer(
+            text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
+        )
+    ids = list(encoded["input_ids"])
+    offsets = [(int(start), int(end)) for start, end in encoded["offset_mapping"]]
+    bad = [(start, end) for i, (start, end) in zip(ids, offsets, strict=True) if i in forbidden]
+    if not bad:
+        return ids, offsets
+    if any(end - start < 2 for start, end in bad):
+        raise RedflagError(
+            "the text holds a flag or another control token that the tokenizer does not take apart, and such a token "
+            "is never accepted from a user: take it out of the text, or choose a flag token of several characters"
+        )
+    cuts = [0, *sorted({start + 1 for start, _ in bad}), len(text)]
+    ids, offsets = [], []
+    for start, end in itertools.pairwise(cuts):
+        part_ids, part_offsets = content_ids(tokenizer, text[start:end], forbidden)
+        ids += part_ids
+        offsets += [(start + low, start + high) for low, high in part_offsets]
+    return ids, offsets

@@ -1,0 +1,153 @@
+"""Errors in OpenAI's shape: what a request is refused with, and what a response that breaks ends with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+
+from redflag.backends import BusyError, ContextLengthError
+from redflag.errors import RedflagError
+
+_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+# Routes of OpenAI's that clients ask for unless they are told not to, and how they are told.
+_CLIENT_SETTINGS = {
+    "/v1/responses": (
+        "the Responses API is not supported: let the client use chat completions, such as `openai.chat(...)` in the AI "
+        "SDK, `OpenAIChatCompletionsModel` in openai-agents, `use_responses_api=False` in LangChain, "
+        "`hosted_vllm/NAME` in LiteLLM"
+    ),
+}
+_COMPLETIONS = ("/chat/completions", "/completions", "/models")
+
+
+class ApiError(Exception):
+    """A refusal, in the words of the API.
+
+    Attributes:
+        status: The HTTP status.
+        code: What is wrong, for programs.
+        param: The request's field, as a path such as `messages.0.role`.
+        headers: Headers of the answer.
+
+    Example:
+        >>> ApiError(404, "there is no model 'x'", "model_not_found", param="model").body()["error"]["type"]
+        'invalid_request_error'
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        code: str,
+        *,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.param = param
+        self.headers = dict(headers or {})
+
+    def body(self) -> dict[str, Any]:
+        """The answer's body."""
+        kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+
+def error_response(
+    error: ApiError, headers: Mapping[str, str] | None = None, detail: Mapping[str, Any] | None = None
+) -> Response:
+    """The error as an answer; `detail` stands beside it in the body."""
+    # In ASCII: what went wrong may hold half a surrogate pair.
+    body = json.dumps({**error.body(), **(detail or {})})
+    return Response(body, error.status, {**(headers or {}), **error.headers}, "application/json")
+
+
+def busy(message: str) -> ApiError:
+    """Too many requests."""
+    return ApiError(429, message, "engine_busy", headers={"Retry-After": "1"})
+
+
+def unavailable(shown: bool = False) -> ApiError:
+    """The engine failed."""
+    return ApiError(
+        503,
+        f"the engine failed {_WHEN[shown]}; try again",
+        "engine_unavailable",
+        headers={"Retry-After": "1"},
+    )
+
+
+def late(shown: bool = False) -> ApiError:
+    """The response took too long."""
+    return ApiError(504, f"the time that a response has was over {_WHEN[shown]}; try again", "response_timeout")
+
+
+def stopping(shown: bool = False) -> ApiError:
+    """The server goes down."""
+    return ApiError(
+        503, f"the server is shutting down {_WHEN[shown]}; try again", "shutting_down", headers={"Retry-After": "1"}
+    )
+
+
+_WHEN = {
+    False: "before anything could be shown, and what cannot be judged is not shown",
+    True: "in the middle of the response; what was sent had been judged, and the rest is not shown",
+}
+
+
+def refused_by_engine(error: RedflagError, param: str) -> ApiError:
+    """The engine did not begin: it is full, cannot continue this prompt, or an upstream refuses this server itself.
+
+    Args:
+        error: What the engine raised.
+        param: The request's field that holds the prompt.
+    """
+    if isinstance(error, BusyError):
+        return busy(str(error))
+    if isinstance(error, ContextLengthError):
+        # Clients look for the code (inspect), the first sentence (LiteLLM) or "prompt is too long" (LangChain).
+        return ApiError(
+            400,
+            f"This model's maximum context length is {error.context_length} tokens. However, your {param} resulted in "
+            f"{error.prompt_tokens} tokens: the prompt is too long and leaves no room for a response; shorten it.",
+            "context_length_exceeded",
+            param=param,
+        )
+    status = getattr(error, "status", 400)
+    return ApiError(400, str(error), "invalid_value") if status in (400, 413, 422) else unavailable()
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Lets an application answer every error in this shape."""
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(ApiError, _api_error)
+    app.add_exception_handler(Exception, _internal_error)
+
+
+async def _api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return error_response(error)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    path = request.url.path.rstrip("/")
+    message, code = str(error.detail), "http_error"
+    if error.status_code == 404:
+        message, code = f"there is no {path[:200]!r} here", "not_found"
+        message += f": {_CLIENT_SETTINGS[path]}" if path in _CLIENT_SETTINGS else ""
+        message += "; the base URL ends in /v1" if path in _COMPLETIONS else ""
+    elif error.status_code == 405:
+        message, code = f"{request.method} is not supported here", "method_not_allowed"
+    return error_response(ApiError(error.status_code, message, code, headers=error.headers))
+
+
+async def _internal_error(request: Request, error: Exception) -> Response:
+    # What went wrong is in the log; its text may hold what nobody outside should read.
+    return error_response(ApiError(500, "the server has a defect; its log says more", "internal_error"))

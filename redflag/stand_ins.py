@@ -1,0 +1,171 @@
+"""Stand-ins: harmless texts in place of what somebody wrote, to learn what a chat template says by itself.
+
+Rendered with stand-ins, a conversation shows where its texts come to stand, whether all of them appear, and which
+control tokens are the template's own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from redflag.chat_template import apply, sentinel
+from redflag.control_tokens import Control
+from redflag.errors import RedflagError
+from redflag.messages import Message, fill
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+class StandIn(NamedTuple):
+    """Harmless text in place of another; white space around it stays, which some templates strip."""
+
+    before: str
+    name: str
+    after: str
+
+    def __str__(self) -> str:
+        return self.before + self.name + self.after
+
+
+_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+PLACES = 6  # letters that number a stand-in
+
+
+def _stand_in(content: str, mark: str, number: int) -> StandIn | None:
+    """A stand-in, named by a mark that all share and a number, so that one short pattern finds thousands of them."""
+    core = content.strip()
+    if not core:  # Templates ask whether a content is empty, so a blank one stands for itself.
+        return None
+    before, _, after = content.partition(core)
+    return StandIn(before, mark + "".join(_LETTERS[number // 26**place % 26] for place in range(PLACES)), after)
+
+
+class Text(NamedTuple):
+    """A text that somebody put into message `number`; `forbidden` are the ids that it must not become."""
+
+    number: int
+    kind: str
+    text: str
+    forbidden: frozenset[int]
+    stand_in: StandIn | None
+
+
+class Style(NamedTuple):
+    """How tool calls are given to the template: arguments as JSON text, and None for the content that is not there."""
+
+    json_text: bool = False
+    no_content: bool = False
+
+
+class HiddenTextError(RedflagError):
+    """The chat template leaves out what a message says."""
+
+
+class Conversation:
+    """Messages whose texts can be replaced before the template sees them.
+
+    Names, ids and keys are replaced all together, by others (`aliases`): they are never tokenised apart.
+    """
+
+    def __init__(self, messages: Sequence[Message], control: Control) -> None:
+        self.messages = messages
+        self.mark = sentinel()
+        self.texts: list[Text] = []
+        self.aliases: dict[str, str] = {}
+        for number, message in enumerate(messages):
+            # What the assistant said may hold marks such as <think>, which are its to write.
+            spoken = control.special if message["role"] == "assistant" else control.all
+
+            def note(kind: str, text: str, number: int = number, spoken: frozenset[int] = spoken) -> str:
+                if kind in ("content", "reasoning", "argument"):
+                    stand_in = _stand_in(text, self.mark, len(self.texts))
+                    forbidden = spoken if kind == "content" else control.all
+                    self.texts.append(Text(number, kind, text, forbidden, stand_in))
+                elif text:
+                    # Some templates ask how long an id is.
+                    self.aliases.setdefault(text, sentinel(len(text)) if kind == "id" else sentinel())
+                return text
+
+            fill(message, note)
+
+        self.stand_ins = [item.stand_in for item in self.texts]
+
+    @property
+    def pattern(self) -> str:
+        """Finds every name: a pattern for each would take time that grows with the square of their number."""
+        return f"{self.mark}[a-z]{{{PLACES}}}"
+
+    @property
+    def styles(self) -> Sequence[Style]:
+        if not any("tool_calls" in message for message in self.messages):
+            return [Style()]
+        return [Style(json_text, no_content) for json_text in (False, True) for no_content in (False, True)]
+
+    def turns(self, apart: Sequence[StandIn | None], style: Style, aliased: bool = False) -> list[dict[str, Any]]:
+        """The turns with stand-ins for some texts, and for all names or none."""
+        texts = iter(
+            [str(stand_in) if stand_in else item.text for item, stand_in in zip(self.texts, apart, strict=True)]
+        )
+
+        def replace(kind: str, text: str) -> str:
+            if kind in ("content", "reasoning", "argument"):
+                return next(texts)
+            return self.aliases.get(text, text) if aliased else text
+
+        turns = [fill(message, replace) for message in self.messages]
+        for turn in turns:
+            if style.no_content and "tool_calls" in turn and not turn["content"].strip():
+                turn["content"] = None
+            for call in turn.get("tool_calls", []) if style.json_text else []:
+                function = call["function"]
+                if not isinstance(function["arguments"], str):
+                    function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
+        return turns
+
+    def _hidden(self, text: str) -> tuple[int, str] | None:
+        """Number of the first message of which something does not appear in a rendering with stand-ins, and what."""
+        position = 0
+        for item in self.texts:
+            if item.stand_in is None or item.kind == "reasoning":
+                continue
+            # Some templates put system turns elsewhere than they stood, and arguments in an order of their own.
+            ordered = item.kind == "content" and self.messages[item.number]["role"] != "system"
+            found = text.find(item.stand_in.name, position if ordered else 0)
+            if found < 0:
+                return item.number, "the text" if item.kind == "content" else f"the {item.kind} {item.text!r}"
+            position = found if ordered else position
+        calls = ((number, message) for number, message in enumerate(self.messages) if "tool_calls" in message)
+        names = ((number, call["function"]["name"]) for number, message in calls for call in message["tool_calls"])
+        missing = (
+            (number, f"the function {name!r}") for number, name in names if self.aliases.get(name, "") not in text
+        )
+        return next(missing, None)
+
+    def skeleton(self, tokenizer: PreTrainedTokenizerFast) -> tuple[Style, str]:
+        """The conversation rendered with stand-ins, in the first style in which all of it appears.
+
+        Raises:
+            HiddenTextError: The template does not show a text.
+            RedflagError: The template refuses the turns.
+        """
+        refusal: RedflagError | None = None
+        for style in self.styles:
+            try:
+                text = apply(tokenizer, self.turns(self.stand_ins, style, aliased=True), True)
+            except RedflagError as error:
+                refusal = refusal or error
+                continue
+            hidden = self._hidden(text)
+            if hidden is None:
+                return style, text
+            number, what = hidden
+            refusal = refusal or HiddenTextError(
+                f"the chat template does not show {what} of message {number} (role {self.messages[number]['role']}) in "
+                "its place, so the model would never see it: leave such turns out, or give the model a template that "
+                "shows them"
+            )
+        assert refusal is not None
+        raise refusal

@@ -1,0 +1,176 @@
+"""What would end a training run after its last step, found before its first."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+
+from redflag.backends.head import plain_model
+from redflag.errors import RedflagError
+from redflag.flags import FlagSpec
+from redflag.prompt import template_hash
+
+# Settings of `generation_config.json` without effect unless `num_beams`, `return_dict_in_generate` or `use_cache` is
+# set; transformers saves no configuration that sets one for nothing.
+_BEAMS = ("early_stopping", "length_penalty")
+_OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+_CACHE = ("cache_implementation", "cache_config")
+
+
+def refuse_quantised(name: str) -> None:
+    """Refuses a model whose weights are quantised: adapters cannot be merged into them, nor rows added.
+
+    Raises:
+        RedflagError: `config.json` says so.
+    """
+    try:
+        described, _ = PreTrainedConfig.get_config_dict(name)
+    except Exception:  # `read_model` says what is wrong with it.
+        return
+    # `compression_config` is the name that older files of compressed-tensors have for it.
+    quantised = described.get("quantization_config") or described.get("compression_config")
+    if not quantised:
+        return
+    method = quantised.get("quant_method", "quantised")
+    if method == "mxfp4":
+        raise RedflagError(
+            f"{name} holds its experts as MXFP4 numbers, which cannot be trained, nor saved again: write a bfloat16 "
+            "copy first, as recipes/gpt-oss-20b-redflag/base.py does"
+        )
+    raise RedflagError(
+        f"{name} must hold its weights as 16-bit or 32-bit numbers (got quant_method {method!r}): what is trained "
+        "cannot be merged into quantised weights, and training an adapter on them (--merge false) is not supported. "
+        "Train the model that it was made from, and quantise the result"
+    )
+
+
+def refuse_part(name: str, model: Any) -> None:
+    """Refuses a model of which only the text part was loaded, whose class and weights have other names when saved.
+
+    Raises:
+        RedflagError: The configuration in the files is another kind of model's.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except Exception:  # An adapter's folder has none.
+        return
+    if config.model_type != model.config.model_type:
+        named = ", ".join(config.architectures or ()) or config.model_type
+        raise RedflagError(
+            f"{name} must load as what its config.json names, {named} (got its text part, {type(model).__name__}): "
+            "engines would not find the weights of what is saved under those names. Save the text part as a model of "
+            "its own first, with AutoModelForCausalLM, and see that your engine serves it"
+        )
+
+
+def repair_generation(model: Any) -> list[str]:
+    """Takes contradictions out of a model's `generation_config.json`, with which transformers would not save it.
+
+    What engines make of the file stays: vLLM and SGLang sample by its temperature whatever `do_sample` says, and
+    settings without effect go.
+
+    Args:
+        model: With its `generation_config`, changed in place.
+
+    Returns:
+        A line for each setting that was changed.
+    """
+    generation = getattr(model, "generation_config", None)
+    if generation is None or _is_sound(generation):
+        return []
+    changes: dict[str, Any] = {}
+    if generation.pad_token_id is not None and generation.pad_token_id < 0:
+        changes["pad_token_id"] = None
+    for is_idle, names in (
+        (generation.num_beams in (None, 1), _BEAMS),
+        (generation.return_dict_in_generate is not True, _OUTPUTS),
+        (generation.use_cache is False, _CACHE),
+    ):
+        changes |= {key: None for key in names if is_idle and getattr(generation, key, None)}
+    before = {key: getattr(generation, key) for key in changes}
+    _set(generation, changes)
+    if generation.do_sample is not True and not _is_sound(generation):
+        # A temperature of 0 is greedy to engines, and none at all to transformers.
+        greedy = {"temperature": None, "top_k": 1} if generation.temperature == 0 else {}
+        sampled = {**greedy, "do_sample": True}
+        before |= {key: getattr(generation, key) for key in sampled}
+        _set(generation, sampled)
+    return [f"generation_config.json: {key} {old!r} -> {getattr(generation, key)!r}" for key, old in before.items()]
+
+
+def try_saving(model: Any, tokenizer: Any, spec: FlagSpec, output: Path, merge: bool) -> None:
+    """Saves all but the weights, in a folder that is dropped again, and reads it back.
+
+    Args:
+        model: As it will be trained, PEFT-wrapped or not.
+        tokenizer: With the flags.
+        spec: The flags.
+        output: The run's folder; made if it is not there.
+        merge: Whether the whole model will be saved, or the adapter alone.
+
+    Raises:
+        RedflagError: The result could not be saved, or would not load.
+    """
+    whole = merge or not hasattr(model, "peft_config")
+    weights = [p for p in model.parameters() if whole or p.requires_grad]
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        free, needed = shutil.disk_usage(output).free, sum(p.numel() * p.element_size() for p in weights)
+        if free < needed:
+            raise RedflagError(
+                f"{output} must have room for the result, {needed / 1e9:.1f} GB (got {free / 1e9:.1f} GB free). Free "
+                "space, or choose another output_dir"
+            )
+        with tempfile.TemporaryDirectory(dir=output, prefix=".trying-") as folder:
+            if whole:
+                plain = plain_model(model)
+                plain.config.save_pretrained(folder)
+                if plain.can_generate():
+                    plain.generation_config.validate(strict=True)
+                    plain.generation_config.save_pretrained(folder)
+                AutoConfig.from_pretrained(folder)
+            else:
+                model.peft_config[model.active_adapter].save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            again = AutoTokenizer.from_pretrained(folder)
+            ids = tuple(again.convert_tokens_to_ids([flag.token for flag in spec.flags]))
+            if (template_hash(again), ids) != (spec.template_hash, spec.ids):
+                raise ValueError("the tokenizer that was read back has another chat template, or other ids for flags")
+    except RedflagError:
+        raise
+    except Exception as error:  # What fails here fails in a dozen ways, and would fail at the end of the run.
+        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        raise RedflagError(
+            f"the trained model could not be saved in {output}, or would not load from it ({reason}): nothing was "
+            "trained. Correct the files of the base model that this names"
+        ) from error
+
+
+def try_evaluation(trainer: Any, examples: Any) -> None:
+    """Evaluates two rows, as at the end of the run; not where the model lies in parts on several processes."""
+    if not len(examples) or trainer.args.world_size > 1 or trainer.is_fsdp_enabled:
+        return
+    model = trainer.model
+    was_training = model.training
+    model.eval()
+    batch = trainer.data_collator([examples[i] for i in range(min(2, len(examples)))])
+    trainer.prediction_step(model, batch, prediction_loss_only=True)
+    model.train(was_training)
+
+
+def _set(generation: Any, values: dict[str, Any]) -> None:
+    for key, value in values.items():
+        setattr(generation, key, value)
+
+
+def _is_sound(generation: Any) -> bool:
+    """Whether transformers would save it: once changed, as the trainer changes it, only without contradictions."""
+    try:
+        generation.validate(strict=True)
+    except ValueError:
+        return False
+    return True

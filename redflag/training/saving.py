@@ -1,0 +1,151 @@
+"""What a training run leaves on disk: the flagged model's folder, and checkpoints that it can go on from."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers.utils import cached_file
+
+from redflag.errors import RedflagError
+from redflag.flags import FILE, FlagSpec
+
+# Weights and optimizer in a checkpoint: of whole models, and of FSDP2 in one file each or a part for every process.
+CHECKPOINTS = (
+    ("*.safetensors", "optimizer.pt"),
+    ("pytorch_model_fsdp.bin", "optimizer.bin"),
+    ("pytorch_model_fsdp_0/.metadata", "optimizer_0/.metadata"),
+)
+# Without one of these nothing loads a folder.
+CONFIGURATIONS = ("config.json", "adapter_config.json")
+PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+# What else a model is loaded from, as transformers and PEFT name it. An engine that finds shards of an earlier run, or
+# an adapter, beside a model in one file loads them as well.
+LOADED = (
+    *PROCESSORS,
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "model.safetensors.index.json",
+    "adapter_model.safetensors",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "additional_chat_templates",
+)
+
+
+def save(
+    model: Any,
+    tokenizer: Any,
+    spec: FlagSpec,
+    output: Path,
+    merge: bool,
+    result: dict[str, Any],
+    dtype: torch.dtype | None = None,
+) -> dict[str, Any]:
+    """Writes everything beside its final place, then moves it there; `redflag.json` comes last.
+
+    `dtype` is the type of the weights of a whole model; None leaves them as they are.
+
+    Returns:
+        `result` with its `run_id`.
+
+    Raises:
+        RedflagError: The files cannot be written.
+    """
+    digest = hashlib.sha256(json.dumps(result["arguments"], sort_keys=True).encode())
+    for _, parameter in sorted(model.named_parameters()):
+        if parameter.requires_grad:
+            digest.update(parameter.detach().float().cpu().numpy().tobytes())
+    spec = dataclasses.replace(spec, run_id=digest.hexdigest()[:16])
+    result = {**result, "run_id": spec.run_id}
+    if merge and hasattr(model, "merge_and_unload"):
+        model = model.merge_and_unload()
+    if dtype is not None and not hasattr(model, "peft_type"):
+        model = model.to(dtype)
+    temporary = output / ".saving"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        # The flags' rows are in the adapter by themselves: PEFT would add the whole matrix where it has grown by them.
+        model.save_pretrained(temporary, **({"save_embedding_layers": False} if hasattr(model, "peft_type") else {}))
+        tokenizer.save_pretrained(temporary)
+        if not hasattr(model, "peft_type"):
+            copy_processors(model.config.name_or_path, temporary)
+        (temporary / "train.json").write_text(json.dumps(result, indent=2, default=str), encoding="utf-8")
+        replace_model(temporary, output)
+        spec.save(output)
+    except (OSError, SafetensorError) as error:
+        rest = (
+            "there is no checkpoint: free space and train again"
+            if last_checkpoint(output) is None
+            else "its checkpoints are there: free space and run again with --resume"
+        )
+        raise RedflagError(f"the model could not be written to {output} ({error}), {rest}") from error
+    return result
+
+
+def replace_model(new: Path, output: Path) -> None:
+    """Moves the files of a model in the place of an older model's, of which nothing stays that is loaded.
+
+    A kill at any point leaves the older model, the new one, or a folder that nothing loads: the older model's
+    configuration goes first and the new one's comes last.
+
+    Args:
+        new: Folder with the files, on the same file system; gone afterwards.
+        output: The model's folder, which may hold other files (checkpoints, thresholds); `redflag.json` is for the
+            caller to write.
+    """
+    for pattern in (FILE, *CONFIGURATIONS, *LOADED):
+        for path in output.glob(pattern):
+            _remove(path)
+    for path in sorted(new.iterdir(), key=lambda path: (path.name in CONFIGURATIONS, path.name)):
+        _remove(output / path.name)
+        os.replace(path, output / path.name)
+    new.rmdir()
+
+
+def copy_processors(base: str, folder: Path) -> None:
+    """Copies what a multimodal base says about its images: engines start no such model without, also for text."""
+    for name in PROCESSORS if base else ():
+        try:
+            path = cached_file(base, name, _raise_exceptions_for_missing_entries=False)
+        except (OSError, ValueError):  # The base is out of reach by now, which shall not cost the model.
+            continue
+        if path is not None:
+            shutil.copyfile(path, folder / name)
+
+
+def last_checkpoint(output: Path) -> Path | None:
+    """The newest checkpoint that was written to its end; one that a kill cut short does not count."""
+    complete = []
+    for path in output.glob("checkpoint-*"):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+            if (path / "scheduler.pt").stat().st_size and any(_holds(path, *files) for files in CHECKPOINTS):
+                complete.append((int(path.name.rpartition("-")[2]), path))
+        except (OSError, ValueError):
+            continue
+    return max(complete)[1] if complete else None
+
+
+def _holds(path: Path, *patterns: str) -> bool:
+    return all(any(file.stat().st_size for file in path.glob(pattern)) for pattern in patterns)
+
+
+def _remove(path: Path) -> None:
+    """Removes a file or a folder, where there is one: a folder takes no other folder's place by renaming."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,161 @@
+"""Conversations that are too long for the context, cut in one way by training, scoring, calibration and baselines.
+
+Serving cuts nothing: a prompt that leaves no room for a response is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from redflag.control_tokens import content_ids, control_ids
+from redflag.errors import RedflagError
+from redflag.flags import FlagSpec
+from redflag.messages import Message
+from redflag.prompt import render_prompt, render_response
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Render = Callable[[Sequence[Message]], "list[int] | None"]
+
+
+class FittedRow(NamedTuple):
+    """A conversation in ids that fit the context.
+
+    Attributes:
+        prompt_ids: At least one id.
+        response_ids: The response, or as much of its beginning as fits.
+        tail_ids: What ends the turn, as far as it fits.
+        offsets: As of `RenderedRow`, of the whole response.
+        prompt_truncated: Whether turns, or the front of one, were left out.
+        response_truncated: Whether the response lost its end.
+    """
+
+    prompt_ids: list[int]
+    response_ids: list[int]
+    tail_ids: list[int]
+    offsets: list[tuple[int, int]]
+    prompt_truncated: bool
+    response_truncated: bool
+
+
+def fit_row(
+    tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], spec: FlagSpec, max_length: int | None
+) -> FittedRow:
+    """Ids of a conversation, at most `max_length` of them: the prompt is cut first, so that the response stays.
+
+    Raises:
+        RedflagError: As `render_response`; also for a `max_length` below 2: the first response token is judged from a
+            prompt token's position.
+    """
+    row = render_response(tokenizer, messages, spec)
+    if max_length is None:
+        return FittedRow(row.prompt_ids, row.response_ids, row.tail_ids, row.offsets, False, False)
+    if max_length < 2:
+        raise RedflagError(f"max_length is {max_length}: a prompt token and a response token need at least 2")
+    response = row.response_ids[: max_length - 1]
+    tail = row.tail_ids[: max_length - 1 - len(response)]
+    limit = max_length - len(response) - len(tail)
+    prompt = fit_prompt(tokenizer, messages[:-1], spec, limit, row.prompt_ids)
+    return FittedRow(
+        prompt, response, tail, row.offsets, len(prompt) < len(row.prompt_ids), len(response) < len(row.response_ids)
+    )
+
+
+def fit_prompt(
+    tokenizer: PreTrainedTokenizerFast,
+    messages: Sequence[Message],
+    spec: FlagSpec,
+    limit: int,
+    ids: list[int] | None = None,
+) -> list[int]:
+    """Ids of a prompt, at most `limit` of them.
+
+    The beginning of the sequence and the system turn stay. The oldest exchanges are left out whole (a user turn with
+    all that follows it up to the next one, so that roles still alternate); if the last one alone is too long, its first
+    message loses the front of its text. A system turn beside which nothing else fits is left out. If even that is not
+    enough, the template's own ids lose their front.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        messages: As for `render_prompt`.
+        spec: The model's flags.
+        limit: Most ids, at least 1.
+        ids: What `render_prompt` gives, where it is known.
+
+    Raises:
+        RedflagError: As `render_prompt`.
+    """
+    if ids is None:
+        ids = render_prompt(tokenizer, messages, spec)
+    if len(ids) <= limit:
+        return ids
+
+    def render(turns: Sequence[Message]) -> list[int] | None:
+        try:
+            return render_prompt(tokenizer, turns, spec)
+        except RedflagError:  # Some templates take no conversation that begins or goes on so.
+            return None
+
+    count = next((i for i, turn in enumerate(messages) if turn["role"] != "system"), len(messages))
+    system, exchanges = list(messages[:count]), _exchanges(messages[count:])
+    control = control_ids(tokenizer, spec).special
+
+    def offsets(text: str) -> list[tuple[int, int]]:
+        return content_ids(tokenizer, text, control)[1]
+
+    heads: list[list[Message]] = [system, []] if system else [[]]
+    for head in heads if exchanges else []:
+        shorter = _drop_oldest(render, head, exchanges, limit) or _cut_front(
+            render, head, exchanges[-1], limit, offsets
+        )
+        if shorter:
+            return shorter
+    begin = ids[:1] if ids[0] == tokenizer.bos_token_id and limit > 1 else []
+    return begin + ids[len(ids) - limit + len(begin) :]
+
+
+def _exchanges(messages: Sequence[Message]) -> list[list[Message]]:
+    """The messages in groups, each of which begins with a turn of the user's, but perhaps the first."""
+    groups: list[list[Message]] = []
+    for message in messages:
+        if message["role"] == "user" or not groups:
+            groups.append([])
+        groups[-1].append(message)
+    return groups
+
+
+def _drop_oldest(render: Render, head: list[Message], exchanges: list[list[Message]], limit: int) -> list[int] | None:
+    """The prompt with as many of the newest exchanges as fit; None: not even the last one does."""
+    best: list[int] | None = None
+    low, high = 0, len(exchanges) - 1  # the fewest that may have to go, and the most
+    while low <= high:
+        dropped = (low + high) // 2
+        ids = render([*head, *(turn for group in exchanges[dropped:] for turn in group)])
+        if ids is not None and len(ids) <= limit:
+            best, high = ids, dropped - 1
+        else:
+            low = dropped + 1
+    return best
+
+
+def _cut_front(
+    render: Render,
+    head: list[Message],
+    exchange: list[Message],
+    limit: int,
+    offsets_of: Callable[[str], list[tuple[int, int]]],
+) -> list[int] | None:
+    """The prompt with the last exchange, its first text without its front; None: no rest of that text fits."""
+    first: dict[str, Any] = dict(exchange[0])
+    text = first["content"]
+    offsets = offsets_of(text)
+    cut = 0  # tokens of the text that are left out
+    ids = render([*head, *exchange])
+    while ids is not None and len(ids) > limit:
+        cut += len(ids) - limit
+        if cut >= len(offsets) or not text[offsets[cut][0] :].strip():
+            return None
+        ids = render([*head, {**first, "content": text[offsets[cut][0] :]}, *exchange[1:]])
+    return ids
