@@ -18,10 +18,13 @@ from pathlib import Path
 import pytest
 from upstream import EOS, FLAG, Upstream
 
-from redflag.backends.outbound import extra_headers, proxy_for
+from redflag.backends.outbound import UpstreamOptions, extra_headers, proxy_for
 from redflag.backends.remote import RemoteBackend
+from redflag.cli import parse
 from redflag.errors import RedflagError
 from redflag.judges.endpoint import EndpointJudge
+from redflag.measuring import calibrate, evaluate, score
+from redflag.serving import generate, serve
 from redflag.synthesis.endpoint import Endpoint
 from redflag.synthesis.questions import Question
 
@@ -200,3 +203,30 @@ def test_a_private_certificate_authority_is_the_file_in_ssl_cert_file(tmp_path: 
         assert said(SSL_CERT_FILE=certificate) == "measured\n"
         without = said()
     assert "does not answer" in without and "name the file of its certificate authority in SSL_CERT_FILE" in without
+
+
+def test_every_verb_takes_name_key_and_headers_of_its_upstream(environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("GATEWAY", "s3cret")
+    environment.setenv("KEY", "k")
+    words = ["--model", "m", "--upstream_model", "n", "--upstream_key_env", "KEY"]
+    headers = '{"X-Gateway": "Bearer ${GATEWAY}"}'
+    verbs = {
+        serve: [],
+        generate: ["Hi"],
+        score: ["--input", "r", "--output", "o"],
+        calibrate: ["--input", "r"],
+        evaluate: ["--test", "t", "--calibration", "c"],
+    }
+    for verb, more in verbs.items():
+        arguments = parse(verb, [*words, "--upstream_headers", headers, *more], prog="redflag")[0]
+        assert arguments.upstream_options() == {
+            "model": "n",
+            "api_key": "k",
+            "headers": {"X-Gateway": "Bearer s3cret"},
+        }
+
+
+def test_a_key_that_is_not_set_is_named(environment: pytest.MonkeyPatch) -> None:
+    environment.delenv("NO_SUCH_KEY", raising=False)
+    with pytest.raises(RedflagError, match="upstream_key_env names the environment variable NO_SUCH_KEY"):
+        UpstreamOptions(upstream_key_env="NO_SUCH_KEY").upstream_options()

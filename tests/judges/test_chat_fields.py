@@ -13,8 +13,11 @@ from redflag.judges import UnansweredError
 from redflag.judges.chat_fields import refused_field, request_fields, without
 from redflag.judges.endpoint import EndpointJudge
 from redflag.judges.rubrics import StrongRejectJudge
+from redflag.measuring import stages
+from redflag.measuring.evaluate import EvaluateArguments
 from redflag.serving import generate
 from redflag.serving.options import PolicyOptions
+from redflag.synthesis import who
 from redflag.synthesis.endpoint import Endpoint
 from redflag.synthesis.questions import Question
 
@@ -187,3 +190,30 @@ def test_a_variable_that_is_not_set_is_named(monkeypatch):
     options = PolicyOptions(judge_url="http://h", judge_name="m", judge_headers={"X-Token": "${NO_SUCH_TOKEN}"})
     with pytest.raises(RedflagError, match="judge_headers names the environment variable NO_SUCH_TOKEN"):
         options.judge()
+
+
+@pytest.mark.parametrize(
+    ("rubric", "tokens", "expected"),
+    [("strongreject", None, 1024), ("yes_no", None, 16), ("guard", None, 16), ("yes_no", 300, 300), ("guard", 9, 9)],
+)
+def test_evaluate_gives_its_judge_tokens_options_and_headers(rubric, tokens, expected):
+    arguments = EvaluateArguments(
+        model="m",
+        test="t",
+        calibration="c",
+        judge="endpoint",
+        judge_url="http://h",
+        judge_name="o",
+        judge_rubric=rubric,
+        judge_tokens=tokens,
+        judge_options={"seed": 3},
+        judge_headers={"X-Team": "red"},
+    )
+    judge = stages.judge_of(arguments)
+    assert (judge._max_tokens, judge._options, judge._headers) == (expected, {"seed": 3}, {"X-Team": "red"})
+
+
+@pytest.mark.parametrize(("tokens", "expected"), [(None, 16), (300, 300)])
+def test_synthesize_gives_its_judge_tokens_options_and_headers(tokens, expected):
+    judge = who.judge_of("endpoint", "http://h", "o", max_tokens=tokens, options={"seed": 3}, headers={"X-Team": "red"})
+    assert (judge._max_tokens, judge._options, judge._headers) == (expected, {"seed": 3}, {"X-Team": "red"})
