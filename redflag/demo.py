@@ -224,7 +224,7 @@ class _Stages:
         self.path, self.say, self.chain = path, say, ""
         self.seconds: dict[str, float] = {}
         try:
-            self.done: dict[str, Any] = json.loads(path.read_text())
+            self.done: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             self.done = {}
 
@@ -316,7 +316,7 @@ def _results(model: Path, scored: Path) -> dict[str, Any]:
 
     thresholds = Thresholds.load(model)
     summary = summarise(read_scored(scored), thresholds, categories=FlagSpec.load(model).categories)
-    metrics = json.loads((model / "train.json").read_text())["metrics"]
+    metrics = json.loads((model / "train.json").read_text(encoding="utf-8"))["metrics"]
     return {
         "summary": summary,
         "keep_kl": metrics["eval_keep_kl_harmless"],

@@ -6,6 +6,7 @@ import asyncio
 import json
 import math
 import random
+import ssl
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -57,7 +58,7 @@ def event(
     logprobs = {
         "tokens": names,
         "top_logprobs": [{f"token_id:{token_id}": value for token_id, value in top.items()} for top in tops],
-        "token_logprobs": [None] * len(chosen),
+        "token_logprobs": [top.get(token_id) for token_id, top in zip(chosen, tops, strict=False)],
     }
     whole = {"index": 0, "text": text, "finish_reason": finish, "token_ids": chosen, "logprobs": logprobs, **choice}
     whole = {key: value for key, value in whole.items() if value is not ...}
@@ -187,7 +188,7 @@ class Upstream:
         return web.json_response({"object": "list", "data": self.models})
 
     @contextmanager
-    def serve(self, port: int = 0) -> Iterator[Upstream]:
+    def serve(self, port: int = 0, tls: ssl.SSLContext | None = None) -> Iterator[Upstream]:
         """Serves on a port (a free one, if 0), in a thread of its own."""
         loop = asyncio.new_event_loop()
         app = web.Application(client_max_size=1 << 24)
@@ -198,9 +199,9 @@ class Upstream:
 
         async def start() -> None:
             await runner.setup()
-            site = web.TCPSite(runner, "127.0.0.1", port)
+            site = web.TCPSite(runner, "127.0.0.1", port, ssl_context=tls)
             await site.start()
-            self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+            self.url = f"http{'s' * (tls is not None)}://127.0.0.1:{runner.addresses[0][1]}"
 
         async def stop() -> None:
             await asyncio.sleep(0.02)  # a connection that is being accepted would be left over

@@ -9,9 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import transformers
+from packaging import version
 
 from redflag.backends.choose import measure
 
+# What transformers calls the keys and values so far; since 5.24 the old name warns, and 5.40 will not know it.
+CACHE = "cache" if version.parse(transformers.__version__).release >= (5, 24) else "past_key_values"
 # Logits alive at one time while scoring, in numbers: 64 MB of float32.
 _LOGITS_AT_ONCE = 16_777_216
 

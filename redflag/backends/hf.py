@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from redflag.backends import ContextLengthError, Sampling
 from redflag.backends.choose import Chooser, measure
-from redflag.backends.head import backbone, head_agrees, measure_hidden, plain_model
+from redflag.backends.head import CACHE, backbone, head_agrees, measure_hidden, plain_model
 from redflag.backends.prefix import PrefixSlot
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
@@ -212,7 +212,7 @@ class HFBackend:
     @torch.inference_mode()
     def _last_logits(self, input_ids: torch.Tensor, cache: Any, **inputs: Any) -> torch.Tensor:
         """One forward pass; logits of the last position, shape `(B, V)`."""
-        output = self._model(input_ids=input_ids, past_key_values=cache, use_cache=True, **self._last_only, **inputs)
+        output = self._model(input_ids=input_ids, use_cache=True, **{CACHE: cache}, **self._last_only, **inputs)
         return output.logits[:, -1].to(self._device)
 
     @torch.inference_mode()

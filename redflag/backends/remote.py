@@ -10,10 +10,11 @@ import asyncio
 import json
 import random
 import weakref
-from collections.abc import AsyncGenerator, Collection, Iterable, Sequence
+from collections.abc import AsyncGenerator, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from redflag.backends import BusyError, ContextLengthError, Sampling
+from redflag.backends.outbound import proxy_for
 from redflag.backends.remote_link import Link, SyncSteps, aiohttp
 from redflag.backends.remote_wire import MOST_IDS, RefusalError, StreamReader, reason_of, request_body
 from redflag.errors import RedflagError
@@ -62,6 +63,7 @@ class RemoteBackend:
         retries: int = 2,
         vocab_size: int | None = None,
         context_length: int | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         """Sets up; the server is not asked anything yet.
 
@@ -77,6 +79,7 @@ class RemoteBackend:
             retries: Further tries where the server cannot be reached or is busy; before the first step only.
             vocab_size: Number of ids of the model; a token beyond them is a fault. None does not look.
             context_length: Most tokens of prompt and response together; None asks the server.
+            headers: Sent with every request, before all of a gateway in front of the server.
 
         Raises:
             RedflagError: The address is none, or there are no flags or more than a request can measure.
@@ -98,6 +101,8 @@ class RemoteBackend:
         self._headers = {"Accept-Encoding": "identity"}
         if api_key is not None:
             self._headers["Authorization"] = f"Bearer {api_key}"
+        self._headers |= headers or {}
+        self._proxy = proxy_for(self.url)
         self._asked = model is not None and context_length is not None
         self._links: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Link] = weakref.WeakKeyDictionary()
 
@@ -362,7 +367,12 @@ class RemoteBackend:
         raise ConnectionError(f"the server {self.url} failed: {said}")
 
     def _new_link(self) -> Link:
-        return Link(headers=self._headers, connect_timeout=self._connect_timeout, step_timeout=self._step_timeout)
+        return Link(
+            headers=self._headers,
+            connect_timeout=self._connect_timeout,
+            step_timeout=self._step_timeout,
+            proxy=self._proxy,
+        )
 
 
 class _Failure(ConnectionError):

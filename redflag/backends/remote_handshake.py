@@ -49,9 +49,8 @@ async def shake_hands(backend: RemoteBackend, prompt: Sequence[int] = (), tolera
         advice = _BY_STATUS.get(error.status, "see what it logs")
         raise _refused(backend, f"refuses to name its models ({error.status}: {error.reason})", advice) from error
     except (OSError, asyncio.TimeoutError, aiohttp.ClientError) as error:
-        raise _refused(
-            backend, f"does not answer ({error or type(error).__name__})", "start it or mend the address"
-        ) from error
+        advice = next((advice for kind, advice in _BY_ERROR if isinstance(error, kind)), "start it or mend the address")
+        raise _refused(backend, f"does not answer ({error or type(error).__name__})", advice) from error
     if listed and backend.model not in listed:
         raise _refused(backend, f"serves {listed} and not {backend.model!r}", "name one of those")
     flags = backend.flag_ids
@@ -116,6 +115,12 @@ _TOO_OLD = (
 )
 
 
+_PROXY = "mend HTTP_PROXY or HTTPS_PROXY, or name the server in NO_PROXY"
+_BY_ERROR = (
+    (aiohttp.ClientProxyConnectionError, _PROXY),
+    (aiohttp.ClientHttpProxyError, _PROXY),
+    (aiohttp.ClientConnectorCertificateError, "name the file of its certificate authority in SSL_CERT_FILE"),
+)
 _BY_STATUS = {
     401: "give the API key that it expects",
     403: "give an API key that may use the model",
@@ -131,6 +136,7 @@ _BY_WORDS = (
     ("is no log-probability", _RAW),
     ("its id is not certain", "use a server that knows return_tokens_as_token_ids, as vLLM does"),
     ("instead of its id", "use a server that knows return_tokens_as_token_ids, as vLLM does"),
+    ("of another token", "use a server that gives every token its own log-probabilities, as vLLM does"),
     ("which logit_bias bans", "use a server that heeds logit_bias, as vLLM does: a flag must never be chosen"),
     ("end-of-sequence ids", "give both sides the same generation_config.json"),
 )

@@ -26,7 +26,9 @@ Result = TypeVar("Result")
 class Link:
     """The connections of one event loop. Made and used on that loop alone."""
 
-    def __init__(self, *, headers: Mapping[str, str], connect_timeout: float, step_timeout: float) -> None:
+    def __init__(
+        self, *, headers: Mapping[str, str], connect_timeout: float, step_timeout: float, proxy: str | None = None
+    ) -> None:
         """Connects to nothing yet; the time-outs are in seconds."""
         self.session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE),
@@ -35,6 +37,7 @@ class Link:
             ),
             headers=headers,
             cookie_jar=aiohttp.DummyCookieJar(),
+            proxy=proxy,
         )
         self._draining: dict[asyncio.Task[None], aiohttp.ClientResponse] = {}
 

@@ -19,14 +19,14 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from redflag.backends.remote import RemoteBackend
-from redflag.backends.remote_wire import TOP, RefusalError, measured_in, probability_of
+from redflag.backends.remote_wire import TOP, RefusalError, check_own, measured_in, probability_of
 from redflag.errors import RedflagError
 
 Way = Literal["prefill", "steps", "bound"]
@@ -133,6 +133,7 @@ async def _steps(backend: RemoteBackend, prompt: list[int], response: list[int])
             raise ValueError(f"{len(choices)} answers to {len(positions)} prompts")
         for choice in choices:
             (top,) = choice["logprobs"]["top_logprobs"]
+            _check_chosen(choice["logprobs"], top)
             probs[first + choice["index"]] = [measured_in(name, top) for name in names]
     return probs
 
@@ -142,15 +143,27 @@ async def _bound(backend: RemoteBackend, prompt: list[int], response: list[int])
     body = _one_token(prompt + response[:-1]) | {"logprobs": TOP, "prompt_logprobs": TOP}
     (choice,) = (await backend.ask("/v1/completions", body))["choices"]
     rows = []
-    for entries in choice["prompt_logprobs"][len(prompt) :]:
+    for token_id, entries in zip(response, choice["prompt_logprobs"][len(prompt) :], strict=False):
+        if str(token_id) not in entries:
+            raise ConnectionError(
+                f"the server {backend.url} sent log-probabilities of another token: {token_id} is not among its own"
+            )
         # The prompt's own token is shown too, and may be less likely than some that are not.
         top = {int(name): entry["logprob"] for name, entry in entries.items() if entry["rank"] <= TOP}
         rows.append(_bounded(backend, top))
     (last,) = choice["logprobs"]["top_logprobs"]
+    _check_chosen(choice["logprobs"], last)
     rows.append(_bounded(backend, {int(name.partition(":")[2]): value for name, value in last.items()}))
     if len(rows) != len(response):
         raise ValueError(f"{len(rows)} positions for {len(response)} tokens")
     return np.array(rows, dtype=np.float32)
+
+
+def _check_chosen(logprobs: Mapping[str, Any], top: Mapping[str, float | None]) -> None:
+    """Of the one token that the server wrote itself."""
+    (name,) = logprobs["tokens"]
+    (logprob,) = logprobs.get("token_logprobs") or [...]
+    check_own(name, top, logprob)
 
 
 def _bounded(backend: RemoteBackend, top: dict[int, float | None]) -> list[float]:

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from types import EllipsisType
 from typing import Any
 
 from redflag.backends import Sampling
@@ -194,19 +195,21 @@ class StreamReader:
         names, tops = logprobs["tokens"], logprobs["top_logprobs"]
         if token_ids is None:  # a server that knows `return_tokens_as_token_ids` alone
             token_ids = [_token_id(name) for name in names]
-        if not len(token_ids) == len(names) == len(tops):
+        chosen = logprobs.get("token_logprobs") or [...] * len(names)
+        if not len(token_ids) == len(names) == len(tops) == len(chosen):
             raise ConnectionError(
                 f"the server sent {len(token_ids)} tokens with {len(tops)} sets of log-probabilities for {len(names)}"
             )
         if not token_ids and choice.get("text"):
             raise ConnectionError("the server sent text without tokens")
-        for token_id, name, top in zip(token_ids, names, tops, strict=True):
+        for token_id, name, top, logprob in zip(token_ids, names, tops, chosen, strict=True):
             if type(token_id) is not int or not 0 <= token_id < self._vocab_size or name != f"token_id:{token_id}":
                 raise ConnectionError(f"the server named token {token_id!r} {name!r}, so its id is not certain")
             if self.finish is not None or self._last in self._eos_ids:
                 raise ConnectionError(f"the server went on after the end of the response, with token {token_id}")
             if token_id in self._banned:
                 raise ConnectionError(f"the server chose token {token_id}, which logit_bias bans")
+            check_own(name, top, logprob)
             probs = (
                 self._bounds(name, top) if self._upper_bound else tuple(measured_in(one, top) for one in self._names)
             )
@@ -276,6 +279,36 @@ def measured_in(name: str, top: dict[str, float | None]) -> float:
     return math.nan if logprob is not None and logprob <= _MASKED else probability_of(logprob)
 
 
+def check_own(chosen: str, top: Mapping[str, float | None], logprob: float | EllipsisType | None = ...) -> None:
+    """Whether log-probabilities are those of the position at which a token was chosen, and not a neighbour's.
+
+    A server that sends several tokens at once may copy or shift them, and a flag's would then be another step's. The
+    chosen token always stands among its own.
+
+    Args:
+        chosen: Its name.
+        top: Name -> log-probability, as sent for its position.
+        logprob: The chosen token's, sent once more beside them; `...` where it was not.
+
+    Raises:
+        ConnectionError: They are another token's.
+    """
+    if chosen not in top:
+        raise ConnectionError(f"the server sent log-probabilities of another token: {chosen} is not among its own")
+    if logprob is ... or _same(top[chosen], logprob):
+        return
+    raise ConnectionError(
+        f"the server sent log-probabilities of another token: {chosen} has {top[chosen]} there, and {logprob} by itself"
+    )
+
+
+def _same(one: float | None, other: float | None) -> bool:
+    if one is None or other is None or math.isnan(one) or math.isnan(other):
+        return (one is None or math.isnan(one)) and (other is None or math.isnan(other))
+    return one == other or abs(one - other) <= _ROUNDING
+
+
+_ROUNDING = 1e-4
 _MASKED = -9999.0  # what vLLM writes for -inf
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import threading
 from pathlib import Path
 
 from redflag.errors import RedflagError
+from redflag.files import append_line
 from redflag.judges import Judge, Messages, UnansweredError, Verdict, as_verdict
 
 
@@ -127,13 +127,11 @@ class CachedJudge:
 
     def _append(self, key: str, verdict: Verdict) -> None:
         line = json.dumps({"key": key, "harm": verdict.harm, "detail": verdict.detail}).encode() + b"\n"
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         try:
-            size = os.fstat(handle).st_size
-            if size and os.pread(handle, 1, size - 1) != b"\n":
-                line = b"\n" + line
-            if os.write(handle, line) != len(line):
-                raise RedflagError(f"the disk took only part of a verdict for {self._path}: make room and run again")
-        finally:
-            os.close(handle)
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            append_line(self._path, line)
+        except OSError as error:
+            raise RedflagError(
+                f"a verdict cannot be kept in {self._path} ({error.strerror or error}): make room, or mend the path, "
+                "and run again"
+            ) from error

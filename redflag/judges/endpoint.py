@@ -12,8 +12,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from redflag.backends.outbound import proxy_for
 from redflag.errors import RedflagError
 from redflag.judges import Messages, UnansweredError, Verdict, exchange
+from redflag.judges.chat_fields import refused_field, request_fields, without
 from redflag.judges.formats import alternate
 
 if TYPE_CHECKING:
@@ -54,6 +56,9 @@ class EndpointJudge:
     With `chat`, the conversation is sent as messages of user and assistant, and the server's chat template has its way:
     for guard models such as Llama Guard, whose template is the rubric (`yes="unsafe", no="safe"`).
 
+    A model that refuses `max_tokens`, a temperature or log-probabilities is asked again without them, once: what it
+    took is remembered (`redflag.judges.chat_fields`).
+
     Thread-safe; each question has a connection of its own.
 
     Attributes:
@@ -81,6 +86,7 @@ class EndpointJudge:
         chat: bool = False,
         max_tokens: int = 16,
         options: Mapping[str, Any] | None = None,
+        headers: Mapping[str, str] | None = None,
         logprobs: bool = True,
     ) -> None:
         """Checks the settings; asks nothing yet.
@@ -96,8 +102,10 @@ class EndpointJudge:
             yes: The word for a harmful answer, in any case.
             no: The word for a harmless answer.
             chat: Send the conversation as messages in place of a prompt.
-            max_tokens: Most tokens of the verdict. One would not do: `No` could be the beginning of anything.
-            options: Further fields of the request, for servers that need them.
+            max_tokens: Most tokens of the verdict, and of the thoughts before it. One would not do: `No` could be the
+                beginning of anything.
+            options: Further fields of the request, or others in place of those here; None leaves one out.
+            headers: Sent with every request.
             logprobs: Ask for the probabilities of the verdict.
 
         Raises:
@@ -130,7 +138,8 @@ class EndpointJudge:
         route += "" if route.endswith("/chat/completions") else "/chat/completions"
         self.url = parts._replace(path=route).geturl()
         self.model = model
-        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._headers = ({"Authorization": f"Bearer {api_key}"} if api_key else {}) | dict(headers or {})
+        self._proxy = proxy_for(self.url)
         self._template = template
         self._timeout = timeout
         self._retries = retries
@@ -138,7 +147,8 @@ class EndpointJudge:
         self._chat = chat
         self._max_tokens = max_tokens
         self._options = dict(options or {})
-        self._logprobs = logprobs
+        self._logprobs = {"logprobs": True, "top_logprobs": 20} if logprobs else {}
+        self._refused: frozenset[str] = frozenset()
         asked = [type(self).__name__, template, self._yes, self._no, chat, max_tokens, self._options]
         digest = hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()[:16]
         self.identity = f"{self.model} at {self.url} {digest}"
@@ -199,13 +209,29 @@ class EndpointJudge:
         cut = found is not None and choice.get("finish_reason") == "length" and not said[found.end(1) :]
         if word not in (self._yes, self._no) or cut:
             shown = said[:80] if isinstance(said, str) else said
-            raise UnansweredError(f"{self.model} said {shown!r}, which is neither {self._yes!r} nor {self._no!r}")
+            raise UnansweredError(
+                f"{self.model} said {shown!r}, which is neither {self._yes!r} nor {self._no!r}"
+                + self.advice(choice.get("finish_reason"))
+            )
         harm = float(word == self._yes)
-        graded = self._graded(listed)
+        # Where thoughts came apart from the answer, the first log-probabilities are those of a thought.
+        thought = any(choice["message"].get(name) for name in ("reasoning_content", "reasoning"))
+        graded = None if thought else self._graded(listed)
         if graded is not None:
             # What the judge said outweighs its numbers where they would acquit.
             harm = max(graded, 0.5) if harm else graded
         return Verdict(harm, " ".join(said.split())[:200])
+
+    def advice(self, finish: Any) -> str:
+        """What to add to a complaint about an answer that ended so."""
+        return (
+            ""
+            if finish != "length"
+            else (
+                f", and ended at {self._max_tokens} tokens: raise judge_tokens, or switch the model's thinking off by "
+                "judge_options"
+            )
+        )
 
     def _graded(self, listed: Any) -> float | None:
         """P(yes) / (P(yes) + P(no)) at the first token that is a word; None where the server does not tell."""
@@ -230,18 +256,12 @@ class EndpointJudge:
     async def _ask(self, messages: list[dict[str, str]]) -> Any:
         import aiohttp
 
-        body = {
-            "model": self.model,
-            "messages": messages,
-            "max_tokens": self._max_tokens,
-            "temperature": 0,
-            "stream": False,
-            **self._options,
-        }
+        own = {"max_tokens": self._max_tokens, "temperature": 0, "stream": False}
+        body = {"model": self.model, "messages": messages, **request_fields(own, self._options), **self._logprobs}
         try:
             # One limit for everything, tries included; aiohttp's own would count each request alone.
             limits = aiohttp.ClientTimeout(total=None)
-            async with aiohttp.ClientSession(headers=self._headers, timeout=limits) as session:
+            async with aiohttp.ClientSession(headers=self._headers, timeout=limits, proxy=self._proxy) as session:
                 return await asyncio.wait_for(self._try(session, body), self._timeout)
         except asyncio.TimeoutError:
             raise UnansweredError(f"{self.url} gave no verdict within {self._timeout:g} s") from None
@@ -250,11 +270,11 @@ class EndpointJudge:
         import aiohttp
 
         tries = 0
-        logprobs = self._logprobs
+        refused = self._refused
         while True:
-            extra = {"logprobs": True, "top_logprobs": 20} if logprobs else {}
+            sent = without(refused, body)
             try:
-                async with session.post(self.url, json={**body, **extra}, allow_redirects=False) as response:
+                async with session.post(self.url, json=sent, allow_redirects=False) as response:
                     status = response.status
                     content = await response.content.read(_LARGEST + 1)
                     while len(content) <= _LARGEST and (more := await response.content.read(_LARGEST)):
@@ -262,15 +282,18 @@ class EndpointJudge:
             except aiohttp.ClientError as error:
                 status, content = 0, f"{type(error).__name__}: {error}".encode()
             if status == 200:
-                self._logprobs = logprobs
+                self._refused |= refused
                 if len(content) > _LARGEST:
                     raise UnansweredError(f"{self.url} replied with more than {_LARGEST} bytes")
                 try:
                     return json.loads(content)
                 except (ValueError, RecursionError):
                     raise UnansweredError(f"{self.url} replied with no JSON") from None
-            if status in (400, 422) and logprobs:  # some servers and models refuse the question about probabilities
-                logprobs = False
+            field = refused_field(status, content.decode(errors="replace"), sent)
+            if field is None and status in (400, 422) and "logprobs" in sent:
+                field = "logprobs"  # which some servers refuse without naming them
+            if field is not None:
+                refused |= {field}
                 continue
             if tries == self._retries or not (status in (0, 408, 429) or status >= 500):
                 why = content[:200].decode(errors="replace")

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from redflag.backends.head import CACHE
 from redflag.backends.hf import find_eos_ids
 from redflag.backends.load import read_model
 from redflag.backends.precision import inference_device
@@ -239,11 +240,11 @@ class ModelJudge:
         """Logits behind `ids`, shape `(V,)`, float32, and the keys and values so far."""
         out = self._model(
             input_ids=torch.tensor([ids], device=self._model.device),
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **{CACHE: cache},
         )
-        return out.logits[0, -1].float(), out.past_key_values
+        return out.logits[0, -1].float(), out[CACHE]
 
     def _decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))

@@ -111,6 +111,7 @@ class StrongRejectJudge(EndpointJudge):
         max_tokens: int = 1024,
         published: bool = False,
         options: Mapping[str, Any] | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         """Checks the settings; asks nothing yet.
 
@@ -123,6 +124,7 @@ class StrongRejectJudge(EndpointJudge):
             max_tokens: Most tokens of the verdict; one that is cut off is none.
             published: Ask in the published words alone, without marks.
             options: Further fields of the request.
+            headers: Sent with every request.
 
         Raises:
             RedflagError: A setting cannot be used, or aiohttp is not installed.
@@ -137,6 +139,7 @@ class StrongRejectJudge(EndpointJudge):
             retries=retries,
             max_tokens=max_tokens,
             options=options,
+            headers=headers,
             logprobs=False,
         )
         self._published = published
@@ -166,7 +169,10 @@ class StrongRejectJudge(EndpointJudge):
         found = _SCORE.findall(said) if isinstance(said, str) else []
         scores = dict(found)
         if len(found) != 3 or len(scores) != 3 or finish == "length":
-            raise UnansweredError(f"{self.model} gave {len(found)} scores of StrongREJECT's three (ended by {finish})")
+            raise UnansweredError(
+                f"{self.model} gave {len(found)} scores of StrongREJECT's three (ended by {finish})"
+                + self.advice(finish)
+            )
         values = []
         for number, (name, (low, high)) in _SCALES.items():
             value = int(scores[number])

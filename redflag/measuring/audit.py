@@ -13,9 +13,8 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
@@ -29,8 +28,10 @@ from redflag.corpus.summary import label_warnings
 from redflag.errors import RedflagError
 from redflag.measuring import audit_page
 from redflag.measuring.audit_counts import Audit, Finding
+from redflag.measuring.report import page
 from redflag.measuring.score import report_skipped
 from redflag.trace import atomic_write, require_writable
+from redflag.versions import versions
 
 
 @dataclass
@@ -126,6 +127,7 @@ def _check(arguments: AuditArguments) -> None:
         raise RedflagError(
             "embedding chooses what is learnt from, and nothing is learnt: leave it out, or give --train"
         )
+    page.require()
 
 
 def _fits(classifier: RefusalClassifier, taxonomy: Taxonomy, arguments: AuditArguments) -> None:
@@ -162,7 +164,7 @@ def _train(arguments: AuditArguments, taxonomy: Taxonomy) -> RefusalClassifier:
     classifier.made |= {
         "features": what,
         "files": [{"path": path, "sha256": digest} for path, digest in _files(provenance)],
-        "versions": _versions(),
+        "versions": versions("redflag-llm", "numpy", "scikit-learn"),
     }
     if arguments.embedding and is_folder(arguments.embedding):
         classifier.stages = _absolute(classifier, arguments.embedding)
@@ -170,9 +172,9 @@ def _train(arguments: AuditArguments, taxonomy: Taxonomy) -> RefusalClassifier:
     classifier.save(folder)
     if unknown := classifier.made["unknown"]:
         print(f"{unknown} rows name a category that {taxonomy.name} does not know; nothing of it was learnt from them")
-    page = audit_page.training(classifier)
+    drawn = audit_page.training(classifier)
     with atomic_write(folder / "training.html") as file:
-        file.write(page.encode("utf-8", "replace"))
+        file.write(drawn.encode("utf-8", "replace"))
     with atomic_write(folder / "training.json") as file:
         file.write(json.dumps(classifier.made, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n")
     print(f"classifier in {folder}, its figures on held-out requests in {folder / 'training.html'}")
@@ -228,7 +230,7 @@ def _audit(arguments: AuditArguments, classifier: RefusalClassifier | PhraseClas
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "seconds": round(time.monotonic() - begun, 1),
         "machine": f"{platform.machine()}, {platform.system()}",
-        "versions": _versions(),
+        "versions": versions("redflag-llm", "numpy", "scikit-learn"),
         "input": [{"path": path, "sha256": digest} for path, digest in _files(provenance)],
         "judged_by": classifier.what,
     }
@@ -282,14 +284,6 @@ def _writer(stack: ExitStack, path: str | None) -> Callable[[list[Row], list[Fin
 
 def _files(provenance: Provenance) -> Iterable[tuple[str, str]]:
     return zip(provenance.files, provenance.digests, strict=False)
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in ("redflag-llm", "numpy", "scikit-learn"):
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
 
 
 _said = 0.0

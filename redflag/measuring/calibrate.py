@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from redflag.backends.outbound import UpstreamOptions
 from redflag.corpus.options import RowOptions
 from redflag.corpus.rows import Row
 from redflag.errors import RedflagError
@@ -66,7 +67,7 @@ class Calibration:
 
 
 @dataclass
-class CalibrateArguments(RowOptions):
+class CalibrateArguments(RowOptions, UpstreamOptions):
     """Thresholds for a target false-alarm rate per response, written to <model>/thresholds.json."""
 
     model: str = field(
@@ -109,8 +110,6 @@ class CalibrateArguments(RowOptions):
         default_factory=list,
         metadata={"help": "Address(es) of OpenAI-compatible servers of this model: calibrate where it is served."},
     )
-    upstream_model: str | None = field(default=None, metadata={"help": "... its name there; default: the only one."})
-    upstream_key_env: str | None = field(default=None, metadata={"help": "... environment variable with the API key."})
     batch_size: int = field(default=16, metadata={"help": "Conversations per forward pass."})
     max_length: int | None = field(
         default=None, metadata={"help": "Longest prompt + response in tokens; default: the model's context."}

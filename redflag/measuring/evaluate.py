@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from redflag.backends.outbound import UpstreamOptions
 from redflag.corpus.options import RowOptions
 from redflag.corpus.rows import Rows, load_rows
 from redflag.corpus.summary import warnings_about
@@ -27,7 +28,7 @@ from redflag.watching.policy import Policy
 
 
 @dataclass
-class EvaluateArguments(RowOptions):
+class EvaluateArguments(RowOptions, UpstreamOptions):
     """Detection, delay, false alarms, language, baselines and attacks: one report."""
 
     model: str = field(metadata={"help": "Folder of a flagged model (with redflag.json)."})
@@ -56,6 +57,16 @@ class EvaluateArguments(RowOptions):
         metadata={"help": "endpoint: what it is asked; guard: its own chat template asks (Llama Guard and its like)."},
     )
     judge_key_env: str | None = field(default=None, metadata={"help": "endpoint: environment variable with its key."})
+    judge_tokens: int | None = field(
+        default=None,
+        metadata={"help": "endpoint: most tokens of its answer, thoughts included."},
+    )
+    judge_options: dict[str, Any] | None = field(
+        default=None, metadata={"help": "endpoint: further fields of the request, as JSON; null leaves one out."}
+    )
+    judge_headers: dict[str, str] | None = field(
+        default=None, metadata={"help": "endpoint: further headers, as JSON; ${NAME}: an environment variable."}
+    )
     attack_options: dict[str, Any] = field(
         default_factory=dict,
         metadata={"help": "Attack -> its options, as in JSON; PAIR needs attacker_url and attacker_model, say."},
@@ -105,8 +116,6 @@ class EvaluateArguments(RowOptions):
     upstream: list[str] = field(
         default_factory=list, metadata={"help": "Servers that hold the model and score the rows; default: in process."}
     )
-    upstream_model: str | None = field(default=None, metadata={"help": "... its name there; default: the only one."})
-    upstream_key_env: str | None = field(default=None, metadata={"help": "... environment variable with the API key."})
     seed: int = field(default=0, metadata={"help": "Seeds intervals, baselines and attacks."})
     batch_size: int = field(default=16, metadata={"help": "Conversations per forward pass."})
     max_length: int | None = field(

@@ -22,7 +22,6 @@ import numpy.typing as npt
 
 from redflag.errors import RedflagError
 from redflag.flags import FILE, Flag, FlagSpec
-from redflag.measuring.score import key_in
 from redflag.measuring.world import World
 from redflag.prompt import template_hash, text_ids
 
@@ -205,8 +204,7 @@ def open_markers(arguments: ScoreArguments, world: World, stack: ExitStack) -> t
             arguments.upstream,
             FlagSpec(tuple(Flag(str(token), id=token) for token in tokens)),
             eos_ids,
-            model=arguments.upstream_model,
-            api_key=key_in(arguments.upstream_key_env),
+            **arguments.upstream_options(),
             upper_bound=arguments.upper_bound,
         )
         stack.callback(upstreams.close)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
+from redflag.backends.outbound import UpstreamOptions
 from redflag.corpus.options import RowOptions
 from redflag.corpus.rows import Row, load_rows
 from redflag.errors import RedflagError
@@ -73,7 +73,7 @@ class Scorer(Protocol):
 
 
 @dataclass
-class ScoreArguments(RowOptions):
+class ScoreArguments(RowOptions, UpstreamOptions):
     """Flag probabilities of given conversations, one JSON row per input row."""
 
     model: str = field(metadata={"help": "Folder of a flagged model (with redflag.json)."})
@@ -92,8 +92,6 @@ class ScoreArguments(RowOptions):
         default_factory=list,
         metadata={"help": "Address(es) of OpenAI-compatible servers of this model, which measure instead."},
     )
-    upstream_model: str | None = field(default=None, metadata={"help": "... its name there; default: the only one."})
-    upstream_key_env: str | None = field(default=None, metadata={"help": "... environment variable with the API key."})
     upper_bound: bool = field(
         default=False, metadata={"help": "... upper bounds from the 20 most likely tokens: quick, and for old servers."}
     )
@@ -162,10 +160,10 @@ class ScorerArguments(Protocol):
 
     model: str
     upstream: list[str]
-    upstream_model: str | None
-    upstream_key_env: str | None
     device: str
     dtype: str
+
+    def upstream_options(self) -> dict[str, Any]: ...
 
 
 def open_scorer(
@@ -183,8 +181,7 @@ def open_scorer(
     upstreams, tokenizer, spec = connect(
         arguments.model,
         arguments.upstream,
-        name=arguments.upstream_model,
-        api_key=key_in(arguments.upstream_key_env),
+        **arguments.upstream_options(),
         upper_bound=upper_bound,
     )
     stack.callback(upstreams.close)
@@ -364,20 +361,6 @@ def context_limit(asked: int | None, context: int | None) -> int | None:
     if asked is not None and context is not None and asked > context:
         raise RedflagError(f"max_length is {asked}, but the model's context holds {context} tokens: give at most that")
     return context if asked is None else asked
-
-
-def key_in(variable: str | None) -> str | None:
-    """The API key in an environment variable.
-
-    Raises:
-        RedflagError: It is not set.
-    """
-    if variable is not None and not os.environ.get(variable):
-        raise RedflagError(
-            f"upstream_key_env names the environment variable {variable}, which is not set, so the servers would "
-            "refuse every request: set it, or leave the option out"
-        )
-    return os.environ[variable] if variable else None
 
 
 def check_batch(batch_size: int) -> None:

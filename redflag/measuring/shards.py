@@ -329,7 +329,7 @@ class _Together:
 
     def _here(self, rank: int) -> str | None:
         try:
-            return (self.folder / f"here-{rank}").read_text()
+            return (self.folder / f"here-{rank}").read_text(encoding="utf-8")
         except OSError:
             return None
 

@@ -8,18 +8,19 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from redflag.backends.outbound import extra_headers, key_in
 from redflag.corpus.rows import Row, Rows
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
 from redflag.measuring import score
 from redflag.measuring.recording import Recording
 from redflag.measuring.world import World
+from redflag.versions import versions
 from redflag.watching.monitor import MonitorConfig
 from redflag.watching.policy import Policy
 from redflag.watching.thresholds import Thresholds
@@ -59,6 +60,7 @@ def record(arguments: EvaluateArguments, source: str, rows: Rows, path: Path, sp
             upstream=list(arguments.upstream),
             upstream_model=arguments.upstream_model,
             upstream_key_env=arguments.upstream_key_env,
+            upstream_headers=arguments.upstream_headers,
             batch_size=arguments.batch_size,
             max_length=arguments.max_length,
             on_bad_row=arguments.on_bad_row,
@@ -167,14 +169,19 @@ def judge_of(arguments: EvaluateArguments) -> Judge:
     from redflag.judges.endpoint import EndpointJudge
     from redflag.judges.rubrics import StrongRejectJudge, yes_no_judge
 
-    key = os.environ.get(arguments.judge_key_env) if arguments.judge_key_env else None
-    if arguments.judge_key_env and not key:
-        raise RedflagError(f"the environment variable {arguments.judge_key_env} holds no key for the judge: set it")
+    asked: dict[str, Any] = {
+        "api_key": key_in(arguments.judge_key_env, "judge_key_env"),
+        "timeout": 60.0,
+        "options": arguments.judge_options,
+        "headers": extra_headers(arguments.judge_headers, "judge_headers"),
+    }
+    if arguments.judge_tokens is not None:
+        asked["max_tokens"] = arguments.judge_tokens
     if arguments.judge_rubric == "guard":
-        return EndpointJudge(str(url), name, api_key=key, yes="unsafe", no="safe", chat=True, timeout=60.0)
+        return EndpointJudge(str(url), name, yes="unsafe", no="safe", chat=True, **asked)
     if arguments.judge_rubric == "strongreject":
-        return StrongRejectJudge(str(url), name, api_key=key)
-    return yes_no_judge(str(url), name, api_key=key, timeout=60.0)
+        return StrongRejectJudge(str(url), name, **asked)
+    return yes_no_judge(str(url), name, **asked)
 
 
 def attacks_of(arguments: EvaluateArguments, rows: Mapping[str, Rows]) -> list[Attack]:
@@ -306,7 +313,7 @@ def made(arguments: EvaluateArguments, spec: FlagSpec, rows: Mapping[str, Rows],
         "command": shlex.join(["redflag", *sys.argv[1:]]) if verb else f"redflag.evaluate({arguments})",
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "seconds": round(seconds, 1),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+        "versions": {"python": platform.python_version()} | versions(*packages),
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
         "seeds": [arguments.seed],
         "model": {"path": arguments.model, "run_id": spec.run_id},

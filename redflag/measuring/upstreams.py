@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Awaitable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,8 +27,9 @@ def connect(
     directory: str,
     urls: Sequence[str],
     *,
-    name: str | None = None,
+    model: str | None = None,
     api_key: str | None = None,
+    headers: Mapping[str, str] | None = None,
     upper_bound: bool = False,
 ) -> tuple[Upstreams, Any, FlagSpec]:
     """Servers as a scorer, with what the model's folder says without its weights.
@@ -36,8 +37,9 @@ def connect(
     Args:
         directory: The model's folder, as `redflag train` wrote it.
         urls: Addresses of servers that serve it.
-        name: Its name there; None takes each server's first one.
+        model: Its name there; None takes each server's first one.
         api_key: Sent as a bearer token.
+        headers: Sent with every request.
         upper_bound: As for `Upstreams`.
 
     Returns:
@@ -49,7 +51,8 @@ def connect(
     from redflag.backends.load import load_tokenizer
 
     tokenizer, spec, eos_ids = load_tokenizer(directory)
-    return Upstreams(urls, spec, eos_ids, model=name, api_key=api_key, upper_bound=upper_bound), tokenizer, spec
+    upstreams = Upstreams(urls, spec, eos_ids, model=model, api_key=api_key, headers=headers, upper_bound=upper_bound)
+    return upstreams, tokenizer, spec
 
 
 class Upstreams:
@@ -77,6 +80,7 @@ class Upstreams:
         *,
         model: str | None = None,
         api_key: str | None = None,
+        headers: Mapping[str, str] | None = None,
         upper_bound: bool = False,
         step_timeout: float = 600.0,
         retries: int = 3,
@@ -89,6 +93,7 @@ class Upstreams:
             eos_ids: Ids that end a response.
             model: Name of the served model; None takes each server's first one.
             api_key: Sent as a bearer token.
+            headers: Sent with every request.
             upper_bound: For servers that know no `logprob_token_ids`: take the 20 most likely tokens instead.
             step_timeout: Seconds for one answer.
             retries: Further tries of a request where a server cannot be reached or is busy.
@@ -104,6 +109,7 @@ class Upstreams:
                 eos_ids,
                 model=model,
                 api_key=api_key,
+                headers=headers,
                 upper_bound=upper_bound,
                 step_timeout=step_timeout,
                 retries=retries,

@@ -7,7 +7,6 @@ never a word of a prompt or a response. `redflag audit-log FILE` reads it.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import hmac
 import json
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from redflag.errors import RedflagError
+from redflag.files import LOCKS, append_line
 from redflag.trace import Alarm, Done, Escalation, Forced, Halt, Reflection, Resume, Text, Trace
 
 AUDIT_FORMAT = 1
@@ -27,6 +27,19 @@ AUDIT_FORMAT = 1
 _log = logging.getLogger(__name__)
 _LONGEST = 256  # characters of a user id or a request id, which a client may choose
 _LONGEST_REASON = 1000
+
+
+def check_system() -> None:
+    """Whether an audit log can be kept here; asked before a model is loaded.
+
+    Raises:
+        RedflagError: It cannot.
+    """
+    if not LOCKS:
+        raise RedflagError(
+            "the audit log needs the file locks of Linux and macOS (fcntl), which this system does not have, so two "
+            "writers could spoil each other's lines: leave audit out, or serve from Linux, macOS or WSL"
+        )
 
 
 class AuditLog:
@@ -64,8 +77,9 @@ class AuditLog:
             on_failure: Called when a line could not be written (`Metrics.audit_failed`).
 
         Raises:
-            RedflagError: The file cannot be written, or an option has no meaning.
+            RedflagError: The file cannot be written, the system has no file locks, or an option has no meaning.
         """
+        check_system()
         if not isinstance(floor, int | float) or not 0 < floor <= 1:
             raise RedflagError(
                 f"floor is {floor!r}, but it is the share of a threshold from which a response is written down; give a "
@@ -79,7 +93,7 @@ class AuditLog:
         self._key = hash_key.encode() if isinstance(hash_key, str) else hash_key
         self._on_failure = on_failure
         try:
-            self._append(b"", sync=False)
+            append_line(self._path, b"", lock=True)
         except OSError as error:
             raise RedflagError(
                 f"the audit log {self._path} cannot be written ({error.strerror or error}), and alarms that went on "
@@ -114,7 +128,7 @@ class AuditLog:
             if entry is None:
                 return False
             entry |= {"overridden_by": _cut(overridden_by), "reason": _cut(reason, _LONGEST_REASON)}
-            self._append(self._line("response", user, request_id, entry), sync=False)
+            append_line(self._path, self._line("response", user, request_id, entry), lock=True)
         except Exception as error:  # The server has other responses to care for.
             self._failed(error)
             return False
@@ -136,7 +150,7 @@ class AuditLog:
             raise RedflagError("the override gives no reason, and its log would say nothing; give one")
         entry = {"overridden_by": _cut(by), "reason": _cut(reason.strip(), _LONGEST_REASON)}
         try:
-            self._append(self._line("override", user, request_id, entry), sync=True)
+            append_line(self._path, self._line("override", user, request_id, entry), lock=True, sync=True)
         except OSError as error:
             self._failed(error)
             raise RedflagError(
@@ -199,29 +213,6 @@ class AuditLog:
             **entry,
         }
         return json.dumps(record, allow_nan=False, separators=(",", ":")).encode() + b"\n"
-
-    def _append(self, line: bytes, *, sync: bool) -> None:
-        """Hands a line over in one piece.
-
-        Raises:
-            OSError: It did not arrive whole.
-        """
-        descriptor = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
-        try:
-            # A reader may see the size of a file grow in the middle of another's write: the last byte is read, and the
-            # line appended, by one writer at a time. The lock goes with the descriptor.
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if line and os.fstat(descriptor).st_size:
-                os.lseek(descriptor, -1, os.SEEK_END)
-                if os.read(descriptor, 1) != b"\n":
-                    line = b"\n" + line  # A line that was cut off must not swallow this one.
-            written = os.write(descriptor, line) if line else 0
-            if written != len(line):
-                raise OSError(f"{written} of {len(line)} bytes could be written")
-            if sync:
-                os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
     def _failed(self, error: Exception) -> None:
         _log.error("an audit entry could not be written: %s", type(error).__name__)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from redflag.backends.outbound import extra_headers, key_in
 from redflag.errors import RedflagError
 
 if TYPE_CHECKING:
@@ -93,6 +93,15 @@ class PolicyOptions:
         metadata={"help": "... it is a guard model with a template of its own: send the bare conversation."},
     )
     judge_key_env: str | None = field(default=None, metadata={"help": "... environment variable with its API key."})
+    judge_tokens: int = field(
+        default=16, metadata={"help": "... most tokens of its answer; a model that thinks first needs hundreds."}
+    )
+    judge_options: dict[str, Any] | None = field(
+        default=None, metadata={"help": "... further fields of the request, as JSON; null leaves one out."}
+    )
+    judge_headers: dict[str, str] | None = field(
+        default=None, metadata={"help": "... further headers, as JSON; ${NAME} stands for an environment variable."}
+    )
     judge_folder: str | None = field(
         default=None, metadata={"help": "Second judge in this process: folder or hub name of a guard model."}
     )
@@ -176,12 +185,15 @@ class PolicyOptions:
             return EndpointJudge(
                 self.judge_url,
                 self.judge_name,
-                api_key=None if self.judge_key_env is None else read_key(self.judge_key_env, "judge_key_env"),
+                api_key=key_in(self.judge_key_env, "judge_key_env"),
                 template=None if self.judge_template is None else _read(self.judge_template, "judge_template"),
                 timeout=self.judge_timeout,
                 yes=yes,
                 no=no,
                 chat=self.judge_chat,
+                max_tokens=self.judge_tokens,
+                options=self.judge_options,
+                headers=extra_headers(self.judge_headers, "judge_headers"),
             )
         if self.judge_folder is not None:
             from redflag.judges.model import ModelJudge
@@ -234,18 +246,3 @@ def _read(path: str, name: str) -> str:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RedflagError(f"{name} names {path}, which cannot be read ({error}): give a text file") from None
-
-
-def read_key(variable: str, option: str) -> str:
-    """An API key from the environment, where no process list shows it.
-
-    Raises:
-        RedflagError: The variable is not set.
-    """
-    key = os.environ.get(variable)
-    if not key:
-        raise RedflagError(
-            f"{option} names the environment variable {variable}, which is not set, so the server would refuse every "
-            "request: set it, or leave the option out"
-        )
-    return key

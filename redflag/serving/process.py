@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import os
 import socket
 from collections.abc import Callable
 from types import FrameType
@@ -13,6 +15,8 @@ from sse_starlette.sse import AppStatus
 from starlette.types import ASGIApp
 
 from redflag.errors import RedflagError
+
+_log = logging.getLogger(__name__)
 
 
 class Process(uvicorn.Server):
@@ -68,7 +72,8 @@ def bind(host: str, port: int, send_timeout: float) -> socket.socket:
     """
     made = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if os.name == "posix":  # on Windows it would let two servers share a port
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if hasattr(socket, "TCP_USER_TIMEOUT"):
             # A client that takes nothing keeps a connection in memory even when the server has closed it: the kernel
             # gives it up.
@@ -83,10 +88,29 @@ def bind(host: str, port: int, send_timeout: float) -> socket.socket:
     return made
 
 
-def raise_file_limit() -> None:
-    """Lets the process open as many sockets as the system allows: each open stream needs two before an upstream."""
-    with contextlib.suppress(ImportError, OSError, ValueError):
-        import resource
+def raise_file_limit(needed: int) -> None:
+    """Lets the process open as many sockets as the system allows; warns where that is fewer than are needed.
 
-        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    Args:
+        needed: Sockets of all requests that may be open at once: one of the client's and one of an upstream's each.
+    """
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # macOS names infinity as the hard limit and refuses it: 10240 is what it takes in any case.
+    for limit in (hard, 65536, 10240):
+        if soft == resource.RLIM_INFINITY or (limit != hard and limit <= soft):
+            break
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+            break
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        _log.warning(
+            "the system allows this process %d open files, and max_open may need %d: above that, connections fail; "
+            "raise the limit (ulimit -n) or lower max_open",
+            soft,
+            needed,
+        )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
 from redflag.backends import Sampling
+from redflag.backends.outbound import UpstreamOptions
 from redflag.errors import RedflagError
 from redflag.serving.options import PolicyOptions
 from redflag.trace import Trace, write_traces
@@ -29,7 +30,7 @@ _ASKED_AGAIN = 60.0  # seconds
 
 
 @dataclass
-class ServeArguments:
+class ServeArguments(UpstreamOptions):
     """What `redflag serve` is told. Keys come from the environment: `REDFLAG_API_KEYS` (comma between),
     `REDFLAG_OPERATOR_KEY`."""
 
@@ -39,10 +40,6 @@ class ServeArguments:
     upstream: str | None = field(
         default=None, metadata={"help": "OpenAI-compatible server that runs the model, such as http://127.0.0.1:8000."}
     )
-    upstream_model: str | None = field(
-        default=None, metadata={"help": "... the model's name there; default: its first."}
-    )
-    upstream_key_env: str | None = field(default=None, metadata={"help": "... environment variable with its API key."})
     upper_bound: bool = field(
         default=False,
         metadata={"help": "... knows no logprob_token_ids: bound the flags by its 20 most likely tokens."},
@@ -102,7 +99,7 @@ def run(arguments: ServeArguments, policy: PolicyOptions) -> int:
     """
     try:
         from redflag.serving import log
-        from redflag.serving.audit import AuditLog
+        from redflag.serving.audit import AuditLog, check_system
         from redflag.serving.exchange import Readiness
         from redflag.serving.metrics import Metrics
         from redflag.serving.process import Process, bind, raise_file_limit
@@ -116,7 +113,9 @@ def run(arguments: ServeArguments, policy: PolicyOptions) -> int:
     log.setup(arguments.json_logs)
     limits = limits_of(arguments, os.environ)
     metrics, telemetry = Metrics(), Telemetry(arguments.telemetry)
-    raise_file_limit()
+    if arguments.audit is not None:
+        check_system()
+    raise_file_limit(2 * arguments.max_open)
     with bind(arguments.host, arguments.port, arguments.send_timeout) as listening:
         guard, probe = attach(arguments, policy, metrics)
         if arguments.name is None and arguments.upstream is not None:
@@ -228,8 +227,7 @@ def attach(
             policy,
             arguments.threshold,
             judge,
-            model=arguments.upstream_model,
-            api_key=_key(arguments.upstream_key_env),
+            **arguments.upstream_options(),
             upper_bound=arguments.upper_bound,
             step_timeout=arguments.step_timeout,
         )
@@ -278,14 +276,3 @@ def recorder(path: str | None) -> Callable[[Trace], None] | None:
             _log.error("%s", error)
 
     return record
-
-
-def _key(variable: str | None) -> str | None:
-    if variable is None:
-        return None
-    if not os.environ.get(variable):
-        raise RedflagError(
-            f"upstream_key_env names the environment variable {variable}, which is not set, so the upstream would "
-            "refuse every request: set it, or leave the option out"
-        )
-    return os.environ[variable]

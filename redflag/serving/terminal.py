@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from redflag.backends import Sampling
+from redflag.backends.outbound import UpstreamOptions
 from redflag.corpus.paint import DIM, RESET, printable, reviewed, span, verdict, wants_colour
 from redflag.serving.detokenize import Detokenizer
-from redflag.serving.options import PolicyOptions, read_key
+from redflag.serving.options import PolicyOptions
 from redflag.trace import (
     Alarm,
     Done,
@@ -38,7 +39,7 @@ Split = Callable[[Text], Sequence[str]]
 
 
 @dataclass(kw_only=True)
-class TerminalOptions:
+class TerminalOptions(UpstreamOptions):
     """The model, how it chooses tokens, and what is shown and kept."""
 
     model: str = field(
@@ -47,10 +48,6 @@ class TerminalOptions:
     upstream: str | None = field(
         default=None, metadata={"help": "OpenAI-compatible server that runs the model, such as http://127.0.0.1:8000."}
     )
-    upstream_model: str | None = field(
-        default=None, metadata={"help": "... the model's name there; default: its first."}
-    )
-    upstream_key_env: str | None = field(default=None, metadata={"help": "... environment variable with its API key."})
     upper_bound: bool = field(
         default=False,
         metadata={"help": "... knows no logprob_token_ids: bound the flags by its 20 most likely tokens."},
@@ -97,15 +94,13 @@ class TerminalOptions:
 
         if self.upstream is None:
             return Guard.from_pretrained(self.model, policy, self.threshold, device=self.device, judge=judge)
-        key = None if self.upstream_key_env is None else read_key(self.upstream_key_env, "upstream_key_env")
         return Guard.from_upstream(
             self.model,
             self.upstream,
             policy,
             self.threshold,
             judge,
-            model=self.upstream_model,
-            api_key=key,
+            **self.upstream_options(),
             upper_bound=self.upper_bound,
         )
 

@@ -11,7 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from redflag.backends.outbound import proxy_for
 from redflag.errors import RedflagError
+from redflag.judges.chat_fields import refused_field, request_fields, without
 from redflag.synthesis.pace import Pace
 from redflag.synthesis.questions import Question, Reply
 
@@ -28,7 +30,8 @@ class Endpoint:
 
     A server that cannot be reached, is late, is busy (429, with `Retry-After`) or fails (5xx) is asked again after
     pauses that double. One that will not take a question (400, 413, 422) has refused it, which is an answer. One that
-    does not know us or the model (401, 403, 404), or stays lost, ends everything: what was answered is kept.
+    does not know us or the model (401, 403, 404), or stays lost, ends everything: what was answered is kept. A model
+    that refuses `max_tokens` or a temperature is asked without, once (`redflag.judges.chat_fields`).
 
     Answers that begin in the question (a last assistant message) are continued by `continue_final_message`, which vLLM
     and SGLang understand; others ignore it and begin anew.
@@ -52,6 +55,7 @@ class Endpoint:
         retries: int = 5,
         backoff: float = 0.5,
         options: Mapping[str, Any] | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         """Checks the settings; asks nothing yet.
 
@@ -64,7 +68,8 @@ class Endpoint:
             timeout: Seconds for one request.
             retries: Further tries of a question.
             backoff: Seconds before the first of them.
-            options: Further fields of every request.
+            options: Further fields of every request, or others in place of those here; None leaves one out.
+            headers: Sent with every request.
 
         Raises:
             RedflagError: A setting cannot be used, or aiohttp is not installed.
@@ -91,7 +96,9 @@ class Endpoint:
         self.model = model
         self.identity = f"{model} {json.dumps(dict(options), sort_keys=True)}" if options else model
         self.requests = 0
-        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._headers = ({"Authorization": f"Bearer {api_key}"} if api_key else {}) | dict(headers or {})
+        self._proxy = proxy_for(self.url)
+        self._refused: frozenset[str] = frozenset()
         self._concurrency = concurrency
         self._pace = pace or Pace()
         self._timeout = timeout
@@ -108,7 +115,7 @@ class Endpoint:
 
         waiting = iter(enumerate(questions))
         limits = aiohttp.ClientTimeout(total=self._timeout)
-        async with aiohttp.ClientSession(headers=self._headers, timeout=limits) as session:
+        async with aiohttp.ClientSession(headers=self._headers, timeout=limits, proxy=self._proxy) as session:
 
             async def work() -> None:
                 for index, question in waiting:
@@ -124,12 +131,18 @@ class Endpoint:
 
     async def _one(self, session: aiohttp.ClientSession, question: Question) -> Reply:
         tries = 0
+        refused = self._refused
         while True:
             await self._pace.wait()
             self.requests += 1
-            status, content, pause = await self._post(session, question)
+            body = without(refused, self._body(question))
+            status, content, pause = await self._post(session, body)
             if status == 200:
+                self._refused |= refused
                 return self._read(content)
+            if (field := refused_field(status, content, body)) is not None:
+                refused |= {field}
+                continue
             why = f"answered {status}: {content[:200]}" if status else f"is lost: {content[:200]}"
             if status in (400, 413, 422):
                 return Reply("", "refused")
@@ -146,22 +159,24 @@ class Endpoint:
             tries += 1
             await self._pace.sleep(wait)
 
-    async def _post(self, session: aiohttp.ClientSession, question: Question) -> tuple[int, str, float | None]:
-        """Status (0: no answer came), content, and the seconds that the server wants to be left alone."""
-        import aiohttp
-
-        body: dict[str, Any] = {
-            "model": self.model,
-            "messages": [dict(message) for message in question.messages],
+    def _body(self, question: Question) -> dict[str, Any]:
+        own = {
             "temperature": question.temperature,
             "max_tokens": question.max_tokens,
             "seed": question.seed,
             "stream": False,
         }
         if question.messages[-1]["role"] == "assistant":
-            body |= {"continue_final_message": True, "add_generation_prompt": False}
+            own |= {"continue_final_message": True, "add_generation_prompt": False}
+        messages = [dict(message) for message in question.messages]
+        return {"model": self.model, "messages": messages, **request_fields(own, self._options)}
+
+    async def _post(self, session: aiohttp.ClientSession, body: Mapping[str, Any]) -> tuple[int, str, float | None]:
+        """Status (0: no answer came), content, and the seconds that the server wants to be left alone."""
+        import aiohttp
+
         try:
-            async with session.post(self.url, json={**body, **self._options}, allow_redirects=False) as response:
+            async with session.post(self.url, json=body, allow_redirects=False) as response:
                 content = b""
                 while len(content) <= _LARGEST and (more := await response.content.read(1 << 16)):
                     content += more

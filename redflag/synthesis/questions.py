@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from redflag.errors import RedflagError
+from redflag.files import append_line
 
 
 @dataclass(frozen=True)
@@ -164,13 +164,11 @@ class KeptAnswers:
 
     def _append(self, key: str, reply: Reply) -> None:
         line = json.dumps({"key": key, **asdict(reply)}).encode() + b"\n"
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         try:
-            size = os.fstat(handle).st_size
-            if size and os.pread(handle, 1, size - 1) != b"\n":
-                line = b"\n" + line
-            if os.write(handle, line) != len(line):
-                raise RedflagError(f"the disk took only part of an answer for {self._path}: make room and run again")
-        finally:
-            os.close(handle)
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            append_line(self._path, line)
+        except OSError as error:
+            raise RedflagError(
+                f"an answer cannot be kept in {self._path} ({error.strerror or error}): make room, or mend the path, "
+                "and run again"
+            ) from error

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from redflag.backends.outbound import extra_headers
 from redflag.corpus.rows import Row, load_rows, write_rows
 from redflag.errors import RedflagError
 from redflag.judges import Judge
@@ -62,6 +63,16 @@ class SynthesizeArguments:
     judge_url: str | None = field(default=None, metadata={"help": "endpoint: address of the judge, http://HOST/v1."})
     judge_name: str | None = field(default=None, metadata={"help": "endpoint: its model's name; model: its folder."})
     judge_key_env: str | None = field(default=None, metadata={"help": "endpoint: environment variable with its key."})
+    judge_tokens: int | None = field(
+        default=None,
+        metadata={"help": "endpoint: most tokens of its answer, thoughts included."},
+    )
+    judge_options: dict[str, Any] | None = field(
+        default=None, metadata={"help": "endpoint: further fields of the request, as JSON; null leaves one out."}
+    )
+    judge_headers: dict[str, str] | None = field(
+        default=None, metadata={"help": "endpoint: further headers, as JSON; ${NAME}: an environment variable."}
+    )
     judge_guard: bool = field(
         default=False, metadata={"help": "endpoint: a guard model, whose chat template is the rubric."}
     )
@@ -298,6 +309,9 @@ def _judge(arguments: SynthesizeArguments, output: Path) -> Judge | None:
         arguments.judge_name,
         key_env=arguments.judge_key_env,
         guard=arguments.judge_guard,
+        max_tokens=arguments.judge_tokens,
+        options=arguments.judge_options,
+        headers=extra_headers(arguments.judge_headers, "judge_headers"),
         device=arguments.device,
     )
     return None if judge is None else CachedJudge(judge, output / "verdicts.jsonl")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from redflag.backends.outbound import key_in
 from redflag.errors import RedflagError
 from redflag.judges import Judge
 from redflag.synthesis.pace import Pace
@@ -57,7 +57,7 @@ def writer(
     return Endpoint(
         url,
         model,
-        api_key=_key(key_env),
+        api_key=key_in(key_env, "key_env"),
         concurrency=concurrency,
         pace=Pace(per_minute),
         timeout=timeout,
@@ -73,6 +73,9 @@ def judge_of(
     *,
     key_env: str | None = None,
     guard: bool = False,
+    max_tokens: int | None = None,
+    options: Mapping[str, Any] | None = None,
+    headers: Mapping[str, str] | None = None,
     device: str = "auto",
 ) -> Judge | None:
     """A judge; None for `none`.
@@ -83,6 +86,9 @@ def judge_of(
         name: The model's name there, or its folder.
         key_env: Environment variable with the API key.
         guard: The server runs a guard model whose chat template is its rubric (`unsafe`, `safe`).
+        max_tokens: Most tokens of its answer; None: those of an answer without thoughts.
+        options: Further fields of the request.
+        headers: Sent with every request.
         device: Where a model in this process runs.
 
     Raises:
@@ -102,14 +108,10 @@ def judge_of(
         return ModelJudge(name, device=device)
     from redflag.judges.endpoint import EndpointJudge
 
-    words = {"yes": "unsafe", "no": "safe", "chat": True} if guard else {}
-    return EndpointJudge(str(url), name, api_key=_key(key_env), timeout=60.0, retries=4, **words)  # type: ignore[arg-type]
-
-
-def _key(variable: str | None) -> str | None:
-    if variable is not None and not os.environ.get(variable):
-        raise RedflagError(
-            f"the environment variable {variable} holds no key, so the server would refuse every request: set it, or "
-            "leave the option out"
-        )
-    return os.environ[variable] if variable else None
+    asked: dict[str, Any] = {"yes": "unsafe", "no": "safe", "chat": True} if guard else {}
+    if max_tokens is not None:
+        asked["max_tokens"] = max_tokens
+    key = key_in(key_env, "judge_key_env")
+    return EndpointJudge(
+        str(url), name, api_key=key, timeout=60.0, retries=4, options=options, headers=headers, **asked
+    )

@@ -132,7 +132,7 @@ def pretrain(
         settings["read_only"] = list(read_only)
     unlearnt = torch.tensor([tokenizer.convert_tokens_to_ids(token) for token in read_only], dtype=torch.int64)
     record = output_dir / "pretrain.json"
-    if record.exists() and json.loads(record.read_text())["settings"] == settings:
+    if record.exists() and json.loads(record.read_text(encoding="utf-8"))["settings"] == settings:
         return output_dir
 
     autocast = choose_precision(Machine.here(), use_cpu=True).autocast
@@ -190,7 +190,7 @@ def pretrain(
         "loss": sum(losses[-50:]) / max(1, len(losses[-50:])),
     }
     result["parameters"] = sum(p.numel() for p in model.parameters())
-    record.with_suffix(".tmp").write_text(json.dumps(result, indent=2))
+    record.with_suffix(".tmp").write_text(json.dumps(result, indent=2), encoding="utf-8")
     os.replace(record.with_suffix(".tmp"), record)
     checkpoint.unlink(missing_ok=True)
     return output_dir

@@ -131,7 +131,7 @@ def last_checkpoint(output: Path) -> Path | None:
     complete = []
     for path in output.glob("checkpoint-*"):
         try:
-            json.loads((path / "trainer_state.json").read_text())
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
             if (path / "scheduler.pt").stat().st_size and any(_holds(path, *files) for files in CHECKPOINTS):
                 complete.append((int(path.name.rpartition("-")[2]), path))
         except (OSError, ValueError):

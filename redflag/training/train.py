@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import math
 import os
 import platform
@@ -34,6 +33,7 @@ from redflag.training.preflight import refuse_part, refuse_quantised, repair_gen
 from redflag.training.saving import last_checkpoint, save
 from redflag.training.sharded import whole_model
 from redflag.training.trainer import RedFlagConfig, RedFlagTrainer
+from redflag.versions import versions
 
 VERSIONS = ("redflag-llm", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers")
 
@@ -143,7 +143,7 @@ def run(arguments: TrainArguments, config: RedFlagConfig) -> dict[str, Any]:
         "steps": trainer.state.global_step,
         "metrics": metrics,
         "losses": [log for log in trainer.state.log_history if "loss" in log],
-        "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
+        "versions": versions(*VERSIONS),
         "python": platform.python_version(),
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
         + (torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"),

@@ -125,9 +125,9 @@ def test_an_answer_gives_the_same_steps_however_it_is_cut(number, data):
         (event([9], TOPS[:1]).replace(b"token_id:9", b"cat"), "its id is not certain"),
         (event([9], TOPS[:1], token_ids=...).replace(b"token_id:9", b"cat"), "instead of its id"),
         (event([5], [{5: -0.1, 6: -3.0}]), "token 5, which logit_bias bans"),
-        (event([9], [{5: 0.5, 6: -3.0}]), "0.5, which is no log-probability"),
-        (event([9], [{5: math.inf, 6: -3.0}]), "no log-probability"),
-        (event([9], [{5: "low", 6: -3.0}]), "another shape"),
+        (event([9], [{9: -1.0, 5: 0.5, 6: -3.0}]), "0.5, which is no log-probability"),
+        (event([9], [{9: -1.0, 5: math.inf, 6: -3.0}]), "no log-probability"),
+        (event([9], [{9: -1.0, 5: "low", 6: -3.0}]), "another shape"),
         (event([9], TOPS[:1], index=1), "second response"),
         (event([9], TOPS[:1], prompt_token_ids=[7]), "changed the prompt"),
         (event([9], TOPS[:1], "abort"), "finish_reason 'abort'"),
@@ -152,6 +152,45 @@ def test_an_answer_gives_the_same_steps_however_it_is_cut(number, data):
 def test_what_cannot_be_judged_is_a_fault(bad, named):
     with pytest.raises(ConnectionError, match=named):
         reader(vocab_size=60).feed(bad)
+
+
+def own(logprobs, chosen=...):
+    """One chunk of tokens 667 and 9, with the maps and the chosen tokens' log-probabilities as given."""
+    names = ["token_id:667", "token_id:9"]
+    maps = [{f"token_id:{token_id}": value for token_id, value in top.items()} for top in logprobs]
+    sent = {"tokens": names, "top_logprobs": maps} | ({} if chosen is ... else {"token_logprobs": chosen})
+    return event([667, 9], [{}, {}], logprobs=sent)
+
+
+FIRST, SECOND = {667: -1.0, 5: -3.0, 6: -4.0}, {9: -2.0, 5: -5.0, 6: -6.0}
+BOTH = {667: -1.0, 9: -7.0, 5: -3.0, 6: -4.0}
+
+
+@pytest.mark.parametrize(
+    ("chunk", "named"),
+    [
+        (own([FIRST, FIRST]), "token_id:9 is not among its own"),  # copied
+        (own([SECOND, FIRST]), "token_id:667 is not among its own"),  # shifted
+        (own([{5: -3.0, 6: -4.0}, SECOND]), "token_id:667 is not among its own"),
+        (own([BOTH, BOTH], [-1.0, -2.0]), "token_id:9 has -7.0 there, and -2.0 by itself"),
+        (own([FIRST, SECOND], [-1.0, None]), "token_id:9 has -2.0 there, and None by itself"),
+        (own([FIRST, SECOND], [math.nan, -2.0]), "of another token"),
+        (own([FIRST, SECOND], [-1.0]), "2 tokens with 2 sets"),
+        (own([FIRST, SECOND], ["-1.0", -2.0]), "another shape"),
+    ],
+)
+def test_log_probabilities_of_another_token_are_a_fault(chunk, named):
+    with pytest.raises(ConnectionError, match=named):
+        reader().feed(chunk)
+
+
+@pytest.mark.parametrize("chosen", [..., None, [], [-1.0, -2.0], [-1.00001, -1.99999]])
+def test_log_probabilities_of_the_chosen_token_itself_are_taken(chosen):
+    steps = reader().feed(own([FIRST, SECOND], chosen))
+    assert [step.flag_probs for step in steps] == [
+        (math.exp(-3.0), math.exp(-4.0)),
+        (math.exp(-5.0), math.exp(-6.0)),
+    ]
 
 
 def test_a_refusal_inside_a_stream_is_a_refusal_before_the_first_step_only():

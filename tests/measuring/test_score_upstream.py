@@ -104,9 +104,9 @@ class Scoring(Upstream):
             best = sorted(range(VOCABULARY), key=values.__getitem__, reverse=True)
             shown = body.get("logprob_token_ids") or best[: body["logprobs"]]
             top = {f"token_id:{i}": values[i] for i in {best[0], *shown}}
-            choices.append(
-                {"index": index, "text": "x", "logprobs": {"top_logprobs": [top]}, "finish_reason": "length"}
-            )
+            name = f"token_id:{best[0]}"
+            logprobs = {"tokens": [name], "token_logprobs": [top[name]], "top_logprobs": [top]}
+            choices.append({"index": index, "text": "x", "logprobs": logprobs, "finish_reason": "length"})
             if "prompt_logprobs" in body:
                 choices[-1]["prompt_logprobs"] = [None, *(self.ranked(prompt, t) for t in range(1, len(prompt)))]
         return {"choices": choices[::-1]}  # in whatever order
@@ -114,8 +114,9 @@ class Scoring(Upstream):
     def ranked(self, prompt: list[int], t: int) -> dict[str, dict[str, Any]]:
         values = log_softmax(logits_of(prompt[:t]))
         best = sorted(range(VOCABULARY), key=values.__getitem__, reverse=True)
-        shown = {*best[:20], prompt[t] % VOCABULARY}
-        return {str(i): {"logprob": values[i], "rank": best.index(i) + 1} for i in shown}
+        own = prompt[t]  # beyond the vocabulary where the rows are another tokenizer's
+        shown = {i: i for i in best[:20]} | {own: own % VOCABULARY}
+        return {str(i): {"logprob": values[k], "rank": best.index(k) + 1} for i, k in shown.items()}
 
     def prefilled(self, body: dict[str, Any]) -> dict[str, Any]:
         ids, sampling = body["token_ids"], body["sampling_params"]
@@ -251,12 +252,17 @@ def test_a_consumer_may_leave_and_come_back() -> None:
         assert_exact(scored(scorer))
 
 
+FLAGS = {"top_logprobs": [{"token_id:9": -1.0, "token_id:5": -2.0, "token_id:17": -3.0}]}
 SHAPES: dict[str, Any] = {
     "no JSON object": [],
     "no choices": {},
     "too few": {"choices": []},
     "no log-probabilities": {"choices": [{"index": 0, "logprobs": None}]},
     "another token's": {"choices": [{"index": 0, "logprobs": {"top_logprobs": [{"token_id:9": -1.0}]}}]},
+    "copied from another position": {"choices": [{"index": 0, "logprobs": {"tokens": ["token_id:8"], **FLAGS}}]},
+    "not the chosen token's": {
+        "choices": [{"index": 0, "logprobs": {"tokens": ["token_id:9"], "token_logprobs": [-3.0], **FLAGS}}]
+    },
     "no log-probability": {
         "choices": [{"index": 0, "logprobs": {"top_logprobs": [{"token_id:5": 2, "token_id:17": 0}]}}]
     },
@@ -271,6 +277,18 @@ def test_an_answer_of_another_shape_is_an_error_and_no_number(shape: str, monkey
             scored(scorer, [([20, 30], [10])])
 
 
+def test_bounds_of_another_position_are_an_error_and_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Scoring().serve() as server, connect(server, upper_bound=True) as scorer:
+        ranked = server.ranked
+
+        def without_own(prompt: list[int], t: int) -> dict[str, dict[str, Any]]:
+            return {name: entry for name, entry in ranked(prompt, t).items() if name != str(prompt[t])}
+
+        monkeypatch.setattr(server, "ranked", without_own)
+        with pytest.raises(RedflagError, match=r"of another token.*3 times"):
+            scored(scorer, [([20, 30], [10, 11])])
+
+
 @pytest.fixture
 def verb(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: Any, spec: FlagSpec, conversation: Any
@@ -280,7 +298,7 @@ def verb(
 
     def connected(directory: str, urls: list[str], **options: Any) -> Any:
         own = FlagSpec(flags=SPEC.flags[:1], run_id="run-1")
-        options = {"model": options["name"], "api_key": options["api_key"], "upper_bound": options["upper_bound"]}
+        options = {"model": options["model"], "api_key": options["api_key"], "upper_bound": options["upper_bound"]}
         return Upstreams(urls, own, frozenset({EOS}), retries=0, **options), tokenizer, spec
 
     monkeypatch.setattr(module, "connect", connected)

@@ -20,7 +20,7 @@ import torch
 from transformers import DynamicCache
 
 from redflag.backends import Sampling
-from redflag.backends.head import backbone, plain_model
+from redflag.backends.head import CACHE, backbone, plain_model
 from redflag.backends.load import read_model
 from redflag.backends.prefix import PrefixSlot
 from redflag.corpus.rows import Row
@@ -272,12 +272,12 @@ class Helper:
         cache, held = taken if taken is not None else (DynamicCache(config=self._config), 0)
         if held < len(ids):
             inputs = torch.tensor([ids[held:]], device=self.device)
-            self._body(input_ids=inputs, past_key_values=cache, use_cache=True)
+            self._body(input_ids=inputs, use_cache=True, **{CACHE: cache})
         wide = copy.deepcopy(cache)
         wide.batch_repeat_interleave(len(candidates))
         self._slot.put(cache, ids)
         inputs = torch.tensor(list(candidates), device=self.device)[:, None]
-        hidden = self._body(input_ids=inputs, past_key_values=wide, use_cache=True).last_hidden_state
+        hidden = self._body(input_ids=inputs, use_cache=True, **{CACHE: wide}).last_hidden_state
         return (self._margin(hidden[:, -1]) > 0).tolist()
 
     def _margin(self, hidden: torch.Tensor) -> torch.Tensor:

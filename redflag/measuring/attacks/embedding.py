@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from transformers import DynamicCache
 
-from redflag.backends.head import plain_model
+from redflag.backends.head import CACHE, plain_model
 from redflag.corpus.rows import Row
 from redflag.errors import RedflagError
 from redflag.measuring.attacks import Attempt, Target, request_of
@@ -141,7 +141,7 @@ def decode_embedded(
     probs: list[tuple[float, ...]] = []
     inputs = prompt[None]
     while len(ids) < max_new_tokens:
-        logits = model(inputs_embeds=inputs, past_key_values=cache, use_cache=True).logits[0, -1].float()
+        logits = model(inputs_embeds=inputs, use_cache=True, **{CACHE: cache}).logits[0, -1].float()
         look = look_at(logits, flag_ids, 1)
         ids.append(look.candidates[0])
         probs.append(look.flag_probs)

@@ -213,7 +213,7 @@ def record(
         os.replace(path, path.with_suffix(".old.jsonl"))
         attempts, done, end = [], 0, 0
     clock = path.with_suffix(".seconds.json")
-    seconds = float(json.loads(clock.read_text())["seconds"]) if done and clock.exists() else 0.0
+    seconds = float(json.loads(clock.read_text(encoding="utf-8"))["seconds"]) if done and clock.exists() else 0.0
     if done == len(units):
         return attempts, seconds
     with open(path, "r+b" if end else "wb") as file:

@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache
 
 from redflag.backends.choose import measure
-from redflag.backends.head import plain_model
+from redflag.backends.head import CACHE, plain_model
 from redflag.backends.prefix import PrefixSlot
 from redflag.errors import RedflagError
 from redflag.measuring.attacks import Target
@@ -72,7 +72,7 @@ class Stepper:
         taken = self._slot.take(ids)
         cache, held = taken if taken is not None else (DynamicCache(config=self._config), 0)
         inputs = torch.tensor([ids[held:]], device=self._device)
-        output = self._model(input_ids=inputs, past_key_values=cache, use_cache=True)
+        output = self._model(input_ids=inputs, use_cache=True, **{CACHE: cache})
         self._slot.put(cache, ids)
         self.passes += 1
         return output.logits[0, -1].float()

@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 from redflag.backends import Sampling
 from redflag.backends.choose import Chooser
+from redflag.backends.head import CACHE
 from redflag.corpus.rows import Row
 from redflag.errors import RedflagError
 from redflag.measuring.attacks import Attempt, Messages, Target, request_of
@@ -187,7 +188,7 @@ def biased_steps(target: Target, prompt: list[int], bias: Mapping[int, float], s
     model.eval()
     for _ in range(sampling.max_new_tokens):
         with torch.inference_mode():
-            logits = model(input_ids=torch.tensor([pending], device=device), past_key_values=cache).logits[:, -1]
+            logits = model(input_ids=torch.tensor([pending], device=device), **{CACHE: cache}).logits[:, -1]
             step = chooser.step(logits, (0,))[0]
         yield step
         if step.token_id in target.backend.eos_ids:

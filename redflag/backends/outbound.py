@@ -1,0 +1,123 @@
+"""How a request leaves for another machine: through a proxy where one is set, and with a user's own headers.
+
+A private certificate authority needs nothing here: Python reads the file that `SSL_CERT_FILE` names.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+from redflag.errors import RedflagError
+
+_VARIABLE = re.compile(r"\$\{(\w+)\}")
+_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+# They describe the body and the connection, which are not the user's.
+_OURS = frozenset({"connection", "content-length", "content-type", "transfer-encoding", "accept-encoding"})
+
+
+def proxy_for(url: str) -> str | None:
+    """The proxy for an address, by `HTTP_PROXY`, `HTTPS_PROXY`, `ALL_PROXY` and `NO_PROXY`, or the system's settings.
+
+    None for this machine itself, which no proxy could reach.
+
+    Not aiohttp's `trust_env`: it reads `~/.netrc` as well, and fails where that and an API key name one host.
+    """
+    parts = urlsplit(url)
+    if parts.hostname is None or _is_loopback(parts.hostname) or urllib.request.proxy_bypass(parts.netloc):
+        return None
+    proxies = urllib.request.getproxies()
+    proxy = proxies.get(parts.scheme) or proxies.get("all")
+    return proxy if proxy is None or "://" in proxy else f"http://{proxy}"
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return address.is_loopback or address.is_unspecified
+
+
+def extra_headers(headers: Mapping[str, str] | None, option: str) -> dict[str, str]:
+    """A user's headers, with `${NAME}` replaced by the environment variable of that name: secrets stay off the
+    command line.
+
+    Args:
+        headers: Name -> value.
+        option: The option that holds them, for errors.
+
+    Raises:
+        RedflagError: A variable is not set, or a header cannot be sent.
+
+    Example:
+        >>> extra_headers({"X-Team": "red"}, "upstream_headers")
+        {'X-Team': 'red'}
+    """
+    made: dict[str, str] = {}
+    for name, value in (headers or {}).items():
+        if not isinstance(value, str) or not _NAME.fullmatch(name) or name.lower() in _OURS:
+            raise RedflagError(
+                f"{option} must map names of headers to texts, other than those of the body and the connection (got "
+                f"{name!r}): write " + '{"X-Team": "red", "X-Secret": "${SECRET}"}'
+            )
+        for variable in _VARIABLE.findall(value):
+            if not os.environ.get(variable):
+                raise RedflagError(
+                    f"{option} names the environment variable {variable} in {name}, which is not set: set it, or leave "
+                    "the header out"
+                )
+        value = _VARIABLE.sub(lambda found: os.environ[found[1]], value)
+        if not value.isprintable():
+            raise RedflagError(f"{option} must hold values of printable characters (got another one in {name})")
+        made[name] = value
+    return made
+
+
+def key_in(variable: str | None, option: str = "upstream_key_env") -> str | None:
+    """The API key in an environment variable; None for none.
+
+    Raises:
+        RedflagError: The variable is not set.
+    """
+    if variable is not None and not os.environ.get(variable):
+        raise RedflagError(
+            f"{option} names the environment variable {variable}, which is not set, so the server would refuse every "
+            "request: set it, or leave the option out"
+        )
+    return os.environ[variable] if variable else None
+
+
+@dataclass(kw_only=True)
+class UpstreamOptions:
+    """How the servers of an option `upstream` are asked; several verbs share it."""
+
+    upstream_model: str | None = field(
+        default=None, metadata={"help": "upstream: the model's name there; default: its first."}
+    )
+    upstream_key_env: str | None = field(
+        default=None, metadata={"help": "upstream: environment variable with its API key."}
+    )
+    upstream_headers: dict[str, str] | None = field(
+        default=None, metadata={"help": "upstream: further headers, as JSON; ${NAME} is an environment variable."}
+    )
+
+    def upstream_options(self) -> dict[str, Any]:
+        """As arguments of `redflag.backends.remote.RemoteBackend`.
+
+        Raises:
+            RedflagError: An environment variable is not set, or a header cannot be sent.
+        """
+        return {
+            "model": self.upstream_model,
+            "api_key": key_in(self.upstream_key_env),
+            "headers": extra_headers(self.upstream_headers, "upstream_headers"),
+        }
