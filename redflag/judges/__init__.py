@@ -6,12 +6,13 @@ goes in, a `Verdict` comes out, and whatever goes wrong is raised. Who asks make
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
-Messages = Sequence[Mapping[str, str]]
+Messages = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,8 @@ def as_verdict(value: object) -> Verdict:
 def exchange(messages: Messages, answer: str) -> tuple[list[dict[str, str]], str]:
     """The turns before the answer, and the whole answer: a last assistant message is its beginning.
 
+    Judges know users and assistants. Calls of tools stand in the assistant's text, their results in the user's.
+
     Raises:
         UnansweredError: The answer is blank. Nothing can be found harmless before it has been written.
 
@@ -101,9 +104,22 @@ def exchange(messages: Messages, answer: str) -> tuple[list[dict[str, str]], str
         >>> exchange([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Sure"}], ", hello")
         ([{'role': 'user', 'content': 'Hi'}], 'Sure, hello')
     """
-    turns = [{"role": message["role"], "content": message["content"]} for message in messages]
+    turns: list[dict[str, str]] = []
+    for message in messages:
+        role, lines = message["role"], [message["content"]] if message["content"] else []
+        for call in message.get("tool_calls") or ():
+            lines.append(f"[calls {call['function']['name']}: {_as_text(call['function']['arguments'])}]")
+        if role == "tool":
+            role, lines = "user", [f"[result of a tool: {message['content']}]"]
+            if turns and turns[-1]["role"] == "user":
+                lines.insert(0, turns.pop()["content"])
+        turns.append({"role": role, "content": "\n".join(lines)})
     if turns and turns[-1]["role"] == "assistant":
         answer = turns.pop()["content"] + answer
     if not answer.strip():
         raise UnansweredError("the answer is still empty, so there is nothing to judge")
     return turns, answer
+
+
+def _as_text(arguments: Any) -> str:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)

@@ -65,13 +65,10 @@ _LEFT_OUT = frozenset(
     (
         "annotations",
         "audio",
-        "function_call",
-        "name",
         "parsed",
         "reasoning",
         "reasoning_content",
         "refusal",
-        "tool_calls",
     )
 )
 _MISSING: Any = object()
@@ -84,24 +81,26 @@ class _TextPart(BaseModel):
 
 
 class _Message(BaseModel):
-    """One turn. What answers hold may be sent back as it is: everything but the text is left out of the prompt.
+    """One turn. What answers hold may be sent back as it is: all but text and tool calls is left out of the prompt.
 
     An assistant's turn without text (it was halted before its first token, or only thought) is an empty turn: left out
     altogether, two user turns would follow each other, which some templates refuse.
     """
 
     model_config = _OPEN
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[_TextPart] = Field(default=_MISSING, validate_default=True)
-    tool_calls: Any = None
+    name: Any = None
+    tool_calls: list[Any] | None = None
+    tool_call_id: str | None = None
     function_call: Any = None
 
     @field_validator("role", mode="before")
     @classmethod
-    def _no_tool_turn(cls, role: Any) -> Any:
-        if role in ("tool", "function"):
+    def _no_function_turn(cls, role: Any) -> Any:
+        if role == "function":
             raise PydanticCustomError(
-                "unsupported_turn", "results of tools are not supported yet; send the conversation without them"
+                "unsupported_turn", "turns of the role function are not supported; send the result in a tool turn"
             )
         return role
 
@@ -115,19 +114,25 @@ class _Message(BaseModel):
                 raise PydanticCustomError("missing", "it is missing")
         return content
 
-    @field_validator("tool_calls", "function_call")
+    @field_validator("function_call")
     @classmethod
-    def _no_call(cls, calls: Any) -> Any:
-        if calls is not None and calls != []:
-            raise PydanticCustomError(
-                "unsupported_turn", "calls of tools are not supported yet; send the conversation without them"
-            )
-        return calls
+    def _no_call(cls, call: Any) -> Any:
+        if call is not None:
+            raise PydanticCustomError("unsupported_turn", "it is not supported; send the call in tool_calls")
+        return call
 
-    def turn(self) -> dict[str, str]:
-        """The turn as the chat template knows it; text parts are lines, `developer` is the system."""
+    def turn(self) -> dict[str, Any]:
+        """The turn as the chat template knows it; text parts are lines, `developer` is the system.
+
+        Calls of tools and their results go to the template, which may refuse them; a name only with a result.
+        """
         content = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": content}
+        turn: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": content}
+        if self.role == "assistant" and self.tool_calls:
+            turn["tool_calls"] = self.tool_calls
+        if self.role == "tool":
+            turn |= {key: value for key in ("tool_call_id", "name") if (value := getattr(self, key)) is not None}
+        return turn
 
     def extra(self) -> Iterator[str]:
         """Keys that mean nothing here."""
@@ -217,7 +222,7 @@ class ChatRequest(_Request):
 
     messages: Annotated[list[_Message], Field(min_length=1)]
 
-    def input(self) -> list[dict[str, str]]:
+    def input(self) -> list[dict[str, Any]]:
         """The conversation."""
         return [message.turn() for message in self.messages]
 

@@ -51,6 +51,25 @@ def test_a_prefill_is_the_beginning_of_the_answer():
     assert exchange((), "so") == ([], "so")
 
 
+def test_tool_turns_are_told_to_a_judge_as_the_users_and_the_assistants_words():
+    call = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    turns, answer = exchange(
+        [
+            {"role": "user", "content": "Q"},
+            {"role": "assistant", "content": "", "tool_calls": [call, call]},
+            {"role": "tool", "content": "2", "tool_call_id": "c1"},
+            {"role": "tool", "content": "3", "tool_call_id": "c2"},
+        ],
+        "Five.",
+    )
+    assert answer == "Five."
+    assert turns == [
+        {"role": "user", "content": "Q"},
+        {"role": "assistant", "content": '[calls add: {"a": 1}]\n[calls add: {"a": 1}]'},
+        {"role": "user", "content": "[result of a tool: 2]\n[result of a tool: 3]"},
+    ]
+
+
 @pytest.mark.parametrize("answer", ["", " \n"])
 def test_nothing_is_harmless_before_it_is_written(answer):
     with pytest.raises(UnansweredError):

@@ -24,6 +24,7 @@ from redflag.serving.access import Limits
 from redflag.serving.fields import UNSUPPORTED, header
 from redflag.serving.guard import Guard
 from redflag.serving.schema import ChatRequest, CompletionRequest
+from redflag.serving.schema import parse as parse_body
 from redflag.watching.policy import Policy
 from redflag.watching.thresholds import Thresholds
 
@@ -305,19 +306,55 @@ def test_unknown_keys_of_messages_are_ignored_and_named(server):
     assert answer.headers["x-ignored-params"] == "messages.id, messages.opts, messages.content.cache_control"
 
 
+CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+
+
+def test_calls_of_tools_and_their_results_go_to_the_template():
+    turns = [
+        {"role": "assistant", "content": None, "tool_calls": [CALL], "reasoning": "SECRET", "name": "bot"},
+        {"role": "tool", "tool_call_id": "c1", "content": [{"type": "text", "text": "2"}], "name": "add"},
+    ]
+    request = parse_body(ChatRequest, json.dumps({"model": MODEL, "messages": [ASK, *turns, ASK]}).encode())
+    assert request.input() == [
+        ASK,
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "content": "2", "tool_call_id": "c1", "name": "add"},
+        ASK,
+    ]
+    assert request.ignored == []
+
+
+def test_the_result_of_a_tool_stands_in_the_prompt(server):
+    result = {"role": "tool", "tool_call_id": "c1", "content": "the sum is 2"}
+    plain, _ = prompt_of(server, [ASK])
+    assert len(prompt_of(server, [ASK, {"role": "assistant", "content": "hi"}, result])[0]) > len(plain)
+
+
 @pytest.mark.parametrize(
-    ("turns", "param"),
+    ("turn", "code", "param", "words"),
     [
-        ([{"role": "assistant", "content": None, "tool_calls": [{"id": "c1"}]}], "messages.1.tool_calls"),
-        ([{"role": "assistant", "content": "", "function_call": {"name": "f"}}], "messages.1.function_call"),
-        ([{"role": "tool", "tool_call_id": "c1", "content": "2"}], "messages.1.role"),
+        ({"role": "assistant", "content": None, "tool_calls": [CALL]}, "invalid_value", "messages", "does not show"),
+        ({"role": "assistant", "tool_calls": [{"id": "c1"}]}, "invalid_value", "messages", "tool_calls of message 1"),
+        ({"role": "assistant", "tool_calls": "add"}, "invalid_type", "messages.1.tool_calls", "array"),
+        ({"role": "user", "content": "a", "tool_calls": [CALL]}, None, None, ""),
+        (
+            {"role": "assistant", "content": "", "function_call": {"name": "f"}},
+            *("unsupported_parameter", "messages.1.function_call", "tool_calls"),
+        ),
+        (
+            {"role": "function", "name": "f", "content": "2"},
+            *("unsupported_parameter", "messages.1.role", "tool turn"),
+        ),
     ],
 )
-def test_turns_with_tools_are_refused_by_name(server, turns, param):
-    answer = post(server, body_of(CHAT) | {"messages": [ASK, *turns, ASK]})
+def test_turns_with_tools_that_cannot_be_shown_are_refused_in_words(server, turn, code, param, words):
+    answer = post(server, body_of(CHAT) | {"messages": [ASK, turn, ASK]})
+    if code is None:
+        assert answer.status_code == 200
+        return
     error = answer.json()["error"]
-    assert answer.status_code == 400 and error["code"] == "unsupported_parameter"
-    assert error["param"] == param and "not supported yet" in error["message"]
+    assert (answer.status_code, error["code"], error["param"]) == (400, code, param)
+    assert words in error["message"]
 
 
 def test_messages_of_the_openai_package_may_be_sent_back(server):
