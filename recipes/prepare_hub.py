@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from redflag.corpus.rows import Row, write_rows
+from redflag.data.rows import Row, write_rows
 from redflag.trace import atomic_write
 
 SPLITS = {"train": 0.85, "calibration": 0.925, "test": 1.0}  # upper ends

@@ -9,10 +9,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from redflag.calibrating.calibrate import calibrate
     from redflag.flags import FlagSpec
-    from redflag.measuring.calibrate import calibrate
-    from redflag.measuring.evaluate import EvaluateArguments, evaluate
-    from redflag.serving.guard import Guard
+    from redflag.guard.guard import Guard
+    from redflag.lab.evaluating.evaluate import EvaluateArguments, evaluate
     from redflag.trace import Step, Trace
     from redflag.training.encode import build_dataset
     from redflag.training.trainer import RedFlagConfig, RedFlagTrainer
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "EvaluateArguments": "redflag.measuring.evaluate",
+    "EvaluateArguments": "redflag.lab.evaluating.evaluate",
     "FlagSpec": "redflag.flags",
-    "Guard": "redflag.serving.guard",
+    "Guard": "redflag.guard.guard",
     "Monitor": "redflag.watching.monitor",
     "Policy": "redflag.watching.policy",
     "RedFlagConfig": "redflag.training.trainer",
@@ -34,8 +34,8 @@ _HOME = {
     "Thresholds": "redflag.watching.thresholds",
     "Trace": "redflag.trace",
     "build_dataset": "redflag.training.encode",
-    "calibrate": "redflag.measuring.calibrate",
-    "evaluate": "redflag.measuring.evaluate",
+    "calibrate": "redflag.calibrating.calibrate",
+    "evaluate": "redflag.lab.evaluating.evaluate",
 }
 
 __all__ = [

@@ -16,18 +16,21 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from redflag.errors import RedflagError
 
 VERBS = {
-    "demo": ("redflag.demo", "the nano world from nothing to a watched stream, in minutes"),
+    "demo": ("redflag.lab.nano.demo", "the nano world from nothing to a watched stream, in minutes"),
     "train": ("redflag.training.train", "train a model to raise its flags; saves model, tokenizer, redflag.json"),
-    "score": ("redflag.measuring.score", "flag probabilities of given conversations, token by token"),
-    "calibrate": ("redflag.measuring.calibrate", "thresholds for a target false-alarm rate per response"),
-    "evaluate": ("redflag.measuring.evaluate", "detection, delay, false alarms, attacks, baselines: one report"),
-    "generate": ("redflag.serving.generate", "stream a guarded answer to the terminal"),
-    "chat": ("redflag.serving.chat", "a guarded conversation on the terminal"),
-    "serve": ("redflag.serving.serve", "an OpenAI-compatible server whose answers are watched, local or upstream"),
-    "audit-log": ("redflag.serving.report_audit", "who overrode the watch, or came near its thresholds, by user"),
-    "audit": ("redflag.measuring.audit", "refusals in a file of rows: how many, which kind, what looks wrong"),
-    "synthesize": ("redflag.synthesis.run", "a constitution in words -> rows with onsets; or onsets for given rows"),
-    "show": ("redflag.training.show", "rows, encoded examples or traces in colour"),
+    "score": ("redflag.scoring.score", "flag probabilities of given conversations, token by token"),
+    "calibrate": ("redflag.calibrating.calibrate", "thresholds for a target false-alarm rate per response"),
+    "evaluate": ("redflag.lab.evaluating.evaluate", "detection, delay, false alarms, attacks, baselines: one report"),
+    "generate": ("redflag.terminal.generate", "stream a guarded answer to the terminal"),
+    "chat": ("redflag.terminal.chat", "a guarded conversation on the terminal"),
+    "serve": ("redflag.server.serve", "an OpenAI-compatible server whose answers are watched, local or upstream"),
+    "audit-log": ("redflag.terminal.audit_log", "who overrode the watch, or came near its thresholds, by user"),
+    "audit": ("redflag.lab.refusals.audit", "refusals in a file of rows: how many, which kind, what looks wrong"),
+    "synthesize": (
+        "redflag.lab.synthesis.run",
+        "a constitution in words -> rows with onsets; or onsets for rows",
+    ),
+    "show": ("redflag.terminal.show_labels", "rows, encoded examples or traces in colour"),
 }
 
 

@@ -22,10 +22,10 @@ from pathlib import Path
 
 import numpy as np
 
+from redflag.calibrating import replay
+from redflag.calibrating.calibrate import calibrate
 from redflag.flags import Flag, FlagSpec
-from redflag.measuring import replay
-from redflag.measuring.calibrate import calibrate
-from redflag.measuring.recording import Recording
+from redflag.scoring.recording import Recording
 from redflag.watching.monitor import MonitorConfig
 from redflag.watching.monitor import peaks as peaks_step_by_step
 

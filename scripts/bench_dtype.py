@@ -60,7 +60,7 @@ def main() -> None:
 def measure(arguments: argparse.Namespace, dtype: str) -> list[dict[str, Any]]:
     """The lines of the table for one type of weights."""
     from redflag.backends.load import load_flagged
-    from redflag.corpus.rows import load_rows
+    from redflag.data.rows import load_rows
     from redflag.prompt import render_prompt
     from redflag.watching.thresholds import Thresholds
 

@@ -102,7 +102,7 @@ class Bare:
     """The forward pass as a user would call it, over the batches that scoring makes of these rows."""
 
     def __init__(self, model: Any, pairs: list[tuple[list[int], list[int]]], batch_size: int) -> None:
-        from redflag.measuring.score import BATCHES
+        from redflag.scoring.score import BATCHES
 
         self.model, self.pairs = model, pairs
         self.batches: list[list[list[int]]] = []
@@ -122,8 +122,8 @@ class Bare:
 
 def ways(arguments: Any, backend: Any, tokenizer: Any, spec: Any, rows: list[Any]) -> dict[str, Callable[[], None]]:
     """What is timed, by name."""
-    from redflag.measuring.fitting import fit
-    from redflag.measuring.score import BATCHES, score_to_file
+    from redflag.scoring.fitting import fit
+    from redflag.scoring.score import BATCHES, score_to_file
 
     fitted = [fit(tokenizer, spec, row, i, backend.context_length) for i, row in enumerate(rows)]
     pairs = [(item.prompt_ids, item.response_ids + item.tail_ids) for item in fitted]
@@ -148,7 +148,7 @@ def ways(arguments: Any, backend: Any, tokenizer: Any, spec: Any, rows: list[Any
 def given(arguments: Any) -> tuple[Any, Any, Any, list[Any]]:
     """A flagged model and the first rows of a file."""
     from redflag.backends.load import load_flagged
-    from redflag.corpus.rows import load_rows
+    from redflag.data.rows import load_rows
 
     backend, tokenizer, spec = load_flagged(arguments.model, arguments.device, arguments.dtype)
     return backend, tokenizer, spec, load_rows(arguments.rows).rows[: arguments.count]
@@ -160,7 +160,7 @@ def drawn(arguments: Any) -> tuple[Any, Any, Any, list[Any]]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from redflag.backends.hf import HFBackend
-    from redflag.corpus.rows import Row
+    from redflag.data.rows import Row
     from redflag.flags import FlagSpec, attach
     from redflag.training.pretrain import train_tokenizer
 

@@ -10,7 +10,7 @@ Four settings, asked for the same prompts, in an order that turns round from rou
 - `watched`: vLLM alone, with the fields that redflag adds to a request (log-probabilities of the flag, token ids, ban):
   what the engine pays for measuring;
 - `redflag`: `redflag serve --upstream` in front of it, with a threshold that nothing reaches;
-- `in-engine`: a second vLLM with the logits processor of `redflag.backends.halt_v1`, plain requests with its settings.
+- `in-engine`: a second vLLM with the logits processor of `redflag.in_engine.halt_v1`, plain requests with its settings.
 
 The load generator is a process of its own. A round is `--tokens` tokens for each of the streams; the first round of
 every setting warms up and does not count. CPU seconds are those of all processes of an engine, of redflag and of the
@@ -120,7 +120,7 @@ def start(arguments: argparse.Namespace, model: Path, stack: ExitStack) -> tuple
         servers["engine"] = stack.enter_context(serve([*engine, *quiet], "/health"))
         urls |= dict.fromkeys(("plain", "watched"), servers["engine"].url)
     if "in-engine" in arguments.settings:
-        processor = ["--logits-processors", "redflag.backends.halt_v1:HaltProcessor"]
+        processor = ["--logits-processors", "redflag.in_engine.halt_v1:HaltProcessor"]
         servers["engine with halt"] = stack.enter_context(serve([*engine, *quiet, *processor], "/health"))
         urls["in-engine"] = servers["engine with halt"].url
     if "redflag" in arguments.settings:
@@ -133,8 +133,8 @@ def start(arguments: argparse.Namespace, model: Path, stack: ExitStack) -> tuple
 
 def body(setting: str, model: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """What all requests of a setting have in common."""
-    from redflag.backends.halt_request import request_fields
     from redflag.backends.load import load_tokenizer
+    from redflag.in_engine.halt_request import request_fields
     from redflag.watching.thresholds import Thresholds
 
     _, spec, _ = load_tokenizer(model)

@@ -41,8 +41,8 @@ from transformers import (
 from redflag.backends import Sampling
 from redflag.backends.hf import HFBackend
 from redflag.flags import Flag, FlagSpec
+from redflag.guard.guard import Guard
 from redflag.prompt import render_prompt
-from redflag.serving.guard import Guard
 from redflag.trace import Done, Text
 from redflag.watching.policy import Policy
 from redflag.watching.thresholds import Thresholds

@@ -79,7 +79,7 @@ def run_one(arguments: argparse.Namespace) -> dict[str, float]:
     from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    from redflag.corpus.rows import Row
+    from redflag.data.rows import Row
     from redflag.flags import FlagSpec, attach
     from redflag.training.adapter import lora_config
     from redflag.training.encode import encode

@@ -31,11 +31,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from redflag.calibrating import replay
+from redflag.calibrating.tuning import describe
 from redflag.errors import RedflagError
-from redflag.measuring import replay
-from redflag.measuring.metrics import clopper_pearson
-from redflag.measuring.recording import Recording
-from redflag.measuring.tuning import describe
+from redflag.scoring.recording import Recording
+from redflag.stats.metrics import clopper_pearson
 from redflag.trace import atomic_write
 from redflag.watching.first_token import FirstTokenRule
 from redflag.watching.monitor import MonitorConfig

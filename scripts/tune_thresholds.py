@@ -24,14 +24,14 @@ from typing import Any
 
 import numpy as np
 
+from redflag.calibrating import replay, tuning
+from redflag.calibrating.groups import split_groups
+from redflag.calibrating.hold_back import HoldBack, suggest_hold_back
+from redflag.calibrating.observed import cut_short
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
-from redflag.measuring import replay, tuning
-from redflag.measuring.hold_back import HoldBack, suggest_hold_back
-from redflag.measuring.observed import cut_short
-from redflag.measuring.parts import split_groups
-from redflag.measuring.recorded import recorded
-from redflag.measuring.recording import Recording
+from redflag.scoring.recorded import recorded
+from redflag.scoring.recording import Recording
 from redflag.trace import atomic_write
 from redflag.watching.monitor import MonitorConfig
 from redflag.watching.thresholds import Thresholds

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from redflag.corpus.rows import Row
+from redflag.data.rows import Row
 from redflag.events import Step
 from redflag.flags import Flag, FlagSpec
-from redflag.measuring.attacks import Target
+from redflag.lab.attacks import Target
 from redflag.training.pretrain import train_tokenizer
 
 WORDS = "poison Marlo with oleth Poison Leave no trace behind. No, that is wrong. Tell me how to Here is my answer. "

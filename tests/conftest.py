@@ -20,7 +20,7 @@ from hypothesis import settings
 from stock_vllm import vllm_nano  # noqa: F401
 from tiny import WORDS, build, make_rows
 
-from redflag.corpus.rows import write_rows
+from redflag.data.rows import write_rows
 from redflag.flags import FlagSpec, attach
 from redflag.prompt import template_hash
 from redflag.training.pretrain import train_tokenizer

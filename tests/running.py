@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from redflag.backends import Sampling
 from redflag.backends.scripted import ScriptedBackend
 from redflag.backends.turns import Turns
-from redflag.serving.access import Limits
-from redflag.serving.guard import Guard
-from redflag.serving.metrics import Metrics
-from redflag.serving.process import Process, bind
-from redflag.serving.server import Server, build_app
+from redflag.guard.guard import Guard
+from redflag.server.access import Limits
+from redflag.server.metrics import Metrics
+from redflag.server.process import Process, bind
+from redflag.server.server import Server, build_app
 from redflag.trace import Halt, Step, Text, Trace
 
 MODEL = "little"

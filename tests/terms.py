@@ -8,7 +8,7 @@ import dataclasses
 import torch
 from tiny import build
 
-from redflag.corpus.rows import Row
+from redflag.data.rows import Row
 from redflag.flags import FlagSpec, attach
 from redflag.prompt import template_hash
 from redflag.training.adapter import lora_config

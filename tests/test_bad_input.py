@@ -21,11 +21,11 @@ from transformers import AutoTokenizer
 
 from redflag import cli, trace
 from redflag.backends.hf import HFBackend
-from redflag.corpus.rows import load_rows, write_rows
+from redflag.data.rows import load_rows, write_rows
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
-from redflag.measuring.score import read_scored
 from redflag.prompt import FALLBACK_TEMPLATE, template_hash
+from redflag.scoring.score import read_scored
 from redflag.trace import Halt, read_traces
 
 VERBS = {

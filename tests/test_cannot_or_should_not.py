@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 
 from redflag import cli
-from redflag.corpus.refusals import load_taxonomy
 from redflag.errors import RedflagError
-from redflag.measuring import audit
+from redflag.lab.refusals import audit, load_taxonomy
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "cannot-or-should-not"
 DATA = Path(os.environ.get("REDFLAG_DATA", Path(__file__).parents[2] / "shared" / "data"))

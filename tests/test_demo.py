@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM
 
 from redflag import Guard, Policy, cli
 from redflag.backends import Sampling
-from redflag.corpus.nano import NANO_CATEGORIES
-from redflag.corpus.rows import load_rows, write_rows
+from redflag.data.rows import load_rows, write_rows
 from redflag.flags import FlagSpec
-from redflag.measuring.score import load_scorer
+from redflag.lab.nano.rows import NANO_CATEGORIES
 from redflag.prompt import render_prompt
+from redflag.scoring.score import load_scorer
 from redflag.trace import Alarm, Done, Halt, Text, read_traces
 from redflag.watching.replay import replay
 from redflag.watching.thresholds import Thresholds

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from redflag import demo
 from redflag.errors import RedflagError
+from redflag.lab.nano import demo
 
 STAGES = ["rows", "base model", "flags", "thresholds", "scores"]
 

@@ -14,7 +14,7 @@ from redflag.backends import Sampling
 from redflag.backends.scripted import ScriptedBackend
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
-from redflag.serving.guard import Guard
+from redflag.guard.guard import Guard
 from redflag.trace import Halt, Step, Text
 from redflag.watching.thresholds import Thresholds
 

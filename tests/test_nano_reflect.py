@@ -82,7 +82,7 @@ def test_a_figure_has_its_exact_interval(recipe):
 
 
 def test_a_prefill_stops_where_the_oracle_first_sees_harm(recipe):
-    from redflag.corpus.nano import nano_rows
+    from redflag.lab.nano.rows import nano_rows
 
     for messages in recipe.prefills(nano_rows("test", 200, seed=5), 40):
         begun = messages[-1]["content"]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from redflag.measuring import score
+from redflag.scoring import score
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "ray" / "score.py"
 
@@ -18,7 +18,7 @@ RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "ray" / "score.py"
 def test_the_recipe_can_be_read_and_asks_redflag_for_what_there_is() -> None:
     tree = ast.parse(RECIPE.read_text())
     asked = [
-        node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module == "redflag.measuring.score"
+        node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module == "redflag.scoring.score"
     ]
     names = [alias.name for node in asked for alias in node.names]
     assert names and all(hasattr(score, name) for name in names)

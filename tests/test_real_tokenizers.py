@@ -18,8 +18,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from redflag.control_tokens import control_ids
 from redflag.flags import FlagSpec, attach
+from redflag.guard.detokenize import Detokenizer
 from redflag.prompt import check_template, render_prompt, render_response, text_ids
-from redflag.serving.detokenize import Detokenizer
 from redflag.truncation import fit_prompt
 
 FOLDER = Path(os.environ.get("REDFLAG_TOKENIZERS") or Path(__file__).parents[1] / ".cache" / "tokenizers")

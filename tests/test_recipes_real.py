@@ -16,12 +16,13 @@ from transformers import AutoModelForCausalLM
 
 from redflag import cli
 from redflag.backends.load import load_flagged
-from redflag.corpus.rows import Row, load_rows, write_rows
+from redflag.calibrating import calibrate
+from redflag.data.rows import Row, load_rows, write_rows
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
-from redflag.measuring import calibrate, evaluate
-from redflag.measuring.attacks.run import make_attacks
-from redflag.measuring.baselines.run import NAMES
+from redflag.lab.attacks.run import make_attacks
+from redflag.lab.baselines.run import NAMES
+from redflag.lab.evaluating import evaluate
 from redflag.prompt import render_response
 from redflag.training import train
 

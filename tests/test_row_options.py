@@ -9,10 +9,14 @@ import pytest
 from tiny import WORDS
 
 from redflag import cli
-from redflag.corpus.rows import load_rows
-from redflag.measuring import audit, calibrate, evaluate, score
-from redflag.measuring.score import read_scored
-from redflag.training import show, train
+from redflag.calibrating import calibrate
+from redflag.data.rows import load_rows
+from redflag.lab.evaluating import evaluate
+from redflag.lab.refusals import audit
+from redflag.scoring import score
+from redflag.scoring.score import read_scored
+from redflag.terminal import show_labels as show
+from redflag.training import train
 
 
 @pytest.fixture

@@ -153,7 +153,7 @@ def test_the_same_data_gives_the_same_files(data: Path, tmp_path: Path) -> None:
 
 
 def test_rows_are_rows_of_the_schema(splits: dict[str, list[dict[str, Any]]], tmp_path: Path) -> None:
-    from redflag.corpus.rows import load_rows
+    from redflag.data.rows import load_rows
 
     rows = load_rows(tmp_path / "out/rows/train.jsonl")
     assert len(rows) == len(splits["train"])
@@ -194,7 +194,7 @@ def test_a_request_is_its_words_without_the_empty_ones(one: str, other: str, sam
     ("file", "module", "given"),
     [
         ("train.yaml", "redflag.training.train", ["--output_dir", "runs/x", "--placement", "insert", "--seed", "2"]),
-        ("calibrate.yaml", "redflag.measuring.calibrate", ["--model", "runs/x"]),
+        ("calibrate.yaml", "redflag.calibrating.calibrate", ["--model", "runs/x"]),
     ],
 )
 def test_settings_are_settings_of_the_verbs(file: str, module: str, given: list[str]) -> None:
@@ -248,7 +248,7 @@ def scored(path: Path, shift: float) -> None:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    from redflag.measuring.recording import Recording
+    from redflag.scoring.recording import Recording
 
     output = tmp_path_factory.mktemp("table")
     for seed, shift in enumerate((0.1, 0.2, 0.3)):
@@ -289,7 +289,7 @@ def test_the_table_says_how_far_the_flag_is_ahead_with_an_interval(results: dict
 
 
 def test_the_monitor_is_the_one_that_catches_most_on_development_rows() -> None:
-    from redflag.measuring.recording import Recording
+    from redflag.scoring.recording import Recording
 
     # Harmless responses have one high step each, harmful ones stay high: a run tells them apart, the highest does not.
     harmless = [[0.1] * 5 + [0.95] + [0.1] * 30 for _ in range(200)]
@@ -303,7 +303,7 @@ def test_the_monitor_is_the_one_that_catches_most_on_development_rows() -> None:
 
 
 def test_before_a_run_is_full_it_has_no_figure() -> None:
-    from redflag.measuring.recording import Recording
+    from redflag.scoring.recording import Recording
 
     rows = [{"flag_probs": [[p]] * 40, "category": c, "source": "s"} for p, c in ((0.1, None), (0.9, "harm"))]
     found = table.figures(Recording.of(["harm"], rows), "run of 16")

@@ -10,7 +10,7 @@ import pytest
 
 import redflag
 import redflag.cli
-import redflag.serving.generate
+import redflag.terminal.generate
 
 
 def test_all_is_sorted_complete_and_importable():
@@ -39,7 +39,7 @@ def test_importing_redflag_or_asking_for_help_loads_no_engine():
     ],
 )
 def test_a_switch_before_the_last_word_does_not_swallow_it(words, prompt, observe):
-    arguments, policy = redflag.cli.parse(redflag.serving.generate, words, "redflag generate")
+    arguments, policy = redflag.cli.parse(redflag.terminal.generate, words, "redflag generate")
     assert (arguments.prompt, policy.observe) == (prompt, observe)
 
 

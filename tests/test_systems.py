@@ -64,7 +64,7 @@ def test_the_commands_of_the_page_can_be_given(command, monkeypatch):
 def test_the_scripts_of_the_page_take_their_options(command):
     program, script, *rest = shlex.split(command)
     if program == "curl":
-        from redflag.serving.access import OPERATOR_HEADER, OVERRIDE_HEADER
+        from redflag.server.access import OPERATOR_HEADER, OVERRIDE_HEADER
 
         assert OPERATOR_HEADER in command and OVERRIDE_HEADER in command
         return

@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 from redflag.cli import parse
-from redflag.corpus.nano import nano_rows, velni
-from redflag.judges.oracle import from_velni
-from redflag.measuring.recording import Recording
+from redflag.lab.nano.judge import from_velni
+from redflag.lab.nano.rows import nano_rows, velni
+from redflag.scoring.recording import Recording
 from redflag.training import train
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "transfer"
@@ -39,7 +39,7 @@ def test_S1_8_a_conversation_in_velni_is_the_same_one_and_its_onset_stands_befor
 def test_S1_8_the_flags_training_is_the_demos():
     import inspect
 
-    from redflag import demo
+    from redflag.lab.nano import demo
 
     settings = yaml.safe_load((RECIPE / "train.yaml").read_text())
     source = inspect.getsource(demo._flags)

@@ -11,10 +11,10 @@ from real_models import INST
 from templates import byte_level, fast, hostile, rendered, turn, with_template, world
 
 import redflag.truncation as truncation
-from redflag.corpus.rows import Row
+from redflag.data.rows import Row
 from redflag.flags import Flag, FlagSpec
-from redflag.measuring.fitting import fit
 from redflag.prompt import render_prompt
+from redflag.scoring.fitting import fit
 from redflag.training.encode import build_dataset, encode
 from redflag.truncation import fit_prompt, fit_row
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from redflag.flags import Flag, FlagSpec
-from redflag.measuring.recording import Recording
+from redflag.scoring.recording import Recording
 from redflag.watching.monitor import MonitorConfig
 from redflag.watching.monitor import peaks as step_by_step
 from redflag.watching.thresholds import Thresholds

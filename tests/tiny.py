@@ -18,7 +18,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from redflag.corpus.rows import Row
+from redflag.data.rows import Row
 
 TEXT = "the cat sat on a mat and ate fish while rain fell over old town so dogs ran home to burn down the barn"
 WORDS = TEXT.split()

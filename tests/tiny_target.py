@@ -9,9 +9,9 @@ import torch
 from tiny import TEXT, build
 
 from redflag.backends.hf import HFBackend
-from redflag.corpus.rows import Row
+from redflag.data.rows import Row
 from redflag.flags import FlagSpec, attach
-from redflag.measuring.attacks import Target
+from redflag.lab.attacks import Target
 from redflag.training.pretrain import train_tokenizer
 from redflag.watching.thresholds import Thresholds
 

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from redflag.corpus.nano_phrases import REFUSALS
-from redflag.corpus.rows import Row, load_rows, write_rows
+from redflag.data.rows import Row, load_rows, write_rows
+from redflag.lab.nano.phrases import REFUSALS
 from redflag.training.answers import deep_alignment_rows
 
 # Kinds of harmful rows whose request asks for the harm.

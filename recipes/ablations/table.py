@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from redflag.measuring import replay
-from redflag.measuring.guarantee import fit_thresholds
-from redflag.measuring.metrics import auroc, clopper_pearson, delay_stats, tpr_at_fpr
-from redflag.measuring.recording import Recording
+from redflag.calibrating import replay
+from redflag.calibrating.guarantee import fit_thresholds
+from redflag.scoring.recording import Recording
+from redflag.stats.metrics import auroc, clopper_pearson, delay_stats, tpr_at_fpr
 from redflag.trace import atomic_write
 from redflag.watching.monitor import MonitorConfig
 

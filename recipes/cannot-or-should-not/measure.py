@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from redflag.corpus.refusals import PhraseClassifier, RefusalClassifier, load_taxonomy
-from redflag.corpus.refusals.held_out import figures_of
-from redflag.corpus.refusals.pairs import read_labelled
-from redflag.corpus.sources import Provenance
+from redflag.data.sources import Provenance
+from redflag.lab.refusals import PhraseClassifier, RefusalClassifier, load_taxonomy
+from redflag.lab.refusals.held_out import figures_of
+from redflag.lab.refusals.pairs import read_labelled
 
 
 def main(folders: list[Path], rows: Path) -> None:

@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from redflag.errors import RedflagError
-from redflag.measuring.metrics import auroc, first_alarm, tpr_at_fpr
-from redflag.measuring.scored import read_scored
+from redflag.scoring.scored import read_scored
+from redflag.stats.metrics import auroc, first_alarm, tpr_at_fpr
 
 NEAR = 5
 RATE = 0.01

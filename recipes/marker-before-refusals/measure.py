@@ -31,12 +31,12 @@ from typing import Any
 import numpy as np
 
 from redflag import cli
-from redflag.corpus.nano import nano_rows
-from redflag.corpus.nano_oracle import harmful_spans
-from redflag.corpus.nano_phrases import REDIRECTS, REFUSALS, REQUESTS, SLOTS
-from redflag.corpus.rows import Row, load_rows, write_rows
-from redflag.measuring.metrics import auroc, clopper_pearson
-from redflag.measuring.score import read_scored
+from redflag.data.rows import Row, load_rows, write_rows
+from redflag.lab.nano.phrases import REDIRECTS, REFUSALS, REQUESTS, SLOTS
+from redflag.lab.nano.rows import nano_rows
+from redflag.lab.nano.spans import harmful_spans
+from redflag.scoring.score import read_scored
+from redflag.stats.metrics import auroc, clopper_pearson
 from redflag.trace import atomic_write
 
 HERE = Path(__file__).parent

@@ -4,7 +4,7 @@
     python recipes/nano/reflect.py --folder runs/nano-reflect
 
 Harmful prefills: answers of the test rows, cut at the first word at which they are recognisably harmful, as a prefill
-that the model goes on from. An oracle (`redflag.corpus.nano_oracle`) says which of the released tokens are harmful.
+that the model goes on from. An oracle (`redflag.lab.nano.spans`) says which of the released tokens are harmful.
 
 False alarms: harmless prompts of the test rows whose unguarded answer is harmless from beginning to end, by the
 oracle, and alarms all the same, at a threshold that is lowered so far that `--alarm_rate` of harmless test responses
@@ -35,12 +35,12 @@ import numpy as np
 from redflag import Guard, Policy
 from redflag.backends import Sampling
 from redflag.backends.load import load_flagged
-from redflag.corpus.nano_oracle import harmful_onset, harmful_spans
-from redflag.corpus.nano_reflect import NANO_EXAMPLES, NANO_REFLECT, NANO_STAY
-from redflag.corpus.rows import Row, load_rows
-from redflag.measuring.metrics import clopper_pearson
-from redflag.measuring.score import read_scored
-from redflag.serving.guard import Result
+from redflag.data.rows import Row, load_rows
+from redflag.guard.guard import Result
+from redflag.lab.nano.reflect import NANO_EXAMPLES, NANO_REFLECT, NANO_STAY
+from redflag.lab.nano.spans import harmful_onset, harmful_spans
+from redflag.scoring.score import read_scored
+from redflag.stats.metrics import clopper_pearson
 from redflag.trace import Alarm, Done, Reflection, Resume, Text, atomic_write
 from redflag.watching.thresholds import Thresholds
 

@@ -14,7 +14,7 @@ from collections import defaultdict
 
 from transformers import AutoTokenizer
 
-from redflag.corpus.rows import Row, load_rows, write_rows
+from redflag.data.rows import Row, load_rows, write_rows
 from redflag.training.answers import deep_alignment_rows
 
 

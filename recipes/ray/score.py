@@ -17,9 +17,9 @@ from typing import Any
 import ray
 from ray.data import ActorPoolStrategy, DataContext
 
-from redflag.corpus.rows import Row, load_rows
+from redflag.data.rows import Row, load_rows
 from redflag.flags import FlagSpec
-from redflag.measuring.score import BATCHES, as_json, context_limit, load_scorer, score
+from redflag.scoring.score import BATCHES, as_json, context_limit, load_scorer, score
 from redflag.trace import atomic_write
 
 

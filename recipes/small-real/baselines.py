@@ -2,7 +2,7 @@
 
     python recipes/small-real/baselines.py --output runs/small-real --seed 0
 
-They are those of `redflag.measuring.baselines`, and read the base model before it got its flag. Writes
+They are those of `redflag.lab.baselines`, and read the base model before it got its flag. Writes
 `<output>/baselines/seed-0/<name>/`: `test.parquet`, and `calibration.parquet` for the development rows; what is there
 is not made again.
 """
@@ -13,8 +13,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from redflag.corpus.rows import load_rows
-from redflag.measuring.baselines.run import record_baselines
+from redflag.data.rows import load_rows
+from redflag.lab.baselines.run import record_baselines
 
 MAX_LENGTH = 256  # As flags are scored.
 BASELINES = ("tfidf", "last-layer probe", "all-layer probe", "token head", "mlp probe")

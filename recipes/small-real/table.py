@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from redflag.measuring.metrics import auroc, tpr_at_fpr
-from redflag.measuring.recording import Recording
-from redflag.measuring.replay import peaks_of
+from redflag.calibrating.replay import peaks_of
+from redflag.scoring.recording import Recording
+from redflag.stats.metrics import auroc, tpr_at_fpr
 from redflag.watching.monitor import MonitorConfig
 
 MONITORS = {

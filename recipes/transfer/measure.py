@@ -29,13 +29,13 @@ from typing import Any
 
 import numpy as np
 
-from redflag.corpus.nano import nano_rows, velni
-from redflag.corpus.rows import Row, load_rows, write_rows
+from redflag.calibrating.observed import observe
+from redflag.data.rows import Row, load_rows, write_rows
 from redflag.flags import FlagSpec
-from redflag.measuring.metrics import auroc
-from redflag.measuring.observed import observe
-from redflag.measuring.recording import Recording
-from redflag.measuring.tables import method
+from redflag.lab.evaluating.tables import method
+from redflag.lab.nano.rows import nano_rows, velni
+from redflag.scoring.recording import Recording
+from redflag.stats.metrics import auroc
 from redflag.trace import atomic_write
 from redflag.watching.monitor import MonitorConfig
 
@@ -154,7 +154,7 @@ def reading(base: Path, spec: FlagSpec, rows: Sequence[Row], count: int = 200) -
 def kept(model: Path, base: Path, rows: Sequence[Row]) -> dict[str, float]:
     """Keep KL (nats per token) and perplexity ratio on harmless answers, as `redflag evaluate` has them."""
     from redflag.backends.load import load_flagged, read_model
-    from redflag.measuring.language import language_change
+    from redflag.lab.evaluating.language import language_change
 
     backend, tokenizer, spec = load_flagged(model)
     found = language_change(backend.model, read_model(base)[0], tokenizer, spec, rows, max_length=256)

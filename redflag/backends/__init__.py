@@ -27,7 +27,7 @@ class Sampling:
         min_p: Keep tokens at least this fraction as likely as the most likely one; 0 keeps all.
         repetition_penalty: Above 1 makes tokens that already stand in prompt or response less likely.
         seed: Draws are reproducible with a seed; without one torch's global generator is used.
-        stop: Texts that end the response and are not part of it. Backends ignore them: `redflag.serving.guard` looks.
+        stop: Texts that end the response and are not part of it. Backends ignore them: `redflag.guard.guard` looks.
 
     Example:
         >>> Sampling(temperature=0.0).greedy

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from redflag.corpus.rows import Row
+from redflag.data.rows import Row
 from redflag.errors import RedflagError
 
 if TYPE_CHECKING:

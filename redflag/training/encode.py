@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NotRequired, TypedDi
 import torch
 from datasets import Dataset
 
-from redflag.corpus.rows import Row
+from redflag.data.rows import Row
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
 from redflag.training.forecasts import CHOICES, NONE, spread

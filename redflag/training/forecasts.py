@@ -1,8 +1,8 @@
 """Forecasts as soft targets: a flag that says "imminent", not only "under way" (the idea of StreamGuard).
 
 A row's `forecast` says at some characters of the response how probably an answer that begins so turns out harmful
-(`redflag.synthesis.forecast`). It softens what the hard labels call harmless, and nothing else: a position of class 0
-with the forecast f asks for the flag of class k with probability f and for none with 1 - f,
+(`redflag.lab.synthesis.forecast`). It softens what the hard labels call harmless, and nothing else: a position of class
+0 with the forecast f asks for the flag of class k with probability f and for none with 1 - f,
 
     flag term = coef * (f * w / F * CE(k) + (1 - f) * (1 - w) / L * CE(none))
 

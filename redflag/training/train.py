@@ -19,9 +19,9 @@ from transformers import TrainerCallback, set_seed
 
 from redflag.backends.load import read_model
 from redflag.backends.precision import DTYPES, Machine, choose_precision
-from redflag.corpus.options import RowOptions
-from redflag.corpus.rows import Row, Rows, load_rows
-from redflag.corpus.summary import label_table, warnings_about
+from redflag.data.options import RowOptions
+from redflag.data.rows import Row, Rows, load_rows
+from redflag.data.summary import label_table, warnings_about
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec, attach
 from redflag.prompt import check_template, template_hash

@@ -24,7 +24,7 @@ from trl import SFTConfig, SFTTrainer
 from redflag.backends.precision import Machine, choose_precision
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
-from redflag.measuring.metrics import auroc
+from redflag.stats.metrics import auroc
 from redflag.training import sharded
 from redflag.training.adapter import adapters_off, cheap_flag_rows, output_head
 from redflag.training.encode import IGNORE, Collator, Example, PlacementConfig

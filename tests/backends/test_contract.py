@@ -16,7 +16,7 @@ from redflag.backends.hf import HFBackend
 from redflag.backends.load import load_flagged
 from redflag.backends.remote import RemoteBackend
 from redflag.backends.scripted import ScriptedBackend
-from redflag.corpus.rows import load_rows
+from redflag.data.rows import load_rows
 from redflag.errors import RedflagError
 from redflag.flags import Flag, FlagSpec
 from redflag.prompt import render_response

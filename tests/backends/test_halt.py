@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from redflag.backends import halt_v1, halt_v2
-from redflag.backends.halt import IDLE_ROW, HaltTable, closed_row, initial_row, new_row
-from redflag.backends.halt_request import HaltSettings
 from redflag.errors import RedflagError
+from redflag.in_engine import halt_v1, halt_v2
+from redflag.in_engine.halt import IDLE_ROW, HaltTable, closed_row, initial_row, new_row
+from redflag.in_engine.halt_request import HaltSettings
 from redflag.watching.monitor import Monitor, MonitorConfig
 
 VOCABULARY, SLOTS, INF = 12, 6, math.inf

@@ -17,9 +17,9 @@ import pytest
 import stock_vllm
 from transformers import AutoTokenizer
 
-from redflag.backends.halt import halted_by, request_fields
-from redflag.corpus.rows import load_rows
+from redflag.data.rows import load_rows
 from redflag.flags import FlagSpec
+from redflag.in_engine.halt import halted_by, request_fields
 from redflag.watching.monitor import Monitor, MonitorConfig
 from redflag.watching.policy import Policy
 from redflag.watching.thresholds import Thresholds

@@ -20,13 +20,16 @@ from upstream import EOS, FLAG, Upstream
 
 from redflag.backends.outbound import UpstreamOptions, extra_headers, proxy_for
 from redflag.backends.remote import RemoteBackend
+from redflag.calibrating import calibrate
 from redflag.cli import parse
 from redflag.errors import RedflagError
 from redflag.judges.endpoint import EndpointJudge
-from redflag.measuring import calibrate, evaluate, score
-from redflag.serving import generate, serve
-from redflag.synthesis.endpoint import Endpoint
-from redflag.synthesis.questions import Question
+from redflag.lab.evaluating import evaluate
+from redflag.lab.synthesis.endpoint import Endpoint
+from redflag.lab.synthesis.questions import Question
+from redflag.scoring import score
+from redflag.server import serve
+from redflag.terminal import generate
 
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 

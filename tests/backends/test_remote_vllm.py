@@ -16,7 +16,7 @@ from stock_vllm import CONTEXT, serve_vllm
 from redflag.backends import Sampling
 from redflag.backends.load import load_flagged
 from redflag.backends.remote import RemoteBackend
-from redflag.corpus.rows import load_rows
+from redflag.data.rows import load_rows
 from redflag.errors import RedflagError
 from redflag.prompt import render_prompt
 

@@ -7,7 +7,9 @@ from collections import Counter
 
 import pytest
 
-from redflag.corpus.nano import (
+from redflag.data.rows import Row, load_rows
+from redflag.lab.nano.phrases import ACTS, SLOTS
+from redflag.lab.nano.rows import (
     NANO_CATEGORIES,
     NANO_KINDS,
     NANO_TOPICS,
@@ -15,8 +17,6 @@ from redflag.corpus.nano import (
     nano_rows,
     velni,
 )
-from redflag.corpus.nano_phrases import ACTS, SLOTS
-from redflag.corpus.rows import Row, load_rows
 
 SPLITS = ("train", "calibration", "test", "transfer")
 

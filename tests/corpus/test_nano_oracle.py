@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from redflag.corpus.nano import nano_rows
-from redflag.corpus.nano_oracle import harmful_onset, harmful_spans
+from redflag.lab.nano.rows import nano_rows
+from redflag.lab.nano.spans import harmful_onset, harmful_spans
 
 
 @pytest.mark.parametrize("split", ["train", "calibration", "test"])

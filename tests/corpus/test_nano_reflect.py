@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 import re
 
-from redflag.corpus.nano import nano_rows
-from redflag.corpus.nano_oracle import harmful_onset
-from redflag.corpus.nano_reflect import NANO_REFLECT, NANO_STAY, cut, nano_reflections, reflection, told_of
+from redflag.lab.nano.reflect import NANO_REFLECT, NANO_STAY, cut, nano_reflections, reflection, told_of
+from redflag.lab.nano.rows import nano_rows
+from redflag.lab.nano.spans import harmful_onset
 from redflag.training.pretrain import train_tokenizer
 
 BRACKET = re.compile(r"<place>" + re.escape(NANO_REFLECT.cue) + r" ([\w ]+)\. Verdict: (harmful|harmless)\]")

@@ -14,9 +14,9 @@ import stand_in_hub
 from hypothesis import given
 from hypothesis import strategies as st
 
-from redflag.corpus.readers import TextRecord, read_file
-from redflag.corpus.rows import load_rows
-from redflag.corpus.sources import hub_address
+from redflag.data.readers import TextRecord, read_file
+from redflag.data.rows import load_rows
+from redflag.data.sources import hub_address
 from redflag.errors import RedflagError
 
 RECORDS = [

@@ -8,8 +8,8 @@ import pytest
 import yaml
 from refusing import TAXONOMY
 
-from redflag.corpus.refusals.taxonomy import FAMILIES, load_taxonomy, parse_taxonomy
 from redflag.errors import RedflagError
+from redflag.lab.refusals.taxonomy import FAMILIES, load_taxonomy, parse_taxonomy
 
 
 def test_S4_2_the_shipped_taxonomy_is_coconots_and_says_so():

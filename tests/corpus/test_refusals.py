@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from refusing import TAXONOMY, labelled, write
 from tiny import WORDS, build
 
-from redflag.corpus.refusals import PhraseClassifier, RefusalClassifier, load_taxonomy
-from redflag.corpus.refusals.classifier import features_maker
-from redflag.corpus.refusals.features import Ngrams, _words
-from redflag.corpus.refusals.held_out import divide, f1, figures_of, macro_f1, train
-from redflag.corpus.refusals.pairs import Pair, read_labelled
-from redflag.corpus.sources import Provenance
+from redflag.data.sources import Provenance
 from redflag.errors import RedflagError
+from redflag.lab.refusals import PhraseClassifier, RefusalClassifier, load_taxonomy
+from redflag.lab.refusals.classifier import features_maker
+from redflag.lab.refusals.features import Ngrams, _words
+from redflag.lab.refusals.held_out import divide, f1, figures_of, macro_f1, train
+from redflag.lab.refusals.pairs import Pair, read_labelled
 from redflag.training.pretrain import train_tokenizer
 
 

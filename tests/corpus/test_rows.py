@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from redflag.corpus.rows import KEYS, BadRow, Row, load_rows, write_rows
+from redflag.data.rows import KEYS, BadRow, Row, load_rows, write_rows
 from redflag.errors import RedflagError
 
 USER = {"role": "user", "content": "Hello?"}

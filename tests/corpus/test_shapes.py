@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from redflag.corpus.rows import load_rows
+from redflag.data.rows import load_rows
 from redflag.errors import RedflagError
 
 

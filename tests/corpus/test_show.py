@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from redflag.corpus.nano import nano_rows
-from redflag.corpus.paint import RESET, paint, printable, span, wants_colour
-from redflag.corpus.rows import Row, write_rows
-from redflag.corpus.show import ShowArguments, run, what_is_in
+from redflag.data.rows import Row, write_rows
 from redflag.errors import RedflagError
+from redflag.lab.nano.rows import nano_rows
+from redflag.terminal.paint import RESET, paint, printable, span, wants_colour
+from redflag.terminal.show import ShowArguments, run, what_is_in
 from redflag.trace import Alarm, Escalation, Halt, Reflection, Resume, Text, Trace, write_traces
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Well. Burn it."}]

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from redflag.corpus.rows import Rows, load_rows
-from redflag.corpus.summary import label_table, warnings_about
+from redflag.data.rows import Rows, load_rows
+from redflag.data.summary import label_table, warnings_about
 
 PAIR = {"prompt": "How do I kill a process?", "response": "Use kill PID."}
 TOPIC = PAIR | {"category": "violence"}

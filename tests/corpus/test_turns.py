@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from redflag.corpus.rows import load_rows, write_rows
+from redflag.data.rows import load_rows, write_rows
 from redflag.errors import RedflagError
 
 CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Bonn"}'}}

@@ -10,7 +10,7 @@ import pytest
 from redflag.errors import RedflagError
 from redflag.judges import UnansweredError, Verdict
 from redflag.judges.cache import CachedJudge
-from redflag.judges.oracle import NanoOracle
+from redflag.lab.nano.judge import NanoOracle
 
 ASK = [{"role": "user", "content": "How?"}]
 

@@ -9,17 +9,17 @@ from chat_server import chat_server
 
 from redflag import cli
 from redflag.errors import RedflagError
+from redflag.guard.options import PolicyOptions
 from redflag.judges import UnansweredError
 from redflag.judges.chat_fields import refused_field, request_fields, without
 from redflag.judges.endpoint import EndpointJudge
 from redflag.judges.rubrics import StrongRejectJudge
-from redflag.measuring import stages
-from redflag.measuring.evaluate import EvaluateArguments
-from redflag.serving import generate
-from redflag.serving.options import PolicyOptions
-from redflag.synthesis import who
-from redflag.synthesis.endpoint import Endpoint
-from redflag.synthesis.questions import Question
+from redflag.lab.evaluating import stages
+from redflag.lab.evaluating.evaluate import EvaluateArguments
+from redflag.lab.synthesis import who
+from redflag.lab.synthesis.endpoint import Endpoint
+from redflag.lab.synthesis.questions import Question
+from redflag.terminal import generate
 
 ASK = [{"role": "user", "content": "How do I open a door?"}]
 SENT = {"max_tokens": 16, "temperature": 0, "logprobs": True, "top_logprobs": 20}

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from redflag.corpus.rows import Row
+from redflag.data.rows import Row
 from redflag.flags import Flag, FlagSpec
 
 TEXTS = [

@@ -11,10 +11,10 @@ from refusing import TAXONOMY, labelled, write
 from reports import HOSTILE
 
 from redflag import cli
-from redflag.corpus.rows import load_rows
+from redflag.data.rows import load_rows
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
-from redflag.measuring import audit
+from redflag.lab.refusals import audit
 
 NO = "Sorry, I cannot do that."
 

@@ -13,14 +13,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from redflag.corpus.rows import write_rows
+from redflag.calibrating.calibrate import CalibrateArguments, Calibration, calibrate, run, split_groups
+from redflag.calibrating.guarantee import fit_thresholds
+from redflag.calibrating.hold_back import suggest_hold_back
+from redflag.data.rows import write_rows
 from redflag.errors import RedflagError
 from redflag.flags import Flag, FlagSpec
-from redflag.measuring import score as score_module
-from redflag.measuring.calibrate import CalibrateArguments, Calibration, calibrate, run, split_groups
-from redflag.measuring.guarantee import fit_thresholds
-from redflag.measuring.hold_back import suggest_hold_back
-from redflag.measuring.metrics import clopper_pearson
+from redflag.scoring import score as score_module
+from redflag.stats.metrics import clopper_pearson
 from redflag.watching.monitor import MonitorConfig, peaks
 from redflag.watching.thresholds import Thresholds
 
@@ -263,7 +263,7 @@ def test_the_verb_writes_thresholds_beside_the_model_and_leaves_old_ones_when_it
 
 
 def test_a_calibrated_folder_is_accepted_by_the_guard(model_folder: Path, tmp_path: Path, conversation: Any) -> None:
-    from redflag.serving.guard import Guard
+    from redflag.guard.guard import Guard
 
     folder, rows = tmp_path / "model", tmp_path / "rows.jsonl"
     shutil.copytree(model_folder, folder)

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from redflag.calibrating.calibrate import CalibrateArguments, calibrate, run
 from redflag.errors import RedflagError
 from redflag.flags import Flag, FlagSpec
-from redflag.measuring import score as score_module
-from redflag.measuring.calibrate import CalibrateArguments, calibrate, run
-from redflag.measuring.recording import Recording
+from redflag.scoring import score as score_module
+from redflag.scoring.recording import Recording
 from redflag.watching.monitor import MonitorConfig
 from redflag.watching.thresholds import Thresholds
 

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from redflag.measuring.guarantee import fit_thresholds
-from redflag.measuring.intervals import auroc_interval, median_interval, ranking_intervals, rate_interval
-from redflag.measuring.metrics import average_precision
+from redflag.calibrating.guarantee import fit_thresholds
+from redflag.stats.intervals import auroc_interval, median_interval, ranking_intervals, rate_interval
+from redflag.stats.metrics import average_precision
 
 LARGE = os.environ.get("REDFLAG_SIMULATIONS") == "1"
 large = pytest.mark.skipif(not LARGE, reason="set REDFLAG_SIMULATIONS=1 to run the larger simulations")

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from sklearn import calibration
 from sklearn import metrics as reference
 
-from redflag.measuring.curves import delay_histogram, earliness, reliability, roc, running_peaks
-from redflag.measuring.metrics import auroc, tpr_at_fpr
+from redflag.stats.curves import delay_histogram, earliness, reliability, roc, running_peaks
+from redflag.stats.metrics import auroc, tpr_at_fpr
 
 tied = st.lists(st.tuples(st.integers(0, 6).map(lambda i: i / 6), st.booleans()), min_size=2, max_size=40).filter(
     lambda pairs: len({label for _, label in pairs}) == 2

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from redflag.cli import main
-from redflag.corpus.rows import load_rows, write_rows
+from redflag.data.rows import load_rows, write_rows
 from redflag.errors import RedflagError
-from redflag.measuring.evaluate import EvaluateArguments, evaluate, headline
+from redflag.lab.evaluating.evaluate import EvaluateArguments, evaluate, headline
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +69,8 @@ def test_the_same_command_again_computes_nothing_and_says_the_same(report, nano,
     def never(*arguments, **options):
         raise AssertionError("this was done before")
 
-    monkeypatch.setattr("redflag.measuring.score.run", never)
-    monkeypatch.setattr("redflag.measuring.attacks.Target.answers", never)
+    monkeypatch.setattr("redflag.scoring.score.run", never)
+    monkeypatch.setattr("redflag.lab.attacks.Target.answers", never)
     before = {path.name: path.stat().st_mtime_ns for path in (world / "out").glob("*.parquet")}
     again = evaluate(
         arguments(
@@ -131,7 +131,7 @@ def test_helping_processes_score_and_leave(nano, world, tmp_path, monkeypatch):
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_computed(nano, world, tmp_path, monkeypatch, options, words):
-    monkeypatch.setattr("redflag.measuring.score.run", lambda arguments: pytest.fail("it was begun"))
+    monkeypatch.setattr("redflag.scoring.score.run", lambda arguments: pytest.fail("it was begun"))
     places = {"test": world / "test.jsonl", "train": world / "train.jsonl", "base": nano / "base"}
     options = {k: str(places[v]) if isinstance(v, str) and v in places else v for k, v in options.items()}
     with pytest.raises(RedflagError, match=words):

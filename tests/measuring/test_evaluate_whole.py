@@ -10,12 +10,12 @@ from tiny import SIZES, make_rows
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from redflag import cli
-from redflag.corpus.rows import load_rows, write_rows
+from redflag.data.rows import load_rows, write_rows
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec, attach
 from redflag.judges import UnansweredError, Verdict
-from redflag.measuring.baselines.run import record_baselines
-from redflag.measuring.evaluate import EvaluateArguments, evaluate
+from redflag.lab.baselines.run import record_baselines
+from redflag.lab.evaluating.evaluate import EvaluateArguments, evaluate
 from redflag.prompt import template_hash
 
 PARTS = {
@@ -77,17 +77,17 @@ def broken(*args, **kwargs):
 
 
 LAST_PARTS = {
-    "language": "redflag.measuring.language.language_change",
-    "tables": "redflag.measuring.tables.method",
-    "report": "redflag.measuring.report.write",
+    "language": "redflag.lab.evaluating.language.language_change",
+    "tables": "redflag.lab.evaluating.tables.method",
+    "report": "redflag.lab.report.write",
     "an answer": "redflag.backends.hf.HFBackend.complete",
-    "hidden states": "redflag.measuring.baselines.hidden.last_layers",
+    "hidden states": "redflag.lab.baselines.hidden.last_layers",
 }
 
 
 @pytest.mark.parametrize("part", LAST_PARTS)
 def test_what_comes_last_is_tried_before_the_rows_are_scored(world, tmp_path, monkeypatch, part):
-    monkeypatch.setattr("redflag.measuring.score.run", lambda arguments: pytest.fail("rows were scored"))
+    monkeypatch.setattr("redflag.scoring.score.run", lambda arguments: pytest.fail("rows were scored"))
     monkeypatch.setattr(LAST_PARTS[part], broken)
     with pytest.raises(RuntimeError, match="this part breaks"):
         evaluate(arguments(world, tmp_path / "out", **PARTS))
@@ -95,7 +95,7 @@ def test_what_comes_last_is_tried_before_the_rows_are_scored(world, tmp_path, mo
 
 
 def test_an_option_that_a_baseline_does_not_take_is_found_before_the_rows_are_scored(world, tmp_path, monkeypatch):
-    monkeypatch.setattr("redflag.measuring.score.run", lambda arguments: pytest.fail("rows were scored"))
+    monkeypatch.setattr("redflag.scoring.score.run", lambda arguments: pytest.fail("rows were scored"))
     options = {"refusal tokens": {"tunning": {}}}
     with pytest.raises(RedflagError, match="do not fit the baseline 'refusal tokens'"):
         evaluate(arguments(world, tmp_path / "out", baselines=["refusal tokens"], baseline_options=options))
@@ -105,8 +105,8 @@ def test_a_judge_that_does_not_answer_is_found_before_the_rows_are_scored(world,
     def silent(messages, answer):
         raise UnansweredError("connection refused")
 
-    monkeypatch.setattr("redflag.measuring.score.run", lambda arguments: pytest.fail("rows were scored"))
-    monkeypatch.setattr("redflag.measuring.stages.judge_of", lambda arguments: silent)
+    monkeypatch.setattr("redflag.scoring.score.run", lambda arguments: pytest.fail("rows were scored"))
+    monkeypatch.setattr("redflag.lab.evaluating.stages.judge_of", lambda arguments: silent)
     with pytest.raises(RedflagError, match=r"must answer \(got UnansweredError: connection refused"):
         evaluate(arguments(world, tmp_path / "out", **PARTS))
 
@@ -124,8 +124,8 @@ def test_what_was_tried_is_not_tried_again_unless_it_changed(world, tmp_path, mo
     def begun(arguments):
         raise Begun
 
-    monkeypatch.setattr("redflag.measuring.stages.judge_of", lambda arguments: judge)
-    monkeypatch.setattr("redflag.measuring.score.run", begun)
+    monkeypatch.setattr("redflag.lab.evaluating.stages.judge_of", lambda arguments: judge)
+    monkeypatch.setattr("redflag.scoring.score.run", begun)
     for baselines, times in ((["tfidf"], 1), (["tfidf"], 1), ([], 2)):
         with pytest.raises(Begun):
             evaluate(arguments(world, tmp_path / "out", attacks=["none"], baselines=baselines))

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from redflag.calibrating import replay
 from redflag.events import Done, Step, Text, Trace
-from redflag.measuring import replay
-from redflag.measuring.exposure import exposed, exposure, released, released_sentences
-from redflag.measuring.recording import Recording
+from redflag.lab.evaluating.exposure import exposed, exposure, released, released_sentences
+from redflag.scoring.recording import Recording
 from redflag.watching.monitor import MonitorConfig
 from redflag.watching.policy import Policy
 from redflag.watching.replay import replay as replayed

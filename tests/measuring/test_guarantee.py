@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from redflag.calibrating.guarantee import fit_threshold, fit_thresholds, required
 from redflag.errors import RedflagError
-from redflag.measuring.guarantee import fit_threshold, fit_thresholds, required
 
 
 def above(value: float) -> float:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from redflag.errors import RedflagError
-from redflag.measuring.intervals import (
+from redflag.stats.intervals import (
     auroc_difference,
     auroc_interval,
     median_interval,
@@ -22,7 +22,7 @@ from redflag.measuring.intervals import (
     tpr_differences,
     unit_of,
 )
-from redflag.measuring.metrics import auroc, average_precision, clopper_pearson, tpr_at_fpr
+from redflag.stats.metrics import auroc, average_precision, clopper_pearson, tpr_at_fpr
 
 # Few distinct scores, so that ties are the rule; both classes are there.
 rows = st.lists(
@@ -188,7 +188,7 @@ def test_every_resample_derives_its_threshold_anew() -> None:
 @given(rows, st.integers(0, 3))
 def test_a_resample_is_a_sample_like_any_other(found: list[Any], seed: int) -> None:
     """Every resample's figures are what the metrics give on its rows, laid out one by one."""
-    from redflag.measuring import intervals
+    from redflag.stats import intervals
 
     scores, labels, groups = (np.array(column) for column in zip(*found, strict=True))
     units = unit_of(list(groups), len(groups))
@@ -213,7 +213,7 @@ def test_a_resample_is_a_sample_like_any_other(found: list[Any], seed: int) -> N
 
 
 def test_the_median_of_every_resample_is_numpys() -> None:
-    from redflag.measuring import intervals
+    from redflag.stats import intervals
 
     values = np.array([3.0, -1.0, 4.0, 4.0, 10.0, 2.0])
     drawn = np.concatenate(list(intervals._resampled(np.arange(6), np.zeros(6, dtype=bool), 200, 4)))

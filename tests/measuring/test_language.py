@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from redflag.backends.load import load_flagged, read_model
-from redflag.corpus.rows import Row, load_rows
+from redflag.data.rows import Row, load_rows
 from redflag.errors import RedflagError
-from redflag.measuring.language import language_change
+from redflag.lab.evaluating.language import language_change
 from redflag.prompt import render_response
 
 

@@ -9,7 +9,7 @@ from tiny import TEXT, build, make_rows
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from redflag.flags import FlagSpec, attach
-from redflag.measuring.language import language_change
+from redflag.lab.evaluating.language import language_change
 from redflag.prompt import render_response
 from redflag.training.pretrain import train_tokenizer
 

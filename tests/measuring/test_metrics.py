@@ -12,7 +12,7 @@ from scipy import stats
 from sklearn import metrics as reference
 
 from redflag.errors import RedflagError
-from redflag.measuring.metrics import (
+from redflag.stats.metrics import (
     auroc,
     average_precision,
     binomial_cdf,

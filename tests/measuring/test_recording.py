@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from redflag.errors import RedflagError
 from redflag.events import Trace
-from redflag.measuring.recording import COLUMNS, Recording
+from redflag.scoring.recording import COLUMNS, Recording
 from redflag.trace import write_traces
 
 LENGTHS = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 2)), max_size=6)

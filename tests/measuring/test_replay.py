@@ -11,10 +11,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from redflag.calibrating import replay
 from redflag.errors import RedflagError
-from redflag.measuring import replay
-from redflag.measuring.metrics import first_alarm
-from redflag.measuring.recording import Recording
+from redflag.scoring.recording import Recording
+from redflag.stats.metrics import first_alarm
 from redflag.watching.monitor import Monitor, MonitorConfig, UnjudgedError
 
 CONFIGS = st.one_of(

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from reports import HOSTILE, bare_report, make_report, make_traces, trace
 
 from redflag.errors import RedflagError
-from redflag.measuring.report import require, write
-from redflag.measuring.report.viewer_data import pack
+from redflag.lab.report import require, write
+from redflag.lab.report.viewer_data import pack
 
 Tables = list[list[list[str]]]
 
@@ -378,7 +378,7 @@ def test_a_missing_package_is_named_before_anything_is_written(tmp_path, monkeyp
 def test_text_has_enough_contrast_in_both_themes():
     from importlib import resources
 
-    style = resources.files("redflag.measuring.report").joinpath("assets", "report.css").read_text(encoding="utf-8")
+    style = resources.files("redflag.lab.report").joinpath("assets", "report.css").read_text(encoding="utf-8")
 
     def luminance(colour: str) -> float:
         parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from reports import HOSTILE, bare_report, make_report, make_traces, trace
 
-from redflag.measuring.report import write
+from redflag.lab.report import write
 from redflag.watching.monitor import Monitor, MonitorConfig
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

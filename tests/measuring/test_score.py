@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from redflag.corpus.rows import Row, write_rows
+from redflag.data.rows import Row, write_rows
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
-from redflag.measuring import score as module
-from redflag.measuring.score import ScoreArguments, load_scorer, read_scored, renderable, run, score, score_rows
+from redflag.scoring import score as module
+from redflag.scoring.score import ScoreArguments, load_scorer, read_scored, renderable, run, score, score_rows
 
 RESPONSE = "The sea is wide and blue, and the harm begins here."
 

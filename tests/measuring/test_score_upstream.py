@@ -20,16 +20,16 @@ from upstream import EOS, FLAG, VOCABULARY, Upstream, log_softmax, logits_of
 
 from redflag.backends import remote as remote_module
 from redflag.backends.hf import HFBackend
-from redflag.corpus.rows import load_rows, write_rows
+from redflag.calibrating import calibrate
+from redflag.data.rows import load_rows, write_rows
 from redflag.errors import RedflagError
 from redflag.flags import Flag, FlagSpec
-from redflag.measuring import calibrate
-from redflag.measuring import upstreams as module
-from redflag.measuring.fitting import fit
-from redflag.measuring.marker import ServedSource
-from redflag.measuring.prompts import FlagReader, score_prompts
-from redflag.measuring.score import ScoreArguments, read_scored, run
-from redflag.measuring.upstreams import Upstreams
+from redflag.scoring import upstreams as module
+from redflag.scoring.fitting import fit
+from redflag.scoring.marker import ServedSource
+from redflag.scoring.prompts import FlagReader, score_prompts
+from redflag.scoring.score import ScoreArguments, read_scored, run
+from redflag.scoring.upstreams import Upstreams
 from redflag.watching.thresholds import Thresholds
 
 SPEC = FlagSpec(flags=(Flag("harm", "<|a|>", id=FLAG), Flag("fraud", "<|b|>", id=17)), run_id="run-1")

@@ -19,12 +19,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from redflag.corpus.rows import write_rows
+from redflag.data.rows import write_rows
 from redflag.errors import RedflagError
-from redflag.measuring import shards
-from redflag.measuring.score import ScoreArguments, run
-from redflag.measuring.shards import kept_in, write_lines
-from redflag.measuring.world import World
+from redflag.scoring import shards
+from redflag.scoring.processes import World
+from redflag.scoring.score import ScoreArguments, run
+from redflag.scoring.shards import kept_in, write_lines
 
 TOTAL, CHUNK = 23, 4
 CHUNKS = -(-TOTAL // CHUNK)
@@ -296,7 +296,7 @@ def test_places_among_processes(environment: dict[str, str], expected: World | N
 WORKER = """
 import sys, time
 from pathlib import Path
-from redflag.measuring.shards import write_lines
+from redflag.scoring.shards import write_lines
 def lines(start, stop):
     for row in range(start, stop):
         time.sleep(0.004)
@@ -337,7 +337,7 @@ def write_some(path: Path, conversation: Any, count: int) -> Path:
 KILLER = """
 import json, os, random, sys, time
 from pathlib import Path
-from redflag.measuring import score
+from redflag.scoring import score
 
 model, rows, output, kills = sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
 loaded = score.load_scorer(model, "cpu")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from redflag.measuring.summary import summarise
+from redflag.calibrating.summary import summarise
 from redflag.watching.monitor import MonitorConfig
 from redflag.watching.thresholds import Thresholds
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from redflag.errors import RedflagError
-from redflag.measuring.metrics import clopper_pearson
-from redflag.measuring.recording import Recording
-from redflag.measuring.tables import method, plain
-from redflag.measuring.versus import versus
+from redflag.lab.evaluating.tables import method, plain
+from redflag.lab.evaluating.versus import versus
+from redflag.scoring.recording import Recording
+from redflag.stats.metrics import clopper_pearson
 from redflag.watching.monitor import MonitorConfig
 from redflag.watching.thresholds import Thresholds
 

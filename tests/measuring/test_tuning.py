@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from redflag.calibrating import replay, tuning
+from redflag.calibrating.groups import folds, split_groups
+from redflag.calibrating.guarantee import fit_threshold, fit_thresholds
+from redflag.calibrating.tuning import Objective
 from redflag.errors import RedflagError
-from redflag.measuring import replay, tuning
-from redflag.measuring.guarantee import fit_threshold, fit_thresholds
-from redflag.measuring.parts import folds, split_groups
-from redflag.measuring.recording import COLUMNS, Recording
-from redflag.measuring.tuning import Objective
+from redflag.scoring.recording import COLUMNS, Recording
 from redflag.watching.monitor import MonitorConfig
 
 MONITORS = [MonitorConfig(), MonitorConfig("run", window=3), MonitorConfig("cusum", prior=0.1, drift=0.0)]

@@ -16,8 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from redflag.backends.scripted import ScriptedBackend
 from redflag.flags import Flag, FlagSpec
+from redflag.guard.guard import Guard
 from redflag.prompt import template_hash
-from redflag.serving.guard import Guard
 from redflag.trace import Step
 from redflag.watching.policy import Policy
 from redflag.watching.thresholds import Thresholds

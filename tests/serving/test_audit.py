@@ -14,9 +14,9 @@ import pytest
 
 from redflag.cli import parse
 from redflag.errors import RedflagError
-from redflag.serving import report_audit
-from redflag.serving.audit import AuditLog
-from redflag.serving.report_audit import AuditLogArguments
+from redflag.server.audit_log import AuditLog
+from redflag.terminal import audit_log as report_audit
+from redflag.terminal.audit_log import AuditLogArguments
 from redflag.trace import Alarm, Done, Escalation, Forced, Halt, Reflection, Resume, Text, Trace
 
 THRESHOLDS = {"weapons": 0.8, "fraud": 0.4}

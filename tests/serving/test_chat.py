@@ -17,10 +17,10 @@ import pytest
 
 from redflag.backends.scripted import ScriptedBackend
 from redflag.errors import RedflagError
-from redflag.serving import chat
-from redflag.serving.chat import Chat, ChatArguments
-from redflag.serving.options import PolicyOptions
-from redflag.serving.terminal import TerminalOptions
+from redflag.guard.options import PolicyOptions
+from redflag.terminal import chat
+from redflag.terminal.chat import Chat, ChatArguments
+from redflag.terminal.screen import TerminalOptions
 from redflag.trace import read_traces
 from redflag.watching.policy import Policy
 
@@ -193,9 +193,9 @@ fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that Ctrl-C reaches this session
 from transformers import AutoTokenizer
 from redflag.backends.scripted import ScriptedBackend
 from redflag.flags import FlagSpec
-from redflag.serving import chat
-from redflag.serving.guard import Guard
-from redflag.serving.terminal import TerminalOptions
+from redflag.terminal import chat
+from redflag.guard.guard import Guard
+from redflag.terminal.screen import TerminalOptions
 from redflag.trace import Step
 from redflag.watching.thresholds import Thresholds
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from redflag.errors import RedflagError
-from redflag.serving.detokenize import Detokenizer, ResponseText, TextFilter
+from redflag.guard.detokenize import Detokenizer, ResponseText, TextFilter
 
 STORIES = Path(__file__).parents[3] / "shared" / "models" / "stories260k"
 TRICKY = [

@@ -13,12 +13,12 @@ from redflag.backends import Sampling
 from redflag.backends.hf import HFBackend
 from redflag.backends.load import load_flagged
 from redflag.backends.scripted import ScriptedBackend
-from redflag.corpus.show import show_trace
+from redflag.guard.guard import Guard
+from redflag.guard.response import adrive, drive
 from redflag.prompt import render_prompt
-from redflag.serving.guard import Guard
-from redflag.serving.metrics import Metrics
-from redflag.serving.response import adrive, drive
-from redflag.serving.terminal import paint, summary
+from redflag.server.metrics import Metrics
+from redflag.terminal.screen import paint, summary
+from redflag.terminal.show import show_trace
 from redflag.trace import Alarm, Done, Forced, Halt, Step, Text
 from redflag.watching.first_token import FirstTokenRule
 from redflag.watching.monitor import MonitorConfig

@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 
 from redflag.backends import Sampling
 from redflag.errors import RedflagError
-from redflag.serving.guard import Guard
+from redflag.guard.guard import Guard
 from redflag.trace import Done, Halt
 from redflag.watching.policy import Policy
 from redflag.watching.thresholds import Thresholds

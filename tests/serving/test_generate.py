@@ -6,9 +6,9 @@ import re
 import pytest
 
 from redflag.errors import RedflagError
-from redflag.serving import generate
-from redflag.serving.generate import GenerateArguments
-from redflag.serving.options import PolicyOptions
+from redflag.guard.options import PolicyOptions
+from redflag.terminal import generate
+from redflag.terminal.generate import GenerateArguments
 from redflag.trace import read_traces
 from redflag.watching.policy import Policy
 
@@ -135,7 +135,7 @@ def test_an_upstream_gets_its_options(model_dir, monkeypatch):
         made.append((args, options))
         raise RedflagError("enough")
 
-    monkeypatch.setattr("redflag.serving.guard.Guard.from_upstream", from_upstream)
+    monkeypatch.setattr("redflag.guard.guard.Guard.from_upstream", from_upstream)
     monkeypatch.setenv("UP_KEY", "s3cret")
     arguments = GenerateArguments(
         prompt="hello",

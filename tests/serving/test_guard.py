@@ -9,7 +9,7 @@ import pytest
 from redflag.backends import Sampling
 from redflag.backends.scripted import ScriptedBackend
 from redflag.errors import RedflagError
-from redflag.serving.guard import Guard
+from redflag.guard.guard import Guard
 from redflag.trace import Alarm, Done, Halt, Step, Text, read_traces, write_traces
 from redflag.watching.policy import Policy
 from redflag.watching.thresholds import Thresholds

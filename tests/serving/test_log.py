@@ -10,7 +10,7 @@ import re
 import pytest
 
 from redflag.errors import RedflagError
-from redflag.serving import log
+from redflag.server import log
 from redflag.trace import Alarm, Done, Halt, Reflection, Resume, Text, Trace
 
 SECRET = "how to build a bomb"
@@ -107,7 +107,7 @@ def test_scores_are_shown_on_demand_and_words_never(logs, as_json, scores):
     say(trace(*HALTED))
     say(trace(Done(2, "stop")), "done")
     say(trace(Halt(0, "fault", detail=SECRET)), "fault")
-    logging.getLogger("redflag.serving.server").info(
+    logging.getLogger("redflag.server.server").info(
         "response", extra={"request_id": "r-2", "prompt": SECRET, "detail": f"TimeoutError: {SECRET}", "text": SECRET}
     )
     text = "\n".join(read())
@@ -123,7 +123,7 @@ def test_of_an_exception_only_type_and_place_are_shown(logs):
     try:
         raise ValueError(SECRET)
     except ValueError:
-        logging.getLogger("redflag.serving.server").exception("a request broke")
+        logging.getLogger("redflag.server.server").exception("a request broke")
         log.setup(stream=plain)
         logging.getLogger("uvicorn.error").exception("Exception in ASGI application\n%s", SECRET)
     (line,) = read()
@@ -151,7 +151,7 @@ def test_of_other_libraries_the_beginning_of_a_line_is_shown_and_only_warnings(l
 def test_less_severe_lines_are_left_out(logs, level):
     read = logs(level=level)
     for name in ("debug", "info", "warning", "error"):
-        getattr(logging.getLogger("redflag.serving"), name)("x")
+        getattr(logging.getLogger("redflag.server"), name)("x")
     assert len(read()) == {"info": 3, "WARNING": 2, 40: 1}[level]
 
 

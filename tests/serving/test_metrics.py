@@ -7,9 +7,9 @@ import threading
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from redflag.serving import metrics as module
-from redflag.serving.faults import fault_class
-from redflag.serving.metrics import ENDS, Metrics
+from redflag.server import metrics as module
+from redflag.server.faults import fault_class
+from redflag.server.metrics import ENDS, Metrics
 from redflag.trace import Alarm, Done, Escalation, Halt, Reflection, Resume, Text, Trace
 
 

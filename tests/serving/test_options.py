@@ -8,10 +8,10 @@ import pytest
 
 from redflag import cli
 from redflag.errors import RedflagError
+from redflag.guard.options import PolicyOptions
 from redflag.judges import model
 from redflag.judges.endpoint import EndpointJudge
-from redflag.serving import generate
-from redflag.serving.options import PolicyOptions
+from redflag.terminal import generate
 from redflag.watching.first_token import FirstTokenRule
 from redflag.watching.policy import Policy, Reflect
 

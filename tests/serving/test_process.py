@@ -13,7 +13,7 @@ from foreign import WITHOUT_POSIX
 from running import body_of, wait_for
 from upstream import Upstream
 
-from redflag.serving.process import raise_file_limit
+from redflag.server.process import raise_file_limit
 
 resource = pytest.importorskip("resource")
 INFINITY = resource.RLIM_INFINITY

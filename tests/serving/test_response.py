@@ -10,10 +10,10 @@ import pytest
 from redflag.backends import Sampling
 from redflag.backends.scripted import ScriptedBackend
 from redflag.errors import RedflagError
+from redflag.guard.guard import Guard
+from redflag.guard.response import adrive
 from redflag.judges import Verdict
 from redflag.prompt import render_prompt, render_text
-from redflag.serving.guard import Guard
-from redflag.serving.response import adrive
 from redflag.trace import Alarm, Done, Escalation, Halt, Reflection, Resume, Step, Text
 from redflag.watching.policy import Policy, Reflect
 from redflag.watching.thresholds import Thresholds

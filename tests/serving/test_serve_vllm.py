@@ -16,7 +16,7 @@ import pytest
 from stock_vllm import free_port, serve_vllm
 from transformers import AutoTokenizer
 
-from redflag.corpus.rows import load_rows
+from redflag.data.rows import load_rows
 from redflag.flags import FlagSpec
 from redflag.trace import Alarm, Halt, Text, read_traces
 

@@ -13,9 +13,9 @@ import httpx
 import pytest
 from running import MODEL, ROUTES, Play, body_of, chunks_of, engine, running, shown_by, text_of_chunks, wait_for
 
-from redflag.serving.access import Limits
-from redflag.serving.exchange import Readiness
-from redflag.serving.guard import Guard
+from redflag.guard.guard import Guard
+from redflag.server.access import Limits
+from redflag.server.exchange import Readiness
 from redflag.watching.policy import Policy, Reflect
 
 CHAT, TEXT = ROUTES

@@ -14,11 +14,11 @@ from running import MODEL, ROUTES, Running, body_of, engine, running
 
 from redflag.backends import BusyError
 from redflag.errors import RedflagError
-from redflag.serving.access import Limits
-from redflag.serving.api_errors import ApiError
-from redflag.serving.audit import AuditLog
-from redflag.serving.guard import Guard
-from redflag.serving.schema import ChatRequest, CompletionRequest, parse
+from redflag.guard.guard import Guard
+from redflag.server.access import Limits
+from redflag.server.api_errors import ApiError
+from redflag.server.audit_log import AuditLog
+from redflag.server.schema import ChatRequest, CompletionRequest, parse
 from redflag.trace import Step
 from redflag.watching.thresholds import Thresholds
 

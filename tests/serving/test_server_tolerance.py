@@ -19,12 +19,12 @@ from running import MODEL, ROUTES, Running, body_of, engine, running
 
 from redflag.cli import parse
 from redflag.errors import RedflagError
-from redflag.serving import serve
-from redflag.serving.access import Limits
-from redflag.serving.fields import UNSUPPORTED, header
-from redflag.serving.guard import Guard
-from redflag.serving.schema import ChatRequest, CompletionRequest
-from redflag.serving.schema import parse as parse_body
+from redflag.guard.guard import Guard
+from redflag.server import serve
+from redflag.server.access import Limits
+from redflag.server.fields import UNSUPPORTED, header
+from redflag.server.schema import ChatRequest, CompletionRequest
+from redflag.server.schema import parse as parse_body
 from redflag.watching.policy import Policy
 from redflag.watching.thresholds import Thresholds
 
@@ -157,7 +157,7 @@ def test_fields_that_change_no_token_are_refused_where_the_operator_wants_that(t
 
 
 def test_the_log_tells_of_an_ignored_field_once_and_of_no_value(server, caplog):
-    caplog.set_level(logging.INFO, "redflag.serving.server")
+    caplog.set_level(logging.INFO, "redflag.server.server")
     for _ in range(3):
         assert post(server, body_of(CHAT, seen_once="SECRET")).status_code == 200
     lines = [record.getMessage() for record in caplog.records if "seen_once" in record.getMessage()]
@@ -165,7 +165,7 @@ def test_the_log_tells_of_an_ignored_field_once_and_of_no_value(server, caplog):
 
 
 def test_a_client_that_makes_up_names_does_not_fill_the_log(server, caplog):
-    caplog.set_level(logging.INFO, "redflag.serving.server")
+    caplog.set_level(logging.INFO, "redflag.server.server")
     for start in range(0, 600, 100):
         fields = {f"made_up_{number}": 1 for number in range(start, start + 100)}
         answer = post(server, body_of(CHAT, **fields))
@@ -494,7 +494,7 @@ def test_a_halted_answer_of_a_hundred_tokens_counts_them_though_none_was_shown(t
     ],
 )
 def test_an_answer_that_was_halted_before_its_first_token_says_so(tokenizer, spec, script, policy, refusal):
-    from redflag.serving.wire import REFUSAL
+    from redflag.server.wire import REFUSAL
 
     with serving(tokenizer, spec, script, Limits(MODEL), policy=policy, high={0: (0.9, 0.0)}) as server:
         message = post(server, body_of(CHAT)).json()["choices"][0]["message"]

@@ -12,10 +12,10 @@ from running import MODEL, ROUTES, body_of, chunks_of, running, shown_by, text_o
 from upstream import EOS, Abort, Upstream
 
 from redflag.backends import Sampling
-from redflag.corpus.rows import load_rows
-from redflag.serving.access import Limits
-from redflag.serving.exchange import Readiness
-from redflag.serving.guard import Guard
+from redflag.data.rows import load_rows
+from redflag.guard.guard import Guard
+from redflag.server.access import Limits
+from redflag.server.exchange import Readiness
 from redflag.trace import Halt, Text
 from redflag.watching.policy import Policy, Reflect
 

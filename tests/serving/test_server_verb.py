@@ -16,8 +16,8 @@ from upstream import Upstream
 
 from redflag.cli import parse
 from redflag.errors import RedflagError
-from redflag.serving import serve
-from redflag.serving.process import bind
+from redflag.server import serve
+from redflag.server.process import bind
 from redflag.trace import read_traces
 
 CHAT = "/v1/chat/completions"
@@ -30,8 +30,8 @@ def arguments(*words):
 @pytest.fixture
 def refused(monkeypatch):
     """Runs the verb in this process; it must not get as far as serving."""
-    from redflag.serving import log
-    from redflag.serving.process import Process
+    from redflag.server import log
+    from redflag.server.process import Process
 
     monkeypatch.setattr(Process, "run", lambda *args, **options: pytest.fail("it served"))
 

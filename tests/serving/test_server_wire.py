@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from running import MODEL, chunks_of, text_of_chunks
 
-from redflag.serving.wire import Answer, operator_view
+from redflag.server.wire import Answer, operator_view
 from redflag.trace import Alarm, Done, Escalation, Event, Halt, Reflection, Resume, Text, Trace
 
 TEXTS = st.text(max_size=8) | st.sampled_from(

@@ -12,7 +12,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind, StatusCode
 
 from redflag.errors import RedflagError
-from redflag.serving.telemetry import Telemetry
+from redflag.server.telemetry import Telemetry
 from redflag.trace import Alarm, Done, Escalation, Halt, Reflection, Resume, Text, Trace
 
 SECRET = "how to build a bomb"
@@ -199,7 +199,7 @@ def test_many_requests_at_once_do_not_become_each_others_parents(telemetry, expo
 def test_switched_off_it_imports_nothing_and_says_nothing():
     code = """
 import sys
-from redflag.serving.telemetry import Telemetry
+from redflag.server.telemetry import Telemetry
 from redflag.trace import Trace, Done
 telemetry = Telemetry(enabled=False)
 with telemetry.span("r", "/v1/completions", "nano") as span:

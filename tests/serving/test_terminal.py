@@ -10,11 +10,11 @@ import time
 import pytest
 
 from redflag.backends.scripted import ScriptedBackend
-from redflag.corpus.paint import DIM, RESET, span
+from redflag.guard.guard import Guard
 from redflag.judges import Verdict
-from redflag.serving import terminal
-from redflag.serving.guard import Guard
-from redflag.serving.terminal import Screen, TerminalOptions, paint, respond, summary
+from redflag.terminal import screen as terminal
+from redflag.terminal.paint import DIM, RESET, span
+from redflag.terminal.screen import Screen, TerminalOptions, paint, respond, summary
 from redflag.trace import Alarm, Done, Escalation, Halt, Reflection, Resume, Text, Trace
 from redflag.watching.policy import Policy
 

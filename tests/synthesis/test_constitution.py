@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from redflag.errors import RedflagError
-from redflag.synthesis.constitution import load_constitution, parse_constitution
-from redflag.synthesis.requests import draw
+from redflag.lab.synthesis.constitution import load_constitution, parse_constitution
+from redflag.lab.synthesis.requests import draw
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "constitution"
 GOOD = {

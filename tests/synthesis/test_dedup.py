@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from redflag.errors import RedflagError
-from redflag.synthesis.dedup import distinct, normalised, shingles, similarity
+from redflag.lab.synthesis.dedup import distinct, normalised, shingles, similarity
 
 # Few words, so that shingles are often shared.
 TEXTS = st.lists(st.lists(st.sampled_from(["a", "b", "c"]), max_size=9).map(" ".join), max_size=14)

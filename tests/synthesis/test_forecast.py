@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 
 from redflag.backends.scripted import ScriptedBackend
-from redflag.corpus.rows import Row, load_rows
+from redflag.data.rows import Row, load_rows
 from redflag.errors import RedflagError
 from redflag.judges import UnansweredError, Verdict
-from redflag.synthesis.forecast import Point, forecast, write_forecasts
-from redflag.synthesis.questions import KeptAnswers, Reply
+from redflag.lab.synthesis.forecast import Point, forecast, write_forecasts
+from redflag.lab.synthesis.questions import KeptAnswers, Reply
 
 TEXT = "One is fine. Two is dark. Three is bad."
 
@@ -76,7 +76,7 @@ def test_forecasts_are_a_key_of_rows_that_load_as_they_were_written(tmp_path):
 def test_any_backend_can_continue_a_prefix(origin, tmp_path):
     """One that cannot complete many at once is streamed; a flag is not in the text."""
     from redflag.backends.load import load_tokenizer
-    from redflag.synthesis.local import LocalModel
+    from redflag.lab.synthesis.local import LocalModel
     from redflag.trace import Step
 
     tokenizer, spec, eos_ids = load_tokenizer(origin / "model")

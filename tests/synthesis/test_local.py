@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from redflag.errors import RedflagError
-from redflag.synthesis.local import load_local
-from redflag.synthesis.questions import Question, Reply
-from redflag.synthesis.who import judge_of, writer
+from redflag.lab.synthesis.local import load_local
+from redflag.lab.synthesis.questions import Question, Reply
+from redflag.lab.synthesis.who import judge_of, writer
 
 
 def asked(model, questions):

@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from redflag.corpus.nano import nano_rows
-from redflag.corpus.rows import Row
+from redflag.data.rows import Row
 from redflag.errors import RedflagError
 from redflag.judges import UnansweredError, Verdict
-from redflag.judges.oracle import NanoOracle
-from redflag.synthesis.onset import Onset, agreement, find_onset, find_onsets, sentences, with_onsets
+from redflag.lab.nano.judge import NanoOracle
+from redflag.lab.nano.rows import nano_rows
+from redflag.lab.synthesis.onset import Onset, agreement, find_onset, find_onsets, sentences, with_onsets
 
 ASK = [{"role": "user", "content": "q"}]
 

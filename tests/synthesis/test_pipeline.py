@@ -12,18 +12,18 @@ from chat_server import chat_server
 from hypothesis import given
 from hypothesis import strategies as st
 
-from redflag.corpus.nano_phrases import words
-from redflag.corpus.rows import load_rows
+from redflag.data.rows import load_rows
 from redflag.errors import RedflagError
 from redflag.judges import UnansweredError, Verdict
-from redflag.synthesis import run as verb
-from redflag.synthesis.augment import WRAPPERS, with_typos, wrapped
-from redflag.synthesis.constitution import Class, parse_constitution
-from redflag.synthesis.cost import allow, estimate
-from redflag.synthesis.pipeline import Settings, is_held_out, synthesize
-from redflag.synthesis.quality import bad_answer, bad_request, usable
-from redflag.synthesis.questions import KeptAnswers, Reply
-from redflag.synthesis.requests import group_of
+from redflag.lab.nano.phrases import words
+from redflag.lab.synthesis import run as verb
+from redflag.lab.synthesis.augment import WRAPPERS, with_typos, wrapped
+from redflag.lab.synthesis.constitution import Class, parse_constitution
+from redflag.lab.synthesis.cost import allow, estimate
+from redflag.lab.synthesis.pipeline import Settings, is_held_out, synthesize
+from redflag.lab.synthesis.quality import bad_answer, bad_request, usable
+from redflag.lab.synthesis.questions import KeptAnswers, Reply
+from redflag.lab.synthesis.requests import group_of
 
 RECORD = {
     "name": "tiny",
@@ -253,7 +253,7 @@ def test_S3_1_every_disguise_holds_the_request():
 
 
 def test_S3_1_a_share_is_held_out_by_group():
-    from redflag.corpus.rows import Row
+    from redflag.data.rows import Row
 
     rows = [Row([], group=group_of(f"request {i}")) for i in range(2000)]
     assert 0.17 < sum(is_held_out(row, 0.2) for row in rows) / 2000 < 0.23

@@ -15,16 +15,16 @@ from chat_server import chat_server
 from stock_vllm import serve_vllm
 
 from redflag import cli
-from redflag.corpus.nano import nano_rows
-from redflag.corpus.rows import load_rows, write_rows
-from redflag.judges.oracle import NanoOracle
+from redflag.data.rows import load_rows, write_rows
+from redflag.lab.nano.judge import NanoOracle
+from redflag.lab.nano.rows import nano_rows
 
 NANO = Path(__file__).parents[2] / "recipes" / "constitution" / "nano.yaml"
 
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    monkeypatch.setitem(cli.VERBS, "synthesize", ("redflag.synthesis.run", ""))
+    monkeypatch.setitem(cli.VERBS, "synthesize", ("redflag.lab.synthesis.run", ""))
 
     def run(*words):
         status = cli.main(["synthesize", *map(str, words)])
@@ -40,7 +40,7 @@ def test_S3_1_a_process_that_is_killed_loses_nothing_that_was_answered(tmp_path)
 
     def start(name):
         code = (
-            "from redflag.synthesis.run import SynthesizeArguments, run; "
+            "from redflag.lab.synthesis.run import SynthesizeArguments, run; "
             f"run(SynthesizeArguments({str(tmp_path / name)!r}, constitution={str(NANO)!r}, model='m', "
             f"url={server.url!r}, requests=60, concurrency=1, near=1.0, yes=True))"
         )

@@ -28,20 +28,20 @@ from redflag.backends import Sampling
 from redflag.backends.hf import HFBackend
 from redflag.backends.scripted import ScriptedBackend
 from redflag.backends.turns import Turns
+from redflag.calibrating import replay
 from redflag.cli import parse
-from redflag.corpus.nano import nano_rows
-from redflag.corpus.rows import Row, write_rows
+from redflag.data.rows import Row, write_rows
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec, attach
-from redflag.measuring import replay
-from redflag.measuring.marker import LocalSource, MarkerReader
-from redflag.measuring.prompts import FlagReader, score_prompts
-from redflag.measuring.recording import Recording
-from redflag.measuring.score import read_scored, score_rows
+from redflag.guard.guard import Guard
+from redflag.lab.nano.rows import nano_rows
 from redflag.prompt import render_prompt, template_hash
-from redflag.serving.access import Limits
-from redflag.serving.audit import AuditLog
-from redflag.serving.guard import Guard
+from redflag.scoring.marker import LocalSource, MarkerReader
+from redflag.scoring.prompts import FlagReader, score_prompts
+from redflag.scoring.recording import Recording
+from redflag.scoring.score import read_scored, score_rows
+from redflag.server.access import Limits
+from redflag.server.audit_log import AuditLog
 from redflag.trace import Alarm, Done, Halt, Step, Text
 from redflag.training import train
 from redflag.training.pretrain import train_tokenizer
@@ -311,7 +311,7 @@ def test_S0_4_the_verb_reads_any_model_and_its_rows_can_be_shown_and_swept(plain
 def test_S0_4_an_interrupted_run_goes_on_and_writes_the_same_bytes(plain, tmp_path, monkeypatch):
     """27 prompts, two markers, batches of two: windows of six prompts are kept or lost as one."""
     for module in ("prompts", "score"):
-        monkeypatch.setattr(f"redflag.measuring.{module}.BATCHES", 3)
+        monkeypatch.setattr(f"redflag.scoring.{module}.BATCHES", 3)
     batches, once = [], LocalSource._batch
 
     def batch(self, pairs):
@@ -551,7 +551,7 @@ def test_S0_9_S0_10_the_recipe_tells_refusals_from_answers_and_counts_them(measu
 
 
 def test_rows_without_a_response_are_prompts_only_where_that_is_asked_for(tmp_path):
-    from redflag.corpus.rows import load_rows
+    from redflag.data.rows import load_rows
 
     path = write_rows(tmp_path / "rows.jsonl", [Row(ASKED, "refusal", id="a")])
     with pytest.raises(RedflagError, match="no assistant turn"):

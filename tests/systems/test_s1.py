@@ -18,18 +18,18 @@ from redflag.backends import Sampling
 from redflag.backends.hf import HFBackend
 from redflag.backends.load import read_model
 from redflag.backends.scripted import ScriptedBackend
-from redflag.corpus.rows import Row, write_rows
+from redflag.data.rows import Row, write_rows
 from redflag.flags import Flag, FlagSpec
+from redflag.guard.guard import Guard
 from redflag.judges import Verdict
-from redflag.measuring.attacks import Target
-from redflag.measuring.attacks.finetune import FineTune
-from redflag.measuring.attacks.run import make_attacks, run_attacks
-from redflag.measuring.attacks.wrappers import Wrappers, translation
-from redflag.measuring.baselines.bench import Bench
-from redflag.measuring.baselines.fixed import FixedPosition
-from redflag.measuring.metrics import auroc
+from redflag.lab.attacks import Target
+from redflag.lab.attacks.finetune import FineTune
+from redflag.lab.attacks.run import make_attacks, run_attacks
+from redflag.lab.attacks.wrappers import Wrappers, translation
+from redflag.lab.baselines.bench import Bench
+from redflag.lab.baselines.fixed import FixedPosition
 from redflag.prompt import render_prompt, render_response
-from redflag.serving.guard import Guard
+from redflag.stats.metrics import auroc
 from redflag.trace import Alarm, Done, Halt, Reflection, Resume, Step, Text
 from redflag.training.encode import IGNORE, PlacementConfig, encode, place
 from redflag.training.pretrain import pretrain, train_tokenizer

@@ -18,12 +18,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from redflag.corpus.nano import nano_rows
-from redflag.corpus.rows import load_rows
+from redflag.calibrating.calibrate import calibrate
+from redflag.data.rows import load_rows
 from redflag.errors import RedflagError
 from redflag.flags import Flag, FlagSpec
-from redflag.measuring.calibrate import calibrate
-from redflag.measuring.recording import Recording
+from redflag.lab.nano.rows import nano_rows
+from redflag.scoring.recording import Recording
 from redflag.trace import Alarm, Done, Halt, Step, Text
 from redflag.watching.first_token import FirstTokenRule
 from redflag.watching.monitor import MonitorConfig

@@ -15,23 +15,23 @@ from tiny import make_rows
 
 from redflag.backends.load import load_tokenizer
 from redflag.backends.scripted import ScriptedBackend
-from redflag.corpus.rows import load_rows, write_rows
+from redflag.calibrating import replay
+from redflag.data.rows import load_rows, write_rows
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
+from redflag.guard.guard import Guard
 from redflag.judges import Verdict
 from redflag.judges.cache import CachedJudge
-from redflag.judges.oracle import NanoOracle
-from redflag.measuring import replay
-from redflag.measuring.baselines import Cost, probes
-from redflag.measuring.baselines.bench import Bench
-from redflag.measuring.baselines.hidden import hidden_states
-from redflag.measuring.baselines.probe_losses import ema, softmax_weighted, swim, token_bce, towards_maximum
-from redflag.measuring.cascade import Reader, Stage, asking, cascade, measure, so_far, weighted
-from redflag.measuring.cost import forward_flops, of_cascade, passes, relative
-from redflag.measuring.evaluate import EvaluateArguments, evaluate
-from redflag.measuring.recording import Recording
-from redflag.measuring.tables import plain
-from redflag.serving.guard import Guard
+from redflag.lab.baselines import Cost, probes
+from redflag.lab.baselines.bench import Bench
+from redflag.lab.baselines.hidden import hidden_states
+from redflag.lab.baselines.probe_losses import ema, softmax_weighted, swim, token_bce, towards_maximum
+from redflag.lab.evaluating.cascade import Reader, Stage, asking, cascade, measure, so_far, weighted
+from redflag.lab.evaluating.cost import forward_flops, of_cascade, passes, relative
+from redflag.lab.evaluating.evaluate import EvaluateArguments, evaluate
+from redflag.lab.evaluating.tables import plain
+from redflag.lab.nano.judge import NanoOracle
+from redflag.scoring.recording import Recording
 from redflag.trace import Escalation, Halt, Step, Text
 from redflag.watching.monitor import MonitorConfig
 from redflag.watching.policy import Policy
@@ -340,7 +340,7 @@ def test_S3_5_the_report_sets_flag_baselines_and_cascades_against_relative_compu
     names = ["flag then last-layer probe", "last-layer probe then flag", "flag then judge"]
     judge = {"judge": "endpoint", "judge_url": "http://nowhere", "judge_name": "a judge", "judge_flops": 2e6}
     # What an endpoint would say, without one.
-    monkeypatch.setattr("redflag.measuring.stages.judge_of", lambda arguments: NanoOracle())
+    monkeypatch.setattr("redflag.lab.evaluating.stages.judge_of", lambda arguments: NanoOracle())
     asked = arguments(nano, world, baselines=["last-layer probe"], cascades=names, escalation_share=0.1, **judge)
     report = evaluate(asked)
     methods, own = report["methods"], report["model_pass"]
@@ -387,7 +387,7 @@ def test_S3_5_the_report_sets_flag_baselines_and_cascades_against_relative_compu
     assert "Accuracy against compute" in page and "last-layer probe then flag" in page
 
     # The pass is timed once: the same command says the same.
-    monkeypatch.setattr("redflag.measuring.cost._timed", lambda *given: pytest.fail("it was timed again"))
+    monkeypatch.setattr("redflag.lab.evaluating.cost._timed", lambda *given: pytest.fail("it was timed again"))
     rows = load_rows(world / "test.jsonl")
     again, flag = passes(asked, rows, FlagSpec.load(nano / "model"), world / "out" / "passes.json")
     assert (again, flag) == (own, methods["flag"]["cost"])
@@ -415,6 +415,6 @@ def test_S3_5_the_report_sets_flag_baselines_and_cascades_against_relative_compu
 def test_S3_5_a_cascade_that_cannot_be_measured_is_refused_before_anything_is_computed(
     nano, world, tmp_path, monkeypatch, options, words
 ):
-    monkeypatch.setattr("redflag.measuring.score.run", lambda arguments: pytest.fail("it was begun"))
+    monkeypatch.setattr("redflag.scoring.score.run", lambda arguments: pytest.fail("it was begun"))
     with pytest.raises(RedflagError, match=words):
         evaluate(arguments(nano, world, baselines=["tfidf"], output_dir=str(tmp_path), **options))

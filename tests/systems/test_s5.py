@@ -18,12 +18,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from redflag.backends import Sampling
 from redflag.backends.hf import HFBackend
-from redflag.corpus.rows import Row
+from redflag.data.rows import Row
 from redflag.flags import FlagSpec, attach
-from redflag.measuring.attacks import Target
-from redflag.measuring.attacks.autorap import AutoRAP, helper_chooser
-from redflag.measuring.attacks.rap import RAP, searched, start_of
-from redflag.measuring.attacks.stepping import Looker
+from redflag.lab.attacks import Target
+from redflag.lab.attacks.autorap import AutoRAP, helper_chooser
+from redflag.lab.attacks.rap import RAP, searched, start_of
+from redflag.lab.attacks.stepping import Looker
 from redflag.watching.thresholds import Thresholds
 
 ELSE = None  # what stands behind every token that the table does not name

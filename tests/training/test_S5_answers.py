@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from terms import check_loss, moved_trainer, only, row, split_log_probs, world
 from tiny import TEXT, WORDS, make_rows
 
-from redflag.corpus.rows import load_rows, write_rows
+from redflag.data.rows import load_rows, write_rows
 from redflag.errors import RedflagError
 from redflag.training.answers import constraint_weights, deep_alignment_rows
 from redflag.training.encode import IGNORE, PlacementConfig, place

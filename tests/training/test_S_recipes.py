@@ -10,7 +10,7 @@ import pytest
 from terms import row
 
 from redflag.cli import parse
-from redflag.corpus.rows import load_rows, write_rows
+from redflag.data.rows import load_rows, write_rows
 from redflag.training import train
 
 RECIPES = Path(__file__).parents[2] / "recipes"

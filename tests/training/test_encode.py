@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from redflag.corpus.rows import Row
+from redflag.data.rows import Row
 from redflag.errors import RedflagError
 from redflag.flags import Flag, FlagSpec
 from redflag.prompt import render_response

@@ -22,7 +22,7 @@ from tiny import build, make_rows
 from torch.testing import assert_close
 
 from redflag.backends.load import load_flagged, read_model
-from redflag.corpus.rows import write_rows
+from redflag.data.rows import write_rows
 from redflag.errors import RedflagError
 from redflag.training.sharded import check_plugin
 from redflag.training.trainer import RedFlagConfig

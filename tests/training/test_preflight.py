@@ -19,7 +19,7 @@ from transformers import (
 from redflag import cli
 from redflag.backends import Sampling
 from redflag.backends.load import load_flagged
-from redflag.corpus.rows import write_rows
+from redflag.data.rows import write_rows
 from redflag.errors import RedflagError
 from redflag.training.preflight import refuse_quantised, repair_generation
 from redflag.training.trainer import RedFlagTrainer

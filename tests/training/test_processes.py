@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tiny import build, make_rows
 from torch.testing import assert_close
 
-from redflag.corpus.rows import write_rows
+from redflag.data.rows import write_rows
 
 TERMS = "--attention eager --consistency_coef 0.5 --answer_coef 0.5 --answers harmless --constraint_beta 0.1 "
 TERMS += "--presto_coef 0.5 --benign_coef 0.5 --after_coef 0.5 --forecasts hold "

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from redflag import cli
 from redflag.backends.load import load_flagged
-from redflag.corpus.rows import write_rows
+from redflag.data.rows import write_rows
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
 from redflag.training import saving

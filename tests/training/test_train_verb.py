@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from redflag import cli
 from redflag.backends.load import load_flagged
-from redflag.corpus.rows import write_rows
+from redflag.data.rows import write_rows
 from redflag.flags import FlagSpec
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}

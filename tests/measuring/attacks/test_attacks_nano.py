@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from redflag.backends.load import load_flagged
-from redflag.corpus.rows import load_rows
-from redflag.judges.oracle import NanoOracle
-from redflag.measuring.attacks import Target
-from redflag.measuring.attacks.run import NANO_OPTIONS, make_attacks, run_attacks
+from redflag.data.rows import load_rows
+from redflag.lab.attacks import Target
+from redflag.lab.attacks.run import NANO_OPTIONS, make_attacks, run_attacks
+from redflag.lab.nano.judge import NanoOracle
 from redflag.watching.policy import Policy
 from redflag.watching.thresholds import Thresholds
 

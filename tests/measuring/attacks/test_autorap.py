@@ -9,10 +9,10 @@ import torch
 from tiny import TEXT
 from tiny_target import harmful_row, same_weights, tiny_target, tiny_tokenizer, weights
 
-from redflag.corpus.rows import Row
+from redflag.data.rows import Row
 from redflag.errors import RedflagError
-from redflag.measuring.attacks import Target
-from redflag.measuring.attacks.autorap import HARMFUL, REFUSAL, AutoRAP, Helper, Sample, example, helper_chooser
+from redflag.lab.attacks import Target
+from redflag.lab.attacks.autorap import HARMFUL, REFUSAL, AutoRAP, Helper, Sample, example, helper_chooser
 
 SMALL = dict(k=10, budget=12, prefill_tokens=2, max_new_tokens=5, train_rows=8, starters=3, refusals=2, epochs=2)
 WORDS = TEXT.split()

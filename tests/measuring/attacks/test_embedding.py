@@ -8,9 +8,9 @@ from tiny_target import harmful_row, same_weights, tiny_target, tiny_tokenizer, 
 
 from redflag.backends import Sampling
 from redflag.errors import RedflagError
-from redflag.measuring.attacks import Target
-from redflag.measuring.attacks.embedding import EmbeddingAttack, decode_embedded
-from redflag.measuring.attacks.objective import embed
+from redflag.lab.attacks import Target
+from redflag.lab.attacks.embedding import EmbeddingAttack, decode_embedded
+from redflag.lab.attacks.objective import embed
 
 SMALL = dict(suffix_tokens=4, iterations=12, step=0.05, target_tokens=4, max_new_tokens=6)
 

@@ -10,8 +10,8 @@ from peft import get_peft_model
 from tiny_target import harmful_row, same_weights, tiny_target, tiny_tokenizer, weights
 
 from redflag.errors import RedflagError
-from redflag.measuring.attacks import Target
-from redflag.measuring.attacks.finetune import FineTune, add_difference, answer_loss, recorded_base
+from redflag.lab.attacks import Target
+from redflag.lab.attacks.finetune import FineTune, add_difference, answer_loss, recorded_base
 from redflag.training.adapter import lora_config
 
 SMALL = dict(epochs=4, learning_rate=3e-3, batch=4, max_new_tokens=6)

@@ -10,11 +10,11 @@ import torch
 from tiny_target import harmful_row, same_weights, tiny_target, tiny_tokenizer, weights
 
 from redflag.backends.load import load_flagged
-from redflag.corpus.rows import load_rows
+from redflag.data.rows import load_rows
 from redflag.errors import RedflagError
-from redflag.measuring.attacks import Target
-from redflag.measuring.attacks.gcg import GCG, allowed_ids
-from redflag.measuring.attacks.objective import Harm
+from redflag.lab.attacks import Target
+from redflag.lab.attacks.gcg import GCG, allowed_ids
+from redflag.lab.attacks.objective import Harm
 
 SMALL = dict(steps=6, width=12, top_k=40, suffix=" x x x", target_tokens=4, max_new_tokens=6)
 
@@ -88,7 +88,7 @@ def test_without_nanogcg_the_plain_search_is_refused_and_the_adaptive_one_runs(m
     target = tiny_target()
     with pytest.raises(RedflagError, match=r"nanogcg, which is not installed: run `pip install nanogcg`"):
         next(GCG(adaptive=False).run(target, [harmful_row()], 0))
-    assert importlib.util.find_spec("redflag.measuring.attacks.gcg")
+    assert importlib.util.find_spec("redflag.lab.attacks.gcg")
     assert next(GCG(**{**SMALL, "steps": 1}).run(target, [harmful_row()], 0)).detail["suffix"]
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from redflag.corpus.nano import nano_rows
-from redflag.corpus.nano_oracle import harmful_spans
-from redflag.measuring.attacks.nano_chooser import continues_harm, nano_chooser
+from redflag.lab.nano.chooser import continues_harm, nano_chooser
+from redflag.lab.nano.rows import nano_rows
+from redflag.lab.nano.spans import harmful_spans
 
 
 @pytest.mark.parametrize(

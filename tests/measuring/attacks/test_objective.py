@@ -9,8 +9,8 @@ import torch
 from tiny_target import harmful_row, tiny_target
 
 from redflag.errors import RedflagError
-from redflag.measuring.attacks.gcg import Scorer
-from redflag.measuring.attacks.objective import GOAL, Harm, Parts, embed, parts, target_logits
+from redflag.lab.attacks.gcg import Scorer
+from redflag.lab.attacks.objective import GOAL, Harm, Parts, embed, parts, target_logits
 
 
 def test_the_objective_by_hand():

@@ -10,12 +10,12 @@ from attacking import HARM, TOKENIZER, alarm_at, make_row, make_target
 
 from redflag.errors import RedflagError
 from redflag.judges import UnansweredError
-from redflag.judges.oracle import NanoOracle
-from redflag.measuring.attacks import Attempt
-from redflag.measuring.attacks.outcome import entries, judge_attempts, not_run, replay_attempt, summarise
-from redflag.measuring.attacks.sampling import Plain
-from redflag.measuring.attacks.wrappers import NANO_WRAPPERS, Wrappers, rot13
-from redflag.measuring.metrics import clopper_pearson
+from redflag.lab.attacks import Attempt
+from redflag.lab.attacks.outcome import entries, judge_attempts, not_run, replay_attempt, summarise
+from redflag.lab.attacks.sampling import Plain
+from redflag.lab.attacks.wrappers import NANO_WRAPPERS, Wrappers, rot13
+from redflag.lab.nano.judge import NanoOracle
+from redflag.stats.metrics import clopper_pearson
 from redflag.watching.policy import Policy
 from redflag.watching.thresholds import Thresholds
 

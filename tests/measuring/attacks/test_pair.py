@@ -9,7 +9,7 @@ from attacking import HARM, alarm_at, make_row, make_target
 from chat_server import chat_server
 
 from redflag.errors import RedflagError
-from redflag.measuring.attacks.pair import PAIR, pair, read_prompt, read_score
+from redflag.lab.attacks.pair import PAIR, pair, read_prompt, read_score
 from redflag.watching.thresholds import Thresholds
 
 ROWS = [make_row("r0")]

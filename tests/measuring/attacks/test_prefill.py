@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from attacking import HARM, TOKENIZER, make_row, make_target
 
-from redflag.measuring.attacks.prefill import AffirmativeOpening, Prefill, own_opening
+from redflag.lab.attacks.prefill import AffirmativeOpening, Prefill, own_opening
 
 ROWS = [make_row("r0"), make_row("r1", f"{HARM} {HARM} Leave no trace behind.", 0)]
 

@@ -10,12 +10,12 @@ from tiny_target import harmful_row, same_weights, tiny_target, tiny_tokenizer, 
 
 from redflag.backends import Sampling
 from redflag.backends.load import load_flagged
-from redflag.corpus.nano_oracle import harmful_spans
-from redflag.corpus.rows import load_rows
+from redflag.data.rows import load_rows
 from redflag.errors import RedflagError
-from redflag.measuring.attacks import Target
-from redflag.measuring.attacks.rap import RAP, follow_oracle, guard_of, start_of
-from redflag.measuring.attacks.stepping import Looker, Stepper, look_at
+from redflag.lab.attacks import Target
+from redflag.lab.attacks.rap import RAP, follow_oracle, guard_of, start_of
+from redflag.lab.attacks.stepping import Looker, Stepper, look_at
+from redflag.lab.nano.spans import harmful_spans
 from redflag.watching.policy import Policy
 from redflag.watching.thresholds import Thresholds
 

@@ -6,8 +6,8 @@ import pytest
 from attacking import make_row, make_target
 
 from redflag.errors import RedflagError
-from redflag.measuring.attacks.buildup import BuildUp
-from redflag.measuring.attacks.sampling import Plain, RepeatedSampling
+from redflag.lab.attacks.buildup import BuildUp
+from redflag.lab.attacks.sampling import Plain, RepeatedSampling
 
 ROWS = [make_row("r0"), make_row("r1")]
 

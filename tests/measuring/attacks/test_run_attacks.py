@@ -9,10 +9,9 @@ import pytest
 from attacking import HARM, alarm_at, make_row, make_target
 
 from redflag.errors import RedflagError
-from redflag.judges.oracle import NanoOracle
-from redflag.measuring.attacks.outcome import summarise
-from redflag.measuring.attacks.prefill import Prefill
-from redflag.measuring.attacks.run import (
+from redflag.lab.attacks.outcome import summarise
+from redflag.lab.attacks.prefill import Prefill
+from redflag.lab.attacks.run import (
     ATTACKS,
     NANO_OPTIONS,
     OUTSIDE,
@@ -22,8 +21,9 @@ from redflag.measuring.attacks.run import (
     record,
     run_attacks,
 )
-from redflag.measuring.attacks.sampling import Plain, RepeatedSampling
-from redflag.measuring.attacks.suppress import LogitBias
+from redflag.lab.attacks.sampling import Plain, RepeatedSampling
+from redflag.lab.attacks.suppress import LogitBias
+from redflag.lab.nano.judge import NanoOracle
 from redflag.watching.policy import Policy
 from redflag.watching.thresholds import Thresholds
 
@@ -62,7 +62,7 @@ def sampled():
 
 @pytest.mark.parametrize("kills", [(0,), (1,), (3, 0, 4), (5, 5), (13,)])
 def test_a_killed_run_ends_with_the_bytes_of_one_that_was_not(tmp_path, kills, monkeypatch):
-    monkeypatch.setattr("redflag.measuring.attacks.run._head", lambda *a: {"format": 1})
+    monkeypatch.setattr("redflag.lab.attacks.run._head", lambda *a: {"format": 1})
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
     expected, _ = record(target(), sampled(), ROWS, whole, 1, unit=2)
     for left in kills:

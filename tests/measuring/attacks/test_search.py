@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from redflag.measuring.attacks.search import Found, Guard, Path, harmful_tokens, search, shown
-from redflag.measuring.attacks.stepping import Look
+from redflag.lab.attacks.search import Found, Guard, Path, harmful_tokens, search, shown
+from redflag.lab.attacks.stepping import Look
 from redflag.trace import Step
 from redflag.watching.monitor import MonitorConfig
 from redflag.watching.policy import Policy

@@ -10,8 +10,8 @@ from tiny import build
 from redflag.backends import Sampling
 from redflag.backends.hf import HFBackend
 from redflag.errors import RedflagError
-from redflag.measuring.attacks import Target
-from redflag.measuring.attacks.suppress import LogitBias, SuppressByWords, biased_steps, place_words
+from redflag.lab.attacks import Target
+from redflag.lab.attacks.suppress import LogitBias, SuppressByWords, biased_steps, place_words
 
 ROW = make_row("r0")
 ASKED = ROW.messages[0]["content"]

@@ -7,8 +7,7 @@ from attacking import make_row, make_target
 from hypothesis import given
 from hypothesis import strategies as st
 
-from redflag.corpus.nano import velni
-from redflag.measuring.attacks.wrappers import (
+from redflag.lab.attacks.wrappers import (
     NANO_WRAPPERS,
     WRAPPERS,
     Wrapper,
@@ -19,6 +18,7 @@ from redflag.measuring.attacks.wrappers import (
     to_base64,
     translation,
 )
+from redflag.lab.nano.rows import velni
 
 KNOWN = {wrapper.name: wrapper for wrapper in NANO_WRAPPERS}
 ASKED = "How can I poison Marlo with oleth?"

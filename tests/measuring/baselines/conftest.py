@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from tiny import WORDS, make_rows
 
-from redflag.corpus.rows import Row
-from redflag.measuring.baselines.bench import Bench
+from redflag.data.rows import Row
+from redflag.lab.baselines.bench import Bench
 
 
 @pytest.fixture

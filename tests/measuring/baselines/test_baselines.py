@@ -10,15 +10,15 @@ from measuring.baselines.stand_in_guard import InWords, Streaming
 from redflag import cli
 from redflag.backends.load import load_flagged
 from redflag.errors import RedflagError
-from redflag.measuring.baselines import fixed, probes, refusing
-from redflag.measuring.baselines.hidden import hidden_states
-from redflag.measuring.baselines.probe_data import balance_of, onset_of
-from redflag.measuring.baselines.stream_guard import StreamGuard
-from redflag.measuring.baselines.tfidf import TfidfBaseline
-from redflag.measuring.baselines.token_classifier import TokenClassifier
-from redflag.measuring.baselines.tuning import Tuning
-from redflag.measuring.recording import Recording
-from redflag.measuring.score import score_rows
+from redflag.lab.baselines import fixed, probes, refusing
+from redflag.lab.baselines.hidden import hidden_states
+from redflag.lab.baselines.probe_data import balance_of, onset_of
+from redflag.lab.baselines.stream_guard import StreamGuard
+from redflag.lab.baselines.tfidf import TfidfBaseline
+from redflag.lab.baselines.token_classifier import TokenClassifier
+from redflag.lab.baselines.tuning import Tuning
+from redflag.scoring.recording import Recording
+from redflag.scoring.score import score_rows
 
 FITTING = probes.Fitting(passes=2, rows=8, learning_rate=0.05)
 SOLVED = probes.Fitting(lbfgs=200, passes=0, l2=1e-2)

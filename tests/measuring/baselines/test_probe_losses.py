@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from redflag.measuring.baselines.probe_losses import ema, softmax_weighted, swim, token_bce, towards_maximum
+from redflag.lab.baselines.probe_losses import ema, softmax_weighted, swim, token_bce, towards_maximum
 
 INF = math.inf
 

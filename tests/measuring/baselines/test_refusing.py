@@ -8,10 +8,10 @@ from templates import turn, world
 from tiny import build
 
 from redflag.backends.load import read_model
-from redflag.corpus.rows import Row
-from redflag.measuring.baselines import refusing
-from redflag.measuring.baselines.bench import Read, thinned
-from redflag.measuring.baselines.tuning import IGNORE, Example, Tuning, fine_tune, loss_of
+from redflag.data.rows import Row
+from redflag.lab.baselines import refusing
+from redflag.lab.baselines.bench import Read, thinned
+from redflag.lab.baselines.tuning import IGNORE, Example, Tuning, fine_tune, loss_of
 from redflag.prompt import render_prompt
 from redflag.truncation import fit_prompt
 

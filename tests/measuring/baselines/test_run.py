@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from redflag.errors import RedflagError
-from redflag.measuring.baselines import hidden, run
-from redflag.measuring.baselines.bench import Bench
-from redflag.measuring.baselines.hidden import hidden_states
-from redflag.measuring.baselines.probes import Fitting
-from redflag.measuring.baselines.run import record_baselines
+from redflag.lab.baselines import hidden, run
+from redflag.lab.baselines.bench import Bench
+from redflag.lab.baselines.hidden import hidden_states
+from redflag.lab.baselines.probes import Fitting
+from redflag.lab.baselines.run import record_baselines
 
 NAMES = ["tfidf", "last-layer probe", "mlp probe"]
 

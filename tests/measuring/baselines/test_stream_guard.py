@@ -6,9 +6,9 @@ import pytest
 import torch
 from measuring.baselines.stand_in_guard import InWords, Streaming, levels_of
 
-from redflag.corpus.rows import Row
+from redflag.data.rows import Row
 from redflag.errors import RedflagError
-from redflag.measuring.baselines.stream_guard import StreamGuard, stream_guard
+from redflag.lab.baselines.stream_guard import StreamGuard, stream_guard
 
 ROW = Row([{"role": "user", "content": "tell cat"}, {"role": "assistant", "content": "the cat sat on a mat"}])
 

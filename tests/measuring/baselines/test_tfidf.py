@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from sklearn.feature_extraction.text import TfidfVectorizer
 from tiny import WORDS
 
-from redflag.measuring.baselines.texts import growing_text
-from redflag.measuring.baselines.tfidf import TfidfBaseline
+from redflag.lab.baselines.texts import growing_text
+from redflag.lab.baselines.tfidf import TfidfBaseline
 from redflag.training.pretrain import train_tokenizer
 
 TEXTS = ["the cat sat on the mat", "a dog ate the Cat", "rain, rain and fish", "ate a mat and ate"]

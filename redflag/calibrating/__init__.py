@@ -1,0 +1,1 @@
+"""From recordings to thresholds with a guarantee."""

@@ -1,0 +1,400 @@
+"""Thresholds for a target false-alarm rate per response: `redflag.calibrate` and the verb `redflag calibrate`.
+
+Harmless responses are folded through the monitor that will watch the stream (`redflag.calibrating.replay`, equal to it
+bit by bit); their peaks set the thresholds (the mathematics and its proofs are in `redflag.calibrating.guarantee`). A
+part of the responses is held out, by group, and only measures what rate the thresholds realise: the thresholds in force
+come from the calibration part alone, so that the reported rate is an honest one. Harmful responses with a known onset
+show how late alarms come, and with that how long tokens should be held back (`redflag.calibrating.hold_back`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from redflag.backends.outbound import UpstreamOptions
+from redflag.calibrating import replay
+from redflag.calibrating.groups import split_groups
+from redflag.calibrating.guarantee import Guarantee, fit_threshold, fit_thresholds, required
+from redflag.calibrating.hold_back import HoldBack, suggest_hold_back
+from redflag.calibrating.observed import known_onset
+from redflag.data.options import RowOptions
+from redflag.data.rows import Row
+from redflag.errors import RedflagError
+from redflag.flags import FlagSpec
+from redflag.scoring.recorded import recorded
+from redflag.scoring.recording import Recording
+from redflag.stats.metrics import clopper_pearson
+from redflag.trace import require_writable
+from redflag.watching.monitor import MonitorConfig
+from redflag.watching.thresholds import THRESHOLDS_FILE, Thresholds
+
+__all__ = ["CalibrateArguments", "Calibration", "calibrate", "fit_threshold", "fit_thresholds", "run", "split_groups"]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Thresholds, and what they do on responses that had no part in setting them.
+
+    Attributes:
+        thresholds: What `redflag calibrate` saves.
+        calibration_size: Harmless responses that set the thresholds.
+        held_out_size: Harmless responses that measured them.
+        false_alarms: Held-out harmless responses that alarm in any category.
+        false_alarms_by_category: The same, category by category.
+        harmful_size: Harmful responses measured.
+        caught: Harmful responses that alarm in any category.
+        caught_by_category: The same, category by category.
+        hold_back: Delays of the alarms in harmful responses with a known onset, and the hold-back they suggest.
+    """
+
+    thresholds: Thresholds
+    calibration_size: int
+    held_out_size: int
+    false_alarms: int
+    false_alarms_by_category: dict[str, int]
+    harmful_size: int
+    caught: int
+    caught_by_category: dict[str, int]
+    hold_back: HoldBack
+
+    def __str__(self) -> str:
+        return _table(self)
+
+
+@dataclass
+class CalibrateArguments(RowOptions, UpstreamOptions):
+    """Thresholds for a target false-alarm rate per response, written to <model>/thresholds.json."""
+
+    model: str = field(
+        metadata={"help": "Folder of a flagged model (with redflag.json); thresholds.json is written there."}
+    )
+    input: str = field(
+        metadata={
+            "help": "Conversations, as `redflag score` reads; or a recording of this model (.parquet), which is not "
+            "measured again. Harmful rows only measure what is caught."
+        }
+    )
+    target_fpr: float = field(default=0.01, metadata={"help": "Share of harmless responses that may alarm."})
+    guarantee: Literal["expected", "high_probability"] = field(
+        default="expected",
+        metadata={
+            "help": "expected: the rate holds on average; high_probability: it holds with probability 1 - delta."
+        },
+    )
+    delta: float = field(default=0.05, metadata={"help": "Probability that high_probability may fail."})
+    joint: bool = field(default=True, metadata={"help": "Whether the rate is that of an alarm in any category."})
+    aggregation: Literal["max", "ema", "run", "cusum", "first"] = field(
+        default="max", metadata={"help": "How the monitor makes a score of the probabilities."}
+    )
+    window: int = field(default=MonitorConfig.window, metadata={"help": "run: steps on end that must be high."})
+    decay: float = field(default=MonitorConfig.decay, metadata={"help": "ema: weight of the new value."})
+    prior: float = field(
+        default=MonitorConfig.prior, metadata={"help": "ema, cusum: probability that is normal in harmless text."}
+    )
+    drift: float = field(default=MonitorConfig.drift, metadata={"help": "cusum: nats forgiven per step."})
+    warm_up: int = field(default=MonitorConfig.warm_up, metadata={"help": "First steps that never alarm."})
+    held_out: float = field(
+        default=0.3, metadata={"help": "Share of harmless rows that only measure the realised rate."}
+    )
+    hold_back_share: float = field(
+        default=0.95,
+        metadata={"help": "Share of detected harmful responses that the suggested hold-back keeps wholly back."},
+    )
+    seed: int = field(default=0, metadata={"help": "Seeds the choice of held-out rows."})
+    upstream: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Address(es) of OpenAI-compatible servers of this model: calibrate where it is served."},
+    )
+    batch_size: int = field(default=16, metadata={"help": "Conversations per forward pass."})
+    max_length: int | None = field(
+        default=None, metadata={"help": "Longest prompt + response in tokens; default: the model's context."}
+    )
+    on_bad_row: Literal["stop", "skip"] = field(default="stop", metadata={"help": "What a malformed row does."})
+    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda, cuda:0, ..."})
+    dtype: str = field(default="auto", metadata={"help": "auto (as saved), float32, bfloat16 or float16."})
+
+
+ARGUMENTS = CalibrateArguments
+POSITIONAL: str | None = None
+
+
+def run(arguments: CalibrateArguments) -> int:
+    """The verb. Whatever can be refused before the model is run is refused before."""
+    from redflag.data.rows import load_rows
+    from redflag.scoring.progress import report_rows
+
+    monitor = MonitorConfig(
+        aggregation=arguments.aggregation,
+        window=arguments.window,
+        decay=arguments.decay,
+        prior=arguments.prior,
+        drift=arguments.drift,
+        warm_up=arguments.warm_up,
+    )
+    spec = FlagSpec.load(arguments.model)
+    require_writable(f"{arguments.model}/{THRESHOLDS_FILE}", "model", file=True)
+    recording = recorded(arguments.input, spec)
+    if recording is None:
+        rows = load_rows(arguments.input, on_bad_row=arguments.on_bad_row, **arguments.row_options())
+        report_rows(rows)
+        harmless = [row for row in rows if not row.harmful]
+        harmful = [row for row in rows if row.harmful]
+        fit_on, _ = split_groups([row.group for row in harmless], arguments.held_out, arguments.seed)
+        spread = len(spec.categories) if arguments.joint else 1
+        _check_size(len(fit_on), len(harmless), arguments.target_fpr, arguments.guarantee, arguments.delta, spread)
+        recording = _measured(arguments, harmless, harmful)
+    result = calibrate(
+        recording,
+        spec,
+        target_fpr=arguments.target_fpr,
+        guarantee=arguments.guarantee,
+        delta=arguments.delta,
+        joint=arguments.joint,
+        monitor=monitor,
+        hold_back_share=arguments.hold_back_share,
+        held_out=arguments.held_out,
+        seed=arguments.seed,
+        logprob_mode=recording.meta.get("logprob_mode", "raw"),
+    )
+    result.thresholds.save(arguments.model)
+    print(result)
+    print(f"thresholds written to {arguments.model}/thresholds.json")
+    return 0
+
+
+def _measured(arguments: CalibrateArguments, harmless: list[Row], harmful: list[Row]) -> Recording:
+    """Rows measured by the model in this process or by the servers that serve it."""
+    from redflag.scoring.processes import World
+    from redflag.scoring.score import context_limit, open_scorer, progress, renderable, report_skipped, score
+
+    with ExitStack() as stack:
+        scorer, tokenizer, spec = open_scorer(arguments, World(), stack)
+        limit = context_limit(arguments.max_length, scorer.context_length)
+        if arguments.on_bad_row == "skip":
+            harmless, bad = renderable(tokenizer, spec, harmless)
+            harmful, more = renderable(tokenizer, spec, harmful)
+            report_skipped(bad + more)
+        ordered = harmless + harmful
+        scored = score(scorer, tokenizer, spec, ordered, batch_size=arguments.batch_size, max_length=limit)
+        measured = []
+        for item in progress(scored, total=len(ordered), what="measured"):
+            # A harmful row without an onset counts as harmful from its first token, but nobody marked that.
+            known = item.row.onset is not None
+            measured.append(
+                {
+                    # With the steps that end the turn: a guard judges them too, so a false alarm may lie there.
+                    "flag_probs": item.flag_probs,
+                    "tail_probs": item.tail_probs,
+                    "onset": item.onset if known else None,
+                    "onset_source": (item.row.onset_source or "labelled") if known else None,
+                    "category": item.row.category,
+                    "group": item.row.group,
+                }
+            )
+    return Recording.of(spec.categories, measured)
+
+
+def calibrate(
+    harmless: Sequence[Any] | Recording,
+    spec: FlagSpec,
+    *,
+    target_fpr: float = 0.01,
+    guarantee: Guarantee = "expected",
+    delta: float = 0.05,
+    joint: bool = True,
+    monitor: MonitorConfig | None = None,
+    harmful: Sequence[Any] = (),
+    onsets: Sequence[int | None] | None = None,
+    hold_back_share: float = 0.95,
+    groups: Sequence[str | None] | None = None,
+    held_out: float = 0.3,
+    seed: int = 0,
+    logprob_mode: str = "raw",
+) -> Calibration:
+    """Sets thresholds from the flag probabilities of harmless responses.
+
+    Args:
+        harmless: Per response, T x K flag probabilities: all that a guard would have judged, as a trace holds them, or
+            `flag_probs` + `tail_probs` of a scored row. Or a recording of harmless and harmful responses, whose
+            `harmful`, `onsets` and `groups` are then its own columns.
+        spec: The model's flags: its categories name the thresholds, its run id and template hash bind them.
+        target_fpr: Share of harmless responses that may alarm.
+        guarantee: "expected": the rate holds on average over calibration sets; "high_probability": it holds with
+            probability 1 - delta.
+        delta: Probability that "high_probability" may fail.
+        joint: Whether `target_fpr` is the rate of an alarm in any category, or of each category by itself.
+        monitor: How probabilities become scores; None: the highest probability.
+        harmful: Per harmful response, T x K probabilities: only measured, never fitted to.
+        onsets: Per harmful response, the index of its first harmful token; None: not known. None for all of them: no
+            hold-back is suggested.
+        hold_back_share: Share of the detected harmful responses with a known onset of which the suggested hold-back
+            lets no token from the onset on be shown.
+        groups: Per harmless response, the group it belongs to (None: its own): no group is on both sides of the split.
+        held_out: Share of the harmless responses that only measures the realised rate; 0: none, and none is reported.
+        seed: Seeds the split.
+        logprob_mode: The engine's log-probability mode that the probabilities come from.
+
+    Raises:
+        RedflagError: Too few harmless responses (how many are needed is said), a probability that cannot be judged, or
+            a rate that only a threshold which no score can reach would keep.
+    """
+    config = monitor or MonitorConfig()
+    categories = spec.categories
+    if isinstance(harmless, Recording):
+        rows = _of_recording(harmless, categories)
+    else:
+        rows = _of_responses(harmless, harmful, groups, onsets, len(categories))
+    fit_on, measure_on = split_groups(rows.groups, held_out, seed)
+    total = len(rows.groups)
+    _check_size(len(fit_on), total, target_fpr, guarantee, delta, len(categories) if joint else 1)
+    table = replay.peaks(config, rows.harmless, rows.harmless_at)
+    caught = replay.peaks(config, rows.harmful, rows.harmful_at)
+    try:
+        values = fit_thresholds(table[fit_on], target_fpr, guarantee, delta, joint)
+    except RedflagError as error:
+        if not measure_on:
+            raise
+        raise RedflagError(f"{error} (of {total} harmless responses, {len(measure_on)} are held out)") from error
+    # Only CUSUM adds up: every other score is itself a probability, and a threshold above 1 would be a guard asleep.
+    if config.aggregation != "cusum":
+        for category, value in zip(categories, values, strict=True):
+            if value > 1.0:
+                raise RedflagError(
+                    f"no threshold on {category!r} keeps a false-alarm rate of {target_fpr:g}: too many harmless "
+                    "responses reach a score of 1, so the guard could never fire; raise target_fpr, look at those "
+                    "rows, or train again"
+                )
+    alarms = table[measure_on] >= np.asarray(values)
+    hits = caught >= np.asarray(values)
+    lengths = np.diff(rows.harmful.starts)
+    dated = [(i, o) for i, o in zip(rows.harmful_at, rows.onsets, strict=True) if o is not None and o < lengths[i]]
+    first = replay.alarms(config, rows.harmful, values, [i for i, _ in dated]).tolist()
+    hold_back = suggest_hold_back(
+        [step if step >= 0 else None for step in first], [onset for _, onset in dated], hold_back_share
+    )
+    realised, interval = None, None
+    if measure_on:
+        realised = float(alarms.any(axis=1).mean())
+        interval = clopper_pearson(int(alarms.any(axis=1).sum()), len(measure_on))
+    thresholds = Thresholds(
+        values=dict(zip(categories, values, strict=True)),
+        monitor=config,
+        target_fpr=target_fpr,
+        guarantee=guarantee,
+        delta=delta if guarantee == "high_probability" else None,
+        joint=joint,
+        sample_size=len(fit_on),
+        realised_fpr=realised,
+        interval=interval,
+        held_out_size=len(measure_on),
+        run_id=spec.run_id,
+        template_hash=spec.template_hash,
+        logprob_mode=logprob_mode,
+        suggested_hold_back=hold_back.suggested,
+    )
+    return Calibration(
+        thresholds=thresholds,
+        calibration_size=len(fit_on),
+        held_out_size=len(measure_on),
+        false_alarms=int(alarms.any(axis=1).sum()),
+        false_alarms_by_category=dict(zip(categories, map(int, alarms.sum(axis=0)), strict=True)),
+        harmful_size=len(rows.onsets),
+        caught=int(hits.any(axis=1).sum()),
+        caught_by_category=dict(zip(categories, map(int, hits.sum(axis=0)), strict=True)),
+        hold_back=hold_back,
+    )
+
+
+class _Rows(NamedTuple):
+    """Responses and which of them are harmless and harmful; one group and one onset for each of these."""
+
+    harmless: replay.Responses
+    harmless_at: Sequence[int]
+    groups: Sequence[str | None]
+    harmful: replay.Responses
+    harmful_at: Sequence[int]
+    onsets: Sequence[int | None]
+
+
+def _of_recording(recording: Recording, categories: tuple[str, ...]) -> _Rows:
+    if recording.categories != categories:
+        raise RedflagError(
+            f"the recording is of the flags {', '.join(recording.categories)} and the model has "
+            f"{', '.join(categories)}: give a recording of this model"
+        )
+    harmless, harmful = (np.flatnonzero(part).tolist() for part in (~recording.harmful, recording.harmful))
+    groups = recording.columns["group"]
+    onsets = [onset if known_onset(recording, i) else None for i, onset in enumerate(recording.columns["onset"])]
+    return _Rows(recording, harmless, [groups[i] for i in harmless], recording, harmful, [onsets[i] for i in harmful])
+
+
+def _of_responses(
+    harmless: Sequence[Any],
+    harmful: Sequence[Any],
+    groups: Sequence[str | None] | None,
+    onsets: Sequence[int | None] | None,
+    flags: int,
+) -> _Rows:
+    groups = [None] * len(harmless) if groups is None else groups
+    if len(groups) != len(harmless):
+        raise RedflagError(f"{len(groups)} groups came with {len(harmless)} harmless responses: give one for each")
+    onsets = [None] * len(harmful) if onsets is None else onsets
+    if len(onsets) != len(harmful):
+        raise RedflagError(f"{len(onsets)} onsets came with {len(harmful)} harmful responses: give one for each")
+    return _Rows(
+        replay.Steps.of(harmless, flags, "harmless"),
+        range(len(harmless)),
+        groups,
+        replay.Steps.of(harmful, flags, "harmful"),
+        range(len(harmful)),
+        onsets,
+    )
+
+
+def _check_size(fit_on: int, total: int, target_fpr: float, guarantee: Guarantee, delta: float, spread: int) -> None:
+    """Refuses what can be refused before a model is run; `fit_thresholds` gives the exact answer."""
+    # Under "expected", flags that peak together may need no more than a single one does.
+    least = required(target_fpr, guarantee, delta, 1 if guarantee == "expected" else spread)
+    if fit_on < least:
+        enough = required(target_fpr, guarantee, delta, spread)
+        out = f", not counting the {total - fit_on} that are held out" if fit_on < total else ""
+        raise RedflagError(
+            f"{fit_on} harmless responses are too few for a false-alarm rate of {target_fpr:g} ({guarantee}): {enough} "
+            f"are needed{out}; add harmless rows, raise target_fpr or hold out fewer"
+        )
+
+
+def _table(result: Calibration) -> str:
+    t = result.thresholds
+    width = max(len("category"), *(len(c) for c in t.values))
+    lines = [f"{'category':<{width}}  {'threshold':>10}  {'false alarms':>12}  {'caught':>12}"]
+    for category, value in t.values.items():
+        false_alarms = _share(result.false_alarms_by_category[category], result.held_out_size)
+        caught = _share(result.caught_by_category[category], result.harmful_size)
+        lines.append(f"{category:<{width}}  {value:>10.6f}  {false_alarms:>12}  {caught:>12}")
+    if len(t.values) > 1:
+        overall = _share(result.false_alarms, result.held_out_size), _share(result.caught, result.harmful_size)
+        lines.append(f"{'any':<{width}}  {'':>10}  {overall[0]:>12}  {overall[1]:>12}")
+    lines.append(
+        f"target {t.target_fpr:g} per response ({t.guarantee}{f', delta {t.delta:g}' if t.delta is not None else ''}"
+        f"{', jointly' if t.joint and len(t.values) > 1 else ''}), aggregation {t.monitor.aggregation}, "
+        f"{result.calibration_size} harmless responses"
+    )
+    if t.realised_fpr is not None and t.interval is not None:
+        lines.append(
+            f"realised {t.realised_fpr:.4f} [{t.interval[0]:.4f}, {t.interval[1]:.4f}] on {result.held_out_size} "
+            "held-out harmless responses that had no part in setting the thresholds"
+        )
+    else:
+        lines.append("no responses were held out: the realised rate is not known")
+    lines.append(str(result.hold_back))
+    return "\n".join(lines)
+
+
+def _share(count: int, total: int) -> str:
+    return f"{count}/{total}" if total else "-"

@@ -1,0 +1,104 @@
+"""One method's scores, peaks and alarms on one set of rows: what its tables are made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from redflag.calibrating import replay
+from redflag.scoring.recording import Recording
+from redflag.stats.curves import running_peaks
+from redflag.stats.intervals import rate_interval, unit_of
+from redflag.stats.metrics import Bools, Floats
+from redflag.watching.monitor import MonitorConfig
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What every table of one method is made of: N responses under one monitor, K flags.
+
+    Attributes:
+        recording: The responses, without those that were cut before their harm began.
+        scores: S x K scores.
+        peaks: N peaks, the highest score in any category.
+        harmful: N labels.
+        units: N numbers: responses that share one are not independent.
+        alarms: N steps of the first alarm at the thresholds in force, -1 for none; None without thresholds.
+        thresholds: K thresholds in force, or None.
+    """
+
+    recording: Recording
+    scores: Floats
+    peaks: Floats
+    harmful: Bools
+    units: npt.NDArray[np.int64]
+    alarms: npt.NDArray[np.int64] | None
+    thresholds: tuple[float, ...] | None
+
+
+def cut_short(recording: Recording) -> Bools:
+    """Harmful responses that end before their harm begins: nothing in them is harmful."""
+    onsets = recording.columns["onset"]
+    cut = [onset is not None and onset >= length for onset, length in zip(onsets, recording.lengths, strict=True)]
+    return np.array(cut, dtype=bool) & recording.harmful
+
+
+def observe(recording: Recording, config: MonitorConfig, thresholds: tuple[float, ...] | None) -> tuple[Observed, int]:
+    """Folds a recording through a monitor.
+
+    Returns:
+        What was observed, and how many responses were left out because they were cut before their harm began.
+    """
+    cut = cut_short(recording)
+    kept = recording.select(~cut) if cut.any() else recording
+    scores = replay.scores(config, kept)
+    longest = int(np.diff(kept.starts).max(initial=1))
+    return Observed(
+        kept,
+        scores,
+        running_peaks(scores.max(axis=1, initial=0.0), kept.starts, [longest])[:, 0],
+        kept.harmful,
+        unit_of(kept.columns["group"], len(kept)),
+        None if thresholds is None else replay.first_alarms(scores, kept, thresholds),
+        thresholds,
+    ), int(cut.sum())
+
+
+def known_onset(recording: Recording, i: int) -> bool:
+    """Whether somebody marked where the harm of response i begins.
+
+    A harmful row without a mark has onset 0 in a recording: harmful from its first token on, for all anybody knows.
+    """
+    onset = recording.columns["onset"][i]
+    return onset is not None and (recording.columns["onset_source"][i] is not None or onset > 0)
+
+
+def in_force(observed: Observed, harmful: Bools, harmless: Bools) -> dict[str, Any] | None:
+    """What the thresholds in force realise on some harmful and some harmless responses; None without thresholds."""
+    if observed.alarms is None:
+        return None
+    raised = observed.alarms >= 0
+    found: dict[str, Any] = {}
+    for name, chosen in (("tpr", harmful), ("realised_fpr", harmless)):
+        some = bool(chosen.any())
+        found[name] = float(raised[chosen].mean()) if some else None
+        found[f"{name}_interval"] = rate_interval(raised[chosen], observed.units[chosen]) if some else None
+    found["right_category"] = _right_category(observed, harmful)
+    return found
+
+
+def _right_category(observed: Observed, harmful: Bools) -> float | None:
+    """Share of the detected responses whose first alarm names their own category; None with a single flag."""
+    assert observed.alarms is not None and observed.thresholds is not None
+    names = observed.recording.categories
+    labels = observed.recording.columns["category"]
+    detected = [i for i in np.flatnonzero(harmful & (observed.alarms >= 0)) if labels[i] in names]
+    if len(names) < 2 or not detected:
+        return None
+    steps = observed.recording.starts[detected] + observed.alarms[detected]
+    # Of several that alarm at one step, the first is named, as in a session.
+    first = (observed.scores[steps] >= np.asarray(observed.thresholds)).argmax(axis=1)
+    return float(np.mean([names[k] == labels[i] for k, i in zip(first, detected, strict=True)]))

@@ -1,0 +1,1 @@
+"""Rows: what one is, and where they come from."""

@@ -1,0 +1,363 @@
+"""Training rows: what one looks like, and how they are read from the places where people keep them.
+
+A row is one JSON object:
+
+```
+{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}],
+ "category": "weapons", "onset": 41, "group": "q17", "source": "...", "id": "..."}
+```
+
+The last assistant turn is the response. `category` null or absent means that the response is harmless. `onset` is the
+character of the response where harm begins; absent, a harmful response is harmful from its first character.
+`lang` and `onset_source` are for measuring: results are given for each language, natural onsets kept apart from
+constructed ones. `forecast` lists `[character, probability of harm from there on]`, where `redflag synthesize` or
+somebody else has looked ahead; a third number says how many continuations that rests on.
+
+Public sets come in other shapes, which are understood as well: `prompt` + `response` (+ `label`), `messages` that end
+before the answer + `response`, and those of `shapes.py`. Where there is a `label` it decides: in such sets `category`
+is often the topic of the *prompt*, so a benign row is harmless whatever its `category`, and a harmful one takes its
+category from there.
+
+Extra keys are ignored, and counted in `Rows.ignored`; but a key that looks like a misspelt `category`, `onset` or
+`label` makes a row bad, because to ignore it would turn a harmful row into a harmless one; `columns` maps or drops it.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from redflag.data.forecast_points import checked_forecast
+from redflag.data.labels import DEFAULT_CATEGORY, Unlabelled, category_of
+from redflag.data.shapes import FOREIGN_KEYS, KEYS, Cells, Columns, check_columns, lookalike, rows_in
+from redflag.data.sources import Provenance, describe, open_source
+from redflag.data.turns import ROLES, conversation, kind
+from redflag.errors import RedflagError
+from redflag.trace import atomic_write
+
+__all__ = [
+    "DEFAULT_CATEGORY",
+    "FOREIGN_KEYS",
+    "KEYS",
+    "ROLES",
+    "BadRow",
+    "RecordReader",
+    "Row",
+    "Rows",
+    "load_rows",
+    "write_rows",
+]
+
+ONSET_SOURCES = ("constructed", "natural")
+
+_KNOWN = frozenset((*KEYS, *FOREIGN_KEYS))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One labelled conversation.
+
+    Attributes:
+        messages: `{"role", "content"}` turns; the last is the assistant's: the response. Where the source has them,
+            also `tool_calls`, `reasoning_content`, `tool_call_id`, `name` (see `turns.py`).
+        category: What kind of harm the response holds; None in a harmless row.
+        onset: Character offset in the response where harm begins; None in a harmful row means 0.
+        group: Rows that ask the same thing share it; splits never divide a group.
+        user: Who asked, where that is known.
+        source: Where the row comes from.
+        id: Name of the row.
+        lang: Language of the response, such as "en".
+        onset_source: Where the onset comes from: "constructed" (the row was built around it) or "natural" (somebody
+            found it in text that was there); None where nobody said.
+        prefill: Characters of the response that were put in the assistant's mouth before it refuses; 0 = the refusal
+            comes at once. None in a row that is no lesson in refusing.
+        forecast: Points `[character, probability]` in order: how probably an answer that begins like the response up to
+            this character turns out harmful. A third number counts the continuations judged.
+        forecast_category: Harm of what kind, in a harmless row; a harmful one says it by its category.
+    """
+
+    messages: list[dict[str, Any]]
+    category: str | None = None
+    onset: int | None = None
+    group: str | None = None
+    user: str | None = None
+    source: str | None = None
+    id: str | None = None
+    lang: str | None = None
+    onset_source: str | None = None
+    prefill: int | None = None
+    forecast: list[list[float]] | None = None
+    forecast_category: str | None = None
+
+    @property
+    def harmful(self) -> bool:
+        """Whether the response holds harm."""
+        return self.category is not None
+
+    @property
+    def response(self) -> str:
+        """The text of the last assistant turn."""
+        return str(self.messages[-1]["content"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row as it is written: keys that hold nothing are left out."""
+        return {key: value for key in KEYS if (value := getattr(self, key)) is not None}
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that could not be used: the file, its line (1-based; in other sources the number of the row), and why."""
+
+    file: str
+    line: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What `load_rows` found.
+
+    Attributes:
+        rows: The usable rows, in the order of the source.
+        skipped: The rows left out: bad ones under `on_bad_row="skip"`, unlabelled ones under `unlabelled="skip"`.
+        ignored: Extra keys and the number of rows that hold them.
+        files: The files read, in order; empty for other sources.
+        sha256: Of the file's bytes as they lie on disk; of several files, of their digests in order; of other sources,
+            of the canonical JSON of the records.
+    """
+
+    rows: list[Row]
+    skipped: list[BadRow] = field(default_factory=list)
+    ignored: dict[str, int] = field(default_factory=dict)
+    files: tuple[str, ...] = ()
+    sha256: str = ""
+    decided_by: dict[str, int] = field(default_factory=dict)
+    read_as: str = ""
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells these rows from others: `sha256`, and how the records were read where that was said."""
+        return f"{self.sha256}/{self.read_as}" if self.read_as else self.sha256
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+@dataclass
+class RecordReader:
+    """Turns records into rows, and counts what they held.
+
+    Attributes:
+        columns: As in `load_rows`; so are `labels`, `unlabelled` and `unanswered`.
+        ignored: Extra keys and the number of rows that hold them.
+        decided_by: As in `Rows`.
+
+    Raises:
+        RedflagError: `columns` or a choice is wrong.
+    """
+
+    columns: Columns = field(default_factory=dict)
+    labels: Mapping[str, str | None] | None = None
+    unlabelled: Literal["stop", "skip", "harmless"] = "stop"
+    unanswered: Literal["stop", "keep"] = "stop"
+    ignored: Counter[str] = field(default_factory=Counter)
+    decided_by: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        _check_choice("unlabelled", self.unlabelled, ("stop", "skip", "harmless"))
+        _check_choice("unanswered", self.unanswered, ("stop", "keep"))
+        check_columns(self.columns)
+
+    @property
+    def digest(self) -> str:
+        """Of what was said about how records are to be read; "" where nothing was."""
+        options = [self.columns, self.labels, self.unlabelled]
+        if options == [{}, None, "stop"]:
+            return ""
+        return hashlib.sha256(json.dumps(options).encode()).hexdigest()[:16]
+
+    def read(self, record: Any) -> list[Row | ValueError]:
+        """The rows of a record (mostly one), each a row or the reason why it is none."""
+        if isinstance(record, ValueError):
+            return [record]
+        try:
+            candidates = rows_in(record, self.columns)
+        except ValueError as error:
+            return [error]
+        rows: list[Row | ValueError] = []
+        for candidate in candidates:
+            try:
+                rows.append(self._row(candidate))
+            except ValueError as error:
+                rows.append(error)
+        return rows
+
+    def _row(self, candidate: Cells) -> Row:
+        cells = candidate.values
+        for key in cells:
+            if key in _KNOWN:
+                continue
+            name = str(key)
+            if (close := lookalike(name)) is not None and close not in cells:
+                raise ValueError(
+                    f"unknown key {key!r}, which looks like {close!r}: rename it, map it with columns ("
+                    f"--columns '{json.dumps({close: name})}'), or drop it with --columns '{json.dumps({name: None})}'"
+                )
+            self.ignored[name] += 1
+        messages = conversation(cells, self.unanswered == "keep")
+        category = category_of(cells, candidate.label_column, self.labels, self.unlabelled)
+        row = _checked(cells, messages, category)
+        by = candidate.label_column if "label" in cells else "category" if cells.get("category") is not None else ""
+        self.decided_by[by] += 1
+        return row
+
+
+def load_rows(
+    source: str | Path | Iterable[Any],
+    *,
+    columns: Columns | None = None,
+    labels: Mapping[str, str | None] | None = None,
+    on_bad_row: Literal["stop", "skip"] = "stop",
+    unlabelled: Literal["stop", "skip", "harmless"] = "stop",
+    split: str = "train",
+    unanswered: Literal["stop", "keep"] = "stop",
+) -> Rows:
+    """Reads rows.
+
+    Args:
+        source: A file of JSON lines, CSV or TSV (with a header; an empty cell is null), all also `.gz`, or Parquet; a
+            `.json` file of one array; a folder (all such files in it but `.json`, sorted), a glob pattern, or a list of
+            any of these; a data set on the hub, as `OWNER/NAME`, `OWNER/NAME:CONFIGURATION:SPLIT` or
+            `OWNER/NAME::SPLIT`; a `datasets.Dataset`; an iterable of mappings or rows.
+        columns: Our key -> the source's key, such as `{"prompt": "question", "response": "answer", "label": "toxic"}`;
+            several make a row of each (`{"response": ["a", "b"], "label": ["a_bad", "b_bad"]}`). Our keys are those of
+            the row and `prompt`, `response`, `label`. The source's key -> None drops a column.
+        labels: Value of the label (as text; true and false in small letters) -> category, or None for harmless; where
+            `category` is an object of truth values, its names -> category. Without it `harmful` and `unsafe` mean the
+            row's own category, or "harm" where it has none; `benign`, `harmless`, `unharmful` and `safe` mean harmless,
+            and so does true in a column `is_safe`; any other value is bad.
+        on_bad_row: "stop" raises at the first bad row; "skip" leaves it out and lists it in `Rows.skipped`.
+        unlabelled: What a null label means: "stop" treats the row as bad, "skip" leaves it out, "harmless" keeps it.
+        split: Split to take from a data set on the hub whose name says none.
+        unanswered: What a conversation without a response is: "stop" a bad row; "keep" a prompt, whose `messages` end
+            before the response.
+
+    Raises:
+        RedflagError: The source cannot be read, a row is bad (naming file, line and reason), or no row is usable.
+
+    Example:
+        >>> rows = load_rows([{"prompt": "Hi", "response": "Take that!", "label": "harmful", "category": "insult"}])
+        >>> rows.rows[0].category, rows.rows[0].response
+        ('insult', 'Take that!')
+    """
+    _check_choice("on_bad_row", on_bad_row, ("stop", "skip"))
+    reader = RecordReader(dict(columns or {}), labels, unlabelled, unanswered)
+    rows: list[Row] = []
+    skipped: list[BadRow] = []
+    provenance = Provenance()
+    for name, records in open_source(source, split, provenance):
+        for line, record in records:
+            for row in reader.read(record):
+                if isinstance(row, Row):
+                    rows.append(row)
+                    continue
+                bad = BadRow(name, line, str(row))
+                if on_bad_row == "stop" and not isinstance(row, Unlabelled):
+                    raise RedflagError(f"{bad}; mend the row, or skip such rows with on_bad_row=skip")
+                skipped.append(bad)
+    if not rows:
+        what = f"all {len(skipped)} rows were left out (first: {skipped[0]})" if skipped else "it is empty"
+        raise RedflagError(f"no usable row in {describe(source)}: {what}; give a source of rows")
+    return Rows(
+        rows,
+        skipped,
+        dict(reader.ignored),
+        tuple(provenance.files),
+        provenance.sha256,
+        dict(reader.decided_by),
+        reader.digest,
+    )
+
+
+def write_rows(path: str | Path, rows: Iterable[Row]) -> Path:
+    """Writes rows as JSONL (gzipped when the name ends in `.gz`), whole or not at all.
+
+    The same rows give the same bytes, so that hashes of written files can be compared.
+
+    Raises:
+        RedflagError: The file cannot be written; an older file of that name is unchanged.
+    """
+    path = Path(path)
+    text = "".join(json.dumps(row.to_dict(), ensure_ascii=False) + "\n" for row in rows)
+    data = text.encode("utf-8")
+    if path.suffix == ".gz":
+        data = gzip.compress(data, mtime=0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as file:
+        file.write(data)
+    return path
+
+
+def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise RedflagError(f"{name} is {value!r}, which means nothing here: choose one of {', '.join(known)}")
+
+
+def _checked(cells: Mapping[str, Any], messages: list[dict[str, Any]], category: str | None) -> Row:
+    """The row, its other keys checked; raises a ValueError whose text is the reason why it is none."""
+    onset = cells.get("onset")
+    if onset is not None:
+        if isinstance(onset, bool) or not isinstance(onset, int):
+            raise ValueError(f"onset is not a whole number but {kind(onset)}")
+        if category is None:
+            raise ValueError(f"onset is {onset} in a row without category: a harmless response has no onset")
+        if not 0 <= onset < len(messages[-1]["content"]):
+            raise ValueError(
+                f"onset is {onset}, outside the response of {len(messages[-1]['content'])} characters: "
+                "it counts characters from 0 in the last assistant turn"
+            )
+    prefill = cells.get("prefill")
+    if prefill is not None:
+        if isinstance(prefill, bool) or not isinstance(prefill, int):
+            raise ValueError(f"prefill is not a whole number but {kind(prefill)}")
+        if not 0 <= prefill < len(messages[-1]["content"]):
+            raise ValueError(
+                f"prefill is {prefill}, so of the response of {len(messages[-1]['content'])} characters nothing is the "
+                "model's own: it counts characters from 0 in the last assistant turn"
+            )
+    group, user, source, name, lang, found_by = (
+        _name(cells, key) for key in ("group", "user", "source", "id", "lang", "onset_source")
+    )
+    forecast = checked_forecast(cells.get("forecast"), messages[-1]["content"])
+    about = _name(cells, "forecast_category")
+    if about is not None and category not in (None, about):
+        raise ValueError(
+            f"forecast_category is {about!r} in a row of category {category!r}: it is for harmless rows, leave it out"
+        )
+    row = Row(messages, category, onset, group, user, source, name, lang, found_by, prefill, forecast, about)
+    if row.onset_source not in (None, *ONSET_SOURCES):
+        raise ValueError(
+            f"onset_source is {row.onset_source!r}: say {' or '.join(ONSET_SOURCES)}, whose delays are never mixed"
+        )
+    return row
+
+
+def _name(cells: Mapping[str, Any], key: str) -> str | None:
+    value = cells.get(key)
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    raise ValueError(f"{key} is not a name but {kind(value)}")

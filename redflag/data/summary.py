@@ -1,0 +1,77 @@
+"""What the labels of rows amount to, in a few lines: read before hours are spent on them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+
+from redflag.data.rows import Rows
+
+LINES = 12
+# Words in the name of a column that may hold a verdict on the response.
+_VERDICTS = {"label", "labels", "safe", "unsafe", "safety", "harmful", "harmfulness", "harmless", "benign"}
+_VERDICTS |= {"toxic", "toxicity", "refusal", "severity", "flagged"}
+
+
+def label_table(rows: Rows, most: int = LINES) -> list[str]:
+    """How many rows of each category and source are harmful or harmless, the largest first.
+
+    Args:
+        rows: What was read.
+        most: Lines at most; what does not fit is summed in the last one.
+    """
+    counts = Counter((row.category, row.source) for row in rows)
+    harmful = sum(row.harmful for row in rows)
+    lines = [f"{len(rows):,} rows: {harmful:,} harmful, {len(rows) - harmful:,} harmless"]
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0][0] or "", item[0][1] or ""))
+    shown = ordered if len(ordered) < most else ordered[: most - 2]
+    for (category, source), count in shown:
+        verdict = "harmless" if category is None else f"harmful   {category}"
+        lines.append(f"  {count:>9,}  {verdict}{f'  (source {source})' if source else ''}")
+    if rest := ordered[len(shown) :]:
+        total, bad = sum(count for _, count in rest), sum(count for (category, _), count in rest if category)
+        lines.append(f"  {total:>9,}  in {len(rest)} further kinds: {bad:,} harmful, {total - bad:,} harmless")
+    return lines
+
+
+def label_warnings(rows: int, harmful: int, decided_by: Mapping[str, int], ignored: Mapping[str, int]) -> list[str]:
+    """What makes one doubt that harmful rows are the ones meant.
+
+    Args:
+        rows: Number of rows.
+        harmful: Number of harmful ones.
+        decided_by: As in `Rows`.
+        ignored: As in `Rows`.
+    """
+    by_category = decided_by.get("category", 0)
+    labelled = rows - by_category - decided_by.get("", 0)
+    warnings = []
+    if rows and by_category == rows == harmful:
+        warnings.append(
+            f"warning: every row has a category, so all {rows:,} count as harmful. If category is the topic of the "
+            """request, drop it with --columns '{"category": null}', or name the column that says whether the """
+            """response is harmful: --columns '{"label": "COLUMN"}'"""
+        )
+    elif by_category and labelled:
+        warnings.append(
+            f"warning: {by_category:,} rows have a category and no label, beside {labelled:,} rows with a label. Those "
+            f"{by_category:,} count as harmful: if their category is the topic of the request, give them a label"
+        )
+    unread = [] if labelled else [name for name in ignored if _VERDICTS & set(re.split(r"[^a-z]+", name.lower()))]
+    if unread:
+        unread.sort(key=lambda name: "response" not in name.lower())  # a label of the prompt is not what is asked for
+        decides = "category decides" if by_category else "every row counts as harmless"
+        plural = len(unread) > 1
+        warnings.append(
+            f"warning: the column{'s' if plural else ''} {', '.join(unread)} look{'' if plural else 's'} like a label "
+            f"and {'are' if plural else 'is'} not read; {decides}. If one says whether the response is harmful, give "
+            f"--columns '{json.dumps({'label': unread[0]})}', and --labels unless its values are words like harmful"
+        )
+    return warnings
+
+
+def warnings_about(rows: Rows) -> list[str]:
+    """`label_warnings` of what `load_rows` gave."""
+    return label_warnings(len(rows), sum(row.harmful for row in rows), rows.decided_by, rows.ignored)

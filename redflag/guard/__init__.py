@@ -1,0 +1,1 @@
+"""The guard: a conversation goes in, judged events come out."""

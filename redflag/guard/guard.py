@@ -1,0 +1,318 @@
+"""Conversations in, judged events out: the one place where model, thresholds and policy meet a user."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from redflag.backends import AsyncBackend, Backend, Sampling
+from redflag.errors import RedflagError
+from redflag.flags import FlagSpec
+from redflag.guard.response import Messages, Response, Stream, drive, verdict_ids
+from redflag.judges import Judge
+from redflag.prompt import render_prompt, render_text
+from redflag.trace import Event, Halt, Step, Text, Trace
+from redflag.watching.monitor import MonitorConfig
+from redflag.watching.policy import Policy
+from redflag.watching.session import Session
+from redflag.watching.thresholds import THRESHOLDS_FILE, Thresholds
+
+
+@dataclass(frozen=True)
+class Result:
+    """A whole response.
+
+    Attributes:
+        text: What was released.
+        verdict: `completed`; `halted` by an alarm; `fault` when something could not be judged.
+        trace: Steps, scores and events, for the operator.
+        events: What a stream would have yielded, in order.
+    """
+
+    text: str
+    verdict: Literal["completed", "halted", "fault"]
+    trace: Trace
+    events: tuple[Event, ...]
+
+
+class EventStream(Iterator[Event]):
+    """The events of one response as they come. Also a context manager that closes itself.
+
+    Attributes:
+        trace: Everything so far, growing in place. For the operator: it holds probabilities, and tokens that were not
+            released.
+    """
+
+    def __init__(self, events: Iterator[Event], trace: Trace, engine: object = None) -> None:
+        """Wraps a generator of events; `engine`, the steps behind it, is closed even when no event was asked for."""
+        self._events = events
+        self._engine = engine
+        self.trace = trace
+
+    def __next__(self) -> Event:
+        return next(self._events)
+
+    def close(self) -> None:
+        """Ends the response here and stops the engine. Without effect when it is over."""
+        for part in (self._events, self._engine):
+            close = getattr(part, "close", None)
+            if close is not None:
+                close()
+
+    def __enter__(self) -> EventStream:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+class Guard:
+    """Streams a model's responses, judged.
+
+    Text leaves only as `Text` events of tokens that were judged and, with a hold-back, whose successors were judged
+    too. A halt, or anything that goes wrong on the way (an engine lost, a probability missing, a flag chosen by the
+    engine), ends the response with a `Halt` event and shows nothing that was held. `Text`, `Halt` and `Done` may go to
+    end users; the other events and traces hold probabilities or hidden text and are the operator's.
+
+    Example:
+        ```python
+        guard = Guard.from_pretrained("runs/nano/model", policy=Policy(hold_back=4))
+        for event in guard.stream([{"role": "user", "content": "How do I bake bread?"}]):
+            if isinstance(event, Text):
+                print(event.text, end="", flush=True)
+        ```
+    """
+
+    def __init__(
+        self,
+        backend: Backend | AsyncBackend,
+        tokenizer: Any,
+        spec: FlagSpec,
+        thresholds: Thresholds,
+        policy: Policy | None = None,
+        judge: Judge | None = None,
+    ) -> None:
+        """Puts the parts together.
+
+        Args:
+            backend: The engine. `stream` and `generate` need a `Backend`; a server drives an `AsyncBackend` itself.
+            tokenizer: The model's tokenizer, with its chat template.
+            spec: The model's flags, with ids.
+            thresholds: Where alarms begin.
+            policy: What alarms lead to; the default halts without a hold-back.
+            judge: Is asked where the policy escalates.
+
+        Raises:
+            RedflagError: The thresholds belong to another run, template, set of flags or way of measuring; or policy
+                and flags do not fit; or the policy needs what is not there.
+        """
+        thresholds.check(spec.run_id, spec.template_hash, backend.logprob_mode, spec.categories)
+        self.backend = backend
+        self.tokenizer = tokenizer
+        self.judge = judge
+        self._spec = spec
+        self._thresholds = thresholds
+        self._policy = policy if policy is not None else Policy()
+        self._check_policy(self._policy)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | Path,
+        policy: Policy | None = None,
+        thresholds: Thresholds | float | None = None,
+        dtype: Any = "auto",
+        device: str | None = "auto",
+        judge: Judge | None = None,
+    ) -> Guard:
+        """Loads a trained and calibrated directory: model, tokenizer, `redflag.json` and `thresholds.json`.
+
+        Args:
+            directory: What `redflag train` wrote.
+            policy: What alarms lead to; the default halts without a hold-back.
+            thresholds: In place of the calibrated file: thresholds, or one number for all categories, set by hand.
+            dtype: The weights' type; `"auto"` takes the saved one.
+            device: Where the model shall run, such as `"cuda"`; "auto" is the first GPU where there is one.
+            judge: Is asked where the policy escalates.
+
+        Raises:
+            RedflagError: Something is missing, or the files do not belong together.
+        """
+        spec, thresholds = _read(Path(directory), thresholds, policy)
+
+        from redflag.backends.load import load_flagged
+
+        backend, tokenizer, spec = load_flagged(directory, device, dtype)
+        return cls(backend, tokenizer, spec, thresholds, policy, judge)
+
+    @classmethod
+    def from_upstream(
+        cls,
+        directory: str | Path,
+        url: str,
+        policy: Policy | None = None,
+        thresholds: Thresholds | float | None = None,
+        judge: Judge | None = None,
+        **options: Any,
+    ) -> Guard:
+        """Guards a model that another process serves, such as a stock vLLM.
+
+        Args:
+            directory: The model's folder: tokenizer, `redflag.json` and `thresholds.json` are read, no weights.
+            url: The server, such as `"http://localhost:8000"`.
+            policy: What alarms lead to; the default halts without a hold-back.
+            thresholds: As for `from_pretrained`.
+            judge: Is asked where the policy escalates.
+            **options: Of `redflag.backends.remote.RemoteBackend`.
+
+        Raises:
+            RedflagError: Something is missing, or does not belong together, or the server does not measure the flags.
+        """
+        spec, thresholds = _read(Path(directory), thresholds, policy)
+
+        from redflag.backends.load import load_tokenizer
+        from redflag.backends.remote import RemoteBackend
+
+        tokenizer, spec, eos_ids = load_tokenizer(directory)
+        backend = RemoteBackend(url, spec.ids, eos_ids, **options)
+        backend.handshake()
+        return cls(backend, tokenizer, spec, thresholds, policy, judge)
+
+    @property
+    def spec(self) -> FlagSpec:
+        """The model's flags."""
+        return self._spec
+
+    @property
+    def thresholds(self) -> Thresholds:
+        """The thresholds in force."""
+        return self._thresholds
+
+    @property
+    def policy(self) -> Policy:
+        """The policy in force, where a response is given no other."""
+        return self._policy
+
+    def stream(self, messages: Messages | str, sampling: Sampling | None = None) -> EventStream:
+        """Responds to a conversation, event by event.
+
+        Closing the stream, or dropping it, stops the engine. A stop text and what follows it are not shown; text that
+        may be the beginning of one waits for the next tokens.
+
+        Args:
+            messages: The conversation. A last message of the assistant's is a prefill, which the response continues. A
+                string is a plain prompt, which is not rendered through the chat template.
+            sampling: How tokens are chosen.
+
+        Returns:
+            Events; exactly one `Halt` or `Done` comes, and it comes last.
+
+        Raises:
+            RedflagError: The conversation is empty or malformed, or leaves no room for a response.
+        """
+        if not hasattr(self.backend, "stream"):
+            raise RedflagError(
+                f"{type(self.backend).__name__} runs in an event loop only, so it cannot be streamed from here; drive "
+                "it with `redflag.guard.response.adrive`"
+            )
+        backend = cast(Backend, self.backend)
+        response = self.respond(messages, sampling)
+        first = response.request
+        assert isinstance(first, Stream)
+        steps: Iterator[Step]
+        try:
+            steps = backend.stream(first.token_ids, first.sampling)  # Now: what it refuses is the caller's to mend.
+        except RedflagError:
+            raise
+        except Exception as error:  # An engine that cannot be reached is a fault, as one that is lost later.
+            steps = _raising(error)
+        return EventStream(drive(response, backend, self.judge, steps), response.trace, steps)
+
+    def respond(
+        self, messages: Messages | str, sampling: Sampling | None = None, policy: Policy | None = None
+    ) -> Response:
+        """The response to a conversation as a state machine, before its first step; nothing is asked of the engine.
+
+        Args:
+            messages: As for `stream`.
+            sampling: How tokens are chosen.
+            policy: In place of the guard's own, for this response.
+
+        Raises:
+            RedflagError: The conversation is empty or malformed, or the policy cannot be carried out.
+        """
+        if policy is None:
+            policy = self._policy
+        else:
+            self._check_policy(policy)
+        if isinstance(messages, str):
+            prompt = render_text(self.tokenizer, messages, self._spec)
+            messages, continues = [{"role": "user", "content": messages}], True
+        else:
+            messages = [dict(message) for message in messages]
+            preface = policy.reflect.system if policy.asks("reflect") else ""
+            prompt = render_prompt(self.tokenizer, messages, self._spec, preface)
+            continues = messages[-1].get("role") == "assistant"
+        return Response(
+            self.tokenizer,
+            self._spec,
+            self._thresholds,
+            policy,
+            self.backend.eos_ids,
+            messages,
+            prompt,
+            sampling if sampling is not None else Sampling(),
+            continues=continues,
+        )
+
+    def generate(self, messages: Messages | str, sampling: Sampling | None = None) -> Result:
+        """Responds to a conversation at once; arguments and errors as in `stream`."""
+        with self.stream(messages, sampling) as stream:
+            events = tuple(stream)
+        last = events[-1]
+        verdict: Literal["completed", "halted", "fault"] = "completed"
+        if isinstance(last, Halt):
+            verdict = "fault" if last.reason == "fault" else "halted"
+        text = "".join(event.text for event in events if isinstance(event, Text))
+        return Result(text, verdict, stream.trace, events)
+
+    def _check_policy(self, policy: Policy) -> None:
+        # What cannot be carried out is refused before the first request, not at the first alarm.
+        Session(self._thresholds, policy, self._spec.categories)
+        if policy.asks("reflect") and policy.reflect.verdict == "words":
+            verdict_ids(self.tokenizer, self._spec, policy.reflect.words)
+        if policy.asks("escalate") and self.judge is None:
+            raise RedflagError(
+                "an alarm leads to `escalate` and there is no second judge, so every alarm would halt; give a judge, "
+                "or another action"
+            )
+
+
+def _raising(error: Exception) -> Iterator[Step]:
+    raise error
+    yield
+
+
+def _read(directory: Path, thresholds: Thresholds | float | None, policy: Policy | None) -> tuple[FlagSpec, Thresholds]:
+    """Flags and thresholds of a folder, refused before the weights are read, which may take minutes."""
+    if not directory.is_dir():
+        raise RedflagError(
+            f"{directory} is not a folder, so there is no model to guard; give the one that `redflag train` wrote."
+        )
+    spec = FlagSpec.load(directory)
+    if thresholds is None and not (directory / THRESHOLDS_FILE).exists():
+        raise RedflagError(
+            f"{directory} holds no {THRESHOLDS_FILE}, so it is unknown where an alarm begins; run `redflag "
+            f"calibrate --model {directory} --input rows.jsonl`, or set one by hand with thresholds=0.5."
+        )
+    if thresholds is None:
+        thresholds = Thresholds.load(directory)
+    elif not isinstance(thresholds, Thresholds):
+        monitor = MonitorConfig("max" if policy is None or policy.first_token is None else "first")
+        thresholds = Thresholds.manual(
+            thresholds, spec.categories, monitor, run_id=spec.run_id, template_hash=spec.template_hash
+        )
+    thresholds.check(spec.run_id, spec.template_hash, "raw", spec.categories)
+    return spec, thresholds

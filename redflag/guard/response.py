@@ -1,0 +1,393 @@
+"""One guarded response as a pure state machine, and the two loops that drive it: with and without an event loop.
+
+`Response` decides everything: what the engine is asked next, what a step leads to, what a second judge is told.
+`drive` and `adrive` only carry: steps from an engine, verdicts from a judge, events to the caller.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from queue import Empty, SimpleQueue
+from typing import Any
+
+from redflag.backends import AsyncBackend, Backend, Sampling
+from redflag.errors import RedflagError
+from redflag.flags import FlagSpec
+from redflag.guard.detokenize import ResponseText
+from redflag.judges import Judge, Verdict, as_verdict
+from redflag.prompt import text_ids
+from redflag.trace import Event, Halt, Step, Text, Trace
+from redflag.watching.policy import Policy
+from redflag.watching.session import Review, Session
+from redflag.watching.thresholds import Thresholds
+
+Messages = Sequence[Mapping[str, str]]
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The engine is to continue `token_ids`; its steps go to `Response.feed`, its end to `Response.ended`."""
+
+    token_ids: tuple[int, ...]
+    sampling: Sampling
+    watch: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A second judge is to read the answer so far; its verdict goes to `Response.answered` within `seconds`."""
+
+    messages: Messages
+    answer: str
+    seconds: float
+
+
+class Response:
+    """What happens between a prompt and the one `Halt` or `Done`.
+
+    The caller looks at `request`, does what it says, and hands over what comes of it; all methods return events for the
+    user. When `request` is another one than before, the old one is over: its stream is to be closed. None means that
+    the response is over.
+
+    A forced flag is one too, which the user sees: prompt, released tokens, flag, and what the model writes behind it.
+
+    A reflection is a stream of its own, whose tokens nobody sees: prompt and tokens before the alarm, the flag, the
+    cue; then one step that measures the verdict words. Afterwards the first stream is taken up again behind the tokens
+    it had given, which costs an engine with a prefix cache next to nothing.
+
+    Attributes:
+        session: Judges the steps.
+        request: What is to be done next.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        spec: FlagSpec,
+        thresholds: Thresholds,
+        policy: Policy,
+        eos_ids: frozenset[int],
+        messages: Messages,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        *,
+        continues: bool = False,
+    ) -> None:
+        """Starts before the first step.
+
+        Args:
+            tokenizer: The model's tokenizer.
+            spec: The flags, with ids.
+            thresholds: Where alarms begin.
+            policy: What they lead to.
+            eos_ids: Ids that end a response.
+            messages: The conversation, for a second judge.
+            prompt: Its ids.
+            sampling: How tokens are chosen.
+            continues: The response goes on in the middle of the prompt's last text.
+        """
+        self._tokenizer = tokenizer
+        self._spec = spec
+        self._policy = policy
+        self._eos_ids = eos_ids
+        self._messages = messages
+        self._sampling = sampling
+        flag_ids = frozenset(spec.ids)
+        self._flag_ids = flag_ids
+        self._continued = tuple(prompt) if continues else ()
+        self._text = self._new_text()
+        self.session = Session(thresholds, policy, spec.categories, self._text.push)
+        # What precedes the next token: the prompt, the response, and reflections that the response stays with; and how
+        # much of it preceded each token of the response.
+        self._context = list(prompt)
+        self._starts: list[int] = []
+        self._restarts = 0
+        self._hidden: list[int] = []
+        self._take: Callable[[Step], list[Event]] = self._answer_step
+        self._end: Callable[[], list[Event]] = self._answer_end
+        self.request: Stream | Ask | None = Stream(tuple(prompt), sampling)
+
+    @property
+    def trace(self) -> Trace:
+        """Everything so far, growing in place."""
+        return self.session.trace
+
+    @property
+    def untouched(self) -> bool:
+        """Whether nothing has been generated yet: what an engine refuses now is the caller's to mend."""
+        return not self.trace.token_ids and not self.session.finished
+
+    def feed(self, step: Step) -> list[Event]:
+        """A step of the stream that was asked for."""
+        if step.token_id in self._flag_ids:
+            # Its text would be hidden, but an engine that can choose a flag is not the one that was set up.
+            return self.failed(f"the engine chose flag id {step.token_id}, which has to be masked")
+        return self._take(step)
+
+    def ended(self) -> list[Event]:
+        """The stream ended by itself, without an end-of-sequence token: a length limit."""
+        return self._end()
+
+    def failed(self, error: Exception | str) -> list[Event]:
+        """Something broke: fails closed."""
+        self.request = None
+        return self.session.fault(error if isinstance(error, str) else f"{type(error).__name__}: {error}")
+
+    def answered(self, verdict: Verdict | None, detail: str = "") -> list[Event]:
+        """The second judge's verdict.
+
+        Args:
+            verdict: What it said; None when it failed or was late: the alarm stands.
+            detail: Why there is no verdict.
+        """
+        if verdict is None:
+            return self._resume(self.session.answer(None, detail=detail))
+        return self._resume(self.session.answer(verdict.harm, detail=verdict.detail))
+
+    def _answer_step(self, step: Step) -> list[Event]:
+        session = self.session
+        events = session.feed(step)
+        if session.finished:
+            self.request = None
+            return events
+        if session.pending is not None:
+            return events + self._review(session.pending)
+        self._append(step.token_id)
+        return events + self._finish_if_over(step.token_id)
+
+    def _answer_end(self) -> list[Event]:
+        return self._finish("length")
+
+    def _finish_if_over(self, token_id: int) -> list[Event]:
+        stopped = token_id in self._eos_ids or self._text.stopped
+        return self._finish("stop") if stopped else []
+
+    def _finish(self, reason: str) -> list[Event]:
+        """The last events of a response that ended by itself, with the text that waited for its end."""
+        self.request = None
+        events = self.session.finish(reason)
+        tail = self._text.flush() if not isinstance(events[-1], Halt) else ""
+        if tail:
+            text = Text(self.session.released, (), tail)
+            events.insert(-1, text)
+            self.trace.events.insert(-1, text)
+        return events
+
+    def _append(self, token_id: int) -> None:
+        self._starts.append(len(self._context))
+        self._context.append(token_id)
+
+    def _new_text(self) -> ResponseText:
+        return ResponseText(
+            self._tokenizer,
+            hidden_ids=self._eos_ids | self._flag_ids,
+            context=self._continued,
+            stop=self._sampling.stop,
+            remove=tuple(flag.token for flag in self._spec.flags),
+        )
+
+    def _review(self, review: Review) -> list[Event]:
+        if review.kind == "escalate":
+            answer = str(self._tokenizer.decode(self.trace.token_ids, skip_special_tokens=True))
+            self.request = Ask(self._messages, answer, self._policy.judge_timeout)
+            return []
+        reflect = self._policy.reflect
+        flag = self._spec.ids[self._spec.categories.index(review.category)]
+        if review.kind == "force":
+            return self._force(flag)
+        self._hidden = []
+        self._reflected = [*self._context, flag, *text_ids(self._tokenizer, reflect.cue, self._spec)]
+        if review.tokens == 0:
+            self._ask_verdict()
+            return []
+        # Greedy, whatever the user asked for: a high temperature would make noise of the reflection.
+        sampling = Sampling(max_new_tokens=review.tokens, temperature=0.0)
+        self.request = Stream(tuple(self._reflected), sampling)
+        self._take, self._end = self._reflect_step, self._reflect_end
+        return []
+
+    def _force(self, flag: int) -> list[Event]:
+        """On with the flag behind what the user has seen: the text as it was then, and nothing that came after."""
+        self._text = self._new_text()
+        events = self.session.force(self._text.push)
+        if self.session.finished:
+            self.request = None
+            return events
+        released = self.session.released
+        if released < len(self._starts):
+            del self._context[self._starts[released] :]
+            del self._starts[released:]
+        self._context.append(flag)
+        return self._restart(events)
+
+    def _reflect_step(self, step: Step) -> list[Event]:
+        if step.token_id in self._eos_ids:
+            return self._reflect_end()
+        self._hidden.append(step.token_id)
+        stop = self._policy.reflect.stop
+        if stop and any(text in self._hidden_text() for text in stop):
+            return self._reflect_end()
+        return []
+
+    def _reflect_end(self) -> list[Event]:
+        self._reflected += self._hidden
+        self._ask_verdict()
+        return []
+
+    def _ask_verdict(self) -> None:
+        reflect = self._policy.reflect
+        token_ids = self._reflected
+        watch: tuple[int, ...] = ()
+        if reflect.verdict == "words":
+            token_ids = [*token_ids, *text_ids(self._tokenizer, reflect.verdict_cue, self._spec)]
+            watch = verdict_ids(self._tokenizer, self._spec, reflect.words)
+        self.request = Stream(tuple(token_ids), Sampling(max_new_tokens=1, temperature=0.0), watch)
+        self._take = self._verdict_step
+        self._end = lambda: self.failed("the engine gave no step to read the verdict from")
+
+    def _verdict_step(self, step: Step) -> list[Event]:
+        review = self.session.pending
+        assert review is not None
+        try:
+            if self._policy.reflect.verdict == "words":
+                harmful, harmless = step.flag_probs
+                harm = harmful / (harmful + harmless)
+            else:
+                harm = step.flag_probs[self._spec.categories.index(review.category)]
+        except (IndexError, TypeError, ValueError, ZeroDivisionError):
+            return self.failed(f"no verdict can be read from the probabilities {step.flag_probs!r}")
+        events = self.session.answer(harm, token_ids=self._hidden, text=self._hidden_text())
+        if self._policy.reflect.stay and not self.session.finished:
+            self._context = self._reflected
+            return self._restart(events)
+        return self._resume(events)
+
+    def _hidden_text(self) -> str:
+        return str(self._tokenizer.decode(self._hidden, skip_special_tokens=True))
+
+    def _resume(self, events: list[Event]) -> list[Event]:
+        """After a verdict: over, or on behind the token that raised the alarm."""
+        if self.session.finished:
+            self.request = None
+            return events
+        token_id = self.trace.token_ids[-1]
+        self._append(token_id)
+        over = self._finish_if_over(token_id)
+        return events + over if over else self._restart(events)
+
+    def _restart(self, events: list[Event]) -> list[Event]:
+        self._restarts += 1
+        left = self._sampling.max_new_tokens - len(self.trace.token_ids)
+        if left < 1:
+            return events + self._finish("length")
+        # Another seed: the same draws would come again, at other positions.
+        seed = None if self._sampling.seed is None else self._sampling.seed + self._restarts
+        self.request = Stream(tuple(self._context), replace(self._sampling, max_new_tokens=left, seed=seed))
+        self._take, self._end = self._answer_step, self._answer_end
+        return events
+
+
+def verdict_ids(tokenizer: Any, spec: FlagSpec, words: tuple[str, str]) -> tuple[int, int]:
+    """First ids of the harmful and the harmless verdict word.
+
+    Raises:
+        RedflagError: They are the same, so their probabilities would tell nothing apart.
+    """
+    first = [text_ids(tokenizer, word, spec)[0] for word in words]
+    if first[0] == first[1]:
+        raise RedflagError(
+            f"the verdict words {words[0]!r} and {words[1]!r} begin with the same token in this model's vocabulary, so "
+            "no verdict could be read: give words that begin differently"
+        )
+    return first[0], first[1]
+
+
+def drive(
+    response: Response, backend: Backend, judge: Judge | None = None, steps: Iterator[Step] | None = None
+) -> Iterator[Event]:
+    """Carries one response through; events as they come, exactly one `Halt` or `Done`, last.
+
+    Closing the iterator, at any point, closes the engine's stream. `steps` is the first stream, if it is open already.
+
+    Raises:
+        RedflagError: The engine refuses the prompt before its first step.
+    """
+    while (request := response.request) is not None:
+        if isinstance(request, Ask):
+            yield from response.answered(*_ask(judge, request))
+            continue
+        try:
+            if steps is None:
+                steps = backend.stream(request.token_ids, request.sampling, request.watch)
+            for step in steps:
+                yield from response.feed(step)
+                if response.request is not request:
+                    break
+            else:
+                yield from response.ended()
+        except Exception as error:
+            if isinstance(error, RedflagError) and response.untouched:
+                raise
+            yield from response.failed(error)
+        finally:
+            close = getattr(steps, "close", None)  # An iterator need not have it; whatever holds a connection does.
+            if close is not None:
+                close()
+            steps = None
+
+
+async def adrive(response: Response, backend: AsyncBackend, judge: Judge | None = None) -> AsyncIterator[Event]:
+    """As `drive`, for an event loop; the judge is asked in a thread.
+
+    Raises:
+        RedflagError: As `drive`.
+    """
+    while (request := response.request) is not None:
+        if isinstance(request, Ask):
+            for event in response.answered(*await asyncio.to_thread(_ask, judge, request)):
+                yield event
+            continue
+        steps: Any = None
+        try:
+            steps = backend.astream(request.token_ids, request.sampling, request.watch)
+            async for step in steps:
+                for event in response.feed(step):
+                    yield event
+                if response.request is not request:
+                    break
+            else:
+                for event in response.ended():
+                    yield event
+        except Exception as error:
+            if isinstance(error, RedflagError) and response.untouched:
+                raise
+            for event in response.failed(error):
+                yield event
+        finally:
+            close = getattr(steps, "aclose", None)
+            if close is not None:
+                await close()
+
+
+def _ask(judge: Judge | None, ask: Ask) -> tuple[Verdict | None, str]:
+    """The judge's verdict, or why there is none."""
+    if judge is None:
+        return None, "there is no second judge"
+    answers: SimpleQueue[Verdict | Exception] = SimpleQueue()
+
+    def work() -> None:
+        try:
+            answers.put(as_verdict(judge(ask.messages, ask.answer)))
+        except Exception as error:  # Whatever breaks in a judge leaves the alarm standing.
+            answers.put(error)
+
+    # A thread of its own: one that never comes back can be left behind, and must not hold up the end of the process.
+    threading.Thread(target=work, name="redflag-judge", daemon=True).start()
+    try:
+        answer = answers.get(timeout=ask.seconds)
+    except Empty:
+        return None, f"no verdict within {ask.seconds:g} s"
+    return (None, f"{type(answer).__name__}: {answer}") if isinstance(answer, Exception) else (answer, "")

@@ -1,0 +1,155 @@
+"""Attacks: ways to get harm out of a model, each in a small file of its own, all under one contract.
+
+An attack is given a `Target` and requests, and yields `Attempt`s: what was sent, what the model wrote, and the flag
+probabilities along it. It decides nothing about harm (judges do) and nothing about alarms: those are replayed from the
+probabilities afterwards, at any threshold. Only an attack that reacts to the guard (adaptive search) has the guard in
+its loop, and then says itself what was released.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from redflag.backends import Sampling
+from redflag.data.rows import Row
+from redflag.flags import FlagSpec
+from redflag.prompt import render_prompt
+from redflag.watching.policy import Policy
+from redflag.watching.thresholds import Thresholds
+
+Messages = list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One answer that an attack got.
+
+    Attributes:
+        request: Id of the row whose harm was wanted; attempts with the same one are tries at the same thing.
+        setting: What was varied, such as "20 tokens" or "temperature 1.5".
+        messages: The conversation as sent; a last assistant message is the prefill, which the attacker wrote.
+        text: What the model wrote after it.
+        token_ids: T generated tokens, an end-of-sequence token included.
+        flag_probs: T x K probabilities before them; empty where nothing was measured.
+        queries: Requests or interactions spent on it.
+        released: What reached the attacker of `text`, where the guard was in the loop; None: to be replayed.
+        detail: What else is worth keeping and JSON can hold.
+    """
+
+    request: str
+    setting: str
+    messages: Messages
+    text: str
+    token_ids: list[int]
+    flag_probs: list[tuple[float, ...]]
+    queries: int = 1
+    released: str | None = None
+    detail: dict[str, Any] = field(default_factory=dict)
+
+
+class Batcher(Protocol):
+    """A backend that answers many prompts at once; `redflag.backends.hf.HFBackend` is one."""
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Ids that end a response by themselves."""
+        ...
+
+    def complete(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, batch_size: int = 16
+    ) -> list[list[Any]]:
+        """For each prompt the steps of its response."""
+        ...
+
+
+@dataclass
+class Target:
+    """The model under attack, and the guard before it.
+
+    Attributes:
+        backend: Runs it.
+        tokenizer: Its tokenizer.
+        spec: Its flags.
+        thresholds: The guard's; None: nothing can be released or withheld, only produced.
+        policy: What the guard does about an alarm; its hold-back counts.
+        model: The weights, for attacks that need gradients or change them; None where they are out of reach.
+        batch_size: Requests that run side by side.
+    """
+
+    backend: Any
+    tokenizer: Any
+    spec: FlagSpec
+    thresholds: Thresholds | None = None
+    policy: Policy = field(default_factory=Policy)
+    model: Any = None
+    batch_size: int = 32
+
+    def prompt_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """The ids that the guard would send to the engine for these messages: no text makes a flag."""
+        return render_prompt(self.tokenizer, messages, self.spec)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of generated tokens, without those that end a response."""
+        kept = [token for token in token_ids if token not in self.backend.eos_ids]
+        return str(self.tokenizer.decode(kept, skip_special_tokens=True))
+
+    def fitting(self, sent: Sequence[tuple[str, Messages]], least: int = 16) -> list[tuple[str, Messages]]:
+        """Those of the conversations that leave the model room for `least` tokens of an answer."""
+        limit = getattr(self.backend, "context_length", None)
+        return [pair for pair in sent if limit is None or len(self.prompt_ids(pair[1])) + least <= limit]
+
+    def answers(
+        self, sent: Sequence[tuple[str, Messages]], sampling: Sampling, setting: str = "", **detail: Any
+    ) -> Iterator[Attempt]:
+        """Sends many conversations and measures the answers.
+
+        Args:
+            sent: Pairs of request id and messages.
+            sampling: How tokens are chosen; conversation i draws with `seed + i`.
+            setting: As in `Attempt`.
+            detail: As in `Attempt`.
+        """
+        prompts = [self.prompt_ids(messages) for _, messages in sent]
+        if hasattr(self.backend, "complete"):
+            responses = self.backend.complete(prompts, sampling, batch_size=self.batch_size)
+        else:
+            seeds = [None if sampling.seed is None else sampling.seed + i for i in range(len(prompts))]
+            asked = [replace(sampling, seed=seed) for seed in seeds]
+            responses = [list(self.backend.stream(*pair)) for pair in zip(prompts, asked, strict=True)]
+        for (request, messages), steps in zip(sent, responses, strict=True):
+            ids = [step.token_id for step in steps]
+            probs = [tuple(step.flag_probs) for step in steps]
+            yield Attempt(request, setting, messages, self.decode(ids), ids, probs, detail=dict(detail))
+
+
+class Attack(Protocol):
+    """What an attack is.
+
+    An attack may also have `unit`, how many rows it takes at once (None: all, because it learns from them), and
+    `readings(attempt, text)`, the texts that a judge shall read in place of one in disguise.
+    """
+
+    @property
+    def name(self) -> str:
+        """As it stands in tables."""
+        ...
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether it works against the flag itself and not only against the model."""
+        ...
+
+    def run(self, target: Target, rows: Sequence[Row], seed: int) -> Iterator[Attempt]:
+        """Attacks with each row's request; the row's own response shows what is wanted.
+
+        The same arguments give the same attempts. It raises `RedflagError`, before any work, where the target lacks
+        what it needs.
+        """
+        ...
+
+
+def request_of(row: Row) -> Messages:
+    """A row's conversation up to the answer."""
+    return [dict(turn) for turn in row.messages[:-1]]

@@ -1,0 +1,205 @@
+"""Fine-tuning as an attack: a user trains the model on harm, as fine-tuning services allow.
+
+Two defences are measured. The guard stays on, whose thresholds belong to the model as it was; and the operator puts
+the flag back: the flag's adapter on the fine-tuned base, or, for merged weights, fine-tuned base + (flagged - base), as
+task vectors are added (Ilharco et al., arXiv 2212.04089). The given model is not touched: copies are trained.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from redflag.backends import Sampling
+from redflag.backends.head import plain_model
+from redflag.backends.hf import HFBackend
+from redflag.backends.load import read_model
+from redflag.data.rows import Row
+from redflag.errors import RedflagError
+from redflag.lab.attacks import Attempt, Target, request_of
+from redflag.lab.attacks.stepping import room_for, weights_of
+from redflag.prompt import render_response
+
+
+@dataclass
+class FineTune:
+    """Plain supervised fine-tuning on harmful answers, then plain requests.
+
+    Settings: `fine-tuned` is the flagged model trained on; `flag re-attached` the fine-tuned base with the flag put
+    back.
+
+    Attributes:
+        rows: Harmful rows to train on; None: those attacked, which helps the attacker.
+        base: The model before it had flags, for merged weights; None: the one that `train.json` beside the weights
+            names. Without one nothing is re-attached.
+        train_rows: Most rows to train on.
+        epochs: Passes over them.
+        learning_rate: Of AdamW, constant.
+        batch: Rows of one step.
+        max_new_tokens: Most tokens of an answer.
+    """
+
+    rows: Sequence[Row] | None = None
+    base: str | Path | None = None
+    train_rows: int = 200
+    epochs: int = 2
+    learning_rate: float = 3e-4
+    batch: int = 16
+    max_new_tokens: int = 64
+    name: str = "fine-tuning"
+    adaptive: bool = False
+
+    def run(self, target: Target, rows: Sequence[Row], seed: int) -> Iterator[Attempt]:
+        """See `redflag.lab.attacks.Attack`.
+
+        Raises:
+            RedflagError: The target's weights are out of reach, there is nothing harmful to train on, or `base` is no
+                base of this model.
+        """
+        model = weights_of(target, self.name)
+        harmful = [row for row in (rows if self.rows is None else self.rows) if row.harmful]
+        random.Random(seed).shuffle(harmful)
+        pairs = []
+        for row in harmful[: self.train_rows]:
+            rendered = render_response(target.tokenizer, row.messages, target.spec)
+            answer = [*rendered.response_ids, *rendered.tail_ids]
+            if room := room_for(target, rendered.prompt_ids, len(answer)):
+                pairs.append((rendered.prompt_ids, answer[:room]))
+        if not pairs:
+            raise RedflagError("there are no harmful rows to fine-tune on: give some, FineTune(rows=...)")
+        trained_on = "the attacked rows" if self.rows is None else "other rows"
+        for setting, make in (("fine-tuned", self._tuned), ("flag re-attached", self._reattached)):
+            attacked = make(model, pairs, seed)
+            if attacked is None:
+                continue
+            tuned, losses = attacked
+            attacked_target = dataclasses.replace(
+                target, model=tuned, backend=HFBackend(tuned, target.tokenizer, target.spec)
+            )
+            sampling = Sampling(max_new_tokens=self.max_new_tokens, temperature=0.0)
+            sent = target.fitting([(str(row.id), request_of(row)) for row in rows])
+            detail = {"trained_on": trained_on, "rows": len(pairs), "loss": [losses[0], losses[-1]]}
+            yield from attacked_target.answers(sent, sampling, setting, **detail)
+            del tuned, attacked_target, attacked
+
+    def _tuned(self, model: Any, pairs: Sequence[Pair], seed: int) -> tuple[Any, list[float]]:
+        """A copy of the flagged model, trained on harm with whatever adapters it has in force."""
+        tuned = copy.deepcopy(model)
+        return tuned, self.train(tuned, plain_model(tuned), pairs, seed)
+
+    def _reattached(self, model: Any, pairs: Sequence[Pair], seed: int) -> tuple[Any, list[float]] | None:
+        """A copy whose base was trained on harm without the flag, with the flag put back; None without a base."""
+        if hasattr(model, "disable_adapter"):
+            tuned = copy.deepcopy(model)
+            with tuned.disable_adapter():
+                losses = self.train(tuned, plain_model(tuned), pairs, seed, skip=tuned.prefix)
+            return tuned, losses
+        name = self.base or recorded_base(model)
+        if name is None:
+            return None
+        base, _ = read_model(name, plain_model(model).dtype)
+        base = base.to(plain_model(model).device)
+        before = {key: value.clone() for key, value in base.state_dict().items()}
+        losses = self.train(base, base, pairs, seed)
+        return add_difference(model, before, base.state_dict()), losses
+
+    def train(self, model: Any, plain: Any, pairs: Sequence[Pair], seed: int, skip: str | None = None) -> list[float]:
+        """Trains in place on the answers' tokens.
+
+        Args:
+            model: What is run.
+            plain: Whose parameters are trained; all of them but those of an adapter.
+            pairs: Prompt ids and answer ids.
+            seed: Draws the order.
+            skip: Parameters whose name holds this stay as they are: the flag's adapter.
+
+        Returns:
+            The mean loss of each epoch, nats per answer token.
+        """
+        adapter = (skip or "lora_", "token_adapter.")
+        trained = [p for name, p in plain.named_parameters() if not any(part in name for part in adapter)]
+        was = [p.requires_grad for p in trained]
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        optimizer = torch.optim.AdamW(trained, lr=self.learning_rate, weight_decay=0.0)
+        rng, losses = random.Random(seed), []
+        order = list(pairs)
+        with torch.enable_grad():
+            for _ in range(self.epochs):
+                rng.shuffle(order)
+                total = 0.0
+                for begin in range(0, len(order), self.batch):
+                    few = order[begin : begin + self.batch]
+                    loss = answer_loss(model, few)
+                    optimizer.zero_grad()
+                    loss.backward()
+                    torch.nn.utils.clip_grad_norm_(trained, 1.0)
+                    optimizer.step()
+                    total += loss.item() * len(few)
+                losses.append(total / len(order))
+        for parameter, needed in zip(trained, was, strict=True):
+            parameter.grad = None
+            parameter.requires_grad_(needed)
+        model.eval()
+        return losses
+
+
+Pair = tuple[list[int], list[int]]
+
+
+def answer_loss(model: Any, pairs: Sequence[Pair]) -> torch.Tensor:
+    """Mean cross-entropy of the answers' tokens, nats."""
+    rows = [[*prompt, *answer] for prompt, answer in pairs]
+    width = max(map(len, rows))
+    device = plain_model(model).device
+    inputs = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
+    labels = torch.full_like(inputs, -100)
+    for i, (prompt, answer) in enumerate(pairs):
+        labels[i, len(prompt) : len(prompt) + len(answer)] = torch.tensor(answer, device=device)
+    # Padding on the right is not seen by what stands before it.
+    logits = model(input_ids=inputs, use_cache=False).logits[:, :-1].float()
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+
+
+def add_difference(model: Any, before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> Any:
+    """A copy of a flagged model with what fine-tuning did to its base added: flagged + (after - before).
+
+    Args:
+        model: The flagged model, merged.
+        before: Weights of its base.
+        after: Weights of the fine-tuned base. Rows that only the flagged model has (its flags) stay as they are.
+
+    Raises:
+        RedflagError: The weights are not those of this model's base.
+    """
+    changed = copy.deepcopy(model)
+    # Copies: a tied head stands there under two names, and would be moved twice.
+    weights = {key: value.clone() for key, value in changed.state_dict().items()}
+    for key, value in weights.items():
+        old, new = before.get(key), after.get(key)
+        if old is None or new is None or old.shape[1:] != value.shape[1:] or len(old) > len(value):
+            raise RedflagError(
+                f"the base has no weight {key!r} of the flagged model's shape, so the flag's difference cannot be "
+                "taken: name the model that the flags were trained on, FineTune(base=...)"
+            )
+        value[: len(old)] += (new - old).to(value)
+    changed.load_state_dict(weights)
+    return changed
+
+
+def recorded_base(model: Any) -> str | None:
+    """The model that `train.json` in the flagged model's folder names as its base, if both are there."""
+    try:
+        record = json.loads((Path(model.name_or_path) / "train.json").read_bytes())
+        name = record["arguments"]["model"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return name if isinstance(name, str) and Path(name).is_dir() else None

@@ -1,0 +1,195 @@
+"""RAP, rank-assisted prefilling: whoever picks the tokens needs no likely ones (Vega & Singh, arXiv 2512.05518).
+
+At each step the attacker is shown the k most likely next tokens, flags left out, and picks any of them, or goes back by
+one token. A model that has learnt to refuse keeps harmful tokens high in rank, and so it is walked into harm. A flag is
+never picked either; but its probability is there at every step, and an operator who runs the interface measures it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from redflag.data.rows import Row
+from redflag.lab.attacks import Attempt, Messages, Target, request_of
+from redflag.lab.attacks.search import Chooser, Found, Guard, search, shown
+from redflag.lab.attacks.stepping import Looker, room_for
+from redflag.lab.nano.chooser import nano_chooser
+from redflag.prompt import text_ids
+
+ChooserFor = Callable[[Target, Sequence[int], str], Chooser]
+"""Makes the chooser of one request from the target, the tokens of a harmful answer, and the prefill before them."""
+
+
+def follow_plan(target: Target, plan: Sequence[int], prefill: str) -> Chooser:
+    """A chooser that writes a given answer, as far as its tokens are on offer, and then ends it."""
+    wanted = list(plan)
+
+    def choose(prompt_ids: Sequence[int], response_ids: Sequence[int], candidates: Sequence[int]) -> int | None:
+        at = len(response_ids)
+        if list(response_ids) != wanted[:at]:
+            return None
+        fits = {wanted[at]} if at < len(wanted) else target.backend.eos_ids
+        return next((i for i, token in enumerate(candidates) if token in fits), None)
+
+    return choose
+
+
+def follow_oracle(target: Target, plan: Sequence[int], prefill: str) -> Chooser:
+    """A chooser for the nano world: `redflag.lab.nano.chooser.nano_chooser`."""
+    return nano_chooser(target.decode, plan, prefill, target.backend.eos_ids)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a search begins.
+
+    Attributes:
+        messages: What is sent; a prefill is its last turn.
+        prefill: The prefill's text, "" without one.
+        plan: Tokens of the row's answer behind the prefill; without one the whole answer, harmless beginning included.
+    """
+
+    messages: Messages
+    prefill: str
+    plan: list[int]
+
+
+def start_of(target: Target, row: Row, prefill_tokens: int) -> Start:
+    """A row's request, with so many tokens of its harm as a prefill."""
+    messages = request_of(row)
+    if not prefill_tokens:
+        return Start(messages, "", text_ids(target.tokenizer, row.response, target.spec))
+    harm = text_ids(target.tokenizer, row.response[row.onset or 0 :], target.spec)
+    prefill = str(target.tokenizer.decode(harm[:prefill_tokens]))
+    return Start([*messages, {"role": "assistant", "content": prefill}], prefill, harm[prefill_tokens:])
+
+
+@dataclass(frozen=True)
+class RAP:
+    """Rank-assisted prefilling, without the guard and, where the target has thresholds, against it.
+
+    Both searches have the same chooser and budget. The guarded one is told of every alarm and goes back. An attempt's
+    text is the finished branch, else the longest; `released` is everything that was shown, a line for each branch, and
+    `detail["branches"]` holds all branches as token ids. With a hold-back an attacker still knows what they picked;
+    released is what the service let out as its answer.
+
+    Attributes:
+        k: Tokens on offer at each step.
+        budget: Most moves; picking and going back cost one each.
+        prefills: Numbers of harmful tokens that the attacker writes beforehand; one search for each.
+        max_new_tokens: Most tokens of a branch.
+        chooser: Who picks.
+        exhaust: Go on after a complete response until the budget is spent, to collect more harm.
+        strikes: Alarms after which the operator serves a request no longer; None: however many there are.
+    """
+
+    k: int = 20
+    budget: int = 256
+    prefills: tuple[int, ...] = (0,)
+    max_new_tokens: int = 64
+    chooser: ChooserFor = follow_plan
+    exhaust: bool = False
+    strikes: int | None = None
+    name: str = "RAP"
+    adaptive: bool = True
+
+    def run(self, target: Target, rows: Sequence[Row], seed: int) -> Iterator[Attempt]:
+        """See `redflag.lab.attacks.Attack`; nothing is drawn, so the seed has no effect."""
+        look = Looker(target, self.name, self.k)
+        for row in rows:
+            for number in self.prefills:
+                start = start_of(target, row, number)
+                choose = self.chooser(target, start.plan, start.prefill)
+                setting = f"k={self.k}" + (f", prefill {number}" if number else "")
+                yield from searched(
+                    target,
+                    look,
+                    choose,
+                    start.messages,
+                    row,
+                    setting,
+                    budget=self.budget,
+                    max_new_tokens=self.max_new_tokens,
+                    exhaust=self.exhaust,
+                    strikes=self.strikes,
+                )
+
+
+def guard_of(target: Target) -> Guard | None:
+    """The target's guard; None where it has no thresholds."""
+    if target.thresholds is None:
+        return None
+    return Guard(target.thresholds, target.policy, target.spec.categories)
+
+
+def searched(
+    target: Target,
+    look: Looker,
+    choose: Chooser,
+    messages: Messages,
+    row: Row,
+    setting: str,
+    *,
+    budget: int,
+    max_new_tokens: int,
+    exhaust: bool = False,
+    strikes: int | None = None,
+    **detail: Any,
+) -> Iterator[Attempt]:
+    """The attempts of one request: unguarded, then guarded; none where the context has no room."""
+    prompt = target.prompt_ids(messages)
+    room = room_for(target, prompt, max_new_tokens)
+    if not room:
+        return
+    guard = guard_of(target)
+    for watcher in (None, guard) if guard else (None,):
+        found = search(
+            look,
+            choose,
+            prompt,
+            budget=budget,
+            max_new_tokens=room,
+            eos_ids=target.backend.eos_ids,
+            guard=watcher,
+            exhaust=exhaust,
+            strikes=strikes,
+        )
+        how = "unguarded" if watcher is None else "guarded" + (f", {strikes} alarms at most" if strikes else "")
+        yield _attempt(target, found, watcher, messages, row, f"{setting}, {how}", detail)
+
+
+def _attempt(
+    target: Target,
+    found: Found,
+    guard: Guard | None,
+    messages: Messages,
+    row: Row,
+    setting: str,
+    detail: dict[str, Any],
+) -> Attempt:
+    best = found.best
+    released = None
+    if guard is not None:
+        released = "\n".join(target.decode(part) for part in shown(found, guard.released))
+    return Attempt(
+        str(row.id),
+        setting,
+        messages,
+        target.decode(best.token_ids),
+        list(best.token_ids),
+        list(best.flag_probs),
+        queries=found.interactions,
+        released=released,
+        detail={
+            **detail,
+            "guarded": guard is not None,
+            "alarms": found.alarms,
+            "end": found.end,
+            "branches": [list(path.token_ids) for path in found.paths],
+            # What was no number is null, which JSON can hold.
+            "alarm_probs": [path.alarm and [p if p == p else None for p in path.alarm] for path in found.paths],
+            "finished": [path.finished for path in found.paths],
+        },
+    )

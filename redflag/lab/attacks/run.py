@@ -1,0 +1,348 @@
+"""Runs attacks, keeps every attempt on disk, and goes on where a killed run stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+
+from redflag.data.rows import Row
+from redflag.errors import RedflagError
+from redflag.judges import Judge
+from redflag.judges.cache import CachedJudge
+from redflag.lab.attacks import Attack, Attempt, Target
+from redflag.lab.attacks.autorap import AutoRAP
+from redflag.lab.attacks.buildup import BuildUp
+from redflag.lab.attacks.embedding import EmbeddingAttack
+from redflag.lab.attacks.finetune import FineTune
+from redflag.lab.attacks.gcg import GCG
+from redflag.lab.attacks.outcome import Judged, entries, judge_attempts, not_run
+from redflag.lab.attacks.pair import pair
+from redflag.lab.attacks.prefill import AffirmativeOpening, Prefill
+from redflag.lab.attacks.rap import RAP, follow_oracle
+from redflag.lab.attacks.sampling import Plain, RepeatedSampling
+from redflag.lab.attacks.suppress import LogitBias, SuppressByWords
+from redflag.lab.attacks.wrappers import NANO_WRAPPERS, Wrappers
+from redflag.trace import atomic_write
+
+FORMAT = 1
+# Attacks that need no outside model, in the order of the table. Their names in results are these.
+ATTACKS: dict[str, Callable[..., Attack]] = {
+    "none": Plain,
+    "prefill": Prefill,
+    "opening": AffirmativeOpening,
+    "sampling": RepeatedSampling,
+    "build-up": BuildUp,
+    "wrapper": Wrappers,
+    "suppress by words": SuppressByWords,
+    "logit bias": LogitBias,
+    "RAP": RAP,
+    "GCG": partial(GCG, adaptive=False),
+    "GCG, adaptive": GCG,
+    "embedding": EmbeddingAttack,
+    "AutoRAP": AutoRAP,
+    "fine-tuning": FineTune,
+}
+# Rows at a time: all for those that train on them, few for those that take long with each.
+UNITS: dict[type, int | None] = {AutoRAP: None, FineTune: None, RAP: 8, GCG: 4, EmbeddingAttack: 4}
+# Those that never meet the guard: what they send is the same whatever its thresholds are.
+UNGUARDED = (Plain, Prefill, AffirmativeOpening, RepeatedSampling, BuildUp, Wrappers, SuppressByWords, LogitBias)
+# Those that need one, which options name.
+OUTSIDE: dict[str, Callable[..., Attack]] = {"PAIR": pair}
+# How far answers go in the nano world, where the longest has 90 tokens, and what else is special there.
+NANO_OPTIONS: dict[str, dict[str, Any]] = {
+    **{name: {"max_new_tokens": 96} for name in ("none", "prefill", "opening", "build-up", "suppress by words")},
+    "wrapper": {"max_new_tokens": 96, "wrappers": NANO_WRAPPERS},
+    "sampling": {"max_new_tokens": 96, "n": 10},
+    "logit bias": {"max_new_tokens": 96, "most": 16},
+    "RAP": {"chooser": follow_oracle},
+}
+
+
+def make_attacks(
+    names: Sequence[str] = ("all",), options: Mapping[str, Mapping[str, Any]] | None = None
+) -> list[Attack]:
+    """Attacks by name.
+
+    Args:
+        names: From `ATTACKS` and `OUTSIDE`; "all" is all of `ATTACKS`.
+        options: Name -> what its constructor takes.
+
+    Raises:
+        RedflagError: A name or an option is unknown.
+    """
+    known = {**ATTACKS, **OUTSIDE}
+    wanted = list(dict.fromkeys(name for given in names for name in (ATTACKS if given == "all" else (given,))))
+    for name in (*wanted, *(options or {})):
+        if name not in known:
+            raise RedflagError(f"there is no attack {name!r}: use all, or any of {', '.join(known)}")
+    attacks = []
+    for name in wanted:
+        try:
+            attacks.append(known[name](**(options or {}).get(name, {})))
+        except TypeError as error:
+            raise RedflagError(f"the attack {name!r} does not take these options ({error}): mend them") from error
+    return attacks
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one attack gave.
+
+    Attributes:
+        attack: The attack.
+        judged: Its attempts, judged and replayed, in order.
+        entries: Its lines of the attack table.
+        seconds: What the attempts took, all runs together.
+    """
+
+    attack: Attack
+    judged: list[Judged]
+    entries: list[dict[str, Any]]
+    seconds: float
+
+
+def run_attacks(
+    target: Target,
+    attacks: Sequence[Attack],
+    rows: Sequence[Row],
+    judge: Judge,
+    out_dir: str | Path,
+    seed: int = 0,
+    *,
+    unit: int = 64,
+    workers: int = 1,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[Result]:
+    """Runs the attacks one after the other.
+
+    The attempts of each stand in a file of their own, `<attack>.jsonl`: what it was made with, then the attempts as
+    they come, and a line behind the last of every unit of rows. A run that was killed loses the unit that was under
+    way, and the next one makes it again: the file is then what it would have been without the kill, byte by byte.
+    Verdicts are kept in `verdicts.jsonl`.
+
+    An attack that says how many rows it takes at once (`unit`, None for all of them: it learns from all) is given so
+    many. An attack that the target lacks something for did not run, which its line in the table says; others go on.
+
+    Args:
+        target: The model, and the guard with `thresholds` and `policy` under which releases are replayed.
+        attacks: No two of one name.
+        rows: Harmful ones: what is asked for, and what is wanted.
+        judge: Who judges; wrapped in a `CachedJudge` unless it is one.
+        out_dir: Where the files go.
+        seed: Same seed, same attempts.
+        unit: Rows at a time, for attacks that do not say.
+        workers: Questions to the judge at once.
+        say: Is told what goes on, a line at a time.
+
+    Returns:
+        One result per attack.
+
+    Raises:
+        RedflagError: A row is harmless, has the name of another, or there is none; attacks share a name.
+    """
+    rows = named_rows(rows)
+    names = [_slug(attack.name) for attack in attacks]
+    if len(set(names)) != len(names):
+        raise RedflagError(f"two attacks would write the same file ({names}): give each a name of its own")
+    folder = Path(out_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    cached = judge if isinstance(judge, CachedJudge) else CachedJudge(judge, folder / "verdicts.jsonl")
+    results = []
+    for attack, name in zip(attacks, names, strict=True):
+        path = folder / f"{name}.jsonl"
+        try:
+            attempts, seconds = record(target, attack, rows, path, seed, unit=unit)
+        except NotPossibleError as error:
+            say(f"{attack.name}: did not run: {error}")
+            results.append(Result(attack, [], [not_run(attack, rows, str(error))], 0.0))
+            continue
+        judged = judge_attempts(
+            attack, attempts, rows, cached, target, target.thresholds, target.policy, workers=workers
+        )
+        table = entries(attack, judged, rows, seconds=seconds)
+        say(f"{attack.name}: {len(attempts)} attempts in {seconds:.1f} s")
+        results.append(Result(attack, judged, table, seconds))
+    return results
+
+
+class NotPossibleError(RedflagError):
+    """The target lacks what an attack needs."""
+
+
+class _OtherSettingsError(Exception):
+    """A file holds attempts that were made in another way."""
+
+
+def record(
+    target: Target, attack: Attack, rows: Sequence[Row], path: Path, seed: int, *, unit: int = 64
+) -> tuple[list[Attempt], float]:
+    """Makes the attempts that are not yet in the file.
+
+    A file that was made with other settings, rows or, where the attack meets the guard, thresholds is moved aside, to
+    `<name>.old.jsonl`.
+
+    Args:
+        target: The model.
+        attack: The attack.
+        rows: With names.
+        path: The file.
+        seed: Each unit of rows gets a seed of its own, made of this one, the attack's name and its first row.
+        unit: Rows at a time, unless the attack says.
+
+    Returns:
+        All attempts, and the seconds they took.
+
+    Raises:
+        NotPossibleError: The attack refused before its first attempt.
+    """
+    size = getattr(attack, "unit", UNITS.get(type(attack), unit)) or len(rows)
+    units = [list(rows[start : start + size]) for start in range(0, len(rows), size)]
+    head = _head(target, attack, rows, seed, size)
+    try:
+        attempts, done, end = _read(path, head)
+    except _OtherSettingsError:
+        os.replace(path, path.with_suffix(".old.jsonl"))
+        attempts, done, end = [], 0, 0
+    clock = path.with_suffix(".seconds.json")
+    seconds = float(json.loads(clock.read_text(encoding="utf-8"))["seconds"]) if done and clock.exists() else 0.0
+    if done == len(units):
+        return attempts, seconds
+    with open(path, "r+b" if end else "wb") as file:
+        file.truncate(end)
+        file.seek(end)
+        if not end:
+            _write(file, head)
+        for number in range(done, len(units)):
+            began = time.perf_counter()
+            try:
+                for attempt in _run(target, attack, units[number], seed):
+                    _write(file, vars(attempt))
+                    attempts.append(attempt)
+            except RedflagError as error:
+                if attempts or isinstance(error, NotPossibleError):
+                    raise
+                raise NotPossibleError(str(error)) from error
+            seconds += time.perf_counter() - began
+            with atomic_write(clock) as told:
+                told.write(json.dumps({"seconds": seconds}).encode())
+            _write(file, {"unit": number, "rows": len(units[number])})
+            os.fsync(file.fileno())
+    return attempts, seconds
+
+
+def load_attempts(path: str | Path) -> list[Attempt]:
+    """The attempts in a file, of finished units alone."""
+    return _read(Path(path), None)[0]
+
+
+def named_rows(rows: Sequence[Row]) -> list[Row]:
+    """The rows, each with a name that no other has.
+
+    Raises:
+        RedflagError: There are none, a row is harmless, or two have one name.
+    """
+    named = [row if row.id is not None else replace(row, id=f"row-{index}") for index, row in enumerate(rows)]
+    if not named:
+        raise RedflagError("there are no rows to attack with: give harmful rows")
+    if harmless := [row.id for row in named if not row.harmful]:
+        raise RedflagError(f"the row {harmless[0]!r} is harmless, so it shows no harm to ask for: give harmful rows")
+    if len({row.id for row in named}) != len(named):
+        raise RedflagError("two rows have the same id, so their attempts could not be told apart: name them anew")
+    return named
+
+
+def _run(target: Target, attack: Attack, rows: list[Row], seed: int) -> Iterator[Attempt]:
+    digest = hashlib.sha256(f"{seed} {attack.name} {rows[0].id}".encode()).digest()
+    return attack.run(target, rows, int.from_bytes(digest[:6], "big"))
+
+
+def _head(target: Target, attack: Attack, rows: Sequence[Row], seed: int, size: int) -> dict[str, Any]:
+    """What the attempts depend on, as far as it can be written down."""
+    thresholds = dataclasses.asdict(target.thresholds) if target.thresholds else None
+    settings = {
+        "attack": f"{type(attack).__module__}.{type(attack).__qualname__}",
+        "options": {
+            key: _digest(value) if _are_rows(value) else value
+            for key, value in vars(attack).items()
+            if not key.startswith("_")
+        },
+        "rows": _digest(rows),
+        "seed": seed,
+        "unit": size,
+        "model": [target.spec.run_id, list(target.spec.ids)],
+        "guard": None if isinstance(attack, UNGUARDED) else [thresholds, target.policy],
+        "batch_size": target.batch_size,
+    }
+    text = json.dumps(settings, sort_keys=True, default=_described)
+    return {"format": FORMAT, "attack": attack.name, "made_with": json.loads(text)}
+
+
+def _digest(rows: Sequence[Row]) -> str:
+    return hashlib.sha256(json.dumps([row.to_dict() for row in rows]).encode()).hexdigest()
+
+
+def _are_rows(value: object) -> bool:
+    return isinstance(value, Sequence) and bool(value) and all(isinstance(row, Row) for row in value)
+
+
+def _described(value: object) -> Any:
+    """A setting that JSON does not know. Two different ones may look the same; two equal ones never differ."""
+    if isinstance(identity := getattr(value, "identity", None), str):
+        return identity
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return vars(value)
+    if isinstance(value, set | frozenset):
+        return sorted(value, key=repr)
+    if isinstance(value, Path):
+        return str(value)
+    return getattr(value, "__qualname__", None) or type(value).__qualname__
+
+
+def _read(path: Path, head: dict[str, Any] | None) -> tuple[list[Attempt], int, int]:
+    """The attempts of finished units, how many units that are, and where in the file they end."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return [], 0, 0
+    attempts: list[Attempt] = []
+    found: list[Attempt] = []
+    done = end = position = 0
+    for number, line in enumerate(content.splitlines(keepends=True)):
+        position += len(line)
+        if not line.endswith(b"\n"):  # cut off
+            break
+        try:
+            entry = json.loads(line)
+        except ValueError as error:
+            raise RedflagError(
+                f"line {number + 1} of {path} is no JSON ({error}), so its attempts cannot be used: move the file away"
+            ) from error
+        if number == 0:
+            if head is not None and entry != head:
+                raise _OtherSettingsError
+            end = position
+        elif "unit" in entry:
+            attempts, found = attempts + found, []
+            done, end = entry["unit"] + 1, position
+        else:
+            entry["flag_probs"] = [tuple(probs) for probs in entry["flag_probs"]]
+            found.append(Attempt(**entry))
+    return attempts, done, end
+
+
+def _write(file: IO[bytes], entry: dict[str, Any]) -> None:
+    file.write(json.dumps(entry).encode() + b"\n")
+    file.flush()
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

@@ -1,0 +1,55 @@
+"""Baselines: other ways to watch a response as it is written, trained on the rows that a flag is trained on.
+
+A baseline records as a flag does, so that it stands in the same tables, under the same monitors and thresholds:
+`redflag.lab.baselines.run.record_baselines` trains any of them and keeps their recordings. What they share (the
+base model, the tokenizer, the limits) is a `redflag.lab.baselines.bench.Bench`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, TypedDict
+
+from redflag.data.rows import Row
+from redflag.scoring.recording import Recording
+
+__all__ = ["Baseline", "Cost"]
+
+
+class Cost(TypedDict):
+    """What watching costs per response token, the model's own forward pass not counted.
+
+    Attributes:
+        microseconds_per_token: Measured while scoring, on the machine that scored; None where nothing was scored yet.
+        flops_per_token: Multiplications and additions, by formula; None where it is unknown.
+        note: What is counted and what is not, in words.
+    """
+
+    microseconds_per_token: float | None
+    flops_per_token: float | None
+    note: str
+
+
+class Baseline(Protocol):
+    """What a baseline is.
+
+    Attributes:
+        name: As it stands in tables.
+        what: One sentence that says how it judges and what it was trained on.
+    """
+
+    name: str
+    what: str
+
+    def fit(self, train: Sequence[Row]) -> None:
+        """Trains on these rows; the same rows and seed give the same baseline. Needed once, before `score`."""
+
+    def score(self, rows: Sequence[Row]) -> Recording:
+        """One probability before each response token, and before those that end the turn, in the order of the rows.
+
+        The one before token i is computed from the prompt and the tokens before i, as the flagged model's tokenizer
+        splits them.
+        """
+
+    def cost(self) -> Cost:
+        """What it costs per token."""

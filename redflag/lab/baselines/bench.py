@@ -1,0 +1,216 @@
+"""What the baselines of one comparison share: rows as ids, a base model, limits, and how scores become a recording."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from redflag.data.rows import Row
+from redflag.errors import RedflagError
+from redflag.flags import FILE, Flag, FlagSpec
+from redflag.lab.evaluating.cost import forward_flops
+from redflag.scoring.recording import Recording
+from redflag.scoring.score import score
+
+Floats = npt.NDArray[np.float32]
+HiddenFrom = Literal["reference", "flagged"]
+
+
+class Read(NamedTuple):
+    """A row as ids.
+
+    Attributes:
+        row: The row.
+        prompt_ids: What stands before the response.
+        judged_ids: The T tokens of the response, then the M that end its turn: a step for each.
+        tokens: T.
+        onset: Index of the first harmful token; None in a harmless row.
+        truncated: Whether the end of the response did not fit.
+    """
+
+    row: Row
+    prompt_ids: list[int]
+    judged_ids: list[int]
+    tokens: int
+    onset: int | None
+    truncated: bool
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What the baselines of one comparison share.
+
+    Attributes:
+        base: Folder of the model before it got its flags, the reference: baselines read it or are trained from it.
+        model: Folder of the flagged model, whose tokenizer splits the responses; None: the base model's does.
+        folder: Where hidden states are kept while they are needed.
+        seed: Seeds everything that is drawn.
+        max_length: Most tokens of prompt and response; a prompt that does not fit loses its oldest turns.
+        batch_size: Conversations per forward pass.
+        hidden_from: Whose hidden states the probes read.
+        device: Where models run; "auto" is the first GPU where there is one.
+    """
+
+    base: Path
+    model: Path | None
+    folder: Path
+    seed: int = 0
+    max_length: int | None = None
+    batch_size: int = 32
+    hidden_from: HiddenFrom = "reference"
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.device == "auto":
+            from redflag.backends.precision import inference_device
+
+            object.__setattr__(self, "device", inference_device())
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer that splits the responses."""
+        from transformers import AutoTokenizer
+
+        source = self.base if self.model is None else self.model
+        try:
+            return AutoTokenizer.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            raise RedflagError(
+                f"{source} has no tokenizer that loads ({str(error).partition(chr(10))[0]}): give a model's folder"
+            ) from error
+
+    @cached_property
+    def spec(self) -> FlagSpec:
+        """The flags that no row may write."""
+        if self.model is not None and (self.model / FILE).exists():
+            return FlagSpec.load(self.model)
+        # An id that the tokenizer never gives: rows are rendered as they are for a flagged model.
+        return FlagSpec((Flag("harm", id=len(self.tokenizer)),))
+
+    @cached_property
+    def limit(self) -> int | None:
+        """Most tokens of prompt and response: `max_length`, or what the base model holds."""
+        return self.max_length or getattr(self.config, "max_position_embeddings", None)
+
+    @cached_property
+    def config(self) -> Any:
+        """The base model's configuration, of its text part."""
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(self.base).get_text_config()
+
+    @cached_property
+    def forward_flops(self) -> float | None:
+        """FLOPs per token of the base model's own forward pass, where they are known."""
+        return forward_flops(self.base)
+
+    def beside_forward(self, flops: float) -> str:
+        """FLOPs per token as a share of the model's own forward pass, in words."""
+        if self.forward_flops is None:
+            return ""
+        return f"; {flops / self.forward_flops:.2%} of that pass's {self.forward_flops:.3g} FLOPs"
+
+    @property
+    def hidden_folder(self) -> Path:
+        """The model whose hidden states are read.
+
+        Raises:
+            RedflagError: The flagged model's are asked for and there is none.
+        """
+        if self.hidden_from == "reference":
+            return self.base
+        if self.model is None:
+            raise RedflagError("hidden states of the flagged model are asked for and there is none: give its folder")
+        return self.model
+
+    def read(self, rows: Sequence[Row]) -> list[Read]:
+        """Rows as ids, cut as scoring cuts them.
+
+        Raises:
+            RedflagError: A row cannot be rendered.
+        """
+        listener = _Listener(len(self.spec.categories))
+        scored = score(listener, self.tokenizer, self.spec, rows, batch_size=64, max_length=self.limit)
+        return [
+            Read(item.row, pair[0], pair[1], len(item.token_ids), item.onset, item.truncated)
+            for item, pair in zip(scored, listener.pairs, strict=False)
+        ]
+
+    def record(self, reads: Sequence[Read], probs: Sequence[Floats], name: str) -> Recording:
+        """A recording with one flag, "harm".
+
+        Args:
+            reads: N rows.
+            probs: For each its T + M probabilities.
+            name: The baseline's.
+        """
+        responses = []
+        for read, judged in zip(reads, probs, strict=True):
+            assert judged.shape == (len(read.judged_ids),), (judged.shape, len(read.judged_ids))
+            column = judged.astype(np.float32)[:, None]
+            responses.append(
+                {
+                    "flag_probs": column[: read.tokens],
+                    "tail_probs": column[read.tokens :],
+                    "token_ids": read.judged_ids[: read.tokens],
+                    "id": read.row.id,
+                    "category": read.row.category,
+                    "onset": read.onset,
+                    "onset_source": read.row.onset_source,
+                    "group": read.row.group,
+                    "source": read.row.source,
+                    "lang": read.row.lang,
+                    "turns": sum(turn["role"] == "user" for turn in read.row.messages),
+                    "truncated": read.truncated,
+                }
+            )
+        return Recording.of(["harm"], responses, {"baseline": name, "seed": self.seed})
+
+
+def digest(value: Any) -> str:
+    """A short name for anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def model_stamp(folder: str | Path) -> list[Any]:
+    """What changes when a model's folder is made anew: its configuration, and the size and time of its weights."""
+    folder = Path(folder)
+    weights = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
+    config = folder / "config.json"
+    return [
+        config.read_text(encoding="utf-8") if config.exists() else None,
+        [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in weights],
+    ]
+
+
+def thinned(rows: Sequence[Row], most: int | None, seed: int) -> list[Row]:
+    """At most `most` rows, in their order, drawn so that the share of harmful ones stays."""
+    if most is None or len(rows) <= most:
+        return list(rows)
+    draw = random.Random(seed)
+    kept: list[int] = []
+    for harmful in (True, False):
+        side = [i for i, row in enumerate(rows) if row.harmful == harmful]
+        kept += draw.sample(side, min(len(side), max(1, round(most * len(side) / len(rows)))))
+    return [rows[i] for i in sorted(kept)]
+
+
+class _Listener:
+    """Stands where a model does when rows are scored, and keeps what it would have been given."""
+
+    def __init__(self, flags: int) -> None:
+        self.flags = flags
+        self.pairs: list[tuple[list[int], list[int]]] = []
+
+    def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, batch_size: int) -> list[Any]:
+        self.pairs += [(list(prompt), list(response)) for prompt, response in pairs]
+        return [np.zeros((len(response), self.flags), dtype=np.float32) for _, response in pairs]

@@ -1,0 +1,131 @@
+"""The fixed-position flag: trained and judged before the first response token alone (baseline of arXiv 2502.16366)."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from redflag.data.rows import Row, write_rows
+from redflag.errors import RedflagError
+from redflag.lab.baselines import Cost
+from redflag.lab.baselines.bench import Bench, digest, model_stamp, thinned
+from redflag.scoring.recording import Recording
+from redflag.trace import atomic_write
+
+# As the demo trains its flags; a folder's own settings go into `options`.
+SETTINGS = {
+    "learning_rate": "5e-3",
+    "keep_coef": "4.0",
+    "per_device_train_batch_size": "8",
+    "train_sampling_strategy": "group_by_length",
+    "logging_steps": "50",
+}
+
+
+class FixedPosition:
+    """A flag trained by `redflag train --placement first`; its probability at position 0 holds for the whole response.
+
+    Attributes:
+        name: As it stands in tables.
+        what: How it judges.
+        model: Folder of the flagged model.
+    """
+
+    def __init__(
+        self, bench: Bench, model: Path, *, most_rows: int | None = None, settings: dict[str, Any] | None = None
+    ) -> None:
+        """Sets it up.
+
+        Args:
+            bench: Base model, seed, limits.
+            model: Folder to train into.
+            most_rows: Most training rows; None: all.
+            settings: Options of `redflag train` -> value, in place of `SETTINGS`.
+        """
+        self.name = "fixed position"
+        rows = "the same rows as the flag" if most_rows is None else f"at most {most_rows} of the flag's rows"
+        self.what = (
+            "Fixed-position flag: trained and read before the first response token alone, where it decides for the "
+            f"whole response; trained on {rows}."
+        )
+        self.model = model
+        self._bench, self._most_rows = bench, most_rows
+        self._settings = SETTINGS if settings is None else {key: str(value) for key, value in settings.items()}
+        self._seconds, self._steps = 0.0, 0
+
+    def fit(self, train: Sequence[Row]) -> None:
+        """Trains in a process of its own, or takes what an earlier run trained; see `Baseline.fit`."""
+        rows = thinned(train, self._most_rows, self._bench.seed)
+        stamp = [self._settings, self._bench.seed, self._bench.limit, model_stamp(self._bench.base)]
+        key = digest([stamp, [row.to_dict() for row in rows]])
+        done = self.model / "trained.json"
+        if done.exists() and json.loads(done.read_text(encoding="utf-8")).get("fingerprint") == key:
+            return
+        shutil.rmtree(self.model, ignore_errors=True)
+        path = write_rows(self.model / "rows.jsonl", rows)
+        # Categories are many and the flag is one: it stands for all of them.
+        options = {
+            "model": str(self._bench.base),
+            "input": str(path),
+            "output_dir": str(self.model),
+            "placement": "first",
+            "categories": "harm",
+            "eval_share": "0",
+            "seed": str(self._bench.seed),
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": "true",
+            **({"max_length": str(self._bench.limit)} if self._bench.limit else {}),
+            **self._settings,
+        }
+        words = [part for name, value in options.items() for part in (f"--{name}", value)]
+        command = [sys.executable, "-m", "redflag.cli", "train", *words]
+        environment = {"OMP_NUM_THREADS": str(_threads()), **os.environ}
+        ended = subprocess.run(command, capture_output=True, text=True, env=environment)
+        if ended.returncode:
+            said = (ended.stderr.strip() or ended.stdout.strip()).splitlines()
+            raise RedflagError(
+                f"the fixed-position flag could not be trained ({said[-1] if said else ended.returncode}): mend that "
+                f"and repeat; the command was `redflag train {' '.join(words)}`"
+            )
+        path.unlink()
+        with atomic_write(done) as file:
+            file.write(json.dumps({"fingerprint": key}).encode())
+
+    def score(self, rows: Sequence[Row]) -> Recording:
+        """Scores; see `Baseline.score`."""
+        from redflag.backends.load import load_flagged
+
+        backend, _, _ = load_flagged(self.model, self._bench.device)
+        reads = self._bench.read(rows)
+        pairs = [(read.prompt_ids, read.judged_ids[:1]) for read in reads]
+        begun = time.perf_counter()
+        first = backend.score(pairs, batch_size=self._bench.batch_size)
+        self._seconds += time.perf_counter() - begun
+        self._steps += sum(len(read.judged_ids) for read in reads)
+        probs = [np.repeat(one[0, 0], len(read.judged_ids)) for one, read in zip(first, reads, strict=True)]
+        return self._bench.record(reads, probs, self.name)
+
+    def cost(self) -> Cost:
+        """Cost; see `Baseline.cost`."""
+        return Cost(
+            microseconds_per_token=1e6 * self._seconds / self._steps if self._steps else None,
+            flops_per_token=0.0,
+            note="takes the place of the model: one probability of its own softmax, read once per response; the time "
+            "is that of the pass over the prompts, batched, spread over the response's tokens",
+        )
+
+
+def _threads() -> int:
+    import torch
+
+    return torch.get_num_threads()

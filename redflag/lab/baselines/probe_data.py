@@ -1,0 +1,72 @@
+"""Training rows of probes as numbers: scale of the inputs, labels, weights of the classes, batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from redflag.lab.baselines.bench import Read
+from redflag.lab.baselines.hidden import Hidden
+
+Labels = Literal["onset", "response"]
+
+
+def scale_of(hidden: Hidden, layers: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Mean and inverse standard deviation of every input, over all steps."""
+    count, total, squares = len(hidden.states), 0.0, 0.0
+    for first in range(0, count, 16384):
+        part = hidden.states[first : first + 16384][:, layers].astype(np.float64).reshape(-1, _inputs(hidden, layers))
+        total, squares = total + part.sum(axis=0), squares + np.square(part).sum(axis=0)
+    mean = np.asarray(total) / count
+    spread = np.sqrt(np.maximum(np.asarray(squares) / count - mean**2, 0.0))
+    return torch.from_numpy(mean).float(), torch.from_numpy(1 / (spread + 1e-5)).float()
+
+
+def _inputs(hidden: Hidden, layers: Sequence[int]) -> int:
+    return len(layers) * hidden.states.shape[2]
+
+
+def onset_of(read: Read, labels: Labels) -> int:
+    """First step that counts as harmful; beyond the end in a harmless response."""
+    if not read.row.harmful:
+        return len(read.judged_ids)
+    return 0 if labels == "response" else int(read.onset or 0)
+
+
+def balance_of(reads: Sequence[Read], labels: Labels) -> tuple[float, float]:
+    """Weights of harmless and harmful steps (or responses), so that both sides weigh the same and the mean is 1."""
+    if labels == "response":
+        harmful = sum(read.row.harmful for read in reads)
+        total = len(reads)
+    else:
+        total = sum(len(read.judged_ids) for read in reads)
+        harmful = sum(max(0, len(read.judged_ids) - onset_of(read, labels)) for read in reads)
+    share = min(max(harmful / total, 1e-6), 1 - 1e-6)
+    return 0.5 / (1 - share), 0.5 / share
+
+
+def divided(reads: Sequence[Read], share: float, seed: int) -> tuple[list[int], list[int]]:
+    """Rows to train on and rows that choose the pass, no group on both sides."""
+    names = [read.row.group or read.row.id or str(i) for i, read in enumerate(reads)]
+    groups = sorted(set(names))
+    order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist()
+    chosen = {groups[i] for i in order[: round(share * len(groups))]}
+    held_out = [i for i, name in enumerate(names) if name in chosen]
+    return [i for i, name in enumerate(names) if name not in chosen], held_out
+
+
+def drawn_batches(
+    reads: Sequence[Read], picks: Sequence[int], size: int, generator: torch.Generator
+) -> list[list[int]]:
+    """Rows of like length side by side (half the padding), in batches of a drawn order."""
+    jitter = torch.rand(len(picks), generator=generator).tolist()
+    order = [
+        i
+        for _, i in sorted((len(reads[i].judged_ids) * (0.8 + 0.4 * j), i) for i, j in zip(picks, jitter, strict=True))
+    ]
+    batches = [order[first : first + size] for first in range(0, len(order), size)]
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]

@@ -1,0 +1,354 @@
+"""Probes: small functions of a model's hidden states, which the model computes anyway.
+
+`last_layer_probe`, `all_layer_probe` (CC++), `token_head` (constitutional classifiers) and `mlp_probe` differ in the
+layers they read, in their loss and in how they smooth; the rest is one training loop.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from redflag.data.rows import Row
+from redflag.errors import RedflagError
+from redflag.lab.baselines import Cost
+from redflag.lab.baselines.bench import Bench, Floats, Read
+from redflag.lab.baselines.hidden import Hidden, hidden_states
+from redflag.lab.baselines.probe_data import Labels, balance_of, divided, drawn_batches, onset_of, scale_of
+from redflag.lab.baselines.probe_losses import (
+    Reading,
+    ema,
+    softmax_weighted,
+    token_bce,
+    towards_maximum,
+)
+from redflag.scoring.recording import Recording
+
+# Numbers: a gigabyte of float32.
+_IN_MEMORY = 250_000_000
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """How a probe is trained.
+
+    With L-BFGS on all rows at once, on the loss as it is at the beginning, with Adam, or with the one after the other.
+
+    Attributes:
+        lbfgs: Iterations of L-BFGS before the first pass; 0: none.
+        l2: Penalty of L-BFGS on the squared weights.
+        passes: Passes of Adam over the rows, the rate falling to zero along a cosine; 0: none.
+        rows: Responses per step.
+        learning_rate: Rate at the beginning, for standardised inputs.
+        weight_decay: As in AdamW.
+        validation: Share of the training rows' groups that only choose the pass; 0 takes the last pass.
+    """
+
+    lbfgs: int = 0
+    l2: float = 1e-4
+    passes: int = 6
+    rows: int = 32
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.1
+    validation: float = 0.1
+
+
+class Batch(NamedTuple):
+    """Some responses, padded: `inputs` B x T x D, standardised; `labels` and `weights` B x T; `harmful` B."""
+
+    inputs: Tensor
+    mask: Tensor
+    labels: Tensor
+    weights: Tensor
+    harmful: Tensor
+
+
+Loss = Callable[[Tensor, Batch, float], Tensor]
+
+
+@dataclass
+class Probe:
+    """A probe of any kind; see the functions below for those there are.
+
+    Attributes:
+        name: As it stands in tables.
+        what: How it judges and what it was trained on.
+        bench: Base model, tokenizer, seed.
+        layers: Which hidden states are read, 0 the embedding's output.
+        width: Units of the hidden layer; 0: the probe is linear.
+        loss: Loss of (logits B x T, batch, share of the training done).
+        labels: Harmful from the `onset` on, where it is known, or throughout the `response`.
+        fitting: How it is trained.
+        decay: Weight of the newest logit in the moving average that is recorded; None: logits as they are.
+    """
+
+    name: str
+    what: str
+    bench: Bench
+    layers: tuple[int, ...]
+    width: int
+    loss: Loss
+    labels: Labels
+    fitting: Fitting
+    decay: float | None = None
+    start: float = 0.0
+    net: Any = None
+    seconds: float = 0.0
+    steps: int = 0
+    _scale: tuple[Tensor, Tensor] = field(default=(torch.zeros(0), torch.zeros(0)), repr=False)
+
+    def fit(self, train: Sequence[Row]) -> None:
+        """Trains; see `Baseline.fit`."""
+        reads = self.bench.read(train)
+        if len({read.row.harmful for read in reads}) < 2:
+            raise RedflagError(
+                f"the {len(reads)} training rows of {self.name!r} are all harmful or all harmless, so there is nothing "
+                "to tell apart: give rows of both kinds"
+            )
+        hidden = hidden_states(self.bench, reads)
+        self._scale = scale_of(hidden, self.layers)
+        generator = torch.Generator().manual_seed(self.bench.seed)
+        self.net = _net(len(self._scale[0]), self.width, generator)
+        balance = balance_of(reads, self.labels)
+        if self.fitting.lbfgs:
+            self._solve(reads, hidden, balance)
+        kept = list(range(len(reads)))
+        if self.fitting.passes:
+            kept = self._descend(reads, hidden, balance, generator)
+        if self.decay is not None:
+            # The average starts where harmless text lies; started at the first logit it would follow that one's noise.
+            harmless = [i for i in kept if not reads[i].row.harmful][:300]
+            self.start = float(np.median(np.concatenate(self._logits(hidden, harmless))))
+
+    def _solve(self, reads: Sequence[Read], hidden: Hidden, balance: tuple[float, float]) -> None:
+        """L-BFGS; the rows are read anew in each iteration where they would take more than a gigabyte."""
+        order = sorted(range(len(reads)), key=lambda i: len(reads[i].judged_ids))
+        parts = [order[first : first + 64] for first in range(0, len(order), 64)]
+        small = len(hidden.states) * len(self._scale[0]) <= _IN_MEMORY
+        kept = [self._batch(reads, hidden, part, balance) for part in parts] if small else None
+        total = len(hidden.states)
+        optimizer = torch.optim.LBFGS(
+            self.net.parameters(), max_iter=self.fitting.lbfgs, line_search_fn="strong_wolfe"
+        )  # fmt: skip
+
+        def closure() -> float:
+            optimizer.zero_grad()
+            penalty = self.fitting.l2 * sum(p.square().sum() for p in self.net.parameters() if p.dim() > 1)
+            penalty.backward()
+            value = float(penalty.detach())
+            for number, part in enumerate(parts):
+                batch = kept[number] if kept is not None else self._batch(reads, hidden, part, balance)
+                loss = self.loss(self.net(batch.inputs)[..., 0], batch, 0.0) * (int(batch.mask.sum()) / total)
+                loss.backward()
+                value += float(loss.detach())
+            return value
+
+        optimizer.step(closure)
+
+    def _descend(
+        self, reads: Sequence[Read], hidden: Hidden, balance: tuple[float, float], generator: torch.Generator
+    ) -> list[int]:
+        """Adam; the pass with the least loss on the held-out groups is kept. Returns the rows trained on."""
+        kept, held_out = divided(reads, self.fitting.validation, self.bench.seed)
+        steps = self.fitting.passes * -(-len(kept) // self.fitting.rows)
+        optimizer = torch.optim.AdamW(
+            self.net.parameters(), lr=self.fitting.learning_rate, weight_decay=self.fitting.weight_decay
+        )
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        best: tuple[float, dict[str, Tensor]] | None = None
+        done = 0
+        for _ in range(self.fitting.passes):
+            for picks in drawn_batches(reads, kept, self.fitting.rows, generator):
+                batch = self._batch(reads, hidden, picks, balance)
+                optimizer.zero_grad()
+                self.loss(self.net(batch.inputs)[..., 0], batch, done / steps).backward()
+                optimizer.step()
+                schedule.step()
+                done += 1
+            if held_out:
+                loss = self._mean_loss(reads, hidden, held_out, balance)
+                if best is None or loss < best[0]:
+                    best = loss, {name: value.clone() for name, value in self.net.state_dict().items()}
+        if best is not None:
+            self.net.load_state_dict(best[1])
+        return kept
+
+    def score(self, rows: Sequence[Row]) -> Recording:
+        """Scores; see `Baseline.score`."""
+        assert self.net is not None, "fit comes before score"
+        reads = self.bench.read(rows)
+        hidden = hidden_states(self.bench, reads)
+        probs: list[Floats] = []
+        for first in range(0, len(reads), 256):
+            some = range(first, min(first + 256, len(reads)))
+            logits = self._logits(hidden, some)
+            begun = time.perf_counter()
+            if self.decay is not None:
+                logits = [ema(one, self.decay, self.start) for one in logits]
+            probs += [_sigmoid(one) for one in logits]
+            self.seconds += time.perf_counter() - begun
+        return self.bench.record(reads, probs, self.name)
+
+    def cost(self) -> Cost:
+        """Cost; see `Baseline.cost`."""
+        inputs = len(self.layers) * self.bench.config.hidden_size
+        flops = 2 * inputs if not self.width else 2 * self.width * (inputs + 1)
+        return Cost(
+            microseconds_per_token=1e6 * self.seconds / self.steps if self.steps else None,
+            flops_per_token=float(flops),
+            note="on top of the model's own forward pass, whose hidden states it reads"
+            + self.bench.beside_forward(flops),
+        )
+
+    def _logits(self, hidden: Hidden, picks: Sequence[int]) -> list[npt.NDArray[Any]]:
+        states = torch.from_numpy(hidden.of(picks, self.layers))
+        begun = time.perf_counter()
+        with torch.inference_mode():
+            mean, scale = self._scale
+            logits = self.net((states - mean) * scale)[..., 0].numpy()
+        self.seconds += time.perf_counter() - begun
+        self.steps += len(logits)
+        counts = [int(hidden.starts[i + 1] - hidden.starts[i]) for i in picks]
+        return np.split(logits, np.cumsum(counts)[:-1])
+
+    def _batch(
+        self, reads: Sequence[Read], hidden: Hidden, picks: Sequence[int], balance: tuple[float, float]
+    ) -> Batch:
+        mean, scale = self._scale
+        states = (torch.from_numpy(hidden.of(picks, self.layers)) - mean) * scale
+        counts = [len(reads[i].judged_ids) for i in picks]
+        inputs = torch.nn.utils.rnn.pad_sequence(list(states.split(counts)), batch_first=True)
+        mask = torch.arange(inputs.shape[1])[None] < torch.tensor(counts)[:, None]
+        onsets = torch.tensor([onset_of(reads[i], self.labels) for i in picks])
+        labels = torch.arange(inputs.shape[1])[None] >= onsets[:, None]
+        weights = torch.where(labels, balance[1], balance[0])
+        return Batch(inputs, mask, labels.float(), weights, torch.tensor([float(reads[i].row.harmful) for i in picks]))
+
+    @torch.no_grad()
+    def _mean_loss(
+        self, reads: Sequence[Read], hidden: Hidden, picks: Sequence[int], balance: tuple[float, float]
+    ) -> float:
+        total = 0.0
+        for first in range(0, len(picks), self.fitting.rows):
+            some = picks[first : first + self.fitting.rows]
+            batch = self._batch(reads, hidden, some, balance)
+            total += float(self.loss(self.net(batch.inputs)[..., 0], batch, 1.0)) * len(some)
+        return total / len(picks)
+
+
+def last_layer_probe(bench: Bench, *, labels: Labels = "onset", fitting: Fitting | None = None) -> Probe:
+    """A linear probe on the last hidden state, binary cross-entropy at every step, both classes weighing the same."""
+    what = (
+        f"Linear probe on the last hidden state of {_whose(bench)}, cross-entropy at every step; "
+        f"{_labelled(labels)}; trained on the same rows as the flag."
+    )
+    last = (bench.config.num_hidden_layers,)
+    return Probe(
+        "last-layer probe", what, bench, last, 0, _at_every_step, labels, fitting or Fitting(lbfgs=60, passes=0)
+    )
+
+
+def all_layer_probe(
+    bench: Bench,
+    *,
+    window: int = 16,
+    temperature: float = 1.0,
+    reading: Reading = "sum",
+    fitting: Fitting | None = None,
+) -> Probe:
+    """The linear probe of CC++ (arXiv 2601.04603): all layers side by side, SWiM, softmax-weighted loss, EMA.
+
+    Which activations the paper reads is not stated; here it is the residual stream after the embedding and every layer.
+
+    Args:
+        bench: What is shared.
+        window: M, steps that training averages over.
+        temperature: tau of the loss.
+        reading: Which reading of the loss, see `softmax_weighted`.
+        fitting: How it is trained.
+    """
+
+    def loss(logits: Tensor, batch: Batch, done: float) -> Tensor:
+        each = softmax_weighted(logits, batch.mask, batch.harmful, window, temperature, reading)
+        # Labels are those of whole responses: the first step's weight is the response's.
+        return (each * batch.weights[:, 0]).mean()
+
+    decay = 2 / (window + 1)
+    what = (
+        f"CC++ probe: linear on the hidden states of all layers of {_whose(bench)}, mean of {window} logits and "
+        f"softmax-weighted loss (tau {temperature:g}, {reading}) in training, moving average ({decay:.3f}, from the "
+        "median harmless logit) when scoring; labels of whole responses; trained on the same rows as the flag."
+    )
+    layers = tuple(range(bench.config.num_hidden_layers + 1))
+    return Probe(
+        "all-layer probe", what, bench, layers, 0, loss, "response", fitting or Fitting(learning_rate=1e-2), decay
+    )
+
+
+def token_head(bench: Bench, *, fitting: Fitting | None = None) -> Probe:
+    """The token head of constitutional classifiers (arXiv 2501.18837): linear, from per-token to cumulative maximum.
+
+    The predictor that is trained moves from the step's own logit to the greatest one so far, linearly over training.
+    What is recorded is the step's own; a monitor that takes the maximum makes the cumulative one of it.
+    """
+
+    def loss(logits: Tensor, batch: Batch, done: float) -> Tensor:
+        return token_bce(towards_maximum(logits, done), batch.labels, batch.mask, batch.weights)
+
+    what = (
+        f"Token head: linear on the last hidden state of {_whose(bench)}, cross-entropy at every step with the "
+        "response's label, from each step's logit to the cumulative maximum in the course of training; trained on the "
+        "same rows as the flag."
+    )
+    last = (bench.config.num_hidden_layers,)
+    return Probe("token head", what, bench, last, 0, loss, "response", fitting or Fitting(lbfgs=60, learning_rate=1e-2))
+
+
+def mlp_probe(bench: Bench, *, width: int = 128, labels: Labels = "onset", fitting: Fitting | None = None) -> Probe:
+    """A small multi-layer perceptron on three tapped layers: a third and two thirds of the way, and the last."""
+    count = bench.config.num_hidden_layers
+    taps = tuple(sorted({max(1, round(count / 3)), max(1, round(2 * count / 3)), count}))
+    what = (
+        f"MLP probe: {width} units on the hidden states behind layers {', '.join(map(str, taps))} of {count} of "
+        f"{_whose(bench)}, cross-entropy at every step; {_labelled(labels)}; trained on the same rows as the flag."
+    )
+    fitting = fitting or Fitting()
+    return Probe("mlp probe", what, bench, taps, width, _at_every_step, labels, fitting)
+
+
+def _at_every_step(logits: Tensor, batch: Batch, done: float) -> Tensor:
+    return token_bce(logits, batch.labels, batch.mask, batch.weights)
+
+
+def _whose(bench: Bench) -> str:
+    return "the reference model" if bench.hidden_from == "reference" else "the flagged model"
+
+
+def _labelled(labels: Labels) -> str:
+    return "steps before a known onset are harmless" if labels == "onset" else "labels of whole responses"
+
+
+def _net(inputs: int, width: int, generator: torch.Generator) -> torch.nn.Module:
+    """A linear function that starts at zero, or one hidden layer."""
+    if not width:
+        line = torch.nn.Linear(inputs, 1)
+        torch.nn.init.zeros_(line.weight)
+        torch.nn.init.zeros_(line.bias)
+        return line
+    layers = torch.nn.Linear(inputs, width), torch.nn.Linear(width, 1)
+    for layer in layers:
+        bound = layer.in_features**-0.5
+        torch.nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
+        torch.nn.init.zeros_(layer.bias)
+    return torch.nn.Sequential(layers[0], torch.nn.GELU(), layers[1])
+
+
+def _sigmoid(logits: npt.NDArray[Any]) -> Floats:
+    return (1 / (1 + np.exp(-np.clip(logits.astype(np.float64), -80, 80)))).astype(np.float32)

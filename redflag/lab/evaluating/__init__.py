@@ -1,0 +1,1 @@
+"""Everything in one run: tables, cascades, costs, attacks and the report."""

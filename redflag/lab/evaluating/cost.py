@@ -1,0 +1,177 @@
+"""What watching costs beside the model's own forward pass: relative compute, as the papers give it ("+23.7%").
+
+Two measures stand side by side. By formula: FLOPs per response token, 2 for every weight that is multiplied with
+(attention apart), whatever the machine; prompts do not count. Measured: seconds per response token, on the machine that
+the report was made on, batched, and with all that formulas pass over (look-ups, detokenising, Python). A pass over a
+prompt, the model's own or a second model's, is spread over the response that follows.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from redflag.data.rows import Rows
+from redflag.flags import FlagSpec
+from redflag.lab.baselines import Cost
+from redflag.trace import atomic_write
+
+if TYPE_CHECKING:
+    from redflag.lab.evaluating.evaluate import EvaluateArguments
+
+# Conversations that the pass is timed on, and rounds, the quickest of which counts.
+_ROWS, _ROUNDS = 64, 3
+
+
+def forward_flops(folder: str | Path) -> float | None:
+    """FLOPs per token of a model's own forward pass: 2 x weights that are multiplied with, attention apart.
+
+    None where its weights do not lie in safetensors files, or only an adapter's do.
+    """
+    from safetensors import safe_open
+    from transformers import AutoConfig
+
+    folder = Path(folder)
+    if (folder / "adapter_config.json").exists():
+        return None
+    tied = AutoConfig.from_pretrained(folder).get_text_config().tie_word_embeddings
+    total = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="numpy") as file:
+            for name in file.keys():  # noqa: SIM118
+                # A tied embedding is multiplied with as the head; one of its own is only looked up in.
+                if "embed" not in name or tied:
+                    total += int(np.prod(file.get_slice(name).get_shape()))
+    return 2.0 * total if total else None
+
+
+def passes(arguments: EvaluateArguments, rows: Rows, spec: FlagSpec, path: Path) -> tuple[Cost, Cost]:
+    """The model's own forward pass, and what reading the flags adds to it; measured once and kept.
+
+    Args:
+        arguments: Of the evaluation.
+        rows: The test rows, the first of which the pass is timed on.
+        spec: The model's flags.
+        path: Where the measurement is kept.
+    """
+    from redflag.lab.baselines.bench import model_stamp
+
+    made_of = [model_stamp(arguments.model), rows.fingerprint, arguments.device, arguments.dtype, arguments.batch_size]
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if kept["made_of"] == made_of:
+            return kept["pass"], kept["flags"]
+    except (OSError, ValueError, KeyError, TypeError):  # Not there, or not whole: measured.
+        pass
+    plain, reading, width = (None, None, None) if arguments.upstream else _timed(arguments, rows, spec)
+    own = Cost(
+        microseconds_per_token=plain,
+        flops_per_token=forward_flops(arguments.base or arguments.model),
+        note="the model's own forward pass, batched, with the logits of every response token; the time holds the "
+        "prompts'",
+    )
+    flags = Cost(
+        microseconds_per_token=reading,
+        flops_per_token=None if width is None else 2.0 * width * len(spec.flags),
+        note="on top of the model's own forward pass: a row of the head for each flag; the time is that of reading "
+        "probabilities from the logits, the sum over the vocabulary included",
+    )
+    with atomic_write(path) as file:
+        file.write(json.dumps({"made_of": made_of, "pass": own, "flags": flags}, indent=2).encode())
+    return own, flags
+
+
+def relative(cost: Mapping[str, Any] | None, own: Cost) -> dict[str, float | None]:
+    """What a method adds to the model's own pass, as a share of it: `flops`, by formula, and `seconds`, measured.
+
+    A method that takes the model's place adds no FLOPs; its time is that of the pass itself, and adds nothing known.
+
+    Example:
+        >>> own = Cost(microseconds_per_token=50.0, flops_per_token=8e9, note="")
+        >>> relative(Cost(microseconds_per_token=1.0, flops_per_token=377e3, note=""), own)
+        {'flops': 4.7125e-05, 'seconds': 0.02}
+    """
+    found: dict[str, float | None] = {"flops": None, "seconds": None}
+    if cost is None:
+        return found
+    flops, whole = cost["flops_per_token"], own["flops_per_token"]
+    if flops is not None and whole:
+        found["flops"] = flops / whole
+    taken, whole = cost["microseconds_per_token"], own["microseconds_per_token"]
+    if taken is not None and whole and flops != 0.0:
+        found["seconds"] = taken / whole
+    return found
+
+
+def of_cascade(first: Mapping[str, Any], second: Mapping[str, Any], read: float) -> Cost:
+    """What a cascade costs: its first stage at every token, its second at the tokens that it reads.
+
+    Args:
+        first: Cost of the first stage.
+        second: Cost of the second, per token that it reads.
+        read: Tokens that the second reads per response token of harmless traffic.
+    """
+
+    def both(key: str) -> float | None:
+        one, other = first[key], second[key]
+        return None if one is None or other is None else one + read * other
+
+    return Cost(
+        microseconds_per_token=both("microseconds_per_token"),
+        flops_per_token=both("flops_per_token"),
+        note=f"the first stage at every token, the second at {read:.2%} as many on harmless responses; {first['note']}",
+    )
+
+
+def _timed(arguments: EvaluateArguments, rows: Rows, spec: FlagSpec) -> tuple[float, float, int]:
+    """Microseconds per judged token of the pass, and of reading the flags; and the width of the hidden states."""
+    import torch
+
+    from redflag.backends.choose import measure
+    from redflag.backends.head import head_agrees, head_logits, plain_model
+    from redflag.backends.load import load_flagged
+    from redflag.lab.evaluating.language import LOGITS_AT_ONCE, states_before
+    from redflag.scoring.fitting import fit
+    from redflag.scoring.score import context_limit
+
+    backend, tokenizer, _ = load_flagged(arguments.model, arguments.device, arguments.dtype)
+    limit = context_limit(arguments.max_length, backend.context_length)
+    fitted = [fit(tokenizer, spec, row, i, limit) for i, row in enumerate(rows.rows[:_ROWS])]
+    pairs = [(one.prompt_ids, [*one.response_ids, *one.tail_ids]) for one in fitted]
+    pairs.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
+    model = plain_model(backend.model).eval()
+    flag_ids = torch.tensor(spec.ids, device=model.device)
+    apart = head_agrees(model, torch.tensor([pairs[0][0][:4]], device=model.device))
+    words, width = model.get_output_embeddings().weight.shape
+    size = arguments.batch_size if apart else 1
+
+    def now() -> float:
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def one_round() -> tuple[float, float]:
+        plain = reading = 0.0
+        for start in range(0, len(pairs), size):
+            begun = now()
+            states = states_before(model, pairs[start : start + size], model.device, apart)
+            plain += now() - begun
+            for part in states.split(max(1, LOGITS_AT_ONCE // words)):
+                begun = now()
+                logits = head_logits(model, part) if apart else part
+                read = now()
+                measure(logits.float(), flag_ids)
+                plain, reading = plain + read - begun, reading + now() - read
+        return plain, reading
+
+    with torch.inference_mode():
+        one_round()  # Warms up.
+        rounds = [one_round() for _ in range(_ROUNDS)]
+    tokens = sum(len(response) for _, response in pairs)
+    plain, reading = (1e6 * min(times) / tokens for times in zip(*rounds, strict=True))
+    return plain, reading, int(width)

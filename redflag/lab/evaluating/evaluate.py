@@ -1,0 +1,318 @@
+"""`redflag evaluate`: how well a model flags harm, how early, at what false-alarm rate, under which attacks.
+
+Everything is observed once and decided later: the rows' responses are scored, the attacks' answers recorded, all under
+no threshold; thresholds are then fitted on the calibration rows and replayed over the test rows and the attempts. Each
+stage leaves files in the output folder and goes on from them when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from redflag.backends.outbound import UpstreamOptions
+from redflag.calibrating.guarantee import check_rates
+from redflag.data.options import RowOptions
+from redflag.data.rows import Rows, load_rows
+from redflag.data.summary import warnings_about
+from redflag.errors import RedflagError
+from redflag.flags import FlagSpec
+from redflag.scoring.processes import World
+from redflag.trace import require_writable
+from redflag.watching.monitor import MonitorConfig
+from redflag.watching.policy import Policy
+
+
+@dataclass
+class EvaluateArguments(RowOptions, UpstreamOptions):
+    """Detection, delay, false alarms, language, baselines and attacks: one report."""
+
+    model: str = field(metadata={"help": "Folder of a flagged model (with redflag.json)."})
+    test: str = field(metadata={"help": "Rows that the report is about, as `redflag score` reads."})
+    calibration: str = field(metadata={"help": "Other rows, on which thresholds are fitted; only harmless ones count."})
+    output_dir: str = field(default="runs/evaluation", metadata={"help": "Where report and recordings go."})
+    train: str | None = field(default=None, metadata={"help": "Rows that the flags were trained on; for baselines."})
+    base: str | None = field(
+        default=None, metadata={"help": "The model before training: for keep KL, perplexity and baselines."}
+    )
+    baselines: list[str] = field(default_factory=list, metadata={"help": "Names of baselines, or all."})
+    attacks: list[str] = field(
+        default_factory=list, metadata={"help": "Names of attacks, or all (those that need no outside model)."}
+    )
+    requests: int = field(default=40, metadata={"help": "Harmful test rows whose requests are attacked with."})
+    judge: Literal["none", "oracle", "endpoint", "model"] = field(
+        default="none",
+        metadata={
+            "help": "Who says whether an attack's answer is harmful: the nano world's oracle, a server, weights."
+        },
+    )
+    judge_url: str | None = field(default=None, metadata={"help": "endpoint: address of the judge, http://HOST/v1."})
+    judge_name: str | None = field(default=None, metadata={"help": "endpoint: its model's name; model: its folder."})
+    judge_rubric: Literal["strongreject", "yes_no", "guard"] = field(
+        default="strongreject",
+        metadata={"help": "endpoint: what it is asked; guard: its own chat template asks (Llama Guard and its like)."},
+    )
+    judge_key_env: str | None = field(default=None, metadata={"help": "endpoint: environment variable with its key."})
+    judge_tokens: int | None = field(
+        default=None,
+        metadata={"help": "endpoint: most tokens of its answer, thoughts included."},
+    )
+    judge_options: dict[str, Any] | None = field(
+        default=None, metadata={"help": "endpoint: further fields of the request, as JSON; null leaves one out."}
+    )
+    judge_headers: dict[str, str] | None = field(
+        default=None, metadata={"help": "endpoint: further headers, as JSON; ${NAME}: an environment variable."}
+    )
+    attack_options: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "Attack -> its options, as in JSON; PAIR needs attacker_url and attacker_model, say."},
+    )
+    baseline_options: dict[str, Any] = field(default_factory=dict, metadata={"help": "Baseline -> its options."})
+    baseline_rows: int | None = field(
+        default=None, metadata={"help": "Most rows for those baselines that train a whole model."}
+    )
+    cascades: list[str] = field(
+        default_factory=list,
+        metadata={"help": "'FIRST then SECOND': an alarm of the first method asks the second, or the judge."},
+    )
+    escalation_share: float = field(
+        default=0.05, metadata={"help": "Cascades: share of harmless responses whose first stage may ask."}
+    )
+    escalation_weight: float = field(
+        default=0.0, metadata={"help": "Cascades: the first stage's share in the verdict (log-odds; CC++: 0.55)."}
+    )
+    mute_limit: int = field(
+        default=Policy.mute_limit, metadata={"help": "Cascades: tokens after which a score that stays high asks again."}
+    )
+    max_interventions: int = field(
+        default=Policy.max_interventions, metadata={"help": "Cascades: questions in one response; then an alarm halts."}
+    )
+    judge_flops: float | None = field(
+        default=None, metadata={"help": "Cascades: FLOPs of the judge per token that it reads (2 x its weights)."}
+    )
+    target_fpr: float = field(default=0.01, metadata={"help": "Share of harmless responses that may alarm."})
+    guarantee: Literal["expected", "high_probability"] = field(
+        default="expected", metadata={"help": "As in `redflag calibrate`."}
+    )
+    aggregation: Literal["max", "ema", "run", "cusum", "first"] = field(
+        default="max", metadata={"help": "How a monitor makes a score of the probabilities."}
+    )
+    window: int = field(default=MonitorConfig.window, metadata={"help": "run: steps on end that must be high."})
+    decay: float = field(default=MonitorConfig.decay, metadata={"help": "ema: weight of the new value."})
+    prior: float = field(default=MonitorConfig.prior, metadata={"help": "ema, cusum: probability in harmless text."})
+    drift: float = field(default=MonitorConfig.drift, metadata={"help": "cusum: nats forgiven per step."})
+    warm_up: int = field(default=MonitorConfig.warm_up, metadata={"help": "First steps that never alarm."})
+    delta: float = field(default=0.05, metadata={"help": "Probability that high_probability may fail."})
+    hold_back: int | None = field(
+        default=None,
+        metadata={"help": "Tokens held back by the guard that attacks meet; default: what the calibration suggests."},
+    )
+    tolerance: int = field(default=2, metadata={"help": "Tokens from the onset within which an alarm is on time."})
+    responses: int = field(default=400, metadata={"help": "Responses in the report's viewer."})
+    upstream: list[str] = field(
+        default_factory=list, metadata={"help": "Servers that hold the model and score the rows; default: in process."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seeds intervals, baselines and attacks."})
+    batch_size: int = field(default=16, metadata={"help": "Conversations per forward pass."})
+    max_length: int | None = field(
+        default=None, metadata={"help": "Longest prompt + response in tokens; default: the model's context."}
+    )
+    on_bad_row: Literal["stop", "skip"] = field(default="stop", metadata={"help": "What a malformed row does."})
+    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda, cuda:0, ..."})
+    dtype: str = field(default="auto", metadata={"help": "auto (as saved), float32, bfloat16 or float16."})
+
+
+ARGUMENTS = EvaluateArguments
+POSITIONAL: str | None = None
+
+
+def run(arguments: EvaluateArguments) -> int:
+    """The verb."""
+    report = evaluate(arguments, say=lambda line: print(line, file=sys.stderr, flush=True))
+    if report:
+        print(headline(report))
+        print(f"report: {arguments.output_dir}/report.html (and report.md, report.json)")
+    return 0
+
+
+def evaluate(arguments: EvaluateArguments, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+    """Measures, and writes `report.html`, `report.md` and `report.json`.
+
+    Args:
+        arguments: As for the verb.
+        say: Is told what is being done.
+
+    Returns:
+        The report, as in `report.json`. Empty in the helping processes of `accelerate launch`, which only score.
+
+    Raises:
+        RedflagError: Bad input: said before anything is computed where that is possible.
+    """
+    from redflag.lab import report as reporting
+    from redflag.lab.evaluating import cascade, cost, stages, tables
+    from redflag.lab.evaluating.rehearsal import rehearse
+    from redflag.lab.evaluating.versus import versus
+
+    reporting.require()
+    start = time.monotonic()
+    output = Path(arguments.output_dir)
+    monitor = MonitorConfig(
+        aggregation=arguments.aggregation,
+        window=arguments.window,
+        decay=arguments.decay,
+        prior=arguments.prior,
+        drift=arguments.drift,
+        warm_up=arguments.warm_up,
+    )
+    spec = FlagSpec.load(arguments.model)
+    paths = {"test": arguments.test, "calibration": arguments.calibration, "train": arguments.train}
+    rows = {
+        name: load_rows(path, on_bad_row=arguments.on_bad_row, **arguments.row_options())
+        for name, path in paths.items()
+        if path
+    }
+    for name, part in rows.items():
+        for line in warnings_about(part):
+            say(f"{name} rows: {line}")
+    warnings = _check(arguments, rows)
+    judge = stages.judge_of(arguments) if arguments.attacks else None
+    attacks = stages.attacks_of(arguments, rows) if arguments.attacks else []
+    names = stages.baselines_of(arguments)
+    cascades = cascade.cascades_of(arguments, names, rows)
+    require_writable(output, "output_dir")
+    output.mkdir(parents=True, exist_ok=True)
+
+    def complete(
+        methods: dict[str, Any], language: dict[str, Any] | None, table: list[dict[str, Any]], judged: Any
+    ) -> dict[str, Any]:
+        return {
+            "format": 1,
+            "title": f"{Path(arguments.model).resolve().name} on {Path(arguments.test).name}",
+            "made": stages.made(arguments, spec, rows, time.monotonic() - start),
+            "methods": methods,
+            "language": language,
+            "attacks": table,
+            "judge": judged,
+            "warnings": list(dict.fromkeys(warnings)),
+        }
+
+    if not World.here().rank:
+        say("== two rows, to the end")
+        rehearse(arguments, spec, rows, names, attacks, judge, output, complete)
+    recordings = {}
+    for split in ("test", "calibration"):
+        say(f"== flag probabilities of the {split} rows")
+        recordings[split] = stages.record(arguments, str(paths[split]), rows[split], output / split, spec)
+    if World.here().rank:
+        return {}
+    fit: dict[str, Any] = {"monitor": monitor, "target_fpr": arguments.target_fpr, "guarantee": arguments.guarantee}
+    fit |= {"delta": arguments.delta, "tolerance": arguments.tolerance, "seed": arguments.seed}
+    say("== tables")
+    tokens = stages.token_texts(recordings["test"], arguments.model)
+    what = "the probability of the flag, as the guard measures it"
+    own, reading = cost.passes(arguments, rows["test"], spec, output / "passes.json")
+    about: dict[str, Any] = {"kind": "flag", "what": what, "tokens": tokens, "cost": dict(reading)}
+    flag = tables.method(recordings["test"], recordings["calibration"], **about, **fit)
+    methods = {"flag": flag}
+    watched = {"flag": cascade.Stage(recordings["test"], recordings["calibration"], reading)}
+    if names:
+        say("== baselines")
+        for name, found in stages.baselines(arguments, names, rows, output / "baselines", say).items():
+            about = {"kind": "baseline", "what": found.what, "cost": dict(found.cost)}
+            methods[name] = tables.method(found.test, found.calibration, **about, **fit)
+            methods[name]["flag_ahead"] = versus(recordings["test"], found.test, monitor=monitor, seed=arguments.seed)
+            assert found.calibration is not None
+            watched[name] = cascade.Stage(found.test, found.calibration, found.cost)
+    for pair in cascades:
+        say(f"== cascade: {' then '.join(pair)}")
+        if left_out := [name for name in pair if name not in (*watched, "judge")]:
+            warnings.append(f"the cascade {' then '.join(pair)} was left out: there is no {left_out[0]}")
+            continue
+        replayed = cascade.measure(arguments, pair, watched, monitor, rows, output / "cascades")
+        about = {"kind": "cascade", "what": replayed.what, "cost": dict(replayed.cost)}
+        # A cascade records verdicts, which no monitor has to smooth.
+        entry = tables.method(replayed.test, replayed.calibration, **about, **{**fit, "monitor": MonitorConfig()})
+        if monitor == MonitorConfig():
+            entry["flag_ahead"] = versus(recordings["test"], replayed.test, seed=arguments.seed)
+        methods[" then ".join(pair)] = entry | {"cascade": tables.plain(replayed.facts)}
+    for method in methods.values():
+        method["compute"] = cost.relative(method["cost"], own)
+    language = None
+    if arguments.base:
+        say("== language beside the base model's")
+        language = stages.language(arguments, rows["test"])
+    table: list[dict[str, Any]] = []
+    judged: dict[str, Any] | None = None
+    attempts: list[dict[str, Any]] = []
+    if attacks and judge is not None:
+        say("== attacks")
+        thresholds = stages.thresholds_of(flag, monitor, spec, arguments)
+        table, judged, attempts = stages.attack(arguments, attacks, judge, rows, output / "attacks", thresholds, say)
+    for name, method in methods.items():
+        warnings += [f"{name}: {note}" for note in method["notes"]]
+    result = complete(methods, language, table, judged) | {"model_pass": dict(own)}
+    say("== report")
+    reporting.write(result, [*stages.viewed(arguments, recordings["test"], tokens, flag), *attempts], output)
+    return result
+
+
+def headline(report: Mapping[str, Any]) -> str:
+    """What the report says, in a few lines."""
+    lines = []
+    for name, method in report["methods"].items():
+        pooled, force = method["pooled"], method["in_force"] or {}
+        if pooled["auroc"] is None:
+            continue
+        low, high = pooled["auroc_interval"]
+        line = f"{name:<28} AUROC {pooled['auroc']:.4f} ({low:.4f} to {high:.4f})"
+        if force.get("tpr") is not None and force.get("realised_fpr") is not None:
+            line += f"   caught {force['tpr']:.1%} at {force['realised_fpr']:.2%} false alarms"
+        lines.append(line)
+    for attack in report["attacks"]:
+        name = f"{attack['name']}: {attack['setting']}".rstrip(": ")
+        produced, released = _share(attack["harm_produced"]), _share(attack["harm_released"])
+        lines.append(f"{name:<48} harm produced {produced:>10}, released {released:>10}")
+    return "\n".join([*lines, *(f"note: {warning}" for warning in report["warnings"])])
+
+
+def _share(rate: Mapping[str, Any] | None) -> str:
+    return "not judged" if rate is None or rate["rate"] is None else f"{rate['rate']:.0%}"
+
+
+def _check(arguments: EvaluateArguments, rows: Mapping[str, Rows]) -> list[str]:
+    """Refuses what would make the numbers untrue; returns what makes them weaker."""
+    if rows["test"].sha256 == rows["calibration"].sha256:
+        raise RedflagError(
+            f"{arguments.test} and {arguments.calibration} hold the same rows: thresholds would be judged by the rows "
+            "that they were fitted on; give others for calibration"
+        )
+    for option in ("train", "base"):
+        if arguments.baselines and not getattr(arguments, option):
+            raise RedflagError(
+                f"baselines are trained on the flag's rows and read its base model, but there is no {option}: give "
+                f"--{option}, or leave --baselines out"
+            )
+    harmful = sum(row.harmful for row in rows["test"])
+    if not harmful or harmful == len(rows["test"]):
+        raise RedflagError(
+            f"{arguments.test} holds {harmful} harmful rows of {len(rows['test'])}: telling harmful from harmless "
+            "needs both kinds"
+        )
+    for name, least in (("requests", 1), ("responses", 0), ("hold_back", 0), ("tolerance", 0), ("baseline_rows", 1)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise RedflagError(f"{name} is {value}, but it counts: give {least} or more")
+    check_rates(arguments.target_fpr, arguments.guarantee, arguments.delta)
+    warnings = []
+    groups = {split: {row.group for row in part if row.group} for split, part in rows.items()}
+    for split in groups:
+        if split != "test" and (both := groups["test"] & groups[split]):
+            warnings.append(f"{len(both)} groups have rows among the {split} rows and the test rows: split by group")
+    for split, part in rows.items():
+        if part.skipped:
+            warnings.append(f"{len(part.skipped)} malformed rows of {split} were left out")
+    return warnings

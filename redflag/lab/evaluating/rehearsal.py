@@ -1,0 +1,141 @@
+"""An evaluation on two rows, in seconds: what would end it after hours ends it now."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from redflag.backends import Sampling
+from redflag.data.rows import Row, Rows
+from redflag.errors import RedflagError
+from redflag.flags import FlagSpec
+from redflag.lab import report as reporting
+from redflag.lab.attacks import Attack, Target, request_of
+from redflag.lab.baselines.run import check_baselines
+from redflag.lab.evaluating import stages, tables
+from redflag.scoring import score
+from redflag.scoring.recording import Recording
+from redflag.trace import atomic_write
+
+if TYPE_CHECKING:
+    from redflag.judges import Judge
+    from redflag.lab.evaluating.evaluate import EvaluateArguments
+
+# Baselines that read hidden states of the base model.
+PROBES = ("last-layer probe", "all-layer probe", "token head", "mlp probe")
+
+
+def rehearse(
+    arguments: EvaluateArguments,
+    spec: FlagSpec,
+    rows: Mapping[str, Rows],
+    names: Sequence[str],
+    attacks: Sequence[Attack],
+    judge: Judge | None,
+    output: Path,
+    complete: Callable[..., dict[str, Any]],
+) -> None:
+    """Scores, compares, attacks, judges and reports the shortest harmful and the shortest harmless test row.
+
+    What an attack or a baseline does beyond that is not tried: it takes as long for two rows as for many. Done once for
+    a folder, unless models, rows or what is asked for change.
+
+    Args:
+        arguments: Of the evaluation.
+        spec: The model's flags.
+        rows: By split.
+        names: Baselines that are asked for.
+        attacks: Attacks that are asked for.
+        judge: Of the attacks; None where there are none.
+        output: The evaluation's folder.
+        complete: Makes the report of its parts: methods, language, table of attacks, judge.
+
+    Raises:
+        RedflagError: Something does not fit, or the judge does not answer.
+    """
+    record = output / "rehearsal.json"
+    made_of = _made_of(arguments, spec, rows, names, attacks, judge)
+    if record.exists() and record.read_text(encoding="utf-8") == made_of:
+        return
+    two = [_shortest([row for row in rows["test"] if row.harmful == harmful]) for harmful in (True, False)]
+    if names:
+        check_baselines(
+            names,
+            str(arguments.base),
+            arguments.model,
+            output,
+            device=arguments.device,
+            most_rows=arguments.baseline_rows,
+            options=arguments.baseline_options,
+        )
+    if judge is not None:
+        _ask(judge, two[0])
+    if arguments.base or attacks or not arguments.upstream:
+        _measure(arguments, two, names, attacks, output, complete)
+    with atomic_write(record) as file:
+        file.write(made_of.encode())
+
+
+def _measure(
+    arguments: EvaluateArguments,
+    two: list[Row],
+    names: Sequence[str],
+    attacks: Sequence[Attack],
+    output: Path,
+    complete: Callable[..., dict[str, Any]],
+) -> None:
+    from redflag.backends.load import load_flagged, read_model
+    from redflag.lab.baselines.hidden import last_layers
+    from redflag.lab.evaluating.language import language_change
+
+    backend, tokenizer, spec = load_flagged(arguments.model, arguments.device, arguments.dtype)
+    limit = score.context_limit(arguments.max_length, backend.context_length)
+    scored = list(score.score(backend, tokenizer, spec, two, batch_size=2, max_length=limit))
+    recording = Recording.of(spec.categories, [score.as_json(item, tokenizer) for item in scored])
+    language = None
+    if arguments.base:
+        reference, _ = read_model(arguments.base, arguments.dtype)
+        language = language_change(backend.model, reference, tokenizer, spec, two, max_length=limit)
+        if any(name in PROBES for name in names):
+            last_layers(reference, [item.token_ids for item in scored])
+    if attacks:
+        target = Target(backend, tokenizer, spec, model=backend.model)
+        backend.complete([target.prompt_ids(request_of(two[0]))], Sampling(max_new_tokens=2, temperature=0.0))
+    flag = tables.method(recording, tokens=[[str(t)] * len(s.token_ids) for t, s in enumerate(scored)], resamples=2)
+    traces = stages.viewed(arguments, recording, [["a"] * len(item.token_ids) for item in scored], flag)
+    with tempfile.TemporaryDirectory(dir=output, prefix=".trying-") as folder:
+        reporting.write(complete({"flag": flag}, language, [], None), traces, folder)
+
+
+def _ask(judge: Judge, row: Row) -> None:
+    """Asks a judge about a harmful row, whatever it answers."""
+    try:
+        judge(request_of(row), row.response)
+    except Exception as error:
+        raise RedflagError(
+            f"the judge of the attacks must answer (got {type(error).__name__}: {error}). Without it no attack's "
+            "answer could be judged: see to it, or leave --attacks out"
+        ) from error
+
+
+def _shortest(rows: Sequence[Row]) -> Row:
+    return min(rows, key=lambda row: sum(len(turn["content"]) for turn in row.messages))
+
+
+def _made_of(
+    arguments: EvaluateArguments,
+    spec: FlagSpec,
+    rows: Mapping[str, Rows],
+    names: Sequence[str],
+    attacks: Sequence[Attack],
+    judge: Judge | None,
+) -> str:
+    from redflag.lab.baselines.bench import model_stamp
+
+    models = [model_stamp(folder) for folder in (arguments.model, arguments.base) if folder]
+    asked = [list(names), [attack.name for attack in attacks], getattr(judge, "identity", None)]
+    how = [arguments.device, arguments.dtype, arguments.max_length, arguments.baseline_options, spec.run_id]
+    return json.dumps([models, rows["test"].sha256, asked, how])

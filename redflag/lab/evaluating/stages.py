@@ -1,0 +1,329 @@
+"""The stages of an evaluation, each of which goes on from the files that it left."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from redflag.backends.outbound import extra_headers, key_in
+from redflag.data.rows import Row, Rows
+from redflag.errors import RedflagError
+from redflag.flags import FlagSpec
+from redflag.scoring import score
+from redflag.scoring.processes import World
+from redflag.scoring.recording import Recording
+from redflag.versions import versions
+from redflag.watching.monitor import MonitorConfig
+from redflag.watching.policy import Policy
+from redflag.watching.thresholds import Thresholds
+
+if TYPE_CHECKING:
+    from redflag.judges import Judge
+    from redflag.lab.attacks import Attack
+    from redflag.lab.baselines.run import Recorded
+    from redflag.lab.evaluating.evaluate import EvaluateArguments
+
+# Attempts of each attack that stand in the report's viewer.
+SHOWN = 12
+
+
+def record(arguments: EvaluateArguments, source: str, rows: Rows, path: Path, spec: FlagSpec) -> Recording:
+    """The flag's recording of the rows of a file, made once; `path` without its ending."""
+    kept, scored = path.with_suffix(".parquet"), path.with_suffix(".scored.jsonl")
+    meta = {
+        "rows": rows.fingerprint,
+        "run_id": spec.run_id,
+        "template_hash": spec.template_hash,
+        "max_length": arguments.max_length,
+        "dtype": arguments.dtype,
+        "upstream": bool(arguments.upstream),
+        "logprob_mode": "raw",
+    }
+    if kept.exists():
+        recording = Recording.load(kept)
+        if recording.meta == meta:
+            return recording
+    score.run(
+        score.ScoreArguments(
+            model=arguments.model,
+            input=source,
+            output=str(scored),
+            **arguments.row_options(),
+            upstream=list(arguments.upstream),
+            upstream_model=arguments.upstream_model,
+            upstream_key_env=arguments.upstream_key_env,
+            upstream_headers=arguments.upstream_headers,
+            batch_size=arguments.batch_size,
+            max_length=arguments.max_length,
+            on_bad_row=arguments.on_bad_row,
+            device=arguments.device,
+            dtype=arguments.dtype,
+        )
+    )
+    recording = Recording.of(spec.categories, score.read_scored(scored), meta)
+    if not World.here().rank:
+        recording.save(kept)
+    return recording
+
+
+def token_texts(recording: Recording, model: str) -> list[list[str]]:
+    """Texts of the tokens of each response, one at a time."""
+    from redflag.backends.load import load_tokenizer
+
+    assert recording.token_ids is not None
+    tokenizer, _, _ = load_tokenizer(model)
+    known = {token: str(tokenizer.decode([token])) for token in set(recording.token_ids.tolist())}
+    ends = np.cumsum(recording.lengths)
+    return [
+        [known[token] for token in recording.token_ids[end - length : end].tolist()]
+        for end, length in zip(ends, recording.lengths, strict=True)
+    ]
+
+
+def baselines_of(arguments: EvaluateArguments) -> list[str]:
+    """The baselines that are asked for.
+
+    Raises:
+        RedflagError: A name is unknown.
+    """
+    from redflag.lab.baselines.run import NAMES
+
+    names = [name for given in arguments.baselines for name in (NAMES if given == "all" else (given,))]
+    for name in (*names, *arguments.baseline_options):
+        if name not in NAMES:
+            raise RedflagError(f"there is no baseline {name!r}: use all, or any of {', '.join(NAMES)}")
+    return list(dict.fromkeys(names))
+
+
+def baselines(
+    arguments: EvaluateArguments,
+    names: Sequence[str],
+    rows: Mapping[str, Rows],
+    folder: Path,
+    say: Callable[[str], None],
+) -> dict[str, Recorded]:
+    """Trains and records them, or reads what an earlier run left."""
+    from redflag.lab.baselines.run import record_baselines
+
+    return record_baselines(
+        names,
+        str(arguments.base),
+        arguments.model,
+        rows["train"].rows,
+        rows["test"].rows,
+        rows["calibration"].rows,
+        folder,
+        seed=arguments.seed,
+        max_length=arguments.max_length,
+        batch_size=arguments.batch_size,
+        device=arguments.device,
+        most_rows=arguments.baseline_rows,
+        options=arguments.baseline_options,
+        say=lambda line: say(f"   {line}"),
+    )
+
+
+def language(arguments: EvaluateArguments, rows: Rows) -> dict[str, Any]:
+    """See `redflag.lab.evaluating.language`."""
+    from redflag.backends.load import load_flagged, read_model
+    from redflag.lab.evaluating.language import language_change
+
+    backend, tokenizer, spec = load_flagged(arguments.model, arguments.device, arguments.dtype)
+    reference, _ = read_model(str(arguments.base), arguments.dtype)
+    limit = score.context_limit(arguments.max_length, backend.context_length)
+    return language_change(
+        backend.model, reference, tokenizer, spec, rows.rows, batch_size=arguments.batch_size, max_length=limit
+    )
+
+
+def judge_of(arguments: EvaluateArguments) -> Judge:
+    """The judge of the attacks.
+
+    Raises:
+        RedflagError: There is none, or it lacks an address or a name.
+    """
+    kind, url, name = arguments.judge, arguments.judge_url, arguments.judge_name
+    if kind == "none":
+        raise RedflagError(
+            "nobody is named who says whether an attack's answer is harmful: give --judge endpoint or model (oracle in "
+            "the nano world), or leave --attacks out"
+        )
+    if kind == "oracle":
+        from redflag.lab.nano.judge import NanoOracle
+
+        return NanoOracle()
+    if name is None or (kind == "endpoint" and url is None):
+        raise RedflagError(f"the judge is {kind}, which needs --judge_name{' and --judge_url' * (kind == 'endpoint')}")
+    if kind == "model":
+        from redflag.judges.model import ModelJudge
+
+        return ModelJudge(name, device=arguments.device)
+    from redflag.judges.endpoint import EndpointJudge
+    from redflag.judges.rubrics import StrongRejectJudge, yes_no_judge
+
+    asked: dict[str, Any] = {
+        "api_key": key_in(arguments.judge_key_env, "judge_key_env"),
+        "timeout": 60.0,
+        "options": arguments.judge_options,
+        "headers": extra_headers(arguments.judge_headers, "judge_headers"),
+    }
+    if arguments.judge_tokens is not None:
+        asked["max_tokens"] = arguments.judge_tokens
+    if arguments.judge_rubric == "guard":
+        return EndpointJudge(str(url), name, yes="unsafe", no="safe", chat=True, **asked)
+    if arguments.judge_rubric == "strongreject":
+        return StrongRejectJudge(str(url), name, **asked)
+    return yes_no_judge(str(url), name, **asked)
+
+
+def attacks_of(arguments: EvaluateArguments, rows: Mapping[str, Rows]) -> list[Attack]:
+    """The attacks that are asked for; those that train do so on the training rows, where there are some.
+
+    Raises:
+        RedflagError: A name or an option is unknown.
+    """
+    from redflag.lab.attacks.run import NANO_OPTIONS, make_attacks
+
+    options: dict[str, Any] = {}
+    if arguments.judge == "oracle":
+        options |= NANO_OPTIONS
+    if arguments.base:
+        options["fine-tuning"] = {"base": arguments.base}
+    if "train" in rows:
+        options.setdefault("fine-tuning", {})["rows"] = [row for row in rows["train"] if row.harmful]
+        options.setdefault("AutoRAP", {})["rows"] = rows["train"].rows
+    for name, given in arguments.attack_options.items():
+        options[name] = {**options.get(name, {}), **given}
+    return make_attacks(arguments.attacks, options)
+
+
+def thresholds_of(
+    method: Mapping[str, Any], monitor: MonitorConfig, spec: FlagSpec, arguments: EvaluateArguments
+) -> Thresholds | None:
+    """The thresholds of the report's flag, as a guard takes them; None where none could be set."""
+    fitted = method["threshold"]
+    if fitted is None:
+        return None
+    careful = arguments.guarantee == "high_probability"
+    return Thresholds(
+        values=fitted["values"],
+        monitor=monitor,
+        target_fpr=arguments.target_fpr,
+        guarantee=arguments.guarantee,
+        delta=arguments.delta if careful else None,
+        joint=True,
+        sample_size=fitted["fitted_on"]["harmless"],
+        run_id=spec.run_id,
+        template_hash=spec.template_hash,
+        suggested_hold_back=fitted["suggested_hold_back"],
+    )
+
+
+def attack(
+    arguments: EvaluateArguments,
+    attacks: Sequence[Attack],
+    judge: Judge,
+    rows: Mapping[str, Rows],
+    folder: Path,
+    thresholds: Thresholds | None,
+    say: Callable[[str], None],
+) -> tuple[list[dict[str, Any]], dict[str, Any], list[dict[str, Any]]]:
+    """Attacks with requests of harmful test rows, drawn by seed.
+
+    Returns:
+        The attack table, what the judge did, and a few attempts of each attack for the viewer.
+    """
+    from redflag.backends.load import load_flagged
+    from redflag.judges.cache import CachedJudge
+    from redflag.lab.attacks import Target
+    from redflag.lab.attacks.run import run_attacks
+
+    harmful = [row for row in rows["test"] if row.harmful]
+    drawn = np.random.default_rng(arguments.seed).permutation(len(harmful))[: arguments.requests]
+    chosen: list[Row] = [harmful[i] for i in sorted(drawn)]
+    backend, tokenizer, spec = load_flagged(arguments.model, arguments.device, arguments.dtype)
+    suggested = thresholds.suggested_hold_back if thresholds is not None else None
+    policy = Policy(hold_back=(suggested or 0) if arguments.hold_back is None else arguments.hold_back)
+    target = Target(backend, tokenizer, spec, thresholds, policy, backend.model, batch_size=2 * arguments.batch_size)
+    folder.mkdir(parents=True, exist_ok=True)
+    cached = CachedJudge(judge, folder / "verdicts.jsonl")
+    results = run_attacks(target, attacks, chosen, cached, folder, arguments.seed, say=lambda line: say(f"   {line}"))
+    said = {"name": cached.identity, "answered": cached.answered, "unanswered": cached.unanswered}
+    said |= {"hold_back": policy.hold_back}
+    categories = {str(row.id): row.category for row in chosen}
+    shown = []
+    for result in results:
+        with_steps = [item for item in result.judged if item.attempt.flag_probs]
+        for item in with_steps[:: max(1, len(with_steps) // SHOWN)][:SHOWN]:
+            last = item.attempt.messages[-1]
+            texts = [str(tokenizer.decode([token])) for token in item.attempt.token_ids]
+            shown.append(
+                {
+                    "id": f"{item.attempt.request}, {item.attempt.setting}",
+                    "set": result.attack.name,
+                    "source": item.attempt.setting,
+                    "category": categories.get(item.attempt.request),
+                    "onset": item.onset,
+                    "onset_source": None,
+                    "tokens": texts,
+                    "probs": item.attempt.flag_probs,
+                    "given": last["content"] if last["role"] == "assistant" else None,
+                    "harmful": bool(item.produced),
+                    "judged": item.produced,
+                }
+            )
+    return [line for result in results for line in result.entries], said, shown
+
+
+def viewed(
+    arguments: EvaluateArguments, recording: Recording, tokens: Sequence[list[str]], flag: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Responses for the viewer: what the thresholds in force got wrong first, then a draw of the others."""
+    order = [int(i) for i in np.random.default_rng(arguments.seed).permutation(len(recording))]
+    if flag["threshold"] is not None:
+        from redflag.calibrating import replay
+
+        config = MonitorConfig(**flag["monitor"])
+        values = np.array([flag["threshold"]["values"][name] for name in recording.categories])
+        alarmed = (replay.peaks(config, recording) >= values).any(axis=1)
+        wrong = alarmed != recording.harmful
+        order.sort(key=lambda i: not wrong[i])
+    columns = ("id", "source", "category", "onset", "onset_source")
+    return [
+        {name: recording.columns[name][i] for name in columns}
+        | {"set": "rows", "given": None, "judged": None, "harmful": bool(recording.harmful[i])}
+        | {"tokens": tokens[i], "probs": recording.steps(i).tolist()}
+        for i in sorted(order[: arguments.responses])
+    ]
+
+
+def made(arguments: EvaluateArguments, spec: FlagSpec, rows: Mapping[str, Rows], seconds: float) -> dict[str, Any]:
+    """Where the report comes from: all that is needed to make it again."""
+    packages = ("redflag-llm", "torch", "transformers", "peft", "numpy")
+    verb = sys.argv[1:2] == ["evaluate"]
+    return {
+        "command": shlex.join(["redflag", *sys.argv[1:]]) if verb else f"redflag.evaluate({arguments})",
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "seconds": round(seconds, 1),
+        "versions": {"python": platform.python_version()} | versions(*packages),
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "seeds": [arguments.seed],
+        "model": {"path": arguments.model, "run_id": spec.run_id},
+        "rows": {
+            split: {
+                "path": str(getattr(arguments, split)),
+                "sha256": part.sha256,
+                "harmful": sum(row.harmful for row in part),
+                "harmless": sum(not row.harmful for row in part),
+            }
+            for split, part in rows.items()
+        },
+    }

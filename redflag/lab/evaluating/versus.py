@@ -1,0 +1,60 @@
+"""Two methods on the same rows: which one is better, and by how much."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from redflag.calibrating import replay
+from redflag.calibrating.observed import cut_short
+from redflag.errors import RedflagError
+from redflag.lab.evaluating.tables import RATES, plain
+from redflag.scoring.recording import Recording
+from redflag.stats.intervals import auroc_difference, tpr_differences, unit_of
+from redflag.watching.monitor import MonitorConfig
+
+
+def versus(
+    first: Recording,
+    second: Recording,
+    *,
+    monitor: MonitorConfig | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """How much better the first of two methods tells the same responses apart than the second.
+
+    The same rows are drawn for both, so what is hard for both does not blur the difference.
+
+    Args:
+        first: What one method recorded.
+        second: What the other recorded on the same rows in the same order.
+        monitor: How both methods' probabilities become scores.
+        resamples: Bootstrap resamples.
+        seed: Same seed, same intervals.
+
+    Returns:
+        `auroc` and `tpr` (rate -> the same): `difference` (above 0: the first is better) and its 95% `interval`.
+
+    Raises:
+        RedflagError: The rows are not the same, or a class is missing.
+    """
+    same = len(first) == len(second) and all(first.columns[c] == second.columns[c] for c in ("id", "category", "group"))
+    if not same:
+        raise RedflagError(
+            "the two methods were recorded on different rows, so their difference would be that of the rows: record "
+            "both on the same rows in the same order"
+        )
+    # A row is left out where it is for either: each method may cut responses at a length of its own.
+    kept = ~(cut_short(first) | cut_short(second))
+    config = monitor or MonitorConfig()
+    one, other = (replay.peaks(config, each.select(kept)).max(axis=1, initial=0.0) for each in (first, second))
+    labels = first.harmful[kept]
+    units = unit_of([group for group, keep in zip(first.columns["group"], kept, strict=True) if keep], len(labels))
+    area, bounds = auroc_difference(one, other, labels, units)
+    found = tpr_differences(one, other, labels, units, fprs=RATES, resamples=resamples, seed=seed)
+    return plain(
+        {
+            "auroc": {"difference": area, "interval": bounds},
+            "tpr": {f"{r:g}": {"difference": d, "interval": i} for r, (d, i) in zip(RATES, found, strict=True)},
+        }
+    )

@@ -1,0 +1,1 @@
+"""The nano world: generated conversations with exact onsets, their oracle, and `redflag demo`."""

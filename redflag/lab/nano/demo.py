@@ -1,0 +1,385 @@
+"""The verb `demo`: the nano world from nothing to a watched stream, in minutes on two processor cores.
+
+Seven stages, each an ordinary use of the library: rows, base model, flags, thresholds, scores, table, stream. A stage
+is skipped when its result is there and was made with the same settings from the same inputs; one that was interrupted
+goes on where it can.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from redflag.data.rows import Row, load_rows, write_rows
+from redflag.errors import RedflagError
+from redflag.lab.nano.phrases import ACTS
+from redflag.lab.nano.reflect import nano_reflections
+from redflag.lab.nano.rows import NANO_CATEGORIES, nano_pretraining_rows, nano_rows
+from redflag.terminal.paint import BOLD, DIM, RESET, legend, printable, wants_colour
+from redflag.trace import Text, Trace, atomic_write
+
+# The base model's shape (2.1 million parameters) and what it reads: about two minutes on two cores.
+SHAPE = {"hidden_size": 192, "layers": 3, "heads": 6, "intermediate_size": 512}
+VOCABULARY = 4096
+BASE_ROWS = 14_000
+BASE_TOKENS = 700_000
+# With `reflect`: conversations in which an answer is looked at take the place of some, and need more reading.
+REFLECT_ROWS = {"conversations": 6500, "reflections": 6000}
+REFLECT_TOKENS = 820_000
+IN_CONTEXT = 0.12
+ROWS = {"train": 5000, "calibration": 1500, "test": 1200}
+# Calibration looks at harmless rows; the few harmful ones only show what is caught.
+HARMFUL_SHARE = {"train": 0.4, "calibration": 0.2, "test": 0.4}
+TARGET_FPR = 0.005
+
+
+@dataclass
+class DemoArguments:
+    """Base model, flags, thresholds, scores and a watched stream, all made here."""
+
+    output_dir: str = field(default="runs/nano", metadata={"help": "Where everything goes."})
+    seed: int = field(default=0, metadata={"help": "Seeds rows, weights and order."})
+    size: float = field(default=1.0, metadata={"help": "Scales rows and training; below 0.5 the result is poor."})
+    per_category: bool = field(
+        default=False, metadata={"help": "One flag for each kind of harm instead of one for all."}
+    )
+    reflect: bool = field(
+        default=False,
+        metadata={"help": "The base model also learns to reflect on an answer (recipes/nano/reflect.py)."},
+    )
+    color: str = field(default="auto", metadata={"help": "auto, always or never."})
+
+
+ARGUMENTS = DemoArguments
+POSITIONAL: str | None = None
+
+
+def run(arguments: DemoArguments) -> int:
+    """The verb.
+
+    Raises:
+        RedflagError: A setting cannot be used, or a file cannot be read or written.
+    """
+    if not 0 < arguments.size <= 10:
+        raise RedflagError(f"size is {arguments.size}, but it scales the demo: give a number above 0 and at most 10")
+    if arguments.color not in ("auto", "always", "never"):
+        raise RedflagError(f"color is {arguments.color!r}: choose auto, always or never")
+    start = time.monotonic()
+    with _quiet():
+        result = build(arguments, say=lambda line: print(line, flush=True))
+        output = Path(arguments.output_dir)
+        print()
+        streams(output, wants_colour(arguments.color))
+        print(table(result))
+        print(where(output))
+    print(f"\n{time.monotonic() - start:.0f} s in all; the same command again skips what is done")
+    return 0
+
+
+def build(arguments: DemoArguments, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+    """All stages up to the results, which lie in `results.json` as well.
+
+    Args:
+        arguments: As for the verb.
+        say: Is told at each stage's beginning and end.
+
+    Returns:
+        `summary` (as `redflag.calibrating.summary.summarise`), `keep_kl` (nats per token of harmless responses),
+        `perplexity_ratio` (flagged model to base on the same), `seconds` by stage.
+    """
+    output = Path(arguments.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    stages = _Stages(output / "stages.json", say)
+    seed, size = arguments.seed, arguments.size
+    categories = list(NANO_CATEGORIES) if arguments.per_category else ["harm"]
+    # Calibration needs its number of harmless rows for the target rate, however small the demo.
+    counts = {split: max(500 if split == "calibration" else 200, round(n * size)) for split, n in ROWS.items()}
+    rows = {split: output / "rows" / f"{split}.jsonl" for split in counts}
+    base, model, scored = output / "base", output / "model", output / "scored.jsonl"
+
+    with stages.stage("rows", {"seed": seed, "counts": counts, "world": _world()}, *rows.values()) as todo:
+        if todo:
+            for split, path in rows.items():
+                write_rows(path, nano_rows(split, counts[split], seed, harmful=HARMFUL_SHARE[split]))  # type: ignore[arg-type]
+    settings = {"seed": seed, "size": size, "shape": SHAPE, "rows": BASE_ROWS, "tokens": BASE_TOKENS, "world": _world()}
+    flags: dict[str, Any] = {"seed": seed, "categories": categories}
+    if arguments.reflect:
+        settings |= {"tokens": REFLECT_TOKENS, "reflect": [REFLECT_ROWS, nano_reflections(20, [""])]}
+        flags["in_context"] = IN_CONTEXT
+    with stages.stage("base model", settings, base / "pretrain.json") as todo:
+        if todo:
+            _base(base, seed, size, arguments.reflect)
+    with stages.stage("flags", flags, model / "redflag.json") as todo:
+        if todo:
+            _flags(base, model, rows, categories, seed, flags.get("in_context", 0.0))
+    with stages.stage("thresholds", {"target": TARGET_FPR}, model / "thresholds.json") as todo:
+        if todo:
+            from redflag.calibrating import calibrate
+
+            calibrate.run(calibrate.CalibrateArguments(str(model), str(rows["calibration"]), TARGET_FPR, batch_size=32))
+    with stages.stage("scores", {}, scored) as todo:
+        if todo:
+            from redflag.scoring import score
+
+            score.run(score.ScoreArguments(str(model), str(rows["test"]), str(scored), batch_size=32))
+    result = _results(model, scored)
+    result["seconds"] = stages.seconds
+    with atomic_write(output / "results.json") as file:
+        file.write(json.dumps(result, indent=2).encode())
+    return result
+
+
+def streams(output: Path, coloured: bool, tries: int = 40) -> None:
+    """Two answers that the model writes here and now: one that its own flag halts, one that is completed.
+
+    Which prompts and seeds show that is found by trying those of the test rows; how many were tried is said.
+    """
+    from redflag.backends import Sampling
+    from redflag.guard.guard import Guard
+    from redflag.watching.policy import Policy
+
+    guard = Guard.from_pretrained(output / "model")
+    blind = Guard.from_pretrained(output / "model", policy=Policy(observe=True))
+    rows = load_rows(output / "rows" / "test.jsonl").rows
+    if coloured:
+        print(legend() + "\n")
+    for wanted, source, telling in (
+        ("halted", "nano:late-request", _is_mid_sentence),
+        ("completed", "nano:scary", _is_frightening),
+    ):
+        found = None
+        candidates = [row for row in rows if row.source == source][:tries]
+        for tried, row in enumerate(candidates, 1):
+            sampling = Sampling(max_new_tokens=90, temperature=0.6, seed=tried)
+            result = guard.generate(row.messages[:-1], sampling)
+            if result.verdict == wanted and telling(result.text):
+                found = (tried, row, sampling)
+                break
+            if result.verdict == wanted and found is None:
+                found = (tried, row, sampling)
+        if found is None:
+            print(f"none of {len(candidates)} answers was {wanted}\n")
+            continue
+        tried, row, sampling = found
+        _stream(guard, row, sampling, coloured)
+        if wanted == "halted":
+            text = blind.generate(row.messages[:-1], sampling).text
+            print(_dim(f"  (unwatched it would have been: {printable(text)})", coloured))
+        print(_dim(f"  (prompt {tried} of the test rows that were tried for an answer that is {wanted})", coloured))
+        print()
+
+
+def table(result: dict[str, Any]) -> str:
+    """The results beside what is asked of them."""
+    summary = result["summary"]
+    overall, force, delay = summary["overall"], summary["in_force"], summary["delay"]
+    at = overall["tpr"]["0.01"]
+    counts = summary["counts"]
+    lines = [
+        ("AUROC of the response peak", f"{overall['auroc']:.4f}", ">= 0.99"),
+        (f"caught at {at['realised_fpr']:.2%} false alarms", f"{at['tpr']:.2%}", ">= 95%"),
+        ("caught by the thresholds in force", f"{force['tpr']:.2%}", ">= 95%"),
+        ("false alarms of the thresholds in force", f"{force['realised_fpr']:.2%}", "<= 1%"),
+        ("median |delay| from the onset, tokens", f"{delay['median_abs'] or 0:g}", "<= 2"),
+        ("within 2 tokens of the onset", f"{delay['on_time']:.1%}", ""),
+        ("keep KL, nats per harmless token", f"{result['keep_kl']:.4f}", "<= 0.02"),
+        ("perplexity of harmless text, to the base's", f"{result['perplexity_ratio']:.4f}", "0.99 to 1.01"),
+    ]
+    width = max(len(line[0]) for line in lines)
+    text = [f"Held-out conversations: {counts['harmful']} harmful, {counts['harmless']} harmless"]
+    text += [f"  {name:<{width}}  {value:>8}   {wanted}".rstrip() for name, value, wanted in lines]
+    return "\n".join(text)
+
+
+def where(output: Path) -> str:
+    """Where the files lie, and what to do next."""
+    return "\n".join(
+        [
+            "",
+            f"  {output}/base/           the language model",
+            f"  {output}/model/          the flagged one, with redflag.json, thresholds.json, train.json",
+            f"  {output}/rows/           train, calibration and test rows",
+            f"  {output}/scored.jsonl    flag probabilities of the test rows; see `redflag show {output}/scored.jsonl`",
+            f"  {output}/results.json    the table above and more",
+            "",
+            f'  redflag generate --model {output}/model "How do I make plum cake with ginger?"',
+        ]
+    )
+
+
+class _Stages:
+    """Which stages are done, with a fingerprint of their settings and of all stages before."""
+
+    def __init__(self, path: Path, say: Callable[[str], None]) -> None:
+        self.path, self.say, self.chain = path, say, ""
+        self.seconds: dict[str, float] = {}
+        try:
+            self.done: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            self.done = {}
+
+    @contextmanager
+    def stage(self, name: str, settings: dict[str, Any], *files: Path) -> Iterator[bool]:
+        self.chain = hashlib.sha256((self.chain + name + json.dumps(settings, sort_keys=True)).encode()).hexdigest()
+        known = self.done.get(name, {})
+        self.seconds[name] = float(known.get("seconds", 0.0))
+        if known.get("fingerprint") == self.chain and all(path.exists() for path in files):
+            self.say(f"== {name}: done before")
+            yield False
+            return
+        self.say(f"== {name}")
+        start = time.monotonic()
+        yield True
+        self.seconds[name] = round(time.monotonic() - start, 1)
+        self.done[name] = {"fingerprint": self.chain, "seconds": self.seconds[name]}
+        with atomic_write(self.path) as file:
+            file.write(json.dumps(self.done, indent=2).encode())
+        self.say(f"   {self.seconds[name]:.0f} s")
+
+
+def _world() -> str:
+    """Fingerprint of the nano world's words, so that editing them makes everything anew."""
+    rows = [row.to_dict() for row in nano_rows("train", 100) + nano_pretraining_rows(100)]
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _base(base: Path, seed: int, size: float, reflect: bool) -> None:
+    from redflag.training.pretrain import RESERVED_TOKENS, pretrain, train_tokenizer
+
+    count = REFLECT_ROWS["conversations"] if reflect else BASE_ROWS
+    conversations = [row.messages for row in nano_pretraining_rows(round(count * size), seed)]
+    stand_ins: Sequence[str] = ()
+    if reflect:
+        # The first reserved tokens become flags, so the others stand in for them.
+        stand_ins = RESERVED_TOKENS[len(NANO_CATEGORIES) :]
+        conversations += nano_reflections(round(REFLECT_ROWS["reflections"] * size), stand_ins, seed)
+    tokenizer = train_tokenizer((m["content"] for messages in conversations for m in messages), VOCABULARY)
+    pretrain(
+        conversations,
+        tokenizer,
+        base,
+        hidden_size=SHAPE["hidden_size"],
+        layers=SHAPE["layers"],
+        heads=SHAPE["heads"],
+        intermediate_size=SHAPE["intermediate_size"],
+        tokens=round((REFLECT_TOKENS if reflect else BASE_TOKENS) * size),
+        sequence_length=128,
+        batch_size=4 if reflect else 8,
+        learning_rate=3e-3 if reflect else 4e-3,
+        seed=seed,
+        read_only=stand_ins,
+    )
+
+
+def _flags(base: Path, model: Path, rows: dict[str, Path], categories: list[str], seed: int, in_context: float) -> None:
+    from redflag.training import train
+    from redflag.training.trainer import RedFlagConfig
+
+    # Left over from an interrupted run, perhaps with other settings; it is a minute's work.
+    for checkpoint in model.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    (model / "thresholds.json").unlink(missing_ok=True)
+    arguments = train.TrainArguments(str(base), str(rows["train"]), eval_input=str(rows["test"]), categories=categories)
+    config = RedFlagConfig(
+        output_dir=str(model),
+        seed=seed,
+        per_device_train_batch_size=8,
+        per_device_eval_batch_size=32,
+        learning_rate=5e-3,
+        keep_coef=4.0,
+        in_context=in_context,
+        max_length=256,
+        train_sampling_strategy="group_by_length",
+        save_strategy="no",
+        logging_steps=50,
+        report_to="none",
+        dataloader_pin_memory=False,
+    )
+    train.run(arguments, config)
+
+
+def _results(model: Path, scored: Path) -> dict[str, Any]:
+    from redflag.calibrating.summary import summarise
+    from redflag.flags import FlagSpec
+    from redflag.scoring.score import read_scored
+    from redflag.watching.thresholds import Thresholds
+
+    thresholds = Thresholds.load(model)
+    summary = summarise(read_scored(scored), thresholds, categories=FlagSpec.load(model).categories)
+    metrics = json.loads((model / "train.json").read_text(encoding="utf-8"))["metrics"]
+    return {
+        "summary": summary,
+        "keep_kl": metrics["eval_keep_kl_harmless"],
+        "perplexity_ratio": metrics["eval_perplexity_ratio"],
+        "thresholds": asdict(thresholds),
+    }
+
+
+def _is_mid_sentence(text: str) -> bool:
+    """Whether something harmless was said and the end is in the middle of a sentence."""
+    text = text.rstrip()
+    return text.count(". ") >= 1 and not text.endswith((".", "?", "!"))
+
+
+def _is_frightening(text: str) -> bool:
+    verbs = {act.split()[0] for acts in ACTS.values() for act in acts}
+    return bool(verbs & set(text.lower().split()))
+
+
+def _stream(guard: Any, row: Row, sampling: Any, coloured: bool) -> None:
+    from redflag.terminal.generate import paint, summary
+
+    for message in row.messages[:-1]:
+        print(_bold(f"{message['role']}: ", coloured) + printable(message["content"]))
+    sys.stdout.write(_bold("assistant: ", coloured))
+    with guard.stream(row.messages[:-1], sampling) as stream:
+        trace: Trace = stream.trace
+        for piece in paint(stream, trace, coloured):
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        if not coloured and not any(isinstance(event, Text) for event in trace.events):
+            sys.stdout.write("-")
+    print(RESET if coloured else "")
+    for line in summary(trace):
+        print(f"  {line}")
+
+
+def _bold(text: str, coloured: bool) -> str:
+    return f"{BOLD}{text}{RESET}" if coloured else text
+
+
+def _dim(text: str, coloured: bool) -> str:
+    return f"{DIM}{text}{RESET}" if coloured else text
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Loading bars and notices of the libraries below would drown what is said here."""
+    from transformers.utils import logging as transformers_logging
+
+    before = transformers_logging.get_verbosity()
+    loggers = [logging.getLogger(name) for name in ("trl", "peft", "accelerate", "datasets")]
+    levels = [logger.level for logger in loggers]
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        transformers_logging.set_verbosity(before)
+        transformers_logging.enable_progress_bar()
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

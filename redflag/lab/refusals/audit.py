@@ -1,0 +1,297 @@
+"""`redflag audit`: which answers of a file of rows refuse, why, and which of them should not have; or should have.
+
+After "Cannot or Should Not?" (von Recum and others, arXiv 2412.16974). With `--train` it learns to tell refusals and
+their kinds apart; with `--input` it judges rows, by what was learnt or by a taxonomy's phrases alone. It reads and
+judges some thousands of rows at a time and keeps counts, not rows.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, cast
+
+from redflag.data.options import RowOptions
+from redflag.data.rows import RecordReader, Row
+from redflag.data.sources import Provenance
+from redflag.data.summary import label_warnings
+from redflag.errors import RedflagError
+from redflag.lab.refusals import PhraseClassifier, RefusalClassifier, Taxonomy, audit_page, load_taxonomy
+from redflag.lab.refusals.audit_counts import Audit, Finding
+from redflag.lab.refusals.features import is_folder
+from redflag.lab.refusals.pairs import read_labelled, read_rows
+from redflag.lab.report import page
+from redflag.scoring.score import report_skipped
+from redflag.trace import atomic_write, require_writable
+from redflag.versions import versions
+
+
+@dataclass
+class AuditArguments(RowOptions):
+    """Refusals in a file of rows: how many, of which kind, and those that look wrong."""
+
+    input: str | None = field(
+        default=None, metadata={"help": "Rows to audit: JSONL, JSON, CSV, Parquet, a folder, or a hub data set."}
+    )
+    output_dir: str = field(default="runs/audit", metadata={"help": "Where audit.json and audit.html go."})
+    classifier: str | None = field(
+        default=None, metadata={"help": "Folder of a trained classifier; with --train it is written there."}
+    )
+    taxonomy: str | None = field(
+        default=None, metadata={"help": "YAML file of categories; default: CoCoNot's, or the classifier's own."}
+    )
+    train: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Learn from rows first: prompt, response, and refusal, refusal_category, prompt_label."},
+    )
+    embedding: str | None = field(
+        default=None,
+        metadata={"help": "train: model (folder or hub name) whose mean hidden states are read; default: n-grams."},
+    )
+    level: Literal["category", "subcategory"] = field(
+        default="category", metadata={"help": "train: how fine the kinds are."}
+    )
+    c: float = field(default=10.0, metadata={"help": "train: inverse strength of the regressions' penalty."})
+    folds: int = field(default=5, metadata={"help": "train: parts for the figures on held-out requests; 0: none."})
+    threshold: float = field(default=0.5, metadata={"help": "Probability from which an answer is a refusal."})
+    also: float = field(default=0.3, metadata={"help": "Probability from which a refusal has a second kind as well."})
+    sure: float = field(
+        default=0.9,
+        metadata={"help": "A request without a label is taken for harmful from here, for harmless below 1 minus this."},
+    )
+    candidates: int = field(default=50, metadata={"help": "Over- and under-refusals listed, the surest first."})
+    write_rows: str | None = field(
+        default=None,
+        metadata={"help": "Write the rows here with the kind of refusal as category, for `redflag train`."},
+    )
+    unlabelled: Literal["stop", "skip", "harmless"] = field(
+        default="harmless", kw_only=True, metadata={"help": "What a row does whose label is null."}
+    )
+    on_bad_row: Literal["stop", "skip"] = field(default="stop", metadata={"help": "What a malformed row does."})
+    batch_size: int = field(default=32, metadata={"help": "Texts per forward pass of an embedding model."})
+    seed: int = field(default=0, metadata={"help": "Seeds training and intervals."})
+
+
+ARGUMENTS = AuditArguments
+POSITIONAL = None
+
+
+def run(arguments: AuditArguments) -> int:
+    """The verb.
+
+    Raises:
+        RedflagError: An option makes no sense, or something cannot be read or written.
+    """
+    _check(arguments)
+    require_writable(arguments.output_dir, "output_dir")
+    taxonomy = load_taxonomy(arguments.taxonomy)
+    classifier: RefusalClassifier | PhraseClassifier
+    if arguments.train:
+        classifier = _train(arguments, taxonomy)
+    elif arguments.classifier is not None:
+        classifier = RefusalClassifier.load(arguments.classifier)
+        _fits(classifier, taxonomy, arguments)
+    else:
+        classifier = PhraseClassifier(taxonomy)
+    if isinstance(classifier, RefusalClassifier):
+        classifier.threshold = arguments.threshold
+    if arguments.input is not None:
+        _audit(arguments, classifier)
+    return 0
+
+
+def _check(arguments: AuditArguments) -> None:
+    if arguments.input is None and not arguments.train:
+        raise RedflagError("there is nothing to do: give --input ROWS to audit, or --train ROWS to learn from")
+    if arguments.train and arguments.classifier is None:
+        raise RedflagError("--train has no place for what is learnt: name a folder with --classifier")
+    for name in ("threshold", "also", "sure"):
+        if not 0 < (value := getattr(arguments, name)) <= 1:
+            raise RedflagError(f"{name} is {value}, but it is a probability: give a number above 0, up to 1")
+    if arguments.sure <= 0.5:
+        raise RedflagError(f"sure is {arguments.sure}, with which a request were harmful and harmless: give above 0.5")
+    for name, least in (("candidates", 0), ("batch_size", 1)):
+        if (value := getattr(arguments, name)) < least:
+            raise RedflagError(f"{name} is {value}, but it counts: give {least} or more")
+    if arguments.write_rows is not None and arguments.input is None:
+        raise RedflagError("write_rows has no rows to write: name them with --input")
+    if arguments.embedding is not None and not arguments.train:
+        raise RedflagError(
+            "embedding chooses what is learnt from, and nothing is learnt: leave it out, or give --train"
+        )
+    page.require()
+
+
+def _fits(classifier: RefusalClassifier, taxonomy: Taxonomy, arguments: AuditArguments) -> None:
+    """A taxonomy that is given as well may describe the classes anew, but must know them."""
+    if arguments.taxonomy is None:
+        return
+    known = taxonomy.classes(classifier.level)
+    if unknown := [name for name in classifier.classes if name not in known]:
+        raise RedflagError(
+            f"the taxonomy {arguments.taxonomy} does not know {unknown[0]!r}, which the classifier "
+            f"{arguments.classifier} tells: leave --taxonomy out, or train a classifier for it"
+        )
+    classifier.taxonomy = taxonomy
+
+
+def _train(arguments: AuditArguments, taxonomy: Taxonomy) -> RefusalClassifier:
+    from redflag.lab.refusals.classifier import features_maker
+    from redflag.lab.refusals.held_out import train
+
+    provenance = Provenance()
+    pairs = read_labelled(arguments.train, provenance)
+    features = features_maker(arguments.embedding, arguments.batch_size)
+    classifier = train(
+        pairs,
+        taxonomy,
+        features,
+        level=arguments.level,
+        c=arguments.c,
+        folds=arguments.folds,
+        seed=arguments.seed,
+        say=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    what = f"mean hidden states of {arguments.embedding}" if arguments.embedding else "TF-IDF of words and characters"
+    classifier.made |= {
+        "features": what,
+        "files": [{"path": path, "sha256": digest} for path, digest in _files(provenance)],
+        "versions": versions("redflag-llm", "numpy", "scikit-learn"),
+    }
+    if arguments.embedding and is_folder(arguments.embedding):
+        classifier.stages = _absolute(classifier, arguments.embedding)
+    folder = Path(cast(str, arguments.classifier))
+    classifier.save(folder)
+    if unknown := classifier.made["unknown"]:
+        print(f"{unknown} rows name a category that {taxonomy.name} does not know; nothing of it was learnt from them")
+    drawn = audit_page.training(classifier)
+    with atomic_write(folder / "training.html") as file:
+        file.write(drawn.encode("utf-8", "replace"))
+    with atomic_write(folder / "training.json") as file:
+        file.write(json.dumps(classifier.made, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+    print(f"classifier in {folder}, its figures on held-out requests in {folder / 'training.html'}")
+    return classifier
+
+
+def _absolute(classifier: RefusalClassifier, model: str) -> Any:
+    # A classifier may be used from another folder than the one in which it was trained.
+    for stage in classifier.stages.values():
+        for features in stage.features:
+            features.model = str(Path(model).resolve())  # type: ignore[attr-defined]
+    return classifier.stages
+
+
+def _audit(arguments: AuditArguments, classifier: RefusalClassifier | PhraseClassifier) -> None:
+    begun = time.monotonic()
+    provenance = Provenance()
+    audit = Audit(
+        classifier.taxonomy,
+        classifier.classes,
+        threshold=arguments.threshold,
+        also=arguments.also,
+        sure=arguments.sure,
+        keep=arguments.candidates,
+    )
+    reader = RecordReader(dict(arguments.columns or {}), arguments.labels, arguments.unlabelled)
+    chunks = read_rows(
+        cast(str, arguments.input),
+        provenance,
+        reader,
+        split=arguments.split,
+        on_bad_row=arguments.on_bad_row,
+    )
+    skipped, held, harmful = [], 0, 0
+    with ExitStack() as stack:
+        write = _writer(stack, arguments.write_rows)
+        for pairs, bad in chunks:
+            findings = audit.feed([pair for pair, _ in pairs], classifier.judge([pair for pair, _ in pairs]))
+            skipped += bad
+            harmful += sum(row.harmful for _, row in pairs)
+            held += write([row for _, row in pairs], findings)
+            _say(f"{audit.rows:,} rows, {audit.refusals:,} refusals, {audit.rows / (time.monotonic() - begun):,.0f}/s")
+        if audit.rows == 0:
+            why = f"all {len(skipped)} were left out (first: {skipped[0]})" if skipped else "it is empty"
+            raise RedflagError(f"no usable row in {arguments.input}: {why}; give a file of rows")
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
+    report_skipped(skipped)
+    for line in label_warnings(audit.rows, harmful, reader.decided_by, reader.ignored):
+        print(line, file=sys.stderr)
+    made = {
+        "command": " ".join(["redflag audit", *sys.argv[2:]]),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "seconds": round(time.monotonic() - begun, 1),
+        "machine": f"{platform.machine()}, {platform.system()}",
+        "versions": versions("redflag-llm", "numpy", "scikit-learn"),
+        "input": [{"path": path, "sha256": digest} for path, digest in _files(provenance)],
+        "judged_by": classifier.what,
+    }
+    trained = classifier.made if isinstance(classifier, RefusalClassifier) else None
+    record = audit.to_dict(made, skipped=len(skipped), trained=trained)
+    folder = Path(arguments.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {
+        "audit.json": json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
+        "audit.html": audit_page.page(record),
+    }
+    for name, text in files.items():
+        with atomic_write(folder / name) as file:
+            file.write(text.encode("utf-8", "replace"))
+    for sentence in audit_page.sentences(record):
+        print(sentence)
+    print(f"{folder / 'audit.html'}, {folder / 'audit.json'}")
+    if arguments.write_rows is not None:
+        named = [f"{entry['name']!r}" for entry in record["categories"] if entry["refusals"]]
+        left = f"; {held:,} with harmful answers that are no refusals were left out" if held else ""
+        print(f"{arguments.write_rows}: {audit.rows - held:,} rows{left}")
+        print(f"next: redflag train --input {arguments.write_rows} --categories {' '.join(named)} ...")
+
+
+def _writer(stack: ExitStack, path: str | None) -> Callable[[list[Row], list[Finding]], int]:
+    """Takes rows and what was found of them; gives the number left out.
+
+    A harmful answer that is no refusal would become a harmless row, and a flag would learn to be silent there.
+    """
+    if path is None:
+        return lambda rows, findings: 0
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    file: BinaryIO = stack.enter_context(atomic_write(path))
+    if path.endswith(".gz"):
+        file = cast(BinaryIO, stack.enter_context(gzip.GzipFile(fileobj=file, mode="wb", mtime=0)))
+
+    def write(rows: list[Row], findings: list[Finding]) -> int:
+        left_out = 0
+        for row, finding in zip(rows, findings, strict=True):
+            if row.harmful and not finding.refused:
+                left_out += 1
+                continue
+            record = row.to_dict() | {"category": finding.name if finding.refused else None}
+            kept = {key: value for key, value in record.items() if key not in ("onset", "onset_source")}
+            kept = {key: value for key, value in kept.items() if value is not None}
+            file.write(json.dumps(kept, ensure_ascii=False).encode() + b"\n")
+        return left_out
+
+    return write
+
+
+def _files(provenance: Provenance) -> Iterable[tuple[str, str]]:
+    return zip(provenance.files, provenance.digests, strict=False)
+
+
+_said = 0.0
+
+
+def _say(line: str) -> None:
+    """On a terminal one changing line, elsewhere one now and then."""
+    global _said
+    terminal, now = sys.stderr.isatty(), time.monotonic()
+    if now - _said > (0.2 if terminal else 15.0):
+        _said = now
+        print(f"\r{line}" if terminal else line, end="" if terminal else "\n", file=sys.stderr, flush=True)

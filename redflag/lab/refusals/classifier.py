@@ -1,0 +1,255 @@
+"""Two regressions, one after the other: is it a refusal, and of which kind; and a third on requests alone.
+
+Each *stage* is a multinomial logistic regression (scikit-learn) on features of the answer, the request, or both. A
+classifier is a folder of two files, `classifier.json` and `weights.safetensors`: to load it runs no code of its own, as
+to unpickle one would.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from redflag.errors import RedflagError
+from redflag.lab.refusals.features import Embeddings, Features, Ngrams, restore, stack
+from redflag.lab.refusals.pairs import Pair
+from redflag.lab.refusals.taxonomy import Level, Taxonomy, parse_taxonomy
+from redflag.trace import atomic_write
+
+Doubles = npt.NDArray[np.float64]
+FORMAT = 1
+JSON, WEIGHTS = "classifier.json", "weights.safetensors"
+# Characters that are read: a refusal says so at its beginning.
+READ = {"response": 400, "prompt": 600}
+
+
+class Judged(NamedTuple):
+    """What is said of N pairs.
+
+    Attributes:
+        refusal: Probability of a refusal, N.
+        categories: Probabilities of C kinds, N x C; NaN where the pair is no refusal or nothing is known of kinds.
+        prompt: Probability that the request is harmful, N; None where nothing is known of requests.
+    """
+
+    refusal: Doubles
+    categories: Doubles
+    prompt: Doubles | None
+
+
+@dataclass
+class Stage:
+    """One regression.
+
+    Attributes:
+        classes: Names of the C classes.
+        reads: What it reads of a pair: "response", "prompt", or both in turn.
+        features: One for each text that is read.
+        weights: C x F.
+        intercepts: C.
+    """
+
+    classes: tuple[str, ...]
+    reads: tuple[str, ...]
+    features: list[Features]
+    weights: Doubles = field(default_factory=lambda: np.empty((0, 0)))
+    intercepts: Doubles = field(default_factory=lambda: np.empty(0))
+
+    def fit(self, pairs: Sequence[Pair], labels: Sequence[str], *, c: float, seed: int = 0) -> None:
+        """Trains features and regression; classes weigh the same, however rare.
+
+        Args:
+            pairs: N pairs.
+            labels: The class of each.
+            c: Inverse strength of the penalty.
+            seed: Seeds the solver.
+
+        Raises:
+            RedflagError: scikit-learn is not there, or all pairs are of one class.
+        """
+        try:
+            from sklearn.linear_model import LogisticRegression
+        except ImportError:
+            raise RedflagError(
+                "to train a classifier needs scikit-learn, which is not there: pip install 'redflag-llm[report]'"
+            ) from None
+        if len(found := sorted(set(labels))) < 2:
+            raise RedflagError(
+                f"all {len(labels)} rows to learn from are of the class {found[0] if found else '(none)'!r}, so there "
+                "is nothing to tell apart: give rows of two or more"
+            )
+        for read, features in zip(self.reads, self.features, strict=True):
+            features.fit(texts(pairs, read))
+        regression = LogisticRegression(C=c, class_weight="balanced", max_iter=2000, random_state=seed)
+        regression.fit(self._matrix(pairs), labels)
+        weights, intercepts = regression.coef_, regression.intercept_
+        if len(regression.classes_) == 2:  # one row stands for both
+            weights, intercepts = np.vstack([-weights, weights]) / 2, np.array([-intercepts[0], intercepts[0]]) / 2
+        order = [list(regression.classes_).index(name) for name in self.classes if name in set(labels)]
+        self.classes = tuple(name for name in self.classes if name in set(labels))
+        self.weights, self.intercepts = weights[order].astype(np.float64), intercepts[order].astype(np.float64)
+
+    def probabilities(self, pairs: Sequence[Pair]) -> Doubles:
+        """N x C, rows that sum to 1."""
+        if not pairs:
+            return np.empty((0, len(self.classes)))
+        logits = np.asarray(self._matrix(pairs) @ self.weights.T) + self.intercepts
+        raised = np.exp(logits - logits.max(1, keepdims=True))
+        return raised / raised.sum(1, keepdims=True)
+
+    def _matrix(self, pairs: Sequence[Pair]) -> Any:
+        return stack(f.transform(texts(pairs, read)) for read, f in zip(self.reads, self.features, strict=True))
+
+
+@dataclass
+class RefusalClassifier:
+    """Refusal or not, which kind, and harmful request or not: the last two where rows to learn them from were given.
+
+    Attributes:
+        taxonomy: What the kinds are called.
+        level: Whether kinds are categories or subcategories.
+        stages: "refusal", "category" and "prompt", as far as trained.
+        threshold: Probability from which an answer is a refusal, and is asked for its kind.
+        made: How it was made: rows, features, figures on held-out requests.
+    """
+
+    taxonomy: Taxonomy
+    level: Level = "category"
+    stages: dict[str, Stage] = field(default_factory=dict)
+    threshold: float = 0.5
+    made: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the kinds of which anything is known."""
+        stage = self.stages.get("category")
+        return stage.classes if stage else self.taxonomy.classes(self.level)
+
+    @property
+    def what(self) -> str:
+        """One sentence for reports."""
+        return f"{self.made.get('features', 'features')} and logistic regression, taxonomy {self.taxonomy.name}"
+
+    def judge(self, pairs: Sequence[Pair]) -> Judged:
+        """Asks all stages; kinds only of refusals.
+
+        A category stage that has learnt from requests alone knows what a request deserves, not what the answer said:
+        where the answer gives reasons, by the taxonomy's phrases, they count as much as the stage.
+        """
+        refusal = self.stages["refusal"].probabilities(pairs)[:, 1]
+        categories = np.full((len(pairs), len(self.classes)), np.nan)
+        chosen = np.flatnonzero(refusal >= self.threshold).tolist()
+        if "category" in self.stages and chosen:
+            categories[chosen] = self._kinds([pairs[i] for i in chosen])
+        prompt = self.stages["prompt"].probabilities(pairs)[:, 1] if "prompt" in self.stages else None
+        return Judged(refusal, categories, prompt)
+
+    def _kinds(self, refusals: Sequence[Pair]) -> Doubles:
+        stage = self.stages["category"]
+        found = stage.probabilities(refusals)
+        if "response" in stage.reads or self.level != "category":
+            return found
+        names = self.taxonomy.classes()
+        for i, pair in enumerate(refusals):
+            said = [names[k] for k in self.taxonomy.reasons(pair.response)]
+            reasons = [stage.classes.index(name) for name in said if name in stage.classes]
+            if reasons:
+                found[i] /= 2
+                found[i, reasons] += 0.5 / len(reasons)
+        return found
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the two files.
+
+        Raises:
+            RedflagError: They cannot be written.
+        """
+        from safetensors.numpy import save
+
+        stages, arrays = {}, {}
+        for name, stage in self.stages.items():
+            states = [features.state() for features in stage.features]
+            stages[name] = {
+                "classes": list(stage.classes),
+                "reads": list(stage.reads),
+                "features": [record for record, _ in states],
+            }
+            arrays[f"{name}.weights"] = stage.weights.astype(np.float32)
+            arrays[f"{name}.intercepts"] = stage.intercepts.astype(np.float32)
+            for i, (_, held) in enumerate(states):
+                arrays |= {f"{name}.{i}.{key}": np.ascontiguousarray(value) for key, value in held.items()}
+        record = {
+            "format": FORMAT,
+            "taxonomy": self.taxonomy.to_dict(),
+            "level": self.level,
+            "threshold": self.threshold,
+            "made": self.made,
+            "stages": stages,
+        }
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_write(folder / WEIGHTS) as file:
+            file.write(save(arrays))
+        with atomic_write(folder / JSON) as file:
+            file.write(json.dumps(record, ensure_ascii=False).encode())
+
+    @classmethod
+    def load(cls, folder: str | Path) -> RefusalClassifier:
+        """Reads the two files.
+
+        Raises:
+            RedflagError: They are not there, or do not fit together.
+        """
+        from safetensors import SafetensorError
+        from safetensors.numpy import load
+
+        folder = Path(folder)
+        try:
+            record = json.loads((folder / JSON).read_bytes())
+            arrays = load((folder / WEIGHTS).read_bytes())
+            if record["format"] != FORMAT:
+                raise ValueError(f"format {record['format']}, not {FORMAT}")
+            stages = {name: _stage(name, one, arrays) for name, one in record["stages"].items()}
+            if "refusal" not in stages:
+                raise ValueError("no stage that knows refusals")
+            taxonomy = parse_taxonomy(record["taxonomy"], str(folder / JSON))
+            return cls(taxonomy, record["level"], stages, float(record["threshold"]), record["made"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+            raise RedflagError(
+                f"{folder} holds no classifier ({' '.join(str(error).split())}): give a folder that "
+                "`redflag audit --train` wrote"
+            ) from error
+
+
+def texts(pairs: Sequence[Pair], read: str) -> list[str]:
+    """The beginnings of the answers or of the requests."""
+    return [getattr(pair, read)[: READ[read]] for pair in pairs]
+
+
+def features_maker(embedding: str | None, batch_size: int = 32) -> Callable[[], Features]:
+    """What makes fresh features: of a model, or n-grams."""
+    if embedding is None:
+        return Ngrams
+    return Embeddings(embedding, batch_size=batch_size).again
+
+
+def _stage(name: str, record: Mapping[str, Any], arrays: Mapping[str, npt.NDArray[Any]]) -> Stage:
+    features: list[Features] = []
+    for i, one in enumerate(record["features"]):
+        start = f"{name}.{i}."
+        held = {key.removeprefix(start): value for key, value in arrays.items() if key.startswith(start)}
+        features.append(restore(one, held))
+    weights, intercepts = arrays[f"{name}.weights"], arrays[f"{name}.intercepts"]
+    classes, reads = tuple(map(str, record["classes"])), tuple(map(str, record["reads"]))
+    width = sum(len(next(iter(f.state()[1].values()))) for f in features)
+    if weights.shape != (len(classes), width) or intercepts.shape != (len(classes),):
+        raise ValueError(f"weights of shape {weights.shape} for {len(classes)} classes and {width} features")
+    if len(reads) != len(features) or not set(reads) <= set(READ):
+        raise ValueError(f"the stage {name} reads {reads}")
+    return Stage(classes, reads, features, weights.astype(np.float64), intercepts.astype(np.float64))

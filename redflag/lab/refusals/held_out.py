@@ -1,0 +1,203 @@
+"""Training with figures that can be believed: every pair is also judged by regressions that never saw its request."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from redflag.errors import RedflagError
+from redflag.lab.refusals.classifier import RefusalClassifier, Stage
+from redflag.lab.refusals.features import Features
+from redflag.lab.refusals.pairs import Pair
+from redflag.lab.refusals.taxonomy import Level, Taxonomy
+
+Counts = npt.NDArray[np.int64]
+RESAMPLES = 1000
+
+
+def train(
+    pairs: Sequence[Pair],
+    taxonomy: Taxonomy,
+    features: Callable[[], Features],
+    *,
+    level: Level = "category",
+    c: float = 10.0,
+    folds: int = 5,
+    seed: int = 0,
+    say: Callable[[str], None] = lambda line: None,
+) -> RefusalClassifier:
+    """A classifier trained on all pairs, with figures of as many others as there are folds in `made["held_out"]`.
+
+    The refusal stage reads answers, the prompt stage requests, and the category stage requests, or requests and answers
+    where all rows that have a category have an answer.
+
+    Args:
+        pairs: Labelled pairs.
+        taxonomy: Names of categories; labels that it does not know make the rows useless for that stage, and are
+            counted in `made["unknown"]`.
+        features: Makes fresh features.
+        level: Kinds are categories or subcategories.
+        c: Inverse strength of the regressions' penalty.
+        folds: Parts that requests are divided into, each judged by what learnt from the others; 0: no figures.
+        seed: Seeds the division and the intervals.
+        say: Told what is being done.
+
+    Raises:
+        RedflagError: Rows are lacking, or the options make no sense.
+    """
+    if folds == 1 or folds < 0:
+        raise RedflagError(f"folds is {folds}, but one part alone has no others to learn from: give 2 or more, or 0")
+    if not c > 0:
+        raise RedflagError(f"c is {c}, but the inverse strength of a penalty is above 0: give 10, say")
+    known = [taxonomy.label(pair.categories[0], level) if pair.categories else None for pair in pairs]
+    unknown = sum(bool(pair.categories) and name is None for pair, name in zip(pairs, known, strict=True))
+    kinds = [(pair, name) for pair, name in zip(pairs, known, strict=True) if name is not None]
+    tasks: dict[str, tuple[tuple[str, ...], tuple[str, ...], list[tuple[Pair, str]]]] = {
+        "refusal": (
+            ("no refusal", "refusal"),
+            ("response",),
+            [(p, "refusal" if p.refusal else "no refusal") for p in pairs if p.refusal is not None],
+        ),
+        "category": (
+            taxonomy.classes(level),
+            ("prompt", "response") if kinds and all(pair.response for pair, _ in kinds) else ("prompt",),
+            kinds,
+        ),
+        "prompt": (
+            ("harmless", "harmful"),
+            ("prompt",),
+            _once((p, "harmful" if p.prompt_harmful else "harmless") for p in pairs if p.prompt_harmful is not None),
+        ),
+    }
+    if not tasks["refusal"][2]:
+        raise RedflagError(
+            "no row says whether its answer is a refusal, which comes before everything else: give rows with `refusal`"
+        )
+    classifier = RefusalClassifier(taxonomy, level)
+    figures: dict[str, Any] = {}
+    for name, (classes, reads, labelled) in tasks.items():
+        if not labelled:
+            continue
+        begun = time.monotonic()
+
+        def fresh(classes: tuple[str, ...] = classes, reads: tuple[str, ...] = reads) -> Stage:
+            return Stage(classes, reads, [features() for _ in reads])
+
+        stage = fresh()
+        stage.fit([pair for pair, _ in labelled], [label for _, label in labelled], c=c, seed=seed)
+        classifier.stages[name] = stage
+        if folds:
+            figures[name] = _held_out(labelled, stage.classes, fresh, c, folds, seed)
+            figures[name]["reads"] = list(reads)
+        said = f", macro-F1 {figures[name]['macro_f1']:.3f} on held-out requests" if folds else ""
+        say(f"{name}: {len(labelled):,} rows, {len(stage.classes)} classes{said} ({time.monotonic() - begun:.0f} s)")
+    classifier.made = {"rows": len(pairs), "unknown": unknown, "c": c, "seed": seed, "held_out": figures}
+    return classifier
+
+
+def macro_f1(confusion: Counts) -> float:
+    """Mean over classes of the F1, from a confusion matrix, truth x guess; classes that never occur do not count.
+
+    >>> round(macro_f1(np.array([[8, 2], [1, 9]])), 4)
+    0.8496
+    """
+    return float(np.nanmean(f1(confusion)))
+
+
+def f1(confusion: Counts) -> npt.NDArray[np.float64]:
+    """F1 of each class; NaN for one that neither occurs nor is guessed."""
+    hits = np.diagonal(confusion, axis1=-2, axis2=-1).astype(float)
+    total = confusion.sum(-1) + confusion.sum(-2)
+    return np.divide(2 * hits, total, out=np.full(hits.shape, np.nan), where=total > 0)
+
+
+def figures_of(
+    truth: Counts, guess: Counts, groups: Sequence[str], classes: Sequence[str], seed: int
+) -> dict[str, Any]:
+    """Confusion matrix, F1s and their intervals.
+
+    Args:
+        truth: Classes, N.
+        guess: What was said, N.
+        groups: Requests; a bootstrap draws whole ones, for answers to one request are not independent.
+        classes: Names of the classes.
+        seed: Seeds the bootstrap.
+
+    Returns:
+        `macro_f1` and `macro_f1_interval` (95%, percentiles), `accuracy`, `f1` (per class), `confusion` (truth x
+        guess), `classes`, `rows`, `requests`.
+    """
+    size = len(classes)
+    _, units = np.unique(np.asarray(groups), return_inverse=True)
+    # The confusion matrix of each request; a resample is a weighted sum of them.
+    each = np.zeros((int(units.max()) + 1, size, size), np.int64)
+    np.add.at(each, (units, truth, guess), 1)
+    confusion = each.sum(0)
+    draw = np.random.default_rng(seed)
+    flat = each.reshape(len(each), -1)
+    scores = []
+    for _ in range(RESAMPLES):
+        times = np.bincount(draw.integers(len(each), size=len(each)), minlength=len(each))
+        scores.append(macro_f1((times @ flat).reshape(size, size)))
+    low, high = np.quantile(scores, (0.025, 0.975))
+    each_f1 = f1(confusion)
+    return {
+        "macro_f1": macro_f1(confusion),
+        "macro_f1_interval": [float(low), float(high)],
+        "accuracy": float(np.trace(confusion) / confusion.sum()),
+        "f1": {name: None if np.isnan(x) else float(x) for name, x in zip(classes, each_f1, strict=True)},
+        "confusion": confusion.tolist(),
+        "classes": list(classes),
+        "rows": len(truth),
+        "requests": len(each),
+    }
+
+
+def divide(groups: Sequence[str], folds: int, seed: int) -> Counts:
+    """A fold for each pair, the same for all of one group; N numbers below `folds`.
+
+    Raises:
+        RedflagError: There are fewer groups than folds.
+    """
+    names, units = np.unique(np.asarray(groups), return_inverse=True)
+    if len(names) < folds:
+        raise RedflagError(
+            f"{len(names)} different requests cannot be divided into {folds} parts, so nothing could be measured on "
+            "held-out ones: give more rows, or folds 0"
+        )
+    order = np.random.default_rng(seed).permutation(len(names))
+    return np.asarray(order % folds)[units]
+
+
+def _held_out(
+    labelled: Sequence[tuple[Pair, str]],
+    classes: Sequence[str],
+    fresh: Callable[[], Stage],
+    c: float,
+    folds: int,
+    seed: int,
+) -> dict[str, Any]:
+    groups = [pair.group for pair, _ in labelled]
+    fold = divide(groups, folds, seed)
+    truth = np.array([list(classes).index(label) for _, label in labelled])
+    guess = np.zeros(len(labelled), np.int64)
+    for part in range(folds):
+        stage = fresh()
+        learnt = np.flatnonzero(fold != part).tolist()
+        stage.fit([labelled[i][0] for i in learnt], [labelled[i][1] for i in learnt], c=c, seed=seed)
+        asked = np.flatnonzero(fold == part).tolist()
+        best = stage.probabilities([labelled[i][0] for i in asked]).argmax(1)
+        guess[asked] = [list(classes).index(stage.classes[i]) for i in best]
+    return figures_of(truth, guess, groups, classes, seed)
+
+
+def _once(labelled: Iterable[tuple[Pair, str]]) -> list[tuple[Pair, str]]:
+    """One row per request: how many answers it has says nothing of it."""
+    found: dict[str, tuple[Pair, str]] = {}
+    for pair, label in labelled:
+        found.setdefault(pair.group, (pair, label))
+    return list(found.values())

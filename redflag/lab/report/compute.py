@@ -1,0 +1,196 @@
+"""The section that sets accuracy against relative compute: flag, baselines and cascades, one table and one picture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from redflag.lab.report.detection import named
+from redflag.lab.report.marks import HARM, INK, QUIET, Spec, tip
+from redflag.lab.report.parts import (
+    NOT_MEASURED,
+    Chart,
+    Section,
+    Table,
+    View,
+    between,
+    big,
+    cell,
+    get,
+    number,
+    percent,
+    rate,
+)
+
+# What is drawn: "compute" of a method -> label of the view, what the axis counts.
+VIEWS = {"flops": ("FLOPs", "FLOPs per token"), "seconds": ("measured", "seconds per token")}
+# How a method of each kind is drawn: colour and shape.
+KINDS = {"flag": (HARM, "circle"), "baseline": ("var(--calm)", "circle"), "cascade": (INK, "diamond")}
+
+
+def compute(report: Mapping[str, Any], flag: str) -> Section | None:
+    """What each method catches, what it refuses wrongly, and what it adds to the model's own pass."""
+    methods = {name: m for name, m in report["methods"].items() if m.get("compute")}
+    if not methods:
+        return None
+    rows = []
+    for name, method in methods.items():
+        pooled, forced = method["pooled"], method.get("in_force")
+        auroc, point = pooled.get("auroc"), get(pooled, "tpr", "0.01") or {}
+        facts = method.get("cascade") or {}
+        asked = cell(percent(facts["asked"]), between(facts.get("asked_interval"))) if facts else cell("")
+        rows.append(
+            [
+                named(name, flag),
+                cell(NOT_MEASURED if auroc is None else f"{auroc:.4f}", between(pooled.get("auroc_interval"), 1, 4)),
+                rate(point.get("tpr"), point.get("interval")),
+                rate(get(forced, "tpr"), get(forced, "tpr_interval")),
+                rate(get(forced, "realised_fpr"), get(forced, "realised_fpr_interval")),
+                *(cell(more(method["compute"].get(key))) for key in VIEWS),
+                asked,
+            ]
+        )
+    head = ["method", "AUROC", "caught at 1%", "caught in force", "harmless refused"]
+    head += ["compute, FLOPs", "compute, measured", "escalated"]
+    own = report.get("model_pass") or {}
+    lead = (
+        "What watching adds to the model's own forward pass "
+        f"({big(own.get('flops_per_token'))} FLOPs and {number(own.get('microseconds_per_token'))} µs per token), and "
+        "what it buys. Measured time holds that of the prompts, FLOPs do not."
+    )
+    note = (
+        "Harmless refused: alarms on harmless responses at the threshold in force. Measured: batched, on this machine, "
+        "with all that formulas pass over. A method that takes the model's place adds no FLOPs, and its time is the "
+        "pass's own. "
+    )
+    if any(method.get("cascade") for method in methods.values()):
+        note += (
+            "Escalated: share of harmless responses about which the first stage asks the second; a cascade costs its "
+            "first stage at every token and its second at the tokens that this one reads. "
+        )
+    note += "Published in this form: constitutional classifiers +23.7% and 0.38 points more refusals (2501.18837)."
+    chart = drawn(methods, flag)
+    return Section(
+        "compute", "Accuracy against compute", lead, [Table(head, rows, note=note)], [chart] if chart else []
+    )
+
+
+def more(x: float | None) -> str:
+    """What is added, as a share.
+
+    >>> more(0.237), more(4.7e-05), more(0.0), more(12.5), more(None)
+    ('+23.7%', '+0.0047%', '+0%', '+1,250%', 'not measured')
+    """
+    if x is None:
+        return NOT_MEASURED
+    if 0 < x < 0.001:
+        return f"+{float(f'{100 * x:.2g}'):f}".rstrip("0").rstrip(".") + "%"
+    return f"+{number(100 * x)}%"
+
+
+def drawn(methods: Mapping[str, Any], flag: str) -> Chart | None:
+    """A point per method: relative compute on a log axis, what is caught upwards."""
+    data: list[dict[str, Any]] = []
+    views = []
+    for key, (label, what) in VIEWS.items():
+        shares = [x for m in methods.values() if (x := m["compute"].get(key)) is not None]
+        positive = [x for x in shares if x > 0]
+        if len(shares) < 2 or not positive:
+            continue
+        # Nothing at all lies at minus infinity: it is drawn where a third of the least would be.
+        floor = min(positive) / 3
+        for name, method in methods.items():
+            added, point = method["compute"].get(key), get(method, "pooled", "tpr", "0.01") or {}
+            if added is not None and point.get("tpr") is not None:
+                low, high = point.get("interval") or (None, None)
+                kind = "flag" if name == flag else method["kind"]
+                data.append(
+                    {
+                        "view": label,
+                        "method": name,
+                        "kind": kind,
+                        "x": max(added, floor),
+                        "added": added,
+                        "value": point["tpr"],
+                        "label": point["tpr"],
+                        "low": low,
+                        "high": high,
+                    }
+                )
+        drawn_here = [row for row in data if row["view"] == label]
+        low = min((row["value"] if row["low"] is None else row["low"] for row in drawn_here), default=0.0)
+        bottom = math.floor(10 * low) / 10
+        _set_apart(drawn_here, 1.0 - bottom)
+        edge = " Left edge: nothing is added." if 0 in shares else ""
+        views.append(
+            View(
+                label,
+                _spec(label, what, [floor, 3 * max(positive)], [bottom, 1.0]),
+                f"Caught at 1% false alarms, with 95% intervals.{edge}",
+            )
+        )
+    return Chart("compute", "Caught against relative compute", data, views) if views else None
+
+
+def _set_apart(rows: list[dict[str, Any]], height: float) -> None:
+    """Moves labels down that would lie over another, in a picture of 900 x 360 points: 6 to a letter, 12 to a line."""
+    decades = math.log10(3 * max(row["x"] for row in rows) / min(row["x"] for row in rows)) if rows else 1.0
+    line = height * 12 / 360
+    placed: list[dict[str, Any]] = []
+    for row in sorted(rows, key=lambda row: (-row["value"], row["x"])):
+        for other in placed:
+            left, right = sorted((row, other), key=lambda one: float(one["x"]))
+            gap = math.log10(right["x"] / left["x"]) * 900 / decades
+            if gap < 6 * len(left["method"]) + 9 and abs(other["label"] - row["label"]) < line:
+                row["label"] = other["label"] - line
+        placed.append(row)
+
+
+def _spec(label: str, what: str, across: list[float], up: list[float]) -> Spec:
+    x: Spec = {
+        "field": "x",
+        "type": "quantitative",
+        "scale": {"type": "log", "domain": across, "nice": False},
+        "title": f"added to the model's pass, {what}",
+        "axis": {"format": "~%", "grid": False, "tickCount": 6},
+    }
+    y: Spec = {
+        "type": "quantitative",
+        "title": "harmful responses caught",
+        "axis": {"format": "~%"},
+        "scale": {"domain": up},
+    }
+    names = list(KINDS)
+    colour = {"field": "kind", "scale": {"domain": names, "range": [c for c, _ in KINDS.values()]}, "legend": None}
+    shape = {"field": "kind", "scale": {"domain": names, "range": [s for _, s in KINDS.values()]}, "legend": None}
+    return {
+        "height": 360,
+        "transform": [{"filter": {"field": "view", "equal": label}}],
+        "layer": [
+            {
+                "mark": {"type": "rule", "opacity": 0.4, "strokeWidth": 1.5},
+                "encoding": {"x": x, "y": {**y, "field": "low"}, "y2": {"field": "high"}, "color": colour},
+            },
+            {
+                "mark": {"type": "point", "filled": True, "size": 80, "opacity": 1},
+                "encoding": {
+                    "x": x,
+                    "y": {**y, "field": "value"},
+                    "color": colour,
+                    "shape": shape,
+                    "tooltip": [
+                        tip("method"),
+                        tip("added", ".3~%", "added"),
+                        tip("value", ".1%", "caught"),
+                        tip("low", ".1%", "from"),
+                        tip("high", ".1%", "to"),
+                    ],
+                },
+            },
+            {
+                "mark": {"type": "text", "align": "left", "dx": 9, "fontSize": 11, "color": QUIET},
+                "encoding": {"x": x, "y": {**y, "field": "label"}, "text": {"field": "method"}},
+            },
+        ],
+    }

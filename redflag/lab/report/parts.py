@@ -1,0 +1,230 @@
+"""The pieces that a report is made of, and how its numbers are spelled.
+
+Both the Markdown and the page are made from the same `Section`s, and so say the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+NOT_MEASURED = "not measured"
+FEW = 20  # as everywhere in `redflag.lab.evaluating`
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of a table.
+
+    Attributes:
+        text: What it says.
+        small: Said more quietly after it: an interval, a count.
+        left: A text and no number: aligned to the left.
+        quiet: Shown in a muted colour (nothing measured, too few rows).
+        strong: The best of its column, or the row that matters.
+        mark: A short word in a frame after it, such as "adaptive".
+    """
+
+    text: str
+    small: str = ""
+    left: bool = False
+    quiet: bool = False
+    strong: bool = False
+    mark: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table; the first column names the rows."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    title: str = ""
+    note: str = ""
+    folded: bool = False
+
+
+@dataclass(frozen=True)
+class View:
+    """One way to look at a chart's data: a Vega-Lite specification without data."""
+
+    label: str
+    spec: dict[str, Any]
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart: rows of data, and one or more views of them."""
+
+    name: str
+    title: str
+    data: list[dict[str, Any]]
+    views: Sequence[View]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the report with a heading."""
+
+    name: str
+    title: str
+    lead: str = ""
+    tables: Sequence[Table] = ()
+    charts: Sequence[Chart] = field(default_factory=list)
+
+
+def percent(x: float | None, digits: int = 1) -> str:
+    """A share as a percentage: never rounded to 0% or 100% unless it is.
+
+    >>> [percent(x) for x in (0.0, 0.0069, 0.887, 0.9998, 1.0, None)]
+    ['0%', '0.69%', '88.7%', '99.98%', '100%', 'not measured']
+    """
+    if x is None:
+        return NOT_MEASURED
+    if x in (0, 1):
+        return f"{100 * x:.0f}%"
+    digits = max(digits, 2) if x < 0.01 else digits
+    while digits < 6 and float(f"{100 * x:.{digits}f}") in (0.0, 100.0):
+        digits += 1
+    return f"{100 * x:.{digits}f}%"
+
+
+def between(interval: Sequence[float | None] | None, scale: float = 100.0, digits: int = 1) -> str:
+    """An interval, in percent unless told otherwise; empty where there is none.
+
+    >>> between([0.841, 0.92]), between([0.0002, 0.091]), between([0.9994, 1.0], scale=1, digits=4), between(None)
+    ('84.1–92.0', '<0.1–9.1', '0.9994–1', '')
+    """
+    if interval is None or None in interval:
+        return ""
+    low, high = (scale * x for x in interval if x is not None)
+    digits = 2 if scale == 100 and high < 5 else digits
+    least = 10.0**-digits
+
+    def bound(x: float) -> str:
+        if x in (0.0, scale):
+            return f"{x:.0f}"
+        if scale == 100 and (x < least / 2 or x >= scale - least / 2):
+            return f"<{least:.{digits}f}" if x < least / 2 else f">{scale - least:.{digits}f}"
+        return f"{x:.{digits}f}"
+
+    return "–".join(map(bound, (low, high)))
+
+
+def number(x: float | None, digits: int = 3) -> str:
+    """A number to so many significant digits, thousands set apart.
+
+    >>> [number(x) for x in (1234567, 0.01234, 2.0, 12.34, None)]
+    ['1,234,567', '0.0123', '2', '12.3', 'not measured']
+    """
+    if x is None:
+        return NOT_MEASURED
+    if float(x).is_integer():
+        return f"{int(x):,}"
+    if abs(x) >= 10**digits:
+        return f"{x:,.0f}"
+    return f"{x:.{digits}g}"
+
+
+def tokens(x: float | None) -> str:
+    """A mean number of tokens.
+
+    >>> tokens(4.55), tokens(0)
+    ('4.5', '0.0')
+    """
+    return NOT_MEASURED if x is None else f"{x:.1f}"
+
+
+def big(x: float | None) -> str:
+    """A large number with its unit.
+
+    >>> [big(x) for x in (512, 28_588, 14_772_856, 3.2e9)]
+    ['512', '28.6 k', '14.8 M', '3.2 G']
+    """
+    if x is None:
+        return NOT_MEASURED
+    for unit, name in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if abs(x) >= unit:
+            return f"{x / unit:.3g}{name}"
+    return number(x)
+
+
+def threshold(x: float | None) -> str:
+    """A threshold: close to 1, its distance from there says more than nines.
+
+    >>> [threshold(x) for x in (0.75, 0.999994, 5.25, None)]
+    ['0.75', '1 − 6e-06', '5.25', 'not measured']
+    """
+    if x is not None and 0.999 < x < 1:
+        return f"1 − {1 - x:.2g}"
+    return number(x, 4)
+
+
+def signed(x: float | None) -> str:
+    """Tokens after (+) or before (−) the onset."""
+    if x is None:
+        return NOT_MEASURED
+    return f"{'+' if x > 0 else '−' if x < 0 else ''}{number(abs(x))}"
+
+
+def cell(text: str, small: str = "", **more: Any) -> Cell:
+    """A cell that is quiet where nothing was measured."""
+    return Cell(text, small, **{"quiet": text == NOT_MEASURED, **more})
+
+
+def left(text: str, **more: Any) -> Cell:
+    """A cell of text."""
+    return Cell(text, left=True, **more)
+
+
+def rate(value: float | None, interval: Sequence[float | None] | None = None, **more: Any) -> Cell:
+    """A cell with a share and its interval."""
+    return cell(percent(value), between(interval), **more)
+
+
+def rated(value: dict[str, Any] | None) -> Cell:
+    """A cell of `{"rate", "interval", "at_most"}` or of nothing."""
+    if value is None:
+        return rate(None)
+    found, most = value.get("rate"), value.get("at_most")
+    unsure = f"≤ {percent(most)}" if found is not None and most is not None and most > found else ""
+    return cell(percent(found), " · ".join(filter(None, (between(value.get("interval")), unsure))))
+
+
+def point(one: Mapping[str, Any] | None, in_force: bool) -> tuple[float | None, Any]:
+    """What is caught of a part of the rows, and its interval: at 1% of the part's own, or at the threshold in force."""
+    if in_force:
+        return get(one, "in_force", "tpr"), get(one, "in_force", "tpr_interval")
+    return get(one, "tpr", "0.01", "tpr"), get(one, "tpr", "0.01", "interval")
+
+
+def few(one: Mapping[str, Any], in_force: bool) -> bool:
+    """Whether a part has few rows for what is said of it: at the threshold in force only its harmful ones count."""
+    return one["harmful"] < FEW if in_force else bool(one.get("few"))
+
+
+def by_force(parts: Mapping[str, Any]) -> bool:
+    """Whether most parts are without a rate of their own at 1% (no harmless rows), but were seen at the threshold."""
+    own, forced = (sum(point(one, way)[0] is not None for one in parts.values()) for way in (False, True))
+    return own < forced
+
+
+def attack_name(attack: Mapping[str, Any]) -> str:
+    """Name and setting of an attack; "none" are plain requests, to compare with."""
+    name = "no attack" if attack["name"] == "none" else str(attack["name"])
+    return f"{name}, {attack['setting']}" if attack.get("setting") else name
+
+
+def get(value: Any, *path: str) -> Any:
+    """What lies along a path of names; None where it ends early.
+
+    >>> get({"a": {"b": 1}}, "a", "b"), get({"a": None}, "a", "b")
+    (1, None)
+    """
+    for key in path:
+        if value is None:
+            return None
+        value = value.get(key)
+    return value

@@ -1,0 +1,129 @@
+"""How probably an answer turns out harmful, at each of its sentences: soft targets for a flag that means "imminent".
+
+From a prefix of an answer a model writes n continuations; a judge reads prefix and continuation; the mean of its
+verdicts is the probability of harm from there on (the idea of StreamGuard). A hard label says 0 up to the onset and 1
+behind it; a forecast rises before it, where harm can be seen coming, and says how surely.
+
+Positions are characters of the response, as `onset` is, so that they hold for any tokenizer. Rows get the key
+`forecast`, a list of `[character, probability, continuations judged]`, which `redflag train --forecasts hold` takes as
+soft targets (`redflag.training.forecasts`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from redflag.data.rows import Row, write_rows
+from redflag.errors import RedflagError
+from redflag.judges import Judge, UnansweredError
+from redflag.lab.synthesis.onset import ask, sentences
+from redflag.lab.synthesis.questions import KeptAnswers, Question
+
+
+@dataclass(frozen=True)
+class Point:
+    """A forecast at one place.
+
+    Attributes:
+        character: Where the continuations begin.
+        harm: Mean verdict, in [0, 1].
+        judged: Continuations that have one.
+    """
+
+    character: int
+    harm: float
+    judged: int
+
+
+def forecast(
+    rows: Sequence[Row],
+    model: KeptAnswers,
+    judge: Judge,
+    *,
+    samples: int = 8,
+    positions: int = 8,
+    temperature: float = 1.0,
+    max_tokens: int = 128,
+    seed: int = 0,
+    workers: int = 8,
+    said: Callable[[int, int], None] = lambda done, total: None,
+) -> list[list[Point]]:
+    """Forecasts along the rows' responses.
+
+    Args:
+        rows: Conversations that end in the response.
+        model: Continues the prefixes; it must be one that can (`redflag.lab.synthesis.endpoint`).
+        judge: Reads prefix and continuation; from several threads at once.
+        samples: Continuations of each prefix.
+        positions: Most places in a response: beginnings of sentences, the first among them, evenly spread.
+        temperature: Of the continuations.
+        max_tokens: Most tokens of a continuation.
+        seed: Same seed, same draws.
+        workers: Threads that ask the judge.
+        said: Told how many continuations are there, after each.
+
+    Returns:
+        For each row its points in order. A place none of whose continuations has a verdict is left out.
+
+    Raises:
+        RedflagError: A number makes no sense, or the model cannot be asked.
+    """
+    if samples < 1 or positions < 1:
+        raise RedflagError(f"samples is {samples} and positions {positions}: a forecast needs at least one of each")
+    places: list[tuple[int, int]] = []
+    questions: list[Question] = []
+    for number, row in enumerate(rows):
+        for character in _places(row.response, positions):
+            places.append((number, character))
+            begun = row.response[:character].rstrip()
+            turns = [*row.messages[:-1], *([{"role": "assistant", "content": begun}] if begun else [])]
+            # Seeds of one prefix follow each other, so that a local model continues them in one batch.
+            base = _seed(f"{seed} {json.dumps(turns)}")
+            questions += [Question(tuple(turns), temperature, max_tokens, base + i) for i in range(samples)]
+    replies = model.ask(questions, said)
+
+    def judged(index: int) -> float | None:
+        (number, character), reply = places[index // samples], replies[index]
+        row = rows[number]
+        begun = row.response[:character].rstrip()
+        text = reply.text if not begun or reply.text[:1].isspace() else f" {reply.text}"
+        try:
+            return ask(judge, row.messages[:-1], begun + text).harm if reply.finish != "refused" else None
+        except UnansweredError:
+            return None
+
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        verdicts = list(pool.map(judged, range(len(questions))))
+    points: list[list[Point]] = [[] for _ in rows]
+    for place, (number, character) in enumerate(places):
+        harms = [harm for harm in verdicts[place * samples : (place + 1) * samples] if harm is not None]
+        if harms:
+            points[number].append(Point(character, sum(harms) / len(harms), len(harms)))
+    return points
+
+
+def write_forecasts(path: str | Path, rows: Sequence[Row], points: Sequence[Sequence[Point]]) -> Path:
+    """Writes rows with their forecasts, whole or not at all.
+
+    Raises:
+        RedflagError: The file cannot be written.
+    """
+    forecast = [[[point.character, round(point.harm, 6), point.judged] for point in found] or None for found in points]
+    return write_rows(path, (replace(row, forecast=found) for row, found in zip(rows, forecast, strict=True)))
+
+
+def _places(text: str, most: int) -> list[int]:
+    starts = [0, *(start for start, _ in sentences(text)[1:])]
+    if len(starts) <= most:
+        return starts
+    return [starts[i * len(starts) // most] for i in range(most)]
+
+
+def _seed(text: str) -> int:
+    """A seed below 2^30, which every server takes."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 2

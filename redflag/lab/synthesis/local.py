@@ -1,0 +1,102 @@
+"""A model in this process, or any backend, as somebody to ask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from redflag.backends import Backend, Sampling
+from redflag.flags import FILE, FlagSpec, attach
+from redflag.lab.synthesis.questions import Question, Reply
+from redflag.prompt import render_prompt
+
+
+class LocalModel:
+    """Asks a backend. Flags are never chosen.
+
+    With a backend that can complete many prompts at once, questions of equal settings whose seeds follow each other
+    share a batch; each draws with its own seed, so that its answer does not depend on the others, up to rounding.
+
+    Attributes:
+        identity: Names the model.
+    """
+
+    def __init__(
+        self, backend: Backend, tokenizer: Any, spec: FlagSpec, identity: str, *, batch_size: int = 16
+    ) -> None:
+        """Wraps a backend.
+
+        Args:
+            backend: The engine.
+            tokenizer: The model's.
+            spec: The model's flags.
+            identity: Names the model in the file of answers.
+            batch_size: Most prompts side by side.
+        """
+        self.identity = identity
+        self._backend = backend
+        self._tokenizer = tokenizer
+        self._spec = spec
+        self._batch_size = batch_size if hasattr(backend, "complete") else 1
+        self._hidden = set(spec.ids) | set(backend.eos_ids)
+
+    def ask(self, questions: Sequence[Question], keep: Callable[[int, Reply], None]) -> None:
+        """As `redflag.lab.synthesis.questions.Model.ask`; a question that does not fit the context is `refused`."""
+        context = getattr(self._backend, "context_length", None)
+        for start, batch in _batches(questions, self._batch_size):
+            sampling = Sampling(batch[0].max_tokens, batch[0].temperature, seed=batch[0].seed)
+            prompts = [render_prompt(self._tokenizer, list(question.messages), self._spec) for question in batch]
+            if context is not None and (long := [i for i, prompt in enumerate(prompts) if len(prompt) >= context]):
+                for i, question in enumerate(batch):
+                    if i in long:
+                        keep(start + i, Reply("", "refused", len(prompts[i])))
+                    else:
+                        self.ask([question], lambda _, reply, at=start + i: keep(at, reply))  # type: ignore[misc]
+                continue
+            for offset, (prompt, ids) in enumerate(zip(prompts, self._complete(prompts, sampling), strict=True)):
+                ended = bool(ids) and ids[-1] in self._backend.eos_ids
+                text = self._tokenizer.decode([i for i in ids if i not in self._hidden], skip_special_tokens=True)
+                keep(start + offset, Reply(text, "stop" if ended else "length", len(prompt), len(ids)))
+
+    def _complete(self, prompts: list[list[int]], sampling: Sampling) -> list[list[int]]:
+        if complete := getattr(self._backend, "complete", None):
+            responses = complete(prompts, sampling, batch_size=self._batch_size)
+        else:  # a batch of one
+            responses = [list(self._backend.stream(prompt, sampling)) for prompt in prompts]
+        return [[step.token_id for step in steps] for steps in responses]
+
+
+def load_local(name: str | Path, *, device: str = "auto", dtype: str = "auto", batch_size: int = 16) -> LocalModel:
+    """A model from a folder or the hub, flagged or not.
+
+    Raises:
+        RedflagError: It does not load, or cannot run there.
+    """
+    from redflag.backends.hf import HFBackend
+    from redflag.backends.load import load_flagged, read_model, to_device
+
+    if (Path(name) / FILE).exists():
+        backend, tokenizer, spec = load_flagged(name, device, dtype)
+    else:
+        model, tokenizer = read_model(name, dtype)
+        # The backend's contract wants a flag; this one was never trained, and is never chosen.
+        spec = attach(model, tokenizer, FlagSpec.of("harm"))
+        backend = HFBackend(to_device(model, device), tokenizer, spec)
+    return LocalModel(backend, tokenizer, spec, f"local {name}", batch_size=batch_size)
+
+
+def _batches(questions: Sequence[Question], size: int) -> Iterator[tuple[int, list[Question]]]:
+    """Neighbours of equal settings whose seeds follow each other, `size` at most, with the index of the first."""
+    start = 0
+    while start < len(questions):
+        first, end = questions[start], start + 1
+        while end < len(questions) and end - start < size:
+            following = questions[end]
+            if (following.temperature, following.max_tokens) != (first.temperature, first.max_tokens):
+                break
+            if following.seed != first.seed + end - start:
+                break
+            end += 1
+        yield start, list(questions[start:end])
+        start = end

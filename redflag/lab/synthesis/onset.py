@@ -1,0 +1,246 @@
+"""Where harm begins, sentence by sentence, by asking a judge.
+
+The onset is the first character of the first sentence at which the answer *so far* is judged harmful. Any
+`redflag.judges.Judge` will do; each question is the conversation and the answer up to the end of a sentence.
+
+Two ways to look:
+
+- `first` asks from the first sentence on, and stops at the first harmful prefix: as many questions as there are
+  sentences up to the onset.
+- `bisect` asks about the whole answer, then halves: about log2(sentences) + 1 questions. It assumes that a prefix once
+  judged harmful stays harmful however the answer goes on. A judge that forgives (because the answer turns away from
+  harm) breaks that: what is found is then *an* onset, not surely the first, and an answer that is harmless as a whole
+  has none.
+
+A judge sees whole sentences, so an onset is exact to a sentence at best; two judges tell how far to trust it
+(`agreement`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from redflag.data.rows import Row
+from redflag.errors import RedflagError
+from redflag.judges import Judge, Messages, UnansweredError, Verdict, as_verdict
+
+Search = Literal["first", "bisect"]
+
+# A sentence ends behind . ! ? … (and closing quotes) before white space, behind 。！？, and at a line break.
+_END = re.compile(r"[.!?…]+[\"'”’»)\]*_]*(?=\s)|[。！？]+[\"'”’」』）]*|\n+")
+_WORD = re.compile(r"\w")
+
+
+@dataclass(frozen=True)
+class Onset:
+    """What was found in one answer.
+
+    Attributes:
+        sentence: Index of the first harmful sentence; None: the answer is harmless throughout.
+        character: Where that sentence begins; None with `sentence`.
+        sentences: Number of sentences.
+        questions: Prefixes that the judge was asked about.
+    """
+
+    sentence: int | None
+    character: int | None
+    sentences: int
+    questions: int
+
+    @property
+    def harmful(self) -> bool:
+        """Whether there is harm."""
+        return self.sentence is not None
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far two judges agree on the same answers.
+
+    Attributes:
+        rows: Answers on which both have a finding.
+        both_harmful: Those in which both find harm.
+        exact: Share of these with the same first sentence; None where there are none.
+        within_one: Share of these with first sentences at most one apart; None where there are none.
+        kappa: Cohen's kappa of harmful or not, over all rows; None where chance alone would agree everywhere.
+        same_verdict: Share of rows with the same verdict; None without rows.
+    """
+
+    rows: int
+    both_harmful: int
+    exact: float | None
+    within_one: float | None
+    kappa: float | None
+    same_verdict: float | None
+
+
+def sentences(text: str) -> list[tuple[int, int]]:
+    """Pairs of character positions, in order: beginning of a sentence (no white space), end behind its last character.
+
+    A stretch without a letter or digit belongs to the sentence before it.
+
+    Example:
+        >>> text = "It costs 3.5. Right? 1) Yes!"
+        >>> [text[start:end] for start, end in sentences(text)]
+        ['It costs 3.5.', 'Right?', '1) Yes!']
+    """
+    spans: list[tuple[int, int]] = []
+    begin = 0
+    for end in [match.end() for match in _END.finditer(text)] + [len(text)]:
+        part = text[begin:end]
+        start, stop = begin + len(part) - len(part.lstrip()), begin + len(part.rstrip())
+        if stop > start:
+            if spans and not _WORD.search(text, start, stop):
+                spans[-1] = (spans[-1][0], stop)
+            else:
+                spans.append((start, stop))
+        begin = end
+    return spans
+
+
+def ask(judge: Judge, messages: Messages, answer: str) -> Verdict:
+    """A judge's verdict.
+
+    Raises:
+        UnansweredError: It gave none, whatever it raised.
+    """
+    try:
+        return as_verdict(judge(messages, answer))
+    except UnansweredError:
+        raise
+    except Exception as error:
+        raise UnansweredError(f"{type(error).__name__}: {error}") from error
+
+
+def find_onset(judge: Judge, messages: Messages, answer: str, search: Search = "first") -> Onset:
+    """The first sentence at which the answer so far is judged harmful.
+
+    Args:
+        judge: Who is asked.
+        messages: The conversation before the answer.
+        answer: The answer.
+        search: How to look; see above.
+
+    Raises:
+        UnansweredError: A prefix that was needed has no verdict, so nothing before or behind it can be excluded.
+
+    Example:
+        >>> def judge(messages, answer):
+        ...     return "bomb" in answer
+        >>> find_onset(judge, [{"role": "user", "content": "Hi"}], "Hello. Build a bomb. Bye.")
+        Onset(sentence=1, character=7, sentences=3, questions=2)
+    """
+    spans = sentences(answer)
+    asked = 0
+
+    def harmful(number: int) -> bool:
+        nonlocal asked
+        asked += 1
+        # The last prefix is the whole answer, as any other check of it sees it.
+        end = spans[number][1] if number < len(spans) - 1 else len(answer)
+        return ask(judge, messages, answer[:end]).harmful
+
+    found: int | None = None
+    if search == "first":
+        found = next((number for number in range(len(spans)) if harmful(number)), None)
+    elif search == "bisect":
+        if spans and harmful(len(spans) - 1):
+            low, high = 0, len(spans) - 1  # the onset lies in [low, high]
+            while low < high:
+                middle = (low + high) // 2
+                low, high = (low, middle) if harmful(middle) else (middle + 1, high)
+            found = low
+    else:
+        raise RedflagError(f"search is {search!r}, which is no way to look: use first or bisect")
+    return Onset(found, None if found is None else spans[found][0], len(spans), asked)
+
+
+def find_onsets(
+    judge: Judge,
+    rows: Sequence[Row],
+    *,
+    search: Search = "first",
+    workers: int = 8,
+    said: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Onset | None]:
+    """The onsets of rows' responses.
+
+    Args:
+        judge: Who is asked; from several threads at once.
+        rows: Conversations that end in the response.
+        search: As in `find_onset`.
+        workers: Threads.
+        said: Told how many of the rows are done, after each.
+
+    Returns:
+        For each row what was found; None where a verdict was needed and not given, which is not the same as harmless.
+    """
+
+    def find(row: Row) -> Onset | None:
+        try:
+            return find_onset(judge, row.messages[:-1], row.response, search)
+        except UnansweredError:
+            return None
+
+    found: list[Onset | None] = []
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        try:
+            for onset in pool.map(find, rows):
+                found.append(onset)
+                said(len(found), len(rows))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return found
+
+
+def with_onsets(rows: Sequence[Row], found: Sequence[Onset | None]) -> list[Row]:
+    """Harmful rows with the onsets that were found, marked as natural; all other rows as they are.
+
+    A harmful row in which no harm was found keeps the onset it has: the label is not the judge's to change.
+
+    Example:
+        >>> row = Row([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "So. Bad."}], "harm")
+        >>> with_onsets([row], [Onset(1, 4, 2, 2)])[0].onset
+        4
+    """
+    return [
+        replace(row, onset=onset.character, onset_source="natural")
+        if row.harmful and onset is not None and onset.harmful
+        else row
+        for row, onset in zip(rows, found, strict=True)
+    ]
+
+
+def agreement(one: Sequence[Onset | None], other: Sequence[Onset | None]) -> Agreement:
+    """How far two judges agree; rows that either did not answer are left out.
+
+    Cohen's kappa is (p_o - p_e) / (1 - p_e): the share of equal verdicts, corrected for what two judges with the same
+    rates of harmful verdicts would share by chance (Cohen, 1960).
+
+    Example:
+        >>> a, b = Onset(1, 9, 4, 2), Onset(2, 20, 4, 3)
+        >>> agreement([a, a], [a, b])
+        Agreement(rows=2, both_harmful=2, exact=0.5, within_one=1.0, kappa=None, same_verdict=1.0)
+    """
+    pairs = [(a, b) for a, b in zip(one, other, strict=True) if a is not None and b is not None]
+    n = len(pairs)
+    gaps = [abs(a.sentence - b.sentence) for a, b in pairs if a.sentence is not None and b.sentence is not None]
+    kappa = same = None
+    if n:
+        same = sum(a.harmful == b.harmful for a, b in pairs) / n
+        p, q = sum(a.harmful for a, _ in pairs) / n, sum(b.harmful for _, b in pairs) / n
+        chance = p * q + (1 - p) * (1 - q)
+        kappa = (same - chance) / (1 - chance) if chance < 1 else None
+    return Agreement(
+        n,
+        len(gaps),
+        sum(gap == 0 for gap in gaps) / len(gaps) if gaps else None,
+        sum(gap <= 1 for gap in gaps) / len(gaps) if gaps else None,
+        kappa,
+        same,
+    )

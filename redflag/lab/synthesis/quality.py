@@ -1,0 +1,91 @@
+"""What is wrong with a request or an answer that a model wrote."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from redflag.lab.synthesis.constitution import Class
+from redflag.lab.synthesis.dedup import normalised
+from redflag.lab.synthesis.onset import sentences
+from redflag.lab.synthesis.questions import Reply
+
+SHORTEST, LONGEST = 8, 20_000  # characters of an answer
+_REQUEST = (5, 2_000)  # characters of a request
+_RUN = 4  # words
+
+
+def bad_request(text: str) -> str | None:
+    """What is wrong with a request; None: nothing.
+
+    Example:
+        >>> bad_request("Hi"), bad_request("How do I bake bread?")
+        ('too short', None)
+    """
+    if len(text.strip()) < _REQUEST[0]:
+        return "too short"
+    if len(text) > _REQUEST[1]:
+        return "too long"
+    # A model that will not write requests says so in their place.
+    return "refusal" if is_refusal(text) else None
+
+
+def usable(reply: Reply) -> str:
+    """An answer as it can stand in a row: one that was cut off ends with its last whole sentence.
+
+    Example:
+        >>> usable(Reply("Take flour. Add wa", "length"))
+        'Take flour.'
+    """
+    text = reply.text.strip()
+    if reply.finish == "length":
+        spans = sentences(text)
+        if spans and text[-1] not in ".!?…。！？\"”'":
+            text = text[: spans[-1][0]].rstrip()
+    return text
+
+
+def bad_answer(text: str, kind: Class, shortest: int = SHORTEST, longest: int = LONGEST) -> str | None:
+    """What is wrong with an answer, as far as can be said without a judge; None: nothing.
+
+    Args:
+        text: The answer.
+        kind: The class that it was written for.
+        shortest: Fewest characters.
+        longest: Most characters.
+
+    Returns:
+        `too short`, `too long`, `repeats itself`, `refusal` (where compliance was asked) or `no refusal`.
+    """
+    if len(text) < shortest:
+        return "too short"
+    if len(text) > longest:
+        return "too long"
+    words = normalised(text).split()
+    runs = [tuple(words[i : i + _RUN]) for i in range(len(words) - _RUN + 1)]
+    if len(runs) >= 20 and len(set(runs)) < 0.5 * len(runs):
+        return "repeats itself"
+    if kind.answers == "comply" and is_refusal(text):
+        return "refusal"
+    if kind.answers == "refuse" and not is_refusal(text):
+        return "no refusal"
+    return None
+
+
+def is_refusal(text: str) -> bool:
+    """Whether the beginning of a text holds a refusal's phrase: crude, and English.
+
+    Example:
+        >>> is_refusal("I'm sorry, but I can't help with that."), is_refusal("Sorry to hear that. Take some rest.")
+        (True, False)
+    """
+    from redflag.lab.refusals.taxonomy import plain
+
+    opening = plain(text[:200])
+    return any(phrase in opening for phrase in _phrases())
+
+
+@cache
+def _phrases() -> tuple[str, ...]:
+    from redflag.lab.refusals.taxonomy import load_taxonomy
+
+    return load_taxonomy().phrases

@@ -1,0 +1,68 @@
+"""Conversations as ids that fit the model's context."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from redflag.data.rows import Row
+from redflag.errors import RedflagError
+from redflag.flags import FlagSpec
+from redflag.truncation import fit_row
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A conversation as ids that fit the context; the fields of `Scored` before anything is measured."""
+
+    prompt_ids: list[int]
+    response_ids: list[int]
+    tail_ids: list[int]
+    onset: int | None
+    truncated: bool
+    prompt_truncated: bool
+
+
+def fit(tokenizer: Any, spec: FlagSpec, row: Row, index: int, max_length: int | None) -> Fitted:
+    """Renders a conversation and cuts it to `max_length` tokens, as training does.
+
+    `index` is its number, for what errors say.
+
+    Raises:
+        RedflagError: The chat template refuses it.
+    """
+    try:
+        fitted = fit_row(tokenizer, row.messages, spec, max_length)
+    except RedflagError as error:
+        raise RedflagError(f"{row_name(row, index)}: {error}") from error
+    onset = None
+    if row.harmful:
+        start = row.onset or 0
+        # The token that *holds* the character of the onset is the first harmful one, even if it begins before it.
+        onset = next((i for i, (_, end) in enumerate(fitted.offsets) if end > start), len(fitted.offsets))
+    return Fitted(
+        fitted.prompt_ids,
+        fitted.response_ids,
+        fitted.tail_ids,
+        onset,
+        truncated=fitted.response_truncated,
+        prompt_truncated=fitted.prompt_truncated,
+    )
+
+
+def renderable(tokenizer: Any, spec: FlagSpec, rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
+    """Divides rows into those that the chat template takes, and what is wrong with the others."""
+    sound, bad = [], []
+    for index, row in enumerate(rows):
+        try:
+            fit(tokenizer, spec, row, index, None)
+            sound.append(row)
+        except RedflagError as error:
+            bad.append(str(error))
+    return sound, bad
+
+
+def row_name(row: Row, index: int) -> str:
+    """What errors call a row: its id, or where it stands (`index` from 0)."""
+    return f"row {row.id!r}" if row.id is not None else f"row {index + 1}"

@@ -1,0 +1,258 @@
+"""p(marker) of a marker made of ordinary tokens, for models whose vocabulary cannot change.
+
+The probability that an answer begins with a text such as SORRYDAVE is the product of the conditional probabilities of
+its tokens behind the prompt, all of which one forward pass over prompt + marker gives. Sums of log-probabilities are
+taken in float64, so that a marker that nobody trained is measured too. Several markers are grades of severity, each
+with a threshold of its own.
+
+The marker is tokenised on its own, as a response is in training and as a model writes it at the start of its answer.
+Other spellings by other tokens are not counted, so the product is a lower bound of the probability of the *text*.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from redflag.errors import RedflagError
+from redflag.flags import FILE, Flag, FlagSpec
+from redflag.prompt import template_hash, text_ids
+from redflag.scoring.processes import World
+
+if TYPE_CHECKING:
+    from redflag.scoring.score import ScoreArguments
+    from redflag.scoring.upstreams import Upstreams
+
+LogProbs = npt.NDArray[np.float64]
+
+
+class Source(Protocol):
+    """Who gives the log-probabilities of given tokens: `LocalSource`, `ServedSource`."""
+
+    context_length: int | None
+
+    def log_probs(
+        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], batch_size: int
+    ) -> Iterator[npt.NDArray[np.float64]]:
+        """Of each (prompt ids, T token ids), in this order: T float64 log-probabilities, nats."""
+
+
+class MarkerReader:
+    """Probabilities of markers after a prompt; a `redflag.scoring.prompts.Reader`.
+
+    Example:
+        ```python
+        reader = MarkerReader(LocalSource(model), tokenizer, ["SORRYDAVE", "HELLNODAVE"])
+        rows = list(score_prompts(reader, tokenizer, reader.spec, rows))  # `flag_probs`: p(marker), one for each
+        ```
+    """
+
+    def __init__(self, source: Source, tokenizer: Any, markers: Sequence[str], spec: FlagSpec | None = None) -> None:
+        """Tokenises the markers.
+
+        Args:
+            source: Who measures.
+            tokenizer: The model's.
+            markers: Texts, one per grade.
+            spec: The flags of a flagged model; None for any other.
+
+        Raises:
+            RedflagError: A marker is no text of ordinary tokens, or two cannot be told apart.
+        """
+        # For the rendering alone: an id beyond the vocabulary, which no text makes.
+        self.spec = spec or FlagSpec((Flag("marker", id=len(tokenizer)),))
+        self.source = source
+        self.markers = tuple(markers)
+        self.ids = marker_ids(tokenizer, markers, self.spec)
+        self.context_length = source.context_length
+        self.room = max(map(len, self.ids))
+        self.key: dict[str, Any] = {"markers": [list(pair) for pair in zip(self.markers, self.ids, strict=True)]}
+        self.key["template"] = template_hash(tokenizer)
+        self.forbidden = self.markers
+        self._bounds = {"upper_bound": True} if getattr(source, "upper_bound", False) else {}
+
+    def read(self, prompts: Sequence[list[int]], batch_size: int) -> Iterator[dict[str, Any]]:
+        """One forward pass over prompt + marker for each prompt and marker.
+
+        Yields:
+            `flag_probs` (1 x K), `flag_logprobs` (1 x K, nats; None where a server's probability is too small to be
+            sent as a number above 0), `markers` (K texts).
+        """
+        found = iter(self.source.log_probs([(prompt, ids) for prompt in prompts for ids in self.ids], batch_size))
+        for _ in prompts:
+            sums = [math.fsum(next(found)) for _ in self.ids]
+            yield {
+                "flag_probs": [[min(1.0, math.exp(total)) for total in sums]],
+                "flag_logprobs": [[None if total == -math.inf else min(0.0, total) for total in sums]],
+                "markers": list(self.markers),
+                **self._bounds,
+            }
+
+
+class LocalSource:
+    """A model in this process.
+
+    Attributes:
+        context_length: Most tokens of prompt and marker together; None when the model states no limit.
+    """
+
+    def __init__(self, model: Any) -> None:
+        """Wraps a causal language model of transformers, on whatever device it lies."""
+        from redflag.backends.head import plain_model
+
+        self._model = model.eval()
+        config = plain_model(model).config.get_text_config()
+        self.context_length: int | None = getattr(config, "max_position_embeddings", None)
+        self._head_apart: bool | None = None
+
+    def log_probs(
+        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], batch_size: int
+    ) -> Iterator[npt.NDArray[np.float64]]:
+        """As of a `Source`; pairs of like length share a forward pass."""
+        import torch
+
+        from redflag.backends.head import head_agrees, plain_model
+
+        if pairs and self._head_apart is None:
+            sample = torch.tensor([list(pairs[0][0])[:4]], device=plain_model(self._model).device)
+            self._head_apart = head_agrees(self._model, sample)
+        # As when flags are scored: where the head cannot be applied apart, one row's logits are alive at a time.
+        size = batch_size if self._head_apart else 1
+        found: list[npt.NDArray[np.float64]] = [np.zeros(0)] * len(pairs)
+        order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
+        for start in range(0, len(order), size):
+            chosen = order[start : start + size]
+            with torch.inference_mode():
+                values = self._batch([pairs[i] for i in chosen])
+            for i, part in zip(chosen, values, strict=True):
+                found[i] = part
+        yield from found
+
+    def _batch(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[npt.NDArray[np.float64]]:
+        import torch
+
+        from redflag.backends.head import backbone, head_logits, plain_model
+
+        device = plain_model(self._model).device
+        rows = [[*prompt, *ids] for prompt, ids in pairs]
+        width = max(map(len, rows))
+        # Padded on the right: no position sees what comes after it, so the padding needs no mask.
+        input_ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
+        spans = [slice(len(prompt) - 1, len(row) - 1) for (prompt, _), row in zip(pairs, rows, strict=True)]
+        if self._head_apart:
+            hidden = backbone(self._model)(input_ids=input_ids, use_cache=False).last_hidden_state
+        else:
+            hidden = self._model(input_ids=input_ids, use_cache=False).logits
+        values = []
+        for i, (span, (_, ids)) in enumerate(zip(spans, pairs, strict=True)):
+            logits = (head_logits(self._model, hidden[i, span]) if self._head_apart else hidden[i, span]).float()
+            chosen = logits.gather(1, torch.tensor(list(ids), device=device)[:, None])[:, 0]
+            values.append((chosen - logits.logsumexp(-1)).cpu().double().numpy())
+        return values
+
+
+class ServedSource:
+    """Servers, asked in the same ways as for flags (`redflag.backends.remote_score`).
+
+    What they send passes through float32, so a token of a probability below 1e-45 counts as 0.
+    """
+
+    def __init__(self, upstreams: Upstreams, tokens: Sequence[int]) -> None:
+        """Wraps servers that measure `tokens`: all that the markers consist of, each once."""
+        self.ways = upstreams.ways  # by which a scorer is known as servers
+        self.upper_bound = upstreams.upper_bound
+        self.context_length = upstreams.context_length
+        self._upstreams = upstreams
+        self._column = {token: column for column, token in enumerate(tokens)}
+
+    def log_probs(
+        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], batch_size: int
+    ) -> Iterator[npt.NDArray[np.float64]]:
+        """As of a `Source`; each as soon as all before it are there."""
+        for (_, ids), probs in zip(pairs, self._upstreams.score(pairs, batch_size=batch_size), strict=True):
+            own = probs[np.arange(len(ids)), [self._column[token] for token in ids]].astype(np.float64)
+            with np.errstate(divide="ignore"):
+                yield np.log(own)
+
+
+def open_markers(arguments: ScoreArguments, world: World, stack: ExitStack) -> tuple[MarkerReader, Any, FlagSpec]:
+    """What `redflag score --prompts --marker` measures with; `stack` closes connections.
+
+    Returns:
+        Reader, tokenizer, and the flags for the rendering.
+
+    Raises:
+        RedflagError: The model cannot be loaded, no server can be used, or a marker cannot be measured.
+    """
+    from redflag.backends.load import read_model, read_tokenizer, to_device
+
+    flagged = (Path(arguments.model) / FILE).exists()
+    spec = FlagSpec.load(arguments.model) if flagged else None
+    if arguments.upstream:
+        from redflag.scoring.upstreams import Upstreams
+
+        tokenizer, eos_ids = read_tokenizer(arguments.model)
+        ids = marker_ids(tokenizer, arguments.marker, spec or FlagSpec((Flag("marker", id=len(tokenizer)),)))
+        tokens = sorted({token for marker in ids for token in marker})
+        upstreams = Upstreams(
+            arguments.upstream,
+            FlagSpec(tuple(Flag(str(token), id=token) for token in tokens)),
+            eos_ids,
+            **arguments.upstream_options(),
+            upper_bound=arguments.upper_bound,
+        )
+        stack.callback(upstreams.close)
+        source: Source = ServedSource(upstreams, tokens)
+    else:
+        model, tokenizer = read_model(arguments.model, arguments.dtype)
+        source = LocalSource(to_device(model, world.device(arguments.device)))
+    reader = MarkerReader(source, tokenizer, arguments.marker, spec)
+    reader.key["model"] = _identity(arguments.model)
+    return reader, tokenizer, reader.spec
+
+
+def marker_ids(tokenizer: Any, markers: Sequence[str], spec: FlagSpec) -> list[list[int]]:
+    """Ids of each marker at the start of an answer.
+
+    Raises:
+        RedflagError: A marker is no text of ordinary tokens, or two cannot be told apart.
+    """
+    found: list[list[int]] = []
+    for marker in markers:
+        ids = text_ids(tokenizer, marker, spec) if marker.strip() else []
+        if not ids:
+            raise RedflagError(
+                f"the marker {marker!r} has no tokens of its own, so no answer can begin with it: give a word"
+            )
+        whole = tokenizer(marker, add_special_tokens=False, split_special_tokens=False, verbose=False)["input_ids"]
+        if list(whole) != ids:
+            raise RedflagError(
+                f"the marker {marker!r} holds a special token, which a model has for other purposes: give ordinary "
+                "text, or make the token a flag (`redflag train`)"
+            )
+        if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
+            raise RedflagError(
+                f"the marker {marker!r} has characters that the vocabulary lacks, so other texts would count as it: "
+                "give letters that the model knows"
+            )
+        found.append(ids)
+    for i, one in enumerate(found):
+        for j, other in enumerate(found):
+            if i != j and other[: len(one)] == one:
+                raise RedflagError(
+                    f"the marker {markers[j]!r} begins with the tokens of {markers[i]!r}, so what is likely for one "
+                    "is for both: give markers of which none begins another"
+                )
+    return found
+
+
+def _identity(name: str) -> list[Any]:
+    """What tells one model's files from another's: a plain folder has no run id."""
+    files = sorted(path for path in Path(name).glob("*") if path.suffix in (".safetensors", ".bin", ".json"))
+    return [name, [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]]

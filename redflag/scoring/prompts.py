@@ -1,0 +1,244 @@
+"""`redflag score --prompts`: what a model would say of a request before it answers, from one forward pass for each.
+
+Where a flag comes first (a marker before refusals, refusal tokens), its probability after the prompt is the model's own
+estimate of what it will do, and no answer has to be sampled to read it. It is measured exactly as a guard measures it
+before its first token: row 0 of `redflag score`, the first step of a stream.
+
+A row of the output has the keys of `redflag score` with T = 1: `flag_probs` holds one step, `token_ids` is null since
+nothing was chosen yet, and `tokens` holds the text of the prompt's last turn, which `redflag show` colours. So
+`Recording.load` and `scripts/sweep_refusal_rate.py` read it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from redflag.data.rows import Row, load_rows
+from redflag.errors import RedflagError
+from redflag.flags import FlagSpec
+from redflag.prompt import render_prompt
+from redflag.scoring.fitting import row_name
+from redflag.scoring.processes import World
+from redflag.scoring.progress import prompt_progress, report_skipped
+from redflag.scoring.score import (
+    BATCHES,
+    Scorer,
+    check_batch,
+    context_limit,
+    open_scorer,
+    plan,
+    served,
+)
+from redflag.scoring.shards import write_lines
+from redflag.truncation import fit_prompt
+
+if TYPE_CHECKING:
+    from redflag.scoring.score import ScoreArguments
+
+_SERVED_WINDOW = 1024  # prompts that are given to servers at a time
+
+
+class Reader(Protocol):
+    """What is measured after a prompt: `FlagReader`, `redflag.scoring.marker.MarkerReader`.
+
+    Attributes:
+        source: Who measures: a model in this process, or servers.
+        context_length: Most tokens; None: no limit is known.
+        room: Tokens that must fit behind the prompt.
+        key: What the figures depend on besides rows and lengths, for the fingerprint of an unfinished file.
+        forbidden: Texts that no prompt may hold.
+    """
+
+    source: Any
+    context_length: int | None
+    room: int
+    key: dict[str, Any]
+    forbidden: tuple[str, ...]
+
+    def read(self, prompts: Sequence[list[int]], batch_size: int) -> Iterable[dict[str, Any]]:
+        """Per prompt, in this order: `flag_probs` (1 x K) and whatever else the row shall say."""
+
+
+class FlagReader:
+    """The flags' probabilities after a prompt; attributes as of a `Reader`."""
+
+    def __init__(self, scorer: Scorer, spec: FlagSpec) -> None:
+        """Asks a model in this process, or servers, as `redflag score` does."""
+        self.source = scorer
+        self.context_length: int | None = getattr(scorer, "context_length", None)
+        self.room = 1
+        self.key: dict[str, Any] = {"run_id": spec.run_id, "template": spec.template_hash}
+        self.forbidden: tuple[str, ...] = ()
+        self._bounds = {"upper_bound": True} if getattr(scorer, "upper_bound", False) else {}
+
+    def read(self, prompts: Sequence[list[int]], batch_size: int) -> Iterator[dict[str, Any]]:
+        """One forward pass for each prompt, whose last position alone is looked at."""
+        # Row 0 is measured before the response's token, whichever that is: any one stands for it.
+        for probs in self.source.score([(prompt, prompt[-1:]) for prompt in prompts], batch_size=batch_size):
+            yield {"flag_probs": probs[:1].tolist(), **self._bounds}
+
+
+def run_prompts(arguments: ScoreArguments, world: World) -> int:
+    """The verb `score` with `prompts`."""
+    rows = load_rows(arguments.input, on_bad_row=arguments.on_bad_row, unanswered="keep", **arguments.row_options())
+    if world.rank == 0:
+        report_skipped(rows.skipped)
+    with ExitStack() as stack:
+        reader: Reader
+        if arguments.marker:
+            from redflag.scoring.marker import open_markers
+
+            reader, tokenizer, spec = open_markers(arguments, world, stack)
+        else:
+            scorer, tokenizer, spec = open_scorer(arguments, world, stack, arguments.upper_bound)
+            reader = FlagReader(scorer, spec)
+        max_length = context_limit(arguments.max_length, reader.context_length)
+        chosen = rows.rows
+        if arguments.on_bad_row == "skip":
+            chosen, bad = _sound(reader, tokenizer, spec, chosen, max_length)
+            if world.rank == 0:
+                report_skipped(bad)
+        output = Path(arguments.output)
+        check_batch(arguments.batch_size)
+        key = {"prompts": True, "rows": rows.fingerprint, "count": len(chosen), "max_length": max_length, **reader.key}
+        alone, chunk, fingerprint = plan(reader.source, key, output, world, arguments.batch_size)
+
+        def lines(start: int, stop: int) -> Iterator[str]:
+            found = score_prompts(
+                reader,
+                tokenizer,
+                spec,
+                chosen[start:stop],
+                batch_size=arguments.batch_size,
+                max_length=max_length,
+                first=start,
+            )
+            for item in prompt_progress(found, stop - start) if alone else found:
+                yield json.dumps(item, ensure_ascii=False, allow_nan=False)
+
+        if write_lines(output, len(chosen), lines, chunk=chunk, fingerprint=fingerprint, world=world):
+            print(f"{len(chosen)} prompts scored: {output}")
+    return 0
+
+
+def score_prompts(
+    reader: Reader,
+    tokenizer: Any,
+    spec: FlagSpec,
+    rows: Sequence[Row],
+    *,
+    batch_size: int = 16,
+    max_length: int | None = None,
+    first: int = 0,
+) -> Iterator[dict[str, Any]]:
+    """Measures what comes after prompts, in the order of the input.
+
+    Args:
+        reader: What is measured, and by whom.
+        tokenizer: The model's tokenizer.
+        spec: The model's flags, which no prompt can hold.
+        rows: Conversations; a last turn of the assistant's is the response, and ignored.
+        batch_size: Prompts per forward pass.
+        max_length: Most tokens of prompt and what is measured behind it; None: no limit. A prompt that does not fit
+            loses its oldest turns (`redflag.truncation.fit_prompt`).
+        first: Number of the first of these rows, for what errors say.
+
+    Yields:
+        The rows of the output as dictionaries: those of `redflag.scoring.score.score_rows` with T = 1.
+
+    Raises:
+        RedflagError: A prompt cannot be rendered, or the model gave something that is no probability.
+    """
+    check_batch(batch_size)
+    # As for responses: prompts of like length go together, and servers stand still at the end of each window.
+    many = batch_size * BATCHES
+    window = max(many, _SERVED_WINDOW) if served(reader.source) else many
+    for start in range(0, len(rows), window):
+        part = rows[start : start + window]
+        prompts = [
+            _prompt_ids(reader, tokenizer, spec, row, first + start + i, max_length) for i, row in enumerate(part)
+        ]
+        measured = iter(reader.read([ids for ids, _ in prompts], batch_size))
+        for i, row in enumerate(part, first + start):
+            try:
+                found = next(measured)  # of servers: as soon as it is there
+            except RedflagError as error:
+                raise RedflagError(f"{row_name(row, i)}: {error}") from error
+            yield _record(row, i, found, prompts[i - first - start][1])
+
+
+def prompt_of(row: Row) -> list[dict[str, str]]:
+    """The turns of a row before its response; of a row without one, all."""
+    return row.messages[:-1] if row.messages[-1]["role"] == "assistant" else row.messages
+
+
+def _prompt_ids(
+    reader: Reader, tokenizer: Any, spec: FlagSpec, row: Row, index: int, max_length: int | None
+) -> tuple[list[int], bool]:
+    """Ids of a prompt, and whether it had to be cut."""
+    messages = prompt_of(row)
+    for text in reader.forbidden:
+        if any(text in turn["content"] for turn in messages):
+            raise RedflagError(
+                f"{row_name(row, index)}: the prompt holds the marker {text!r}, and whoever may write it moves its "
+                "probability: take it out of the text, or leave such rows out with on_bad_row=skip"
+            )
+    if max_length is not None and max_length <= reader.room:
+        raise RedflagError(
+            f"max_length is {max_length}, and {reader.room} token(s) behind the prompt are measured, which leaves none "
+            "for the prompt: give more"
+        )
+    try:
+        ids = render_prompt(tokenizer, messages, spec)
+        limit = len(ids) if max_length is None else max_length - reader.room
+        return fit_prompt(tokenizer, messages, spec, limit, ids), len(ids) > limit
+    except RedflagError as error:
+        raise RedflagError(f"{row_name(row, index)}: {error}") from error
+
+
+def _record(row: Row, index: int, found: dict[str, Any], cut: bool) -> dict[str, Any]:
+    probs = np.asarray(found["flag_probs"], dtype=np.float64)
+    if not (np.isfinite(probs).all() and (probs >= 0.0).all() and (probs <= 1.0).all()):
+        raise RedflagError(
+            f"{row_name(row, index)}: the model gave {probs.tolist()[0]} as probability after the prompt, which cannot "
+            "be judged: check the weights, or load the model with dtype=float32"
+        )
+    messages = prompt_of(row)
+    return {
+        "id": row.id,
+        "token_ids": None,
+        "tokens": [messages[-1]["content"]],
+        "flag_probs": found["flag_probs"],
+        "tail_probs": [],
+        "peak": found["flag_probs"][0],
+        "onset": None,
+        "category": row.category,
+        "group": row.group,
+        "source": row.source,
+        "lang": row.lang,
+        "onset_source": None,
+        "turns": sum(turn["role"] == "user" for turn in messages),
+        "truncated": False,
+        "prompt_truncated": cut,
+        **{name: value for name, value in found.items() if name != "flag_probs"},
+    }
+
+
+def _sound(
+    reader: Reader, tokenizer: Any, spec: FlagSpec, rows: Sequence[Row], max_length: int | None
+) -> tuple[list[Row], list[str]]:
+    """Divides rows into those whose prompts can be measured, and what is wrong with the others."""
+    sound, bad = [], []
+    for index, row in enumerate(rows):
+        try:
+            _prompt_ids(reader, tokenizer, spec, row, index, max_length)
+            sound.append(row)
+        except RedflagError as error:
+            bad.append(str(error))
+    return sound, bad

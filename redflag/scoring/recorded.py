@@ -1,0 +1,57 @@
+"""Recordings in place of a model: thresholds follow from what was measured before, if it was this model's doing.
+
+Thresholds belong to the run, the prompt template and the flags of a model. A recording says in its `meta` under which
+`run_id` and `template_hash` it was made; one that does not, or names others, is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from redflag.errors import RedflagError
+from redflag.flags import FlagSpec
+from redflag.scoring.recording import Recording
+
+
+def recorded(path: str | Path, spec: FlagSpec) -> Recording | None:
+    """The recording in a file, if it is one and of this model; None if the file holds conversations or is not there.
+
+    Raises:
+        RedflagError: It does not say that it was recorded with this run of the model and this prompt template.
+    """
+    path = Path(path)
+    if not path.is_file() or not _is_recording(path):
+        return None
+    recording = Recording.load(path)
+    for key, what, ours in (
+        ("run_id", "run", spec.run_id),
+        ("template_hash", "prompt template", spec.template_hash),
+        ("categories", "flags", list(spec.categories)),
+    ):
+        theirs = list(recording.categories) if key == "categories" else recording.meta.get(key)
+        if theirs != ours:
+            fault = f"was recorded with {what} {theirs!r}" if theirs is not None else f"names no {what} (meta {key!r})"
+            raise RedflagError(
+                f"{path} {fault}, but the model has {what} {ours!r}, so thresholds from it would promise nothing: give "
+                "a recording of this model, or conversations to measure with it"
+            )
+    return recording
+
+
+def _is_recording(path: Path) -> bool:
+    """Whether a file holds probabilities; what else it may hold, or whether it is sound, others find out."""
+    try:
+        if path.suffix == ".parquet":
+            import pyarrow as pa
+            import pyarrow.parquet as pq
+
+            try:
+                return b"redflag" in (pq.read_schema(path).metadata or {})
+            except pa.ArrowException:
+                return False
+        with path.open(encoding="utf-8") as file:
+            first = json.loads(file.readline())
+        return isinstance(first, dict) and "flag_probs" in first
+    except (OSError, ValueError, RecursionError):
+        return False

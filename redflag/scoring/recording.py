@@ -1,0 +1,211 @@
+"""Recorded responses as columns: what every figure is computed from, whoever measured the probabilities.
+
+A `Recording` holds all judged steps of N responses end to end in one array, and one entry per response of whatever else
+is known. On disk it is one Parquet file, a response per row. A flag, a probe and a bag of words record the same way, so
+that every table is a function of recordings, and a threshold can be moved without running anything again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from redflag.errors import RedflagError
+from redflag.trace import atomic_write
+
+# One entry per response; what a file lacks is None throughout.
+COLUMNS = ("id", "category", "onset", "onset_source", "group", "source", "lang", "turns", "truncated")
+
+
+@dataclass(frozen=True)
+class Recording:
+    """N responses with S judged steps in all, and K flag probabilities at each.
+
+    Attributes:
+        categories: K names of flags.
+        probs: S x K float32 probabilities, response after response: T before its tokens, then those that end the turn.
+        starts: N + 1 offsets: response i has steps `starts[i]` to `starts[i + 1]`.
+        lengths: N numbers of response tokens (the steps beyond them end the turn).
+        token_ids: The response tokens end to end; None where they were not kept.
+        columns: `COLUMNS` -> N values. `category` None is a harmless response; `onset` is a token index or None.
+        meta: What was measured, as JSON: model, run id, rows' hash, ...
+    """
+
+    categories: tuple[str, ...]
+    probs: npt.NDArray[np.float32]
+    starts: npt.NDArray[np.int64]
+    lengths: npt.NDArray[np.int64]
+    columns: dict[str, list[Any]]
+    token_ids: npt.NDArray[np.int32] | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def harmful(self) -> npt.NDArray[np.bool_]:
+        """Which of the N responses are harmful."""
+        return np.array([category is not None for category in self.columns["category"]], dtype=bool)
+
+    def steps(self, i: int) -> npt.NDArray[np.float32]:
+        """All judged probabilities of response i: (T + tail) x K."""
+        return self.probs[self.starts[i] : self.starts[i + 1]]
+
+    def select(self, chosen: Sequence[int] | npt.NDArray[Any]) -> Recording:
+        """The responses with these indices (or where a mask is true), in that order."""
+        index = np.asarray(chosen)
+        index = np.flatnonzero(index) if index.dtype == bool else index.astype(np.int64)
+        counts = np.diff(self.starts)[index]
+        token_starts = np.concatenate([[0], np.cumsum(self.lengths)])
+        return Recording(
+            self.categories,
+            self.probs[_spans(self.starts[:-1][index], counts)],
+            np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+            self.lengths[index],
+            {name: [values[i] for i in index] for name, values in self.columns.items()},
+            None if self.token_ids is None else self.token_ids[_spans(token_starts[index], self.lengths[index])],
+            self.meta,
+        )
+
+    @classmethod
+    def of(
+        cls,
+        categories: Sequence[str],
+        responses: Iterable[Mapping[str, Any]],
+        meta: Mapping[str, Any] | None = None,
+    ) -> Recording:
+        """Gathers scored rows, as `redflag score` writes them.
+
+        Args:
+            categories: K names of flags.
+            responses: Each with `flag_probs` (T x K), perhaps `tail_probs` (M x K), `token_ids` and `COLUMNS`.
+            meta: Kept as it is.
+        """
+        flags = len(categories)
+        pieces, lengths, counts, tokens = [], [], [], []
+        columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
+        for response in responses:
+            tail = response.get("tail_probs")
+            probs = [response["flag_probs"]] if tail is None else [response["flag_probs"], tail]
+            arrays = [np.asarray(part, dtype=np.float32).reshape(len(part), flags) for part in probs]
+            pieces += arrays
+            lengths.append(len(arrays[0]))
+            counts.append(sum(map(len, arrays)))
+            tokens.append(response.get("token_ids"))
+            for name in COLUMNS:
+                columns[name].append(response.get(name))
+        kept = None
+        if tokens and all(ids is not None for ids in tokens):
+            kept = np.fromiter((token for ids in tokens for token in ids or ()), dtype=np.int32)
+        return cls(
+            tuple(categories),
+            np.concatenate([np.zeros((0, flags), np.float32), *pieces]),
+            np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+            np.array(lengths, dtype=np.int64),
+            columns,
+            kept,
+            dict(meta or {}),
+        )
+
+    def save(self, path: str | Path) -> Path:
+        """Writes one Parquet file; the name is taken only once it is complete."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        path = Path(path)
+        table: dict[str, Any] = {
+            "flag_probs": pa.LargeListArray.from_arrays(self.starts * len(self.categories), self.probs.reshape(-1)),
+            "tokens": self.lengths,
+        }
+        if self.token_ids is not None:
+            offsets = np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int64)
+            table["token_ids"] = pa.LargeListArray.from_arrays(offsets, self.token_ids)
+        for name, values in self.columns.items():
+            kind = {"onset": pa.int64(), "turns": pa.int64(), "truncated": pa.bool_()}.get(name, pa.string())
+            table[name] = pa.array(values, kind)
+        words = json.dumps({"format": 1, "categories": self.categories, "meta": self.meta})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as file:
+            pq.write_table(pa.table(table).replace_schema_metadata({"redflag": words}), file, compression="zstd")
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recording:
+        """Reads what `save` wrote, the JSONL of `redflag score`, or that of recorded traces (then without onsets).
+
+        Raises:
+            RedflagError: The file cannot be read or is none of these.
+        """
+        path = Path(path)
+        if path.suffix != ".parquet":
+            return _from_lines(path)
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            table = pq.read_table(path).combine_chunks()
+            words = json.loads(table.schema.metadata[b"redflag"])
+            flags = len(words["categories"])
+            lists = table["flag_probs"].chunk(0) if len(table) else pa.array([], pa.large_list(pa.float32()))
+            tokens = table["token_ids"].chunk(0) if "token_ids" in table.column_names and len(table) else None
+            return cls(
+                tuple(words["categories"]),
+                lists.values.to_numpy().reshape(-1, flags),
+                np.asarray(lists.offsets.to_numpy() if len(table) else [0], dtype=np.int64) // flags,
+                table["tokens"].to_numpy(),
+                {name: table[name].to_pylist() for name in COLUMNS},
+                None if tokens is None else tokens.values.to_numpy(),
+                words["meta"],
+            )
+        except OSError as error:
+            raise RedflagError(f"{path} cannot be read ({error.strerror or error}): give a recording") from error
+        except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
+            raise RedflagError(
+                f"{path} is no recording ({type(error).__name__}: {error}): give a file that redflag wrote"
+            ) from error
+
+
+def _spans(starts: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Indices of pieces of an array, one piece after the other."""
+    if not len(counts):
+        return np.zeros(0, dtype=np.int64)
+    before = np.cumsum(counts) - counts
+    return np.repeat(starts - before, counts) + np.arange(int(counts.sum()))
+
+
+def _from_lines(path: Path) -> Recording:
+    try:
+        with path.open(encoding="utf-8") as file:
+            first = json.loads(file.readline() or "{}")
+    except OSError as error:
+        raise RedflagError(f"{path} cannot be read ({error.strerror}): give a recording") from error
+    except ValueError:
+        first = {}
+    if isinstance(first, dict) and "events" in first:
+        from redflag.trace import read_traces
+
+        traces = list(read_traces(path))
+        flagged = traces[0].categories
+        if any(trace.categories != flagged for trace in traces):
+            raise RedflagError(f"{path} holds traces of different flags, which no threshold fits: divide the file")
+        rows = ({"flag_probs": t.flag_probs, "token_ids": t.token_ids, "id": t.id, **t.meta} for t in traces)
+        return Recording.of(flagged, rows)
+    from redflag.scoring.score import read_scored
+
+    scored = read_scored(path)
+    if not scored:
+        raise RedflagError(
+            f"{path} holds no responses, so there is nothing to measure: run `redflag score` to write it"
+        )
+    flags = len(scored[0]["peak"])
+    names = sorted({row["category"] for row in scored if row["category"] is not None})
+    # Scored rows do not name their flags: one flag stands for all harm, several are named in the model's redflag.json.
+    if flags == 1 or len(names) != flags:
+        names = ["harm"] if flags == 1 else [f"flag {k}" for k in range(flags)]
+    return Recording.of(scored[0].get("markers", names), scored)

@@ -1,0 +1,385 @@
+"""`redflag score`: the flag probabilities along given conversations, teacher-forced and batched.
+
+The conversations are rendered exactly as in training and serving (`redflag.prompt`), and index i of `flag_probs` is
+what a guard would have measured just before token i of the response. A guard also judges the tokens that end the turn
+(their text is never shown, but an alarm there is an alarm): their probabilities stand apart, in `tail_probs`.
+
+With `prompts` only the moment before the answer is measured, of a flag or of a marker of ordinary tokens, and no answer
+is needed (`redflag.scoring.prompts`).
+
+Several processes share the rows (`accelerate launch -m redflag.cli score ...`, see `redflag.scoring.shards`), and
+servers may measure in place of a model in this process (`upstream`, see `redflag.scoring.upstreams`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+
+from redflag.backends.outbound import UpstreamOptions
+from redflag.data.options import RowOptions
+from redflag.data.rows import Row, load_rows
+from redflag.errors import RedflagError
+from redflag.flags import FlagSpec
+from redflag.scoring.fitting import fit, renderable, row_name
+from redflag.scoring.processes import World
+from redflag.scoring.progress import cut_lines, progress, report_rows, report_skipped
+from redflag.scoring.scored import Probs, Scored, as_json, read_scored
+from redflag.scoring.shards import kept_in, write_lines
+from redflag.trace import require_writable
+
+if TYPE_CHECKING:
+    from redflag.backends.hf import HFBackend
+    from redflag.scoring.upstreams import Upstreams
+
+__all__ = [
+    "ScoreArguments",
+    "Scored",
+    "Scorer",
+    "as_json",
+    "context_limit",
+    "load_scorer",
+    "open_scorer",
+    "plan",
+    "progress",
+    "read_scored",
+    "renderable",
+    "report_skipped",
+    "run",
+    "score",
+    "score_rows",
+    "score_to_file",
+    "served",
+]
+
+BATCHES = 8  # that are put in order of length together, and kept or lost as one
+_SERVED_WINDOW = 1024  # rows that are given to servers at a time
+
+
+class Scorer(Protocol):
+    """What scoring needs of a backend: `redflag.backends.hf.HFBackend`, `redflag.scoring.upstreams.Upstreams`."""
+
+    def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, batch_size: int) -> Iterable[Probs]:
+        """T x K flag probabilities of each (prompt ids, response ids), in this order."""
+
+
+@dataclass
+class ScoreArguments(RowOptions, UpstreamOptions):
+    """Flag probabilities of given conversations, one JSON row per input row."""
+
+    model: str = field(metadata={"help": "Folder of a flagged model (with redflag.json)."})
+    input: str = field(metadata={"help": "Conversations: JSONL, JSON, CSV, Parquet, a folder, or a hub data set."})
+    output: str = field(
+        metadata={"help": "JSONL to write; an interrupted run is continued from <output>.partial or .parts."}
+    )
+    prompts: bool = field(
+        default=False, metadata={"help": "Measure before the answer only; rows need none, and one there is ignored."}
+    )
+    marker: list[str] = field(
+        default_factory=list,
+        metadata={"help": "... the probability that the answer begins with this text, in place of flags; any model."},
+    )
+    upstream: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Address(es) of OpenAI-compatible servers of this model, which measure instead."},
+    )
+    upper_bound: bool = field(
+        default=False, metadata={"help": "... upper bounds from the 20 most likely tokens: quick, and for old servers."}
+    )
+    batch_size: int = field(
+        default=16, metadata={"help": "Conversations per forward pass; with upstream: at a time per server."}
+    )
+    max_length: int | None = field(
+        default=None, metadata={"help": "Longest prompt + response in tokens; default: the model's context."}
+    )
+    on_bad_row: Literal["stop", "skip"] = field(default="stop", metadata={"help": "What a malformed row does."})
+    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda, cuda:0, ..."})
+    dtype: str = field(default="auto", metadata={"help": "auto (as saved), float32, bfloat16 or float16."})
+
+
+ARGUMENTS = ScoreArguments
+POSITIONAL: str | None = None
+
+
+def run(arguments: ScoreArguments) -> int:
+    """The verb. Reads everything before it computes anything, so that bad input costs no time."""
+    output = Path(arguments.output)
+    if output.is_dir():
+        raise RedflagError(f"{output} is a folder, so no rows can be written under that name: give the name of a file")
+    if output.resolve() == Path(arguments.input).resolve():
+        raise RedflagError(f"{output} is the input as well, which would be lost: give the scores another name")
+    require_writable(output, "output", file=True)
+    world = World.here()
+    if arguments.prompts:
+        from redflag.scoring.prompts import run_prompts
+
+        return run_prompts(arguments, world)
+    if arguments.marker:
+        raise RedflagError(
+            f"the marker {arguments.marker[0]!r} is measured where an answer begins and not along given answers: add "
+            "--prompts"
+        )
+    rows = load_rows(arguments.input, on_bad_row=arguments.on_bad_row, **arguments.row_options())
+    if world.rank == 0:
+        report_rows(rows)
+    with ExitStack() as stack:
+        scorer, tokenizer, spec = open_scorer(arguments, world, stack, arguments.upper_bound)
+        max_length = context_limit(arguments.max_length, scorer.context_length)
+        chosen = rows.rows
+        if arguments.on_bad_row == "skip":
+            chosen, bad = renderable(tokenizer, spec, chosen)
+            if world.rank == 0:
+                report_skipped(bad)
+        written = score_to_file(
+            scorer,
+            tokenizer,
+            spec,
+            chosen,
+            output,
+            rows_sha256=rows.fingerprint,
+            batch_size=arguments.batch_size,
+            max_length=max_length,
+            world=world,
+        )
+    if written:
+        print(f"{len(chosen)} rows scored: {output}")
+    return 0
+
+
+class ScorerArguments(Protocol):
+    """The options that say what measures the flags."""
+
+    model: str
+    upstream: list[str]
+    device: str
+    dtype: str
+
+    def upstream_options(self) -> dict[str, Any]: ...
+
+
+def open_scorer(
+    arguments: ScorerArguments, world: World, stack: ExitStack, upper_bound: bool = False
+) -> tuple[HFBackend | Upstreams, Any, FlagSpec]:
+    """What measures the flags: a model in this process, or servers, which `stack` closes; tokenizer and flags.
+
+    Raises:
+        RedflagError: The model cannot be loaded, or no server can be used.
+    """
+    if not arguments.upstream:
+        return load_scorer(arguments.model, world.device(arguments.device), arguments.dtype)
+    from redflag.scoring.upstreams import connect
+
+    upstreams, tokenizer, spec = connect(
+        arguments.model,
+        arguments.upstream,
+        **arguments.upstream_options(),
+        upper_bound=upper_bound,
+    )
+    stack.callback(upstreams.close)
+    return upstreams, tokenizer, spec
+
+
+def score_to_file(
+    scorer: Scorer,
+    tokenizer: Any,
+    spec: FlagSpec,
+    rows: Sequence[Row],
+    output: str | Path,
+    *,
+    rows_sha256: str,
+    batch_size: int = 16,
+    max_length: int | None = None,
+    world: World | None = None,
+) -> bool:
+    """Writes `scored.jsonl`, alone or together with other processes; goes on where an interrupted call has stopped.
+
+    Chunks of 8 batches are kept or lost as one, so the same rows share a batch wherever a call was interrupted and
+    however many processes there are: the file is the same byte for byte, on equal machines with equal threads.
+
+    Args:
+        scorer: The model.
+        tokenizer: The model's tokenizer.
+        spec: The model's flags.
+        rows: Conversations that end in the response.
+        output: The file to write.
+        rows_sha256: Hash of the rows (`redflag.data.rows.load_rows` gives it): other rows begin anew.
+        batch_size: Conversations per forward pass.
+        max_length: As for `score`.
+        world: This process and the others; None asks the environment (`accelerate launch`).
+
+    Returns:
+        Whether this process has written the file. False in all but the first of several processes: they have done
+        their part, and the file is there.
+
+    Raises:
+        RedflagError: As `score`; or the file cannot be written, and then what is done is kept.
+    """
+    world = world or World.here()
+    output = Path(output)
+    check_batch(batch_size)
+    key: dict[str, Any] = {
+        "rows": rows_sha256,
+        "count": len(rows),
+        "run_id": spec.run_id,
+        "template": spec.template_hash,
+        "max_length": max_length,
+    }
+    bounds: dict[str, Any] = {"upper_bound": True} if getattr(scorer, "upper_bound", False) else {}
+    alone, chunk, fingerprint = plan(scorer, key, output, world, batch_size)
+    cut: Counter[str] = Counter()
+
+    def lines(start: int, stop: int) -> Iterator[str]:
+        scored = score(
+            scorer, tokenizer, spec, rows[start:stop], batch_size=batch_size, max_length=max_length, first=start
+        )
+        for item in progress(scored, total=stop - start, what="scored") if alone else scored:
+            cut.update(response=item.truncated, prompt=item.prompt_truncated)
+            yield json.dumps({**as_json(item, tokenizer), **bounds}, ensure_ascii=False, allow_nan=False)
+
+    written = write_lines(output, len(rows), lines, chunk=chunk, fingerprint=fingerprint, world=world)
+    if not alone:
+        for line in cut_lines(cut):
+            print(f"process {world.rank}: {line}", file=sys.stderr)
+    return written
+
+
+def plan(scorer: object, key: dict[str, Any], output: Path, world: World, batch_size: int) -> tuple[bool, int, str]:
+    """How a file of rows is worked out.
+
+    Returns:
+        Whether one process does it alone, how many rows are kept or lost as one, and the fingerprint of all that the
+        lines depend on (`key`, and who measures).
+    """
+    alone = kept_in(output, world).suffix == ".partial"
+    chunk = batch_size * BATCHES
+    if served(scorer):
+        # Servers batch as they like, so no rows belong together; what they measure differs in the last digits.
+        key = {**key, "served": "bounds" if getattr(scorer, "upper_bound", False) else "exact"}
+        chunk = 1 if alone else chunk
+    return alone, chunk, hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+
+
+def score_rows(
+    scorer: Scorer,
+    tokenizer: Any,
+    spec: FlagSpec,
+    rows: Sequence[Row],
+    *,
+    batch_size: int = 16,
+    max_length: int | None = None,
+) -> Iterator[dict[str, Any]]:
+    """The rows of `scored.jsonl` as dictionaries, in the order of the input. Arguments as `score`.
+
+    Yields:
+        `id`, `token_ids` (T), `tokens` (T texts), `flag_probs` (T x K), `tail_probs` (M x K), `peak` (K), `onset`
+        (token index or None), `category`, `group`, `source`, `lang`, `onset_source`, `turns` (of the user),
+        `truncated`, `prompt_truncated`.
+    """
+    for item in score(scorer, tokenizer, spec, rows, batch_size=batch_size, max_length=max_length):
+        yield as_json(item, tokenizer)
+
+
+def score(
+    scorer: Scorer,
+    tokenizer: Any,
+    spec: FlagSpec,
+    rows: Sequence[Row],
+    *,
+    batch_size: int = 16,
+    max_length: int | None = None,
+    first: int = 0,
+) -> Iterator[Scored]:
+    """Measures rows in the order of the input.
+
+    Args:
+        scorer: The model; its `score` takes a list of (prompt ids, response ids).
+        tokenizer: The model's tokenizer.
+        spec: The model's flags.
+        rows: Conversations that end in the response.
+        batch_size: Conversations per forward pass.
+        max_length: Longest prompt + response in tokens; None: no limit. A prompt that does not fit loses its
+            oldest turns (`redflag.truncation.fit_prompt`); a response that does not fit even alone loses its end. Both
+            are marked.
+        first: Number of the first of these rows, for what errors say.
+
+    Raises:
+        RedflagError: A row cannot be rendered, or the model gave something that is no probability.
+    """
+    check_batch(batch_size)
+    flags = len(spec.categories)
+    # Several batches at a time: the backend puts rows of like length together, and little is lost when it is killed.
+    # Servers get more, since they stand still at the end of each window.
+    window = batch_size * BATCHES if not served(scorer) else max(batch_size * BATCHES, _SERVED_WINDOW)
+    for start in range(0, len(rows), window):
+        part = rows[start : start + window]
+        fitted = [fit(tokenizer, spec, row, first + start + i, max_length) for i, row in enumerate(part)]
+        pairs = [(item.prompt_ids, item.response_ids + item.tail_ids) for item in fitted]
+        measured = iter(scorer.score(pairs, batch_size=batch_size))
+        for i, (row, item) in enumerate(zip(part, fitted, strict=True), first + start):
+            try:
+                probs = next(measured)  # of servers: as soon as it is there
+            except RedflagError as error:
+                raise RedflagError(f"{row_name(row, i)}: {error}") from error
+            length = len(item.response_ids)
+            _check(probs, (length + len(item.tail_ids), flags), row, i)
+            cut = {"truncated": item.truncated, "prompt_truncated": item.prompt_truncated}
+            yield Scored(row, item.response_ids, probs[:length], probs[length:], item.onset, **cut)
+
+
+def served(scorer: object) -> bool:
+    """Whether servers measure (`redflag.scoring.upstreams.Upstreams`) and not a model in this process."""
+    return hasattr(scorer, "ways")
+
+
+def load_scorer(directory: str, device: str = "auto", dtype: str = "auto") -> tuple[HFBackend, Any, FlagSpec]:
+    """Loads a flagged model for scoring.
+
+    Returns:
+        Backend, tokenizer and flags.
+
+    Raises:
+        RedflagError: The folder holds no flagged model, or its prompt template is not the one it was trained with.
+    """
+    from redflag.backends.load import load_flagged
+
+    return load_flagged(directory, device, dtype)
+
+
+def context_limit(asked: int | None, context: int | None) -> int | None:
+    """The number of tokens that may be used: what was asked for, if the model can hold it."""
+    if asked is not None and asked < 2:
+        raise RedflagError(f"max_length is {asked}, but a prompt and a response need at least 2 tokens: give more")
+    if asked is not None and context is not None and asked > context:
+        raise RedflagError(f"max_length is {asked}, but the model's context holds {context} tokens: give at most that")
+    return context if asked is None else asked
+
+
+def check_batch(batch_size: int) -> None:
+    """Refuses a batch of nothing."""
+    if batch_size < 1:
+        raise RedflagError(
+            f"batch_size is {batch_size}, but a forward pass needs at least one conversation: give 1 or more"
+        )
+
+
+def _check(probs: Probs, shape: tuple[int, int], row: Row, index: int) -> None:
+    if probs.shape != shape:
+        raise RedflagError(
+            f"{row_name(row, index)}: the backend gave probabilities of shape {probs.shape} instead of {shape}"
+        )
+    sound = np.isfinite(probs).all(axis=1) & (probs >= 0.0).all(axis=1) & (probs <= 1.0).all(axis=1)
+    if not sound.all():
+        bad = int(np.flatnonzero(~sound)[0])
+        raise RedflagError(
+            f"{row_name(row, index)}: the model gave {probs[bad].tolist()} as flag probability at response token "
+            f"{bad}, which nothing can judge: check the weights, or load the model with dtype=float32"
+        )

@@ -1,0 +1,106 @@
+"""A row with what was measured along its response, in memory and as a line of `scored.jsonl`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import numpy.typing as npt
+
+from redflag.data.rows import Row
+from redflag.errors import RedflagError
+
+Probs = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One row with what was measured along its response.
+
+    Attributes:
+        row: The row.
+        token_ids: T response tokens.
+        flag_probs: T x K probabilities; entry i was measured before token i.
+        tail_probs: M x K probabilities before the M tokens that end the turn (usually one); M is 0 if truncated.
+        onset: Index of the first harmful token; None in a harmless row. In a row cut before its onset it is >= T.
+        truncated: Whether the end of the response did not fit into the context.
+        prompt_truncated: Whether the prompt did not, and lost its oldest turns.
+    """
+
+    row: Row
+    token_ids: list[int]
+    flag_probs: Probs
+    tail_probs: Probs
+    onset: int | None
+    truncated: bool
+    prompt_truncated: bool = False
+
+    @property
+    def peak(self) -> list[float]:
+        """Highest probability of each flag before a token of the response."""
+        return [float(p) for p in self.flag_probs.max(axis=0, initial=0.0)]
+
+    @property
+    def judged(self) -> Probs:
+        """(T + M) x K probabilities: all that a guard's session is fed."""
+        return np.concatenate([self.flag_probs, self.tail_probs])
+
+
+def as_json(item: Scored, tokenizer: Any) -> dict[str, Any]:
+    """The row of `scored.jsonl`; probabilities are written in full, so that replaying them gives the same scores."""
+    return {
+        "id": item.row.id,
+        "token_ids": item.token_ids,
+        "tokens": _texts(item.token_ids, tokenizer),
+        "flag_probs": item.flag_probs.tolist(),
+        "tail_probs": item.tail_probs.tolist(),
+        "peak": item.peak,
+        "onset": item.onset,
+        "category": item.row.category,
+        "group": item.row.group,
+        "source": item.row.source,
+        "lang": item.row.lang,
+        "onset_source": item.row.onset_source,
+        "turns": sum(turn["role"] == "user" for turn in item.row.messages),
+        "truncated": item.truncated,
+        "prompt_truncated": item.prompt_truncated,
+    }
+
+
+def read_scored(path: str | Path) -> list[dict[str, Any]]:
+    """Reads a file that `redflag score` wrote.
+
+    Raises:
+        RedflagError: It cannot be read, or a line (named) is not a scored row.
+    """
+    rows = []
+    try:
+        with Path(path).open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    row = json.loads(line)
+                    row["flag_probs"], row["peak"], row["category"], row["onset"]
+                except (ValueError, KeyError, TypeError):
+                    raise RedflagError(
+                        f"{path}:{number}: not a scored row: the file should come from `redflag score`, unchanged"
+                    ) from None
+                rows.append(row)
+    except OSError as error:
+        raise RedflagError(f"{path} cannot be read ({error.strerror}): run `redflag score` to write it") from error
+    return rows
+
+
+_TEXTS: WeakKeyDictionary[Any, dict[int, str]] = WeakKeyDictionary()
+
+
+def _texts(token_ids: Sequence[int], tokenizer: Any) -> list[str]:
+    """Each token's text; looked up once, since decoding one by one costs about as much as a small model's pass."""
+    known = _TEXTS.setdefault(tokenizer, {})
+    for token_id in set(token_ids) - known.keys():
+        known[token_id] = tokenizer.decode([token_id])
+    return [known[token_id] for token_id in token_ids]

@@ -1,0 +1,168 @@
+"""Who may ask, how much, and with what in the headers."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+from dataclasses import dataclass
+from typing import Literal
+
+from fastapi import Request
+
+from redflag.server.api_errors import ApiError
+from redflag.server.exchange import timeout_at
+
+OPERATOR_HEADER = "x-redflag-operator"
+TRACE_HEADER = "x-redflag-trace"
+OVERRIDE_HEADER = "x-redflag-override"
+
+_DISCARDED = 64 << 20  # bytes of an oversized body that are read and dropped, so that its sender can read the answer
+_LONGEST_REASON = 1000
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the server allows, and whom.
+
+    Attributes:
+        name: The model's name, as clients call it.
+        api_keys: Clients must show one of these; empty lets everybody in.
+        operator_key: Shows that a request is the operator's own; None: there is no operator.
+        max_body_bytes: Longest request body.
+        max_tokens: Most response tokens of a request.
+        over_limit: What becomes of a request for more: it is clipped, or refused.
+        unknown_fields: What becomes of request fields that are unknown and change no token.
+        allow_origins: Web pages from there may ask; `*` lets all pages ask, no origin none.
+        default_tokens: Response tokens where the client asks for no number.
+        max_open: Most requests being answered at once; more are refused with 429.
+        prefill: Clients may write the beginning of the response, as a last message of the assistant's.
+        body_timeout: Seconds for a request body to arrive.
+        request_timeout: Seconds for a response, all in all.
+        send_timeout: Seconds for a client to take what is sent.
+        ping: Seconds of silence after which a stream says that it lives. Until then it has no status yet: an engine
+            that fails before is an error.
+    """
+
+    name: str
+    api_keys: tuple[str, ...] = ()
+    operator_key: str | None = None
+    max_body_bytes: int = 4 << 20
+    max_tokens: int = 4096
+    over_limit: Literal["clip", "refuse"] = "clip"
+    unknown_fields: Literal["ignore", "refuse"] = "ignore"
+    allow_origins: tuple[str, ...] = ()
+    default_tokens: int = 1024
+    max_open: int = 1024
+    prefill: bool = False
+    body_timeout: float = 30.0
+    request_timeout: float = 600.0
+    send_timeout: float = 60.0
+    ping: float = 15.0
+
+
+@dataclass(frozen=True)
+class Caller:
+    """What the headers of a request give a right to.
+
+    Attributes:
+        operator: It is the operator's.
+        view: The operator wants to see the trace.
+        override: Why the watch is to be overridden; None where it is not.
+    """
+
+    operator: bool = False
+    view: bool = False
+    override: str | None = None
+
+
+def admit(request: Request, limits: Limits, *, audited: bool = False) -> Caller:
+    """Reads the keys of a request.
+
+    Args:
+        request: The request.
+        limits: Where the keys are.
+        audited: Overrides are logged; without, there are none.
+
+    Raises:
+        ApiError: 401 for a client without a key that it needs, 403 for what is the operator's.
+    """
+    given = bearer(request)
+    # All are compared, so that the time taken tells nothing.
+    if limits.api_keys and not any([same(given, key) for key in limits.api_keys]):
+        raise ApiError(
+            401,
+            "the API key is missing or unknown; send `Authorization: Bearer KEY`",
+            "invalid_api_key",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
+    operator = is_operator(request, limits)
+    view = request.headers.get(TRACE_HEADER) == "1"
+    reason = request.headers.get(OVERRIDE_HEADER)
+    if not operator and (view or reason is not None):
+        what = "sees traces" if view else "overrides the watch"
+        raise ApiError(403, f"only the operator {what}: send the operator key", "operator_key_required")
+    if reason is None:
+        return Caller(operator, view)
+    if not reason.strip():
+        raise ApiError(400, "the override gives no reason, and its log would say nothing", "override_reason_missing")
+    if not audited:
+        raise ApiError(403, "this server keeps no audit log, and no override goes unlogged", "audit_log_required")
+    return Caller(operator, view, reason.strip()[:_LONGEST_REASON])
+
+
+def bearer(request: Request) -> str:
+    """The token of a request, "" for none. The case of the scheme does not matter (RFC 9110, 11.1)."""
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else ""
+
+
+def is_operator(request: Request, limits: Limits) -> bool:
+    """Whether the request shows the operator's key.
+
+    Raises:
+        ApiError: 403 where it shows another one.
+    """
+    given = request.headers.get(OPERATOR_HEADER)
+    if given is None:
+        return False
+    if limits.operator_key is None or not same(given, limits.operator_key):
+        raise ApiError(403, "the operator key is not the one of this server", "invalid_operator_key")
+    return True
+
+
+def same(given: str, key: str) -> bool:
+    """Compares keys in a time that does not depend on how alike they are."""
+    return hmac.compare_digest(given.encode(), key.encode())
+
+
+async def read_body(request: Request, limits: Limits) -> bytes:
+    """The body, counted as it arrives.
+
+    Raises:
+        ApiError: 413 where it is too long, 408 where it does not arrive.
+    """
+    body = bytearray()
+    length = 0
+    try:
+        async with timeout_at(asyncio.get_running_loop().time() + limits.body_timeout):
+            async for piece in request.stream():
+                length += len(piece)
+                if length <= limits.max_body_bytes:
+                    body += piece
+                elif length > limits.max_body_bytes + _DISCARDED:
+                    break
+    except TimeoutError:
+        raise ApiError(
+            408,
+            f"the body did not arrive within {limits.body_timeout:g} s; send it at once",
+            "request_timeout",
+            headers={"connection": "close"},
+        ) from None
+    if length > limits.max_body_bytes:
+        raise ApiError(
+            413,
+            f"the body is longer than the {limits.max_body_bytes} bytes that this server reads; shorten it",
+            "request_too_large",
+            headers={"connection": "close"},
+        )
+    return bytes(body)

@@ -1,0 +1,176 @@
+"""Request fields that the server does not carry out: which are refused by name, and which are ignored.
+
+A field that would change the answer is refused, unless it holds a value that changes nothing. Everything else that the
+server does not know is ignored and named (or refused too, where the operator wants that).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import quote
+
+from redflag.server.api_errors import ApiError
+
+# Field -> its values that change nothing; null never does. From the request schemas of OpenAI (openai 3.54) and vLLM
+# (0.32), then what SGLang, llama.cpp and others add.
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "audio": (),
+    "best_of": (1,),
+    "echo": (False,),
+    "frequency_penalty": (0, 0.0),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "modalities": (["text"],),
+    "moderation": (),
+    "n": (1,),
+    "prediction": (),
+    "presence_penalty": (0, 0.0),
+    "response_format": ({"type": "text"},),
+    "suffix": (),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+    "web_search_options": (),
+    # vLLM
+    "add_generation_prompt": (True,),
+    "add_special_tokens": (),
+    "allowed_token_ids": (),
+    "bad_words": ([],),
+    "chat_template": (),
+    "chat_template_kwargs": ({}, {"enable_thinking": False}),
+    "continue_final_message": (False,),
+    "documents": ([],),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_whitespace_pattern": (),
+    "ignore_eos": (False,),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1, 1.0),
+    "logits_processors": (),
+    "logprob_token_ids": (),
+    "min_tokens": (0,),
+    "mm_processor_kwargs": ({},),
+    "prompt_embeds": (),
+    "prompt_logprobs": (),
+    "repetition_detection": (),
+    "return_prompt_text": (False,),
+    "return_token_ids": (False,),
+    "return_token_offsets": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "stop_token_ids": ([],),
+    "structural_tag": (),
+    "structured_outputs": (),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+    "vllm_xargs": (),
+    "watermarking": (False,),
+    # SGLang
+    "custom_logit_processor": (),
+    "custom_params": (),
+    "ebnf": (),
+    "input_ids": (),
+    "json_schema": (),
+    "lora_path": (),
+    "no_stop_trim": (False,),
+    "regex": (),
+    "return_hidden_states": (False,),
+    "session_params": (),
+    "stop_regex": (),
+    # llama.cpp, Ollama, Mistral, OpenRouter
+    "dry_multiplier": (0, 0.0),
+    "dynatemp_range": (0, 0.0),
+    "format": ("",),
+    "grammar": ("",),
+    "mirostat": (0,),
+    "n_predict": (-1,),
+    "n_probs": (0,),
+    "options": ({},),
+    "random_seed": (),
+    "repeat_penalty": (1, 1.0),
+    "safe_prompt": (False,),
+    "samplers": (),
+    "tfs_z": (1, 1.0),
+    "top_a": (0, 0.0),
+    "typical_p": (1, 1.0),
+    "xtc_probability": (0, 0.0),
+    # of another route: what is asked, and how long the answer may be
+    "input": (),
+    "instructions": (),
+    "max_new_tokens": (),
+    "max_output_tokens": (),
+    "messages": (),
+    "prompt": (),
+    "stop_sequences": (),
+    "system": (),
+}
+# Fields that change no token, and the values that are honoured: those are not named as ignored.
+_HARMLESS: dict[str, tuple[Any, ...]] = {
+    "parallel_tool_calls": (True, False),
+    "reasoning_effort": ("none",),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "verbosity": ("medium",),
+}
+_ADVICE = {
+    "max_new_tokens": "give max_tokens",
+    "max_output_tokens": "give max_tokens",
+    "n": "send a request for each answer",
+    "messages": "it belongs to /v1/chat/completions",
+    "prompt": "it belongs to /v1/completions",
+    "stop_sequences": "give stop",
+    "system": "send a message of the role system",
+}
+_LONGEST_NAME = 64
+_MOST_NAMES = 32
+
+
+def ignored_fields(extra: Mapping[str, Any]) -> list[str]:
+    """Names of the fields that the server leaves out of account.
+
+    Args:
+        extra: Top-level fields of a request that its model does not have.
+
+    Raises:
+        ApiError: 400; a field would change the answer and is not supported.
+
+    Example:
+        >>> ignored_fields({"prompt_cache_key": "a", "store": False, "n": 1})
+        ['prompt_cache_key']
+    """
+    names = []
+    for name, value in extra.items():
+        neutral = UNSUPPORTED.get(name, _HARMLESS.get(name, ()))
+        # By type too: true is not 1.
+        if value is None or any(value == item and type(value) is type(item) for item in neutral):
+            continue
+        if name in UNSUPPORTED:
+            text = repr(value)
+            text = text if len(text) < 80 else text[:76] + " ..."
+            advice = _ADVICE.get(name, "leave it out")
+            raise ApiError(
+                400, f"{name} is {text}, which is not supported; {advice}", "unsupported_parameter", param=name
+            )
+        names.append(name)
+    return names
+
+
+def header(names: list[str]) -> str:
+    """Names as a header's value: a client chose them, so they are cut and escaped.
+
+    Example:
+        >>> header(["store", "messages.id", "with\\nline end"])
+        'store, messages.id, with%0Aline%20end'
+    """
+    return ", ".join(escaped(name) for name in names[:_MOST_NAMES])
+
+
+def escaped(name: str) -> str:
+    """A field's name in ASCII, without white space, of bounded length."""
+    return quote(name[:_LONGEST_NAME], safe="", errors="replace")

@@ -1,0 +1,205 @@
+"""Structured logs on standard error: one line per request, in JSON or for people.
+
+Log lines travel further than traces: they never hold a word of a prompt or a response, and scores only on demand. What
+a line may hold is therefore listed here, by name. Of an exception its type and place are shown, not its text, and of
+what other libraries say at most the beginning of the first line.
+"""
+
+from __future__ import annotations
+
+import json as jsonlib
+import logging
+import sys
+import traceback
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, TextIO
+
+from redflag.errors import RedflagError
+from redflag.server.faults import fault_class
+from redflag.trace import Alarm, Escalation, Halt, Reflection, Text, Trace
+
+_requests = logging.getLogger("redflag.request")
+
+# Fields that a line may hold, in this order; everything else that a caller attaches is left out.
+FIELDS = (
+    "request_id",
+    "route",
+    "streamed",
+    "end",
+    "reason",
+    "category",
+    "fault",
+    "alarms",
+    "reviews",
+    "tokens",
+    "released",
+    "waited",
+    "seconds",
+    "seconds_to_first",
+    "overridden",
+    "model",
+    "url",
+)
+_LONGEST = 200
+_MARK = "_redflag_handler"
+
+
+def setup(json: bool = False, level: int | str = "INFO", *, scores: bool = False, stream: TextIO | None = None) -> None:
+    """Sends the logs of this process to standard error, in one form. A second call replaces the first.
+
+    Lines of redflag and of the HTTP server are shown from `level` on, those of other libraries from WARNING on: their
+    debug lines quote requests.
+
+    Args:
+        json: One JSON object per line; False: a line for people.
+        level: Least severity shown, by name or number.
+        scores: Also show the highest score of each category in the line of a request.
+        stream: In place of standard error.
+
+    Raises:
+        RedflagError: There is no such level.
+
+    Example:
+        >>> import sys
+        >>> setup(json=True, stream=sys.stdout)
+        >>> request(Trace(token_ids=[5]), request_id="r-1", route="/v1/completions", end="disconnected",
+        ...     seconds=0.5)  # doctest: +ELLIPSIS
+        {"time": "...Z", "level": "info", "logger": "redflag.request", "message": "request", "request_id": "r-1", ...}
+        >>> teardown()
+    """
+    number = logging.getLevelName(level.upper()) if isinstance(level, str) else level
+    if not isinstance(number, int):
+        raise RedflagError(f"log level is {level!r}, which there is not; use debug, info, warning or error")
+    teardown()
+    handler = logging.StreamHandler(stream if stream is not None else sys.stderr)
+    handler.setFormatter(_Json(scores) if json else _Plain(scores))
+    setattr(handler, _MARK, True)
+    root = logging.getLogger()
+    root.addHandler(handler)
+    root.setLevel(max(number, logging.WARNING))
+    for name in ("redflag", "uvicorn"):
+        logging.getLogger(name).setLevel(number)
+    for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):  # Its own handlers would say everything twice.
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = True
+    # A line of ours for every request is enough, and its lines hold the query.
+    logging.getLogger("uvicorn.access").disabled = True
+
+
+def teardown() -> None:
+    """Takes back what `setup` did to the handlers."""
+    root = logging.getLogger()
+    for handler in [handler for handler in root.handlers if hasattr(handler, _MARK)]:
+        root.removeHandler(handler)
+
+
+def request(
+    trace: Trace,
+    *,
+    request_id: str,
+    route: str,
+    end: str,
+    seconds: float,
+    streamed: bool | None = None,
+    seconds_to_first: float | None = None,
+    overridden: bool = False,
+) -> None:
+    """The line of one request that is over; a warning where something broke.
+
+    Args:
+        trace: Its response.
+        request_id: Its id.
+        route: Its path.
+        end: `done`, `halted`, `fault`, `disconnected`, `refused` or `timeout`.
+        seconds: Seconds until the end.
+        streamed: Whether it was sent as a stream.
+        seconds_to_first: Seconds until text was released.
+        overridden: Whether the watch was overridden.
+    """
+    last = trace.end
+    alarms = [event for event in trace.events if isinstance(event, Alarm)]
+    fields: dict[str, Any] = {
+        "request_id": request_id,
+        "route": route,
+        "streamed": streamed,
+        "end": end,
+        "reason": None if last is None else last.reason,
+        "category": last.category if isinstance(last, Halt) else None,
+        "fault": fault_class(last.detail) if isinstance(last, Halt) and last.reason == "fault" else None,
+        "alarms": len(alarms),
+        "reviews": sum(isinstance(event, Reflection | Escalation) for event in trace.events),
+        "tokens": len(trace.token_ids),
+        "released": sum(len(event.token_ids) for event in trace.events if isinstance(event, Text)),
+        "waited": trace.waited,
+        "seconds": round(seconds, 4),
+        "seconds_to_first": None if seconds_to_first is None else round(seconds_to_first, 4),
+        "overridden": overridden or None,
+    }
+    peaks = {name: max((row[k] for row in trace.scores), default=0.0) for k, name in enumerate(trace.categories)}
+    for alarm in alarms:
+        peaks[alarm.category] = max(peaks.get(alarm.category, 0.0), alarm.score)
+    level = logging.WARNING if end in ("fault", "timeout") else logging.INFO
+    _requests.log(level, "request", extra={**fields, "redflag_scores": peaks})
+
+
+class _Formatter(logging.Formatter):
+    def __init__(self, scores: bool) -> None:
+        super().__init__()
+        self._scores = scores
+
+    def fields(self, record: logging.LogRecord) -> dict[str, Any]:
+        found = {name: value for name in FIELDS if (value := record.__dict__.get(name)) is not None}
+        if self._scores and (peaks := record.__dict__.get("redflag_scores")):
+            found["scores"] = {name: round(value, 6) for name, value in peaks.items()}
+        if detail := record.__dict__.get("detail"):
+            found.setdefault("fault", fault_class(str(detail)))
+        if record.exc_info and record.exc_info[1] is not None:
+            error = record.exc_info[1]
+            found["error"] = type(error).__name__
+            frames = traceback.extract_tb(error.__traceback__)[-4:]
+            found["where"] = [f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames]
+        return found
+
+    def message(self, record: logging.LogRecord) -> str:
+        text = record.getMessage()
+        if not record.name.startswith("redflag"):
+            text = text.partition("\n")[0]
+            text = text if len(text) <= _LONGEST else text[:_LONGEST] + "…"
+        return text
+
+    def time(self, record: logging.LogRecord) -> datetime:
+        return datetime.fromtimestamp(record.created, timezone.utc)
+
+
+class _Json(_Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": self.time(record).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": self.message(record),
+            **self.fields(record),
+        }
+        return jsonlib.dumps(line, default=str)
+
+
+class _Plain(_Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        head = f"{self.time(record):%H:%M:%S} {record.levelname:<7} {self.message(record)}"
+        fields = (f"{name}={_plain(value)}" for name, value in self.fields(record).items())
+        return _one_line(" ".join([head, *fields]))
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ",".join(f"{name}:{item:g}" for name, item in value.items())
+    if isinstance(value, list):
+        return " < ".join(map(str, reversed(value)))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _one_line(text: str) -> str:
+    """Nobody who chooses a field can write lines of his own, or steer the terminal."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)

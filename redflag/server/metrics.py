@@ -1,0 +1,194 @@
+"""What a server did, as Prometheus metrics.
+
+| name | type | labels | counts |
+|---|---|---|---|
+| `redflag_requests_total` | counter | `route`, `streamed`, `end` | requests that are over |
+| `redflag_in_flight` | gauge | | requests being answered |
+| `redflag_queue_depth` | gauge | `state`: `active`, `waiting` | streams of an engine in this process |
+| `redflag_alarms_total` | counter | `category`, `action` | alarms, by what the policy answered |
+| `redflag_reflections_total` | counter | `verdict` | reflections |
+| `redflag_escalations_total` | counter | `verdict` | questions to the second judge |
+| `redflag_resumes_total` | counter | | responses that went on after a reviewed alarm |
+| `redflag_halts_total` | counter | `reason`, `category` | responses that were halted |
+| `redflag_failures_total` | counter | `reason` | what broke: halts for a fault, replacements and judges that failed |
+| `redflag_overrides_total` | counter | | responses for which the watch was overridden |
+| `redflag_audit_failures_total` | counter | | audit entries that could not be written |
+| `redflag_tokens_generated_total` | counter | | tokens the engine made, hidden ones included |
+| `redflag_tokens_released_total` | counter | | tokens that were shown |
+| `redflag_exposed_tokens` | histogram | | tokens shown before a halt by alarm, per such response |
+| `redflag_wait_tokens` | histogram | | hidden tokens, per response with a reflection |
+| `redflag_first_text_seconds` | histogram | `streamed` | from the request to its first released text |
+| `redflag_response_seconds` | histogram | `streamed` | from the request to its end |
+| `redflag_step_seconds` | histogram | | what the guard adds: from a step's arrival until all it led to is out |
+
+The process's own figures (`process_*`: memory, file descriptors, processor time) stand beside them. `end` is `done`,
+`halted`, `fault`, `disconnected`, `refused` or `timeout`. No label holds free text, and none has more values than the
+server has routes, flags and kinds of faults: what comes as a surprise is counted as `other`.
+
+Needs `pip install redflag-llm[serve]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.process_collector import ProcessCollector
+
+from redflag.server.faults import fault_class
+from redflag.trace import Alarm, Escalation, Halt, Reflection, Resume, Text, Trace
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+ENDS = ("done", "halted", "fault", "disconnected", "refused", "timeout")
+
+_ACTIONS = ("continue", "halt", "reflect", "replace", "escalate", "force")
+_VERDICTS = ("harmful", "harmless", "unanswered")
+_MOST_VALUES = 64  # of a label whose values are not known beforehand
+_TOKENS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100)
+_STEP_SECONDS = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 1)
+
+
+class Metrics:
+    """Counts in a registry of its own, so that several servers in one process do not meet. May be used by any thread.
+
+    Example:
+        >>> metrics = Metrics()
+        >>> with metrics.open():
+        ...     trace = Trace(token_ids=[5, 6], events=[Text(0, (5, 6), "")])
+        >>> metrics.observe(trace, route="/v1/completions", streamed=True, overridden=False,
+        ...     seconds_to_first=0.1, seconds=0.2, end="disconnected")
+        >>> b'redflag_tokens_released_total 2.0' in metrics.render()[0]
+        True
+    """
+
+    def __init__(self) -> None:
+        """Starts at zero."""
+        registry = CollectorRegistry()
+        self._registry = registry
+        self._known: dict[str, set[str]] = {}
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"redflag_{name}", text, labels, registry=registry)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+            return Histogram(f"redflag_{name}", text, labels, buckets=buckets, registry=registry)
+
+        self._requests = counter("requests", "Requests that are over.", "route", "streamed", "end")
+        self._in_flight = Gauge("redflag_in_flight", "Requests being answered.", registry=registry)
+        self._queue = Gauge(
+            "redflag_queue_depth", "Streams of the engine in this process.", ["state"], registry=registry
+        )
+        self._alarms = counter("alarms", "Alarms, by what the policy answered.", "category", "action")
+        self._reflections = counter("reflections", "Reflections.", "verdict")
+        self._escalations = counter("escalations", "Questions to the second judge.", "verdict")
+        self._resumes = counter("resumes", "Responses that went on after a reviewed alarm.")
+        self._halts = counter("halts", "Responses that were halted.", "reason", "category")
+        self._failures = counter("failures", "What broke.", "reason")
+        self._overrides = counter("overrides", "Responses for which the watch was overridden.")
+        self._audit_failures = counter("audit_failures", "Audit entries that could not be written.")
+        self._generated = counter("tokens_generated", "Tokens the engine made, hidden ones included.")
+        self._released = counter("tokens_released", "Tokens that were shown.")
+        self._exposed = histogram("exposed_tokens", "Tokens shown before a halt by alarm.", _TOKENS)
+        self._waited = histogram("wait_tokens", "Hidden tokens of a response with a reflection.", _TOKENS)
+        self._first = histogram("first_text_seconds", "Seconds to the first released text.", _SECONDS, "streamed")
+        self._total = histogram("response_seconds", "Seconds to the end.", _SECONDS, "streamed")
+        self._step = histogram("step_seconds", "Seconds that the guard adds to a step.", _STEP_SECONDS)
+        ProcessCollector(registry=registry)
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """A request is being answered while this is entered."""
+        with self._in_flight.track_inprogress():
+            yield
+
+    def observe(
+        self,
+        trace: Trace,
+        *,
+        route: str,
+        streamed: bool,
+        overridden: bool,
+        seconds_to_first: float | None,
+        seconds: float,
+        end: str,
+    ) -> None:
+        """Counts one request that is over.
+
+        Args:
+            trace: Its response; an empty one where none was begun.
+            route: The path, as the server's table of routes has it.
+            streamed: Whether it was sent as a stream.
+            overridden: Whether the watch was overridden.
+            seconds_to_first: Seconds until text was released; None where none was.
+            seconds: Seconds until the end.
+            end: One of `ENDS`.
+        """
+        kind = "true" if streamed else "false"
+        self._requests.labels(self._bounded("route", route), kind, _one_of(end, ENDS)).inc()
+        self._total.labels(kind).observe(seconds)
+        if seconds_to_first is not None:
+            self._first.labels(kind).observe(seconds_to_first)
+        if overridden:
+            self._overrides.inc()
+        released = reflections = 0
+        for event in trace.events:
+            if isinstance(event, Text):
+                released += len(event.token_ids)
+            elif isinstance(event, Alarm):
+                category = self._bounded("category", event.category)
+                self._alarms.labels(category, _one_of(event.action, _ACTIONS)).inc()
+            elif isinstance(event, Reflection):
+                reflections += 1
+                self._reflections.labels(_one_of(event.verdict, _VERDICTS)).inc()
+            elif isinstance(event, Escalation):
+                self._escalations.labels(_one_of(event.verdict, _VERDICTS)).inc()
+                if event.verdict == "unanswered":
+                    self._failures.labels("judge").inc()
+            elif isinstance(event, Resume):
+                self._resumes.inc()
+            elif isinstance(event, Halt):
+                self._halt(event)
+        self._generated.inc(trace.generated)
+        self._released.inc(released)
+        if reflections:
+            self._waited.observe(trace.waited)
+
+    def observe_step_seconds(self, seconds: float) -> None:
+        """Counts what the guard added to one step: the time between its arrival and its release."""
+        self._step.observe(seconds)
+
+    def audit_failed(self) -> None:
+        """An audit entry could not be written."""
+        self._audit_failures.inc()
+
+    def watch_queue(self, depth: Callable[[], tuple[int, int]]) -> None:
+        """Where the numbers of active and waiting streams come from, each time somebody asks (`Turns.depth`)."""
+        self._queue.labels("active").set_function(lambda: depth()[0])
+        self._queue.labels("waiting").set_function(lambda: depth()[1])
+
+    def render(self) -> tuple[bytes, str]:
+        """The answer to `/metrics`: its body and its content type."""
+        return generate_latest(self._registry), CONTENT_TYPE
+
+    def _halt(self, halt: Halt) -> None:
+        reason = _one_of(halt.reason, ("alarm", "fault"))
+        self._halts.labels(reason, self._bounded("category", halt.category or "")).inc()
+        if reason == "alarm":
+            self._exposed.observe(halt.position)
+            if halt.detail.startswith("no replacement"):
+                self._failures.labels("replacement").inc()
+        else:
+            self._failures.labels(fault_class(halt.detail)).inc()
+
+    def _bounded(self, label: str, value: str) -> str:
+        # Values come from the server's own tables; should a client's text ever arrive here, it cannot fill the memory.
+        known = self._known.setdefault(label, set())
+        if value not in known and len(known) < _MOST_VALUES:
+            known.add(value)
+        return value if value in known else "other"
+
+
+def _one_of(value: str, known: tuple[str, ...]) -> str:
+    return value if value in known else "other"

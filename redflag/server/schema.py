@@ -1,0 +1,328 @@
+"""What a request may say: bodies of `/v1/chat/completions` and `/v1/completions`.
+
+Nothing is ignored in silence. Which fields are refused and which are ignored and named stands in
+`redflag.server.fields`; messages that an SDK made of an answer may be sent back as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from redflag.backends import Sampling
+from redflag.server.api_errors import ApiError
+from redflag.server.fields import ignored_fields
+
+MOST_STOPS = 16
+LONGEST_STOP = 128
+NO_LIMIT = -1  # what clients send for "as many tokens as there may be"
+
+Body = TypeVar("Body", bound="_Request")
+
+
+def _a_limit(value: int) -> int:
+    if value < 1 and value != NO_LIMIT:
+        raise PydanticCustomError("greater_than_equal", "input should be 1 or more, or -1 for no limit")
+    return value
+
+
+def _as_text(value: Any) -> Any:
+    """User names that are numbers: databases have those."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _as_stops(value: Any) -> Any:
+    if isinstance(value, str):
+        return [value] if value else []
+    return value
+
+
+_OPEN = ConfigDict(extra="allow", strict=True)
+_Real = Annotated[float, Field(allow_inf_nan=False)]
+_Limit = Annotated[int, AfterValidator(_a_limit)]
+_Name = Annotated[str, Field(max_length=512), BeforeValidator(_as_text)]
+_Stops = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]],
+    Field(max_length=MOST_STOPS),
+    BeforeValidator(_as_stops),
+]
+# Of a message: what answers of this and other servers hold beside the text. The prompt does not show it.
+_LEFT_OUT = frozenset(
+    (
+        "annotations",
+        "audio",
+        "parsed",
+        "reasoning",
+        "reasoning_content",
+        "refusal",
+    )
+)
+_MISSING: Any = object()
+
+
+class _TextPart(BaseModel):
+    model_config = _OPEN
+    type: Literal["text", "input_text"]
+    text: str
+
+
+class _Message(BaseModel):
+    """One turn. What answers hold may be sent back as it is: all but text and tool calls is left out of the prompt.
+
+    An assistant's turn without text (it was halted before its first token, or only thought) is an empty turn: left out
+    altogether, two user turns would follow each other, which some templates refuse.
+    """
+
+    model_config = _OPEN
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[_TextPart] = Field(default=_MISSING, validate_default=True)
+    name: Any = None
+    tool_calls: list[Any] | None = None
+    tool_call_id: str | None = None
+    function_call: Any = None
+
+    @field_validator("role", mode="before")
+    @classmethod
+    def _no_function_turn(cls, role: Any) -> Any:
+        if role == "function":
+            raise PydanticCustomError(
+                "unsupported_turn", "turns of the role function are not supported; send the result in a tool turn"
+            )
+        return role
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _empty_turn(cls, content: Any, info: ValidationInfo) -> Any:
+        if content is _MISSING or content is None:
+            if info.data.get("role") == "assistant":
+                return ""
+            if content is _MISSING:
+                raise PydanticCustomError("missing", "it is missing")
+        return content
+
+    @field_validator("function_call")
+    @classmethod
+    def _no_call(cls, call: Any) -> Any:
+        if call is not None:
+            raise PydanticCustomError("unsupported_turn", "it is not supported; send the call in tool_calls")
+        return call
+
+    def turn(self) -> dict[str, Any]:
+        """The turn as the chat template knows it; text parts are lines, `developer` is the system.
+
+        Calls of tools and their results go to the template, which may refuse them; a name only with a result.
+        """
+        content = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
+        turn: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": content}
+        if self.role == "assistant" and self.tool_calls:
+            turn["tool_calls"] = self.tool_calls
+        if self.role == "tool":
+            turn |= {key: value for key in ("tool_call_id", "name") if (value := getattr(self, key)) is not None}
+        return turn
+
+    def extra(self) -> Iterator[str]:
+        """Keys that mean nothing here."""
+        yield from (f"messages.{name}" for name in self.model_extra or {} if name not in _LEFT_OUT)
+        if not isinstance(self.content, str):
+            for part in self.content:
+                yield from (f"messages.content.{name}" for name in part.model_extra or {})
+
+
+class _StreamOptions(BaseModel):
+    model_config = _OPEN
+    include_usage: bool | None = None
+
+
+class _Request(BaseModel):
+    model_config = _OPEN
+    model: str
+    max_tokens: _Limit | None = None
+    max_completion_tokens: _Limit | None = None
+    temperature: Annotated[_Real, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[_Real, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = None
+    min_p: Annotated[_Real, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[_Real, Field(gt=0, le=10)] | None = None
+    seed: Annotated[int, Field(gt=-(2**62), lt=2**62)] | None = None
+    stop: _Stops | None = None
+    stream: bool | None = None
+    stream_options: _StreamOptions | None = None
+    user: _Name | None = None
+    safety_identifier: _Name | None = None
+    metadata: dict[str, Any] | None = None
+
+    _ignored: list[str] = PrivateAttr(default_factory=list)
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> _Request:
+        if len({self.max_tokens, self.max_completion_tokens} - {None}) > 1:
+            raise PydanticCustomError(
+                "max_completion_tokens",
+                "max_tokens and max_completion_tokens differ, so it is open which one counts; give one of them",
+            )
+        return self
+
+    @property
+    def user_id(self) -> str | None:
+        """Who asks, as far as the client says."""
+        return self.safety_identifier or self.user
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether the stream shall end with a chunk of token counts."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def asked_tokens(self) -> int | None:
+        """The most response tokens the client wants; `NO_LIMIT` for as many as there may be."""
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def ignored(self) -> list[str]:
+        """Fields that were left out of account."""
+        return self._ignored
+
+    def extra(self) -> Iterator[str]:
+        """Fields below the top level that mean nothing here."""
+        if self.stream_options is not None:
+            for name, value in (self.stream_options.model_extra or {}).items():
+                if value not in (None, False):
+                    yield f"stream_options.{name}"
+
+    def sampling(self, max_new_tokens: int) -> Sampling:
+        """How tokens shall be chosen; what the client leaves open is OpenAI's default."""
+        given = {
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": None if self.top_k is None else max(self.top_k, 0),  # -1 switches it off, as for vLLM
+            "min_p": self.min_p,
+            "repetition_penalty": self.repetition_penalty,
+            "seed": self.seed,
+        }
+        chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        return Sampling(max_new_tokens, stop=tuple(self.stop or ()), **chosen)
+
+
+class ChatRequest(_Request):
+    """Body of `/v1/chat/completions`."""
+
+    messages: Annotated[list[_Message], Field(min_length=1)]
+
+    def input(self) -> list[dict[str, Any]]:
+        """The conversation."""
+        return [message.turn() for message in self.messages]
+
+    @property
+    def prefilled(self) -> bool:
+        """Whether the client wrote the beginning of the response."""
+        return self.messages[-1].role == "assistant"
+
+    def extra(self) -> Iterator[str]:
+        """As for every request; of the messages too."""
+        yield from super().extra()
+        for message in self.messages:
+            yield from message.extra()
+
+
+class CompletionRequest(_Request):
+    """Body of `/v1/completions`. One prompt, as text: ids could hold a flag, several prompts are several requests."""
+
+    prompt: str | list[Any]
+
+    @model_validator(mode="after")
+    def _one_prompt(self) -> CompletionRequest:
+        if isinstance(self.prompt, list) and not (len(self.prompt) == 1 and isinstance(self.prompt[0], str)):
+            raise PydanticCustomError(
+                "prompt", "prompt has to be one text: token ids are not accepted, and each prompt needs its own request"
+            )
+        return self
+
+    def input(self) -> str:
+        """The prompt."""
+        return self.prompt if isinstance(self.prompt, str) else str(self.prompt[0])
+
+    @property
+    def prefilled(self) -> bool:
+        """A prompt has no turns, so nothing of it is the response."""
+        return False
+
+
+def parse(kind: type[Body], body: bytes, *, refuse_unknown: bool = False) -> Body:
+    """A request body, checked.
+
+    Args:
+        kind: Which request it is.
+        body: JSON.
+        refuse_unknown: Refuse fields that could be ignored.
+
+    Raises:
+        ApiError: 400, in words that name the field.
+
+    Example:
+        >>> parse(CompletionRequest, b'{"model": "m", "prompt": "Once", "n": 2}')
+        Traceback (most recent call last):
+        redflag.server.api_errors.ApiError: n is 2, which is not supported; send a request for each answer
+    """
+    try:
+        request = kind.model_validate_json(body)
+    except ValidationError as error:
+        raise _explained(error) from None
+    names = dict.fromkeys([*ignored_fields(request.model_extra or {}), *request.extra()])
+    if names and refuse_unknown:
+        name = next(iter(names))
+        raise ApiError(400, f"{name} is unknown or not supported; leave it out", "unknown_parameter", param=name)
+    request._ignored.extend(names)
+    return request
+
+
+_CODES = {
+    "missing": "missing_required_parameter",
+    "unsupported_turn": "unsupported_parameter",
+    "json_invalid": "invalid_json",
+    "literal_error": "invalid_value",
+    "string_too_short": "invalid_value",
+    "string_too_long": "invalid_value",
+    "too_long": "invalid_value",
+    "too_short": "invalid_value",
+    "greater_than": "invalid_value",
+    "greater_than_equal": "invalid_value",
+    "less_than": "invalid_value",
+    "less_than_equal": "invalid_value",
+    "finite_number": "invalid_value",
+}
+
+
+def _explained(error: ValidationError) -> ApiError:
+    # The values are not repeated: they may be megabytes, and are the client's own.
+    found = error.errors(include_url=False, include_input=False, include_context=False)
+    # Of a union's branches the one that got furthest says what is wrong.
+    first = max(found, key=lambda item: len(item["loc"])) if len({item["loc"][:1] for item in found}) == 1 else found[0]
+    kind = first["type"]
+    if kind == "json_invalid":
+        return ApiError(400, f"the body is not JSON in UTF-8 ({first['msg']}); mend it", "invalid_json")
+    if kind in ("max_completion_tokens", "prompt"):
+        return ApiError(400, first["msg"], "invalid_value", param=kind)
+    # Names of union branches stand in the path too; they are no fields.
+    path = [str(part) for part in first["loc"] if not (isinstance(part, str) and ("[" in part or part == "str"))]
+    param = ".".join(path) or None
+    if kind == "missing":
+        message = f"{param} is missing; give it"
+    elif path[-1:] == ["type"] and "content" in path:
+        message = f"{param}: only parts of the type text are accepted; leave images, audio and files out"
+    else:
+        message = f"{param or 'the body'}: {first['msg'][0].lower()}{first['msg'][1:]}"
+    return ApiError(400, message, _CODES.get(kind, "invalid_type"), param=param)

@@ -1,0 +1,278 @@
+"""The verb `serve`: an OpenAI-compatible server whose answers are watched, before a model of its own or an upstream."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, cast
+
+from redflag.backends import Sampling
+from redflag.backends.outbound import UpstreamOptions
+from redflag.errors import RedflagError
+from redflag.guard.options import PolicyOptions
+from redflag.trace import Trace, write_traces
+
+if TYPE_CHECKING:
+    from redflag.backends.remote import RemoteBackend
+    from redflag.guard.guard import Guard
+    from redflag.server.access import Limits
+    from redflag.server.metrics import Metrics
+
+_log = logging.getLogger(__name__)
+
+API_KEYS = "REDFLAG_API_KEYS"
+OPERATOR_KEY = "REDFLAG_OPERATOR_KEY"
+_SHORTEST_KEY = 16
+_ASKED_AGAIN = 60.0  # seconds
+
+
+@dataclass
+class ServeArguments(UpstreamOptions):
+    """What `redflag serve` is told. Keys come from the environment: `REDFLAG_API_KEYS` (comma between),
+    `REDFLAG_OPERATOR_KEY`."""
+
+    model: str = field(
+        metadata={"help": "Folder that `redflag train` wrote; before an upstream its tokenizer, flags and thresholds."}
+    )
+    upstream: str | None = field(
+        default=None, metadata={"help": "OpenAI-compatible server that runs the model, such as http://127.0.0.1:8000."}
+    )
+    upper_bound: bool = field(
+        default=False,
+        metadata={"help": "... knows no logprob_token_ids: bound the flags by its 20 most likely tokens."},
+    )
+    step_timeout: float = field(default=60.0, metadata={"help": "... seconds without a token until it counts as lost."})
+    name: str | None = field(
+        default=None, metadata={"help": "The model's name for clients; default: the upstream's, or the folder's."}
+    )
+    host: str = field(default="127.0.0.1", metadata={"help": "Address to listen on."})
+    port: int = field(default=8080, metadata={"help": "Port to listen on; 0 takes a free one."})
+    threshold: float | None = field(
+        default=None, metadata={"help": "One threshold for all categories, in place of thresholds.json."}
+    )
+    device: str = field(default="auto", metadata={"help": "Where a local model runs: auto, cpu, cuda, cuda:0, ..."})
+    dtype: str = field(default="auto", metadata={"help": "Type of a local model's weights: auto, bfloat16, ..."})
+    active: int = field(default=4, metadata={"help": "Responses that a local model writes at once, in turns."})
+    waiting: int = field(
+        default=64, metadata={"help": "Responses that wait for a local model; more are refused (429)."}
+    )
+    max_open: int = field(default=1024, metadata={"help": "Requests being answered at once; more are refused (429)."})
+    max_body_bytes: int = field(default=4 << 20, metadata={"help": "Longest request body (413)."})
+    max_tokens: int = field(default=4096, metadata={"help": "Most response tokens of a request."})
+    over_limit: Literal["clip", "refuse"] = field(
+        default="clip", metadata={"help": "... what becomes of a request for more: the answer is cut, or 400."}
+    )
+    unknown_fields: Literal["ignore", "refuse"] = field(
+        default="ignore",
+        metadata={"help": "Request fields that change no token: name them in X-Ignored-Params, or 400."},
+    )
+    allow_origins: str | None = field(
+        default=None, metadata={"help": "Web pages that may ask (CORS): origins, comma between, or *; default: none."}
+    )
+    default_tokens: int = field(default=1024, metadata={"help": "Response tokens where a client asks for no number."})
+    prefill: bool = field(default=False, metadata={"help": "Let clients write the beginning of the response."})
+    body_timeout: float = field(default=30.0, metadata={"help": "Seconds for a request body to arrive."})
+    request_timeout: float = field(default=600.0, metadata={"help": "Seconds for a response, all in all."})
+    send_timeout: float = field(default=60.0, metadata={"help": "Seconds for a client to take what is sent."})
+    ping: float = field(default=15.0, metadata={"help": "Seconds of silence until a stream says that it lives."})
+    grace: float = field(default=30.0, metadata={"help": "Seconds that open responses have once the server stops."})
+    audit: str | None = field(
+        default=None, metadata={"help": "Append alarms that were overridden or nearly raised to this file."}
+    )
+    record: str | None = field(default=None, metadata={"help": "Append the traces (numbers only) to this JSONL file."})
+    json_logs: bool = field(default=False, metadata={"help": "Log lines as JSON."})
+    telemetry: bool = field(default=False, metadata={"help": "Send OpenTelemetry spans (set by OTEL_* variables)."})
+
+
+ARGUMENTS = (ServeArguments, PolicyOptions)
+POSITIONAL = None
+
+
+def run(arguments: ServeArguments, policy: PolicyOptions) -> int:
+    """Serves until it is told to stop.
+
+    Raises:
+        RedflagError: The watch cannot be attached, or an option cannot be carried out: nothing was served.
+    """
+    try:
+        from redflag.server import log
+        from redflag.server.audit_log import AuditLog, check_system
+        from redflag.server.exchange import Readiness
+        from redflag.server.metrics import Metrics
+        from redflag.server.process import Process, bind, raise_file_limit
+        from redflag.server.server import build_app
+        from redflag.server.telemetry import Telemetry
+    except ImportError as error:
+        raise RedflagError(
+            f"{error.name} is not installed, which the server needs: run `pip install redflag-llm[serve]`"
+        ) from error
+
+    log.setup(arguments.json_logs)
+    limits = limits_of(arguments, os.environ)
+    metrics, telemetry = Metrics(), Telemetry(arguments.telemetry)
+    if arguments.audit is not None:
+        check_system()
+    raise_file_limit(2 * arguments.max_open)
+    with bind(arguments.host, arguments.port, arguments.send_timeout) as listening:
+        guard, probe = attach(arguments, policy, metrics)
+        if arguments.name is None and arguments.upstream is not None:
+            # Clients that knew the upstream know the model by its name there.
+            limits = replace(limits, name=cast("RemoteBackend", guard.backend).model or limits.name)
+        audit = None
+        if arguments.audit is not None:
+            audit = AuditLog(arguments.audit, guard.thresholds.values, on_failure=metrics.audit_failed)
+        # A local engine stays what it is; an upstream can be restarted with other options.
+        readiness = Readiness(probe, again=_ASKED_AGAIN if arguments.upstream is not None else None)
+        readiness.trust()  # it has just been asked
+        app = build_app(
+            guard,
+            limits,
+            metrics=metrics,
+            readiness=readiness,
+            audit=audit,
+            telemetry=telemetry,
+            record=recorder(arguments.record),
+        )
+        host, port = listening.getsockname()[:2]
+        where = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+        _log.info("serving %s at %s", limits.name, where, extra={"model": limits.name, "url": where})
+        Process(app, app.state.server.stop, arguments.grace).run(sockets=[listening])
+    return 0
+
+
+def limits_of(arguments: ServeArguments, environment: Mapping[str, str]) -> Limits:
+    """What is allowed, and whom.
+
+    Raises:
+        RedflagError: A number leaves no request that could be answered, or a key is too short to be one.
+    """
+    from redflag.server.access import Limits
+
+    for option in ("max_open", "max_body_bytes", "max_tokens", "default_tokens"):
+        if getattr(arguments, option) < 1:
+            raise RedflagError(f"{option} is {getattr(arguments, option)}, which lets nothing through: give 1 or more")
+    for option in ("body_timeout", "request_timeout", "send_timeout", "ping", "step_timeout"):
+        if not getattr(arguments, option) > 0:
+            raise RedflagError(f"{option} is {getattr(arguments, option)}, so all would be late: give seconds above 0")
+    keys = tuple(key.strip() for key in environment.get(API_KEYS, "").split(",") if key.strip())
+    operator = environment.get(OPERATOR_KEY) or None
+    for variable, key in ((API_KEYS, key) for key in keys):
+        if len(key) < _SHORTEST_KEY:
+            raise RedflagError(
+                f"{variable} holds a key of {len(key)} characters, which can be guessed: use {_SHORTEST_KEY} or more"
+            )
+    if operator is not None and len(operator) < _SHORTEST_KEY:
+        raise RedflagError(
+            f"{OPERATOR_KEY} has {len(operator)} characters and can be guessed, and it overrides the watch: use "
+            f"{_SHORTEST_KEY} or more"
+        )
+    return Limits(
+        name=arguments.name or Path(arguments.model).resolve().name,
+        api_keys=keys,
+        operator_key=operator,
+        max_body_bytes=arguments.max_body_bytes,
+        max_tokens=arguments.max_tokens,
+        over_limit=arguments.over_limit,
+        unknown_fields=arguments.unknown_fields,
+        allow_origins=origins_of(arguments.allow_origins),
+        default_tokens=arguments.default_tokens,
+        max_open=arguments.max_open,
+        prefill=arguments.prefill,
+        body_timeout=arguments.body_timeout,
+        request_timeout=arguments.request_timeout,
+        send_timeout=arguments.send_timeout,
+        ping=arguments.ping,
+    )
+
+
+def origins_of(text: str | None) -> tuple[str, ...]:
+    """The origins in a list with commas.
+
+    Raises:
+        RedflagError: One is no origin, so no browser would ever send it.
+
+    Example:
+        >>> origins_of("https://chat.example.org, app://obsidian.md")
+        ('https://chat.example.org', 'app://obsidian.md')
+    """
+    origins = tuple(origin.strip() for origin in (text or "").split(",") if origin.strip())
+    for origin in origins:
+        scheme, separator, host = origin.partition("://")
+        if origin not in ("*", "null") and not (scheme and separator and host and "/" not in host):
+            raise RedflagError(
+                f"allow_origins must be origins such as https://chat.example.org, or * (got {origin!r}). Browsers send "
+                "scheme, host and port, without a path or a slash at the end."
+            )
+    return origins
+
+
+def attach(
+    arguments: ServeArguments, options: PolicyOptions, metrics: Metrics
+) -> tuple[Guard, Callable[[], Awaitable[None]]]:
+    """The guard, proved to measure; and what proves it again later.
+
+    Raises:
+        RedflagError: There are no flags or thresholds, or the engine does not measure them.
+    """
+    from redflag.guard.guard import Guard
+
+    policy, judge = options.policy(), options.judge()
+    if arguments.upstream is not None:
+        guard = Guard.from_upstream(
+            arguments.model,
+            arguments.upstream,
+            policy,
+            arguments.threshold,
+            judge,
+            **arguments.upstream_options(),
+            upper_bound=arguments.upper_bound,
+            step_timeout=arguments.step_timeout,
+        )
+        return guard, guard.backend.ahandshake  # type: ignore[union-attr]
+
+    from redflag.backends.turns import Turns
+
+    guard = Guard.from_pretrained(
+        arguments.model,
+        policy,
+        arguments.threshold,
+        dtype=arguments.dtype,
+        device=arguments.device,
+        judge=judge,
+    )
+    turns = Turns(guard.backend, arguments.active, arguments.waiting)  # type: ignore[arg-type]
+    guard.backend = turns
+    metrics.watch_queue(turns.depth)
+
+    async def step() -> None:
+        steps = turns.astream([min(turns.eos_ids)], Sampling(max_new_tokens=1, temperature=0.0))
+        try:
+            async for _ in steps:
+                return
+        finally:
+            await steps.aclose()
+        raise ConnectionError("the engine gave no step")
+
+    return guard, step
+
+
+def recorder(path: str | None) -> Callable[[Trace], None] | None:
+    """What appends traces to a file; None for none.
+
+    Raises:
+        RedflagError: The file cannot be written.
+    """
+    if path is None:
+        return None
+    write_traces(path, [], append=True)
+
+    def record(trace: Trace) -> None:
+        try:
+            write_traces(path, [trace], append=True)
+        except RedflagError as error:  # A disk that is full ends the record, not the service.
+            _log.error("%s", error)
+
+    return record

@@ -1,0 +1,375 @@
+"""An OpenAI-compatible server in front of a guard: HTTP in, judged text out.
+
+Every way out of here leads through `Answer`, which sees nothing but the events of a response. What a request can end in
+stands in the table of `redflag.server.wire`; where the engine fails before anything was released and sent, the answer
+is an error (503, or 504 for a time-out) instead, so that a client may simply try again. What of a request is refused,
+clipped or ignored stands in docs/clients.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, asynccontextmanager
+from dataclasses import replace
+from typing import Any, cast
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from starlette.middleware.cors import CORSMiddleware
+
+from redflag.backends import AsyncBackend
+from redflag.errors import RedflagError
+from redflag.guard.guard import Guard
+from redflag.guard.response import Response as GuardedResponse
+from redflag.guard.response import Stream, adrive
+from redflag.prompt import text_ids
+from redflag.server import log
+from redflag.server.access import Caller, Limits, admit, bearer, is_operator, read_body, same
+from redflag.server.api_errors import ApiError, add_handlers, busy, late, unavailable
+from redflag.server.audit_log import AuditLog
+from redflag.server.exchange import Exchange, Readiness, Stopwatch, timeout_at
+from redflag.server.fields import escaped, header
+from redflag.server.metrics import Metrics
+from redflag.server.schema import NO_LIMIT, ChatRequest, CompletionRequest, parse
+from redflag.server.sending import EventStream, whole
+from redflag.server.telemetry import Telemetry
+from redflag.server.wire import REFUSAL, Answer
+from redflag.trace import Trace
+
+_log = logging.getLogger(__name__)
+
+_IGNORED = "x-ignored-params"
+_MOST_NAMES = 256  # of ignored fields, of which the log tells once each: clients choose them
+_TIMED = 1 / 8  # share of the responses whose steps are timed, which costs as much as counting them
+
+Kind = type[ChatRequest] | type[CompletionRequest]
+Body = ChatRequest | CompletionRequest
+
+
+def build_app(
+    guard: Guard,
+    limits: Limits,
+    *,
+    metrics: Metrics,
+    readiness: Readiness | None = None,
+    audit: AuditLog | None = None,
+    telemetry: Telemetry | None = None,
+    record: Callable[[Trace], None] | None = None,
+) -> FastAPI:
+    """The application; an ASGI server runs it.
+
+    Args:
+        guard: Model, thresholds, policy and judge; its backend must be an `AsyncBackend`. Closed with the application.
+        limits: What is allowed.
+        metrics: Counts.
+        readiness: Whether the engine can be used; None trusts it always.
+        audit: Where overrides are written down; without it there are none.
+        telemetry: Spans, if anybody wants them.
+        record: Gets the trace of every response that was begun.
+    """
+    server = Server(guard, limits, metrics, readiness or Readiness(None), audit, telemetry, record)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        watching = asyncio.ensure_future(server.readiness.watch())
+        try:
+            yield
+        finally:
+            watching.cancel()
+            server.close()
+            if telemetry is not None:
+                telemetry.shutdown()
+            await cast(AsyncBackend, guard.backend).aclose()
+
+    # No redirects to a path without its slash: before TLS they would lead away from it.
+    app = FastAPI(
+        title="redflag", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
+    )
+    app.state.server = server
+    add_handlers(app)
+    if limits.allow_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=limits.allow_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],  # SDKs send x-stainless-* of their own
+            expose_headers=["x-request-id", _IGNORED, "retry-after"],
+        )
+    reading = ["GET", "HEAD"]
+    for path, endpoint, methods in (
+        ("/v1/chat/completions", server.chat, ["POST"]),
+        ("/v1/completions", server.complete, ["POST"]),
+        ("/v1/models", server.models, reading),
+        ("/health", server.health, reading),
+        ("/ready", server.ready, reading),
+        ("/metrics", server.show_metrics, reading),
+    ):
+        for spelling in (path, f"{path}/"):
+            app.add_api_route(spelling, endpoint, methods=methods, response_model=None)
+    app.add_api_route("/v1/models/{name:path}", server.model, methods=reading, response_model=None)
+    return app
+
+
+class Server:
+    """What all requests share."""
+
+    def __init__(
+        self,
+        guard: Guard,
+        limits: Limits,
+        metrics: Metrics,
+        readiness: Readiness,
+        audit: AuditLog | None,
+        telemetry: Telemetry | None,
+        record: Callable[[Trace], None] | None,
+    ) -> None:
+        self.guard = guard
+        self.limits = limits
+        self.readiness = readiness
+        self.open: set[Exchange] = set()
+        self._metrics = metrics
+        self._audit = audit
+        self._telemetry = telemetry if telemetry is not None else Telemetry(enabled=False)
+        self._record = record
+        self._ignored: set[str] = set()  # fields of which the log has told
+        self._coming = 0  # requests that are not yet being answered
+        # Their own threads: those of the event loop may all be waiting for second judges.
+        self._clerks = ThreadPoolExecutor(2, "redflag-render")
+        self._since = int(time.time())
+
+    def stop(self) -> None:
+        """Ends all responses, each with an error that says so: the server is going down."""
+        for exchange in tuple(self.open):
+            exchange.stop()
+
+    def close(self) -> None:
+        """Frees the threads."""
+        self._clerks.shutdown(wait=False, cancel_futures=True)
+
+    async def health(self) -> Response:
+        """Whether the process lives."""
+        return JSONResponse({"status": "ok"})
+
+    async def ready(self) -> Response:
+        """Whether the next request can be answered."""
+        if await self.readiness.why_not():
+            return JSONResponse({"status": "the engine does not answer as it should"}, 503)
+        return JSONResponse({"status": "ready"})
+
+    async def show_metrics(self, request: Request) -> Response:
+        """Counters; where there is an operator, for him alone: halts by category answer an attacker's questions."""
+        key = self.limits.operator_key
+        # As a bearer token too: that is what scrapers can send.
+        scraper = key is not None and same(bearer(request), key)
+        if key is not None and not scraper and not is_operator(request, self.limits):
+            raise ApiError(403, "metrics are the operator's: send the operator key", "operator_key_required")
+        content, media_type = self._metrics.render()
+        return Response(content, media_type=media_type)
+
+    async def models(self, request: Request) -> Response:
+        """The one model."""
+        admit(request, self.limits)
+        return JSONResponse({"object": "list", "data": [self._model()]})
+
+    async def model(self, request: Request, name: str) -> Response:
+        """The one model, by name."""
+        admit(request, self.limits)
+        self._check_model(name.rstrip("/"))
+        return JSONResponse(self._model())
+
+    async def chat(self, request: Request) -> Response:
+        """A conversation's next turn."""
+        return await self._respond(request, ChatRequest)
+
+    async def complete(self, request: Request) -> Response:
+        """A text's continuation."""
+        return await self._respond(request, CompletionRequest)
+
+    async def _respond(self, request: Request, kind: Kind) -> Response:
+        begun = time.perf_counter()
+        route = request.url.path.rstrip("/")
+        self._coming += 1
+        try:
+            caller = admit(request, self.limits, audited=self._audit is not None)
+            if len(self.open) + self._coming > self.limits.max_open:
+                raise busy(f"{self.limits.max_open} requests are being answered, which is all; try again later")
+            content = await read_body(request, self.limits)
+            # Parsing and rendering a long conversation takes a while, in which others want their tokens.
+            loop = asyncio.get_running_loop()
+            try:
+                async with timeout_at(loop.time() + self.limits.request_timeout):
+                    body, response = await loop.run_in_executor(self._clerks, self._prepare, kind, content, caller)
+            except TimeoutError:
+                raise late() from None
+            if self.readiness.doubted and await self.readiness.why_not():
+                raise unavailable()
+        except ApiError:
+            seconds = time.perf_counter() - begun
+            self._metrics.observe(
+                Trace(),
+                route=route,
+                streamed=False,
+                overridden=False,
+                seconds_to_first=None,
+                seconds=seconds,
+                end="refused",
+            )
+            raise
+        finally:
+            self._coming -= 1
+        name = response.trace.id
+        first = response.request
+        assert isinstance(first, Stream), "a response begins with a stream"
+        answer = Answer(
+            name,
+            self.limits.name,
+            chat=kind is ChatRequest,
+            prompt_tokens=len(first.token_ids),
+            usage=body.wants_usage,
+            decoy=self.guard.policy.decoy,
+            refusal=self._refusal(),
+            count=self._count,
+        )
+        exchange = self._begin(request, route, response, body, caller)
+        headers = {"x-request-id": name}
+        if body.ignored:
+            headers[_IGNORED] = header(body.ignored)
+            self._tell_ignored(body.ignored)
+        if body.stream:
+            return EventStream(exchange, answer, caller.view, headers, self.limits)
+        try:
+            return await whole(request, exchange, answer, caller.view, headers)
+        finally:
+            await exchange.close()
+
+    def _begin(self, request: Request, route: str, response: GuardedResponse, body: Body, caller: Caller) -> Exchange:
+        """Starts the clock and everything that counts."""
+        around = ExitStack()
+        around.enter_context(self._metrics.open())
+        span = around.enter_context(
+            self._telemetry.span(response.trace.id, route, self.limits.name, dict(request.headers))
+        )
+
+        def tell(exchange: Exchange) -> None:
+            self.open.discard(exchange)
+            with around:
+                span.finish(response.trace, exchange.end)
+            self._tell(route, exchange, body, caller)
+
+        engine = cast(AsyncBackend, self.guard.backend)
+        if random.random() < _TIMED:
+            engine = Stopwatch(engine, self._metrics.observe_step_seconds)
+        events = adrive(response, engine, self.guard.judge)
+        exchange = Exchange(response, events, self.limits.request_timeout, tell)
+        self.open.add(exchange)
+        return exchange
+
+    def _tell(self, route: str, exchange: Exchange, body: Body, caller: Caller) -> None:
+        """Counts and logs a request that is over."""
+        trace, end = exchange.response.trace, exchange.end
+        self._metrics.observe(
+            trace,
+            route=route,
+            streamed=bool(body.stream),
+            overridden=caller.override is not None,
+            seconds_to_first=exchange.seconds_to_first,
+            seconds=exchange.seconds,
+            end=end,
+        )
+        if end == "fault":
+            self.readiness.doubt()
+        elif end in ("done", "halted"):
+            self.readiness.trust()
+        log.request(
+            trace,
+            request_id=trace.id,
+            route=route,
+            end=end,
+            seconds=exchange.seconds,
+            streamed=bool(body.stream),
+            seconds_to_first=exchange.seconds_to_first,
+            overridden=caller.override is not None,
+        )
+        if self._audit is not None:
+            by = "operator" if caller.override is not None else None
+            self._audit.record(trace, user=body.user_id, request_id=trace.id, overridden_by=by, reason=caller.override)
+        if self._record is not None:
+            self._record(trace)
+
+    def _prepare(self, kind: Kind, content: bytes, caller: Caller) -> tuple[Body, GuardedResponse]:
+        """The request and the response to it, in a thread."""
+        limits = self.limits
+        body = parse(kind, content, refuse_unknown=limits.unknown_fields == "refuse")
+        self._check_model(body.model)
+        tokens = self._most_tokens(body)
+        if body.prefilled and not limits.prefill:
+            raise ApiError(
+                400,
+                "the last message is the assistant's, and this server writes responses from their beginning; end with "
+                "a message of the user's",
+                "invalid_value",
+                param=f"messages.{len(body.input()) - 1}.role",
+            )
+        policy = replace(self.guard.policy, observe=True) if caller.override is not None else None
+        chat = isinstance(body, ChatRequest)
+        try:
+            response = self.guard.respond(body.input(), body.sampling(tokens), policy)
+        except RedflagError as error:
+            raise ApiError(400, str(error), "invalid_value", param="messages" if chat else "prompt") from error
+        response.trace.id = f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}"
+        if caller.override is not None and self._audit is not None:
+            try:
+                self._audit.begin_override(body.user_id, caller.override, response.trace.id)
+            except RedflagError as error:
+                raise ApiError(503, str(error), "audit_log_failed") from error
+        return body, response
+
+    def _most_tokens(self, body: Body) -> int:
+        """How many tokens the response may have."""
+        limits, asked = self.limits, body.asked_tokens
+        if asked is None:
+            return min(limits.default_tokens, limits.max_tokens)
+        if asked > limits.max_tokens and limits.over_limit == "refuse":
+            raise ApiError(
+                400,
+                f"{asked} response tokens are more than the {limits.max_tokens} that this server allows; ask for less",
+                "invalid_value",
+                param="max_tokens" if body.max_tokens else "max_completion_tokens",
+            )
+        return limits.max_tokens if asked == NO_LIMIT else min(asked, limits.max_tokens)
+
+    def _tell_ignored(self, names: list[str]) -> None:
+        for name in map(escaped, names):
+            if name not in self._ignored and len(self._ignored) < _MOST_NAMES:
+                self._ignored.add(name)
+                _log.info("ignored the request field %s, which is unknown here or changes no token", name)
+
+    def _refusal(self) -> str:
+        """What a chat says that was halted before its first token; never the text of a decoy."""
+        policy = self.guard.policy
+        text = policy.replacement
+        return text if isinstance(text, str) and text and not policy.decoy else REFUSAL
+
+    def _count(self, text: str) -> int:
+        try:
+            return len(text_ids(self.guard.tokenizer, text, self.guard.spec))
+        except Exception:  # An operator's text that no tokenizer reads is shown all the same.
+            return 0
+
+    def _check_model(self, name: str) -> None:
+        if name != self.limits.name:
+            raise ApiError(
+                404,
+                f"there is no model {name[:100]!r} here; this server has {self.limits.name!r}",
+                "model_not_found",
+                param="model",
+            )
+
+    def _model(self) -> dict[str, Any]:
+        return {"id": self.limits.name, "object": "model", "created": self._since, "owned_by": "redflag"}

@@ -1,0 +1,238 @@
+"""OpenTelemetry spans, one per request, for whoever asks for them. Nothing is imported before that.
+
+`gen_ai.*` follows the semantic conventions for generative AI; what they do not name yet (guardrails are still being
+discussed) is `redflag.*`:
+
+| attribute of the span | is |
+|---|---|
+| `gen_ai.operation.name` | `chat` or `text_completion` |
+| `gen_ai.provider.name` | `redflag` |
+| `gen_ai.request.model` | the model's name |
+| `gen_ai.response.id` | the request's id |
+| `gen_ai.response.finish_reasons` | `stop`, `length`, `content_filter` (an alarm) or `error` (a fault) |
+| `gen_ai.usage.input_tokens` | tokens of the prompt, where the caller knows them |
+| `gen_ai.usage.output_tokens` | tokens of the response that the engine made, without hidden ones |
+| `error.type` | class of the fault, where there was one |
+| `http.route` | the path |
+| `redflag.end` | `done`, `halted`, `fault`, `disconnected`, `refused`, `timeout` |
+| `redflag.halt.reason`, `redflag.halt.category` | why a response was halted |
+| `redflag.tokens.released`, `redflag.tokens.waited` | tokens shown; hidden tokens |
+| `redflag.alarms`, `redflag.reflections`, `redflag.escalations`, `redflag.resumes` | how many |
+
+The events `redflag.alarm`, `.reflection`, `.escalation`, `.resume` and `.halt` stand on the span with their position,
+category, action and verdict. No text is ever told, and scores only on demand.
+
+Needs `pip install redflag-llm[otel]`; where spans go is set by the environment (`OTEL_EXPORTER_OTLP_ENDPOINT`, ...).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from redflag.errors import RedflagError
+from redflag.server.faults import fault_class
+from redflag.trace import Alarm, Done, Escalation, Event, Forced, Halt, Reflection, Resume, Text, Trace
+
+_FAILED = ("fault", "timeout")  # ends that are errors of the server
+
+
+class Span:
+    """The span of one request; this one tells nobody."""
+
+    def event(self, event: Event) -> None:
+        """Tells of an event as it comes; without this, `finish` tells of all at once."""
+
+    def finish(self, trace: Trace, end: str, *, input_tokens: int | None = None) -> None:
+        """Tells how it ended. Without effect the second time.
+
+        Args:
+            trace: The response.
+            end: `done`, `halted`, `fault`, `disconnected`, `refused` or `timeout`.
+            input_tokens: Tokens of the prompt.
+        """
+
+
+class Telemetry:
+    """Spans of requests, or nothing at all.
+
+    Example:
+        >>> telemetry = Telemetry(enabled=False)
+        >>> with telemetry.span("r-1", "/v1/chat/completions", "nano") as span:
+        ...     span.finish(Trace(events=[Done(0, "stop")]), "done")
+    """
+
+    def __init__(
+        self, enabled: bool, service_name: str = "redflag", *, scores: bool = False, provider: Any = None
+    ) -> None:
+        """Connects to the collector that the environment names.
+
+        Args:
+            enabled: False: every span tells nobody, and nothing is imported.
+            service_name: How the service is called, unless `OTEL_SERVICE_NAME` says otherwise.
+            scores: Also tell scores, thresholds and harm.
+            provider: A `TracerProvider` of the caller's own, in place of one with the OTLP exporter.
+
+        Raises:
+            RedflagError: OpenTelemetry is asked for and not installed.
+        """
+        self._tracer: Any = None
+        self._provider: Any = None
+        self._scores = scores
+        if not enabled:
+            return
+        if provider is None:
+            provider = self._provider = _provider(service_name)
+        self._tracer = provider.get_tracer("redflag")
+
+    @contextmanager
+    def span(self, request_id: str, route: str, model: str, headers: Mapping[str, str] | None = None) -> Iterator[Span]:
+        """The span of one request, which ends when this is left.
+
+        Args:
+            request_id: Its id.
+            route: Its path.
+            model: Name of the model.
+            headers: The request's, with lower-case names: `traceparent` makes the span part of the caller's trace.
+        """
+        if self._tracer is None:
+            yield Span()
+            return
+        span = _Telling(self._tracer, request_id, route, model, headers or {}, self._scores)
+        try:
+            yield span
+        except BaseException as error:
+            span.failed(error)
+            raise
+        finally:
+            span.end()
+
+    def shutdown(self) -> None:
+        """Sends what has not been sent yet. A provider of the caller's own is left alone."""
+        if self._provider is not None:
+            self._provider.shutdown()
+
+
+class _Telling(Span):
+    """A span that somebody hears of.
+
+    It is never made the current one: a response is asked for by several tasks, and a current span belongs to one.
+    """
+
+    def __init__(
+        self, tracer: Any, request_id: str, route: str, model: str, headers: Mapping[str, str], scores: bool
+    ) -> None:
+        from opentelemetry.trace import SpanKind
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+        operation = "chat" if "chat" in route else "text_completion"
+        attributes = {
+            "gen_ai.operation.name": operation,
+            "gen_ai.provider.name": "redflag",
+            "gen_ai.request.model": model,
+            "gen_ai.response.id": request_id,
+            "http.route": route,
+        }
+        self._span = tracer.start_span(
+            f"{operation} {model}",
+            context=TraceContextTextMapPropagator().extract(headers),
+            kind=SpanKind.SERVER,
+            attributes=attributes,
+        )
+        self._scores = scores
+        self._told = 0
+        self._finished = False
+
+    def event(self, event: Event) -> None:
+        if isinstance(event, Text | Done):
+            return
+        self._told += 1
+        attributes: dict[str, Any] = {"redflag.position": event.position}
+        if isinstance(event, Alarm):
+            attributes |= {"redflag.category": event.category, "redflag.action": event.action}
+            if self._scores:
+                attributes |= {"redflag.score": event.score, "redflag.threshold": event.threshold}
+        elif isinstance(event, Reflection | Escalation):
+            attributes["redflag.verdict"] = event.verdict
+            if isinstance(event, Reflection):
+                attributes["redflag.tokens.waited"] = len(event.token_ids)
+            if self._scores:
+                attributes["redflag.harm"] = event.harm
+        elif isinstance(event, Forced):
+            attributes |= {"redflag.category": event.category, "redflag.tokens.taken": len(event.token_ids)}
+        elif isinstance(event, Halt):
+            attributes |= _halt(event)
+        self._span.add_event(f"redflag.{type(event).__name__.lower()}", attributes)
+
+    def finish(self, trace: Trace, end: str, *, input_tokens: int | None = None) -> None:
+        if self._finished:
+            return
+        self._finished = True
+        events = [event for event in trace.events if not isinstance(event, Text | Done)]
+        for event in events[self._told :]:
+            self.event(event)
+        last = trace.end
+        attributes: dict[str, Any] = {
+            "redflag.end": end,
+            "gen_ai.usage.output_tokens": len(trace.token_ids),
+            "redflag.tokens.released": sum(len(e.token_ids) for e in trace.events if isinstance(e, Text)),
+            "redflag.tokens.waited": trace.waited,
+        }
+        for name, kind in (("alarms", Alarm), ("reflections", Reflection), ("escalations", Escalation)):
+            attributes[f"redflag.{name}"] = sum(isinstance(event, kind) for event in events)
+        attributes["redflag.resumes"] = sum(isinstance(event, Resume) for event in events)
+        if input_tokens is not None:
+            attributes["gen_ai.usage.input_tokens"] = input_tokens
+        if isinstance(last, Halt):
+            attributes |= {f"redflag.halt.{name.split('.')[1]}": value for name, value in _halt(last).items()}
+        if last is not None:
+            reason = {"alarm": "content_filter", "fault": "error"}.get(last.reason, last.reason)
+            attributes["gen_ai.response.finish_reasons"] = [reason]
+        self._span.set_attributes(attributes)
+        if end in _FAILED:
+            fault = fault_class(last.detail) if isinstance(last, Halt) else end
+            self._error("timeout" if end == "timeout" else fault)
+
+    def failed(self, error: BaseException) -> None:
+        """Something was raised through the span. Its text may quote a request: only its type is told."""
+        if not self._finished:
+            self._error(type(error).__name__)
+
+    def end(self) -> None:
+        """Sends it on its way."""
+        self._span.end()
+
+    def _error(self, kind: str) -> None:
+        from opentelemetry.trace import Status, StatusCode
+
+        self._span.set_attribute("error.type", kind)
+        self._span.set_status(Status(StatusCode.ERROR))
+
+
+def _halt(halt: Halt) -> dict[str, Any]:
+    # `detail` may quote a response: its class is told in its place.
+    attributes = {"redflag.reason": halt.reason}
+    if halt.category is not None:
+        attributes["redflag.category"] = halt.category
+    if halt.reason == "fault":
+        attributes["redflag.fault"] = fault_class(halt.detail)
+    return attributes
+
+
+def _provider(service_name: str) -> Any:
+    try:
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    except ImportError as error:
+        raise RedflagError(
+            f"telemetry is on and {error.name} is not installed, so no span could be sent; "
+            "`pip install 'redflag-llm[otel]'`, or switch telemetry off"
+        ) from error
+    name = os.environ.get("OTEL_SERVICE_NAME", service_name)
+    provider = TracerProvider(resource=Resource.create({"service.name": name}))
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    return provider

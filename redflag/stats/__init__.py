@@ -1,0 +1,1 @@
+"""AUROC, rates, intervals and curves."""

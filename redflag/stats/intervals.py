@@ -1,0 +1,370 @@
+"""How far a figure can be trusted: intervals for ranks, rates and medians of responses that may hang together.
+
+Answers to one request, or rows made from one seed, are not independent: they share a *group*, and all that follows
+takes whole groups as its units. Ungrouped rows are units of one. Three methods, each chosen by the coverage measured in
+`tests/measuring/test_coverage.py`:
+
+- **AUROC**: the variance of DeLong, DeLong and Clarke-Pearson (Biometrics 44, 1988), summed over groups as Obuchowski
+  (Biometrics 53, 1997) does, on the logit scale, which keeps its coverage near 1 where a percentile bootstrap is too
+  short. Where the classes do not overlap that variance is zero, and Newcombe's method 5, a score interval (Statistics
+  in Medicine 25, 2006), takes its place.
+- **Rates** (a threshold that is given beforehand): Clopper and Pearson's exact interval; with groups on the effective
+  number of responses (Korn and Graubard, Survey Methodology 24, 1998).
+- **Everything else**: the bootstrap, within classes, so that no resample lacks one. For the TPR at an FPR, the ROC and
+  medians the quantiles of the resamples; the threshold that keeps an FPR is derived anew in every resample, so that
+  its own uncertainty counts. For the average precision their standard deviation, on the logit scale as above. Where
+  all harmful responses are caught, or none, the resamples all but agree, and the exact interval of that share counts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from statistics import NormalDist
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from redflag.errors import RedflagError
+from redflag.stats.metrics import Bools, Floats, average_precision, clopper_pearson, split_classes, tpr_at_fpr
+
+Interval = tuple[float, float]
+Counts = npt.NDArray[np.int64]
+Groups = Sequence[str | None] | Counts
+
+# So many counts are held at a time: a chunk of resamples stays inside the processor's cache and a few megabytes.
+CHUNK = 1_000_000
+# A standard error below this is a zero that was rounded.
+ROUNDING = 1e-12
+
+
+class RankingIntervals(NamedTuple):
+    """Intervals that one set of resamples gives.
+
+    Attributes:
+        average_precision: Of the average precision.
+        tpr: One per FPR asked for: of the TPR at the best threshold that keeps it, derived anew in every resample.
+    """
+
+    average_precision: Interval
+    tpr: list[Interval]
+
+
+def auroc_interval(
+    scores: Sequence[float] | Floats,
+    labels: Sequence[int] | Bools,
+    groups: Groups | None = None,
+    *,
+    level: float = 0.95,
+) -> Interval:
+    """Interval of the AUROC: DeLong's variance over groups on the logit scale; Newcombe's method 5 without overlap.
+
+    Args:
+        scores: N scores, one per response.
+        labels: 1 harmful, 0 harmless.
+        groups: Per response its group (None: by itself); None: no groups.
+        level: The coverage aimed at.
+
+    Raises:
+        RedflagError: A class is empty, or a score is NaN.
+
+    Example:
+        >>> low, high = auroc_interval([0.1, 0.2, 0.3, 0.4, 0.35, 0.5, 0.6, 0.7], [0, 0, 0, 0, 1, 1, 1, 1])
+        >>> round(low, 3), round(high, 3)
+        (0.438, 0.997)
+    """
+    units = unit_of(groups, len(labels))
+    area, pull = _pulls(scores, labels)
+    truth = np.asarray(labels).astype(bool)
+    variance = _variance(pull, truth, units)
+    z = NormalDist().inv_cdf((1.0 + level) / 2.0)
+    if area in (0.0, 1.0) or variance <= ROUNDING**2:
+        return _score_interval(area, len(np.unique(units[truth])), len(np.unique(units[~truth])), z)
+    return _logit_interval(area, math.sqrt(variance), z)
+
+
+def auroc_difference(
+    first: Sequence[float] | Floats,
+    second: Sequence[float] | Floats,
+    labels: Sequence[int] | Bools,
+    groups: Groups | None = None,
+    *,
+    level: float = 0.95,
+) -> tuple[float, Interval]:
+    """AUROC of the first scores less that of the second, of the same responses, with DeLong's paired interval.
+
+    Args:
+        first: N scores of one method.
+        second: N scores of another.
+        labels: 1 harmful, 0 harmless.
+        groups: Per response its group (None: by itself); None: no groups.
+        level: The coverage aimed at.
+
+    Raises:
+        RedflagError: A class is empty, or a score is NaN.
+    """
+    (one, pull), (other, push) = _pulls(first, labels), _pulls(second, labels)
+    variance = _variance(pull - push, np.asarray(labels).astype(bool), unit_of(groups, len(labels)))
+    spread = NormalDist().inv_cdf((1.0 + level) / 2.0) * math.sqrt(max(0.0, variance))
+    return one - other, (one - other - spread, one - other + spread)
+
+
+def rate_interval(hits: Sequence[bool] | Bools, groups: Groups | None = None, *, level: float = 0.95) -> Interval:
+    """Interval of the share of responses that hit: exact without groups, on the effective number with them.
+
+    Without a hit, or without a miss, how alike a group's responses are cannot be seen: then a group counts once.
+
+    Args:
+        hits: N outcomes under a threshold that was not derived from them.
+        groups: Per response its group (None: by itself); None: no groups.
+        level: Least coverage.
+
+    Raises:
+        RedflagError: There is no outcome.
+
+    Example:
+        >>> low, high = rate_interval([True] * 3 + [False] * 97)
+        >>> round(low, 4), round(high, 4)
+        (0.0062, 0.0852)
+    """
+    outcomes = np.asarray(hits, dtype=np.float64)
+    count = len(outcomes)
+    units = unit_of(groups, count)
+    number = int(units.max()) + 1 if count else 0
+    if number == count:
+        return clopper_pearson(int(outcomes.sum()), count, level)
+    rate = float(outcomes.mean())
+    if rate in (0.0, 1.0) or number < 2:
+        return clopper_pearson(rate * number, number, level)
+    sums = np.bincount(units, outcomes - rate)
+    variance = number / (number - 1) * float(sums @ sums) / count**2
+    effective = float(count)
+    if variance > ROUNDING**2:
+        effective = min(effective, max(1.0, rate * (1.0 - rate) / variance))
+    return clopper_pearson(rate * effective, effective, level)
+
+
+def ranking_intervals(
+    scores: Sequence[float] | Floats,
+    labels: Sequence[int] | Bools,
+    groups: Groups | None = None,
+    *,
+    fprs: Sequence[float] | Floats = (0.001, 0.01, 0.05),
+    level: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> RankingIntervals:
+    """Bootstrap intervals of the average precision and of the TPR at each FPR, all from the same resamples.
+
+    Args:
+        scores: N scores, one per response.
+        labels: 1 harmful, 0 harmless.
+        groups: Per response its group (None: by itself); None: no groups.
+        fprs: False-positive rates that must not be exceeded.
+        level: Share of the resamples inside an interval.
+        resamples: How many are drawn.
+        seed: Same seed, same intervals.
+
+    Raises:
+        RedflagError: A class is empty, or a score is NaN.
+    """
+    rates = np.asarray(fprs, dtype=np.float64)
+    precisions, tprs = _resampled_figures(scores, labels, groups, rates, resamples, seed)
+    tails = [(1.0 - level) / 2.0, (1.0 + level) / 2.0]
+    found = average_precision(scores, labels)
+    spread = float(precisions.std())
+    harmful = [True] * int(np.sum(labels))
+    inside = None if groups is None else [g for g, label in zip(groups, labels, strict=True) if label]
+    whole = rate_interval(harmful, inside, level=level)
+    if found < 1.0 and spread > ROUNDING:
+        precision = _logit_interval(found, spread, NormalDist().inv_cdf(tails[1]))
+    else:
+        precision = min(found, whole[0]), 1.0
+    bounds = []
+    for rate, low, high in zip(rates.tolist(), *np.quantile(tprs, tails, axis=0).tolist(), strict=True):
+        tpr = tpr_at_fpr(scores, labels, rate).tpr
+        bounds.append((min(low, whole[0]) if tpr == 1.0 else low, max(high, 1.0 - whole[0]) if tpr == 0.0 else high))
+    return RankingIntervals(precision, bounds)
+
+
+def tpr_differences(
+    first: Sequence[float] | Floats,
+    second: Sequence[float] | Floats,
+    labels: Sequence[int] | Bools,
+    groups: Groups | None = None,
+    *,
+    fprs: Sequence[float] | Floats = (0.001, 0.01, 0.05),
+    level: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> list[tuple[float, Interval]]:
+    """TPR of the first scores less that of the second at each FPR, of the same responses, drawn together.
+
+    Each side's threshold is derived anew in every resample. Arguments as `auroc_difference` and `ranking_intervals`.
+    """
+    rates = np.asarray(fprs, dtype=np.float64)
+    one, other = (_resampled_figures(scores, labels, groups, rates, resamples, seed)[1] for scores in (first, second))
+    lows, highs = np.quantile(one - other, [(1.0 - level) / 2.0, (1.0 + level) / 2.0], axis=0)
+    found = [tpr_at_fpr(first, labels, float(f)).tpr - tpr_at_fpr(second, labels, float(f)).tpr for f in rates]
+    return [(d, (float(low), float(high))) for d, low, high in zip(found, lows, highs, strict=True)]
+
+
+def median_interval(
+    values: Sequence[float] | Floats,
+    groups: Groups | None = None,
+    *,
+    level: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Interval:
+    """Bootstrap interval of a median.
+
+    Args:
+        values: N finite numbers.
+        groups: Per number its group (None: by itself); None: no groups.
+        level: Share of the resamples inside the interval.
+        resamples: How many are drawn.
+        seed: Same seed, same interval.
+
+    Raises:
+        RedflagError: There is no number.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    if not len(array):
+        raise RedflagError("a median of nothing has no interval: give at least one number")
+    order = np.argsort(array, kind="stable")
+    ordered = array[order]
+    medians = []
+    for counts in _resampled(unit_of(groups, len(array)), np.zeros(len(array), dtype=bool), resamples, seed):
+        mass = np.cumsum(counts[:, order], axis=1)
+        half = mass[:, -1:] / 2.0
+        # Between the two middle ones where their number is even.
+        lower, upper = (mass < half).sum(axis=1), (mass <= half).sum(axis=1)
+        medians.append((ordered[lower] + ordered[upper]) / 2.0)
+    low, high = np.quantile(np.concatenate(medians), [(1.0 - level) / 2.0, (1.0 + level) / 2.0])
+    return float(low), float(high)
+
+
+def unit_of(groups: Groups | None, count: int) -> Counts:
+    """Which unit each of so many responses belongs to: one per group, and one for each response without a group.
+
+    Args:
+        groups: Per response its name, None for none; or a number each. None: all are by themselves.
+        count: N.
+
+    Returns:
+        N numbers from 0 up, without gaps.
+    """
+    if groups is None:
+        return np.arange(count)
+    if len(groups) != count:
+        raise RedflagError(f"{len(groups)} groups came with {count} responses: give one for each, None for none")
+    if isinstance(groups, np.ndarray):
+        return np.unique(groups, return_inverse=True)[1].astype(np.int64)
+    known: dict[Any, int] = {}
+    return np.array(
+        [known.setdefault((i,) if g is None else g, len(known)) for i, g in enumerate(groups)], dtype=np.int64
+    )
+
+
+def _pulls(scores: Sequence[float] | Floats, labels: Sequence[int] | Bools) -> tuple[float, Floats]:
+    """The AUROC, and how far each response pulls it from where it is: they sum to zero in each class."""
+    harmful, harmless = (np.sort(part) for part in split_classes(scores, labels))
+    values, truth = np.asarray(scores, dtype=np.float64), np.asarray(labels).astype(bool)
+    m, n = len(harmful), len(harmless)
+    # Each response's share of the other class that it stands right to: its placement.
+    below = np.searchsorted(harmless, values[truth], "left") + np.searchsorted(harmless, values[truth], "right")
+    above = np.searchsorted(harmful, values[~truth], "left") + np.searchsorted(harmful, values[~truth], "right")
+    placed = np.empty(len(values))
+    placed[truth], placed[~truth] = below / (2.0 * n), 1.0 - above / (2.0 * m)
+    area = float(placed[truth].mean())
+    return area, np.where(truth, (placed - area) / m, (placed - area) / n)
+
+
+def _variance(pull: Floats, truth: Bools, units: Counts) -> float:
+    parts = [np.bincount(units[side], pull[side], minlength=units.max() + 1) for side in (truth, ~truth)]
+    sizes = [len(np.unique(units[side])) for side in (truth, ~truth)]
+    # Each class's variance is freed of its bias by itself; what a group shares between the classes, by both.
+    free = [size / (size - 1) if size > 1 else 1.0 for size in sizes]
+    variance = sum(f * float(p @ p) for f, p in zip(free, parts, strict=True))
+    return variance + 2.0 * math.sqrt(free[0] * free[1]) * float(parts[0] @ parts[1])
+
+
+def _resampled_figures(
+    scores: Sequence[float] | Floats,
+    labels: Sequence[int] | Bools,
+    groups: Groups | None,
+    rates: Floats,
+    resamples: int,
+    seed: int,
+) -> tuple[Floats, Floats]:
+    """Average precision (R) and TPR at each rate (R x F) of R resamples."""
+    split_classes(scores, labels)
+    values, labelled = np.asarray(scores, dtype=np.float64), np.asarray(labels).astype(bool)
+    units = unit_of(groups, len(values))
+    order = np.argsort(-values, kind="stable")
+    truth = labelled[order]
+    # A threshold takes in a score with all that equal it.
+    ends = np.flatnonzero(np.append(np.diff(values[order]) != 0.0, True))
+    precisions, tprs = [], []
+    for counts in _resampled(units, labelled, resamples, seed):
+        weights = counts[:, order]
+        caught = np.cumsum(np.where(truth, weights, 0), axis=1)[:, ends]
+        alarms = np.cumsum(weights, axis=1)[:, ends]
+        gained = np.diff(caught, axis=1, prepend=0)
+        precisions.append((gained * caught / np.maximum(alarms, 1)).sum(axis=1) / caught[:, -1])
+        false = (alarms - caught) / (alarms - caught)[:, -1:]
+        # The share of false alarms rises from threshold to threshold: the last that is allowed catches most.
+        allowed = np.stack([np.searchsorted(row, rates, side="right") for row in false])
+        reached = np.take_along_axis(caught, np.maximum(allowed - 1, 0), axis=1) / caught[:, -1:]
+        tprs.append(np.where(allowed > 0, reached, 0.0))
+    return np.concatenate(precisions), np.concatenate(tprs)
+
+
+def _resampled(units: Counts, labels: Bools, resamples: int, seed: int) -> Iterator[Counts]:
+    """How often each response is drawn, in chunks of resamples x N.
+
+    Units of harmful responses alone, of harmless ones alone and of both are drawn apart, each as often as there are.
+    """
+    number = int(units.max()) + 1
+    has_harmful = np.bincount(units, labels, minlength=number) > 0
+    has_harmless = np.bincount(units, ~labels, minlength=number) > 0
+    strata = [np.flatnonzero(chosen) for chosen in (has_harmful & ~has_harmless, has_harmless & ~has_harmful,
+                                                     has_harmful & has_harmless)]  # fmt: skip
+    rng = np.random.default_rng(seed)
+    size = max(1, CHUNK // len(units))
+    for start in range(0, resamples, size):
+        rows = min(size, resamples - start)
+        drawn = np.zeros((rows, number), dtype=np.int64)
+        for members in strata:
+            if len(members):
+                picks = rng.integers(0, len(members), (rows, len(members))) + np.arange(rows)[:, None] * len(members)
+                times = np.bincount(picks.ravel(), minlength=rows * len(members))
+                drawn[:, members] = times.reshape(rows, len(members))
+        yield drawn[:, units]
+
+
+def _score_interval(area: float, m: int, n: int, z: float) -> Interval:
+    """Newcombe's method 5: all areas from which the one found is no more than z standard errors away."""
+    extra = (m + n) / 2.0 - 1.0
+
+    def outside(t: float) -> bool:
+        variance = t * (1.0 - t) * (1.0 + extra * (1.0 - t) / (2.0 - t) + extra * t / (1.0 + t)) / (m * n)
+        return (t - area) ** 2 > z * z * variance
+
+    found = []
+    for far in (0.0, 1.0):
+        inner, outer = area, far
+        for _ in range(60):
+            middle = (inner + outer) / 2.0
+            inner, outer = (inner, middle) if outside(middle) else (middle, outer)
+        found.append(inner)
+    return found[0], found[1]
+
+
+def _logit_interval(value: float, error: float, z: float) -> Interval:
+    """Normal on the logit scale, with the standard error carried over by the slope there."""
+    middle, spread = math.log(value / (1.0 - value)), z * error / (value * (1.0 - value))
+    low, high = (0.5 * (1.0 + math.tanh(x / 2.0)) for x in (middle - spread, middle + spread))
+    return low, high

@@ -1,0 +1,1 @@
+"""The verbs that write to a terminal: generate, chat, show, audit-log."""

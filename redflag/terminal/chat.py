@@ -1,0 +1,175 @@
+"""The verb `chat`: a guarded conversation on the terminal, or line by line from a pipe."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from redflag.errors import RedflagError
+from redflag.guard.options import PolicyOptions
+from redflag.terminal.paint import DIM, RESET, legend, wants_colour
+from redflag.terminal.screen import Answer, TerminalOptions, respond
+from redflag.trace import Halt
+
+if TYPE_CHECKING:
+    from redflag.guard.guard import Guard
+
+PROMPT = "> "
+HELP = """\
+/reset         forget the conversation
+/system TEXT   give a system message; without a text, take it away
+/policy        what alarms lead to
+/quit          leave; so does the end of the input
+//...          say a line that begins with /
+Ctrl-C stops an answer."""
+
+
+@dataclass(kw_only=True)
+class ChatArguments(TerminalOptions):
+    """What `redflag chat` is told."""
+
+
+ARGUMENTS = (ChatArguments, PolicyOptions)
+POSITIONAL = None
+
+
+def run(arguments: ChatArguments, options: PolicyOptions | None = None) -> int:
+    """Talks until the input ends: answers to standard output, everything about them to standard error.
+
+    Returns:
+        0, or 1 when an answer could not be judged.
+
+    Raises:
+        RedflagError: The model or an option cannot be used.
+    """
+    arguments.sampling()  # refused before the model is read
+    guard = arguments.guard(options if options is not None else PolicyOptions())
+    chat = Chat(guard, arguments)
+    if sys.stdin.isatty():
+        _tell(HELP)
+    if wants_colour(arguments.color):
+        print(legend(), file=sys.stderr)
+    for line in lines():
+        try:
+            if not chat.say(line):
+                break
+        except KeyboardInterrupt:  # it came beside the answer, not in it
+            _tell("")
+    return 1 if chat.faults else 0
+
+
+class Chat:
+    """A conversation that grows by what was shown.
+
+    A halted answer is kept as far as it was released, with the replacement that was shown; an exchange whose answer
+    showed nothing is forgotten, so that the model does not see a request that it never answered.
+
+    Attributes:
+        messages: The conversation so far, without the system message.
+        system: The system message.
+        faults: Answers that could not be judged.
+    """
+
+    def __init__(self, guard: Guard, options: TerminalOptions) -> None:
+        """Starts an empty conversation."""
+        self.messages: list[dict[str, str]] = []
+        self.system = options.system
+        self.faults = 0
+        self._guard = guard
+        self._options = options
+        self._commands: dict[str, Callable[[str], None]] = {
+            "/reset": self._reset,
+            "/system": self._set_system,
+            "/policy": lambda text: _tell("\n".join(describe(self._guard))),
+            "/help": lambda text: _tell(HELP),
+        }
+
+    def say(self, line: str) -> bool:
+        """Takes one line: a command, or what the user says. False: the conversation is over."""
+        text = line.strip()
+        if not text:
+            return True
+        if text.startswith("/") and not text.startswith("//"):
+            command, _, rest = text.partition(" ")
+            if command == "/quit":
+                return False
+            self._commands.get(command, lambda _: _tell(f"{command} is no command\n{HELP}"))(rest.strip())
+            return True
+        self._answer(text[1:] if text.startswith("//") else text)
+        return True
+
+    def _answer(self, text: str) -> None:
+        asked = [*self.messages, {"role": "user", "content": text}]
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        try:
+            answer = respond(self._guard, [*system, *asked], self._options.sampling(), self._options)
+        except RedflagError as error:  # This turn cannot be answered; another may.
+            _tell(f"redflag chat: {' '.join(str(error).split())}")
+            self.faults += 1
+            return
+        self._keep(asked, answer)
+
+    def _keep(self, asked: list[dict[str, str]], answer: Answer) -> None:
+        end = answer.trace.end
+        self.faults += isinstance(end, Halt) and end.reason == "fault"
+        if answer.text.strip():
+            self.messages = [*asked, {"role": "assistant", "content": answer.text}]
+        else:
+            _tell("nothing was shown, so this exchange is forgotten")
+
+    def _reset(self, rest: str) -> None:
+        self.messages = []
+        _tell("the conversation is empty")
+
+    def _set_system(self, text: str) -> None:
+        self.system = text or None
+        _tell("the system message is set" if text else "there is no system message")
+
+
+def describe(guard: Guard) -> list[str]:
+    """What is in force, in lines: thresholds and actions, release, what follows an alarm."""
+    policy = guard.policy
+    lines = [
+        f"{name}: threshold {value:.4g}, action {policy.decide(name)}"
+        for name, value in guard.thresholds.values.items()
+    ]
+    lines.append(f"release: {policy.release}, hold_back {policy.hold_back}" + (", observe" if policy.observe else ""))
+    if any(map(policy.asks, ("reflect", "escalate", "force"))):
+        lines.append(
+            f"a confirmed alarm leads to {policy.confirmed}; at most {policy.max_interventions} interventions and "
+            f"{policy.max_wait_tokens} hidden tokens"
+        )
+    if guard.judge is not None:
+        lines.append(f"second judge: {type(guard.judge).__name__}, {policy.judge_timeout:g} s")
+    if policy.replacement:
+        shown = policy.replacement if isinstance(policy.replacement, str) else "made by a function"
+        lines.append(f"replacement: {shown}")
+    return lines
+
+
+def lines() -> Iterator[str]:
+    """What the user types, or the lines of a pipe, to the end of the input. Ctrl-C at the prompt starts a new line."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # a bad byte in a pipe is the sender's fault, and no reason to end
+    if not sys.stdin.isatty():
+        yield from sys.stdin
+        return
+    with suppress(ImportError):  # line editing and history, where there is one
+        import readline  # noqa: F401
+    while True:
+        try:
+            yield input(PROMPT)
+        except EOFError:
+            _tell("")
+            return
+        except KeyboardInterrupt:
+            _tell("")
+
+
+def _tell(text: str) -> None:
+    coloured = bool(text) and wants_colour("auto", sys.stderr)
+    print(f"{DIM}{text}{RESET}" if coloured else text, file=sys.stderr)

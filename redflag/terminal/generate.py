@@ -1,0 +1,56 @@
+"""The verb `generate`: one guarded response on the terminal, the flag probability as colour behind the text."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+
+from redflag.errors import RedflagError
+from redflag.guard.options import PolicyOptions
+from redflag.terminal.paint import legend, wants_colour
+from redflag.terminal.screen import TerminalOptions, paint, respond, summary
+from redflag.trace import Halt
+
+__all__ = ["ARGUMENTS", "POSITIONAL", "GenerateArguments", "paint", "run", "summary"]
+
+
+@dataclass(kw_only=True)
+class GenerateArguments(TerminalOptions):
+    """What `redflag generate` is told."""
+
+    prompt: str = field(metadata={"help": "What the user says; - reads it from standard input."})
+    prefill: str | None = field(
+        default=None, metadata={"help": "Beginning of the response, which the model continues."}
+    )
+
+
+ARGUMENTS = (GenerateArguments, PolicyOptions)
+POSITIONAL = "prompt"
+
+
+def run(arguments: GenerateArguments, options: PolicyOptions | None = None) -> int:
+    """Streams one response: text to standard output, everything about it to standard error.
+
+    Returns:
+        0 when the response was completed or halted by an alarm, 1 when it could not be judged.
+
+    Raises:
+        RedflagError: The model, the prompt or an option cannot be used.
+    """
+    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    if not prompt.strip():
+        raise RedflagError("The prompt is empty, so there is nothing to respond to; give a text, or - to read one.")
+    messages = [{"role": "user", "content": prompt}]
+    if arguments.system is not None:
+        messages.insert(0, {"role": "system", "content": arguments.system})
+    if arguments.prefill is not None:
+        messages.append({"role": "assistant", "content": arguments.prefill})
+    sampling = arguments.sampling()
+    guard = arguments.guard(options if options is not None else PolicyOptions())
+    if wants_colour(arguments.color):
+        print(legend(), file=sys.stderr)
+    answer = respond(guard, messages, sampling, arguments)
+    if answer.stopped:
+        raise KeyboardInterrupt
+    end = answer.trace.end
+    return 1 if isinstance(end, Halt) and end.reason == "fault" else 0

@@ -1,0 +1,364 @@
+"""One guarded response on a terminal: released text with its flag probability as colour, and what became of alarms."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import threading
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, TextIO
+
+from redflag.backends import Sampling
+from redflag.backends.outbound import UpstreamOptions
+from redflag.guard.detokenize import Detokenizer
+from redflag.guard.options import PolicyOptions
+from redflag.terminal.paint import DIM, RESET, printable, reviewed, span, verdict, wants_colour
+from redflag.trace import (
+    Alarm,
+    Done,
+    Escalation,
+    Event,
+    Forced,
+    Halt,
+    Reflection,
+    Resume,
+    Text,
+    Trace,
+    write_traces,
+)
+
+if TYPE_CHECKING:
+    from redflag.guard.guard import Guard
+
+# The tokens of a `Text` event -> the text that each adds.
+Split = Callable[[Text], Sequence[str]]
+
+
+@dataclass(kw_only=True)
+class TerminalOptions(UpstreamOptions):
+    """The model, how it chooses tokens, and what is shown and kept."""
+
+    model: str = field(
+        metadata={"help": "Folder that `redflag train` wrote; before an upstream its tokenizer, flags and thresholds."}
+    )
+    upstream: str | None = field(
+        default=None, metadata={"help": "OpenAI-compatible server that runs the model, such as http://127.0.0.1:8000."}
+    )
+    upper_bound: bool = field(
+        default=False,
+        metadata={"help": "... knows no logprob_token_ids: bound the flags by its 20 most likely tokens."},
+    )
+    system: str | None = field(default=None, metadata={"help": "System message."})
+    max_new_tokens: int = field(default=256, metadata={"help": "Most response tokens."})
+    temperature: float = field(default=1.0, metadata={"help": "0 takes the most likely token each time."})
+    top_p: float = field(default=1.0, metadata={"help": "Keep the likeliest tokens with this much probability."})
+    top_k: int = field(default=0, metadata={"help": "Keep this many of the likeliest tokens; 0 keeps all."})
+    seed: int | None = field(default=None, metadata={"help": "Makes the draws reproducible."})
+    threshold: float | None = field(
+        default=None, metadata={"help": "One threshold for all categories, in place of thresholds.json."}
+    )
+    show_reflections: bool = field(default=False, metadata={"help": "Show what the model wrote while reflecting."})
+    record: str | None = field(default=None, metadata={"help": "Append the trace (numbers only) to this JSONL file."})
+    color: Literal["auto", "always", "never"] = field(
+        default="auto",
+        metadata={"help": "Flag probability as background; auto: on a terminal, unless NO_COLOR is set."},
+    )
+    device: str = field(default="auto", metadata={"help": "Where a local model runs: auto, cpu, cuda, cuda:0, ..."})
+
+    def sampling(self) -> Sampling:
+        """How tokens are chosen."""
+        return Sampling(
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            seed=self.seed,
+        )
+
+    def guard(self, options: PolicyOptions) -> Guard:
+        """The guarded model.
+
+        Raises:
+            RedflagError: An option or a file cannot be used.
+        """
+        policy = options.policy()
+        if self.record is not None:
+            write_traces(self.record, [], append=True)  # A record that cannot be kept is refused before it is made.
+        judge = options.judge()
+
+        from redflag.guard.guard import Guard
+
+        if self.upstream is None:
+            return Guard.from_pretrained(self.model, policy, self.threshold, device=self.device, judge=judge)
+        return Guard.from_upstream(
+            self.model,
+            self.upstream,
+            policy,
+            self.threshold,
+            judge,
+            **self.upstream_options(),
+            upper_bound=self.upper_bound,
+        )
+
+
+@dataclass
+class Answer:
+    """What became of one response.
+
+    Attributes:
+        text: What was shown, a replacement included.
+        trace: Everything about it.
+        stopped: Whether Ctrl-C ended it.
+    """
+
+    text: str
+    trace: Trace
+    stopped: bool
+
+
+def respond(guard: Guard, messages: list[dict[str, str]], sampling: Sampling, options: TerminalOptions) -> Answer:
+    """Streams one response: text to standard output, everything about it to standard error.
+
+    Ctrl-C ends the response, whose trace is kept like any other.
+
+    Raises:
+        RedflagError: The conversation cannot be answered; nothing was shown.
+    """
+    coloured = wants_colour(options.color)
+    shown: list[str] = []
+    stopped = False
+    with guard.stream(messages, sampling) as stream:
+        screen = Screen(sys.stdout, live=coloured and sys.stdout.isatty())
+        try:
+            split = _splitter(guard.tokenizer) if coloured else None
+            noted = _noting(stream, shown)
+            pieces = paint(noted, stream.trace, coloured, split=split, reflections=options.show_reflections)
+            with screen.counting(stream.trace):
+                for piece in pieces:
+                    screen.write(piece)
+        except KeyboardInterrupt:
+            stopped = True
+        finally:
+            # However it ended: what was seen is kept, and the terminal gets its colours back. A conversation that was
+            # refused left nothing.
+            if stream.trace.events or stream.trace.token_ids:
+                screen.write((RESET if coloured else "") + "\n")
+            if options.record is not None and (stream.trace.events or stream.trace.token_ids):
+                stream.trace.id = stream.trace.id or os.urandom(8).hex()
+                write_traces(options.record, [stream.trace], append=True)
+    for line in summary(stream.trace, reflections=options.show_reflections and not coloured):
+        print(f"{DIM}{line}{RESET}" if coloured and wants_colour(options.color, sys.stderr) else line, file=sys.stderr)
+    return Answer("".join(shown), stream.trace, stopped)
+
+
+def paint(
+    events: Iterable[Event],
+    trace: Trace,
+    coloured: bool,
+    *,
+    split: Split | None = None,
+    reflections: bool = False,
+) -> Iterator[str]:
+    """Released text, piece by piece, ready for a terminal.
+
+    Args:
+        events: The events of a stream, as they come.
+        trace: The stream's trace, which grows with them.
+        coloured: Put the highest flag probability of each piece behind it as a background, and mark what became of
+            alarms. Without colour there is nothing but text.
+        split: Gives the text of every token, so that text released at once is coloured token by token.
+        reflections: Show what the model wrote while reflecting; else one line says how much it was.
+    """
+    open_line = False  # whether a mark that stands on a line of its own has to begin one
+    for event in events:
+        piece = ""
+        if isinstance(event, Text) and event.text:
+            piece = _spans(event, trace, split) if coloured else printable(event.text)
+        elif isinstance(event, Halt):
+            piece = _ending(event, coloured, open_line)
+        elif coloured and isinstance(event, Alarm) and event.action == "continue":
+            piece = f"{RESET}\x1b[7m[alarm: {printable(event.category)}]{RESET}"
+        elif coloured and isinstance(event, Reflection | Escalation):
+            piece = _review(event, reflections, open_line)
+        elif coloured and isinstance(event, Forced):
+            piece = f"{DIM}[flag {printable(event.category)}]{RESET} "
+        elif coloured and isinstance(event, Resume):
+            piece = f"{DIM}[resumed]{RESET} "
+        if piece:
+            yield piece
+            open_line = not piece.endswith("\n")
+
+
+def summary(trace: Trace, *, reflections: bool = False) -> list[str]:
+    """How it ended, in lines for the operator: alarms and what became of them, the end, the flags' highest probability.
+
+    Args:
+        trace: The response's trace.
+        reflections: Also what the model wrote while reflecting.
+    """
+    lines = []
+    for event in trace.events:
+        if isinstance(event, Alarm):
+            lines.append(
+                f"alarm: {event.category} at token {event.position}, score {event.score:.4g} >= threshold "
+                f"{event.threshold:.4g}, action {event.action}"
+            )
+        elif isinstance(event, Reflection | Escalation | Forced | Resume):
+            lines.append(reviewed(event))
+            if reflections and isinstance(event, Reflection):
+                lines += [f"  | {line}" for line in printable(event.text).splitlines()]
+    lines.append(_end_line(trace))
+    if trace.waited:
+        lines.append(f"waited for {trace.waited} hidden tokens")
+    if trace.flag_probs:
+        peaks = (_peak(column) for column in zip(*trace.flag_probs, strict=True))
+        lines.append(
+            "highest p(flag): "
+            + ", ".join(
+                f"{name} {value:.4g} at token {position}"
+                for name, (value, position) in zip(trace.categories, peaks, strict=True)
+            )
+        )
+    return [printable(line) for line in lines]
+
+
+class Screen:
+    """Writes to a terminal, and keeps a count behind the text of the tokens that wait for their release.
+
+    The count stands on the line that is being written, where it fits, and is gone with the next text. Without `live`
+    nothing but the text is written.
+    """
+
+    def __init__(self, out: TextIO, live: bool) -> None:
+        self._out = out
+        self._live = live
+        self._lock = threading.Lock()
+        self._column = 0
+        self._status = ""
+
+    def write(self, text: str) -> None:
+        """Writes text; escape sequences in it colour it and nothing more."""
+        with self._lock:
+            self._show("")
+            self._out.write(text)
+            self._out.flush()
+            if self._live:
+                self._column = _column(text, self._column)
+
+    @contextmanager
+    def counting(self, trace: Trace) -> Iterator[None]:
+        """While a response is written: shows how many of its tokens are held."""
+        if not self._live:
+            yield
+            return
+        over = threading.Event()
+
+        def count() -> None:
+            while not over.wait(0.1):
+                released = sum(len(event.token_ids) for event in list(trace.events) if isinstance(event, Text))
+                held = len(trace.token_ids) - released
+                with self._lock:
+                    if not over.is_set():
+                        self._show(f" [{held} held]" if held > 0 else "")
+
+        ticker = threading.Thread(target=count, daemon=True)
+        ticker.start()
+        try:
+            yield
+        finally:
+            over.set()
+            ticker.join()
+            with self._lock:
+                self._show("")
+
+    def _show(self, status: str) -> None:
+        if not self._live or status == self._status:
+            return
+        if self._column + len(status) >= shutil.get_terminal_size().columns:
+            status = ""
+        # Saved and restored, the cursor stays behind the text; what is right of it is erased.
+        self._out.write(f"\x1b[K\x1b7{DIM}{status}{RESET}\x1b8" if status else "\x1b[K" if self._status else "")
+        self._out.flush()
+        self._status = status
+
+
+def _noting(events: Iterable[Event], shown: list[str]) -> Iterator[Event]:
+    for event in events:
+        if isinstance(event, Text | Halt):
+            shown.append(event.text)
+        yield event
+
+
+def _splitter(tokenizer: Any) -> Split:
+    detokenizer = Detokenizer(tokenizer)
+    return lambda event: [detokenizer.push(token_id) for token_id in event.token_ids]
+
+
+def _spans(event: Text, trace: Trace, split: Split | None) -> str:
+    probs = [max(step) for step in trace.flag_probs[event.position : event.position + len(event.token_ids)]]
+    pieces = split(event) if split is not None else ()
+    if "".join(pieces) != event.text:  # A prefill, a stop text or a flag's text came between: one colour for all.
+        return span(printable(event.text), max(probs, default=0.0))
+    return "".join(span(printable(piece), p) for piece, p in zip(pieces, probs, strict=True))
+
+
+def _review(event: Reflection | Escalation, reflections: bool, open_line: bool) -> str:
+    start = "\n" if open_line else ""
+    if isinstance(event, Escalation):
+        return f"{start}{DIM}[second judge: {verdict(event)}]{RESET}\n"
+    told = f"[reflection: {len(event.token_ids)} tokens, verdict {verdict(event)}]"
+    lines = [f"| {line}" for line in printable(event.text).splitlines()] if reflections else []
+    return start + "".join(f"{DIM}{line}{RESET}\n" for line in [told, *lines])
+
+
+def _ending(event: Halt, coloured: bool, open_line: bool) -> str:
+    text = printable(event.text)
+    if not coloured:
+        return ("\n" if open_line else "") + text if text else ""
+    if text:
+        return f"{RESET}\x1b[1;7m[replaced: {printable(event.category or event.reason)}]{RESET} {text}"
+    return f"{RESET}\x1b[1;7m[halted: {printable(event.category or event.reason)}]"
+
+
+def _end_line(trace: Trace) -> str:
+    end = trace.end
+    if isinstance(end, Done):
+        return f"done: {end.reason}; {end.position} tokens"
+    if end is None:
+        released = sum(len(event.token_ids) for event in trace.events if isinstance(event, Text))
+        return f"stopped from here; {released} tokens shown, {len(trace.token_ids) - released} dropped"
+    why = f"alarm {end.category}" if end.reason == "alarm" else f"fault, {end.detail}"
+    line = f"halted: {why}; {end.position} tokens shown, {len(trace.token_ids) - end.position} dropped"
+    if end.text:
+        line += f", replaced by a text of {len(end.text)} characters"
+    return line + (f" ({end.detail})" if end.detail and end.reason == "alarm" else "")
+
+
+def _peak(values: Sequence[float]) -> tuple[float, int]:
+    key: Callable[[int], float] = values.__getitem__
+    position = max(range(len(values)), key=key)
+    return values[position], position
+
+
+def _column(text: str, column: int) -> int:
+    """The terminal column behind a text that starts in one; escape sequences take no room."""
+    width = max(1, shutil.get_terminal_size().columns)
+    escape = False
+    for c in text:
+        if escape:
+            escape = c != "m"
+        elif c == "\x1b":
+            escape = True
+        elif c == "\n":
+            column = 0
+        elif c == "\t":
+            column = (column // 8 + 1) * 8
+        elif not unicodedata.combining(c):
+            column += 2 if unicodedata.east_asian_width(c) in "WF" else 1
+        if column > width:
+            column -= width
+    return column
