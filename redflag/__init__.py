@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from redflag.calibrating.calibrate import calibrate
     from redflag.flags import FlagSpec
     from redflag.guard.guard import Guard
-    from redflag.lab.evaluating.evaluate import EvaluateArguments, evaluate
+    from redflag.lab.evaluating.arguments import EvaluateArguments
+    from redflag.lab.evaluating.evaluate import evaluate
     from redflag.trace import Step, Trace
     from redflag.training.encode import build_dataset
     from redflag.training.trainer import RedFlagConfig, RedFlagTrainer
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "EvaluateArguments": "redflag.lab.evaluating.evaluate",
+    "EvaluateArguments": "redflag.lab.evaluating.arguments",
     "FlagSpec": "redflag.flags",
     "Guard": "redflag.guard.guard",
     "Monitor": "redflag.watching.monitor",

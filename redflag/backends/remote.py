@@ -28,7 +28,7 @@ class RemoteBackend:
     """A completion server behind the seam: `astream` for event loops, `stream` for everything else.
 
     One stream is one request; the server measures the flags and bans them. What it was started with is not known until
-    `handshake` has asked: call it once, before the first user does.
+    `redflag.backends.remote_handshake` has asked: let it, before the first user does.
 
     Attributes:
         url: Address of the server, without `/v1`.
@@ -41,7 +41,7 @@ class RemoteBackend:
     Example:
         ```python
         backend = RemoteBackend("http://127.0.0.1:8000", spec.ids, eos_ids)
-        backend.handshake()
+        handshake(backend)
         for step in backend.stream(prompt_ids, Sampling(temperature=0.0)):
             print(step.token_id, step.flag_probs)
         ```
@@ -140,30 +140,6 @@ class RemoteBackend:
         link = self._links.pop(asyncio.get_running_loop(), None)
         if link is not None:
             await link.close()
-
-    def handshake(self, prompt: Sequence[int] = ()) -> None:
-        """As `ahandshake`, where no event loop runs."""
-
-        async def alone() -> None:
-            try:
-                await self.ahandshake(prompt)
-            finally:
-                await self.aclose()
-
-        asyncio.run(alone())
-
-    async def ahandshake(self, prompt: Sequence[int] = ()) -> None:
-        """Proves by a few short requests that the server measures what it is asked to, and says what is wrong if not.
-
-        Args:
-            prompt: What to ask with, as ids; a few ids that are no flags, if empty.
-
-        Raises:
-            RedflagError: With the server option, version or address to mend.
-        """
-        from redflag.backends.remote_handshake import shake_hands
-
-        await shake_hands(self, prompt)
 
     def _check(self, token_ids: Sequence[int], watch: Sequence[int]) -> None:
         if not token_ids:

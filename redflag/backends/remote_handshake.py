@@ -10,20 +10,29 @@ import asyncio
 import math
 from collections.abc import Collection, Sequence
 from contextlib import aclosing
-from typing import TYPE_CHECKING
 
 from redflag.backends import BusyError, Sampling
+from redflag.backends.remote import RemoteBackend
 from redflag.backends.remote_link import aiohttp
 from redflag.backends.remote_wire import MOST_IDS, TOP, RefusalError
 from redflag.errors import RedflagError
 from redflag.trace import Step
 
-if TYPE_CHECKING:
-    from redflag.backends.remote import RemoteBackend
-
 _TOKENS = 4
 _ROUNDS = 3
 _MOST_TOKENS = 2_000_000  # more than any vocabulary
+
+
+def handshake(backend: RemoteBackend, prompt: Sequence[int] = ()) -> None:
+    """As `shake_hands`, where no event loop runs."""
+
+    async def alone() -> None:
+        try:
+            await shake_hands(backend, prompt)
+        finally:
+            await backend.aclose()
+
+    asyncio.run(alone())
 
 
 async def shake_hands(backend: RemoteBackend, prompt: Sequence[int] = (), tolerance: float = 1e-4) -> None:

@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from redflag.backends.remote import RemoteBackend
+from redflag.backends.remote_handshake import shake_hands
 from redflag.backends.remote_wire import TOP, RefusalError, check_own, measured_in, probability_of
 from redflag.errors import RedflagError
 
@@ -46,7 +47,7 @@ async def find_way(backend: RemoteBackend, prompt: Sequence[int] = ()) -> Way:
     Raises:
         RedflagError: With the server option, version or address to mend.
     """
-    await backend.ahandshake()
+    await shake_hands(backend)
     special = {*backend.flag_ids, *backend.eos_ids}
     ids = list(prompt or [token_id for token_id in range(10, 200) if token_id not in special])[:8]
     given, response = ids[:4], ids[4:]

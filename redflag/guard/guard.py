@@ -174,10 +174,11 @@ class Guard:
 
         from redflag.backends.load import load_tokenizer
         from redflag.backends.remote import RemoteBackend
+        from redflag.backends.remote_handshake import handshake
 
         tokenizer, spec, eos_ids = load_tokenizer(directory)
         backend = RemoteBackend(url, spec.ids, eos_ids, **options)
-        backend.handshake()
+        handshake(backend)
         return cls(backend, tokenizer, spec, thresholds, policy, judge)
 
     @property

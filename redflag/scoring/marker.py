@@ -26,7 +26,7 @@ from redflag.prompt import template_hash, text_ids
 from redflag.scoring.processes import World
 
 if TYPE_CHECKING:
-    from redflag.scoring.score import ScoreArguments
+    from redflag.scoring.arguments import ScoreArguments
     from redflag.scoring.upstreams import Upstreams
 
 LogProbs = npt.NDArray[np.float64]

@@ -26,7 +26,7 @@ from redflag.prompt import render_prompt
 from redflag.scoring.fitting import row_name
 from redflag.scoring.processes import World
 from redflag.scoring.progress import prompt_progress, report_skipped
-from redflag.scoring.score import (
+from redflag.scoring.scorer import (
     BATCHES,
     Scorer,
     check_batch,
@@ -39,7 +39,7 @@ from redflag.scoring.shards import write_lines
 from redflag.truncation import fit_prompt
 
 if TYPE_CHECKING:
-    from redflag.scoring.score import ScoreArguments
+    from redflag.scoring.arguments import ScoreArguments
 
 _SERVED_WINDOW = 1024  # prompts that are given to servers at a time
 

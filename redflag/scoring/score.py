@@ -13,33 +13,39 @@ servers may measure in place of a model in this process (`upstream`, see `redfla
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from redflag.backends.outbound import UpstreamOptions
-from redflag.data.options import RowOptions
 from redflag.data.rows import Row, load_rows
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
+from redflag.scoring.arguments import ScoreArguments
 from redflag.scoring.fitting import fit, renderable, row_name
 from redflag.scoring.processes import World
 from redflag.scoring.progress import cut_lines, progress, report_rows, report_skipped
 from redflag.scoring.scored import Probs, Scored, as_json, read_scored
-from redflag.scoring.shards import kept_in, write_lines
+from redflag.scoring.scorer import (
+    BATCHES,
+    Scorer,
+    check_batch,
+    context_limit,
+    load_scorer,
+    open_scorer,
+    plan,
+    served,
+)
+from redflag.scoring.shards import write_lines
 from redflag.trace import require_writable
 
 if TYPE_CHECKING:
-    from redflag.backends.hf import HFBackend
-    from redflag.scoring.upstreams import Upstreams
+    pass
 
 __all__ = [
     "ScoreArguments",
@@ -61,49 +67,7 @@ __all__ = [
     "served",
 ]
 
-BATCHES = 8  # that are put in order of length together, and kept or lost as one
 _SERVED_WINDOW = 1024  # rows that are given to servers at a time
-
-
-class Scorer(Protocol):
-    """What scoring needs of a backend: `redflag.backends.hf.HFBackend`, `redflag.scoring.upstreams.Upstreams`."""
-
-    def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, batch_size: int) -> Iterable[Probs]:
-        """T x K flag probabilities of each (prompt ids, response ids), in this order."""
-
-
-@dataclass
-class ScoreArguments(RowOptions, UpstreamOptions):
-    """Flag probabilities of given conversations, one JSON row per input row."""
-
-    model: str = field(metadata={"help": "Folder of a flagged model (with redflag.json)."})
-    input: str = field(metadata={"help": "Conversations: JSONL, JSON, CSV, Parquet, a folder, or a hub data set."})
-    output: str = field(
-        metadata={"help": "JSONL to write; an interrupted run is continued from <output>.partial or .parts."}
-    )
-    prompts: bool = field(
-        default=False, metadata={"help": "Measure before the answer only; rows need none, and one there is ignored."}
-    )
-    marker: list[str] = field(
-        default_factory=list,
-        metadata={"help": "... the probability that the answer begins with this text, in place of flags; any model."},
-    )
-    upstream: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Address(es) of OpenAI-compatible servers of this model, which measure instead."},
-    )
-    upper_bound: bool = field(
-        default=False, metadata={"help": "... upper bounds from the 20 most likely tokens: quick, and for old servers."}
-    )
-    batch_size: int = field(
-        default=16, metadata={"help": "Conversations per forward pass; with upstream: at a time per server."}
-    )
-    max_length: int | None = field(
-        default=None, metadata={"help": "Longest prompt + response in tokens; default: the model's context."}
-    )
-    on_bad_row: Literal["stop", "skip"] = field(default="stop", metadata={"help": "What a malformed row does."})
-    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda, cuda:0, ..."})
-    dtype: str = field(default="auto", metadata={"help": "auto (as saved), float32, bfloat16 or float16."})
 
 
 ARGUMENTS = ScoreArguments
@@ -153,39 +117,6 @@ def run(arguments: ScoreArguments) -> int:
     if written:
         print(f"{len(chosen)} rows scored: {output}")
     return 0
-
-
-class ScorerArguments(Protocol):
-    """The options that say what measures the flags."""
-
-    model: str
-    upstream: list[str]
-    device: str
-    dtype: str
-
-    def upstream_options(self) -> dict[str, Any]: ...
-
-
-def open_scorer(
-    arguments: ScorerArguments, world: World, stack: ExitStack, upper_bound: bool = False
-) -> tuple[HFBackend | Upstreams, Any, FlagSpec]:
-    """What measures the flags: a model in this process, or servers, which `stack` closes; tokenizer and flags.
-
-    Raises:
-        RedflagError: The model cannot be loaded, or no server can be used.
-    """
-    if not arguments.upstream:
-        return load_scorer(arguments.model, world.device(arguments.device), arguments.dtype)
-    from redflag.scoring.upstreams import connect
-
-    upstreams, tokenizer, spec = connect(
-        arguments.model,
-        arguments.upstream,
-        **arguments.upstream_options(),
-        upper_bound=upper_bound,
-    )
-    stack.callback(upstreams.close)
-    return upstreams, tokenizer, spec
 
 
 def score_to_file(
@@ -250,22 +181,6 @@ def score_to_file(
         for line in cut_lines(cut):
             print(f"process {world.rank}: {line}", file=sys.stderr)
     return written
-
-
-def plan(scorer: object, key: dict[str, Any], output: Path, world: World, batch_size: int) -> tuple[bool, int, str]:
-    """How a file of rows is worked out.
-
-    Returns:
-        Whether one process does it alone, how many rows are kept or lost as one, and the fingerprint of all that the
-        lines depend on (`key`, and who measures).
-    """
-    alone = kept_in(output, world).suffix == ".partial"
-    chunk = batch_size * BATCHES
-    if served(scorer):
-        # Servers batch as they like, so no rows belong together; what they measure differs in the last digits.
-        key = {**key, "served": "bounds" if getattr(scorer, "upper_bound", False) else "exact"}
-        chunk = 1 if alone else chunk
-    return alone, chunk, hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
 
 
 def score_rows(
@@ -333,42 +248,6 @@ def score(
             _check(probs, (length + len(item.tail_ids), flags), row, i)
             cut = {"truncated": item.truncated, "prompt_truncated": item.prompt_truncated}
             yield Scored(row, item.response_ids, probs[:length], probs[length:], item.onset, **cut)
-
-
-def served(scorer: object) -> bool:
-    """Whether servers measure (`redflag.scoring.upstreams.Upstreams`) and not a model in this process."""
-    return hasattr(scorer, "ways")
-
-
-def load_scorer(directory: str, device: str = "auto", dtype: str = "auto") -> tuple[HFBackend, Any, FlagSpec]:
-    """Loads a flagged model for scoring.
-
-    Returns:
-        Backend, tokenizer and flags.
-
-    Raises:
-        RedflagError: The folder holds no flagged model, or its prompt template is not the one it was trained with.
-    """
-    from redflag.backends.load import load_flagged
-
-    return load_flagged(directory, device, dtype)
-
-
-def context_limit(asked: int | None, context: int | None) -> int | None:
-    """The number of tokens that may be used: what was asked for, if the model can hold it."""
-    if asked is not None and asked < 2:
-        raise RedflagError(f"max_length is {asked}, but a prompt and a response need at least 2 tokens: give more")
-    if asked is not None and context is not None and asked > context:
-        raise RedflagError(f"max_length is {asked}, but the model's context holds {context} tokens: give at most that")
-    return context if asked is None else asked
-
-
-def check_batch(batch_size: int) -> None:
-    """Refuses a batch of nothing."""
-    if batch_size < 1:
-        raise RedflagError(
-            f"batch_size is {batch_size}, but a forward pass needs at least one conversation: give 1 or more"
-        )
 
 
 def _check(probs: Probs, shape: tuple[int, int], row: Row, index: int) -> None:

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
@@ -221,6 +222,8 @@ def attach(
 
     policy, judge = options.policy(), options.judge()
     if arguments.upstream is not None:
+        from redflag.backends.remote_handshake import shake_hands
+
         guard = Guard.from_upstream(
             arguments.model,
             arguments.upstream,
@@ -231,7 +234,7 @@ def attach(
             upper_bound=arguments.upper_bound,
             step_timeout=arguments.step_timeout,
         )
-        return guard, guard.backend.ahandshake  # type: ignore[union-attr]
+        return guard, partial(shake_hands, guard.backend)  # type: ignore[arg-type]
 
     from redflag.backends.turns import Turns
 

@@ -20,6 +20,7 @@ from upstream import EOS, FLAG, Upstream
 
 from redflag.backends.outbound import UpstreamOptions, extra_headers, proxy_for
 from redflag.backends.remote import RemoteBackend
+from redflag.backends.remote_handshake import handshake
 from redflag.calibrating import calibrate
 from redflag.cli import parse
 from redflag.errors import RedflagError
@@ -131,7 +132,7 @@ def test_upstream_judge_and_writer_go_through_the_proxy(environment: pytest.Monk
 def test_this_machine_is_asked_directly_whatever_the_environment_says(environment: pytest.MonkeyPatch) -> None:
     environment.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     with Upstream().serve() as upstream:
-        RemoteBackend(upstream.url, [FLAG], [EOS]).handshake()
+        handshake(RemoteBackend(upstream.url, [FLAG], [EOS]))
 
 
 @pytest.mark.parametrize("refused", [True, False])
@@ -141,7 +142,7 @@ def test_a_proxy_that_does_not_help_is_named_as_the_reason(refused: bool, enviro
         with pytest.raises(
             RedflagError, match=r"https://gpu\.invalid does not answer .*mend HTTP_PROXY or HTTPS_PROXY"
         ):
-            RemoteBackend("https://gpu.invalid", [FLAG], [EOS]).handshake()
+            handshake(RemoteBackend("https://gpu.invalid", [FLAG], [EOS]))
     assert [request for request, _ in seen] == ["CONNECT gpu.invalid:443"] * refused
 
 
@@ -180,9 +181,10 @@ def test_a_secret_comes_from_the_environment_and_stands_in_no_message(environmen
 TLS = """
 import asyncio, sys
 from redflag.backends.remote import RemoteBackend
+from redflag.backends.remote_handshake import handshake
 backend = RemoteBackend(sys.argv[1], [5], [1])
 try:
-    backend.handshake()
+    handshake(backend)
     print("measured")
 except Exception as error:
     print(error)

@@ -17,6 +17,7 @@ from upstream import DONE, EOS, FLAG, VOCABULARY, Abort, Status, Upstream, event
 from redflag.backends import BusyError, Sampling
 from redflag.backends import remote as remote_module
 from redflag.backends.remote import RemoteBackend
+from redflag.backends.remote_handshake import handshake, shake_hands
 from redflag.backends.remote_wire import RefusalError
 from redflag.errors import RedflagError
 from redflag.trace import Step
@@ -417,7 +418,7 @@ def test_a_stream_left_after_its_last_step_leaves_nothing_behind():
 def test_a_sound_server_is_accepted(options):
     with Upstream(api_key=options.get("api_key"), per_chunk=2).serve() as upstream:
         backend = connect(upstream, **options)
-        backend.handshake()
+        handshake(backend)
         assert (backend.model, backend.context_length) == ("tiny", 64)
         assert list(backend.stream(PROMPT, Sampling(max_new_tokens=3)))
 
@@ -455,14 +456,14 @@ def test_a_sound_server_is_accepted(options):
 def test_a_server_that_would_leave_the_watch_blind_is_refused_with_what_mends_it(wrong, options, named):
     with Upstream(**wrong).serve() as upstream:
         with pytest.raises(RedflagError, match=named) as raised:
-            connect(upstream, **options).handshake()
+            handshake(connect(upstream, **options))
         assert upstream.url in str(raised.value)
 
 
 def test_a_server_that_is_not_there_is_refused():
     url = f"http://127.0.0.1:{closed_port()}"
     with pytest.raises(RedflagError, match="does not answer"):
-        RemoteBackend(url, [FLAG], [EOS]).handshake()
+        handshake(RemoteBackend(url, [FLAG], [EOS]))
 
 
 def test_hands_are_shaken_on_a_running_loop_too():
@@ -470,7 +471,7 @@ def test_hands_are_shaken_on_a_running_loop_too():
 
         async def run():
             backend = connect(upstream)
-            await backend.ahandshake([9, 8, 7])
+            await shake_hands(backend, [9, 8, 7])
             await backend.aclose()
 
         asyncio.run(run())

@@ -16,6 +16,7 @@ from stock_vllm import CONTEXT, serve_vllm
 from redflag.backends import Sampling
 from redflag.backends.load import load_flagged
 from redflag.backends.remote import RemoteBackend
+from redflag.backends.remote_handshake import handshake
 from redflag.data.rows import load_rows
 from redflag.errors import RedflagError
 from redflag.prompt import render_prompt
@@ -76,7 +77,7 @@ def wait_until(fact, seconds=20.0):
 def test_hands_are_shaken(vllm_nano, local):
     for options in ({}, {"upper_bound": True}, {"model": "nano", "vocab_size": 4096}):
         backend = connect(vllm_nano, local, **options)
-        backend.handshake()
+        handshake(backend)
         assert (backend.model, backend.context_length) == ("nano", CONTEXT)
 
 
@@ -86,7 +87,7 @@ def test_hands_are_shaken(vllm_nano, local):
 )
 def test_another_model_is_found_out(vllm_nano, flag_ids, options, named):
     with pytest.raises(RedflagError, match=named):
-        RemoteBackend(vllm_nano.url, flag_ids, [1], **options).handshake()
+        handshake(RemoteBackend(vllm_nano.url, flag_ids, [1], **options))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -194,7 +195,7 @@ def test_a_server_that_measures_after_the_ban_is_refused_and_one_that_dies_is_an
     with serve_vllm(nano / "model", tmp_path, *options) as server:
         for more in ({}, {"upper_bound": True}):
             with pytest.raises(RedflagError, match="--logprobs-mode raw_logprobs"):
-                connect(server, local, **more).handshake()
+                handshake(connect(server, local, **more))
 
         # Tokens come seven at a time, each with its own probabilities (here those after the ban: 0).
         steps = list(connect(server, local).stream(prompts[0], Sampling(max_new_tokens=30, temperature=0.0)))
@@ -211,4 +212,4 @@ def test_a_server_that_measures_after_the_ban_is_refused_and_one_that_dies_is_an
         with pytest.raises(ConnectionError, match="failed"):
             list(connect(server, local, model="nano", context_length=CONTEXT).stream(prompts[0], LONG))
         with pytest.raises(RedflagError, match="does not answer"):
-            connect(server, local).handshake()
+            handshake(connect(server, local))

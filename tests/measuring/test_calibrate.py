@@ -19,7 +19,7 @@ from redflag.calibrating.hold_back import suggest_hold_back
 from redflag.data.rows import write_rows
 from redflag.errors import RedflagError
 from redflag.flags import Flag, FlagSpec
-from redflag.scoring import score as score_module
+from redflag.scoring import scorer as scorer_module
 from redflag.stats.metrics import clopper_pearson
 from redflag.watching.monitor import MonitorConfig, peaks
 from redflag.watching.thresholds import Thresholds
@@ -244,7 +244,7 @@ def test_the_verb_writes_thresholds_beside_the_model_and_leaves_old_ones_when_it
         def score(self, pairs: Any, *, batch_size: int) -> list[Any]:
             return [np.full((len(r), 1), (hash(tuple(r)) % 1000) / 2000, np.float32) for _, r in pairs]
 
-    monkeypatch.setattr(score_module, "load_scorer", lambda *_: (Quiet(), tokenizer, spec))
+    monkeypatch.setattr(scorer_module, "load_scorer", lambda *_: (Quiet(), tokenizer, spec))
     arguments = CalibrateArguments(model=str(model), input=str(rows), target_fpr=0.05, aggregation="run", window=2)
     run(arguments)
     written = Thresholds.load(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from functools import partial
 
 import httpx
 import openai
@@ -12,6 +13,7 @@ from running import MODEL, ROUTES, body_of, chunks_of, running, shown_by, text_o
 from upstream import EOS, Abort, Upstream
 
 from redflag.backends import Sampling
+from redflag.backends.remote_handshake import shake_hands
 from redflag.data.rows import load_rows
 from redflag.guard.guard import Guard
 from redflag.server.access import Limits
@@ -80,7 +82,7 @@ def test_an_upstream_that_dies_ends_the_response_and_is_trusted_again_when_it_is
     honest = Upstream()
     with Upstream(script=script, models=[{"id": "tiny", "max_model_len": 512}]).serve() as upstream:
         guard = guarded(model_dir, upstream.url, thresholds=1.0)
-        readiness = Readiness(guard.backend.ahandshake, patience=20.0)
+        readiness = Readiness(partial(shake_hands, guard.backend), patience=20.0)
         readiness.trust()
         asked = body_of(route, stream=stream, max_tokens=20, seed=1)
         with running(guard, readiness=readiness) as server, httpx.Client(base_url=server.url, timeout=20) as client:
@@ -105,7 +107,7 @@ def test_an_upstream_that_dies_ends_the_response_and_is_trusted_again_when_it_is
 
 def test_an_upstream_that_measures_otherwise_after_a_restart_is_not_used(upstream, model_dir):
     guard = guarded(model_dir, upstream.url, thresholds=1.0)
-    readiness = Readiness(guard.backend.ahandshake, patience=20.0)
+    readiness = Readiness(partial(shake_hands, guard.backend), patience=20.0)
     readiness.trust()
     with running(guard, readiness=readiness) as server:
         ask = lambda: httpx.post(server.url + ROUTES[1], json=body_of(ROUTES[1], max_tokens=5))  # noqa: E731
@@ -166,7 +168,8 @@ def before_vllm(vllm_nano, nano):
     """The server before a stock vLLM, with prefills allowed: so harmful responses are begun for sure."""
     policy = Policy(hold_back=1)
     guard = Guard.from_upstream(nano / "model", vllm_nano.url, policy)
-    with running(guard, Limits(MODEL, prefill=True), readiness=Readiness(guard.backend.ahandshake)) as server:
+    readiness = Readiness(partial(shake_hands, guard.backend))
+    with running(guard, Limits(MODEL, prefill=True), readiness=readiness) as server:
         yield server
 
 

@@ -23,11 +23,11 @@ from redflag.guard.guard import Guard
 from redflag.judges import Verdict
 from redflag.judges.cache import CachedJudge
 from redflag.lab.baselines import Cost, probes
-from redflag.lab.baselines.bench import Bench
+from redflag.lab.baselines.bench import Bench, forward_flops
 from redflag.lab.baselines.hidden import hidden_states
 from redflag.lab.baselines.probe_losses import ema, softmax_weighted, swim, token_bce, towards_maximum
 from redflag.lab.evaluating.cascade import Reader, Stage, asking, cascade, measure, so_far, weighted
-from redflag.lab.evaluating.cost import forward_flops, of_cascade, passes, relative
+from redflag.lab.evaluating.cost import of_cascade, passes, relative
 from redflag.lab.evaluating.evaluate import EvaluateArguments, evaluate
 from redflag.lab.evaluating.tables import plain
 from redflag.lab.nano.judge import NanoOracle

@@ -17,7 +17,6 @@ import numpy.typing as npt
 from redflag.data.rows import Row
 from redflag.errors import RedflagError
 from redflag.flags import FILE, Flag, FlagSpec
-from redflag.lab.evaluating.cost import forward_flops
 from redflag.scoring.recording import Recording
 from redflag.scoring.score import score
 
@@ -179,6 +178,28 @@ class Bench:
 def digest(value: Any) -> str:
     """A short name for anything that JSON can hold."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def forward_flops(folder: str | Path) -> float | None:
+    """FLOPs per token of a model's own forward pass: 2 x weights that are multiplied with, attention apart.
+
+    None where its weights do not lie in safetensors files, or only an adapter's do.
+    """
+    from safetensors import safe_open
+    from transformers import AutoConfig
+
+    folder = Path(folder)
+    if (folder / "adapter_config.json").exists():
+        return None
+    tied = AutoConfig.from_pretrained(folder).get_text_config().tie_word_embeddings
+    total = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="numpy") as file:
+            for name in file.keys():  # noqa: SIM118
+                # A tied embedding is multiplied with as the head; one of its own is only looked up in.
+                if "embed" not in name or tied:
+                    total += int(np.prod(file.get_slice(name).get_shape()))
+    return 2.0 * total if total else None
 
 
 def model_stamp(folder: str | Path) -> list[Any]:

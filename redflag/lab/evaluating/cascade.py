@@ -35,7 +35,8 @@ from redflag.errors import RedflagError
 from redflag.judges import UnansweredError
 from redflag.judges.cache import CachedJudge
 from redflag.lab.baselines import Cost
-from redflag.lab.evaluating.cost import forward_flops, of_cascade
+from redflag.lab.baselines.bench import forward_flops
+from redflag.lab.evaluating.cost import of_cascade
 from redflag.scoring.recording import Recording
 from redflag.stats.intervals import rate_interval, unit_of
 from redflag.trace import Step, atomic_write
@@ -45,7 +46,7 @@ from redflag.watching.session import Session
 from redflag.watching.thresholds import Thresholds
 
 if TYPE_CHECKING:
-    from redflag.lab.evaluating.evaluate import EvaluateArguments
+    from redflag.lab.evaluating.arguments import EvaluateArguments
 
 # (response, step of the alarm) -> probability that the response is harmful, as far as it is written.
 SecondJudge = Callable[[int, int], float]

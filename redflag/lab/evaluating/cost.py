@@ -14,40 +14,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from redflag.data.rows import Rows
 from redflag.flags import FlagSpec
 from redflag.lab.baselines import Cost
+from redflag.lab.baselines.bench import forward_flops, model_stamp
 from redflag.trace import atomic_write
 
 if TYPE_CHECKING:
-    from redflag.lab.evaluating.evaluate import EvaluateArguments
+    from redflag.lab.evaluating.arguments import EvaluateArguments
 
 # Conversations that the pass is timed on, and rounds, the quickest of which counts.
 _ROWS, _ROUNDS = 64, 3
-
-
-def forward_flops(folder: str | Path) -> float | None:
-    """FLOPs per token of a model's own forward pass: 2 x weights that are multiplied with, attention apart.
-
-    None where its weights do not lie in safetensors files, or only an adapter's do.
-    """
-    from safetensors import safe_open
-    from transformers import AutoConfig
-
-    folder = Path(folder)
-    if (folder / "adapter_config.json").exists():
-        return None
-    tied = AutoConfig.from_pretrained(folder).get_text_config().tie_word_embeddings
-    total = 0
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="numpy") as file:
-            for name in file.keys():  # noqa: SIM118
-                # A tied embedding is multiplied with as the head; one of its own is only looked up in.
-                if "embed" not in name or tied:
-                    total += int(np.prod(file.get_slice(name).get_shape()))
-    return 2.0 * total if total else None
 
 
 def passes(arguments: EvaluateArguments, rows: Rows, spec: FlagSpec, path: Path) -> tuple[Cost, Cost]:
@@ -59,8 +36,6 @@ def passes(arguments: EvaluateArguments, rows: Rows, spec: FlagSpec, path: Path)
         spec: The model's flags.
         path: Where the measurement is kept.
     """
-    from redflag.lab.baselines.bench import model_stamp
-
     made_of = [model_stamp(arguments.model), rows.fingerprint, arguments.device, arguments.dtype, arguments.batch_size]
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
@@ -137,7 +112,7 @@ def _timed(arguments: EvaluateArguments, rows: Rows, spec: FlagSpec) -> tuple[fl
     from redflag.backends.load import load_flagged
     from redflag.lab.evaluating.language import LOGITS_AT_ONCE, states_before
     from redflag.scoring.fitting import fit
-    from redflag.scoring.score import context_limit
+    from redflag.scoring.scorer import context_limit
 
     backend, tokenizer, _ = load_flagged(arguments.model, arguments.device, arguments.dtype)
     limit = context_limit(arguments.max_length, backend.context_length)

@@ -22,7 +22,7 @@ from redflag.trace import atomic_write
 
 if TYPE_CHECKING:
     from redflag.judges import Judge
-    from redflag.lab.evaluating.evaluate import EvaluateArguments
+    from redflag.lab.evaluating.arguments import EvaluateArguments
 
 # Baselines that read hidden states of the base model.
 PROBES = ("last-layer probe", "all-layer probe", "token head", "mlp probe")

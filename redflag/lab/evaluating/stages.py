@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from redflag.judges import Judge
     from redflag.lab.attacks import Attack
     from redflag.lab.baselines.run import Recorded
-    from redflag.lab.evaluating.evaluate import EvaluateArguments
+    from redflag.lab.evaluating.arguments import EvaluateArguments
 
 # Attempts of each attack that stand in the report's viewer.
 SHOWN = 12

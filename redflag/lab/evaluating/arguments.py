@@ -1,0 +1,110 @@
+"""The options of `redflag evaluate`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from redflag.backends.outbound import UpstreamOptions
+from redflag.data.options import RowOptions
+from redflag.watching.monitor import MonitorConfig
+from redflag.watching.policy import Policy
+
+
+@dataclass
+class EvaluateArguments(RowOptions, UpstreamOptions):
+    """Detection, delay, false alarms, language, baselines and attacks: one report."""
+
+    model: str = field(metadata={"help": "Folder of a flagged model (with redflag.json)."})
+    test: str = field(metadata={"help": "Rows that the report is about, as `redflag score` reads."})
+    calibration: str = field(metadata={"help": "Other rows, on which thresholds are fitted; only harmless ones count."})
+    output_dir: str = field(default="runs/evaluation", metadata={"help": "Where report and recordings go."})
+    train: str | None = field(default=None, metadata={"help": "Rows that the flags were trained on; for baselines."})
+    base: str | None = field(
+        default=None, metadata={"help": "The model before training: for keep KL, perplexity and baselines."}
+    )
+    baselines: list[str] = field(default_factory=list, metadata={"help": "Names of baselines, or all."})
+    attacks: list[str] = field(
+        default_factory=list, metadata={"help": "Names of attacks, or all (those that need no outside model)."}
+    )
+    requests: int = field(default=40, metadata={"help": "Harmful test rows whose requests are attacked with."})
+    judge: Literal["none", "oracle", "endpoint", "model"] = field(
+        default="none",
+        metadata={
+            "help": "Who says whether an attack's answer is harmful: the nano world's oracle, a server, weights."
+        },
+    )
+    judge_url: str | None = field(default=None, metadata={"help": "endpoint: address of the judge, http://HOST/v1."})
+    judge_name: str | None = field(default=None, metadata={"help": "endpoint: its model's name; model: its folder."})
+    judge_rubric: Literal["strongreject", "yes_no", "guard"] = field(
+        default="strongreject",
+        metadata={"help": "endpoint: what it is asked; guard: its own chat template asks (Llama Guard and its like)."},
+    )
+    judge_key_env: str | None = field(default=None, metadata={"help": "endpoint: environment variable with its key."})
+    judge_tokens: int | None = field(
+        default=None,
+        metadata={"help": "endpoint: most tokens of its answer, thoughts included."},
+    )
+    judge_options: dict[str, Any] | None = field(
+        default=None, metadata={"help": "endpoint: further fields of the request, as JSON; null leaves one out."}
+    )
+    judge_headers: dict[str, str] | None = field(
+        default=None, metadata={"help": "endpoint: further headers, as JSON; ${NAME}: an environment variable."}
+    )
+    attack_options: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "Attack -> its options, as in JSON; PAIR needs attacker_url and attacker_model, say."},
+    )
+    baseline_options: dict[str, Any] = field(default_factory=dict, metadata={"help": "Baseline -> its options."})
+    baseline_rows: int | None = field(
+        default=None, metadata={"help": "Most rows for those baselines that train a whole model."}
+    )
+    cascades: list[str] = field(
+        default_factory=list,
+        metadata={"help": "'FIRST then SECOND': an alarm of the first method asks the second, or the judge."},
+    )
+    escalation_share: float = field(
+        default=0.05, metadata={"help": "Cascades: share of harmless responses whose first stage may ask."}
+    )
+    escalation_weight: float = field(
+        default=0.0, metadata={"help": "Cascades: the first stage's share in the verdict (log-odds; CC++: 0.55)."}
+    )
+    mute_limit: int = field(
+        default=Policy.mute_limit, metadata={"help": "Cascades: tokens after which a score that stays high asks again."}
+    )
+    max_interventions: int = field(
+        default=Policy.max_interventions, metadata={"help": "Cascades: questions in one response; then an alarm halts."}
+    )
+    judge_flops: float | None = field(
+        default=None, metadata={"help": "Cascades: FLOPs of the judge per token that it reads (2 x its weights)."}
+    )
+    target_fpr: float = field(default=0.01, metadata={"help": "Share of harmless responses that may alarm."})
+    guarantee: Literal["expected", "high_probability"] = field(
+        default="expected", metadata={"help": "As in `redflag calibrate`."}
+    )
+    aggregation: Literal["max", "ema", "run", "cusum", "first"] = field(
+        default="max", metadata={"help": "How a monitor makes a score of the probabilities."}
+    )
+    window: int = field(default=MonitorConfig.window, metadata={"help": "run: steps on end that must be high."})
+    decay: float = field(default=MonitorConfig.decay, metadata={"help": "ema: weight of the new value."})
+    prior: float = field(default=MonitorConfig.prior, metadata={"help": "ema, cusum: probability in harmless text."})
+    drift: float = field(default=MonitorConfig.drift, metadata={"help": "cusum: nats forgiven per step."})
+    warm_up: int = field(default=MonitorConfig.warm_up, metadata={"help": "First steps that never alarm."})
+    delta: float = field(default=0.05, metadata={"help": "Probability that high_probability may fail."})
+    hold_back: int | None = field(
+        default=None,
+        metadata={"help": "Tokens held back by the guard that attacks meet; default: what the calibration suggests."},
+    )
+    tolerance: int = field(default=2, metadata={"help": "Tokens from the onset within which an alarm is on time."})
+    responses: int = field(default=400, metadata={"help": "Responses in the report's viewer."})
+    upstream: list[str] = field(
+        default_factory=list, metadata={"help": "Servers that hold the model and score the rows; default: in process."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seeds intervals, baselines and attacks."})
+    batch_size: int = field(default=16, metadata={"help": "Conversations per forward pass."})
+    max_length: int | None = field(
+        default=None, metadata={"help": "Longest prompt + response in tokens; default: the model's context."}
+    )
+    on_bad_row: Literal["stop", "skip"] = field(default="stop", metadata={"help": "What a malformed row does."})
+    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda, cuda:0, ..."})
+    dtype: str = field(default="auto", metadata={"help": "auto (as saved), float32, bfloat16 or float16."})
