@@ -2,7 +2,7 @@
 
 Answers to one request, or rows made from one seed, are not independent: they share a *group*, and all that follows
 takes whole groups as its units. Ungrouped rows are units of one. Three methods, each chosen by the coverage measured in
-`tests/measuring/test_coverage.py`:
+`tests/calibrating/test_coverage.py`:
 
 - **AUROC**: the variance of DeLong, DeLong and Clarke-Pearson (Biometrics 44, 1988), summed over groups as Obuchowski
   (Biometrics 53, 1997) does, on the logit scale, which keeps its coverage near 1 where a percentile bootstrap is too

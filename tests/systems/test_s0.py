@@ -1,7 +1,7 @@
 """S0, the marker before refusals: read after the prompt, decided by threshold, stripped, forbidden, logged, overridden.
 
 One tiny model, whose flags are made as likely as a test wants them, behind the real backend, guard and server.
-S0.1, S0.9 and S0.10 are training: `tests/training`. S0.4 by servers: `tests/measuring/test_score_upstream.py`.
+S0.1, S0.9 and S0.10 are training: `tests/training`. S0.4 by servers: `tests/scoring/test_score_upstream.py`.
 """
 
 from __future__ import annotations

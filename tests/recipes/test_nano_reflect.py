@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 pytestmark = pytest.mark.timeout(1800)
-RECIPE = Path(__file__).parents[1] / "recipes" / "nano" / "reflect.py"
+RECIPE = Path(__file__).parents[2] / "recipes" / "nano" / "reflect.py"
 
 
 def load() -> ModuleType:

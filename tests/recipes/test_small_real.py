@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "small-real"
+RECIPE = Path(__file__).parents[2] / "recipes" / "small-real"
 
 
 def load(name: str) -> ModuleType:

@@ -5,7 +5,7 @@ import subprocess
 
 import numpy as np
 import pytest
-from measuring.baselines.stand_in_guard import InWords, Streaming
+from stand_in_guard import InWords, Streaming
 
 from redflag import cli
 from redflag.backends.load import load_flagged

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-PYTHON = Path(os.environ.get("REDFLAG_VLLM", Path(__file__).parent.parent / ".vllm" / "bin" / "python"))
+PYTHON = Path(os.environ.get("REDFLAG_VLLM", Path(__file__).parents[2] / ".vllm" / "bin" / "python"))
 START = 300.0  # seconds
 CONTEXT = 8192  # far more than the model has learnt, so that a response can last for many seconds and not for one
 

@@ -22,7 +22,7 @@ from redflag.watching.replay import replay
 from redflag.watching.thresholds import Thresholds
 
 pytestmark = pytest.mark.timeout(1200)
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from measuring.baselines.stand_in_guard import InWords, Streaming, levels_of
+from stand_in_guard import InWords, Streaming, levels_of
 
 from redflag.data.rows import Row
 from redflag.errors import RedflagError
