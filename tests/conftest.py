@@ -48,8 +48,9 @@ def nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with FileLock(f"{folder}.lock"):
         if not given and (folder / "printed.txt").exists():
             return folder
-        # A process of its own, with all cores: the demo is what a user runs.
-        environment = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count() or 1)}
+        # A process of its own, as a user runs it: with all cores, unless other workers of pytest-xdist need them.
+        alone = "PYTEST_XDIST_WORKER" not in os.environ
+        environment = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count() or 1) if alone else "1"}
         command = [sys.executable, "-m", "redflag.cli", "demo", "--output_dir", str(folder), "--color", "never"]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
