@@ -209,7 +209,7 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(module.os, "fsync", full)
+        patch.setattr(os, "fsync", full)
         with pytest.raises(RedflagError, match=r"No space left on device.*partial"):
             verb(stub_scorer())
     assert not verb.output.exists()

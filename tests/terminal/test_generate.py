@@ -148,9 +148,8 @@ def test_an_upstream_gets_its_options(model_dir, monkeypatch):
     )
     with pytest.raises(RedflagError, match="enough"):
         generate.run(arguments)
-    assert made == [
-        (("m", "http://h:1", Policy(), 0.25, None), {"model": "nano", "api_key": "s3cret", "upper_bound": True})
-    ]
+    options = {"model": "nano", "api_key": "s3cret", "headers": {}, "upper_bound": True}
+    assert made == [(("m", "http://h:1", Policy(), 0.25, None), options)]
     monkeypatch.delenv("UP_KEY")
     with pytest.raises(RedflagError, match="UP_KEY"):
         generate.run(arguments)
