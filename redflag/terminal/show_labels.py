@@ -13,7 +13,7 @@ from redflag.terminal import show
 class ShowArguments(show.ShowArguments):
     """Rows, scored rows or traces in colour; with a model, rows as the trainer sees them."""
 
-    placement: str = field(default="dense", metadata={"help": "With --model: first, insert, until or dense."})
+    placement: str = field(default="dense", metadata={"help": "With --model: first, open, insert, until or dense."})
 
 
 ARGUMENTS = ShowArguments

@@ -54,7 +54,7 @@ def server(
     python = folder / "python"
     python.write_text(f'#!/bin/sh\nPYTHONPATH="{path}" {settings} exec "{stock_vllm.PYTHON}" "$@"\n')
     python.chmod(0o755)
-    options = ["--logits-processors", f"redflag.backends.halt_{request.param}:HaltProcessor"]
+    options = ["--logits-processors", f"redflag.in_engine.halt_{request.param}:HaltProcessor"]
     # Few tokens per step: prompts are read in pieces. Few blocks: with many requests at once some are put aside.
     options += ["--max-num-batched-tokens", "64", "--max-num-seqs", "64"]
     options += ["--num-gpu-blocks-override", "100", "--block-size", "32", "--no-enable-prefix-caching"]
