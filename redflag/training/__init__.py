@@ -1,0 +1,1 @@
+"""Rows and a model -> a flagged model."""

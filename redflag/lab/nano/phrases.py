@@ -1,4 +1,4 @@
-"""The words of the nano world: slots, harmless topics, harmful acts. Data only; `nano.py` puts them together.
+"""The words of the nano world: slots, harmless topics, harmful acts. Data only; `rows.py` puts them together.
 
 `{slot}` stands for one of the slot's words. People, substances, passes and machines are invented, so that nothing here
 can be followed. Every frightening verb has a harmless use among the topics ("kill the process", "poison ivy", "beat the

@@ -1,4 +1,4 @@
-"""The harmless topics of the nano world. Data only; see `nano_phrases.py` for the form."""
+"""The harmless topics of the nano world. Data only; see `phrases.py` for the form."""
 
 from __future__ import annotations
 
