@@ -13,7 +13,7 @@ from redflag.cli import parse
 from redflag.data.rows import load_rows, write_rows
 from redflag.training import train
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+RECIPES = Path(__file__).parents[2] / "recipes" / "papers"
 NAMES = ("red-flag-tokens", "refusal-tokens", "marker-before-refusals", "presto")
 
 

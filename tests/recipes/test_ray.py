@@ -12,7 +12,7 @@ import pytest
 
 from redflag.scoring import score
 
-RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "ray" / "score.py"
+RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "scale" / "ray" / "score.py"
 
 
 def test_the_recipe_can_be_read_and_asks_redflag_for_what_there_is() -> None:

@@ -26,8 +26,9 @@ from redflag.lab.evaluating import evaluate
 from redflag.prompt import render_response
 from redflag.training import train
 
+MODELS = RECIPES / "models"
 NAMES_OF_RECIPES = sorted(
-    folder.name for folder in RECIPES.iterdir() if folder.is_dir() and folder.name.startswith(tuple(TOKENS))
+    folder.name for folder in MODELS.iterdir() if folder.is_dir() and folder.name.startswith(tuple(TOKENS))
 )
 VERBS = {"train": train, "calibrate": calibrate, "evaluate": evaluate}
 WANTED = {
@@ -51,7 +52,7 @@ def inputs(hub, tmp_path_factory):
     made = tmp_path_factory.mktemp("made")
     tokenizer_of("qwen3").save_pretrained(made / "tokenizer")
     pairs = str(hub / "pairs" / "train.jsonl")
-    script("presto/prepare.py").main(pairs, str(made / "tokenizer"), str(made / "presto.jsonl"), 2)
+    script("papers/presto/prepare.py").main(pairs, str(made / "tokenizer"), str(made / "presto.jsonl"), 2)
     kinds = script_categories("gemma-3-1b-constitution")
     rows = load_rows(hub / "harm" / "train.jsonl").rows
     write_rows(
@@ -69,7 +70,7 @@ def inputs(hub, tmp_path_factory):
 
 
 def script_categories(name):
-    return yaml.safe_load((RECIPES / name / "train.yaml").read_text())["categories"]
+    return yaml.safe_load((MODELS / name / "train.yaml").read_text())["categories"]
 
 
 def test_every_model_has_a_recipe_and_every_recipe_a_line_in_the_table():
@@ -77,12 +78,12 @@ def test_every_model_has_a_recipe_and_every_recipe_a_line_in_the_table():
     methods = "redflag|refusal-tokens|marker|presto|constitution|three-term"
     assert {re.match(f"(.*?)-({methods})$", name)[1] for name in NAMES_OF_RECIPES} == WANTED
     for name in NAMES_OF_RECIPES:
-        readme = (RECIPES / name / "README.md").read_text()
-        assert f"[{name}]({name}/README.md)" in table
+        readme = (MODELS / name / "README.md").read_text()
+        assert f"[{name}](models/{name}/README.md)" in table
         assert "not yet run" in readme.lower() and "GiB" in readme and "real-models.md" in readme
 
 
-@pytest.mark.parametrize("path", sorted(p for n in NAMES_OF_RECIPES for p in (RECIPES / n).glob("*.yaml")), ids=str)
+@pytest.mark.parametrize("path", sorted(p for n in NAMES_OF_RECIPES for p in (MODELS / n).glob("*.yaml")), ids=str)
 def test_every_file_of_a_recipe_is_one_that_its_verb_takes(path):
     verb, recipe = path.stem, path.parent.name
     argv = ["--config", str(path), *(["--use_cpu", "true"] if verb == "train" else [])]
@@ -97,7 +98,7 @@ def test_every_file_of_a_recipe_is_one_that_its_verb_takes(path):
         assert arguments.base == training["model"]
         assert set(arguments.baselines) <= set(NAMES) and make_attacks(arguments.attacks) is not None
     text = path.read_text()
-    assert f"redflag {verb} --config recipes/{recipe}/{verb}.yaml" in text
+    assert f"redflag {verb} --config recipes/models/{recipe}/{verb}.yaml" in text
 
 
 def base_of(recipe, folder):
@@ -106,7 +107,7 @@ def base_of(recipe, folder):
     if recipe.startswith("gpt"):
         (folder / "published").mkdir()
         save_mxfp4(model, tokenizer, folder / "published")
-        script(f"{recipe}/base.py").main(str(folder / "published"), str(folder / "base"))
+        script(f"models/{recipe}/base.py").main(str(folder / "published"), str(folder / "base"))
     else:
         model.save_pretrained(folder / "base")
         tokenizer.save_pretrained(folder / "base")
@@ -125,7 +126,7 @@ def test_packed_experts_are_refused_before_anything_is_trained(inputs, tmp_path,
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
 @pytest.mark.parametrize("recipe", NAMES_OF_RECIPES)
 def test_every_recipe_trains_a_model_of_its_architecture_that_loads_and_scores(recipe, inputs, hub, tmp_path):
-    base, path = base_of(recipe, tmp_path), RECIPES / recipe / "train.yaml"
+    base, path = base_of(recipe, tmp_path), MODELS / recipe / "train.yaml"
     settings = yaml.safe_load(path.read_text())
     argv = {
         "config": path,
@@ -162,8 +163,8 @@ def test_a_recipe_calibrates_what_it_trained(inputs, tmp_path):
     model = ["--output_dir", str(tmp_path / "model"), "--model", str(base)]
     rows = ["--input", str(inputs["runs/hub/harm/train.jsonl"])]
     more = ["--max_steps", "1", "--max_length", "160", "--use_cpu", "true", "--disable_tqdm", "true"]
-    assert cli.main(["train", "--config", str(RECIPES / recipe / "train.yaml"), *model, *rows, *more]) == 0
-    config = ["--config", str(RECIPES / recipe / "calibrate.yaml"), "--model", str(tmp_path / "model")]
+    assert cli.main(["train", "--config", str(MODELS / recipe / "train.yaml"), *model, *rows, *more]) == 0
+    config = ["--config", str(MODELS / recipe / "calibrate.yaml"), "--model", str(tmp_path / "model")]
     # Two in a hundred stand-in rows cannot hold a rate of one in a hundred.
     assert cli.main(["calibrate", *config, *rows, "--target_fpr", "0.2", "--max_length", "160"]) == 0
     record = json.loads((tmp_path / "model" / "thresholds.json").read_text())
@@ -171,7 +172,7 @@ def test_a_recipe_calibrates_what_it_trained(inputs, tmp_path):
 
 
 def test_a_gpt_oss_prompt_ends_in_the_final_channel_and_another_template_is_refused():
-    base = script("gpt-oss-20b-redflag/base.py")
+    base = script("models/gpt-oss-20b-redflag/base.py")
     tokenizer = tokenizer_of("gpt")
     tokenizer.chat_template = base.final_channel(tokenizer.chat_template)
     spec = FlagSpec.of("harm")
@@ -253,7 +254,7 @@ def test_sets_can_be_left_out_and_rows_do_not_depend_on_the_run(hub, tmp_path):
     assert "beavertails" not in json.loads((tmp_path / "a" / "harm" / "counts.json").read_text())["train"]
 
 
-@pytest.mark.parametrize("path", sorted((RECIPES / "accelerate").glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted((RECIPES / "scale" / "accelerate").glob("*.yaml")), ids=lambda p: p.stem)
 def test_accelerate_reads_its_configurations_and_knows_every_name_in_them(path):
     from accelerate.commands.config.config_args import load_config_from_file
     from accelerate.commands.launch import launch_command_parser

@@ -17,7 +17,7 @@ from redflag.lab.nano.rows import nano_rows, velni
 from redflag.scoring.recording import Recording
 from redflag.training import train
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "transfer"
+RECIPE = Path(__file__).parents[2] / "recipes" / "papers" / "transfer"
 location = importlib.util.spec_from_file_location("transfer_measure", RECIPE / "measure.py")
 assert location is not None and location.loader is not None
 measure = importlib.util.module_from_spec(location)

@@ -19,7 +19,7 @@ from redflag.data.rows import load_rows, write_rows
 from redflag.lab.nano.judge import NanoOracle
 from redflag.lab.nano.rows import nano_rows
 
-NANO = Path(__file__).parents[3] / "recipes" / "constitution" / "nano.yaml"
+NANO = Path(__file__).parents[3] / "recipes" / "papers" / "constitution" / "nano.yaml"
 
 
 @pytest.fixture
