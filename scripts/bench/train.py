@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """RedFlagTrainer against plain SFTTrainer: tokens per second and peak memory, same rows, model, LoRA and batches.
 
-    python scripts/bench_train.py                                    # 0.1b on a CPU, float32
-    python scripts/bench_train.py --shape 1b --device cuda --dtype bfloat16
+    python scripts/bench/train.py                                    # 0.1b on a CPU, float32
+    python scripts/bench/train.py --shape 1b --device cuda --dtype bfloat16
 
 Random weights in the named shape; rows of random words, prompt and response, every response token learnt by SFT and
 pinned by redflag. Each trainer runs in a process of its own, in turn (plain, redflag, plain, ...), so that neither's

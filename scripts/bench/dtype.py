@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """What bfloat16 costs: how far the flag probabilities of one response lie apart between the ways to measure them.
 
-    python scripts/bench_dtype.py --model runs/nano/model --rows runs/nano/rows/test.jsonl
-    python scripts/bench_dtype.py --model MODEL --rows rows.jsonl --device cuda --vllm ""    # without vLLM
+    python scripts/bench/dtype.py --model runs/nano/model --rows runs/nano/rows/test.jsonl
+    python scripts/bench/dtype.py --model MODEL --rows rows.jsonl --device cuda --vllm ""    # without vLLM
 
 The model answers the requests of the rows at temperature 1, once token by token in this process and once behind a stock
 vLLM. The very tokens of each answer are then measured again in batches, as `redflag score` and `redflag calibrate` do.
@@ -21,9 +21,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench_serve import serve
+from serve import serve
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DTYPES = ("float32", "bfloat16")
 SMALL = 0.01  # below it, differences are told as shares of the probability
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Scoring throughput against the bare forward pass of the same model over the same batches.
 
-    python scripts/bench_score.py                                    # 0.1b on a CPU, float32
-    python scripts/bench_score.py --model MODEL --rows rows.jsonl    # a flagged model's folder and rows
-    python scripts/bench_score.py --shape 1b --device cuda --dtype bfloat16
+    python scripts/bench/score.py                                    # 0.1b on a CPU, float32
+    python scripts/bench/score.py --model MODEL --rows rows.jsonl    # a flagged model's folder and rows
+    python scripts/bench/score.py --shape 1b --device cuda --dtype bfloat16
 
 Three things are timed on the same rows, in turn (bare, backend, verb, bare, ...):
 

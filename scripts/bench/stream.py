@@ -1,7 +1,7 @@
 """Guarded streaming against plain `model.generate` with a `TextIteratorStreamer`: same model, prompt and settings.
 
-    python scripts/bench_stream.py                                    # Qwen2.5-0.5B's shape, CPU, float32
-    python scripts/bench_stream.py --shape 8b --device cuda --dtype bfloat16
+    python scripts/bench/stream.py                                    # Qwen2.5-0.5B's shape, CPU, float32
+    python scripts/bench/stream.py --shape 8b --device cuda --dtype bfloat16
 
 The weights are random: speed does not depend on what they say, and nothing has to be fetched. So is the vocabulary: a
 byte-level one made here, padded to the model's size with words that decode to plain text. The guard holds 8 tokens

@@ -1,4 +1,4 @@
-"""An upstream for `scripts/soak.py` that speaks vLLM's dialect, writes known texts, and breaks in known ways.
+"""An upstream for `scripts/bench/soak.py` that speaks vLLM's dialect, writes known texts, and breaks in known ways.
 
 Every request names a case, `case-17`, in its last message. The case decides everything: the response, where a flag is
 high, what a reflection says, what breaks and when (`Case`). Every token that must not be shown (from a harmful onset

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """How long calibration takes on many long responses: read, replay, thresholds, realised rate, hold-back.
 
-    python scripts/bench_calibrate.py                                # 20,000 responses of 1,000 steps, one flag
-    python scripts/bench_calibrate.py --responses 2000 --flags 4
+    python scripts/bench/calibrate.py                                # 20,000 responses of 1,000 steps, one flag
+    python scripts/bench/calibrate.py --responses 2000 --flags 4
 
 A synthetic recording (most responses harmless, lengths spread by a third about the mean) is written once as Parquet.
 For each aggregation the file is read and calibrated from the beginning. Beside it stands what `Monitor`, fed step by

@@ -1,4 +1,4 @@
-"""The figures of `scripts/soak.py`: whether the server grew, and a table."""
+"""The figures of `scripts/bench/soak.py`: whether the server grew, and a table."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """What redflag costs in front of a stock vLLM: throughput and inter-token latency with and without it, in one run.
 
-    python scripts/bench_serve.py                                     # 0.1b, random weights, 1, 16 and 64 streams
-    python scripts/bench_serve.py --model runs/nano/model             # the nano model instead
-    python scripts/bench_serve.py --shape 8b --vllm .venv-vllm/bin/python --vllm-arguments "--dtype bfloat16"
+    python scripts/bench/serve.py                                     # 0.1b, random weights, 1, 16 and 64 streams
+    python scripts/bench/serve.py --model runs/nano/model             # the nano model instead
+    python scripts/bench/serve.py --shape 8b --vllm .venv-vllm/bin/python --vllm-arguments "--dtype bfloat16"
 
 Four settings, asked for the same prompts, in an order that turns round from round to round:
 
@@ -41,7 +41,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = ("plain", "watched", "redflag", "in-engine")
 STREAMS = (1, 16, 64)
 
@@ -289,16 +289,15 @@ def table(streams: int, summary: dict[str, Any]) -> str:
 
 def write_model(shape: str, folder: Path) -> None:
     """A flagged model with random weights; speed does not depend on what they say."""
-    sys.path.insert(0, str(ROOT / "scripts"))
-    import bench_stream
+    import stream
     import torch
 
     from redflag.flags import Flag, FlagSpec
 
-    bench_stream.SHAPES["0.1b"] = (576, 12, 9, 3, 1536, 49_152, True)
-    model = bench_stream.build_model(shape, torch.float32, "cpu")
+    stream.SHAPES["0.1b"] = (576, 12, 9, 3, 1536, 49_152, True)
+    model = stream.build_model(shape, torch.float32, "cpu")
     vocabulary = model.get_output_embeddings().weight.shape[0]
-    tokenizer = bench_stream.build_tokenizer(vocabulary)
+    tokenizer = stream.build_tokenizer(vocabulary)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     FlagSpec((Flag("harm", "<|flag|>", id=vocabulary - 1),)).save(folder)

@@ -1,12 +1,12 @@
 """Many clients, some of them rude, for minutes: does `redflag serve` leak, hang, or show what was not judged?
 
-    python scripts/soak.py --model runs/nano/model                     # 64 clients, 5 minutes, a scripted upstream
-    python scripts/soak.py --model runs/nano/model --vllm .vllm/bin/python
+    python scripts/bench/soak.py --model runs/nano/model  # 64 clients, 5 minutes, a scripted upstream
+    python scripts/bench/soak.py --model runs/nano/model --vllm .vllm/bin/python
 
-In front of an upstream of its own (`scripts/soak_upstream.py`), which marks every token that must not be shown, breaks
-in several ways, and is killed and started again every 20 seconds. Alarms lead to reflections, so that hidden streams
-and resumed ones are among the traffic. With `--vllm` a stock vLLM takes the upstream's place: no marks and no kills
-there, and what was received is compared with the recorded traces, as it is in both.
+In front of an upstream of its own (`scripts/bench/soak_upstream.py`), which marks every token that must not be shown,
+breaks in several ways, and is killed and started again every 20 seconds. Alarms lead to reflections, so that hidden
+streams and resumed ones are among the traffic. With `--vllm` a stock vLLM takes the upstream's place: no marks and no
+kills there, and what was received is compared with the recorded traces, as it is in both.
 
 Clients stream or not, leave in the middle, read slowly, send bodies that are too long or no UTF-8, conversations of
 10,000 messages, flag text in every role. Every second the server's memory, file descriptors, sockets and threads are
@@ -39,7 +39,7 @@ from soak_upstream import MARKED, Case, Tongue
 
 from redflag.trace import Halt, Text, read_traces
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 HOLD_BACK = 2
 REQUEST_TIMEOUT = 20.0
 HANG = 45.0
@@ -319,7 +319,7 @@ def read(process: psutil.Process, begun: float) -> dict[str, float]:
 def upstream_command(arguments: argparse.Namespace, port: int) -> list[str]:
     """What starts the upstream."""
     if arguments.vllm is None:
-        script = str(ROOT / "scripts/soak_upstream.py")
+        script = str(ROOT / "scripts/bench/soak_upstream.py")
         return [sys.executable, script, "--model", arguments.model, "--port", str(port), "--step", str(arguments.step)]
     module = [arguments.vllm, "-m", "vllm.entrypoints.openai.api_server", "--model", arguments.model]
     sizes = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--disable-uvicorn-access-log"]

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Peak memory and time of the loss, in chunks against the naive way that holds all logits.
 
-    python scripts/bench_loss.py                       # 1,024 positions, vocabulary 151,936, hidden 896, float32, CPU
+    python scripts/bench/loss.py                       # 1,024 positions, vocabulary 151,936, hidden 896, float32, CPU
 
 Forward and backward of flag term + keep term from the same hidden states; the head is frozen, flag rows are trained, as
 in LoRA. Each way runs in a process of its own. Prints one JSON object; memory is above what stood before the loss.
