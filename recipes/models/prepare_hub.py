@@ -1,4 +1,4 @@
-"""Public sets of the Hugging Face hub -> the rows that the recipes of real models train, calibrate and test on.
+"""Public sets of the Hugging Face hub -> the rows that the recipes for released models train, calibrate and test on.
 
     python recipes/models/prepare_hub.py --output runs/hub
     python recipes/models/prepare_hub.py --output runs/hub --without beavertails pku-saferlhf  # no CC BY-NC rows
@@ -14,7 +14,7 @@
 The first three hold `train.jsonl`, `calibration.jsonl` and `test.jsonl`. The split is by what was asked, never by row,
 so all answers to one request lie in one split, whatever set they come from; a request of a test set is tested on and
 nothing else. A set's rows are drawn by seed up to a quota; the same answer to the same request counts once. What each
-set is, and its licence, stands in real-models.md.
+set is, and its licence, stands in README.md.
 """
 
 from __future__ import annotations
