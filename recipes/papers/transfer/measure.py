@@ -3,7 +3,7 @@ r"""A flag that was trained in one language, measured in another that it was nev
     redflag demo                                                # base model, English rows
     python recipes/papers/transfer/measure.py nano --world runs/nano
     python recipes/papers/transfer/measure.py small-real --models runs/small-real/models --rows runs/small-real/rows \
-        --data ../shared/data
+        --data DATA
 
 `nano` trains the flag on the demo's English rows, once for each seed, and measures it on English rows, on the same
 conversations in velni, and on other ones in velni. `small-real` takes models that are there. Thresholds are set on
@@ -299,8 +299,10 @@ def main() -> None:
     parser.add_argument("--flagged", nargs="+", choices=("english", "both"), default=["english"], help="nano")
     parser.add_argument("--models", type=Path, default=Path("runs/small-real/models"), help="small-real: its models")
     parser.add_argument("--rows", type=Path, default=Path("runs/small-real/rows"), help="small-real: its rows")
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="small-real: folder of the data sets")
+    parser.add_argument("--data", type=Path, help="small-real: folder of the data sets, as README.md describes it")
     given = parser.parse_args()
+    if given.what == "small-real" and given.data is None:
+        parser.error("small-real needs --data DATA, the folder of the data sets: README.md says how to fetch them")
     output = given.output / given.what
     output.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
