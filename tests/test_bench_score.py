@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "bench_score.py"
+SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "bench" / "score.py"
 
 
 def test_the_bench_prints_one_object_with_both_ratios() -> None:

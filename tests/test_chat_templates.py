@@ -192,7 +192,7 @@ class TestAnAnswerBegins:
         spec = FlagSpec((Flag("harm", "<|reserved_200000|>", id=flag),))
         messages = [turn("system", "Be kind."), turn("user", "Hi")]
         stock, hashed = render_prompt(tokenizer, messages, spec), template_hash(tokenizer)
-        tokenizer.chat_template = script("gpt-oss-20b-redflag/base.py").final_channel(tokenizer.chat_template)
+        tokenizer.chat_template = script("models/gpt_oss_base.py").final_channel(tokenizer.chat_template)
         assert render_prompt(tokenizer, messages, spec) == stock
         assert tokenizer.decode(stock).endswith("<|start|>assistant<|channel|>final<|message|>")
         assert template_hash(tokenizer) != hashed

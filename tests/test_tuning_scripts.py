@@ -26,14 +26,14 @@ META = {"run_id": "r1", "template_hash": SPEC.template_hash}
 
 
 def script(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(Path(name).name, SCRIPTS / f"{name}.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-tune, sweep, compare, bench = map(script, ("tune_thresholds", "sweep_refusal_rate", "compare_runs", "bench_calibrate"))
+tune, sweep, compare, bench = map(script, ("tune_thresholds", "sweep_refusal_rate", "compare_runs", "bench/calibrate"))
 
 
 def world(seed: int, count: int = 600, meta: dict[str, Any] | None = None) -> Recording:
@@ -333,7 +333,7 @@ def test_the_bench_of_calibration_measures_every_aggregation(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--responses", "400", "--steps", "6", "--flags", "2", "--sample", "20"]
-    monkeypatch.setattr(sys, "argv", ["bench_calibrate.py", *options])
+    monkeypatch.setattr(sys, "argv", ["calibrate.py", *options])
     assert bench.main() == 0
     found = json.loads(capsys.readouterr().out)
     assert all(found[name]["total"] > 0 and found[name]["ratio"] > 0 for name in ("max", "run", "ema", "cusum"))

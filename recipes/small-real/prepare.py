@@ -1,6 +1,6 @@
 """Public labelled conversations -> `rows/{train,calibration,test}.jsonl` and `rows/pretrain.jsonl`.
 
-    python recipes/small-real/prepare.py --data ../shared/data --output runs/small-real
+    python recipes/small-real/prepare.py --data DATA --output runs/small-real
 
 The split is by what was asked, never by row: all answers to one request, in whatever data set, under whatever jailbreak
 or rewording, lie in the same split. None of these sets says where in an answer the harm begins, so harmful rows carry

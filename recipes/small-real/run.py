@@ -1,7 +1,7 @@
 r"""All stages of the recipe in order; a stage whose output is there is not run again.
 
-    python recipes/small-real/run.py --data ../shared/data
-    python recipes/small-real/run.py --data ../shared/data --split source \
+    python recipes/small-real/run.py --data DATA
+    python recipes/small-real/run.py --data DATA --split source \
         --output runs/small-real-source --base runs/small-real/base
 
 Every stage is a command of its own, printed before it runs, with its log under `<output>/logs/`.
@@ -65,7 +65,7 @@ def environment(threads: int | None = None) -> dict[str, str]:
 def main() -> None:
     """Parses the command line and runs the stages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="../shared/data", help="folder of the data sets")
+    parser.add_argument("--data", required=True, help="folder of the data sets, as README.md describes it")
     parser.add_argument("--output", type=Path, default=Path("runs/small-real"))
     parser.add_argument("--split", choices=("request", "source"), default="request", help="what test rows differ in")
     parser.add_argument("--base", type=Path, help="base model that is there already; default: <output>/base, made")

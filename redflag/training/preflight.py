@@ -39,7 +39,7 @@ def refuse_quantised(name: str) -> None:
     if method == "mxfp4":
         raise RedflagError(
             f"{name} holds its experts as MXFP4 numbers, which cannot be trained, nor saved again: write a bfloat16 "
-            "copy first, as recipes/gpt-oss-20b-redflag/base.py does"
+            "copy first, as recipes/models/gpt_oss_base.py does"
         )
     raise RedflagError(
         f"{name} must hold its weights as 16-bit or 32-bit numbers (got quant_method {method!r}): what is trained "

@@ -14,7 +14,7 @@ from redflag import cli
 from redflag.errors import RedflagError
 from redflag.lab.refusals import audit, load_taxonomy
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "cannot-or-should-not"
+RECIPE = Path(__file__).parents[2] / "recipes" / "papers" / "cannot-or-should-not"
 DATA = Path(os.environ.get("REDFLAG_DATA", Path(__file__).parents[3] / "shared" / "data"))
 
 

@@ -12,7 +12,7 @@ import yaml
 from redflag.training.train import TrainArguments
 from redflag.training.trainer import RedFlagConfig
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "forecast"
+RECIPE = Path(__file__).parents[2] / "recipes" / "papers" / "forecast"
 
 
 def scored(probs, onset=None):

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 from terms import row
+from tiny import WORDS
 
 from redflag.cli import parse
 from redflag.data.rows import load_rows, write_rows
 from redflag.training import train
+from redflag.training.pretrain import train_tokenizer
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+RECIPES = Path(__file__).parents[2] / "recipes" / "papers"
 NAMES = ("red-flag-tokens", "refusal-tokens", "marker-before-refusals", "presto")
 
 
@@ -37,7 +39,7 @@ def test_S0_1_S1_1_S1_7_S2_1_S5_2_recipes_and_their_variants_parse(tmp_path, nam
     assert arguments.categories and config.placement in ("first", "open", "insert", "until", "dense")
 
 
-def test_S5_3_presto_rows_come_from_groups_with_a_harmful_answer_and_a_refusal(tmp_path, tokenizer):
+def test_S5_3_presto_rows_come_from_groups_with_a_harmful_answer_and_a_refusal(tmp_path):
     location = importlib.util.spec_from_file_location("prepare", RECIPES / "presto" / "prepare.py")
     prepare = importlib.util.module_from_spec(location)
     location.loader.exec_module(prepare)
@@ -48,7 +50,7 @@ def test_S5_3_presto_rows_come_from_groups_with_a_harmful_answer_and_a_refusal(t
         row("fish", "the fish ate", "harm", group="c"),
     ]
     assert prepare.triples_of(rows) == [("burn it", "the old barn ran", "no")]
-    tokenizer.save_pretrained(tmp_path / "model")
+    train_tokenizer([" ".join(WORDS)] * 5, 320).save_pretrained(tmp_path / "model")
     write_rows(tmp_path / "in.jsonl", rows)
     prepare.main(str(tmp_path / "in.jsonl"), str(tmp_path / "model"), str(tmp_path / "out.jsonl"), 6)
     made = load_rows(tmp_path / "out.jsonl").rows

@@ -12,7 +12,7 @@ import pytest
 
 from redflag.scoring import score
 
-RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "ray" / "score.py"
+RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "scale" / "ray" / "score.py"
 
 
 def test_the_recipe_can_be_read_and_asks_redflag_for_what_there_is() -> None:
@@ -32,7 +32,7 @@ def test_two_local_workers_write_what_one_process_writes(origin: Path, tmp_path:
     python = os.environ.get("REDFLAG_RAY_PYTHON", sys.executable)
     command = [python, str(RECIPE), "--model", str(model), "--input", str(rows), "--output", str(two)]
     environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = str(RECIPE.parents[2])
+    environment["PYTHONPATH"] = str(RECIPE.parents[3])
     options = ["--workers", "2", "--batch_size", "1"]
     done = subprocess.run([*command, *options], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

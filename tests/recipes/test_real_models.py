@@ -3,9 +3,12 @@ that went through `prepare_hub.py` from folders laid out as the hub's sets are."
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
+import shlex
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import stand_in_hub
@@ -26,14 +29,23 @@ from redflag.lab.evaluating import evaluate
 from redflag.prompt import render_response
 from redflag.training import train
 
-NAMES_OF_RECIPES = sorted(
-    folder.name for folder in RECIPES.iterdir() if folder.is_dir() and folder.name.startswith(tuple(TOKENS))
-)
-VERBS = {"train": train, "calibrate": calibrate, "evaluate": evaluate}
+MODELS = RECIPES / "models"
+NAMES_OF_RECIPES = sorted(path.name.removesuffix(".train.yaml") for path in MODELS.glob("*.train.yaml"))
+README = (MODELS / "README.md").read_text(encoding="utf-8")
+# The commands of the README, without their comments; a command ends where its line does not end in a backslash.
+COMMANDS = [
+    line.split(" # ")[0].strip()
+    for line in README.replace("\\\n", "").splitlines()
+    if re.match("    (redflag|python) ", line)
+]
 WANTED = {
     *("smollm2-135m", "smollm2-360m", "qwen3-0.6b", "qwen3-8b", "llama-3.2-1b", "llama-3.2-3b", "llama-3.1-8b"),
     *("gemma-3-1b", "gemma-3-12b", "mistral-7b", "phi-4-mini", "gpt-oss-20b"),
 }
+
+
+def settings_of(name):
+    return yaml.safe_load((MODELS / f"{name}.train.yaml").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +63,8 @@ def inputs(hub, tmp_path_factory):
     made = tmp_path_factory.mktemp("made")
     tokenizer_of("qwen3").save_pretrained(made / "tokenizer")
     pairs = str(hub / "pairs" / "train.jsonl")
-    script("presto/prepare.py").main(pairs, str(made / "tokenizer"), str(made / "presto.jsonl"), 2)
-    kinds = script_categories("gemma-3-1b-constitution")
+    script("papers/presto/prepare.py").main(pairs, str(made / "tokenizer"), str(made / "presto.jsonl"), 2)
+    kinds = settings_of("gemma-3-1b-constitution")["categories"]
     rows = load_rows(hub / "harm" / "train.jsonl").rows
     write_rows(
         made / "rows.jsonl",
@@ -68,36 +80,66 @@ def inputs(hub, tmp_path_factory):
     }
 
 
-def script_categories(name):
-    return yaml.safe_load((RECIPES / name / "train.yaml").read_text())["categories"]
-
-
 def test_every_model_has_a_recipe_and_every_recipe_a_line_in_the_table():
-    table = (RECIPES / "README.md").read_text()
     methods = "redflag|refusal-tokens|marker|presto|constitution|three-term"
     assert {re.match(f"(.*?)-({methods})$", name)[1] for name in NAMES_OF_RECIPES} == WANTED
     for name in NAMES_OF_RECIPES:
-        readme = (RECIPES / name / "README.md").read_text()
-        assert f"[{name}]({name}/README.md)" in table
-        assert "not yet run" in readme.lower() and "GiB" in readme and "real-models.md" in readme
+        (line,) = re.findall(rf"^\| \[{re.escape(name)}\]\({re.escape(name)}\.train\.yaml\) .*", README, re.M)
+        assert "not yet run" in line and "GiB" in line
+        assert f"`{settings_of(name)['model']}`" in line or name.startswith("gpt-oss")
+        assert f"\n### {name}\n" in README
 
 
-@pytest.mark.parametrize("path", sorted(p for n in NAMES_OF_RECIPES for p in (RECIPES / n).glob("*.yaml")), ids=str)
-def test_every_file_of_a_recipe_is_one_that_its_verb_takes(path):
-    verb, recipe = path.stem, path.parent.name
-    argv = ["--config", str(path), *(["--use_cpu", "true"] if verb == "train" else [])]
-    arguments, *rest = cli.parse(VERBS[verb], argv, f"redflag {verb}")
-    made = f"runs/{recipe}/"
-    if verb == "train":
-        assert rest[0].output_dir == f"{made}model"
-    else:
-        assert arguments.model == f"{made}model"
-    if verb == "evaluate":
-        training = yaml.safe_load((path.parent / "train.yaml").read_text())
-        assert arguments.base == training["model"]
-        assert set(arguments.baselines) <= set(NAMES) and make_attacks(arguments.attacks) is not None
-    text = path.read_text()
-    assert f"redflag {verb} --config recipes/{recipe}/{verb}.yaml" in text
+@pytest.mark.parametrize("name", NAMES_OF_RECIPES)
+def test_every_file_of_training_settings_is_one_that_its_verb_takes(name):
+    path = MODELS / f"{name}.train.yaml"
+    _, config = cli.parse(train, ["--config", str(path), "--use_cpu", "true"], "redflag train")
+    assert config.output_dir == f"runs/{name}/model"
+    assert f"redflag train --config recipes/models/{name}.train.yaml" in path.read_text()
+
+
+@pytest.mark.parametrize("name", NAMES_OF_RECIPES)
+def test_the_shared_files_take_every_model_on_the_command_line(name):
+    model = ["--model", f"runs/{name}/model"]
+    calibrate_argv = ["--config", str(MODELS / "calibrate.yaml"), *model]
+    arguments, *_ = cli.parse(calibrate, calibrate_argv, "redflag calibrate")
+    assert arguments.model == f"runs/{name}/model" and arguments.target_fpr == 0.01
+    more = ["--base", settings_of(name)["model"], "--output_dir", f"runs/{name}/evaluation"]
+    evaluate_argv = ["--config", str(MODELS / "evaluate.yaml"), *model, *more]
+    arguments, *_ = cli.parse(evaluate, evaluate_argv, "redflag evaluate")
+    assert arguments.base == settings_of(name)["model"] and arguments.output_dir == f"runs/{name}/evaluation"
+    assert arguments.baselines and set(arguments.baselines) <= set(NAMES)
+    for verb in ("calibrate", "evaluate"):
+        assert f"redflag {verb} --config recipes/models/{verb}.yaml" in (MODELS / f"{verb}.yaml").read_text()
+
+
+@pytest.mark.parametrize("command", [line for line in COMMANDS if "NAME.train.yaml" not in line], ids=str)
+def test_the_commands_of_the_readme_can_be_given(command, monkeypatch):
+    monkeypatch.chdir(RECIPES.parent)
+    program, first, *rest = shlex.split(command)
+    if program == "python":
+        assert Path(first).is_file()
+        return
+    more = ["--use_cpu", "true"] if first == "train" else []
+    arguments, *_ = cli.parse(importlib.import_module(cli.VERBS[first][0]), [*rest, *more], f"redflag {first}")
+    if first == "evaluate":
+        assert make_attacks(arguments.attacks) is not None
+
+
+REFUSALS = "--input runs/hub/refusals/calibration.jsonl --target_fpr 0.05 --aggregation first"
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("smollm2-135m-refusal-tokens", REFUSALS),
+        ("smollm2-360m-marker", REFUSALS),
+        ("gemma-3-1b-constitution", "--input runs/gemma-3-1b-constitution/rows/calibration.jsonl"),
+    ],
+)
+def test_recipes_with_rows_of_their_own_are_calibrated_on_them(name, options):
+    shared = "redflag calibrate --config recipes/models/calibrate.yaml"
+    assert shlex.split(f"{shared} --model runs/{name}/model {options}") in map(shlex.split, COMMANDS)
 
 
 def base_of(recipe, folder):
@@ -106,7 +148,7 @@ def base_of(recipe, folder):
     if recipe.startswith("gpt"):
         (folder / "published").mkdir()
         save_mxfp4(model, tokenizer, folder / "published")
-        script(f"{recipe}/base.py").main(str(folder / "published"), str(folder / "base"))
+        script("models/gpt_oss_base.py").main(str(folder / "published"), str(folder / "base"))
     else:
         model.save_pretrained(folder / "base")
         tokenizer.save_pretrained(folder / "base")
@@ -125,8 +167,8 @@ def test_packed_experts_are_refused_before_anything_is_trained(inputs, tmp_path,
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
 @pytest.mark.parametrize("recipe", NAMES_OF_RECIPES)
 def test_every_recipe_trains_a_model_of_its_architecture_that_loads_and_scores(recipe, inputs, hub, tmp_path):
-    base, path = base_of(recipe, tmp_path), RECIPES / recipe / "train.yaml"
-    settings = yaml.safe_load(path.read_text())
+    base, path = base_of(recipe, tmp_path), MODELS / f"{recipe}.train.yaml"
+    settings = settings_of(recipe)
     argv = {
         "config": path,
         "model": base,
@@ -162,8 +204,8 @@ def test_a_recipe_calibrates_what_it_trained(inputs, tmp_path):
     model = ["--output_dir", str(tmp_path / "model"), "--model", str(base)]
     rows = ["--input", str(inputs["runs/hub/harm/train.jsonl"])]
     more = ["--max_steps", "1", "--max_length", "160", "--use_cpu", "true", "--disable_tqdm", "true"]
-    assert cli.main(["train", "--config", str(RECIPES / recipe / "train.yaml"), *model, *rows, *more]) == 0
-    config = ["--config", str(RECIPES / recipe / "calibrate.yaml"), "--model", str(tmp_path / "model")]
+    assert cli.main(["train", "--config", str(MODELS / f"{recipe}.train.yaml"), *model, *rows, *more]) == 0
+    config = ["--config", str(MODELS / "calibrate.yaml"), "--model", str(tmp_path / "model")]
     # Two in a hundred stand-in rows cannot hold a rate of one in a hundred.
     assert cli.main(["calibrate", *config, *rows, "--target_fpr", "0.2", "--max_length", "160"]) == 0
     record = json.loads((tmp_path / "model" / "thresholds.json").read_text())
@@ -171,7 +213,7 @@ def test_a_recipe_calibrates_what_it_trained(inputs, tmp_path):
 
 
 def test_a_gpt_oss_prompt_ends_in_the_final_channel_and_another_template_is_refused():
-    base = script("gpt-oss-20b-redflag/base.py")
+    base = script("models/gpt_oss_base.py")
     tokenizer = tokenizer_of("gpt")
     tokenizer.chat_template = base.final_channel(tokenizer.chat_template)
     spec = FlagSpec.of("harm")
@@ -253,7 +295,7 @@ def test_sets_can_be_left_out_and_rows_do_not_depend_on_the_run(hub, tmp_path):
     assert "beavertails" not in json.loads((tmp_path / "a" / "harm" / "counts.json").read_text())["train"]
 
 
-@pytest.mark.parametrize("path", sorted((RECIPES / "accelerate").glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted((RECIPES / "scale" / "accelerate").glob("*.yaml")), ids=lambda p: p.stem)
 def test_accelerate_reads_its_configurations_and_knows_every_name_in_them(path):
     from accelerate.commands.config.config_args import load_config_from_file
     from accelerate.commands.launch import launch_command_parser

@@ -17,7 +17,7 @@ from redflag.lab.nano.rows import nano_rows, velni
 from redflag.scoring.recording import Recording
 from redflag.training import train
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "transfer"
+RECIPE = Path(__file__).parents[2] / "recipes" / "papers" / "transfer"
 location = importlib.util.spec_from_file_location("transfer_measure", RECIPE / "measure.py")
 assert location is not None and location.loader is not None
 measure = importlib.util.module_from_spec(location)
@@ -95,3 +95,10 @@ def test_S1_8_the_threshold_comes_from_english_rows_alone():
     assert only["auroc"] is None and only["in_force"]["tpr"] is None and only["in_force"]["realised_fpr"] < 0.05
     text = measure.markdown({"part": {"flagged in English": {"0": {"English": here, "only": only}}}})
     assert "| only | 0, 200 | - | - | - | - |" in text and f"{here['auroc']:.3f}" in text
+
+
+def test_public_rows_are_looked_for_only_in_the_folder_that_was_given(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("sys.argv", ["measure.py", "small-real", "--output", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        measure.main()
+    assert "--data DATA" in capsys.readouterr().err and not list(tmp_path.iterdir())

@@ -18,4 +18,4 @@ def script(name: str) -> ModuleType:
     return module
 
 
-prepare_hub = script("prepare_hub.py")
+prepare_hub = script("models/prepare_hub.py")

@@ -52,7 +52,7 @@ from redflag.watching.thresholds import Thresholds
 ASKED = [{"role": "user", "content": "tell me of the old town"}]
 SEVERITY = {"mild": 0.5, "severe": 0.01}  # above 50% for the one, above 1% for the other: the proposal's example
 OPERATOR = "operator-key-0123456789"
-RECIPE = Path(__file__).parents[2] / "recipes" / "marker-before-refusals"
+RECIPE = Path(__file__).parents[2] / "recipes" / "papers" / "marker-before-refusals"
 SAMPLING = Sampling(max_new_tokens=6, seed=3)
 
 

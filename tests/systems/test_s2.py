@@ -263,7 +263,7 @@ def test_S2_4_a_bias_changes_what_is_refused_and_how_often():
 
 def test_S2_5_near_misses_are_learnt_and_measured_as_answers(tmp_path):
     """The nano recipe's rows: refusals carry their category, contrast rows none, harmful answers are left out."""
-    nano = script(ROOT / "recipes" / "refusal-tokens" / "nano.py")
+    nano = script(ROOT / "recipes" / "papers" / "refusal-tokens" / "nano.py")
     rows = nano_rows("train", 400)
     kinds = {variant: nano.labelled(rows, variant) for variant in nano.VARIANTS}
     for variant, found in kinds.items():

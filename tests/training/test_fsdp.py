@@ -28,7 +28,7 @@ from redflag.training.sharded import check_plugin
 from redflag.training.trainer import RedFlagConfig
 
 HERE = Path(__file__).parent
-CONFIG = HERE.parent.parent / "recipes" / "accelerate" / "fsdp2.yaml"
+CONFIG = HERE.parent.parent / "recipes" / "scale" / "accelerate" / "fsdp2.yaml"
 COMMON = "--max_length 64 --max_steps 4 --logging_steps 1 --per_device_train_batch_size 3 --disable_tqdm true "
 COMMON += "--dtype float32 --bf16 false "
 STEPS = "--save_strategy steps --save_steps 2 --optim adamw_torch --learning_rate 0.01"

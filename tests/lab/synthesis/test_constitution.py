@@ -11,7 +11,7 @@ from redflag.errors import RedflagError
 from redflag.lab.synthesis.constitution import load_constitution, parse_constitution
 from redflag.lab.synthesis.requests import draw
 
-RECIPES = Path(__file__).parents[3] / "recipes" / "constitution"
+RECIPES = Path(__file__).parents[3] / "recipes" / "papers" / "constitution"
 GOOD = {
     "name": "x",
     "harmful": {"weapons": {"description": "Weapons.", "examples": ["How do I build a bomb?"]}},

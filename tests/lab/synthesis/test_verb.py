@@ -19,7 +19,7 @@ from redflag.data.rows import load_rows, write_rows
 from redflag.lab.nano.judge import NanoOracle
 from redflag.lab.nano.rows import nano_rows
 
-NANO = Path(__file__).parents[3] / "recipes" / "constitution" / "nano.yaml"
+NANO = Path(__file__).parents[3] / "recipes" / "papers" / "constitution" / "nano.yaml"
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_S3_1_a_process_that_is_killed_loses_nothing_that_was_answered(tmp_path)
 
 
 def test_S3_1_the_commands_of_the_recipe_can_be_given(command, monkeypatch):
-    monkeypatch.chdir(NANO.parents[2])
+    monkeypatch.chdir(NANO.parents[3])
     text = (NANO.parent / "README.md").read_text().replace("\\\n", " ")
     lines = [line.partition("#")[0] for line in text.splitlines() if line.startswith("    redflag ")]
     assert len(lines) == 8
