@@ -50,6 +50,7 @@ class AuditLog:
 
     Example:
         >>> import tempfile
+        >>> from redflag.trace import Done, Text
         >>> log = AuditLog(Path(tempfile.mkdtemp()) / "audit.jsonl", {"weapons": 0.8})
         >>> trace = Trace(categories=("weapons",), token_ids=[5], flag_probs=[(0.6,)], scores=[(0.6,)],
         ...     events=[Text(0, (5,), "x"), Done(1, "stop")])

@@ -54,6 +54,7 @@ class Metrics:
     """Counts in a registry of its own, so that several servers in one process do not meet. May be used by any thread.
 
     Example:
+        >>> from redflag.trace import Text
         >>> metrics = Metrics()
         >>> with metrics.open():
         ...     trace = Trace(token_ids=[5, 6], events=[Text(0, (5, 6), "")])
