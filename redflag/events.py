@@ -5,9 +5,9 @@ Standard library only, so that traces can be read where no model can be run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 
 class Step(NamedTuple):
@@ -23,8 +23,16 @@ class Step(NamedTuple):
     flag_probs: tuple[float, ...]
 
 
+class _Event:
+    __slots__ = ()
+
+    def describe(self) -> str:
+        """One line for the operator about what became of an alarm; "" for an event that is not about that."""
+        return ""
+
+
 @dataclass(frozen=True, slots=True)
-class Text:
+class Text(_Event):
     """Released text. `position` is the index of its first token in the response; `token_ids` are what was released."""
 
     position: int
@@ -33,7 +41,7 @@ class Text:
 
 
 @dataclass(frozen=True, slots=True)
-class Alarm:
+class Alarm(_Event):
     """A score reached its threshold at step `position`. `action` is what the policy answered."""
 
     position: int
@@ -44,7 +52,7 @@ class Alarm:
 
 
 @dataclass(frozen=True, slots=True)
-class Halt:
+class Halt(_Event):
     """The response ends here and nothing held back is shown.
 
     `reason` is `"alarm"` (with its `category`) or `"fault"` (fail closed: something could not be judged; `detail` says
@@ -60,7 +68,7 @@ class Halt:
 
 
 @dataclass(frozen=True, slots=True)
-class Reflection:
+class Reflection(_Event):
     """The model looked at its own response, unseen by the user.
 
     `position` is the number of response tokens it had in view, `token_ids` what it wrote, `verdict` is `"harmful"` or
@@ -73,9 +81,12 @@ class Reflection:
     harm: float
     text: str = ""
 
+    def describe(self) -> str:
+        return f"reflection at token {self.position}: {len(self.token_ids)} hidden tokens, {verdict(self)}"
+
 
 @dataclass(frozen=True, slots=True)
-class Escalation:
+class Escalation(_Event):
     """A second judge was asked about the first `position` tokens, unseen by the user.
 
     `verdict` is `"harmful"`, `"harmless"` or `"unanswered"` (it failed or was late: the alarm stands, `harm` is 1).
@@ -86,9 +97,13 @@ class Escalation:
     harm: float
     detail: str = ""
 
+    def describe(self) -> str:
+        detail = f" ({self.detail})" if self.detail else ""
+        return f"second judge on {self.position} tokens: {verdict(self)}{detail}"
+
 
 @dataclass(frozen=True, slots=True)
-class Forced:
+class Forced(_Event):
     """A flag was put into the context, unseen by the user, and the response goes on behind it.
 
     `position` is the number of response tokens before the flag, all of them released; `token_ids` are those that were
@@ -99,16 +114,22 @@ class Forced:
     category: str
     token_ids: tuple[int, ...]
 
+    def describe(self) -> str:
+        return f"flag {self.category} forced at token {self.position}: {len(self.token_ids)} tokens taken back"
+
 
 @dataclass(frozen=True, slots=True)
-class Resume:
+class Resume(_Event):
     """The response goes on after an alarm that was reviewed; `position` is the index of its next token."""
 
     position: int
 
+    def describe(self) -> str:
+        return f"resumed at token {self.position}"
+
 
 @dataclass(frozen=True, slots=True)
-class Done:
+class Done(_Event):
     """The response ended by itself: `reason` is `"stop"` (end-of-sequence or stop text) or `"length"`.
 
     `position` is the number of response tokens.
@@ -119,6 +140,51 @@ class Done:
 
 
 Event = Text | Alarm | Reflection | Escalation | Forced | Resume | Halt | Done
+_Kind = TypeVar("_Kind", bound=_Event)
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a trace says, for everybody who reports it: log, metrics, audit log, spans, operator's view and terminal.
+
+    Attributes:
+        released: Response tokens that were shown.
+        waited: Hidden tokens that were generated while the user waited.
+        generated: Tokens that the engine made for the response, hidden ones included.
+        step_peaks: Category -> highest score of the steps in the trace; empty where there is none.
+        peaks: The same with the alarms' scores: a step whose token was taken back is not in the trace, its alarm is.
+        alarms: All alarms, in order; so are the others.
+        overridden: How many of the alarms the response went on after as it was: let through by the policy, or found
+            harmless by a reviewer.
+        reviews: Reflections and questions to the second judge.
+        reflections: Reflections.
+        escalations: Questions to the second judge.
+        resumes: How often the response went on after a reviewed alarm.
+        decisions: All events but released text and an end by itself.
+        halt: The end, where it is a halt.
+        end: `done`, `halted` (an alarm) or `fault`; None where the caller left before the response was over.
+        reason: `stop`, `length`, `alarm` or `fault`; None likewise.
+        category: Of the alarm that halted it.
+        detail: What `Halt.detail` says; "" without a halt.
+    """
+
+    released: int
+    waited: int
+    generated: int
+    step_peaks: dict[str, float]
+    peaks: dict[str, float]
+    alarms: tuple[Alarm, ...]
+    overridden: int
+    reviews: tuple[Reflection | Escalation, ...]
+    reflections: tuple[Reflection, ...]
+    escalations: tuple[Escalation, ...]
+    resumes: int
+    decisions: tuple[Event, ...]
+    halt: Halt | None
+    end: str | None
+    reason: str | None
+    category: str | None
+    detail: str
 
 
 @dataclass(slots=True)
@@ -154,14 +220,19 @@ class Trace:
         return map(Step, self.token_ids, self.flag_probs)
 
     @property
+    def released(self) -> int:
+        """Response tokens that were shown. May be asked for while another thread adds events."""
+        return sum(len(event.token_ids) for event in _of(Text, list(self.events)))
+
+    @property
     def waited(self) -> int:
         """Hidden tokens that were generated while the user waited."""
-        return sum(len(event.token_ids) for event in self.events if isinstance(event, Reflection))
+        return sum(len(event.token_ids) for event in _of(Reflection, self.events))
 
     @property
     def taken(self) -> int:
         """Tokens that were generated and taken back, for a flag that was forced in their place."""
-        return sum(len(event.token_ids) for event in self.events if isinstance(event, Forced))
+        return sum(len(event.token_ids) for event in _of(Forced, self.events))
 
     @property
     def generated(self) -> int:
@@ -173,3 +244,58 @@ class Trace:
         """The terminal event; None where the caller left before the response was over."""
         last = self.events[-1] if self.events else None
         return last if isinstance(last, Halt | Done) else None
+
+    def facts(self) -> Facts:
+        """What the trace says so far."""
+        alarms, end = _of(Alarm, self.events), self.end
+        halt = end if isinstance(end, Halt) else None
+        kind = "done" if end is not None else None
+        if halt is not None:
+            kind = "fault" if halt.reason == "fault" else "halted"
+        step_peaks = dict(zip(self.categories, map(max, zip(*self.scores, strict=True)), strict=bool(self.scores)))
+        peaks = dict(step_peaks)
+        for alarm in alarms:
+            peaks[alarm.category] = max(peaks.get(alarm.category, alarm.score), alarm.score)
+        return Facts(
+            released=self.released,
+            waited=self.waited,
+            generated=self.generated,
+            step_peaks=step_peaks,
+            peaks={name: peaks[name] for name in (*self.categories, *peaks) if name in peaks},
+            alarms=alarms,
+            overridden=_overridden(self.events),
+            reviews=tuple(event for event in self.events if isinstance(event, Reflection | Escalation)),
+            reflections=_of(Reflection, self.events),
+            escalations=_of(Escalation, self.events),
+            resumes=len(_of(Resume, self.events)),
+            decisions=tuple(event for event in self.events if not isinstance(event, Text | Done)),
+            halt=halt,
+            end=kind,
+            reason=end.reason if end is not None else None,
+            category=halt.category if halt is not None else None,
+            detail=halt.detail if halt is not None else "",
+        )
+
+
+def verdict(review: Reflection | Escalation) -> str:
+    """The verdict in words; a judge that did not answer has no number."""
+    return review.verdict if review.verdict == "unanswered" else f"{review.verdict} {review.harm:.2f}"
+
+
+def _of(kind: type[_Kind], events: Sequence[Event]) -> tuple[_Kind, ...]:
+    return tuple(event for event in events if isinstance(event, kind))
+
+
+def _overridden(events: Sequence[Event]) -> int:
+    count = 0
+    group: list[Alarm] = []  # of one step, of which the severest action was taken
+    for event in (*events, None):
+        same = isinstance(event, Alarm) and group and event.position == group[-1].position
+        if isinstance(event, Resume) or (not same and all(alarm.action == "continue" for alarm in group)):
+            count += len(group)
+            group = []
+        if isinstance(event, Forced):
+            group = []  # it went on behind the flag, without what the alarm was about
+        if isinstance(event, Alarm):
+            group.append(event)
+    return count

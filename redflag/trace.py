@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, cast
 
 from redflag.errors import RedflagError
-from redflag.events import Alarm, Done, Escalation, Event, Forced, Halt, Reflection, Resume, Step, Text, Trace
+from redflag.events import Alarm, Done, Escalation, Event, Facts, Forced, Halt, Reflection, Resume, Step, Text, Trace
 
 __all__ = [
     "Alarm",
     "Done",
     "Escalation",
     "Event",
+    "Facts",
     "Forced",
     "Halt",
     "Reflection",

@@ -38,7 +38,7 @@ from redflag.scoring.recording import Recording
 from redflag.stats.metrics import clopper_pearson
 from redflag.trace import atomic_write
 from redflag.watching.first_token import FirstTokenRule
-from redflag.watching.monitor import MonitorConfig
+from redflag.watching.monitor import AGGREGATIONS, MonitorConfig
 from redflag.watching.thresholds import Thresholds
 
 COLUMNS = ("source", "category", "lang", "turns", "onset_source")
@@ -71,7 +71,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--flag", help="the flag that is moved; default: all")
     parser.add_argument("--thresholds", metavar="MODEL", help="folder with thresholds.json: monitor and thresholds")
     parser.add_argument("--threshold", type=float, help="threshold of all flags while something else moves")
-    parser.add_argument("--aggregation", choices=["max", "ema", "run", "cusum", "first"], default="max")
+    parser.add_argument("--aggregation", choices=list(AGGREGATIONS), default="max")
     parser.add_argument("--window", type=int, default=MonitorConfig.window)
     parser.add_argument("--decay", type=float, default=MonitorConfig.decay)
     parser.add_argument("--prior", type=float, default=MonitorConfig.prior)

@@ -33,7 +33,7 @@ from redflag.flags import FlagSpec
 from redflag.scoring.recorded import recorded
 from redflag.scoring.recording import Recording
 from redflag.trace import atomic_write
-from redflag.watching.monitor import MonitorConfig
+from redflag.watching.monitor import AGGREGATIONS, MonitorConfig
 from redflag.watching.thresholds import Thresholds
 
 FEW = 100
@@ -224,7 +224,7 @@ def settle(
         fit_on, measure_on = split_groups(setting.columns["group"], arguments.held_out, arguments.seed)
     peaks, own = replay.peaks(config, setting), tuning.owners(setting)
     values = tuning.fit(objective, peaks[fit_on], own[fit_on])
-    if config.aggregation != "cusum" and max(values) > 1.0:
+    if AGGREGATIONS[config.aggregation].bounded and max(values) > 1.0:
         raise RedflagError(
             f"no threshold of the monitor {tuning.describe(config)!r} meets the objective: too many harmless responses "
             "reach a score of 1, so the guard could never fire; ask for less, or look at those rows"

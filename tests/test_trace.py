@@ -15,7 +15,21 @@ from hypothesis import strategies as st
 
 import redflag.trace
 from redflag.errors import RedflagError
-from redflag.trace import Alarm, Done, Halt, Step, Text, Trace, atomic_write, read_traces, write_traces
+from redflag.trace import (
+    Alarm,
+    Done,
+    Escalation,
+    Forced,
+    Halt,
+    Reflection,
+    Resume,
+    Step,
+    Text,
+    Trace,
+    atomic_write,
+    read_traces,
+    write_traces,
+)
 
 
 def example(**changes) -> Trace:
@@ -325,3 +339,55 @@ def test_traces_and_the_watching_room_load_no_engine():
     root = Path(redflag.trace.__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_facts_are_what_the_events_say():
+    trace = Trace(
+        categories=("harm", "leak"),
+        token_ids=[5, 6, 7],
+        flag_probs=[(0.1, 0.2), (0.7, 0.1), (0.9, 0.1)],
+        scores=[(0.1, 0.2), (0.7, 0.1), (0.9, 0.1)],
+        events=[
+            Text(0, (5,), "a"),
+            Alarm(1, "harm", 0.7, 0.6, "reflect"),
+            Reflection(1, (8, 9), "harmless", 0.2),
+            Resume(1),
+            Text(1, (6,), "b"),
+            Alarm(2, "leak", 0.8, 0.6, "force"),
+            Forced(2, "leak", (4,)),
+            Alarm(2, "harm", 0.9, 0.6, "escalate"),
+            Escalation(2, "harmful", 0.9),
+            Halt(2, "alarm", "harm", "why"),
+        ],
+    )
+    facts = trace.facts()
+    assert (facts.released, facts.waited, facts.generated) == (2, 2, 6)
+    assert facts.step_peaks == {"harm": 0.9, "leak": 0.2}
+    assert facts.peaks == {"harm": 0.9, "leak": 0.8}
+    assert [alarm.position for alarm in facts.alarms] == [1, 2, 2]
+    assert facts.overridden == 1  # the reflected one; behind the forced flag the alarm's tokens are gone
+    assert facts.reviews == (*facts.reflections, *facts.escalations) == (trace.events[2], trace.events[8])
+    assert facts.resumes == 1
+    assert facts.decisions == tuple(event for event in trace.events if not isinstance(event, Text))
+    assert facts.halt == trace.events[-1]
+    assert (facts.end, facts.reason, facts.category, facts.detail) == ("halted", "alarm", "harm", "why")
+    assert [event.describe() for event in trace.events if event.describe()] == [
+        "reflection at token 1: 2 hidden tokens, harmless 0.20",
+        "resumed at token 1",
+        "flag leak forced at token 2: 1 tokens taken back",
+        "second judge on 2 tokens: harmful 0.90",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("events", "end"),
+    [
+        ([], (None, None, "")),
+        ([Done(0, "length")], ("done", "length", "")),
+        ([Halt(0, "fault", None, "step 0: nan")], ("fault", "fault", "step 0: nan")),
+    ],
+)
+def test_facts_of_a_response_without_tokens(events, end):
+    facts = Trace(categories=("harm",), events=events).facts()
+    assert (facts.end, facts.reason, facts.detail) == end
+    assert facts.step_peaks == facts.peaks == {} and facts.category is None

@@ -30,7 +30,8 @@ from redflag.scoring.recorded import recorded
 from redflag.scoring.recording import Recording
 from redflag.stats.metrics import clopper_pearson
 from redflag.trace import require_writable
-from redflag.watching.monitor import MonitorConfig
+from redflag.watching.monitor import AGGREGATIONS, MonitorConfig
+from redflag.watching.options import MonitorOptions
 from redflag.watching.thresholds import THRESHOLDS_FILE, Thresholds
 
 __all__ = ["CalibrateArguments", "Calibration", "calibrate", "fit_threshold", "fit_thresholds", "run", "split_groups"]
@@ -67,7 +68,7 @@ class Calibration:
 
 
 @dataclass
-class CalibrateArguments(RowOptions, UpstreamOptions):
+class CalibrateArguments(RowOptions, UpstreamOptions, MonitorOptions):
     """Thresholds for a target false-alarm rate per response, written to <model>/thresholds.json."""
 
     model: str = field(
@@ -88,16 +89,6 @@ class CalibrateArguments(RowOptions, UpstreamOptions):
     )
     delta: float = field(default=0.05, metadata={"help": "Probability that high_probability may fail."})
     joint: bool = field(default=True, metadata={"help": "Whether the rate is that of an alarm in any category."})
-    aggregation: Literal["max", "ema", "run", "cusum", "first"] = field(
-        default="max", metadata={"help": "How the monitor makes a score of the probabilities."}
-    )
-    window: int = field(default=MonitorConfig.window, metadata={"help": "run: steps on end that must be high."})
-    decay: float = field(default=MonitorConfig.decay, metadata={"help": "ema: weight of the new value."})
-    prior: float = field(
-        default=MonitorConfig.prior, metadata={"help": "ema, cusum: probability that is normal in harmless text."}
-    )
-    drift: float = field(default=MonitorConfig.drift, metadata={"help": "cusum: nats forgiven per step."})
-    warm_up: int = field(default=MonitorConfig.warm_up, metadata={"help": "First steps that never alarm."})
     held_out: float = field(
         default=0.3, metadata={"help": "Share of harmless rows that only measure the realised rate."}
     )
@@ -128,14 +119,7 @@ def run(arguments: CalibrateArguments) -> int:
     from redflag.data.rows import load_rows
     from redflag.scoring.progress import report_rows
 
-    monitor = MonitorConfig(
-        aggregation=arguments.aggregation,
-        window=arguments.window,
-        decay=arguments.decay,
-        prior=arguments.prior,
-        drift=arguments.drift,
-        warm_up=arguments.warm_up,
-    )
+    monitor = arguments.monitor()
     spec = FlagSpec.load(arguments.model)
     require_writable(f"{arguments.model}/{THRESHOLDS_FILE}", "model", file=True)
     recording = recorded(arguments.input, spec)
@@ -260,8 +244,8 @@ def calibrate(
         if not measure_on:
             raise
         raise RedflagError(f"{error} (of {total} harmless responses, {len(measure_on)} are held out)") from error
-    # Only CUSUM adds up: every other score is itself a probability, and a threshold above 1 would be a guard asleep.
-    if config.aggregation != "cusum":
+    # Where every score is at most 1, a threshold above 1 would be a guard asleep.
+    if AGGREGATIONS[config.aggregation].bounded:
         for category, value in zip(categories, values, strict=True):
             if value > 1.0:
                 raise RedflagError(

@@ -18,10 +18,11 @@ An `Objective` says what thresholds are for:
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +34,7 @@ from redflag.calibrating.observed import known_onset
 from redflag.errors import RedflagError
 from redflag.scoring.recording import Recording
 from redflag.stats.metrics import clopper_pearson
-from redflag.watching.monitor import Aggregation, MonitorConfig
+from redflag.watching.monitor import AGGREGATIONS, Aggregation, MonitorConfig
 
 Interval = tuple[float, float]
 Bools = npt.NDArray[np.bool_]
@@ -160,34 +161,31 @@ def grid(
     warm_ups: Sequence[int] = (0,),
 ) -> list[MonitorConfig]:
     """Monitors to compare: every combination of the numbers that an aggregation has, in the order of `aggregations`."""
-    tried: dict[Aggregation, list[MonitorConfig]] = {
-        "max": [MonitorConfig()],
-        "first": [MonitorConfig("first")],
-        "run": [MonitorConfig("run", window=window) for window in windows],
-        "ema": [MonitorConfig("ema", decay=decay) for decay in decays],
-        "cusum": [MonitorConfig("cusum", prior=prior, drift=drift) for prior in priors for drift in drifts],
+    values: dict[str, Sequence[Any]] = {"window": windows, "decay": decays, "prior": priors, "drift": drifts}
+    tried = {
+        name: [
+            MonitorConfig(name, **dict(zip(facts.tuned, numbers, strict=True)))
+            for numbers in itertools.product(*(values[field] for field in facts.tuned))
+        ]
+        for name, facts in AGGREGATIONS.items()
     }
     if unknown := [name for name in aggregations if name not in tried]:
         raise RedflagError(f"{unknown[0]!r} is no aggregation: use {', '.join(tried)}")
-    # The first step alone has no time to warm up.
     return [
         replace(config, warm_up=w)
         for name in aggregations
         for config in tried[name]
-        for w in ((0,) if name == "first" else warm_ups)
+        for w in (warm_ups if AGGREGATIONS[name].warms_up else (0,))
     ]
 
 
 def describe(config: MonitorConfig) -> str:
-    """The monitor in few words: its aggregation and the numbers that this one uses.
+    """The monitor in few words: its aggregation and those of its numbers that are tuned.
 
     >>> describe(MonitorConfig("cusum", prior=0.1, drift=1.0))
     'cusum prior 0.1 drift 1'
     """
-    used = {"max": (), "first": (), "run": ("window",), "ema": ("decay",), "cusum": ("prior", "drift")}[
-        config.aggregation
-    ]
-    words = [f"{name} {getattr(config, name):g}" for name in used]
+    words = [f"{name} {getattr(config, name):g}" for name in AGGREGATIONS[config.aggregation].tuned]
     return " ".join([config.aggregation, *words, *([f"warm-up {config.warm_up}"] if config.warm_up else [])])
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
-from redflag.watching.monitor import MonitorConfig
+from redflag.watching.monitor import AGGREGATIONS, MonitorConfig
 from redflag.watching.policy import Policy
 from redflag.watching.thresholds import Thresholds
 
@@ -87,10 +87,11 @@ class HaltSettings:
                     f"a threshold is {value!r}, which every score or none would reach; give numbers above 0 and at "
                     "most 1"
                 )
-        if self.monitor.aggregation in ("cusum", "first"):
+        if not AGGREGATIONS[self.monitor.aggregation].in_engine:
+            computed = ", ".join(name for name, facts in AGGREGATIONS.items() if facts.in_engine)
             raise RedflagError(
                 f"the monitor is {self.monitor.aggregation!r}, which the in-engine halt cannot compute, so its "
-                "thresholds would mean nothing; calibrate with max, run or ema, or measure outside of the engine"
+                f"thresholds would mean nothing; calibrate with one of {computed}, or measure outside of the engine"
             )
 
     @classmethod

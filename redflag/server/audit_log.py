@@ -20,7 +20,7 @@ from typing import Any
 
 from redflag.errors import RedflagError
 from redflag.files import LOCKS, append_line
-from redflag.trace import Alarm, Done, Escalation, Forced, Halt, Reflection, Resume, Text, Trace
+from redflag.trace import Facts, Trace
 
 AUDIT_FORMAT = 1
 
@@ -50,6 +50,7 @@ class AuditLog:
 
     Example:
         >>> import tempfile
+        >>> from redflag.trace import Done, Text
         >>> log = AuditLog(Path(tempfile.mkdtemp()) / "audit.jsonl", {"weapons": 0.8})
         >>> trace = Trace(categories=("weapons",), token_ids=[5], flag_probs=[(0.6,)], scores=[(0.6,)],
         ...     events=[Text(0, (5,), "x"), Done(1, "stop")])
@@ -160,45 +161,36 @@ class AuditLog:
 
     def _entry(self, trace: Trace, overridden_by: str | None) -> dict[str, Any] | None:
         """What is written of a response; None where nothing is."""
-        alarms = [event for event in trace.events if isinstance(event, Alarm)]
-        gone_on = _gone_on(trace)
-        peaks = self._peaks(trace, alarms)
+        facts = trace.facts()
+        peaks = self._peaks(facts)
         near = [name for name, (peak, threshold) in peaks.items() if self._floor * threshold <= peak < threshold]
-        end = trace.end
-        stopped = isinstance(end, Halt) and end.reason == "alarm"
-        if not gone_on and (stopped or not near):
+        if not facts.overridden and (facts.end == "halted" or not near):
             return None
         return {
             "categories": {name: {"peak": peak, "threshold": threshold} for name, (peak, threshold) in peaks.items()},
             "alarms": [
                 {"position": alarm.position, "category": alarm.category, "action": alarm.action, "score": alarm.score}
-                for alarm in alarms
+                for alarm in facts.alarms
             ],
-            "alarms_overridden": gone_on,
+            "alarms_overridden": facts.overridden,
             "near": near,
             "reviews": [
                 {"kind": type(event).__name__.lower(), "verdict": event.verdict, "harm": event.harm}
-                for event in trace.events
-                if isinstance(event, Reflection | Escalation)
+                for event in facts.reviews
             ],
-            "end": _end(end),
-            "released": sum(len(event.token_ids) for event in trace.events if isinstance(event, Text)),
-            "generated": len(trace.token_ids) + trace.waited + trace.taken,
+            "end": facts.reason if facts.end == "done" else facts.end or "left",
+            "released": facts.released,
+            "generated": facts.generated,
             "overridden": overridden_by is not None,
         }
 
-    def _peaks(self, trace: Trace, alarms: list[Alarm]) -> dict[str, tuple[float, float]]:
+    def _peaks(self, facts: Facts) -> dict[str, tuple[float, float]]:
         """Category -> its highest score and its threshold."""
-        peaks = {
-            name: max((row[k] for row in trace.scores), default=-math.inf) for k, name in enumerate(trace.categories)
-        }
-        thresholds = {name: self._thresholds[name] for name in peaks if name in self._thresholds}
-        # A step whose token was taken back is no part of the trace; its alarm is.
-        for alarm in alarms:
-            peaks[alarm.category] = max(peaks.get(alarm.category, -math.inf), alarm.score)
-            thresholds[alarm.category] = alarm.threshold
+        thresholds = self._thresholds | {alarm.category: alarm.threshold for alarm in facts.alarms}
         return {
-            name: (peak, thresholds[name]) for name, peak in peaks.items() if name in thresholds and math.isfinite(peak)
+            name: (peak, thresholds[name])
+            for name, peak in facts.peaks.items()
+            if name in thresholds and math.isfinite(peak)
         }
 
     def _line(self, kind: str, user: str | None, request_id: str, entry: Mapping[str, Any]) -> bytes:
@@ -218,28 +210,6 @@ class AuditLog:
         _log.error("an audit entry could not be written: %s", type(error).__name__)
         if self._on_failure is not None:
             self._on_failure()
-
-
-def _gone_on(trace: Trace) -> int:
-    """Alarms after which the response went on as it was: let through by the policy, or found harmless by a reviewer."""
-    count = 0
-    group: list[Alarm] = []  # of one step, of which the severest action was taken
-    for event in (*trace.events, None):
-        same = isinstance(event, Alarm) and group and event.position == group[-1].position
-        if isinstance(event, Resume) or (not same and all(alarm.action == "continue" for alarm in group)):
-            count += len(group)
-            group = []
-        if isinstance(event, Forced):
-            group = []  # it went on behind the flag, without what the alarm was about
-        if isinstance(event, Alarm):
-            group.append(event)
-    return count
-
-
-def _end(end: Halt | Done | None) -> str:
-    if isinstance(end, Done):
-        return end.reason
-    return "left" if end is None else "halted" if end.reason == "alarm" else "fault"
 
 
 def _cut(text: str | None, longest: int = _LONGEST) -> str | None:

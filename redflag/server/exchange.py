@@ -15,7 +15,7 @@ import anyio
 from redflag.backends import AsyncBackend, Sampling
 from redflag.errors import RedflagError
 from redflag.guard.response import Response
-from redflag.trace import Done, Event, Halt, Step, Text
+from redflag.trace import Event, Step, Text
 
 if sys.version_info >= (3, 11):
     from asyncio import timeout_at as timeout_at
@@ -82,14 +82,12 @@ class Exchange:
     @property
     def end(self) -> str:
         """How it ended: `done`, `halted`, `fault`, `timeout`, `refused`, or `disconnected` where the client left."""
-        end = self.response.trace.end
+        end = self.response.trace.facts().end
         if self._refused:
             return "refused"
         if end is None or not self.delivered:
             return "disconnected"
-        if isinstance(end, Halt) and end.reason == "fault":
-            return "timeout" if self.late or self.stopped else "fault"
-        return "done" if isinstance(end, Done) else "halted"
+        return "timeout" if end == "fault" and (self.late or self.stopped) else end
 
     async def next(self) -> Event:
         """The next event; a `Halt` or `Done` is the last one.

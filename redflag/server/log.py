@@ -17,7 +17,7 @@ from typing import Any, TextIO
 
 from redflag.errors import RedflagError
 from redflag.server.faults import fault_class
-from redflag.trace import Alarm, Escalation, Halt, Reflection, Text, Trace
+from redflag.trace import Trace
 
 _requests = logging.getLogger("redflag.request")
 
@@ -118,28 +118,25 @@ def request(
         seconds_to_first: Seconds until text was released.
         overridden: Whether the watch was overridden.
     """
-    last = trace.end
-    alarms = [event for event in trace.events if isinstance(event, Alarm)]
+    facts = trace.facts()
     fields: dict[str, Any] = {
         "request_id": request_id,
         "route": route,
         "streamed": streamed,
         "end": end,
-        "reason": None if last is None else last.reason,
-        "category": last.category if isinstance(last, Halt) else None,
-        "fault": fault_class(last.detail) if isinstance(last, Halt) and last.reason == "fault" else None,
-        "alarms": len(alarms),
-        "reviews": sum(isinstance(event, Reflection | Escalation) for event in trace.events),
+        "reason": facts.reason,
+        "category": facts.category,
+        "fault": fault_class(facts.detail) if facts.end == "fault" else None,
+        "alarms": len(facts.alarms),
+        "reviews": len(facts.reviews),
         "tokens": len(trace.token_ids),
-        "released": sum(len(event.token_ids) for event in trace.events if isinstance(event, Text)),
-        "waited": trace.waited,
+        "released": facts.released,
+        "waited": facts.waited,
         "seconds": round(seconds, 4),
         "seconds_to_first": None if seconds_to_first is None else round(seconds_to_first, 4),
         "overridden": overridden or None,
     }
-    peaks = {name: max((row[k] for row in trace.scores), default=0.0) for k, name in enumerate(trace.categories)}
-    for alarm in alarms:
-        peaks[alarm.category] = max(peaks.get(alarm.category, 0.0), alarm.score)
+    peaks = dict.fromkeys(trace.categories, 0.0) | facts.peaks
     level = logging.WARNING if end in ("fault", "timeout") else logging.INFO
     _requests.log(level, "request", extra={**fields, "redflag_scores": peaks})
 

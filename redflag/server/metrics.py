@@ -37,7 +37,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.process_collector import ProcessCollector
 
 from redflag.server.faults import fault_class
-from redflag.trace import Alarm, Escalation, Halt, Reflection, Resume, Text, Trace
+from redflag.trace import Halt, Trace
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 ENDS = ("done", "halted", "fault", "disconnected", "refused", "timeout")
@@ -54,6 +54,7 @@ class Metrics:
     """Counts in a registry of its own, so that several servers in one process do not meet. May be used by any thread.
 
     Example:
+        >>> from redflag.trace import Text
         >>> metrics = Metrics()
         >>> with metrics.open():
         ...     trace = Trace(token_ids=[5, 6], events=[Text(0, (5, 6), "")])
@@ -132,28 +133,23 @@ class Metrics:
             self._first.labels(kind).observe(seconds_to_first)
         if overridden:
             self._overrides.inc()
-        released = reflections = 0
-        for event in trace.events:
-            if isinstance(event, Text):
-                released += len(event.token_ids)
-            elif isinstance(event, Alarm):
-                category = self._bounded("category", event.category)
-                self._alarms.labels(category, _one_of(event.action, _ACTIONS)).inc()
-            elif isinstance(event, Reflection):
-                reflections += 1
-                self._reflections.labels(_one_of(event.verdict, _VERDICTS)).inc()
-            elif isinstance(event, Escalation):
-                self._escalations.labels(_one_of(event.verdict, _VERDICTS)).inc()
-                if event.verdict == "unanswered":
-                    self._failures.labels("judge").inc()
-            elif isinstance(event, Resume):
-                self._resumes.inc()
-            elif isinstance(event, Halt):
-                self._halt(event)
-        self._generated.inc(trace.generated)
-        self._released.inc(released)
-        if reflections:
-            self._waited.observe(trace.waited)
+        facts = trace.facts()
+        for alarm in facts.alarms:
+            category = self._bounded("category", alarm.category)
+            self._alarms.labels(category, _one_of(alarm.action, _ACTIONS)).inc()
+        for reflection in facts.reflections:
+            self._reflections.labels(_one_of(reflection.verdict, _VERDICTS)).inc()
+        for escalation in facts.escalations:
+            self._escalations.labels(_one_of(escalation.verdict, _VERDICTS)).inc()
+            if escalation.verdict == "unanswered":
+                self._failures.labels("judge").inc()
+        self._resumes.inc(facts.resumes)
+        if facts.halt is not None:
+            self._halt(facts.halt)
+        self._generated.inc(facts.generated)
+        self._released.inc(facts.released)
+        if facts.reflections:
+            self._waited.observe(facts.waited)
 
     def observe_step_seconds(self, seconds: float) -> None:
         """Counts what the guard added to one step: the time between its arrival and its release."""

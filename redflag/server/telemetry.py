@@ -34,9 +34,12 @@ from typing import Any
 
 from redflag.errors import RedflagError
 from redflag.server.faults import fault_class
-from redflag.trace import Alarm, Done, Escalation, Event, Forced, Halt, Reflection, Resume, Text, Trace
+from redflag.trace import Done, Event, Forced, Halt, Reflection, Text, Trace
 
 _FAILED = ("fault", "timeout")  # ends that are errors of the server
+# Fields of an event that are told, where it has them: none that may quote a response; the others only on demand.
+_NAMES = ("category", "action", "verdict", "reason")
+_SCORES = ("score", "threshold", "harm")
 
 
 class Span:
@@ -149,19 +152,13 @@ class _Telling(Span):
         if isinstance(event, Text | Done):
             return
         self._told += 1
-        attributes: dict[str, Any] = {"redflag.position": event.position}
-        if isinstance(event, Alarm):
-            attributes |= {"redflag.category": event.category, "redflag.action": event.action}
-            if self._scores:
-                attributes |= {"redflag.score": event.score, "redflag.threshold": event.threshold}
-        elif isinstance(event, Reflection | Escalation):
-            attributes["redflag.verdict"] = event.verdict
-            if isinstance(event, Reflection):
-                attributes["redflag.tokens.waited"] = len(event.token_ids)
-            if self._scores:
-                attributes["redflag.harm"] = event.harm
+        names = (*_NAMES, *(_SCORES if self._scores else ()))
+        told = {name: getattr(event, name, None) for name in ("position", *names)}
+        attributes = {f"redflag.{name}": value for name, value in told.items() if value is not None}
+        if isinstance(event, Reflection):
+            attributes["redflag.tokens.waited"] = len(event.token_ids)
         elif isinstance(event, Forced):
-            attributes |= {"redflag.category": event.category, "redflag.tokens.taken": len(event.token_ids)}
+            attributes["redflag.tokens.taken"] = len(event.token_ids)
         elif isinstance(event, Halt):
             attributes |= _halt(event)
         self._span.add_event(f"redflag.{type(event).__name__.lower()}", attributes)
@@ -170,29 +167,29 @@ class _Telling(Span):
         if self._finished:
             return
         self._finished = True
-        events = [event for event in trace.events if not isinstance(event, Text | Done)]
-        for event in events[self._told :]:
+        facts = trace.facts()
+        for event in facts.decisions[self._told :]:
             self.event(event)
-        last = trace.end
         attributes: dict[str, Any] = {
             "redflag.end": end,
             "gen_ai.usage.output_tokens": len(trace.token_ids),
-            "redflag.tokens.released": sum(len(e.token_ids) for e in trace.events if isinstance(e, Text)),
-            "redflag.tokens.waited": trace.waited,
+            "redflag.tokens.released": facts.released,
+            "redflag.tokens.waited": facts.waited,
+            "redflag.alarms": len(facts.alarms),
+            "redflag.reflections": len(facts.reflections),
+            "redflag.escalations": len(facts.escalations),
+            "redflag.resumes": facts.resumes,
         }
-        for name, kind in (("alarms", Alarm), ("reflections", Reflection), ("escalations", Escalation)):
-            attributes[f"redflag.{name}"] = sum(isinstance(event, kind) for event in events)
-        attributes["redflag.resumes"] = sum(isinstance(event, Resume) for event in events)
         if input_tokens is not None:
             attributes["gen_ai.usage.input_tokens"] = input_tokens
-        if isinstance(last, Halt):
-            attributes |= {f"redflag.halt.{name.split('.')[1]}": value for name, value in _halt(last).items()}
-        if last is not None:
-            reason = {"alarm": "content_filter", "fault": "error"}.get(last.reason, last.reason)
+        if facts.halt is not None:
+            attributes |= {f"redflag.halt.{name.split('.')[1]}": value for name, value in _halt(facts.halt).items()}
+        if facts.reason is not None:
+            reason = {"alarm": "content_filter", "fault": "error"}.get(facts.reason, facts.reason)
             attributes["gen_ai.response.finish_reasons"] = [reason]
         self._span.set_attributes(attributes)
         if end in _FAILED:
-            fault = fault_class(last.detail) if isinstance(last, Halt) else end
+            fault = fault_class(facts.detail) if facts.halt is not None else end
             self._error("timeout" if end == "timeout" else fault)
 
     def failed(self, error: BaseException) -> None:

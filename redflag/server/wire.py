@@ -32,7 +32,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from redflag.trace import Alarm, Done, Escalation, Event, Halt, Reflection, Text, Trace
+from redflag.trace import Done, Event, Halt, Text, Trace
 
 DONE = b"data: [DONE]\n\n"
 REFUSAL = "The response was stopped by a safety check before any of it was shown."
@@ -222,13 +222,12 @@ def operator_view(trace: Trace) -> dict[str, Any]:
     `alarms`, `reflections`, `escalations` in order; `peak`: category -> highest score; `waited`: hidden tokens;
     `detail`: what went wrong, for a fault; `end`: how it really ended, also behind a decoy.
     """
-    end = trace.end
-    peaks = [max(column) for column in zip(*trace.scores, strict=True)] or [0.0] * len(trace.categories)
+    facts, end = trace.facts(), trace.end
     return {
         "end": {"kind": type(end).__name__.lower(), "reason": end.reason} if end is not None else None,
-        "detail": end.detail if isinstance(end, Halt) else "",
-        "peak": {name: _number(peak) for name, peak in zip(trace.categories, peaks, strict=True)},
-        "waited": trace.waited,
+        "detail": facts.detail,
+        "peak": {name: _number(facts.step_peaks.get(name, 0.0)) for name in trace.categories},
+        "waited": facts.waited,
         "alarms": [
             {
                 "position": event.position,
@@ -237,18 +236,15 @@ def operator_view(trace: Trace) -> dict[str, Any]:
                 "threshold": _number(event.threshold),
                 "action": event.action,
             }
-            for event in trace.events
-            if isinstance(event, Alarm)
+            for event in facts.alarms
         ],
         "reflections": [
             {"position": event.position, "verdict": event.verdict, "harm": _number(event.harm), "text": event.text}
-            for event in trace.events
-            if isinstance(event, Reflection)
+            for event in facts.reflections
         ],
         "escalations": [
             {"position": event.position, "verdict": event.verdict, "harm": _number(event.harm), "detail": event.detail}
-            for event in trace.events
-            if isinstance(event, Escalation)
+            for event in facts.escalations
         ],
     }
 

@@ -13,7 +13,6 @@ from redflag.errors import RedflagError
 from redflag.guard.options import PolicyOptions
 from redflag.terminal.paint import DIM, RESET, legend, wants_colour
 from redflag.terminal.screen import Answer, TerminalOptions, respond
-from redflag.trace import Halt
 
 if TYPE_CHECKING:
     from redflag.guard.guard import Guard
@@ -114,8 +113,7 @@ class Chat:
         self._keep(asked, answer)
 
     def _keep(self, asked: list[dict[str, str]], answer: Answer) -> None:
-        end = answer.trace.end
-        self.faults += isinstance(end, Halt) and end.reason == "fault"
+        self.faults += answer.trace.facts().end == "fault"
         if answer.text.strip():
             self.messages = [*asked, {"role": "assistant", "content": answer.text}]
         else:

@@ -9,7 +9,6 @@ from redflag.errors import RedflagError
 from redflag.guard.options import PolicyOptions
 from redflag.terminal.paint import legend, wants_colour
 from redflag.terminal.screen import TerminalOptions, paint, respond, summary
-from redflag.trace import Halt
 
 __all__ = ["ARGUMENTS", "POSITIONAL", "GenerateArguments", "paint", "run", "summary"]
 
@@ -52,5 +51,4 @@ def run(arguments: GenerateArguments, options: PolicyOptions | None = None) -> i
     answer = respond(guard, messages, sampling, arguments)
     if answer.stopped:
         raise KeyboardInterrupt
-    end = answer.trace.end
-    return 1 if isinstance(end, Halt) and end.reason == "fault" else 0
+    return 1 if answer.trace.facts().end == "fault" else 0

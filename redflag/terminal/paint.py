@@ -8,8 +8,6 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import TextIO
 
-from redflag.trace import Escalation, Forced, Reflection, Resume
-
 # Lowest probability of each shade and its xterm-256 background: pale yellow to dark brown.
 SHADES: tuple[tuple[float, int | None], ...] = (
     (0.0, None),
@@ -71,23 +69,6 @@ def legend(labels: bool = False) -> str:
     parts = [span(f" {low:g}-{high:g} ", low) for (low, _), high in zip(SHADES, highs, strict=True)]
     line = "p(flag) before each token: " + "".join(parts)
     return f"{line}  labelled harmful: {span('like this', None, True)}" if labels else line
-
-
-def reviewed(event: Reflection | Escalation | Forced | Resume) -> str:
-    """One line about what became of an alarm, for the operator."""
-    if isinstance(event, Reflection):
-        return f"reflection at token {event.position}: {len(event.token_ids)} hidden tokens, {verdict(event)}"
-    if isinstance(event, Escalation):
-        detail = f" ({printable(event.detail)})" if event.detail else ""
-        return f"second judge on {event.position} tokens: {verdict(event)}{detail}"
-    if isinstance(event, Forced):
-        return f"flag {event.category} forced at token {event.position}: {len(event.token_ids)} tokens taken back"
-    return f"resumed at token {event.position}"
-
-
-def verdict(event: Reflection | Escalation) -> str:
-    """The verdict in words; a judge that was silent has no number."""
-    return event.verdict if event.verdict == "unanswered" else f"{event.verdict} {event.harm:.2f}"
 
 
 def printable(text: str) -> str:

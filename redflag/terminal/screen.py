@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from redflag.backends import Sampling
 from redflag.backends.outbound import UpstreamOptions
+from redflag.events import verdict
 from redflag.guard.detokenize import Detokenizer
 from redflag.guard.options import PolicyOptions
-from redflag.terminal.paint import DIM, RESET, printable, reviewed, span, verdict, wants_colour
+from redflag.terminal.paint import DIM, RESET, printable, span, wants_colour
 from redflag.trace import (
     Alarm,
     Done,
@@ -201,19 +202,20 @@ def summary(trace: Trace, *, reflections: bool = False) -> list[str]:
         reflections: Also what the model wrote while reflecting.
     """
     lines = []
-    for event in trace.events:
+    facts = trace.facts()
+    for event in facts.decisions:
         if isinstance(event, Alarm):
             lines.append(
                 f"alarm: {event.category} at token {event.position}, score {event.score:.4g} >= threshold "
                 f"{event.threshold:.4g}, action {event.action}"
             )
-        elif isinstance(event, Reflection | Escalation | Forced | Resume):
-            lines.append(reviewed(event))
+        elif told := event.describe():
+            lines.append(told)
             if reflections and isinstance(event, Reflection):
                 lines += [f"  | {line}" for line in printable(event.text).splitlines()]
     lines.append(_end_line(trace))
-    if trace.waited:
-        lines.append(f"waited for {trace.waited} hidden tokens")
+    if facts.waited:
+        lines.append(f"waited for {facts.waited} hidden tokens")
     if trace.flag_probs:
         peaks = (_peak(column) for column in zip(*trace.flag_probs, strict=True))
         lines.append(
@@ -259,7 +261,7 @@ class Screen:
 
         def count() -> None:
             while not over.wait(0.1):
-                released = sum(len(event.token_ids) for event in list(trace.events) if isinstance(event, Text))
+                released = trace.released
                 held = len(trace.token_ids) - released
                 with self._lock:
                     if not over.is_set():
@@ -329,8 +331,7 @@ def _end_line(trace: Trace) -> str:
     if isinstance(end, Done):
         return f"done: {end.reason}; {end.position} tokens"
     if end is None:
-        released = sum(len(event.token_ids) for event in trace.events if isinstance(event, Text))
-        return f"stopped from here; {released} tokens shown, {len(trace.token_ids) - released} dropped"
+        return f"stopped from here; {trace.released} tokens shown, {len(trace.token_ids) - trace.released} dropped"
     why = f"alarm {end.category}" if end.reason == "alarm" else f"fault, {end.detail}"
     line = f"halted: {why}; {end.position} tokens shown, {len(trace.token_ids) - end.position} dropped"
     if end.text:

@@ -15,8 +15,8 @@ from typing import Any, Literal
 from redflag.data.options import RowOptions
 from redflag.data.rows import Row, load_rows
 from redflag.errors import RedflagError
-from redflag.terminal.paint import BOLD, DIM, RESET, legend, paint, printable, reviewed, wants_colour
-from redflag.trace import Alarm, Done, Escalation, Forced, Halt, Reflection, Resume, Text, Trace, read_traces
+from redflag.terminal.paint import BOLD, DIM, RESET, legend, paint, printable, wants_colour
+from redflag.trace import Alarm, Done, Halt, Reflection, Text, Trace, read_traces
 
 Pieces = Iterable[tuple[str, float | None, bool]]
 # Model folder -> a function that gives a row's tokens as the trainer sees them: text, flag target, whether it is harm.
@@ -172,10 +172,6 @@ def show_trace(trace: Trace, coloured: bool) -> str:
                 f"  alarm at token {event.position}: {event.category}, score {event.score:.4g} >= "
                 f"{event.threshold:.4g}, {event.action}"
             )
-        elif isinstance(event, Reflection | Escalation | Forced | Resume):
-            lines.append(f"  {reviewed(event)}")
-            if isinstance(event, Reflection):
-                lines += [_dim(f"    | {line}", coloured) for line in printable(event.text).splitlines()]
         elif isinstance(event, Halt):
             why = printable(event.category or event.detail)
             lines.append(f"  halted at token {event.position}: {event.reason} {why}".rstrip())
@@ -183,6 +179,10 @@ def show_trace(trace: Trace, coloured: bool) -> str:
                 lines.append(f"  replaced by: {printable(event.text)}")
         elif isinstance(event, Done):
             lines.append(f"  done at token {event.position}: {event.reason}")
+        elif told := event.describe():
+            lines.append(f"  {printable(told)}")
+            if isinstance(event, Reflection):
+                lines += [_dim(f"    | {line}", coloured) for line in printable(event.text).splitlines()]
     return "\n".join(lines)
 
 

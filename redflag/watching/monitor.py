@@ -25,11 +25,38 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple
 
 from redflag.errors import RedflagError
 
 Aggregation = Literal["max", "ema", "run", "cusum", "first"]
+
+
+class AggregationFacts(NamedTuple):
+    """What there is to know of an aggregation beside its formula.
+
+    Attributes:
+        uses: Fields of `MonitorConfig` that its scores depend on, beside `warm_up`.
+        tuned: Those of them that a search for the best monitor varies.
+        bounded: Its scores are at most 1, so that a threshold above 1 would never be reached.
+        warms_up: Whether a `warm_up` leaves it anything to look at.
+        in_engine: Whether the halt inside vLLM computes it.
+    """
+
+    uses: tuple[str, ...] = ()
+    tuned: tuple[str, ...] = ()
+    bounded: bool = True
+    warms_up: bool = True
+    in_engine: bool = False
+
+
+AGGREGATIONS: dict[Aggregation, AggregationFacts] = {
+    "max": AggregationFacts(in_engine=True),
+    "ema": AggregationFacts(("decay", "prior"), tuned=("decay",), in_engine=True),
+    "run": AggregationFacts(("window",), tuned=("window",), in_engine=True),
+    "cusum": AggregationFacts(("prior", "drift"), tuned=("prior", "drift"), bounded=False),
+    "first": AggregationFacts(warms_up=False),
+}
 
 # Log-odds are taken of probabilities no closer to 0 and 1 than this, about 13.8 nats: a rounded 1.0 is strong evidence,
 # not infinite evidence.
@@ -64,18 +91,18 @@ class MonitorConfig:
     warm_up: int = 0
 
     def __post_init__(self) -> None:
-        if self.aggregation not in get_args(Aggregation):
+        if self.aggregation not in tuple(AGGREGATIONS):
             raise RedflagError(
                 f"aggregation is {self.aggregation!r}, and no monitor has that name; use one of "
-                f"{', '.join(get_args(Aggregation))}"
+                f"{', '.join(AGGREGATIONS)}"
             )
         for name, least in (("window", 1), ("warm_up", 0)):
             if type(value := getattr(self, name)) is not int or value < least:
                 raise RedflagError(f"{name} is {value!r}, but it counts steps; give a whole number from {least} up")
-        if self.aggregation == "first" and self.warm_up:
+        if self.warm_up and not AGGREGATIONS[self.aggregation].warms_up:
             raise RedflagError(
-                f"warm_up is {self.warm_up} and the monitor `first` looks at the first step alone, so nothing would "
-                "ever alarm; leave warm_up at 0"
+                f"warm_up is {self.warm_up} and the monitor `{self.aggregation}` looks at the first step alone, so "
+                "nothing would ever alarm; leave warm_up at 0"
             )
         for name, inside, allowed in (
             ("decay", lambda x: 0 < x <= 1, "above 0 and at most 1"),

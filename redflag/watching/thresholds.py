@@ -12,7 +12,7 @@ from typing import Any, Literal, NoReturn, get_args
 
 from redflag.errors import RedflagError
 from redflag.trace import atomic_write
-from redflag.watching.monitor import MonitorConfig
+from redflag.watching.monitor import AGGREGATIONS, MonitorConfig
 
 THRESHOLDS_FILE = "thresholds.json"
 THRESHOLDS_FORMAT = 1
@@ -102,7 +102,7 @@ class Thresholds:
                 f"the thresholds are {self.values!r}, so nothing would be watched; give one per category"
             )
         # A threshold one unit above 1 is what a calibration on saturated probabilities gives; 50 is a percentage.
-        highest = math.inf if self.monitor.aggregation == "cusum" else math.nextafter(1.0, 2.0)
+        highest = math.nextafter(1.0, 2.0) if AGGREGATIONS[self.monitor.aggregation].bounded else math.inf
         for category, value in self.values.items():
             if not isinstance(category, str):
                 raise RedflagError(f"{category!r} has a threshold but is no category's name; give strings")

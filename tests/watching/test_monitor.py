@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
+from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from redflag.errors import RedflagError
-from redflag.watching.monitor import Monitor, MonitorConfig, UnjudgedError, peaks
+from redflag.watching.monitor import AGGREGATIONS, Aggregation, Monitor, MonitorConfig, UnjudgedError, peaks
+from redflag.watching.options import MonitorOptions
 
 INPUT = (0.5, 0.0, 1.0, 0.25)
 LOGIT_CEILING = math.log((1 - 1e-6) / 1e-6)
@@ -209,3 +212,27 @@ def test_scores_are_finite_and_in_range_and_the_peak_is_their_maximum(config, pr
 def test_scores_do_not_depend_on_what_comes_later(config, probs, cut):
     whole, part = Monitor(config, 1), Monitor(config, 1)
     assert [whole.feed((p,)) for p in probs][:cut] == [part.feed((p,)) for p in probs[:cut]]
+
+
+def test_the_table_of_aggregations_says_what_the_formulas_do():
+    assert tuple(AGGREGATIONS) == get_args(Aggregation)
+    for name, facts in AGGREGATIONS.items():
+        scores = all_scores(MonitorConfig(name))
+        for number, value in {"window": 2, "decay": 0.7, "prior": 0.2, "drift": 1.5}.items():
+            changed = all_scores(MonitorConfig(name, **{number: value}))
+            assert (changed != scores) == (number in facts.uses), (name, number)
+        assert set(facts.tuned) <= set(facts.uses)
+        assert facts.bounded == all(score <= 1.0 for (score,) in scores)
+
+
+def all_scores(config):
+    monitor = Monitor(config, 1)
+    return [monitor.feed([p]) for p in (0.6, 0.9, 0.3)]
+
+
+def test_options_of_a_monitor_are_its_fields():
+    assert {item.name for item in fields(MonitorOptions)} == {item.name for item in fields(MonitorConfig)}
+    assert MonitorOptions().monitor() == MonitorConfig()
+    assert MonitorOptions(aggregation="run", window=3, warm_up=1).monitor() == MonitorConfig("run", 3, warm_up=1)
+    with pytest.raises(RedflagError, match="window"):
+        MonitorOptions(window=0).monitor()

@@ -7,12 +7,12 @@ from typing import Any, Literal
 
 from redflag.backends.outbound import UpstreamOptions
 from redflag.data.options import RowOptions
-from redflag.watching.monitor import MonitorConfig
+from redflag.watching.options import MonitorOptions
 from redflag.watching.policy import Policy
 
 
 @dataclass
-class EvaluateArguments(RowOptions, UpstreamOptions):
+class EvaluateArguments(RowOptions, UpstreamOptions, MonitorOptions):
     """Detection, delay, false alarms, language, baselines and attacks: one report."""
 
     model: str = field(metadata={"help": "Folder of a flagged model (with redflag.json)."})
@@ -82,14 +82,6 @@ class EvaluateArguments(RowOptions, UpstreamOptions):
     guarantee: Literal["expected", "high_probability"] = field(
         default="expected", metadata={"help": "As in `redflag calibrate`."}
     )
-    aggregation: Literal["max", "ema", "run", "cusum", "first"] = field(
-        default="max", metadata={"help": "How a monitor makes a score of the probabilities."}
-    )
-    window: int = field(default=MonitorConfig.window, metadata={"help": "run: steps on end that must be high."})
-    decay: float = field(default=MonitorConfig.decay, metadata={"help": "ema: weight of the new value."})
-    prior: float = field(default=MonitorConfig.prior, metadata={"help": "ema, cusum: probability in harmless text."})
-    drift: float = field(default=MonitorConfig.drift, metadata={"help": "cusum: nats forgiven per step."})
-    warm_up: int = field(default=MonitorConfig.warm_up, metadata={"help": "First steps that never alarm."})
     delta: float = field(default=0.05, metadata={"help": "Probability that high_probability may fail."})
     hold_back: int | None = field(
         default=None,

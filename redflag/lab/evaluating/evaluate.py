@@ -57,14 +57,7 @@ def evaluate(arguments: EvaluateArguments, say: Callable[[str], None] = lambda l
     reporting.require()
     start = time.monotonic()
     output = Path(arguments.output_dir)
-    monitor = MonitorConfig(
-        aggregation=arguments.aggregation,
-        window=arguments.window,
-        decay=arguments.decay,
-        prior=arguments.prior,
-        drift=arguments.drift,
-        warm_up=arguments.warm_up,
-    )
+    monitor = arguments.monitor()
     spec = FlagSpec.load(arguments.model)
     paths = {"test": arguments.test, "calibration": arguments.calibration, "train": arguments.train}
     rows = {

@@ -27,7 +27,7 @@ from redflag.scoring.recording import Recording
 from redflag.stats.curves import delay_histogram, earliness, reliability, roc, running_peaks
 from redflag.stats.intervals import auroc_interval, median_interval, ranking_intervals, rate_interval
 from redflag.stats.metrics import Bools, delay_stats
-from redflag.watching.monitor import MonitorConfig
+from redflag.watching.monitor import AGGREGATIONS, MonitorConfig
 from redflag.watching.thresholds import Thresholds
 
 RATES = (0.001, 0.01, 0.05)
@@ -201,7 +201,7 @@ def _fitted(
     except RedflagError as error:
         notes.append(f"no threshold is set: {error}")
         return None, None
-    if config.aggregation != "cusum" and max(values) > 1.0:
+    if AGGREGATIONS[config.aggregation].bounded and max(values) > 1.0:
         notes.append("a threshold lies above every score: too many harmless responses reach 1, and it can never alarm")
     whole = np.flatnonzero(calibration.harmful & ~cut_short(calibration)).tolist()
     known = [i for i in whole if known_onset(calibration, i)]

@@ -26,6 +26,7 @@ from redflag.lab.report.parts import (
     threshold,
     tokens,
 )
+from redflag.watching.monitor import AGGREGATIONS
 
 DIMENSIONS = {"source": "source", "category": "category", "lang": "language", "turns": "number of turns"}
 
@@ -194,7 +195,7 @@ def monitor_words(monitor: Mapping[str, Any]) -> str:
     kind = monitor.get("aggregation")
     if kind is None:
         return NOT_MEASURED if not monitor else ""
-    used = {"run": ("window",), "ema": ("decay", "prior"), "cusum": ("prior", "drift")}.get(kind, ())
+    used = AGGREGATIONS[kind].uses if kind in AGGREGATIONS else ()
     said = [f"{key} {number(monitor[key])}" for key in used if key in monitor]
     said += [f"warm-up {monitor['warm_up']}"] if monitor.get("warm_up") else []
     return ", ".join([str(kind), *said])
