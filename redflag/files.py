@@ -1,9 +1,16 @@
-"""Lines appended to a file that others may be appending to."""
+"""Files that are written whole or not at all, and lines appended to one that others may be appending to."""
 
 from __future__ import annotations
 
 import os
-from typing import Any
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from redflag.errors import RedflagError
 
 fcntl: Any
 try:
@@ -15,6 +22,56 @@ LOCKS = fcntl is not None  # whether this system has the locks that `append_line
 
 # In text mode Windows would write \r\n for \n, and count other bytes than it was given.
 _APPEND = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Opens a file that takes the name `path` only once it is complete; until then, and on any error, `path` stays.
+
+    Raises:
+        RedflagError: When the operating system refuses (no space, no permission).
+    """
+    path = Path(path)
+    # Not `tempfile`: its files are readable by their owner alone, and a server may run as somebody else.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise RedflagError(
+            f"cannot write {path} ({error.strerror or error}): nothing of it was saved and an older file of that name "
+            "is unchanged; free the space or mend the permissions and repeat"
+        ) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def require_writable(path: str | os.PathLike[str], option: str, *, file: bool = False) -> None:
+    """Refuses a place that nothing can be written to, before any work is done for it.
+
+    Args:
+        path: A folder for files, which need not exist yet and is not made; or a file.
+        option: The option that names it.
+        file: Whether it is a file.
+
+    Raises:
+        RedflagError: The folder cannot be made, or no file can be written in it.
+    """
+    folder = Path(path).absolute().parent if file else Path(path).absolute()
+    existing = next(place for place in (folder, *folder.parents) if place.exists())
+    reason = "" if existing.is_dir() else f"{existing} is a file"
+    try:
+        if not reason:
+            with tempfile.TemporaryFile(dir=existing):
+                pass
+    except OSError as error:
+        reason = f"{existing}: {error.strerror or error}"
+    if reason:
+        raise RedflagError(f"{path} cannot be written ({reason}): choose another {option}, or mend that")
 
 
 def append_line(path: str | os.PathLike[str], line: bytes, *, lock: bool = False, sync: bool = False) -> None:

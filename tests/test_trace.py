@@ -7,6 +7,7 @@ import os
 import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ from hypothesis import strategies as st
 
 import redflag.trace
 from redflag.errors import RedflagError
-from redflag.trace import Alarm, Done, Halt, Step, Text, Trace, atomic_write, read_traces, write_traces
+from redflag.files import atomic_write
+from redflag.trace import Alarm, Done, Halt, Step, Text, Trace, read_traces, write_traces
 
 
 def example(**changes) -> Trace:
@@ -289,7 +291,7 @@ def test_a_full_disk_is_one_sentence(tmp_path, append):
         path.symlink_to("/dev/full")
     else:
         # The temporary file's name is known: put the full device there.
-        temporary = f".t.jsonl.{os.getpid()}.{redflag.trace.threading.get_ident()}.tmp"
+        temporary = f".t.jsonl.{os.getpid()}.{threading.get_ident()}.tmp"
         (tmp_path / temporary).symlink_to("/dev/full")
     with pytest.raises(RedflagError, match="No space left on device"):
         write_traces(path, [example()], append=append)

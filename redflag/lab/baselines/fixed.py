@@ -16,10 +16,10 @@ import numpy as np
 
 from redflag.data.rows import Row, write_rows
 from redflag.errors import RedflagError
+from redflag.files import atomic_write
 from redflag.lab.baselines import Cost
 from redflag.lab.baselines.bench import Bench, digest, model_stamp, thinned
 from redflag.scoring.recording import Recording
-from redflag.trace import atomic_write
 
 # As the demo trains its flags; a folder's own settings go into `options`.
 SETTINGS = {

@@ -18,12 +18,12 @@ from typing import Any, Literal
 import numpy as np
 
 from redflag.data.rows import Row
+from redflag.files import atomic_write
 from redflag.flags import Flag, FlagSpec, attach
 from redflag.lab.baselines import Cost
 from redflag.lab.baselines.bench import Bench, Read, digest, model_stamp, thinned
 from redflag.lab.baselines.tuning import IGNORE, Example, Tuning, fine_tune
 from redflag.scoring.recording import Recording
-from redflag.trace import atomic_write
 from redflag.truncation import fit_prompt
 
 Labels = Literal["onset", "response"]

@@ -11,11 +11,11 @@ from typing import Any, Literal, NamedTuple
 
 from redflag.data.rows import Row
 from redflag.errors import RedflagError
+from redflag.files import atomic_write
 from redflag.lab.baselines import Baseline, Cost
 from redflag.lab.baselines.bench import Bench, HiddenFrom, digest, model_stamp
 from redflag.lab.baselines.hidden import forget
 from redflag.scoring.recording import Recording
-from redflag.trace import atomic_write
 
 # Part of every fingerprint: to be raised when a baseline is trained or scored in another way than before.
 _VERSION = 4

@@ -32,6 +32,7 @@ from redflag.calibrating import replay
 from redflag.calibrating.guarantee import fit_thresholds, required
 from redflag.data.rows import Row, Rows
 from redflag.errors import RedflagError
+from redflag.files import atomic_write
 from redflag.judges import UnansweredError
 from redflag.judges.cache import CachedJudge
 from redflag.lab.baselines import Cost
@@ -39,7 +40,7 @@ from redflag.lab.baselines.bench import forward_flops
 from redflag.lab.evaluating.cost import of_cascade
 from redflag.scoring.recording import Recording
 from redflag.stats.intervals import rate_interval, unit_of
-from redflag.trace import Step, atomic_write
+from redflag.trace import Step
 from redflag.watching.monitor import LOGIT_CLIP, MonitorConfig
 from redflag.watching.policy import Policy
 from redflag.watching.session import Session

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from redflag.data.rows import Rows
+from redflag.files import atomic_write
 from redflag.flags import FlagSpec
 from redflag.lab.baselines import Cost
 from redflag.lab.baselines.bench import forward_flops, model_stamp
-from redflag.trace import atomic_write
 
 if TYPE_CHECKING:
     from redflag.lab.evaluating.arguments import EvaluateArguments
