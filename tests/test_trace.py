@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 import redflag.trace
 from redflag.errors import RedflagError
-from redflag.files import atomic_write
 from redflag.trace import Alarm, Done, Halt, Step, Text, Trace, read_traces, write_traces
 
 
@@ -295,19 +294,6 @@ def test_a_full_disk_is_one_sentence(tmp_path, append):
         (tmp_path / temporary).symlink_to("/dev/full")
     with pytest.raises(RedflagError, match="No space left on device"):
         write_traces(path, [example()], append=append)
-
-
-def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path):
-    path = tmp_path / "f"
-    path.write_bytes(b"old")
-    with pytest.raises(KeyboardInterrupt), atomic_write(path) as file:
-        file.write(b"half")
-        assert path.read_bytes() == b"old"
-        raise KeyboardInterrupt
-    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["f"]
-    with atomic_write(path) as file:
-        file.write(b"new")
-    assert path.read_bytes() == b"new"
 
 
 def test_files_are_readable_by_whom_the_umask_allows(tmp_path):
