@@ -74,8 +74,10 @@ def require_writable(path: str | os.PathLike[str], option: str, *, file: bool = 
         raise RedflagError(f"{path} cannot be written ({reason}): choose another {option}, or mend that")
 
 
-def append_line(path: str | os.PathLike[str], line: bytes, *, lock: bool = False, sync: bool = False) -> None:
-    """Hands a line over in one piece; a file that is made for it is its owner's alone.
+def append_line(
+    path: str | os.PathLike[str], line: bytes, *, lock: bool = False, sync: bool = False, mode: int = 0o600
+) -> None:
+    """Hands a line over in one piece.
 
     Args:
         path: The file.
@@ -83,11 +85,12 @@ def append_line(path: str | os.PathLike[str], line: bytes, *, lock: bool = False
         lock: One writer at a time, where `LOCKS`. Without it, a writer that reads the last byte while another one
             writes may put an empty line between two.
         sync: Return when the disk has it.
+        mode: Permissions of a file that is made for the line, less the umask; by default it is its owner's alone.
 
     Raises:
         OSError: It did not arrive whole.
     """
-    descriptor = os.open(path, _APPEND, 0o600)
+    descriptor = os.open(path, _APPEND, mode)
     try:
         if lock:
             fcntl.flock(descriptor, fcntl.LOCK_EX)  # goes with the descriptor

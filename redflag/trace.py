@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, NoReturn, cast
 
 from redflag.errors import RedflagError
 from redflag.events import Alarm, Done, Escalation, Event, Forced, Halt, Reflection, Resume, Step, Text, Trace
-from redflag.files import atomic_write
+from redflag.files import append_line, atomic_write
 
 __all__ = [
     "Alarm",
@@ -104,15 +104,10 @@ def _append(path: Path, traces: Iterable[Trace], text: bool) -> int:
         )
     count = 0
     try:
-        with open(path, "ab+") as file:
-            if file.tell():  # A line cut off by a crash must not swallow the next one.
-                file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":
-                    file.write(b"\n")
-            for trace in traces:
-                file.write(_to_line(trace, text))
-                file.flush()
-                count += 1
+        append_line(path, b"", mode=0o666)  # The file is there, be the traces none.
+        for trace in traces:
+            append_line(path, _to_line(trace, text), mode=0o666)
+            count += 1
     except OSError as error:
         raise RedflagError(
             f"cannot append to {path} ({error.strerror or error}): {count} of the traces were added before; "

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import os
+import stat
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from redflag.files import append_line, atomic_write
+from redflag.errors import RedflagError
+from redflag.files import LOCKS, append_line, atomic_write, require_writable
 
 
 def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
@@ -48,3 +51,64 @@ def test_a_line_that_was_not_taken_whole_is_an_error(tmp_path: Path, monkeypatch
     monkeypatch.setattr(os, "write", lambda descriptor, data: len(data) - 1)
     with pytest.raises(OSError, match="3 of 4 bytes"):
         append_line(tmp_path / "lines", b"abc\n")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions are POSIX's")
+@pytest.mark.parametrize(("options", "permissions"), [({}, 0o600), ({"mode": 0o666}, 0o644)])
+def test_a_file_that_is_made_for_a_line_is_its_owners_unless_said(
+    options: dict[str, Any], permissions: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "lines"
+    before = os.umask(0o022)
+    try:
+        append_line(path, b"a\n", **options)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == permissions
+
+
+@pytest.mark.skipif(not LOCKS, reason="this system has no file locks")
+def test_lines_of_several_writers_stay_whole(tmp_path: Path) -> None:
+    path = tmp_path / "lines"
+    lines = [bytes([97 + writer]) * 5000 + b"\n" for writer in range(4)]
+
+    def write(line: bytes) -> None:
+        for _ in range(25):
+            append_line(path, line, lock=True)
+
+    threads = [threading.Thread(target=write, args=(line,)) for line in lines]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(path.read_bytes().splitlines(keepends=True)) == sorted(lines * 25)
+
+
+def test_a_place_that_can_be_written_is_left_as_it_is(tmp_path: Path) -> None:
+    require_writable(tmp_path / "a" / "b", "output_dir")
+    require_writable(tmp_path / "a" / "scored.jsonl", "output", file=True)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("file", [False, True])
+def test_a_file_in_the_place_of_a_folder_is_refused_with_the_option_that_names_it(file: bool, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_bytes(b"")
+    with pytest.raises(RedflagError, match=r"cannot be written \(.*taken is a file\): choose another where, or mend"):
+        require_writable(tmp_path / "taken" / "inner", "where", file=file)
+    assert os.listdir(tmp_path) == ["taken"]
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
+def test_a_write_that_fails_says_so_and_leaves_no_litter(
+    failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, failing, full)
+    with (
+        pytest.raises(RedflagError, match=r"cannot write .*f \(No space left on device\): nothing of it was saved"),
+        atomic_write(tmp_path / "f") as file,
+    ):
+        file.write(b"new")
+    assert os.listdir(tmp_path) == []
