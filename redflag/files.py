@@ -1,11 +1,12 @@
-"""Files that are written whole or not at all, and lines appended to one that others may be appending to."""
+"""Files that are written whole or not at all, results kept in one, and lines appended to one that others append to."""
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -48,6 +49,31 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def keep_json(path: str | os.PathLike[str], record: Mapping[str, Any], indent: int | None = None) -> None:
+    """Keeps a result and what it was made of, whole or not at all; `kept_json` finds it again.
+
+    Raises:
+        RedflagError: As `atomic_write`.
+    """
+    with atomic_write(path) as file:
+        file.write(json.dumps(record, indent=indent).encode())
+
+
+def kept_json(path: str | os.PathLike[str], **made_of: Any) -> dict[str, Any] | None:
+    """The record that `keep_json` wrote, if it was made of the same; None: there is none, or it must be made anew.
+
+    Args:
+        path: The file.
+        made_of: Entries that the record must have, as JSON gives them back (lists, not tuples).
+    """
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # not there, or not whole
+        return None
+    same = isinstance(record, dict) and all(key in record and record[key] == made_of[key] for key in made_of)
+    return record if same else None
 
 
 def require_writable(path: str | os.PathLike[str], option: str, *, file: bool = False) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import stat
 import threading
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from redflag.errors import RedflagError
-from redflag.files import LOCKS, append_line, atomic_write, require_writable
+from redflag.files import LOCKS, append_line, atomic_write, keep_json, kept_json, require_writable
 
 
 def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
@@ -112,3 +113,33 @@ def test_a_write_that_fails_says_so_and_leaves_no_litter(
     ):
         file.write(b"new")
     assert os.listdir(tmp_path) == []
+
+
+def test_a_result_is_found_again_only_by_what_it_was_made_of(tmp_path: Path) -> None:
+    path = tmp_path / "kept.json"
+    assert kept_json(path, made_of=["rows", 3]) is None
+    record = {"made_of": ["rows", 3], "seconds": 0.1 + 0.2, "note": "é"}
+    keep_json(path, record)
+    assert kept_json(path, made_of=["rows", 3]) == record == kept_json(path)
+    assert kept_json(path, made_of=["rows", 4]) is None
+    assert kept_json(path, made_of=["rows", 3], identity=None) is None  # an entry that is not there is no None
+    assert path.read_bytes() == json.dumps(record).encode()
+    keep_json(path, record, indent=2)
+    assert path.read_bytes() == json.dumps(record, indent=2).encode()
+
+
+@pytest.mark.parametrize("spoilt", [b"", b'{"made_of": 1', b"[1]", b"1", b"null", b"\xff\xfe", b'{"other": 1}'])
+def test_a_result_that_is_not_whole_must_be_made_anew(spoilt: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "kept.json"
+    path.write_bytes(spoilt)
+    assert kept_json(path, made_of=1) is None
+    keep_json(path, {"made_of": 1})
+    assert kept_json(path, made_of=1) == {"made_of": 1}
+
+
+def test_a_result_that_json_does_not_know_leaves_the_older_one(tmp_path: Path) -> None:
+    path = tmp_path / "kept.json"
+    keep_json(path, {"made_of": 1})
+    with pytest.raises(TypeError):
+        keep_json(path, {"made_of": object()})
+    assert kept_json(path, made_of=1) and os.listdir(tmp_path) == ["kept.json"]
