@@ -1,9 +1,17 @@
-"""Lines appended to a file that others may be appending to."""
+"""Files that are written whole or not at all, results kept in one, and lines appended to one that others append to."""
 
 from __future__ import annotations
 
+import json
 import os
-from typing import Any
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from redflag.errors import RedflagError
 
 fcntl: Any
 try:
@@ -17,8 +25,85 @@ LOCKS = fcntl is not None  # whether this system has the locks that `append_line
 _APPEND = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
-def append_line(path: str | os.PathLike[str], line: bytes, *, lock: bool = False, sync: bool = False) -> None:
-    """Hands a line over in one piece; a file that is made for it is its owner's alone.
+@contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Opens a file that takes the name `path` only once it is complete; until then, and on any error, `path` stays.
+
+    Raises:
+        RedflagError: When the operating system refuses (no space, no permission).
+    """
+    path = Path(path)
+    # Not `tempfile`: its files are readable by their owner alone, and a server may run as somebody else.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise RedflagError(
+            f"cannot write {path} ({error.strerror or error}): nothing of it was saved and an older file of that name "
+            "is unchanged; free the space or mend the permissions and repeat"
+        ) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def keep_json(path: str | os.PathLike[str], record: Mapping[str, Any], indent: int | None = None) -> None:
+    """Keeps a result and what it was made of, whole or not at all; `kept_json` finds it again.
+
+    Raises:
+        RedflagError: As `atomic_write`.
+    """
+    with atomic_write(path) as file:
+        file.write(json.dumps(record, indent=indent).encode())
+
+
+def kept_json(path: str | os.PathLike[str], **made_of: Any) -> dict[str, Any] | None:
+    """The record that `keep_json` wrote, if it was made of the same; None: there is none, or it must be made anew.
+
+    Args:
+        path: The file.
+        made_of: Entries that the record must have, as JSON gives them back (lists, not tuples).
+    """
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # not there, or not whole
+        return None
+    same = isinstance(record, dict) and all(key in record and record[key] == made_of[key] for key in made_of)
+    return record if same else None
+
+
+def require_writable(path: str | os.PathLike[str], option: str, *, file: bool = False) -> None:
+    """Refuses a place that nothing can be written to, before any work is done for it.
+
+    Args:
+        path: A folder for files, which need not exist yet and is not made; or a file.
+        option: The option that names it.
+        file: Whether it is a file.
+
+    Raises:
+        RedflagError: The folder cannot be made, or no file can be written in it.
+    """
+    folder = Path(path).absolute().parent if file else Path(path).absolute()
+    existing = next(place for place in (folder, *folder.parents) if place.exists())
+    reason = "" if existing.is_dir() else f"{existing} is a file"
+    try:
+        if not reason:
+            with tempfile.TemporaryFile(dir=existing):
+                pass
+    except OSError as error:
+        reason = f"{existing}: {error.strerror or error}"
+    if reason:
+        raise RedflagError(f"{path} cannot be written ({reason}): choose another {option}, or mend that")
+
+
+def append_line(
+    path: str | os.PathLike[str], line: bytes, *, lock: bool = False, sync: bool = False, mode: int = 0o600
+) -> None:
+    """Hands a line over in one piece.
 
     Args:
         path: The file.
@@ -26,11 +111,12 @@ def append_line(path: str | os.PathLike[str], line: bytes, *, lock: bool = False
         lock: One writer at a time, where `LOCKS`. Without it, a writer that reads the last byte while another one
             writes may put an empty line between two.
         sync: Return when the disk has it.
+        mode: Permissions of a file that is made for the line, less the umask; by default it is its owner's alone.
 
     Raises:
         OSError: It did not arrive whole.
     """
-    descriptor = os.open(path, _APPEND, 0o600)
+    descriptor = os.open(path, _APPEND, mode)
     try:
         if lock:
             fcntl.flock(descriptor, fcntl.LOCK_EX)  # goes with the descriptor

@@ -9,17 +9,15 @@ import gzip
 import json
 import math
 import os
-import tempfile
-import threading
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, cast
 
 from redflag.errors import RedflagError
 from redflag.events import Alarm, Done, Escalation, Event, Facts, Forced, Halt, Reflection, Resume, Step, Text, Trace
+from redflag.files import append_line, atomic_write
 
 __all__ = [
     "Alarm",
@@ -34,62 +32,11 @@ __all__ = [
     "Step",
     "Text",
     "Trace",
-    "atomic_write",
     "read_traces",
     "write_traces",
 ]
 
 TRACE_FORMAT = 1
-
-
-@contextmanager
-def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """Opens a file that takes the name `path` only once it is complete; until then, and on any error, `path` stays.
-
-    Raises:
-        RedflagError: When the operating system refuses (no space, no permission).
-    """
-    path = Path(path)
-    # Not `tempfile`: its files are readable by their owner alone, and a server may run as somebody else.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise RedflagError(
-            f"cannot write {path} ({error.strerror or error}): nothing of it was saved and an older file of that name "
-            "is unchanged; free the space or mend the permissions and repeat"
-        ) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
-
-
-def require_writable(path: str | os.PathLike[str], option: str, *, file: bool = False) -> None:
-    """Refuses a place that nothing can be written to, before any work is done for it.
-
-    Args:
-        path: A folder for files, which need not exist yet and is not made; or a file.
-        option: The option that names it.
-        file: Whether it is a file.
-
-    Raises:
-        RedflagError: The folder cannot be made, or no file can be written in it.
-    """
-    folder = Path(path).absolute().parent if file else Path(path).absolute()
-    existing = next(place for place in (folder, *folder.parents) if place.exists())
-    reason = "" if existing.is_dir() else f"{existing} is a file"
-    try:
-        if not reason:
-            with tempfile.TemporaryFile(dir=existing):
-                pass
-    except OSError as error:
-        reason = f"{existing}: {error.strerror or error}"
-    if reason:
-        raise RedflagError(f"{path} cannot be written ({reason}): choose another {option}, or mend that")
 
 
 def write_traces(
@@ -158,15 +105,10 @@ def _append(path: Path, traces: Iterable[Trace], text: bool) -> int:
         )
     count = 0
     try:
-        with open(path, "ab+") as file:
-            if file.tell():  # A line cut off by a crash must not swallow the next one.
-                file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":
-                    file.write(b"\n")
-            for trace in traces:
-                file.write(_to_line(trace, text))
-                file.flush()
-                count += 1
+        append_line(path, b"", mode=0o666)  # The file is there, be the traces none.
+        for trace in traces:
+            append_line(path, _to_line(trace, text), mode=0o666)
+            count += 1
     except OSError as error:
         raise RedflagError(
             f"cannot append to {path} ({error.strerror or error}): {count} of the traces were added before; "

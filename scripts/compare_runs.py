@@ -18,7 +18,7 @@ import sys
 from typing import Any
 
 from redflag.errors import RedflagError
-from redflag.trace import atomic_write
+from redflag.files import atomic_write
 
 RATES = {"0.001": "0.1%", "0.01": "1%", "0.05": "5%"}
 

@@ -34,9 +34,9 @@ import numpy.typing as npt
 from redflag.calibrating import replay
 from redflag.calibrating.tuning import describe
 from redflag.errors import RedflagError
+from redflag.files import atomic_write
 from redflag.scoring.recording import Recording
 from redflag.stats.metrics import clopper_pearson
-from redflag.trace import atomic_write
 from redflag.watching.first_token import FirstTokenRule
 from redflag.watching.monitor import AGGREGATIONS, MonitorConfig
 from redflag.watching.thresholds import Thresholds

@@ -29,10 +29,10 @@ from redflag.calibrating.groups import split_groups
 from redflag.calibrating.hold_back import HoldBack, suggest_hold_back
 from redflag.calibrating.observed import cut_short
 from redflag.errors import RedflagError
+from redflag.files import atomic_write
 from redflag.flags import FlagSpec
 from redflag.scoring.recorded import recorded
 from redflag.scoring.recording import Recording
-from redflag.trace import atomic_write
 from redflag.watching.monitor import AGGREGATIONS, MonitorConfig
 from redflag.watching.thresholds import Thresholds
 

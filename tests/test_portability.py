@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import pytest
 from foreign import WITHOUT_POSIX
-
-from redflag.files import append_line
 
 PACKAGE = Path(__file__).parent.parent / "redflag"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
@@ -92,31 +87,3 @@ def test_text_files_say_their_encoding() -> None:
         if isinstance(node, ast.Call) and _is_text(node) and not any(word.arg == "encoding" for word in node.keywords)
     ]
     assert not silent
-
-
-@pytest.mark.parametrize(
-    ("before", "written", "after"),
-    [
-        (None, b"a\n", b"a\n"),
-        (b"", b"a\n", b"a\n"),
-        (b"x\n", b"a\n", b"x\na\n"),
-        (b"cut of", b"a\n", b"cut of\na\n"),
-        (b"cut of", b"", b"cut of"),
-        (None, b"", b""),
-    ],
-)
-@pytest.mark.parametrize("options", [{}, {"lock": True}, {"sync": True}, {"lock": True, "sync": True}])
-def test_a_line_stands_by_itself(
-    before: bytes | None, written: bytes, after: bytes, options: dict[str, Any], tmp_path: Path
-) -> None:
-    path = tmp_path / "lines"
-    if before is not None:
-        path.write_bytes(before)
-    append_line(path, written, **options)
-    assert path.read_bytes() == after
-
-
-def test_a_line_that_was_not_taken_whole_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "write", lambda descriptor, data: len(data) - 1)
-    with pytest.raises(OSError, match="3 of 4 bytes"):
-        append_line(tmp_path / "lines", b"abc\n")

@@ -7,6 +7,7 @@ import os
 import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,6 @@ from redflag.trace import (
     Step,
     Text,
     Trace,
-    atomic_write,
     read_traces,
     write_traces,
 )
@@ -303,23 +303,10 @@ def test_a_full_disk_is_one_sentence(tmp_path, append):
         path.symlink_to("/dev/full")
     else:
         # The temporary file's name is known: put the full device there.
-        temporary = f".t.jsonl.{os.getpid()}.{redflag.trace.threading.get_ident()}.tmp"
+        temporary = f".t.jsonl.{os.getpid()}.{threading.get_ident()}.tmp"
         (tmp_path / temporary).symlink_to("/dev/full")
     with pytest.raises(RedflagError, match="No space left on device"):
         write_traces(path, [example()], append=append)
-
-
-def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path):
-    path = tmp_path / "f"
-    path.write_bytes(b"old")
-    with pytest.raises(KeyboardInterrupt), atomic_write(path) as file:
-        file.write(b"half")
-        assert path.read_bytes() == b"old"
-        raise KeyboardInterrupt
-    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["f"]
-    with atomic_write(path) as file:
-        file.write(b"new")
-    assert path.read_bytes() == b"new"
 
 
 def test_files_are_readable_by_whom_the_umask_allows(tmp_path):

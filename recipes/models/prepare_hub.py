@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from redflag.data.rows import Row, write_rows
-from redflag.trace import atomic_write
+from redflag.files import atomic_write
 
 SPLITS = {"train": 0.85, "calibration": 0.925, "test": 1.0}  # upper ends
 PER_REQUEST = 4  # Rows of one set with one label that answer the same request.

@@ -36,12 +36,13 @@ from redflag import Guard, Policy
 from redflag.backends import Sampling
 from redflag.backends.load import load_flagged
 from redflag.data.rows import Row, load_rows
+from redflag.files import atomic_write
 from redflag.guard.guard import Result
 from redflag.lab.nano.reflect import NANO_EXAMPLES, NANO_REFLECT, NANO_STAY
 from redflag.lab.nano.spans import harmful_onset, harmful_spans
 from redflag.scoring.score import read_scored
 from redflag.stats.metrics import clopper_pearson
-from redflag.trace import Alarm, Done, Reflection, Resume, Text, atomic_write
+from redflag.trace import Alarm, Done, Reflection, Resume, Text
 from redflag.watching.thresholds import Thresholds
 
 Messages = list[dict[str, str]]

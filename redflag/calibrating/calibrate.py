@@ -25,11 +25,11 @@ from redflag.calibrating.observed import known_onset
 from redflag.data.options import RowOptions
 from redflag.data.rows import Row
 from redflag.errors import RedflagError
+from redflag.files import require_writable
 from redflag.flags import FlagSpec
 from redflag.scoring.recorded import recorded
 from redflag.scoring.recording import Recording
 from redflag.stats.metrics import clopper_pearson
-from redflag.trace import require_writable
 from redflag.watching.monitor import AGGREGATIONS, MonitorConfig
 from redflag.watching.options import MonitorOptions
 from redflag.watching.thresholds import THRESHOLDS_FILE, Thresholds

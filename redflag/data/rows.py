@@ -39,7 +39,7 @@ from redflag.data.shapes import FOREIGN_KEYS, KEYS, Cells, Columns, check_column
 from redflag.data.sources import Provenance, describe, open_source
 from redflag.data.turns import ROLES, conversation, kind
 from redflag.errors import RedflagError
-from redflag.trace import atomic_write
+from redflag.files import atomic_write
 
 __all__ = [
     "DEFAULT_CATEGORY",

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from redflag.errors import RedflagError
-from redflag.trace import atomic_write
+from redflag.files import atomic_write
 
 # One entry per response; what a file lacks is None throughout.
 COLUMNS = ("id", "category", "onset", "onset_source", "group", "source", "lang", "turns", "truncated")

@@ -25,6 +25,7 @@ import numpy as np
 
 from redflag.data.rows import Row, load_rows
 from redflag.errors import RedflagError
+from redflag.files import require_writable
 from redflag.flags import FlagSpec
 from redflag.scoring.arguments import ScoreArguments
 from redflag.scoring.fitting import fit, renderable, row_name
@@ -42,7 +43,6 @@ from redflag.scoring.scorer import (
     served,
 )
 from redflag.scoring.shards import write_lines
-from redflag.trace import require_writable
 
 if TYPE_CHECKING:
     pass

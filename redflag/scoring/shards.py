@@ -29,9 +29,9 @@ from itertools import islice
 from pathlib import Path
 
 from redflag.errors import RedflagError
+from redflag.files import atomic_write
 from redflag.scoring.partial import Lines, append_lines, read_json, resume, side_of
 from redflag.scoring.processes import World
-from redflag.trace import atomic_write
 
 _POLL = 0.2  # seconds between two looks at what the others have done
 _SAY = 30.0  # seconds between two words about waiting

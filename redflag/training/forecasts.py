@@ -20,10 +20,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-import torch
-
 from redflag.errors import RedflagError
-from redflag.training.loss import Forecast
 
 CHOICES = ("off", "hold", "linear", "points")
 NONE = -1.0
@@ -56,37 +53,6 @@ def spread(points: Sequence[Sequence[float]], count: int, how: str) -> list[floa
             elif how == "hold" or i == token:
                 found[i] = harm
     return found
-
-
-def forecast_mass(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Sum of the forecasts of a batch, which counts for the flags; float32."""
-    return batch["forecast"][:, 1:].clamp(min=0).sum()
-
-
-def flag_weights(
-    args: Any, batch: dict[str, torch.Tensor], row: torch.Tensor, column: torch.Tensor, counts: torch.Tensor
-) -> tuple[torch.Tensor, Forecast | None]:
-    """What the flag term weighs at the N judged positions: against the hard labels, and against the forecasts.
-
-    Args:
-        args: The configuration.
-        batch: The collator's; it has `forecast` and `forecast_class` where forecasts are in use.
-        row: Rows of the positions, (N,).
-        column: Columns of the positions, (N,).
-        counts: As in `redflag.training.trainer`: flagged positions second, harmless third, the forecasts' sum last.
-    """
-    labels = batch["flag_labels"][row, column]
-    counts = counts.to(labels.device)
-    flagged, harmless = counts[1], counts[2]
-    if "forecast" in batch:
-        flagged, harmless = flagged + counts[-1], harmless - counts[-1]
-    flagged, harmless = flagged.clamp(min=1), harmless.clamp(min=1)
-    hard = torch.where(labels > 0, args.harmful_weight / flagged, (1 - args.harmful_weight) / harmless)
-    if "forecast" not in batch:
-        return args.flag_coef * hard, None
-    soft = batch["forecast"][row, column].clamp(min=0)
-    forecast = Forecast(batch["forecast_class"][row], args.flag_coef * soft * (args.harmful_weight / flagged))
-    return args.flag_coef * hard * (1 - soft), forecast
 
 
 def check_forecasts(how: str, dataset: Any) -> None:

@@ -1,7 +1,7 @@
-"""The optional terms of the loss: their settings, what they count, and their sum for one batch.
+"""The optional terms of the loss: their settings, and their sum for one batch.
 
 Each has a coefficient that is 0 by default, and costs nothing then. Each is a mean over the whole accumulated batch of
-all processes, as the flag and keep terms are: a sum over what is here, divided by the number of `counts_of_terms`.
+all processes, as the flag and keep terms are: a sum over what is here, divided by its number in `Counts`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import torch
 from redflag.errors import RedflagError
 from redflag.training.adversarial import shifted, worst_shift
 from redflag.training.answers import constraint_weights, places_in_answer
-from redflag.training.consistency import GroupSampler, consistency_loss, group_keys, groups_met
+from redflag.training.batch import BatchState
+from redflag.training.consistency import GroupSampler, consistency_loss, group_keys
 from redflag.training.encode import IGNORE, Collator
 from redflag.training.forecasts import CHOICES as FORECASTS
-from redflag.training.forecasts import check_forecasts, forecast_mass
-from redflag.training.loss import Head, flag_log_odds
+from redflag.training.forecasts import check_forecasts
+from redflag.training.loss import flag_log_odds
 from redflag.training.presto import check_eager, presto_loss
 from redflag.training.reading import class_log_probs, token_log_probs
 from redflag.training.states import last_hidden
@@ -140,134 +141,77 @@ class TermsCollator(Collator):
         return batch
 
 
-def counts_of_terms(batch: dict[str, torch.Tensor], at: str) -> torch.Tensor:
-    """What the terms divide by: groups met, tokens of answers, positions after a flag, harmless positions.
-
-    Tokens of answers are those to be learnt, and refusals with the prefills before them, as PRESTO's code counts. Where
-    forecasts are in use, their sum comes last.
-    """
-    after, benign = _kept(batch)
-    marked = (batch["prefill"] >= 0)[:, None] & (batch["labels"] != IGNORE) & ~batch["inserted"]
-    spoken = (batch["answered"] | marked).sum() + batch["prefill"].clamp(min=0).sum()
-    groups = groups_met(group_keys(batch["group"], batch["flag_class"], at))
-    found = torch.stack([groups, spoken, after[:, 1:].sum(), benign[:, 1:].sum()])
-    return torch.cat([found, forecast_mass(batch)[None]]) if "forecast" in batch else found
-
-
-def _kept(batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions (B, T) of the keep term that stand after an inserted flag in a harmful row, and in harmless rows."""
-    pinned = (batch["labels"] != IGNORE) & ~batch["answered"]
-    harmful = batch["flag_class"][:, None] > 0
-    inserted = batch["inserted"].long()
-    return pinned & harmful & (inserted.cumsum(1) > inserted), pinned & ~harmful
-
-
-def keep_weights(
-    args: Any, batch: dict[str, torch.Tensor], row: torch.Tensor, column: torch.Tensor, pinned: Any, found: torch.Tensor
-) -> torch.Tensor:
-    """Weights of the keep term at the judged positions: `keep_coef` everywhere, more where the two others apply."""
-    weights = torch.where((batch["labels"] != IGNORE) & ~batch["answered"], args.keep_coef / pinned, 0.0)
-    if args.after_coef or args.benign_coef:
-        after, benign = _kept(batch)
-        number = found.clamp(min=1)
-        weights = weights + after * (args.after_coef / number[2]) + benign * (args.benign_coef / number[3])
-    return weights[row, column]
-
-
-@dataclass
-class Moment:
-    """One batch, as the trainer has it when flag and keep term are done.
-
-    `row` and `column` (N) are the judged positions; `hidden` (B, T, H) are last hidden states, `reference_NH` those of
-    the reference at the judged positions; `attentions` each layer's weights where they were asked for; `flagged`
-    (positions that ask for a flag) and `counts` (as in `counts_of_terms`) are of the whole accumulated batch.
-    """
-
-    model: Any
-    batch: dict[str, torch.Tensor]
-    hidden: torch.Tensor
-    reference_NH: torch.Tensor
-    row: torch.Tensor
-    column: torch.Tensor
-    head: Head
-    reference_head: Head
-    flag_ids: torch.Tensor
-    attentions: Sequence[torch.Tensor]
-    flagged: torch.Tensor
-    counts: torch.Tensor
-
-
-def optional_terms(args: Any, moment: Moment) -> dict[str, torch.Tensor]:
+def optional_terms(args: Any, state: BatchState) -> dict[str, torch.Tensor]:
     """The terms that are switched on, each without its coefficient and already divided."""
-    groups, spoken = moment.counts.clamp(min=1)[:2]
+    groups, answered = state.counts.groups.clamp(min=1), state.counts.answered.clamp(min=1)
     found = {}
     if args.answer_coef:
-        found["answer"] = _answer(args, moment) / spoken
+        found["answer"] = _answer(args, state) / answered
     if args.consistency_coef:
-        found["consistency"] = _consistency(args, moment) / groups
+        found["consistency"] = _consistency(args, state) / groups
     if args.presto_coef:
-        batch = moment.batch
+        batch = state.batch
         end = batch["attention_mask"].sum(1)
         parts = (batch["response_start"], batch["prefill"], end)
-        found["presto"] = presto_loss(moment.attentions, *parts, args.presto_queries) / spoken
+        found["presto"] = presto_loss(state.attentions, *parts, args.presto_queries) / answered
     if args.adversarial_coef:
-        found["adversarial"] = _adversarial(args, moment) / moment.flagged
+        found["adversarial"] = _adversarial(args, state) / state.counts.flagged.clamp(min=1)
     return found
 
 
-def _answer(args: Any, moment: Moment) -> torch.Tensor:
-    row, column = moment.row, moment.column
-    chosen = moment.batch["answered"][row, column]
+def _answer(args: Any, state: BatchState) -> torch.Tensor:
+    row, column = state.judged.row, state.judged.column
+    chosen = state.batch["answered"][row, column]
     row, column = row[chosen], column[chosen]
-    tokens = moment.batch["labels"][row, column]
-    log_probs = token_log_probs(moment.hidden[row, column - 1], moment.head, moment.flag_ids, tokens)
+    tokens = state.batch["labels"][row, column]
+    log_probs = token_log_probs(state.hidden[row, column - 1], state.head, state.flag_ids, tokens)
     if not args.constraint_beta:
         return -log_probs.sum()
     with torch.no_grad():
-        known = token_log_probs(moment.reference_NH[chosen], moment.reference_head, moment.flag_ids, tokens)
+        known = token_log_probs(state.reference_NH[chosen], state.reference_head, state.flag_ids, tokens)
     return -(constraint_weights(log_probs, known, places_in_answer(row), args.constraint_beta) * log_probs).sum()
 
 
-def _consistency(args: Any, moment: Moment) -> torch.Tensor:
-    batch = moment.batch
+def _consistency(args: Any, state: BatchState) -> torch.Tensor:
+    batch = state.batch
     keys = group_keys(batch["group"], batch["flag_class"], args.consistency_at)
     if args.consistency_at == "first":
         rows = torch.arange(len(keys), device=keys.device)
-        hidden = moment.hidden[rows, (batch["response_start"] - 1).clamp(min=0)]
+        hidden = state.hidden[rows, (batch["response_start"] - 1).clamp(min=0)]
     else:
         read = (batch["labels"] != IGNORE) & ~batch["inserted"]
-        chosen = read[moment.row, moment.column] & (keys[moment.row] >= 0)
-        row, column = moment.row[chosen], moment.column[chosen]
-        odds = flag_log_odds(moment.hidden[row, column - 1].detach(), moment.head, moment.flag_ids)
+        chosen = read[state.judged.row, state.judged.column] & (keys[state.judged.row] >= 0)
+        row, column = state.judged.row[chosen], state.judged.column[chosen]
+        odds = flag_log_odds(state.hidden[row, column - 1].detach(), state.head, state.flag_ids)
         peaks = torch.full(read.shape, -torch.inf, device=read.device).index_put((row, column), odds).max(1)
         keys = torch.where(peaks.values > -torch.inf, keys, -1)  # a response that was cut off has no peak
         rows = torch.arange(len(keys), device=keys.device)
-        hidden = moment.hidden[rows, (peaks.indices - 1).clamp(min=0)]
-    return consistency_loss(class_log_probs(hidden, moment.head, moment.flag_ids), keys, args.consistency)
+        hidden = state.hidden[rows, (peaks.indices - 1).clamp(min=0)]
+    return consistency_loss(class_log_probs(hidden, state.head, state.flag_ids), keys, args.consistency)
 
 
-def _adversarial(args: Any, moment: Moment) -> torch.Tensor:
+def _adversarial(args: Any, state: BatchState) -> torch.Tensor:
     """Sum of the flag term over the flagged positions of this batch, on the worst prompts found."""
-    labels = moment.batch["flag_labels"]
+    labels = state.batch["flag_labels"]
     flagged = (labels > 0).any(1)
     flagged[0] |= ~flagged.any()  # every process runs the model as often as the others, for collectives' sake
-    ids, mask, labels = (moment.batch[n][flagged] for n in ("input_ids", "attention_mask", "flag_labels"))
-    starts = moment.batch["response_start"][flagged]
+    ids, mask, labels = (state.batch[n][flagged] for n in ("input_ids", "attention_mask", "flag_labels"))
+    starts = state.batch["response_start"][flagged]
     row, column = (labels[:, 1:] > 0).nonzero(as_tuple=True)
 
     def loss_of(shift: torch.Tensor, model: Any) -> torch.Tensor:
         with shifted(model, shift):
             hidden = last_hidden(model, ids, mask)
-        classes = class_log_probs(hidden[row, column], moment.head, moment.flag_ids)
+        classes = class_log_probs(hidden[row, column], state.head, state.flag_ids)
         return -classes.gather(1, labels[row, column + 1][:, None]).sum() + 0.0 * hidden.float().sum()
 
-    plain = moment.model
+    plain = state.model
     while hasattr(plain, "module"):  # the search moves no weight, so no wrapper needs to know of it
         plain = plain.module
     where = torch.arange(ids.shape[1], device=ids.device) < starts[:, None]
     settings = (args.adversarial_steps, args.adversarial_step_size, args.adversarial_radius)
-    shift = worst_shift(lambda s: loss_of(s, plain), where, moment.hidden.shape[-1], *settings)
-    return loss_of(shift, moment.model)
+    shift = worst_shift(lambda s: loss_of(s, plain), where, state.hidden.shape[-1], *settings)
+    return loss_of(shift, state.model)
 
 
 def check_terms_fit(args: Any, model: Any, dataset: Any) -> None:

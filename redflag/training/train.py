@@ -23,9 +23,9 @@ from redflag.data.options import RowOptions
 from redflag.data.rows import Row, Rows, load_rows
 from redflag.data.summary import label_table, warnings_about
 from redflag.errors import RedflagError
+from redflag.files import require_writable
 from redflag.flags import FlagSpec, attach
 from redflag.prompt import check_template, template_hash
-from redflag.trace import require_writable
 from redflag.training.adapter import lora_config
 from redflag.training.encode import build_dataset
 from redflag.training.order import EpochOrder

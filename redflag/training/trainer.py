@@ -27,22 +27,14 @@ from redflag.flags import FlagSpec
 from redflag.stats.metrics import auroc
 from redflag.training import sharded
 from redflag.training.adapter import adapters_off, cheap_flag_rows, output_head
+from redflag.training.batch import BatchState, Counts, JudgedPositions
 from redflag.training.encode import IGNORE, Collator, Example, PlacementConfig
-from redflag.training.forecasts import flag_weights
-from redflag.training.loss import Head, Positions, flag_and_keep_loss, flag_log_odds, peak_weights
+from redflag.training.loss import Head, Positions, flag_and_keep_loss
 from redflag.training.means import Means, rows_that_count
 from redflag.training.presto import watched_attention
 from redflag.training.states import check_head, last_hidden
-from redflag.training.terms import (
-    Moment,
-    TermsCollator,
-    TermsConfig,
-    check_terms_fit,
-    counts_of_terms,
-    group_sampler,
-    keep_weights,
-    optional_terms,
-)
+from redflag.training.terms import TermsCollator, TermsConfig, check_terms_fit, group_sampler, optional_terms
+from redflag.training.weights import flag_weights, keep_weights, response_weights
 
 
 @dataclass
@@ -199,10 +191,11 @@ class RedFlagTrainer(SFTTrainer):
         return super()._get_train_sampler(train_dataset)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor | None:
-        """Numbers in the whole accumulated batch, over all processes, as in `_counts`."""
+        """`Counts` of the whole accumulated batch, over all processes, as a tensor."""
         if not batch_samples:
             return None
-        counts = torch.stack([_counts(batch, self.args) for batch in batch_samples]).sum(0).to(device)
+        at = self.args.consistency_at
+        counts = torch.stack([Counts.of(batch, at).to_tensor() for batch in batch_samples]).sum(0).to(device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             counts = self.accelerator.gather(counts[None]).sum(0)
         return counts
@@ -223,81 +216,88 @@ class RedFlagTrainer(SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | None = None,
     ) -> Any:
-        """Flag term + keep term, each over its own number of positions."""
+        """Flag term + keep term, each over its own number of positions, and the optional terms."""
         training = self.model.training
-        labels, flag_labels, inserted = inputs["labels"], inputs["flag_labels"], inputs["inserted"]
-        counts = num_items_in_batch if training and num_items_in_batch is not None else _counts(inputs, self.args)
-        pinned, flagged, _, *responses = counts[:5].to(labels.device).clamp(min=1).unbind()
-        counts_of_others = counts[5:].to(labels.device)
-        # Column j is judged by the hidden state of column j - 1; column 0 has none. The reference reads the same text
-        # without the inserted flags, so there it is the nearest earlier column that is no flag.
-        judged = (labels != IGNORE) | (flag_labels != IGNORE)
-        judged[:, 0] = False
-        row, column = judged.nonzero(as_tuple=True)
-        columns = torch.arange(labels.shape[1], device=labels.device).expand_as(labels)
-        plain = torch.where(inserted, 0, columns).cummax(1).values
+        device = inputs["labels"].device
+        flag_ids = self._flag_ids.to(device)
 
-        with torch.no_grad(), self._reference(model) as reference_model:
-            mask = inputs["attention_mask"] * ~inserted
-            position_ids = (mask.cumsum(1) - 1).clamp(min=0) if bool(inserted.any()) else None
-            reference = last_hidden(reference_model, inputs["input_ids"], mask, position_ids)
-            reference_NH = reference[row, plain[row, column - 1]]
-            reference_head = output_head(self.accelerator.unwrap_model(reference_model), self.spec)
-            del reference
+        # What to divide by: in training, the counts of the whole accumulated batch, so that a position weighs the same
+        # in whichever micro-batch and process it is. An evaluation batch has its own (exact means are `_record`'s).
+        numbers = num_items_in_batch if training else None
+        if numbers is None:
+            numbers = Counts.of(inputs, self.args.consistency_at).to_tensor()
+        counts = Counts.from_tensor(numbers.to(device))
+
+        # Which positions are judged, and the hidden states one column earlier that judge them. The reference goes
+        # first and keeps the N states alone, so that two models' (B, T, H) never lie in memory together.
+        judged = JudgedPositions.of(inputs)
+        row, before = judged.row, judged.column - 1
+        reference_NH, reference_head = self._reference_states(model, inputs, judged)
         with watched_attention(model, training and self.args.presto_coef > 0) as attentions:
             hidden = last_hidden(model, inputs["input_ids"], inputs["attention_mask"])
         head = output_head(self.accelerator.unwrap_model(model), self.spec)
 
-        flag_labels_N, labels_N = flag_labels[row, column], labels[row, column]
-        flag_weights_N, forecast_N = flag_weights(self.args, inputs, row, column, counts)
+        # Weights: the coefficients over the counts, so that the sums below are means.
+        flag_weights_N, forecast_N = flag_weights(self.args, inputs, judged, counts)
         if self.args.peak_coef and training:
-            flag_weights_N = flag_weights_N + self.args.peak_coef * self._peak_share(
-                hidden[row, column - 1].detach(), head, row, flag_labels_N, responses
-            )
+            by_response_N = response_weights(self.args, hidden[row, before].detach(), head, flag_ids, judged, counts)
+            flag_weights_N = flag_weights_N + self.args.peak_coef * by_response_N
+        flag_weights_N = torch.where(judged.flag_labels != IGNORE, flag_weights_N, 0.0)
+
+        # Flag and keep term. An inserted flag is no language, so it has no likelihood to report.
         loss, found = flag_and_keep_loss(
-            hidden[row, column - 1],
+            hidden[row, before],
             reference_NH,
             head,
             reference_head,
-            self._flag_ids.to(labels.device),
-            flag_labels_N,
-            labels_N.masked_fill(inserted[row, column], IGNORE),
-            torch.where(flag_labels_N != IGNORE, flag_weights_N, 0.0),
-            keep_weights(self.args, inputs, row, column, pinned, counts_of_others),
+            flag_ids,
+            judged.flag_labels,
+            judged.labels.masked_fill(inputs["inserted"][row, judged.column], IGNORE),
+            flag_weights_N,
+            keep_weights(self.args, inputs, judged, counts),
             forecast_N,
         )
-        self._record(found, row, flag_labels_N, labels_N, inputs["flag_class"], "train" if training else "eval")
-        if training:
-            sides = (head, reference_head, self._flag_ids.to(labels.device), attentions, flagged, counts_of_others)
-            moment = Moment(model, inputs, hidden, reference_NH, row, column, *sides)
-            for name, value in optional_terms(self.args, moment).items():
-                loss = loss + getattr(self.args, f"{name}_coef") * value
-                share = self.args.gradient_accumulation_steps * self.accelerator.num_processes
-                self._means["train"].add(name, value.detach() * share)
-            tokens = self.accelerator.gather(inputs["attention_mask"].sum()).sum().item()
-            self._total_train_tokens += tokens // self.get_tp_size()
-            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
-            if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-                # The counts are of all processes, and DDP averages gradients over them.
-                loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        self._record(found, judged, inputs["flag_class"], "train" if training else "eval")
+        if not training:
+            return (loss, {}) if return_outputs else loss
+
+        # Optional terms. Each is this batch's part of a mean over all batches and processes; logged is the mean.
+        state = BatchState(
+            model, inputs, hidden, reference_NH, judged, head, reference_head, flag_ids, attentions, counts
+        )
+        for name, value in optional_terms(self.args, state).items():
+            loss = loss + getattr(self.args, f"{name}_coef") * value
+            share = self.args.gradient_accumulation_steps * self.accelerator.num_processes
+            self._means["train"].add(name, value.detach() * share)
+
+        # What SFTTrainer's own `compute_loss` would do: count tokens, and undo DDP's mean of gradients over processes
+        # where the counts are already those of all processes.
+        tokens = self.accelerator.gather(inputs["attention_mask"].sum()).sum().item()
+        self._total_train_tokens += tokens // self.get_tp_size()
+        self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         return (loss, {}) if return_outputs else loss
 
-    def _peak_share(
-        self,
-        hidden_NH: torch.Tensor,
-        head: Head,
-        row: torch.Tensor,
-        flag_labels_N: torch.Tensor,
-        responses: Sequence[torch.Tensor],
-    ) -> torch.Tensor:
-        """Weights of the flag term by response; harmful and harmless positions of one response count as two."""
-        weights = torch.zeros(len(row), device=row.device)
-        log_odds = flag_log_odds(hidden_NH, head, self._flag_ids.to(row.device))
-        shares = (self.args.harmful_weight, 1 - self.args.harmful_weight)
-        for chosen, share, count in zip((flag_labels_N > 0, flag_labels_N == 0), shares, responses, strict=True):
-            found = peak_weights(log_odds[chosen], row[chosen], self.args.peak_window, self.args.peak_temperature)
-            weights[chosen] = found * share / count
-        return weights
+    @torch.no_grad()
+    def _reference_states(
+        self, model: Any, inputs: dict[str, torch.Tensor], judged: JudgedPositions
+    ) -> tuple[torch.Tensor, Head]:
+        """Hidden states of the reference that judge the N positions, and its head.
+
+        The reference reads the same text without the inserted flags: they are masked, and the positions behind them
+        count on as if they were not there. Where the trained model is judged by the state of a flag, the reference is
+        by that of the nearest earlier column that is none.
+        """
+        inserted = inputs["inserted"]
+        columns = torch.arange(inserted.shape[1], device=inserted.device).expand_as(inserted)
+        plain = torch.where(inserted, 0, columns).cummax(1).values
+        mask = inputs["attention_mask"] * ~inserted
+        position_ids = (mask.cumsum(1) - 1).clamp(min=0) if bool(inserted.any()) else None
+        with self._reference(model) as reference:
+            states = last_hidden(reference, inputs["input_ids"], mask, position_ids)
+            head = output_head(self.accelerator.unwrap_model(reference), self.spec)
+        return states[judged.row, plain[judged.row, judged.column - 1]], head
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means of the terms since the last time, over the positions of all processes."""
@@ -333,20 +333,13 @@ class RedFlagTrainer(SFTTrainer):
         metrics.update(found)
         return metrics
 
-    def _record(
-        self,
-        found: Positions,
-        row: torch.Tensor,
-        flag_labels_N: torch.Tensor,
-        labels_N: torch.Tensor,
-        flag_class: torch.Tensor,
-        mode: str,
-    ) -> None:
+    def _record(self, found: Positions, judged: JudgedPositions, flag_class: torch.Tensor, mode: str) -> None:
         """Metrics of one batch."""
+        row, flag_labels = judged.row, judged.flag_labels
         harmful_row = flag_class[row] > 0
-        flagged, unflagged, pinned = flag_labels_N > 0, flag_labels_N == 0, labels_N != IGNORE
+        flagged, unflagged, pinned = flag_labels > 0, flag_labels == 0, judged.labels != IGNORE
         wanted = {
-            "flag_loss": (found.flag_loss, flag_labels_N != IGNORE),
+            "flag_loss": (found.flag_loss, flag_labels != IGNORE),
             "keep_kl": (found.keep_kl, pinned),
             "p_flag_harmful": (found.p_flag, flagged),
             "p_flag_harmless": (found.p_flag, unflagged),
@@ -378,15 +371,6 @@ class RedFlagTrainer(SFTTrainer):
             plain.eval()
             yield model
             plain.train(was_training)
-
-
-def _counts(batch: dict[str, torch.Tensor], args: RedFlagConfig) -> torch.Tensor:
-    """Positions (pinned, flagged, harmless), responses with any (flagged, harmless), then what the terms count."""
-    labels = batch["labels"].masked_fill(batch["answered"], IGNORE)[:, 1:]
-    flag_labels = batch["flag_labels"][:, 1:]
-    flagged, harmless = flag_labels > 0, flag_labels == 0
-    own = [(labels != IGNORE).sum(), flagged.sum(), harmless.sum(), flagged.any(1).sum(), harmless.any(1).sum()]
-    return torch.cat([torch.stack(own), counts_of_terms(batch, args.consistency_at)])
 
 
 def _as_dataset(examples: Sequence[Example] | Dataset) -> Dataset:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args
 
 from redflag.errors import RedflagError
-from redflag.trace import atomic_write
+from redflag.files import atomic_write
 from redflag.watching.monitor import AGGREGATIONS, MonitorConfig
 
 THRESHOLDS_FILE = "thresholds.json"

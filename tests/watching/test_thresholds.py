@@ -6,7 +6,6 @@ import os
 
 import pytest
 
-import redflag.trace
 from redflag.errors import RedflagError
 from redflag.watching.monitor import MonitorConfig
 from redflag.watching.thresholds import Thresholds
@@ -156,7 +155,7 @@ def test_a_save_that_fails_leaves_the_older_file_and_no_litter(tmp_path, monkeyp
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(redflag.trace.os, failing, full)
+    monkeypatch.setattr(os, failing, full)
     with pytest.raises(RedflagError, match="No space left on device"):
         Thresholds.manual(0.9, ["weapons"]).save(tmp_path)
     assert Thresholds.load(tmp_path) == CALIBRATED

@@ -22,9 +22,9 @@ import numpy.typing as npt
 
 from redflag.calibrating import replay
 from redflag.calibrating.guarantee import fit_thresholds
+from redflag.files import atomic_write
 from redflag.scoring.recording import Recording
 from redflag.stats.metrics import auroc, clopper_pearson, delay_stats, tpr_at_fpr
-from redflag.trace import atomic_write
 from redflag.watching.monitor import MonitorConfig
 
 MAX = MonitorConfig("max")

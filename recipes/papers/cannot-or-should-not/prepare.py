@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from redflag.errors import RedflagError
-from redflag.trace import atomic_write
+from redflag.files import atomic_write
 
 Record = dict[str, Any]
 

@@ -32,12 +32,12 @@ import numpy as np
 
 from redflag import cli
 from redflag.data.rows import Row, load_rows, write_rows
+from redflag.files import atomic_write
 from redflag.lab.nano.phrases import REDIRECTS, REFUSALS, REQUESTS, SLOTS
 from redflag.lab.nano.rows import nano_rows
 from redflag.lab.nano.spans import harmful_spans
 from redflag.scoring.score import read_scored
 from redflag.stats.metrics import auroc, clopper_pearson
-from redflag.trace import atomic_write
 
 HERE = Path(__file__).parent
 REFUSED = ("nano:refusal", "nano:redirect")

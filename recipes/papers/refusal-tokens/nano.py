@@ -29,13 +29,13 @@ from redflag.backends import Sampling
 from redflag.backends.load import load_flagged
 from redflag.calibrating import calibrate
 from redflag.data.rows import Row, load_rows, write_rows
+from redflag.files import atomic_write
 from redflag.lab.nano.phrases import REDIRECTS, REFUSALS
 from redflag.lab.nano.rows import NANO_CATEGORIES, nano_rows
 from redflag.lab.nano.spans import harmful_onset
 from redflag.prompt import render_prompt
 from redflag.stats.intervals import auroc_interval
 from redflag.stats.metrics import auroc, clopper_pearson
-from redflag.trace import atomic_write
 from redflag.training import train
 from redflag.watching.first_token import FirstTokenRule
 from redflag.watching.thresholds import Thresholds

@@ -31,12 +31,12 @@ import numpy as np
 
 from redflag.calibrating.observed import observe
 from redflag.data.rows import Row, load_rows, write_rows
+from redflag.files import atomic_write
 from redflag.flags import FlagSpec
 from redflag.lab.evaluating.tables import method
 from redflag.lab.nano.rows import nano_rows, velni
 from redflag.scoring.recording import Recording
 from redflag.stats.metrics import auroc
-from redflag.trace import atomic_write
 from redflag.watching.monitor import MonitorConfig
 
 HERE = Path(__file__).parent

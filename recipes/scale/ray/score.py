@@ -18,9 +18,9 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext
 
 from redflag.data.rows import Row, load_rows
+from redflag.files import atomic_write
 from redflag.flags import FlagSpec
 from redflag.scoring.score import BATCHES, as_json, context_limit, load_scorer, score
-from redflag.trace import atomic_write
 
 
 class Scorer:

@@ -16,6 +16,7 @@ from typing import IO, Any
 
 from redflag.data.rows import Row
 from redflag.errors import RedflagError
+from redflag.files import atomic_write
 from redflag.judges import Judge
 from redflag.judges.cache import CachedJudge
 from redflag.lab.attacks import Attack, Attempt, Target
@@ -31,7 +32,6 @@ from redflag.lab.attacks.rap import RAP, follow_oracle
 from redflag.lab.attacks.sampling import Plain, RepeatedSampling
 from redflag.lab.attacks.suppress import LogitBias, SuppressByWords
 from redflag.lab.attacks.wrappers import NANO_WRAPPERS, Wrappers
-from redflag.trace import atomic_write
 
 FORMAT = 1
 # Attacks that need no outside model, in the order of the table. Their names in results are these.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -16,10 +15,10 @@ import numpy as np
 
 from redflag.data.rows import Row, write_rows
 from redflag.errors import RedflagError
+from redflag.files import keep_json, kept_json
 from redflag.lab.baselines import Cost
 from redflag.lab.baselines.bench import Bench, digest, model_stamp, thinned
 from redflag.scoring.recording import Recording
-from redflag.trace import atomic_write
 
 # As the demo trains its flags; a folder's own settings go into `options`.
 SETTINGS = {
@@ -68,7 +67,7 @@ class FixedPosition:
         stamp = [self._settings, self._bench.seed, self._bench.limit, model_stamp(self._bench.base)]
         key = digest([stamp, [row.to_dict() for row in rows]])
         done = self.model / "trained.json"
-        if done.exists() and json.loads(done.read_text(encoding="utf-8")).get("fingerprint") == key:
+        if kept_json(done, fingerprint=key):
             return
         shutil.rmtree(self.model, ignore_errors=True)
         path = write_rows(self.model / "rows.jsonl", rows)
@@ -98,8 +97,7 @@ class FixedPosition:
                 f"and repeat; the command was `redflag train {' '.join(words)}`"
             )
         path.unlink()
-        with atomic_write(done) as file:
-            file.write(json.dumps({"fingerprint": key}).encode())
+        keep_json(done, {"fingerprint": key})
 
     def score(self, rows: Sequence[Row]) -> Recording:
         """Scores; see `Baseline.score`."""

@@ -7,7 +7,6 @@ arXiv 2407.09121); both are asked before every token.
 
 from __future__ import annotations
 
-import json
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -18,12 +17,12 @@ from typing import Any, Literal
 import numpy as np
 
 from redflag.data.rows import Row
+from redflag.files import keep_json, kept_json
 from redflag.flags import Flag, FlagSpec, attach
 from redflag.lab.baselines import Cost
 from redflag.lab.baselines.bench import Bench, Read, digest, model_stamp, thinned
 from redflag.lab.baselines.tuning import IGNORE, Example, Tuning, fine_tune
 from redflag.scoring.recording import Recording
-from redflag.trace import atomic_write
 from redflag.truncation import fit_prompt
 
 Labels = Literal["onset", "response"]
@@ -82,9 +81,9 @@ class RefusalBaseline:
             ]
         )
         done = self.model / "trained.json"
-        if done.exists() and json.loads(done.read_text(encoding="utf-8")).get("fingerprint") == key:
+        if kept := kept_json(done, fingerprint=key):
             model, _ = read_model(self.model, "auto")
-            self.watched = tuple(json.loads(done.read_text(encoding="utf-8"))["watched"])
+            self.watched = tuple(kept["watched"])
         else:
             done.unlink(missing_ok=True)
             model, tokenizer = read_model(self.bench.base, "auto")
@@ -100,8 +99,7 @@ class RefusalBaseline:
             )
             model.save_pretrained(self.model)
             tokenizer.save_pretrained(self.model)
-            with atomic_write(done) as file:
-                file.write(json.dumps({"fingerprint": key, "watched": self.watched}).encode())
+            keep_json(done, {"fingerprint": key, "watched": self.watched})
         self._backend = self._watching(model.to(self.bench.device))
 
     def score(self, rows: Sequence[Row]) -> Recording:

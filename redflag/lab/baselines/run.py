@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -11,11 +10,11 @@ from typing import Any, Literal, NamedTuple
 
 from redflag.data.rows import Row
 from redflag.errors import RedflagError
+from redflag.files import keep_json, kept_json
 from redflag.lab.baselines import Baseline, Cost
 from redflag.lab.baselines.bench import Bench, HiddenFrom, digest, model_stamp
 from redflag.lab.baselines.hidden import forget
 from redflag.scoring.recording import Recording
-from redflag.trace import atomic_write
 
 # Part of every fingerprint: to be raised when a baseline is trained or scored in another way than before.
 _VERSION = 4
@@ -251,17 +250,16 @@ def _record(baseline: Baseline, rows: Mapping[str, Sequence[Row]], folder: Path,
         "model": None if model is None else str(model),
         "seconds": recorded.seconds,
     }
-    with atomic_write(folder / "baseline.json") as file:
-        file.write(json.dumps(record, indent=2).encode())
+    keep_json(folder / "baseline.json", record, indent=2)
     return recorded
 
 
 def _found(folder: Path, fingerprint: str, calibrated: bool) -> Recorded | None:
     """What an earlier run left, if it was made from the same things."""
+    record = kept_json(folder / "baseline.json", fingerprint=fingerprint)
+    if record is None:
+        return None
     try:
-        record = json.loads((folder / "baseline.json").read_text(encoding="utf-8"))
-        if record["fingerprint"] != fingerprint:
-            return None
         model = None if record["model"] is None else Path(record["model"])
         if model is not None and not model.exists():
             return None

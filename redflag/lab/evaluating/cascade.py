@@ -17,7 +17,6 @@ asked later, so one recording serves all thresholds, and every table of a method
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +31,7 @@ from redflag.calibrating import replay
 from redflag.calibrating.guarantee import fit_thresholds, required
 from redflag.data.rows import Row, Rows
 from redflag.errors import RedflagError
+from redflag.files import keep_json, kept_json
 from redflag.judges import UnansweredError
 from redflag.judges.cache import CachedJudge
 from redflag.lab.baselines import Cost
@@ -39,7 +39,7 @@ from redflag.lab.baselines.bench import forward_flops
 from redflag.lab.evaluating.cost import of_cascade
 from redflag.scoring.recording import Recording
 from redflag.stats.intervals import rate_interval, unit_of
-from redflag.trace import Step, atomic_write
+from redflag.trace import Step
 from redflag.watching.monitor import LOGIT_CLIP, MonitorConfig
 from redflag.watching.policy import Policy
 from redflag.watching.session import Session
@@ -320,17 +320,11 @@ def _reader(arguments: EvaluateArguments, rows: Rows, first: Recording, folder: 
 def _cost_of_judge(arguments: EvaluateArguments, readers: Sequence[Reader], folder: Path) -> Cost:
     """Per token of the answers that it reads: its time as measured when the verdicts were given, its FLOPs as given."""
     path = folder / "judge.json"
-    kept = {"seconds": 0.0, "tokens": 0}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        kept = found if found["identity"] == readers[0].judge.identity else kept
-    except (OSError, ValueError, KeyError, TypeError):  # Not there, or not whole: what is measured now counts.
-        pass
+    identity = readers[0].judge.identity
+    kept = kept_json(path, identity=identity) or {"seconds": 0.0, "tokens": 0}
     seconds = kept["seconds"] + sum(reader.seconds for reader in readers)
     tokens = kept["tokens"] + sum(reader.tokens for reader in readers)
-    with atomic_write(path) as file:
-        record = {"identity": readers[0].judge.identity, "seconds": seconds, "tokens": tokens}
-        file.write(json.dumps(record).encode())
+    keep_json(path, {"identity": identity, "seconds": seconds, "tokens": tokens})
     flops = arguments.judge_flops
     if flops is None and arguments.judge == "model":
         flops = forward_flops(str(arguments.judge_name))

@@ -8,17 +8,16 @@ prompt, the model's own or a second model's, is spread over the response that fo
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from redflag.data.rows import Rows
+from redflag.files import keep_json, kept_json
 from redflag.flags import FlagSpec
 from redflag.lab.baselines import Cost
 from redflag.lab.baselines.bench import forward_flops, model_stamp
-from redflag.trace import atomic_write
 
 if TYPE_CHECKING:
     from redflag.lab.evaluating.arguments import EvaluateArguments
@@ -37,12 +36,8 @@ def passes(arguments: EvaluateArguments, rows: Rows, spec: FlagSpec, path: Path)
         path: Where the measurement is kept.
     """
     made_of = [model_stamp(arguments.model), rows.fingerprint, arguments.device, arguments.dtype, arguments.batch_size]
-    try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        if kept["made_of"] == made_of:
-            return kept["pass"], kept["flags"]
-    except (OSError, ValueError, KeyError, TypeError):  # Not there, or not whole: measured.
-        pass
+    if kept := kept_json(path, made_of=made_of):
+        return kept["pass"], kept["flags"]
     plain, reading, width = (None, None, None) if arguments.upstream else _timed(arguments, rows, spec)
     own = Cost(
         microseconds_per_token=plain,
@@ -56,8 +51,7 @@ def passes(arguments: EvaluateArguments, rows: Rows, spec: FlagSpec, path: Path)
         note="on top of the model's own forward pass: a row of the head for each flag; the time is that of reading "
         "probabilities from the logits, the sum over the vocabulary included",
     )
-    with atomic_write(path) as file:
-        file.write(json.dumps({"made_of": made_of, "pass": own, "flags": flags}, indent=2).encode())
+    keep_json(path, {"made_of": made_of, "pass": own, "flags": flags}, indent=2)
     return own, flags
 
 

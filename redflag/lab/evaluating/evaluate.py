@@ -17,10 +17,10 @@ from redflag.calibrating.guarantee import check_rates
 from redflag.data.rows import Rows, load_rows
 from redflag.data.summary import warnings_about
 from redflag.errors import RedflagError
+from redflag.files import require_writable
 from redflag.flags import FlagSpec
 from redflag.lab.evaluating.arguments import EvaluateArguments
 from redflag.scoring.processes import World
-from redflag.trace import require_writable
 from redflag.watching.monitor import MonitorConfig
 
 ARGUMENTS = EvaluateArguments

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from redflag.backends import Sampling
 from redflag.data.rows import Row, Rows
 from redflag.errors import RedflagError
+from redflag.files import atomic_write
 from redflag.flags import FlagSpec
 from redflag.lab import report as reporting
 from redflag.lab.attacks import Attack, Target, request_of
@@ -18,7 +19,6 @@ from redflag.lab.baselines.run import check_baselines
 from redflag.lab.evaluating import stages, tables
 from redflag.scoring import score
 from redflag.scoring.recording import Recording
-from redflag.trace import atomic_write
 
 if TYPE_CHECKING:
     from redflag.judges import Judge

@@ -22,11 +22,12 @@ from typing import Any
 
 from redflag.data.rows import Row, load_rows, write_rows
 from redflag.errors import RedflagError
+from redflag.files import atomic_write
 from redflag.lab.nano.phrases import ACTS
 from redflag.lab.nano.reflect import nano_reflections
 from redflag.lab.nano.rows import NANO_CATEGORIES, nano_pretraining_rows, nano_rows
 from redflag.terminal.paint import BOLD, DIM, RESET, legend, printable, wants_colour
-from redflag.trace import Text, Trace, atomic_write
+from redflag.trace import Text, Trace
 
 # The base model's shape (2.1 million parameters) and what it reads: about two minutes on two cores.
 SHAPE = {"hidden_size": 192, "layers": 3, "heads": 6, "intermediate_size": 512}

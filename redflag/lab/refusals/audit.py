@@ -23,13 +23,13 @@ from redflag.data.rows import RecordReader, Row
 from redflag.data.sources import Provenance
 from redflag.data.summary import label_warnings
 from redflag.errors import RedflagError
+from redflag.files import atomic_write, require_writable
 from redflag.lab.refusals import PhraseClassifier, RefusalClassifier, Taxonomy, audit_page, load_taxonomy
 from redflag.lab.refusals.audit_counts import Audit, Finding
 from redflag.lab.refusals.features import is_folder
 from redflag.lab.refusals.pairs import read_labelled, read_rows
 from redflag.lab.report import page
 from redflag.scoring.score import report_skipped
-from redflag.trace import atomic_write, require_writable
 from redflag.versions import versions
 
 

@@ -17,10 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from redflag.errors import RedflagError
+from redflag.files import atomic_write
 from redflag.lab.refusals.features import Embeddings, Features, Ngrams, restore, stack
 from redflag.lab.refusals.pairs import Pair
 from redflag.lab.refusals.taxonomy import Level, Taxonomy, parse_taxonomy
-from redflag.trace import atomic_write
 
 Doubles = npt.NDArray[np.float64]
 FORMAT = 1

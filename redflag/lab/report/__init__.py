@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from redflag.files import atomic_write
 from redflag.lab.report import breakdown, compute, detection, markdown, page, timing, verdict
 from redflag.lab.report.check import check_report, check_traces
 from redflag.lab.report.page import require
 from redflag.lab.report.parts import Section
 from redflag.lab.report.viewer_data import pack
-from redflag.trace import atomic_write
 
 __all__ = ["require", "write"]
 

@@ -20,6 +20,7 @@ from typing import Any, Literal
 from redflag.backends.outbound import extra_headers
 from redflag.data.rows import Row, load_rows, write_rows
 from redflag.errors import RedflagError
+from redflag.files import atomic_write, require_writable
 from redflag.judges import Judge
 from redflag.judges.cache import CachedJudge
 from redflag.lab.synthesis.constitution import load_constitution
@@ -29,7 +30,6 @@ from redflag.lab.synthesis.onset import agreement, find_onsets, with_onsets
 from redflag.lab.synthesis.pipeline import Settings, is_held_out, synthesize
 from redflag.lab.synthesis.questions import KeptAnswers
 from redflag.lab.synthesis.who import judge_of, writer
-from redflag.trace import atomic_write, require_writable
 
 
 @dataclass

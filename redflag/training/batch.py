@@ -1,0 +1,132 @@
+"""One batch as the loss sees it: what its terms divide by, which positions are judged, and the tensors at hand.
+
+Shapes: B rows, T columns, N judged positions, H width of the hidden states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from redflag.training.consistency import group_keys, groups_met
+from redflag.training.encode import IGNORE
+from redflag.training.loss import Head
+
+
+class Counts(NamedTuple):
+    """What the terms of the loss divide by. Counts of batches add up, and so do those of processes.
+
+    Attributes:
+        pinned: Positions whose language is kept.
+        flagged: Positions that ask for a flag.
+        harmless: Positions that ask for none.
+        responses_flagged: Responses with a flagged position.
+        responses_harmless: Responses with a harmless one.
+        groups: Groups of which two rows or more are in one batch.
+        answered: Tokens of answers that are learnt, and of refusals with the prefills before them, as PRESTO's code
+            counts.
+        after: Pinned positions of harmful rows that stand after an inserted flag.
+        benign: Pinned positions of harmless rows.
+        forecast: Sum of the forecasts; None where they are not in use.
+    """
+
+    pinned: torch.Tensor
+    flagged: torch.Tensor
+    harmless: torch.Tensor
+    responses_flagged: torch.Tensor
+    responses_harmless: torch.Tensor
+    groups: torch.Tensor
+    answered: torch.Tensor
+    after: torch.Tensor
+    benign: torch.Tensor
+    forecast: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, batch: dict[str, torch.Tensor], consistency_at: str) -> Counts:
+        """Those of one batch of the collator. Column 0 is judged by no hidden state, so it does not count."""
+        flag_labels, labels = batch["flag_labels"][:, 1:], batch["labels"]
+        flagged, harmless = flag_labels > 0, flag_labels == 0
+        after, benign = after_and_benign(batch)
+        refusals = (batch["prefill"] >= 0)[:, None] & (labels != IGNORE) & ~batch["inserted"]
+        return cls(
+            pinned=pinned_positions(batch)[:, 1:].sum(),
+            flagged=flagged.sum(),
+            harmless=harmless.sum(),
+            responses_flagged=flagged.any(1).sum(),
+            responses_harmless=harmless.any(1).sum(),
+            groups=groups_met(group_keys(batch["group"], batch["flag_class"], consistency_at)),
+            answered=(batch["answered"] | refusals).sum() + batch["prefill"].clamp(min=0).sum(),
+            after=after[:, 1:].sum(),
+            benign=benign[:, 1:].sum(),
+            forecast=batch["forecast"][:, 1:].clamp(min=0).sum() if "forecast" in batch else None,
+        )
+
+    @classmethod
+    def from_tensor(cls, numbers: torch.Tensor) -> Counts:
+        """Of what `to_tensor` gave, or of a sum of such."""
+        return cls(*numbers.unbind())
+
+    def to_tensor(self) -> torch.Tensor:
+        """One vector to add and to gather: whole numbers, or float32 where forecasts are in use."""
+        numbers = torch.stack(self[:-1])
+        return numbers if self.forecast is None else torch.cat([numbers, self.forecast[None]])
+
+
+def pinned_positions(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Where the language is kept (B, T): at every token of a response that is not learnt instead."""
+    return (batch["labels"] != IGNORE) & ~batch["answered"]
+
+
+def after_and_benign(batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pinned positions (B, T) that stand after an inserted flag in a harmful row, and those in harmless rows."""
+    pinned = pinned_positions(batch)
+    harmful = batch["flag_class"][:, None] > 0
+    inserted = batch["inserted"].long()
+    return pinned & harmful & (inserted.cumsum(1) > inserted), pinned & ~harmful
+
+
+class JudgedPositions(NamedTuple):
+    """The N positions of a batch at which the flag term or the keep term has a label.
+
+    The token at a position is judged by the hidden state one column earlier, so column 0 is never among them.
+    """
+
+    row: torch.Tensor
+    column: torch.Tensor
+    flag_labels: torch.Tensor
+    labels: torch.Tensor
+
+    @classmethod
+    def of(cls, batch: dict[str, torch.Tensor]) -> JudgedPositions:
+        """Those of a batch of the collator, row by row."""
+        labels, flag_labels = batch["labels"], batch["flag_labels"]
+        judged = (labels != IGNORE) | (flag_labels != IGNORE)
+        judged[:, 0] = False
+        row, column = judged.nonzero(as_tuple=True)
+        return cls(row, column, flag_labels[row, column], labels[row, column])
+
+
+@dataclass
+class BatchState:
+    """Tensors of the current batch that optional terms may use.
+
+    Attributes:
+        hidden: Last hidden states (B, T, H).
+        reference_NH: Those of the reference that judge the N positions.
+        attentions: Each layer's attention weights, where they were asked for.
+        counts: Of the whole accumulated batch.
+    """
+
+    model: Any
+    batch: dict[str, torch.Tensor]
+    hidden: torch.Tensor
+    reference_NH: torch.Tensor
+    judged: JudgedPositions
+    head: Head
+    reference_head: Head
+    flag_ids: torch.Tensor
+    attentions: Sequence[torch.Tensor]
+    counts: Counts
