@@ -165,7 +165,7 @@ def _answer(args: Any, state: BatchState) -> torch.Tensor:
     row, column = row[chosen], column[chosen]
     tokens = state.batch["labels"][row, column]
     log_probs = token_log_probs(state.hidden[row, column - 1], state.head, state.flag_ids, tokens)
-    if not args.constraint_beta:
+    if not args.constraint_beta:  # plain cross-entropy
         return -log_probs.sum()
     with torch.no_grad():
         known = token_log_probs(state.reference_NH[chosen], state.reference_head, state.flag_ids, tokens)
@@ -176,9 +176,12 @@ def _consistency(args: Any, state: BatchState) -> torch.Tensor:
     batch = state.batch
     keys = group_keys(batch["group"], batch["flag_class"], args.consistency_at)
     if args.consistency_at == "first":
+        # Only the prompt has been read there, so rows that ask the same thing must agree whatever follows.
         rows = torch.arange(len(keys), device=keys.device)
         hidden = state.hidden[rows, (batch["response_start"] - 1).clamp(min=0)]
     else:
+        # Where a response's odds of a flag are highest. The place is found without gradients; they go through the
+        # state there. A flag that was inserted is no place, for nobody meets one before an alarm.
         read = (batch["labels"] != IGNORE) & ~batch["inserted"]
         chosen = read[state.judged.row, state.judged.column] & (keys[state.judged.row] >= 0)
         row, column = state.judged.row[chosen], state.judged.column[chosen]
