@@ -17,7 +17,7 @@ import pytest
 from redflag.data.rows import Row, write_rows
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
-from redflag.scoring import score as module
+from redflag.scoring import scorer as scorer_module
 from redflag.scoring.score import ScoreArguments, load_scorer, read_scored, renderable, run, score, score_rows
 
 RESPONSE = "The sea is wide and blue, and the harm begins here."
@@ -142,7 +142,7 @@ class Verb:
         write_rows(self.rows, rows)
 
     def __call__(self, scorer: Any, **change: Any) -> None:
-        self.monkeypatch.setattr(module, "load_scorer", lambda *_: (scorer, self.tokenizer, self.spec))
+        self.monkeypatch.setattr(scorer_module, "load_scorer", lambda *_: (scorer, self.tokenizer, self.spec))
         run(
             ScoreArguments(
                 **{"model": "m", "input": str(self.rows), "output": str(self.output), "batch_size": 1} | change
