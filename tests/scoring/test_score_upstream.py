@@ -184,7 +184,7 @@ def test_bounds_are_never_below_and_exact_for_a_likely_flag() -> None:
 
 
 def test_rows_of_a_dead_server_go_to_the_others(capsys: pytest.CaptureFixture[str]) -> None:
-    with Scoring().serve() as one, Scoring(dies_after=4, slow=0.005).serve() as two, connect(one, two) as scorer:
+    with Scoring(slow=0.01).serve() as one, Scoring(dies_after=4).serve() as two, connect(one, two) as scorer:
         assert_exact(scored(scorer))
         assert list(scorer.ways) == [one.url] and two.whole > 4
     assert capsys.readouterr().err.count("its rows go to the 1 that are left") == 1
