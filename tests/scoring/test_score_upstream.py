@@ -196,7 +196,7 @@ def test_with_no_server_left_the_rows_before_are_there_and_one_sentence() -> Non
         with pytest.raises(
             RedflagError, match=r"no upstream server is left \(the server .* failed.*start one and give"
         ):
-            for probs in scorer.score(PAIRS, batch_size=2):
+            for probs in scorer.score(PAIRS, batch_size=1):
                 found.append(probs)
         assert_exact(found, PAIRS[: len(found)])
         assert 9 <= len(found) < len(PAIRS)
