@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as MULTIMODAL
 
+from redflag.backends.gguf import is_gguf, read_gguf_config, read_gguf_tokenizer, read_gguf_weights
 from redflag.backends.hf import HFBackend, find_eos_ids
 from redflag.backends.precision import inference_device
 from redflag.errors import RedflagError
@@ -18,19 +19,21 @@ from redflag.prompt import check_template, template_hash
 
 
 def read_model(name: str | Path, dtype: Any = "auto") -> tuple[Any, Any]:
-    """A causal language model and its tokenizer, from a folder or the hub.
+    """A causal language model and its tokenizer, from a folder, a GGUF file or the hub.
 
     Raises:
         RedflagError: They do not load, or the files lack weights (transformers would draw random ones).
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = plain_tokenizer(name)
         model, lacking = _read_weights(name, dtype)
+    except RedflagError:
+        raise
     except Exception as error:  # A damaged file shows itself in a dozen ways: JSON, safetensors, shapes, missing keys.
         reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
         raise RedflagError(
             f"{name} does not load as a model with its tokenizer ({reason}): give the folder of a complete model, "
-            "such as `redflag train` writes, or a hub name"
+            "such as `redflag train` writes, a hub name, or a GGUF file of a kind that transformers reads"
         ) from error
     tied = model.get_output_embeddings() is not None and model.config.get_text_config().tie_word_embeddings
     # The flag rows of a tied head are those of the embedding, and lie in an adapter's file only once.
@@ -47,17 +50,27 @@ def _read_weights(name: str | Path, dtype: Any) -> tuple[Any, set[str]]:
     """A model, and the names of the weights that its files lack."""
     config = Path(name) / "adapter_config.json"
     if not config.is_file():
-        model, found = _auto_class(name).from_pretrained(name, dtype=dtype, output_loading_info=True)
-        return model, set(found["missing_keys"])
+        return _read_whole(name, dtype)
     adapter = json.loads(config.read_text(encoding="utf-8"))
-    base = adapter["base_model_name_or_path"]
-    model, found = _auto_class(base).from_pretrained(base, dtype=dtype, output_loading_info=True)
+    model, lacking = _read_whole(adapter["base_model_name_or_path"], dtype)
     # The base has no rows for flags that were put behind its vocabulary; the adapter holds them, and needs the place.
     trained = adapter.get("trainable_token_indices") or []
     ids = [i for part in (trained.values() if isinstance(trained, dict) else [trained]) for i in part]
     if ids and max(ids) >= model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
-    return model, set(found["missing_keys"]) | set(model.load_adapter(str(name)).missing_keys)
+    return model, lacking | set(model.load_adapter(str(name)).missing_keys)
+
+
+def _read_whole(name: str | Path, dtype: Any) -> tuple[Any, set[str]]:
+    if is_gguf(name):
+        return read_gguf_weights(name, dtype)
+    model, found = _auto_class(name).from_pretrained(name, dtype=dtype, output_loading_info=True)
+    return model, set(found["missing_keys"])
+
+
+def plain_tokenizer(name: str | Path) -> Any:
+    """The tokenizer of a model that may be a GGUF file; transformers' own errors pass through."""
+    return read_gguf_tokenizer(name) if is_gguf(name) else AutoTokenizer.from_pretrained(name)
 
 
 def _auto_class(name: str | Path) -> Any:
@@ -135,8 +148,10 @@ def read_tokenizer(directory: str | Path) -> tuple[Any, frozenset[int]]:
         RedflagError: They do not load.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-        configuration = AutoConfig.from_pretrained(directory)
+        tokenizer = plain_tokenizer(directory)
+        configuration = read_gguf_config(directory) if is_gguf(directory) else AutoConfig.from_pretrained(directory)
+    except RedflagError:
+        raise
     except Exception as error:  # As in `read_model`.
         reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
         raise RedflagError(
@@ -144,7 +159,7 @@ def read_tokenizer(directory: str | Path) -> tuple[Any, frozenset[int]]:
             "model that the server runs, such as `redflag train` writes"
         ) from error
     try:
-        generation: Any = GenerationConfig.from_pretrained(directory)
+        generation: Any = None if is_gguf(directory) else GenerationConfig.from_pretrained(directory)
     except OSError:  # A model need not have one.
         generation = None
     return tokenizer, find_eos_ids(generation, configuration, configuration.get_text_config(), tokenizer)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from redflag.backends.gguf import is_gguf
 from redflag.backends.head import CACHE
 from redflag.backends.hf import find_eos_ids
 from redflag.backends.load import read_model
@@ -259,6 +260,8 @@ def _read(name: str | Path, dtype: Any) -> tuple[Any, Any]:
     """Model and tokenizer. Llama Guard 4 is saved with its image part, which the causal class does not load."""
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
+    if is_gguf(name):
+        return read_model(name, dtype)
     try:
         config = AutoConfig.from_pretrained(name)
         if config.model_type != "llama4":

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
+from redflag.backends.gguf import is_gguf
 from redflag.backends.head import plain_model
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
@@ -24,9 +25,13 @@ _CACHE = ("cache_implementation", "cache_config")
 def refuse_quantised(name: str) -> None:
     """Refuses a model whose weights are quantised: adapters cannot be merged into them, nor rows added.
 
+    Those of a GGUF file become ordinary weights when they are read.
+
     Raises:
         RedflagError: `config.json` says so.
     """
+    if is_gguf(name):
+        return
     try:
         described, _ = PreTrainedConfig.get_config_dict(name)
     except Exception:  # `read_model` says what is wrong with it.
@@ -54,6 +59,8 @@ def refuse_part(name: str, model: Any) -> None:
     Raises:
         RedflagError: The configuration in the files is another kind of model's.
     """
+    if is_gguf(name):
+        return
     try:
         config = AutoConfig.from_pretrained(name)
     except Exception:  # An adapter's folder has none.

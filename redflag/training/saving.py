@@ -73,6 +73,9 @@ def save(
         model = model.merge_and_unload()
     if dtype is not None and not hasattr(model, "peft_type"):
         model = model.to(dtype)
+    for adapter in getattr(model, "peft_config", {}).values():
+        # A GGUF file is the base of an adapter for `read_model`; PEFT would look for it on the hub while training.
+        adapter.base_model_name_or_path = adapter.base_model_name_or_path or result["arguments"].get("model")
     temporary = output / ".saving"
     try:
         shutil.rmtree(temporary, ignore_errors=True)

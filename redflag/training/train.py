@@ -42,7 +42,7 @@ VERSIONS = ("redflag-llm", "torch", "transformers", "trl", "peft", "datasets", "
 class TrainArguments(RowOptions):
     """What is trained on what; how is in `RedFlagConfig`."""
 
-    model: str = field(metadata={"help": "Model to flag: folder or hub name."})
+    model: str = field(metadata={"help": "Model to flag: folder, hub name or GGUF file."})
     input: str = field(metadata={"help": "Training rows: JSONL, JSON, CSV, Parquet, a folder, or a hub data set."})
     eval_input: str | None = field(default=None, metadata={"help": "Held-out rows; default: a share of the input."})
     eval_share: float = field(

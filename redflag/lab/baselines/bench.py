@@ -77,11 +77,11 @@ class Bench:
     @cached_property
     def tokenizer(self) -> Any:
         """The tokenizer that splits the responses."""
-        from transformers import AutoTokenizer
+        from redflag.backends.load import plain_tokenizer
 
         source = self.base if self.model is None else self.model
         try:
-            return AutoTokenizer.from_pretrained(source)
+            return plain_tokenizer(source)
         except (OSError, ValueError) as error:
             raise RedflagError(
                 f"{source} has no tokenizer that loads ({str(error).partition(chr(10))[0]}): give a model's folder"
@@ -205,7 +205,7 @@ def forward_flops(folder: str | Path) -> float | None:
 def model_stamp(folder: str | Path) -> list[Any]:
     """What changes when a model's folder is made anew: its configuration, and the size and time of its weights."""
     folder = Path(folder)
-    weights = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
+    weights = [folder] if folder.is_file() else sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
     config = folder / "config.json"
     return [
         config.read_text(encoding="utf-8") if config.exists() else None,

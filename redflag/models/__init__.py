@@ -1,0 +1,1 @@
+"""Models that redflag is tried with: where they come from."""
