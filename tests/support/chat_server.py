@@ -18,12 +18,16 @@ class ChatServer:
     Attributes:
         reply: Request body -> what the model says, a whole completion, or an HTTP status.
         bodies: Every request, as they came.
+        asked: The path and the headers of every request.
+        headers: Sent with every answer.
         url: The base address.
     """
 
     def __init__(self, reply: Callable[[dict[str, Any]], Reply]) -> None:
         self.reply = reply
         self.bodies: list[dict[str, Any]] = []
+        self.asked: list[tuple[str, dict[str, str]]] = []
+        self.headers: dict[str, str] = {}
         self.url = ""
 
     def answer(self, body: dict[str, Any]) -> tuple[int, bytes]:
@@ -43,9 +47,12 @@ def chat_server(reply: Callable[[dict[str, Any]], Reply]) -> Iterator[ChatServer
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            assert self.path == "/v1/chat/completions"
+            assert self.path.partition("?")[0] == "/v1/chat/completions"
+            chat.asked.append((self.path, dict(self.headers)))
             status, content = chat.answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
             self.send_response(status)
+            for name, value in chat.headers.items():
+                self.send_header(name, value)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             self.wfile.write(content)
