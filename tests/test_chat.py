@@ -6,6 +6,9 @@ import asyncio
 import builtins
 import gzip
 import json
+import os
+import shutil
+import ssl
 import subprocess
 import sys
 
@@ -131,6 +134,35 @@ def test_a_proxy_of_another_kind_is_named(monkeypatch):
     with pytest.raises(RedflagError, match="got socks5") as raised:
         ChatClient("http://gpu.example", "m")
     assert "word" not in str(raised.value)
+
+
+TLS = """
+import sys
+from redflag.chat import ChatClient, ChatError
+try:
+    print(ChatClient(sys.argv[1], "m", retries=0).ask([], {})["choices"][0]["message"]["content"])
+except ChatError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
+def test_a_private_certificate_authority_is_the_file_in_ssl_cert_file(tmp_path):
+    key, certificate = str(tmp_path / "key.pem"), str(tmp_path / "ca.pem")
+    made = f"req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=127.0.0.1 -keyout {key} -out {certificate}"
+    words = ["openssl", *made.split(), "-addext", "subjectAltName=IP:127.0.0.1"]
+    subprocess.run(words, check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+
+    def said(**environment):
+        words = [sys.executable, "-c", TLS, server.url]
+        return subprocess.run(words, env={**os.environ, **environment}, capture_output=True, text=True).stdout
+
+    with chat_server(lambda body: "measured", tls=context) as server:
+        assert said(SSL_CERT_FILE=certificate) == "measured\n"
+        without = said()
+    assert "is lost" in without and "certificate" in without
 
 
 def test_a_missing_package_is_one_sentence_that_names_the_extra(monkeypatch):

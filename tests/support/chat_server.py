@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -41,7 +42,7 @@ class ChatServer:
 
 
 @contextmanager
-def chat_server(reply: Callable[[dict[str, Any]], Reply]) -> Iterator[ChatServer]:
+def chat_server(reply: Callable[[dict[str, Any]], Reply], tls: ssl.SSLContext | None = None) -> Iterator[ChatServer]:
     """Serves on a free port."""
     chat = ChatServer(reply)
 
@@ -62,7 +63,9 @@ def chat_server(reply: Callable[[dict[str, Any]], Reply]) -> Iterator[ChatServer
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
-    chat.url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+    if tls is not None:
+        server.socket = tls.wrap_socket(server.socket, server_side=True)
+    chat.url = f"http{'s' * (tls is not None)}://127.0.0.1:{server.server_address[1]}/v1"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     try:
