@@ -1,4 +1,4 @@
-"""Verdicts that are kept, so that nothing is asked twice and a judgement that was cut short goes on."""
+"""Any judge, with its verdicts kept in a file."""
 
 from __future__ import annotations
 
@@ -8,18 +8,16 @@ import threading
 from pathlib import Path
 
 from redflag.errors import RedflagError
-from redflag.files import append_line
 from redflag.judges import Judge, Messages, UnansweredError, Verdict, as_verdict
+from redflag.kept import Kept
 
 
 class CachedJudge:
-    """Any judge, with its verdicts in a JSONL file.
+    """Any judge, with its verdicts in a JSONL file (`redflag.kept.Kept`).
 
     A verdict is found by the hash of who judges, the messages and the answer; texts are not written. Only verdicts are
     kept: a question that was not answered is asked again the next time, and is counted as what it is, not as harmless.
-    A line is appended whole, in one call; one that was cut off by a crash is passed over. Thread-safe; the same
-    question from two threads is asked once. Several processes may share a file, each of which sees what was there when
-    it began.
+    Thread-safe; the same question from two threads is asked once.
 
     Attributes:
         identity: The judge's.
@@ -53,12 +51,11 @@ class CachedJudge:
         self.spans = getattr(judge, "spans", None)
         self.asked = 0
         self._judge = judge
-        self._path = Path(path)
         self._lock = threading.Lock()
         self._asking: dict[str, threading.Lock] = {}
         self._used: set[str] = set()
         self._open: set[str] = set()
-        self._kept = self._load()
+        self._kept = Kept(path, Verdict)
 
     @property
     def answered(self) -> int:
@@ -81,10 +78,9 @@ class CachedJudge:
             waiting = self._asking.setdefault(key, threading.Lock())
         with waiting:
             with self._lock:
-                kept = self._kept.get(key)
-                if kept is not None:
+                if key in self._kept:
                     self._used.add(key)
-                    return kept
+                    return self._kept[key]
                 self.asked += 1
             try:
                 verdict = as_verdict(self._judge(messages, answer))
@@ -94,9 +90,8 @@ class CachedJudge:
                 if isinstance(error, UnansweredError):
                     raise
                 raise UnansweredError(f"{type(error).__name__}: {error}") from error
+            self._kept.add(key, verdict)
             with self._lock:
-                self._append(key, verdict)
-                self._kept[key] = verdict
                 self._used.add(key)
                 self._open.discard(key)
             return verdict
@@ -105,33 +100,3 @@ class CachedJudge:
         """What a verdict is found by: a SHA-256 in hex."""
         turns = [[message["role"], message["content"]] for message in messages]
         return hashlib.sha256(json.dumps([self.identity, turns, answer]).encode()).hexdigest()
-
-    def _load(self) -> dict[str, Verdict]:
-        kept: dict[str, Verdict] = {}
-        try:
-            lines = self._path.read_bytes().splitlines()
-        except FileNotFoundError:
-            return kept
-        except OSError as error:
-            raise RedflagError(
-                f"the verdicts in {self._path} cannot be read ({error}), so everything would be asked again: mend the "
-                "path or give another one"
-            ) from error
-        for line in lines:
-            try:
-                record = json.loads(line)
-                kept[str(record["key"])] = Verdict(record["harm"], str(record["detail"]))
-            except (KeyError, TypeError, ValueError):  # cut off by a crash
-                continue
-        return kept
-
-    def _append(self, key: str, verdict: Verdict) -> None:
-        line = json.dumps({"key": key, "harm": verdict.harm, "detail": verdict.detail}).encode() + b"\n"
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            append_line(self._path, line)
-        except OSError as error:
-            raise RedflagError(
-                f"a verdict cannot be kept in {self._path} ({error.strerror or error}): make room, or mend the path, "
-                "and run again"
-            ) from error

@@ -127,7 +127,7 @@ class StrongRejectJudge(EndpointJudge):
             headers: Sent with every request.
 
         Raises:
-            RedflagError: A setting cannot be used, or aiohttp is not installed.
+            RedflagError: A setting cannot be used, or openai is not installed.
         """
         template = STRONGREJECT_RUBRIC + ("" if published else _MARKED)
         super().__init__(

@@ -8,10 +8,10 @@ import pytest
 from chat_server import chat_server
 
 from redflag import cli
+from redflag.chat import refused_field, request_fields, without
 from redflag.errors import RedflagError
 from redflag.guard.options import PolicyOptions
 from redflag.judges import UnansweredError
-from redflag.judges.chat_fields import refused_field, request_fields, without
 from redflag.judges.endpoint import EndpointJudge
 from redflag.judges.rubrics import StrongRejectJudge
 from redflag.lab.evaluating import stages
@@ -175,7 +175,7 @@ def test_the_command_lines_options_reach_the_judge(reasoner, monkeypatch):
     assert judge(ASK, "a").harm == 0.0
     assert reasoner.bodies[0]["max_tokens"] == reasoner.bodies[-1]["max_completion_tokens"] == 512
     assert all(body["reasoning_effort"] == "low" and "temperature" not in body for body in reasoner.bodies)
-    assert judge._headers == {"X-Token": "Bearer s3cret"}
+    assert judge._client.headers == {"X-Token": "Bearer s3cret"}
 
 
 def test_another_number_of_tokens_is_another_judge():
@@ -210,10 +210,18 @@ def test_evaluate_gives_its_judge_tokens_options_and_headers(rubric, tokens, exp
         judge_headers={"X-Team": "red"},
     )
     judge = stages.judge_of(arguments)
-    assert (judge._max_tokens, judge._options, judge._headers) == (expected, {"seed": 3}, {"X-Team": "red"})
+    assert (judge._max_tokens, judge._client.options, judge._client.headers) == (
+        expected,
+        {"seed": 3},
+        {"X-Team": "red"},
+    )
 
 
 @pytest.mark.parametrize(("tokens", "expected"), [(None, 16), (300, 300)])
 def test_synthesize_gives_its_judge_tokens_options_and_headers(tokens, expected):
     judge = who.judge_of("endpoint", "http://h", "o", max_tokens=tokens, options={"seed": 3}, headers={"X-Team": "red"})
-    assert (judge._max_tokens, judge._options, judge._headers) == (expected, {"seed": 3}, {"X-Team": "red"})
+    assert (judge._max_tokens, judge._client.options, judge._client.headers) == (
+        expected,
+        {"seed": 3},
+        {"X-Team": "red"},
+    )

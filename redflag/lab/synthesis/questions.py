@@ -1,4 +1,4 @@
-"""Questions to a model, their answers, and the file that keeps answers so that nothing is asked twice."""
+"""Questions to a model, and their answers, which are kept."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import hashlib
 import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from redflag.errors import RedflagError
-from redflag.files import append_line
+from redflag.kept import Kept
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,10 @@ class Reply:
     tokens_in: int = 0
     tokens_out: int = 0
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.text, str):
+            raise TypeError(f"text must be a text (got {self.text!r})")
+
 
 class Model(Protocol):
     """Whom to ask."""
@@ -76,10 +79,9 @@ class Model(Protocol):
 
 
 class KeptAnswers:
-    """A model whose answers are kept in a JSONL file.
+    """A model whose answers are kept in a JSONL file (`redflag.kept.Kept`), each as soon as it is there.
 
-    A line is appended whole, in one call, as soon as an answer is there; a line that was cut off by a crash is passed
-    over. A question that stands several times in a list is asked once.
+    A question that stands several times in a list is asked once.
 
     Attributes:
         asked: Questions that were put to the model.
@@ -101,9 +103,8 @@ class KeptAnswers:
         """
         self.asked = self.tokens_in = self.tokens_out = 0
         self._model = model
-        self._path = Path(path)
         self._lock = threading.Lock()
-        self._kept = self._load()
+        self._kept = Kept(path, Reply)
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -128,8 +129,7 @@ class KeptAnswers:
         def keep(index: int, reply: Reply) -> None:
             nonlocal done
             with self._lock:
-                self._append(open_keys[index], reply)
-                self._kept[open_keys[index]] = reply
+                self._kept.add(open_keys[index], reply)
                 self.asked += 1
                 self.tokens_in += reply.tokens_in
                 self.tokens_out += reply.tokens_out
@@ -139,36 +139,3 @@ class KeptAnswers:
         if open_keys:
             self._model.ask([first[key] for key in open_keys], keep)
         return [self._kept[key] for key in keys]
-
-    def _load(self) -> dict[str, Reply]:
-        kept: dict[str, Reply] = {}
-        try:
-            lines = self._path.read_bytes().splitlines()
-        except FileNotFoundError:
-            return kept
-        except OSError as error:
-            raise RedflagError(
-                f"the answers in {self._path} cannot be read ({error.strerror}), so everything would be asked again: "
-                "mend the path or give another one"
-            ) from error
-        for line in lines:
-            try:
-                record: dict[str, Any] = json.loads(line)
-                key = str(record.pop("key"))
-                reply = Reply(**record)
-                if isinstance(reply.text, str):
-                    kept[key] = reply
-            except (AttributeError, KeyError, TypeError, ValueError):  # cut off by a crash
-                continue
-        return kept
-
-    def _append(self, key: str, reply: Reply) -> None:
-        line = json.dumps({"key": key, **asdict(reply)}).encode() + b"\n"
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            append_line(self._path, line)
-        except OSError as error:
-            raise RedflagError(
-                f"an answer cannot be kept in {self._path} ({error.strerror or error}): make room, or mend the path, "
-                "and run again"
-            ) from error

@@ -122,23 +122,51 @@ def test_S3_1_a_pace_that_is_none_is_refused(per_minute):
 
 
 def test_S3_1_a_busy_server_is_asked_again_after_growing_pauses():
-    clock, statuses = Clock(), [429, 500, 503]
-    with chat_server(lambda body: statuses.pop(0) if statuses else "well") as server:
-        pace = Pace(clock=clock, sleep=clock.sleep)
-        endpoint = Endpoint(server.url, "m", pace=pace, backoff=1.0)
+    statuses, times = [429, 500, 503], []
+
+    def reply(body):
+        times.append(time.monotonic())
+        return statuses.pop(0) if statuses else "well"
+
+    with chat_server(reply) as server:
+        endpoint = Endpoint(server.url, "m")
         assert asked(endpoint, questions(1)) == [Reply("well")]
     assert endpoint.requests == 4
-    for number, pause in enumerate(clock.slept):
-        assert 2**number <= pause <= 2 * 2**number
+    for number, (before, after) in enumerate(pairwise(times)):
+        assert after - before >= 0.375 * 2**number
+
+
+def test_S3_1_repeated_requests_keep_to_the_pace_too():
+    clock, statuses, seen = Clock(), [500, 500], []
+
+    def reply(body):
+        seen.append(clock.now)
+        return statuses.pop(0) if statuses else "well"
+
+    with chat_server(reply) as server:
+        asked(Endpoint(server.url, "m", pace=Pace(6, clock=clock, sleep=clock.sleep)), questions(1))
+    assert seen == pytest.approx([100.0, 110.0, 120.0])
+
+
+def test_S3_1_while_a_server_wants_to_be_left_alone_nobody_asks():
+    times = []
+
+    def reply(body):
+        times.append(time.monotonic())
+        server.headers = {"Retry-After": "0.3"} if len(times) == 1 else {}
+        return 429 if len(times) == 1 else "well"
+
+    with chat_server(reply) as server:
+        assert asked(Endpoint(server.url, "m", pace=Pace(600)), questions(5)) == [Reply("well")] * 5
+    assert times[1] - times[0] >= 0.3
 
 
 @pytest.mark.parametrize(
-    ("status", "requests", "words"), [(500, 3, "3 times"), (401, 1, "name or key"), (404, 1, "mend the address")]
+    ("status", "requests", "words"), [(500, 3, "after 2 retries"), (401, 1, "name or key"), (404, 1, "fix the address")]
 )
 def test_S3_1_a_lost_server_ends_it_with_one_sentence(status, requests, words):
-    clock = Clock()
     with chat_server(lambda body: status) as server:
-        endpoint = Endpoint(server.url, "m", pace=Pace(clock=clock, sleep=clock.sleep), retries=2)
+        endpoint = Endpoint(server.url, "m", retries=2)
         with pytest.raises(RedflagError, match=words):
             asked(endpoint, questions(1))
     assert endpoint.requests == requests
@@ -186,9 +214,10 @@ def test_S3_1_what_is_no_completion_is_refused(said):
     ("settings", "words"),
     [
         ({"url": "nowhere"}, "address"),
-        ({"model": ""}, "no name"),
-        ({"concurrency": 0}, "concurrency is 0"),
-        ({"timeout": 0}, "timeout 0"),
+        ({"model": ""}, "model's name"),
+        ({"concurrency": 0}, r"concurrency must be 1 or more \(got 0\)"),
+        ({"timeout": 0}, r"timeout must be seconds above 0 \(got 0\)"),
+        ({"retries": -1}, r"retries must be 0 or more \(got -1\)"),
     ],
 )
 def test_S3_1_settings_that_cannot_be_used_are_refused(settings, words):
