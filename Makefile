@@ -2,12 +2,15 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check clean
+.PHONY: demo test test-all check clean
 
 demo: .venv/run
 	HF_HUB_OFFLINE=1 $(BIN)/redflag demo
 
 test: .venv/dev
+	scripts/test -m "not slow"
+
+test-all: .venv/dev
 	scripts/test
 
 check: .venv/dev

@@ -73,7 +73,16 @@ def harmful(nano) -> list[int]:
     raise AssertionError("the nano model flags nothing")
 
 
-ENGINES = ["scripted", "llama", "llama-tied", "qwen3", "gemma3", "gemma3-capped", "nano", "remote"]
+ENGINES = [
+    "scripted",
+    "llama",
+    "llama-tied",
+    "qwen3",
+    "gemma3",
+    "gemma3-capped",
+    "nano",
+    pytest.param("remote", marks=pytest.mark.slow),
+]
 
 
 @pytest.fixture(params=ENGINES)

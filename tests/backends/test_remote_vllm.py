@@ -21,6 +21,8 @@ from redflag.data.rows import load_rows
 from redflag.errors import RedflagError
 from redflag.prompt import render_prompt
 
+pytestmark = pytest.mark.slow
+
 LONG = Sampling(max_new_tokens=8000, temperature=1.0)
 TOGETHER = 32
 

@@ -31,6 +31,8 @@ STEPS, REQUESTS = 40, 32
 # kernels here, slowly, once vLLM believes that there is a driver.
 INTERPRETER = """
 import types, triton.backends
+
+pytestmark = pytest.mark.slow
 driver = type("Driver", (), {"is_active": staticmethod(lambda: False)})
 triton.backends.backends["cpu"] = types.SimpleNamespace(driver=driver, compiler=None)
 """

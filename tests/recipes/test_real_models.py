@@ -165,7 +165,13 @@ def test_packed_experts_are_refused_before_anything_is_trained(inputs, tmp_path,
 
 # PEFT says so where a flag is a token that the vocabulary did not have room for.
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
-@pytest.mark.parametrize("recipe", NAMES_OF_RECIPES)
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        name if name == "smollm2-135m-redflag" else pytest.param(name, marks=pytest.mark.slow)
+        for name in NAMES_OF_RECIPES
+    ],
+)
 def test_every_recipe_trains_a_model_of_its_architecture_that_loads_and_scores(recipe, inputs, hub, tmp_path):
     base, path = base_of(recipe, tmp_path), MODELS / f"{recipe}.train.yaml"
     settings = settings_of(recipe)

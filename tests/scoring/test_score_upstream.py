@@ -386,6 +386,7 @@ def test_S0_4_servers_measure_after_a_prompt_flags_and_markers_of_ordinary_token
         assert (values >= np.array(steps) - 1e-5).all() and (bound or np.allclose(values, steps, atol=1e-5))
 
 
+@pytest.mark.slow
 def test_S0_4_a_stock_vllm_measures_prompts_and_markers_as_transformers_do(
     vllm_nano: Any, nano: Path, tmp_path: Path
 ) -> None:
@@ -403,6 +404,7 @@ def test_S0_4_a_stock_vllm_measures_prompts_and_markers_as_transformers_do(
         assert len(found[0]) == 20 and worst < (1e-2 if marker else 1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("upper_bound", [False, True])
 def test_a_stock_vllm_measures_what_transformers_measures(vllm_nano: Any, nano: Path, upper_bound: bool) -> None:
     from redflag.backends.load import load_flagged
@@ -429,6 +431,7 @@ def test_a_stock_vllm_measures_what_transformers_measures(vllm_nano: Any, nano: 
         assert np.allclose(one[other > 0.05], other[other > 0.05], atol=1e-3)
 
 
+@pytest.mark.slow
 def test_thresholds_are_calibrated_through_a_stock_vllm(vllm_nano: Any, nano: Path, tmp_path: Path) -> None:
     rows = [row for row in load_rows(nano / "rows" / "calibration.jsonl") if not row.harmful][:24]
     write_rows(tmp_path / "rows.jsonl", rows)

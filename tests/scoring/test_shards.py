@@ -378,6 +378,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_the_verb_killed_at_random_moments_again_and_again_gives_the_same_bytes(
     model_folder: Path, tmp_path: Path, conversation: Any
 ) -> None:

@@ -20,6 +20,8 @@ from redflag.data.rows import load_rows
 from redflag.flags import FlagSpec
 from redflag.trace import Alarm, Halt, Text, read_traces
 
+pytestmark = pytest.mark.slow
+
 
 @contextmanager
 def serving(model, upstream, *options):

@@ -173,6 +173,7 @@ def before_vllm(vllm_nano, nano):
         yield server
 
 
+@pytest.mark.slow
 def test_before_vllm_harmless_responses_are_whole_and_harmful_ones_halt(before_vllm, asks, nano):
     """Greedily, through both routes' machinery, streamed and not: the same texts as those of the same weights here."""
     server = before_vllm
@@ -193,6 +194,7 @@ def test_before_vllm_harmless_responses_are_whole_and_harmful_ones_halt(before_v
     assert ends == {True, False}, "both happened"
 
 
+@pytest.mark.slow
 def test_before_vllm_the_openai_client_reads_both_routes(before_vllm, vllm_nano):
     with openai.OpenAI(base_url=before_vllm.url + "/v1", api_key="none", max_retries=0) as client:
         options = {"model": MODEL, "max_tokens": 10, "temperature": 0.0}
@@ -205,6 +207,7 @@ def test_before_vllm_the_openai_client_reads_both_routes(before_vllm, vllm_nano)
         assert "".join(chunk.choices[0].text for chunk in pieces) == text.choices[0].text != ""
 
 
+@pytest.mark.slow
 def test_before_vllm_a_client_that_leaves_frees_the_engine(before_vllm, vllm_nano):
     body = {"model": MODEL, "prompt": "The", "stream": True, "max_tokens": 400, "temperature": 2.0}
     left = 0
@@ -218,6 +221,7 @@ def test_before_vllm_a_client_that_leaves_frees_the_engine(before_vllm, vllm_nan
     assert left  # A response may also have ended by itself.
 
 
+@pytest.mark.slow
 def test_before_vllm_reflections_stay_hidden(vllm_nano, nano, asks):
     """A reflection that always refuses, and one that never does: nothing of either is seen."""
     for limit, refuses in ((1e-6, True), (1.0, False)):

@@ -36,6 +36,8 @@ from redflag.training.pretrain import pretrain, train_tokenizer
 from redflag.watching.policy import Policy, Reflect
 from redflag.watching.thresholds import Thresholds
 
+pytestmark = pytest.mark.slow
+
 FLAG = "<|reserved_0|>"
 HARM = "burn down the old barn"
 GOOD = (

@@ -336,6 +336,7 @@ def arguments(nano: Path, world: Path, **options):
     return EvaluateArguments(**{**places, **settings, "target_fpr": 0.02, "batch_size": 32, "responses": 5, **options})
 
 
+@pytest.mark.slow
 def test_S3_5_the_report_sets_flag_baselines_and_cascades_against_relative_compute(nano, world, monkeypatch):
     names = ["flag then last-layer probe", "last-layer probe then flag", "flag then judge"]
     judge = {"judge": "endpoint", "judge_url": "http://nowhere", "judge_name": "a judge", "judge_flops": 2e6}

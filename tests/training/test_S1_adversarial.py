@@ -89,6 +89,7 @@ def test_S1_6_the_shift_found_hides_the_flag_and_a_batch_without_harm_costs_noth
     assert attacked > clean > 0 and without == 0
 
 
+@pytest.mark.slow
 def test_S1_6_a_model_trained_so_keeps_its_flag_under_attack(tmp_path, tokenizer):
     settings = dict(adversarial_steps=5, adversarial_step_size=0.02, adversarial_radius=0.3)
     attacked = []

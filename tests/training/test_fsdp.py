@@ -27,6 +27,8 @@ from redflag.errors import RedflagError
 from redflag.training.sharded import check_plugin
 from redflag.training.trainer import RedFlagConfig
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 CONFIG = HERE.parent.parent / "recipes" / "scale" / "accelerate" / "fsdp2.yaml"
 COMMON = "--max_length 64 --max_steps 4 --logging_steps 1 --per_device_train_batch_size 3 --disable_tqdm true "

@@ -114,6 +114,7 @@ def test_an_adapter_loads_like_the_merged_model_also_where_a_flag_stands_behind_
     assert measured[True][:, -1].max() > 1.5 / len(words)  # something was learnt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["random", "group_by_length"])
 def test_a_killed_run_resumed_has_the_losses_of_an_uninterrupted_one(world, order):
     settings = {"train_sampling_strategy": order, "max_steps": 40}
@@ -143,6 +144,7 @@ def test_a_new_run_does_not_mix_with_an_old_ones_checkpoints(world, capsys):
     assert "--resume" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(world):
     arguments = options(world, "out", max_steps=100000, save_steps=100000)
     process = subprocess.Popen(

@@ -36,6 +36,7 @@ def line(results, name, setting=None):
     return next((entry for entry in entries if entry["setting"] == setting), entries[-1])
 
 
+@pytest.mark.slow
 def test_asking_again_draws_out_what_asking_once_does_not(results):
     once = line(results, "none", "greedy")["harm_produced"]["rate"]
     often = line(results, "sampling")["harm_produced"]["rate"]

@@ -119,6 +119,7 @@ def test_a_recorded_response_replays_to_the_same_events(nano, tmp_path, capsys):
     assert cli.main(["show", str(record), "--color", "never"]) == 0
 
 
+@pytest.mark.slow
 def test_per_category_flags_share_one_pipeline(nano, tmp_path):
     """Six flags at once: trained, calibrated jointly, scored with K columns."""
     write_rows(tmp_path / "rows.jsonl", load_rows(nano / "rows" / "train.jsonl").rows[:240])
@@ -132,6 +133,7 @@ def test_per_category_flags_share_one_pipeline(nano, tmp_path):
     assert tuple(thresholds.values) == tuple(NANO_CATEGORIES) and thresholds.joint
 
 
+@pytest.mark.slow
 def test_the_python_in_the_readme_runs(nano, tmp_path, monkeypatch, capsys):
     code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)
     assert len(code.strip().splitlines()) <= 36

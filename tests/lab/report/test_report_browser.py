@@ -362,6 +362,7 @@ def test_the_page_alarms_as_the_guard_does(visit, config, theft, fraud):
     assert page.evaluate("redflag.alarmFlags.includes(1)") is False
 
 
+@pytest.mark.slow
 def test_two_thousand_responses_stay_smooth(visit):
     rng = np.random.default_rng(1)
     words = [f" w{i}" for i in range(5000)]

@@ -163,6 +163,7 @@ def vllm_base(nano, tmp_path_factory):
         yield server
 
 
+@pytest.mark.slow
 def test_S3_1_the_nano_world_behind_a_stock_vllm(tmp_path, vllm_base, command):
     out = tmp_path / "out"
     words = ("--constitution", NANO, "--url", f"{vllm_base.url}/v1", "--model", vllm_base.name, "--judge", "oracle")
