@@ -140,7 +140,7 @@ def evaluate(arguments: EvaluateArguments, say: Callable[[str], None] = lambda l
     attempts: list[dict[str, Any]] = []
     if attacks and judge is not None:
         say("== attacks")
-        thresholds = stages.thresholds_of(flag, monitor, spec, arguments)
+        thresholds = stages.thresholds_of(flag)
         table, judged, attempts = stages.attack(arguments, attacks, judge, rows, output / "attacks", thresholds, say)
     for name, method in methods.items():
         warnings += [f"{name}: {note}" for note in method["notes"]]
