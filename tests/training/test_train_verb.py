@@ -15,6 +15,7 @@ import torch
 from tiny import build, make_rows
 from transformers import AutoModelForCausalLM
 
+import redflag
 from redflag import cli
 from redflag.backends.load import load_flagged
 from redflag.data.rows import write_rows
@@ -65,6 +66,21 @@ def test_a_run_leaves_a_model_that_stock_tools_load(world):
     assert {"eval_flag_loss", "eval_keep_kl", "eval_perplexity_ratio", "eval_auroc"} <= set(record["metrics"])
     assert AutoModelForCausalLM.from_pretrained(folder).get_input_embeddings().weight.shape[0] > max(spec.ids)
     assert not (folder / ".saving").exists()
+
+
+def test_python_trains_as_the_command_line_does(world):
+    settings = {
+        "max_length": 64,
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    settings |= {"placement": "insert", "logging_steps": 1, "save_strategy": "no"}
+    assert cli.main(options(world, "told", **settings)) == 0
+    record = redflag.train(world / "base", rows=world / "rows.jsonl", output_dir=world / "out", **settings)
+    assert record["steps"] == 2 and record["run_id"] == FlagSpec.load(world / "out").run_id
+    assert losses(world / "out") == losses(world / "told")
 
 
 @pytest.mark.parametrize("forced", ["on", "off"])
