@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
+import sys
 from typing import Any
 
 import pytest
 
+from redflag import cli
 from redflag.backends import Sampling, open
 from redflag.backends.hf import HFBackend
 from redflag.backends.remote import RemoteBackend
 from redflag.backends.turns import Turns
 from redflag.errors import RedflagError
+from redflag.server import log
 
 
 @pytest.mark.parametrize("opener", [open.open_backend, open.open_scorer])
@@ -52,3 +56,31 @@ def test_a_writer_is_a_model_flagged_or_not(nano: Any, folder: str) -> None:
     ids = tokenizer("The sea is")["input_ids"]
     steps = list(backend.stream(ids, Sampling(max_new_tokens=3, temperature=0.0)))
     assert steps and not {step.token_id for step in steps} & set(spec.ids)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "generate --model {0}/model Hello",
+        "chat --model {0}/model",
+        "serve --model {0}/model --port 0",
+        "score --model {0}/model --input {0}/rows.jsonl --output {1}/scored.jsonl",
+        "calibrate --model {1}/model --input {0}/rows.jsonl --target_fpr 0.3",
+        "synthesize --forecasts {0}/rows.jsonl --model {0}/model --judge oracle --yes true --output_dir {1}/out",
+    ],
+)
+def test_no_verb_chooses_its_engine_elsewhere(words: str, origin: Any, tmp_path: Any, monkeypatch: Any) -> None:
+    """So a further engine needs its own module and `redflag.backends.open`."""
+    shutil.copytree(origin / "model", tmp_path / "model")
+    callers = []
+
+    def load_flagged(*_: Any) -> Any:
+        callers.append(sys._getframe(1).f_globals["__name__"])
+        raise RedflagError("enough")
+
+    monkeypatch.setattr("redflag.backends.load.load_flagged", load_flagged)
+    try:
+        assert cli.main(words.format(origin, tmp_path).split()) == 2
+    finally:
+        log.teardown()
+    assert callers == ["redflag.backends.open"]

@@ -28,7 +28,9 @@ class EvaluateArguments(RowOptions, ScoringOptions, MonitorOptions, LabJudgeOpti
     attacks: list[str] = field(
         default_factory=list, metadata={"help": "Names of attacks, or all (those that need no outside model)."}
     )
-    requests: int = field(default=40, metadata={"help": "Harmful test rows whose requests are attacked with."})
+    requests: int = field(
+        default=40, metadata={"help": "Harmful test rows whose requests are attacked with.", "least": 1}
+    )
     judge_rubric: Rubric = field(
         default="strongreject",
         metadata={"help": "endpoint: what it is asked; guard: its own chat template asks (Llama Guard and its like)."},
@@ -39,7 +41,7 @@ class EvaluateArguments(RowOptions, ScoringOptions, MonitorOptions, LabJudgeOpti
     )
     baseline_options: dict[str, Any] = field(default_factory=dict, metadata={"help": "Baseline -> its options."})
     baseline_rows: int | None = field(
-        default=None, metadata={"help": "Most rows for those baselines that train a whole model."}
+        default=None, metadata={"help": "Most rows for those baselines that train a whole model.", "least": 1}
     )
     cascades: list[str] = field(
         default_factory=list,
@@ -67,8 +69,13 @@ class EvaluateArguments(RowOptions, ScoringOptions, MonitorOptions, LabJudgeOpti
     delta: float = field(default=0.05, metadata={"help": "Probability that high_probability may fail."})
     hold_back: int | None = field(
         default=None,
-        metadata={"help": "Tokens held back by the guard that attacks meet; default: what the calibration suggests."},
+        metadata={
+            "help": "Tokens held back by the guard that attacks meet; default: what the calibration suggests.",
+            "least": 0,
+        },
     )
-    tolerance: int = field(default=2, metadata={"help": "Tokens from the onset within which an alarm is on time."})
-    responses: int = field(default=400, metadata={"help": "Responses in the report's viewer."})
+    tolerance: int = field(
+        default=2, metadata={"help": "Tokens from the onset within which an alarm is on time.", "least": 0}
+    )
+    responses: int = field(default=400, metadata={"help": "Responses in the report's viewer.", "least": 0})
     seed: int = field(default=0, metadata={"help": "Seeds intervals, baselines and attacks."})
