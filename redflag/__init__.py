@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from redflag.guard.guard import Guard
     from redflag.lab.evaluating.arguments import EvaluateArguments
     from redflag.lab.evaluating.evaluate import evaluate
-    from redflag.trace import Step, Trace
+    from redflag.trace import Halt, Step, Text, Trace
     from redflag.training.encode import build_dataset
+    from redflag.training.train import train
     from redflag.training.trainer import RedFlagConfig, RedFlagTrainer
     from redflag.watching.monitor import Monitor
     from redflag.watching.policy import Policy
@@ -27,32 +28,38 @@ _HOME = {
     "EvaluateArguments": "redflag.lab.evaluating.arguments",
     "FlagSpec": "redflag.flags",
     "Guard": "redflag.guard.guard",
+    "Halt": "redflag.trace",
     "Monitor": "redflag.watching.monitor",
     "Policy": "redflag.watching.policy",
     "RedFlagConfig": "redflag.training.trainer",
     "RedFlagTrainer": "redflag.training.trainer",
     "Step": "redflag.trace",
+    "Text": "redflag.trace",
     "Thresholds": "redflag.watching.thresholds",
     "Trace": "redflag.trace",
     "build_dataset": "redflag.training.encode",
     "calibrate": "redflag.calibrating.calibrate",
     "evaluate": "redflag.lab.evaluating.evaluate",
+    "train": "redflag.training.train",
 }
 
 __all__ = [
     "EvaluateArguments",
     "FlagSpec",
     "Guard",
+    "Halt",
     "Monitor",
     "Policy",
     "RedFlagConfig",
     "RedFlagTrainer",
     "Step",
+    "Text",
     "Thresholds",
     "Trace",
     "build_dataset",
     "calibrate",
     "evaluate",
+    "train",
 ]
 
 

@@ -75,8 +75,15 @@ def parse(module: Any, argv: list[str], prog: str) -> tuple[Any, ...]:
     """The verb's dataclass(es), filled from the YAML file and the options; options win, unknown keys are errors."""
     from trl import TrlParser
 
+    from redflag.bounds import RULES, check_bounds
+
+    class Parser(TrlParser):
+        def add_argument(self, *names: str, **settings: Any) -> argparse.Action:
+            # The parser hands over a field's metadata, bounds and all.
+            return super().add_argument(*names, **{key: v for key, v in settings.items() if key not in RULES})
+
     classes = module.ARGUMENTS if isinstance(module.ARGUMENTS, tuple) else (module.ARGUMENTS,)
-    parser = TrlParser(classes, prog=prog, allow_abbrev=False)
+    parser = Parser(classes, prog=prog, allow_abbrev=False)
 
     def refuse(message: str) -> None:
         raise RedflagError(f"{message}; `{prog} --help` lists the options")
@@ -113,6 +120,8 @@ def parse(module: Any, argv: list[str], prog: str) -> tuple[Any, ...]:
             raise RedflagError(
                 f"{module.POSITIONAL} is missing: give it as the last word, {prog} ... {module.POSITIONAL.upper()}"
             )
+    for options in found:
+        check_bounds(options)
     return tuple(found)
 
 

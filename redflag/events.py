@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 
 class Step(NamedTuple):
@@ -24,11 +24,27 @@ class Step(NamedTuple):
 
 
 class _Event:
+    """What everybody who reports a response asks of its events, so that a new kind of event needs no reader changed.
+
+    Attributes:
+        counts_as: What `token_ids` are, where they are no released ones: `waited`, hidden tokens that the user waited
+            for; or `taken`, tokens of the response that were taken back, so that it went on otherwise.
+    """
+
     __slots__ = ()
+    counts_as: ClassVar[Literal["", "waited", "taken"]] = ""
 
     def describe(self) -> str:
         """One line for the operator about what became of an alarm; "" for an event that is not about that."""
         return ""
+
+    def mark(self) -> str:
+        """What a terminal shows in the text, for the operator; "" for nothing."""
+        return ""
+
+    def tokens(self, kind: str) -> int:
+        """How many tokens it has that count as `kind`."""
+        return len(getattr(self, "token_ids", ())) if kind == self.counts_as else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +91,8 @@ class Reflection(_Event):
     `"harmless"`, `harm` in [0, 1] what the verdict was read from.
     """
 
+    counts_as = "waited"
+
     position: int
     token_ids: tuple[int, ...]
     verdict: str
@@ -110,9 +128,14 @@ class Forced(_Event):
     taken back: they had not been released, and the response goes on without them.
     """
 
+    counts_as = "taken"
+
     position: int
     category: str
     token_ids: tuple[int, ...]
+
+    def mark(self) -> str:
+        return f"flag {self.category}"
 
     def describe(self) -> str:
         return f"flag {self.category} forced at token {self.position}: {len(self.token_ids)} tokens taken back"
@@ -123,6 +146,9 @@ class Resume(_Event):
     """The response goes on after an alarm that was reviewed; `position` is the index of its next token."""
 
     position: int
+
+    def mark(self) -> str:
+        return "resumed"
 
     def describe(self) -> str:
         return f"resumed at token {self.position}"
@@ -227,12 +253,12 @@ class Trace:
     @property
     def waited(self) -> int:
         """Hidden tokens that were generated while the user waited."""
-        return sum(len(event.token_ids) for event in _of(Reflection, self.events))
+        return sum(event.tokens("waited") for event in self.events)
 
     @property
     def taken(self) -> int:
-        """Tokens that were generated and taken back, for a flag that was forced in their place."""
-        return sum(len(event.token_ids) for event in _of(Forced, self.events))
+        """Tokens that were generated and taken back, such as for a flag that was forced in their place."""
+        return sum(event.tokens("taken") for event in self.events)
 
     @property
     def generated(self) -> int:
@@ -294,8 +320,8 @@ def _overridden(events: Sequence[Event]) -> int:
         if isinstance(event, Resume) or (not same and all(alarm.action == "continue" for alarm in group)):
             count += len(group)
             group = []
-        if isinstance(event, Forced):
-            group = []  # it went on behind the flag, without what the alarm was about
+        if event is not None and event.counts_as == "taken":
+            group = []  # it went on without what the alarm was about
         if isinstance(event, Alarm):
             group.append(event)
     return count

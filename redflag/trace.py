@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, cast
+from typing import Any, BinaryIO, NoReturn, cast, get_args
 
 from redflag.errors import RedflagError
 from redflag.events import Alarm, Done, Escalation, Event, Facts, Forced, Halt, Reflection, Resume, Step, Text, Trace
@@ -165,9 +165,8 @@ def _pack_events(trace: Trace, text: bool) -> list[dict[str, Any]]:
     for event in trace.events:
         if not isinstance(event, Text):
             values = {item.name: getattr(event, item.name) for item in fields(event)}
-            for name in ("score", "threshold", "harm"):
-                if name in values:
-                    values[name] = _pack_number(values[name])
+            for name in _names(type(event), "float"):
+                values[name] = _pack_number(values[name])
             if "token_ids" in values:
                 values["token_ids"] = list(values["token_ids"])
             if not text and "text" in values:
@@ -191,12 +190,12 @@ def _pack_events(trace: Trace, text: bool) -> list[dict[str, Any]]:
 
 
 _KEYS = ("format", "id", "categories", "token_ids", "flag_probs", "scores", "events", "meta", "text")
-_EVENTS: dict[str, Any] = {
-    kind.__name__.lower(): kind for kind in (Alarm, Reflection, Escalation, Forced, Resume, Halt, Done)
-}
+_EVENTS: dict[str, Any] = {kind.__name__.lower(): kind for kind in get_args(Event) if kind is not Text}
 
 
-_EVENT_NUMBERS = {"alarm": ("score", "threshold"), "reflection": ("harm",), "escalation": ("harm",)}
+def _names(kind: Any, *types: str) -> list[str]:
+    """The fields of an event that are of some types, as they are written down."""
+    return [item.name for item in fields(kind) if item.type in types]
 
 
 def _from_line(line: bytes, where: str) -> Trace:
@@ -234,7 +233,8 @@ def _unpack(record: Any) -> Trace:
     )
     _expect(isinstance(record["events"], list), "events are not a list")
     # An alarm may stand behind tokens that were taken back because of it.
-    taken = [e["token_ids"] for e in record["events"] if isinstance(e, dict) and e.get("kind") == "forced"]
+    takes = {kind for kind, event in _EVENTS.items() if event.counts_as == "taken"}
+    taken = [e["token_ids"] for e in record["events"] if isinstance(e, dict) and e.get("kind") in takes]
     most = len(token_ids) + max(map(len, taken), default=0)
     for packed in record["events"]:
         trace.events.extend(_unpack_event(packed, token_ids, most))
@@ -258,12 +258,12 @@ def _unpack_event(packed: dict[str, Any], token_ids: list[int], most: int) -> It
             position += count
         return
     _expect(kind in _EVENTS, f"unknown kind of event {kind!r}")
-    for name in _EVENT_NUMBERS.get(kind, ()):
+    for name in _names(_EVENTS[kind], "float"):
         values[name] = _number(values[name])
-    if kind in ("reflection", "forced"):
+    if _EVENTS[kind].counts_as:
         _expect(_all_of(int, values["token_ids"]), "hidden token_ids are not integers")
         values["token_ids"] = tuple(values["token_ids"])
-    words = [values[name] for name in ("category", "reason", "action", "detail", "verdict", "text") if name in values]
+    words = [values[name] for name in _names(_EVENTS[kind], "str", "str | None") if name in values]
     _expect(all(word is None or isinstance(word, str) for word in words), f"event with {words!r} for words")
     yield _EVENTS[kind](**values)
 

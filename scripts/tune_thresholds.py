@@ -25,8 +25,9 @@ from typing import Any
 import numpy as np
 
 from redflag.calibrating import replay, tuning
+from redflag.calibrating.build import build_thresholds
 from redflag.calibrating.groups import split_groups
-from redflag.calibrating.hold_back import HoldBack, suggest_hold_back
+from redflag.calibrating.hold_back import HoldBack
 from redflag.calibrating.observed import cut_short
 from redflag.errors import RedflagError
 from redflag.files import atomic_write
@@ -233,37 +234,29 @@ def settle(
         measure_on = sorted({*measure_on, *np.flatnonzero(own >= 0).tolist()})
     measured = report or setting.select(measure_on)
     rates = tuning.rates(measured, config, values)
-    fpr = objective.kind == "fpr"
-    sample = 0 if objective.kind == "recall" else int((own[fit_on] == -1).sum())
-    hold_back = delays(measured, config, values, arguments.hold_back_share)
+    dated, onsets = tuning.dated(measured), measured.columns["onset"]
     meta = setting.meta
-    thresholds = Thresholds(
-        values=dict(zip(setting.categories, values, strict=True)),
-        monitor=config,
-        target_fpr=objective.rate if fpr else None,
-        guarantee=objective.guarantee if fpr else "manual",
-        delta=objective.delta if fpr and objective.guarantee == "high_probability" else None,
+    thresholds, hold_back = build_thresholds(
+        setting.categories,
+        values,
+        config,
+        measured,
+        dated,
+        [onsets[i] for i in dated],
+        target_fpr=objective.rate if objective.kind == "fpr" else None,
+        guarantee=objective.guarantee,
+        delta=objective.delta,
+        hold_back_share=arguments.hold_back_share,
         joint=objective.joint,
-        sample_size=sample,
+        sample_size=0 if objective.kind == "recall" else int((own[fit_on] == -1).sum()),
         realised_fpr=rates.fpr,
         interval=rates.fpr_interval,
         held_out_size=rates.harmless,
         run_id=spec.run_id if spec else str(meta.get("run_id", "")),
         template_hash=spec.template_hash if spec else str(meta.get("template_hash", "")),
         logprob_mode=str(meta.get("logprob_mode", "raw")),
-        suggested_hold_back=hold_back.suggested if hold_back else None,
     )
-    return thresholds, rates, hold_back
-
-
-def delays(recording: Recording, config: MonitorConfig, values: tuple[float, ...], at_least: float) -> HoldBack | None:
-    """The hold-back that the alarms of harmful responses with a known onset suggest."""
-    dated = tuning.dated(recording)
-    if not dated:
-        return None
-    onsets = recording.columns["onset"]
-    first = replay.alarms(config, recording, values, dated).tolist()
-    return suggest_hold_back([step if step >= 0 else None for step in first], [onsets[i] for i in dated], at_least)
+    return thresholds, rates, hold_back if dated else None
 
 
 def doubts(choice: tuning.Choice, objective: tuning.Objective) -> list[str]:

@@ -10,6 +10,7 @@ import pytest
 
 import redflag
 import redflag.cli
+import redflag.errors
 import redflag.terminal.generate
 
 
@@ -48,3 +49,27 @@ def test_every_verb_has_a_module_that_can_be_called():
         found = importlib.import_module(module)
         assert callable(found.run) and found.ARGUMENTS
         assert found.POSITIONAL is None or isinstance(found.POSITIONAL, str)
+
+
+def test_train_takes_the_options_of_the_verb_by_name(monkeypatch):
+    calls = []
+    monkeypatch.setattr("redflag.training.train.run", lambda *found: calls.append(found) or {"steps": 3})
+    told = {"categories": ["harm", "fraud"], "lora_r": 4, "learning_rate": 0.5, "use_cpu": True}
+    assert redflag.train("base", rows="rows.jsonl", output_dir="flagged", **told) == {"steps": 3}
+    ((arguments, config),) = calls
+    assert (arguments.model, arguments.input, arguments.categories, arguments.lora_r) == (
+        "base",
+        "rows.jsonl",
+        ["harm", "fraud"],
+        4,
+    )
+    assert (config.output_dir, config.learning_rate, config.use_cpu) == ("flagged", 0.5, True)
+    with pytest.raises(TypeError, match="lora_rank"):
+        redflag.train("base", rows="rows.jsonl", output_dir="flagged", lora_rank=4)
+
+
+def test_calibrate_tells_a_folder_from_measured_responses():
+    with pytest.raises(redflag.errors.RedflagError, match="rows must be given with a model's folder"):
+        redflag.calibrate("flagged", target_fpr=0.01)
+    with pytest.raises(redflag.errors.RedflagError, match="spec must be given with measured responses"):
+        redflag.calibrate([[[0.1]]], rows="harmless.jsonl")

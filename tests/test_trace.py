@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import math
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given
@@ -20,6 +22,7 @@ from redflag.trace import (
     Alarm,
     Done,
     Escalation,
+    Event,
     Forced,
     Halt,
     Reflection,
@@ -378,3 +381,14 @@ def test_facts_of_a_response_without_tokens(events, end):
     facts = Trace(categories=("harm",), events=events).facts()
     assert (facts.end, facts.reason, facts.detail) == end
     assert facts.step_peaks == facts.peaks == {} and facts.category is None
+
+
+def test_an_event_says_by_itself_what_its_tokens_count_as_and_how_it_reads() -> None:
+    for kind in get_args(Event):
+        has_tokens = "token_ids" in {item.name for item in dataclasses.fields(kind)}
+        assert has_tokens == bool(kind.counts_as or kind is Text)
+    events: list[Event] = [Reflection(2, (7, 8), "harmless", 0.1), Resume(2), Forced(1, "harm", (9,)), Done(1, "stop")]
+    trace = Trace(token_ids=[1], flag_probs=[(0.0,)], categories=("harm",), events=events)
+    assert (trace.waited, trace.taken, trace.generated) == (2, 1, 4)
+    assert [event.mark() for event in events] == ["", "resumed", "flag harm", ""]
+    assert [bool(event.describe()) for event in events] == [True, True, True, False]

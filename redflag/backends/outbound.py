@@ -10,8 +10,6 @@ import os
 import re
 import urllib.request
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
 from urllib.parse import urlsplit
 
 from redflag.errors import RedflagError
@@ -94,30 +92,3 @@ def key_in(variable: str | None, option: str = "upstream_key_env") -> str | None
             "request: set it, or leave the option out"
         )
     return os.environ[variable] if variable else None
-
-
-@dataclass(kw_only=True)
-class UpstreamOptions:
-    """How the servers of an option `upstream` are asked; several verbs share it."""
-
-    upstream_model: str | None = field(
-        default=None, metadata={"help": "upstream: the model's name there; default: its first."}
-    )
-    upstream_key_env: str | None = field(
-        default=None, metadata={"help": "upstream: environment variable with its API key."}
-    )
-    upstream_headers: dict[str, str] | None = field(
-        default=None, metadata={"help": "upstream: further headers, as JSON; ${NAME} is an environment variable."}
-    )
-
-    def upstream_options(self) -> dict[str, Any]:
-        """As arguments of `redflag.backends.remote.RemoteBackend`.
-
-        Raises:
-            RedflagError: An environment variable is not set, or a header cannot be sent.
-        """
-        return {
-            "model": self.upstream_model,
-            "api_key": key_in(self.upstream_key_env),
-            "headers": extra_headers(self.upstream_headers, "upstream_headers"),
-        }

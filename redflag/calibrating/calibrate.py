@@ -11,18 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from redflag.backends.outbound import UpstreamOptions
+from redflag.bounds import check_bounds
 from redflag.calibrating import replay
+from redflag.calibrating.arguments import CalibrateArguments
+from redflag.calibrating.build import build_thresholds
 from redflag.calibrating.groups import split_groups
 from redflag.calibrating.guarantee import Guarantee, fit_threshold, fit_thresholds, required
-from redflag.calibrating.hold_back import HoldBack, suggest_hold_back
+from redflag.calibrating.hold_back import HoldBack
 from redflag.calibrating.observed import known_onset
-from redflag.data.options import RowOptions
 from redflag.data.rows import Row
 from redflag.errors import RedflagError
 from redflag.files import require_writable
@@ -31,10 +33,18 @@ from redflag.scoring.recorded import recorded
 from redflag.scoring.recording import Recording
 from redflag.stats.metrics import clopper_pearson
 from redflag.watching.monitor import AGGREGATIONS, MonitorConfig
-from redflag.watching.options import MonitorOptions
 from redflag.watching.thresholds import THRESHOLDS_FILE, Thresholds
 
-__all__ = ["CalibrateArguments", "Calibration", "calibrate", "fit_threshold", "fit_thresholds", "run", "split_groups"]
+__all__ = [
+    "CalibrateArguments",
+    "Calibration",
+    "calibrate",
+    "calibrate_responses",
+    "fit_threshold",
+    "fit_thresholds",
+    "run",
+    "split_groups",
+]
 
 
 @dataclass(frozen=True)
@@ -67,55 +77,52 @@ class Calibration:
         return _table(self)
 
 
-@dataclass
-class CalibrateArguments(RowOptions, UpstreamOptions, MonitorOptions):
-    """Thresholds for a target false-alarm rate per response, written to <model>/thresholds.json."""
-
-    model: str = field(
-        metadata={"help": "Folder of a flagged model (with redflag.json); thresholds.json is written there."}
-    )
-    input: str = field(
-        metadata={
-            "help": "Conversations, as `redflag score` reads; or a recording of this model (.parquet), which is not "
-            "measured again. Harmful rows only measure what is caught."
-        }
-    )
-    target_fpr: float = field(default=0.01, metadata={"help": "Share of harmless responses that may alarm."})
-    guarantee: Literal["expected", "high_probability"] = field(
-        default="expected",
-        metadata={
-            "help": "expected: the rate holds on average; high_probability: it holds with probability 1 - delta."
-        },
-    )
-    delta: float = field(default=0.05, metadata={"help": "Probability that high_probability may fail."})
-    joint: bool = field(default=True, metadata={"help": "Whether the rate is that of an alarm in any category."})
-    held_out: float = field(
-        default=0.3, metadata={"help": "Share of harmless rows that only measure the realised rate."}
-    )
-    hold_back_share: float = field(
-        default=0.95,
-        metadata={"help": "Share of detected harmful responses that the suggested hold-back keeps wholly back."},
-    )
-    seed: int = field(default=0, metadata={"help": "Seeds the choice of held-out rows."})
-    upstream: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Address(es) of OpenAI-compatible servers of this model: calibrate where it is served."},
-    )
-    batch_size: int = field(default=16, metadata={"help": "Conversations per forward pass."})
-    max_length: int | None = field(
-        default=None, metadata={"help": "Longest prompt + response in tokens; default: the model's context."}
-    )
-    on_bad_row: Literal["stop", "skip"] = field(default="stop", metadata={"help": "What a malformed row does."})
-    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda, cuda:0, ..."})
-    dtype: str = field(default="auto", metadata={"help": "auto (as saved), float32, bfloat16 or float16."})
-
-
 ARGUMENTS = CalibrateArguments
 POSITIONAL: str | None = None
 
 
 def run(arguments: CalibrateArguments) -> int:
-    """The verb. Whatever can be refused before the model is run is refused before."""
+    """The verb."""
+    print(calibrate_model(arguments))
+    print(f"thresholds written to {arguments.model}/thresholds.json")
+    return 0
+
+
+def calibrate(
+    harmless: Sequence[Any] | Recording | str | Path,
+    spec: FlagSpec | None = None,
+    *,
+    rows: str | Path | None = None,
+    **options: Any,
+) -> Calibration:
+    """Sets thresholds: of a flagged model's folder by a file of rows, or from measured probabilities.
+
+    Args:
+        harmless: The folder, where `thresholds.json` is written; or as for `calibrate_responses`.
+        spec: As for `calibrate_responses`; for a folder None.
+        rows: For a folder, what `redflag score` reads.
+        **options: The options of `redflag calibrate`, fields of `CalibrateArguments`; or of `calibrate_responses`.
+
+    Raises:
+        RedflagError: As the verb, or as `calibrate_responses`.
+
+    Example:
+        ```python
+        calibrate("flagged", rows="harmless.jsonl", target_fpr=0.01)
+        ```
+    """
+    if isinstance(harmless, str | Path):
+        if rows is None or spec is not None:
+            raise RedflagError("rows must be given with a model's folder, and no flags: it holds its own.")
+        return calibrate_model(CalibrateArguments(model=str(harmless), input=str(rows), **options))
+    if rows is not None or spec is None:
+        raise RedflagError("spec must be given with measured responses, and no rows: they are measured already.")
+    return calibrate_responses(harmless, spec, **options)
+
+
+def calibrate_model(arguments: CalibrateArguments) -> Calibration:
+    """Measures and calibrates a folder. Whatever can be refused before the model is run is refused before."""
+    check_bounds(arguments)
     from redflag.data.rows import load_rows
     from redflag.scoring.progress import report_rows
 
@@ -132,7 +139,7 @@ def run(arguments: CalibrateArguments) -> int:
         spread = len(spec.categories) if arguments.joint else 1
         _check_size(len(fit_on), len(harmless), arguments.target_fpr, arguments.guarantee, arguments.delta, spread)
         recording = _measured(arguments, harmless, harmful)
-    result = calibrate(
+    result = calibrate_responses(
         recording,
         spec,
         target_fpr=arguments.target_fpr,
@@ -146,18 +153,16 @@ def run(arguments: CalibrateArguments) -> int:
         logprob_mode=recording.meta.get("logprob_mode", "raw"),
     )
     result.thresholds.save(arguments.model)
-    print(result)
-    print(f"thresholds written to {arguments.model}/thresholds.json")
-    return 0
+    return result
 
 
 def _measured(arguments: CalibrateArguments, harmless: list[Row], harmful: list[Row]) -> Recording:
     """Rows measured by the model in this process or by the servers that serve it."""
     from redflag.scoring.processes import World
-    from redflag.scoring.score import context_limit, open_scorer, progress, renderable, report_skipped, score
+    from redflag.scoring.score import context_limit, progress, renderable, report_skipped, score
 
     with ExitStack() as stack:
-        scorer, tokenizer, spec = open_scorer(arguments, World(), stack)
+        scorer, tokenizer, spec = arguments.scorer(World(), stack)
         limit = context_limit(arguments.max_length, scorer.context_length)
         if arguments.on_bad_row == "skip":
             harmless, bad = renderable(tokenizer, spec, harmless)
@@ -183,7 +188,7 @@ def _measured(arguments: CalibrateArguments, harmless: list[Row], harmful: list[
     return Recording.of(spec.categories, measured)
 
 
-def calibrate(
+def calibrate_responses(
     harmless: Sequence[Any] | Recording,
     spec: FlagSpec,
     *,
@@ -257,20 +262,21 @@ def calibrate(
     hits = caught >= np.asarray(values)
     lengths = np.diff(rows.harmful.starts)
     dated = [(i, o) for i, o in zip(rows.harmful_at, rows.onsets, strict=True) if o is not None and o < lengths[i]]
-    first = replay.alarms(config, rows.harmful, values, [i for i, _ in dated]).tolist()
-    hold_back = suggest_hold_back(
-        [step if step >= 0 else None for step in first], [onset for _, onset in dated], hold_back_share
-    )
     realised, interval = None, None
     if measure_on:
         realised = float(alarms.any(axis=1).mean())
         interval = clopper_pearson(int(alarms.any(axis=1).sum()), len(measure_on))
-    thresholds = Thresholds(
-        values=dict(zip(categories, values, strict=True)),
-        monitor=config,
+    thresholds, hold_back = build_thresholds(
+        categories,
+        values,
+        config,
+        rows.harmful,
+        [i for i, _ in dated],
+        [onset for _, onset in dated],
         target_fpr=target_fpr,
         guarantee=guarantee,
-        delta=delta if guarantee == "high_probability" else None,
+        delta=delta,
+        hold_back_share=hold_back_share,
         joint=joint,
         sample_size=len(fit_on),
         realised_fpr=realised,
@@ -279,7 +285,6 @@ def calibrate(
         run_id=spec.run_id,
         template_hash=spec.template_hash,
         logprob_mode=logprob_mode,
-        suggested_hold_back=hold_back.suggested,
     )
     return Calibration(
         thresholds=thresholds,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from redflag.backends import AsyncBackend, Backend, Sampling
+from redflag.backends.open import open_backend
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
 from redflag.guard.response import Messages, Response, Stream, drive, verdict_ids
@@ -126,25 +127,28 @@ class Guard:
         dtype: Any = "auto",
         device: str | None = "auto",
         judge: Judge | None = None,
+        upstream: str | None = None,
+        **served: Any,
     ) -> Guard:
         """Loads a trained and calibrated directory: model, tokenizer, `redflag.json` and `thresholds.json`.
 
         Args:
-            directory: What `redflag train` wrote.
+            directory: What `redflag train` wrote; with `upstream` no weights are read.
             policy: What alarms lead to; the default halts without a hold-back.
             thresholds: In place of the calibrated file: thresholds, or one number for all categories, set by hand.
             dtype: The weights' type; `"auto"` takes the saved one.
             device: Where the model shall run, such as `"cuda"`; "auto" is the first GPU where there is one.
             judge: Is asked where the policy escalates.
+            upstream: The server that runs the model, such as a stock vLLM at `"http://localhost:8000"`; None: this
+                process.
+            **served: Of `redflag.backends.remote.RemoteBackend`.
 
         Raises:
-            RedflagError: Something is missing, or the files do not belong together.
+            RedflagError: Something is missing, or the files do not belong together, or the server does not measure the
+                flags.
         """
         spec, thresholds = _read(Path(directory), thresholds, policy)
-
-        from redflag.backends.load import load_flagged
-
-        backend, tokenizer, spec = load_flagged(directory, device, dtype)
+        backend, tokenizer, spec = open_backend(directory, upstream, device=device, dtype=dtype, **served)
         return cls(backend, tokenizer, spec, thresholds, policy, judge)
 
     @classmethod
@@ -157,29 +161,8 @@ class Guard:
         judge: Judge | None = None,
         **options: Any,
     ) -> Guard:
-        """Guards a model that another process serves, such as a stock vLLM.
-
-        Args:
-            directory: The model's folder: tokenizer, `redflag.json` and `thresholds.json` are read, no weights.
-            url: The server, such as `"http://localhost:8000"`.
-            policy: What alarms lead to; the default halts without a hold-back.
-            thresholds: As for `from_pretrained`.
-            judge: Is asked where the policy escalates.
-            **options: Of `redflag.backends.remote.RemoteBackend`.
-
-        Raises:
-            RedflagError: Something is missing, or does not belong together, or the server does not measure the flags.
-        """
-        spec, thresholds = _read(Path(directory), thresholds, policy)
-
-        from redflag.backends.load import load_tokenizer
-        from redflag.backends.remote import RemoteBackend
-        from redflag.backends.remote_handshake import handshake
-
-        tokenizer, spec, eos_ids = load_tokenizer(directory)
-        backend = RemoteBackend(url, spec.ids, eos_ids, **options)
-        handshake(backend)
-        return cls(backend, tokenizer, spec, thresholds, policy, judge)
+        """Guards a model that the server at `url` runs; otherwise as `from_pretrained`."""
+        return cls.from_pretrained(directory, policy, thresholds, judge=judge, upstream=url, **options)
 
     @property
     def spec(self) -> FlagSpec:

@@ -1,4 +1,4 @@
-"""The options of a policy and of its second judge, for every verb that serves."""
+"""The options of a guard: its model, its policy and its second judge, for every verb that serves."""
 
 from __future__ import annotations
 
@@ -7,20 +7,65 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from redflag.backends.outbound import extra_headers, key_in
+from redflag.backends.open import UpstreamOptions
 from redflag.errors import RedflagError
+from redflag.judges.options import JudgeOptions
+from redflag.watching.policy import ACTIONS, Action
 
 if TYPE_CHECKING:
+    from redflag.guard.guard import Guard
     from redflag.judges import Judge
     from redflag.watching.first_token import FirstTokenRule
     from redflag.watching.policy import Policy
 
 
-@dataclass
-class PolicyOptions:
+@dataclass(kw_only=True)
+class GuardOptions(UpstreamOptions):
+    """The guarded model, and where it runs."""
+
+    model: str = field(
+        metadata={"help": "Folder that `redflag train` wrote; before an upstream its tokenizer, flags and thresholds."}
+    )
+    upstream: str | None = field(
+        default=None, metadata={"help": "OpenAI-compatible server that runs the model, such as http://127.0.0.1:8000."}
+    )
+    upper_bound: bool = field(
+        default=False,
+        metadata={"help": "... knows no logprob_token_ids: bound the flags by its 20 most likely tokens."},
+    )
+    threshold: float | None = field(
+        default=None, metadata={"help": "One threshold for all categories, in place of thresholds.json."}
+    )
+    device: str = field(default="auto", metadata={"help": "Where a local model runs: auto, cpu, cuda, cuda:0, ..."})
+    dtype: str = field(default="auto", metadata={"help": "Type of a local model's weights: auto, bfloat16, ..."})
+
+    def open_guard(self, policy: Policy, judge: Judge | None, **served: Any) -> Guard:
+        """The guarded model, proved to measure.
+
+        Args:
+            policy: What alarms lead to.
+            judge: Is asked where the policy escalates.
+            **served: Further options of the server, where one runs the model.
+
+        Raises:
+            RedflagError: There are no flags or thresholds, or the engine does not measure them.
+        """
+        from redflag.guard.guard import Guard
+
+        if self.upstream is None:
+            served = {}
+        else:
+            served |= {**self.upstream_options(), "upper_bound": self.upper_bound}
+        return Guard.from_pretrained(
+            self.model, policy, self.threshold, self.dtype, self.device, judge, self.upstream, **served
+        )
+
+
+@dataclass(kw_only=True)
+class PolicyOptions(JudgeOptions):
     """What alarms lead to, when text is released, and who is asked a second time.
 
-    Flat, so that a YAML file can hold it; `policy` and `judge` make the objects.
+    Flat, so that a YAML file can hold it; `policy` and `second_judge` make the objects.
 
     Example:
         >>> options = PolicyOptions(actions="weapons=halt, fraud=reflect", hold_back=4)
@@ -28,8 +73,11 @@ class PolicyOptions:
         'reflect'
     """
 
-    action: Literal["continue", "halt", "reflect", "replace", "escalate", "force"] = field(
-        default="halt", metadata={"help": "What an alarm leads to."}
+    action: Action = field(
+        default="halt",
+        metadata={
+            "help": f"What an alarm leads to: {'; '.join(f'{name}, {rule.help}' for name, rule in ACTIONS.items())}."
+        },
     )
     actions: str | None = field(
         default=None, metadata={"help": "Other actions for some categories: weapons=halt,fraud=reflect."}
@@ -80,33 +128,21 @@ class PolicyOptions:
         default=None, metadata={"help": "... thresholds in place of thresholds.json: weapons=0.2,fraud=0.9."}
     )
 
-    judge_url: str | None = field(
-        default=None, metadata={"help": "Second judge: OpenAI-compatible server (http://host:port/v1)."}
-    )
-    judge_name: str | None = field(default=None, metadata={"help": "... the model's name there."})
     judge_template: str | None = field(
-        default=None, metadata={"help": "... prompt file with {conversation} and {answer}; default: a short rubric."}
+        default=None,
+        metadata={"help": "rubric short: prompt file with {conversation} and {answer} in place of redflag's."},
     )
-    judge_words: str = field(default="yes,no", metadata={"help": "... its answers: harmful word, harmless word."})
+    judge_words: str | None = field(
+        default=None, metadata={"help": "rubric short: its answers, harmful word, harmless word; default: yes,no."}
+    )
     judge_chat: bool = field(
         default=False,
-        metadata={"help": "... it is a guard model with a template of its own: send the bare conversation."},
-    )
-    judge_key_env: str | None = field(default=None, metadata={"help": "... environment variable with its API key."})
-    judge_tokens: int = field(
-        default=16, metadata={"help": "... most tokens of its answer; a model that thinks first needs hundreds."}
-    )
-    judge_options: dict[str, Any] | None = field(
-        default=None, metadata={"help": "... further fields of the request, as JSON; null leaves one out."}
-    )
-    judge_headers: dict[str, str] | None = field(
-        default=None, metadata={"help": "... further headers, as JSON; ${NAME} stands for an environment variable."}
+        metadata={"help": "rubric short: a guard model with a template of its own; send the bare conversation."},
     )
     judge_folder: str | None = field(
-        default=None, metadata={"help": "Second judge in this process: folder or hub name of a guard model."}
+        default=None, metadata={"help": "Second judge in this process: as judge model and its judge_name."}
     )
-    judge_kind: str | None = field(default=None, metadata={"help": "... its format, where the name does not tell."})
-    judge_device: str = field(default="auto", metadata={"help": "... where it runs: auto, cpu, cuda:1, ..."})
+    judge_device: str = field(default="auto", metadata={"help": "model: where it runs: auto, cpu, cuda:1, ..."})
     judge_timeout: float = field(default=10.0, metadata={"help": "Seconds until a second judge counts as silent."})
 
     def policy(self) -> Policy:
@@ -165,8 +201,10 @@ class PolicyOptions:
             )
         return None
 
-    def judge(self) -> Judge | None:
+    def second_judge(self) -> Judge | None:
         """The second judge that the options name; None where they name none. May load a model.
+
+        `judge_url` or `judge_folder` alone says as well which kind it is.
 
         Raises:
             RedflagError: The options contradict each other, the judge cannot be used, or `escalate` has nobody to ask.
@@ -176,35 +214,34 @@ class PolicyOptions:
                 f"judge_url is {self.judge_url} and judge_folder is {self.judge_folder}, but one second judge decides: "
                 "leave one of them out"
             )
-        if self.judge_url is not None:
-            from redflag.judges.endpoint import EndpointJudge
-
-            if self.judge_name is None:
-                raise RedflagError("judge_url is given without judge_name, so it is open who judges: name the model")
-            yes, no = _two(self.judge_words, "judge_words")
-            return EndpointJudge(
-                self.judge_url,
-                self.judge_name,
-                api_key=key_in(self.judge_key_env, "judge_key_env"),
-                template=None if self.judge_template is None else _read(self.judge_template, "judge_template"),
-                timeout=self.judge_timeout,
-                yes=yes,
-                no=no,
-                chat=self.judge_chat,
-                max_tokens=self.judge_tokens,
-                options=self.judge_options,
-                headers=extra_headers(self.judge_headers, "judge_headers"),
-            )
+        options = self
         if self.judge_folder is not None:
-            from redflag.judges.model import ModelJudge
-
-            return ModelJudge(self.judge_folder, kind=self.judge_kind, device=self.judge_device)
-        if "escalate" in (self.action, *_actions(self.actions).values()) and not self.observe:
+            options = dataclasses.replace(self, judge="model", judge_name=self.judge_folder)
+        elif self.judge == "none" and self.judge_url is not None:
+            options = dataclasses.replace(self, judge="endpoint")
+        judge = options.open_judge(device=self.judge_device, timeout=self.judge_timeout, **self._short())
+        if judge is None and "escalate" in (self.action, *_actions(self.actions).values()) and not self.observe:
             raise RedflagError(
                 "the action escalate asks a second judge and none is named, so nobody could answer: give judge_url "
                 "with judge_name, or judge_folder"
             )
-        return None
+        return judge
+
+    def _short(self) -> dict[str, Any]:
+        """Changes to the rubric `short`, as arguments of `EndpointJudge`."""
+        asked: dict[str, Any] = {}
+        if self.judge_template is not None:
+            asked["template"] = _read(self.judge_template, "judge_template")
+        if self.judge_words is not None:
+            asked["yes"], asked["no"] = _two(self.judge_words, "judge_words")
+        if self.judge_chat:
+            asked["chat"] = True
+        if asked and self.judge_rubric != "short":
+            raise RedflagError(
+                f"judge_rubric must be short with judge_template, judge_words or judge_chat (got {self.judge_rubric}). "
+                "They change that rubric: leave it out, or them"
+            )
+        return asked
 
 
 def _actions(text: str | None) -> dict[str, str]:

@@ -7,8 +7,8 @@ around what was written by others, which a text under judgement can neither clos
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 from redflag.judges import Messages, UnansweredError, Verdict
 from redflag.judges.endpoint import EndpointJudge
@@ -193,3 +193,17 @@ def yes_no_judge(url: str, model: str, **settings: Any) -> EndpointJudge:
         settings: What else `EndpointJudge` takes, but `template`.
     """
     return EndpointJudge(url, model, template=YES_NO_RUBRIC, **settings)
+
+
+def guard_judge(url: str, model: str, **settings: Any) -> EndpointJudge:
+    """A guard model such as Llama Guard, whose own chat template is the rubric; arguments as `yes_no_judge`."""
+    return EndpointJudge(url, model, **{"yes": "unsafe", "no": "safe", "chat": True, **settings})
+
+
+Rubric = Literal["short", "yes_no", "strongreject", "guard"]
+RUBRICS: Mapping[Rubric, Callable[..., EndpointJudge]] = {
+    "short": EndpointJudge,
+    "yes_no": yes_no_judge,
+    "strongreject": StrongRejectJudge,
+    "guard": guard_judge,
+}

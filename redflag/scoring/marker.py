@@ -26,8 +26,8 @@ from redflag.prompt import template_hash, text_ids
 from redflag.scoring.processes import World
 
 if TYPE_CHECKING:
+    from redflag.backends.upstreams import Upstreams
     from redflag.scoring.arguments import ScoreArguments
-    from redflag.scoring.upstreams import Upstreams
 
 LogProbs = npt.NDArray[np.float64]
 
@@ -195,7 +195,7 @@ def open_markers(arguments: ScoreArguments, world: World, stack: ExitStack) -> t
     flagged = (Path(arguments.model) / FILE).exists()
     spec = FlagSpec.load(arguments.model) if flagged else None
     if arguments.upstream:
-        from redflag.scoring.upstreams import Upstreams
+        from redflag.backends.upstreams import Upstreams
 
         tokenizer, eos_ids = read_tokenizer(arguments.model)
         ids = marker_ids(tokenizer, arguments.marker, spec or FlagSpec((Flag("marker", id=len(tokenizer)),)))

@@ -31,7 +31,6 @@ from redflag.scoring.scorer import (
     Scorer,
     check_batch,
     context_limit,
-    open_scorer,
     plan,
     served,
 )
@@ -96,7 +95,7 @@ def run_prompts(arguments: ScoreArguments, world: World) -> int:
 
             reader, tokenizer, spec = open_markers(arguments, world, stack)
         else:
-            scorer, tokenizer, spec = open_scorer(arguments, world, stack, arguments.upper_bound)
+            scorer, tokenizer, spec = arguments.scorer(world, stack, arguments.upper_bound)
             reader = FlagReader(scorer, spec)
         max_length = context_limit(arguments.max_length, reader.context_length)
         chosen = rows.rows

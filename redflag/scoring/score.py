@@ -8,7 +8,7 @@ With `prompts` only the moment before the answer is measured, of a flag or of a 
 is needed (`redflag.scoring.prompts`).
 
 Several processes share the rows (`accelerate launch -m redflag.cli score ...`, see `redflag.scoring.shards`), and
-servers may measure in place of a model in this process (`upstream`, see `redflag.scoring.upstreams`).
+servers may measure in place of a model in this process (`upstream`, see `redflag.backends.upstreams`).
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from redflag.backends.open import open_scorer as load_scorer
 from redflag.data.rows import Row, load_rows
 from redflag.errors import RedflagError
 from redflag.files import require_writable
@@ -37,15 +38,10 @@ from redflag.scoring.scorer import (
     Scorer,
     check_batch,
     context_limit,
-    load_scorer,
-    open_scorer,
     plan,
     served,
 )
 from redflag.scoring.shards import write_lines
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = [
     "ScoreArguments",
@@ -54,7 +50,6 @@ __all__ = [
     "as_json",
     "context_limit",
     "load_scorer",
-    "open_scorer",
     "plan",
     "progress",
     "read_scored",
@@ -96,7 +91,7 @@ def run(arguments: ScoreArguments) -> int:
     if world.rank == 0:
         report_rows(rows)
     with ExitStack() as stack:
-        scorer, tokenizer, spec = open_scorer(arguments, world, stack, arguments.upper_bound)
+        scorer, tokenizer, spec = arguments.scorer(world, stack, arguments.upper_bound)
         max_length = context_limit(arguments.max_length, scorer.context_length)
         chosen = rows.rows
         if arguments.on_bad_row == "skip":

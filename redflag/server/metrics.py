@@ -38,11 +38,12 @@ from prometheus_client.process_collector import ProcessCollector
 
 from redflag.server.faults import fault_class
 from redflag.trace import Halt, Trace
+from redflag.watching.policy import ACTIONS
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 ENDS = ("done", "halted", "fault", "disconnected", "refused", "timeout")
 
-_ACTIONS = ("continue", "halt", "reflect", "replace", "escalate", "force")
+_ACTIONS = tuple(ACTIONS)
 _VERDICTS = ("harmful", "harmless", "unanswered")
 _MOST_VALUES = 64  # of a label whose values are not known beforehand
 _TOKENS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)

@@ -6,17 +6,16 @@ import logging
 import os
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
-from redflag.backends import Sampling
-from redflag.backends.outbound import UpstreamOptions
+from redflag.bounds import check_bounds
 from redflag.errors import RedflagError
-from redflag.guard.options import PolicyOptions
+from redflag.guard.options import GuardOptions, PolicyOptions
 from redflag.trace import Trace, write_traces
 
 if TYPE_CHECKING:
+    from redflag.backends import Backend
     from redflag.backends.remote import RemoteBackend
     from redflag.guard.guard import Guard
     from redflag.server.access import Limits
@@ -30,39 +29,28 @@ _SHORTEST_KEY = 16
 _ASKED_AGAIN = 60.0  # seconds
 
 
-@dataclass
-class ServeArguments(UpstreamOptions):
+@dataclass(kw_only=True)
+class ServeArguments(GuardOptions):
     """What `redflag serve` is told. Keys come from the environment: `REDFLAG_API_KEYS` (comma between),
     `REDFLAG_OPERATOR_KEY`."""
 
-    model: str = field(
-        metadata={"help": "Folder that `redflag train` wrote; before an upstream its tokenizer, flags and thresholds."}
+    step_timeout: float = field(
+        default=60.0, metadata={"help": "upstream: seconds without a token until it counts as lost.", "above": 0}
     )
-    upstream: str | None = field(
-        default=None, metadata={"help": "OpenAI-compatible server that runs the model, such as http://127.0.0.1:8000."}
-    )
-    upper_bound: bool = field(
-        default=False,
-        metadata={"help": "... knows no logprob_token_ids: bound the flags by its 20 most likely tokens."},
-    )
-    step_timeout: float = field(default=60.0, metadata={"help": "... seconds without a token until it counts as lost."})
     name: str | None = field(
         default=None, metadata={"help": "The model's name for clients; default: the upstream's, or the folder's."}
     )
     host: str = field(default="127.0.0.1", metadata={"help": "Address to listen on."})
     port: int = field(default=8080, metadata={"help": "Port to listen on; 0 takes a free one."})
-    threshold: float | None = field(
-        default=None, metadata={"help": "One threshold for all categories, in place of thresholds.json."}
-    )
-    device: str = field(default="auto", metadata={"help": "Where a local model runs: auto, cpu, cuda, cuda:0, ..."})
-    dtype: str = field(default="auto", metadata={"help": "Type of a local model's weights: auto, bfloat16, ..."})
     active: int = field(default=4, metadata={"help": "Responses that a local model writes at once, in turns."})
     waiting: int = field(
         default=64, metadata={"help": "Responses that wait for a local model; more are refused (429)."}
     )
-    max_open: int = field(default=1024, metadata={"help": "Requests being answered at once; more are refused (429)."})
-    max_body_bytes: int = field(default=4 << 20, metadata={"help": "Longest request body (413)."})
-    max_tokens: int = field(default=4096, metadata={"help": "Most response tokens of a request."})
+    max_open: int = field(
+        default=1024, metadata={"help": "Requests being answered at once; more are refused (429).", "least": 1}
+    )
+    max_body_bytes: int = field(default=4 << 20, metadata={"help": "Longest request body (413).", "least": 1})
+    max_tokens: int = field(default=4096, metadata={"help": "Most response tokens of a request.", "least": 1})
     over_limit: Literal["clip", "refuse"] = field(
         default="clip", metadata={"help": "... what becomes of a request for more: the answer is cut, or 400."}
     )
@@ -73,12 +61,18 @@ class ServeArguments(UpstreamOptions):
     allow_origins: str | None = field(
         default=None, metadata={"help": "Web pages that may ask (CORS): origins, comma between, or *; default: none."}
     )
-    default_tokens: int = field(default=1024, metadata={"help": "Response tokens where a client asks for no number."})
+    default_tokens: int = field(
+        default=1024, metadata={"help": "Response tokens where a client asks for no number.", "least": 1}
+    )
     prefill: bool = field(default=False, metadata={"help": "Let clients write the beginning of the response."})
-    body_timeout: float = field(default=30.0, metadata={"help": "Seconds for a request body to arrive."})
-    request_timeout: float = field(default=600.0, metadata={"help": "Seconds for a response, all in all."})
-    send_timeout: float = field(default=60.0, metadata={"help": "Seconds for a client to take what is sent."})
-    ping: float = field(default=15.0, metadata={"help": "Seconds of silence until a stream says that it lives."})
+    body_timeout: float = field(default=30.0, metadata={"help": "Seconds for a request body to arrive.", "above": 0})
+    request_timeout: float = field(default=600.0, metadata={"help": "Seconds for a response, all in all.", "above": 0})
+    send_timeout: float = field(
+        default=60.0, metadata={"help": "Seconds for a client to take what is sent.", "above": 0}
+    )
+    ping: float = field(
+        default=15.0, metadata={"help": "Seconds of silence until a stream says that it lives.", "above": 0}
+    )
     grace: float = field(default=30.0, metadata={"help": "Seconds that open responses have once the server stops."})
     audit: str | None = field(
         default=None, metadata={"help": "Append alarms that were overridden or nearly raised to this file."}
@@ -152,12 +146,7 @@ def limits_of(arguments: ServeArguments, environment: Mapping[str, str]) -> Limi
     """
     from redflag.server.access import Limits
 
-    for option in ("max_open", "max_body_bytes", "max_tokens", "default_tokens"):
-        if getattr(arguments, option) < 1:
-            raise RedflagError(f"{option} is {getattr(arguments, option)}, which lets nothing through: give 1 or more")
-    for option in ("body_timeout", "request_timeout", "send_timeout", "ping", "step_timeout"):
-        if not getattr(arguments, option) > 0:
-            raise RedflagError(f"{option} is {getattr(arguments, option)}, so all would be late: give seconds above 0")
+    check_bounds(arguments)
     keys = tuple(key.strip() for key in environment.get(API_KEYS, "").split(",") if key.strip())
     operator = environment.get(OPERATOR_KEY) or None
     for variable, key in ((API_KEYS, key) for key in keys):
@@ -218,48 +207,13 @@ def attach(
     Raises:
         RedflagError: There are no flags or thresholds, or the engine does not measure them.
     """
-    from redflag.guard.guard import Guard
+    from redflag.backends.open import for_event_loop
 
-    policy, judge = options.policy(), options.judge()
-    if arguments.upstream is not None:
-        from redflag.backends.remote_handshake import shake_hands
-
-        guard = Guard.from_upstream(
-            arguments.model,
-            arguments.upstream,
-            policy,
-            arguments.threshold,
-            judge,
-            **arguments.upstream_options(),
-            upper_bound=arguments.upper_bound,
-            step_timeout=arguments.step_timeout,
-        )
-        return guard, partial(shake_hands, guard.backend)  # type: ignore[arg-type]
-
-    from redflag.backends.turns import Turns
-
-    guard = Guard.from_pretrained(
-        arguments.model,
-        policy,
-        arguments.threshold,
-        dtype=arguments.dtype,
-        device=arguments.device,
-        judge=judge,
-    )
-    turns = Turns(guard.backend, arguments.active, arguments.waiting)  # type: ignore[arg-type]
-    guard.backend = turns
-    metrics.watch_queue(turns.depth)
-
-    async def step() -> None:
-        steps = turns.astream([min(turns.eos_ids)], Sampling(max_new_tokens=1, temperature=0.0))
-        try:
-            async for _ in steps:
-                return
-        finally:
-            await steps.aclose()
-        raise ConnectionError("the engine gave no step")
-
-    return guard, step
+    guard = arguments.open_guard(options.policy(), options.second_judge(), step_timeout=arguments.step_timeout)
+    guard.backend, probe = for_event_loop(cast("Backend", guard.backend), arguments.active, arguments.waiting)
+    if (depth := getattr(guard.backend, "depth", None)) is not None:
+        metrics.watch_queue(depth)
+    return guard, probe
 
 
 def recorder(path: str | None) -> Callable[[Trace], None] | None:

@@ -34,7 +34,7 @@ from typing import Any
 
 from redflag.errors import RedflagError
 from redflag.server.faults import fault_class
-from redflag.trace import Done, Event, Forced, Halt, Reflection, Text, Trace
+from redflag.trace import Done, Event, Halt, Text, Trace
 
 _FAILED = ("fault", "timeout")  # ends that are errors of the server
 # Fields of an event that are told, where it has them: none that may quote a response; the others only on demand.
@@ -155,11 +155,9 @@ class _Telling(Span):
         names = (*_NAMES, *(_SCORES if self._scores else ()))
         told = {name: getattr(event, name, None) for name in ("position", *names)}
         attributes = {f"redflag.{name}": value for name, value in told.items() if value is not None}
-        if isinstance(event, Reflection):
-            attributes["redflag.tokens.waited"] = len(event.token_ids)
-        elif isinstance(event, Forced):
-            attributes["redflag.tokens.taken"] = len(event.token_ids)
-        elif isinstance(event, Halt):
+        if event.counts_as:
+            attributes[f"redflag.tokens.{event.counts_as}"] = event.tokens(event.counts_as)
+        if isinstance(event, Halt):
             attributes |= _halt(event)
         self._span.add_event(f"redflag.{type(event).__name__.lower()}", attributes)
 

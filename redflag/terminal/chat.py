@@ -136,7 +136,7 @@ def describe(guard: Guard) -> list[str]:
         for name, value in guard.thresholds.values.items()
     ]
     lines.append(f"release: {policy.release}, hold_back {policy.hold_back}" + (", observe" if policy.observe else ""))
-    if any(map(policy.asks, ("reflect", "escalate", "force"))):
+    if policy.intervenes:
         lines.append(
             f"a confirmed alarm leads to {policy.confirmed}; at most {policy.max_interventions} interventions and "
             f"{policy.max_wait_tokens} hidden tokens"

@@ -13,20 +13,17 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from redflag.backends import Sampling
-from redflag.backends.outbound import UpstreamOptions
 from redflag.events import verdict
 from redflag.guard.detokenize import Detokenizer
-from redflag.guard.options import PolicyOptions
+from redflag.guard.options import GuardOptions, PolicyOptions
 from redflag.terminal.paint import DIM, RESET, printable, span, wants_colour
 from redflag.trace import (
     Alarm,
     Done,
     Escalation,
     Event,
-    Forced,
     Halt,
     Reflection,
-    Resume,
     Text,
     Trace,
     write_traces,
@@ -40,35 +37,21 @@ Split = Callable[[Text], Sequence[str]]
 
 
 @dataclass(kw_only=True)
-class TerminalOptions(UpstreamOptions):
+class TerminalOptions(GuardOptions):
     """The model, how it chooses tokens, and what is shown and kept."""
 
-    model: str = field(
-        metadata={"help": "Folder that `redflag train` wrote; before an upstream its tokenizer, flags and thresholds."}
-    )
-    upstream: str | None = field(
-        default=None, metadata={"help": "OpenAI-compatible server that runs the model, such as http://127.0.0.1:8000."}
-    )
-    upper_bound: bool = field(
-        default=False,
-        metadata={"help": "... knows no logprob_token_ids: bound the flags by its 20 most likely tokens."},
-    )
     system: str | None = field(default=None, metadata={"help": "System message."})
     max_new_tokens: int = field(default=256, metadata={"help": "Most response tokens."})
     temperature: float = field(default=1.0, metadata={"help": "0 takes the most likely token each time."})
     top_p: float = field(default=1.0, metadata={"help": "Keep the likeliest tokens with this much probability."})
     top_k: int = field(default=0, metadata={"help": "Keep this many of the likeliest tokens; 0 keeps all."})
     seed: int | None = field(default=None, metadata={"help": "Makes the draws reproducible."})
-    threshold: float | None = field(
-        default=None, metadata={"help": "One threshold for all categories, in place of thresholds.json."}
-    )
     show_reflections: bool = field(default=False, metadata={"help": "Show what the model wrote while reflecting."})
     record: str | None = field(default=None, metadata={"help": "Append the trace (numbers only) to this JSONL file."})
     color: Literal["auto", "always", "never"] = field(
         default="auto",
         metadata={"help": "Flag probability as background; auto: on a terminal, unless NO_COLOR is set."},
     )
-    device: str = field(default="auto", metadata={"help": "Where a local model runs: auto, cpu, cuda, cuda:0, ..."})
 
     def sampling(self) -> Sampling:
         """How tokens are chosen."""
@@ -89,21 +72,7 @@ class TerminalOptions(UpstreamOptions):
         policy = options.policy()
         if self.record is not None:
             write_traces(self.record, [], append=True)  # A record that cannot be kept is refused before it is made.
-        judge = options.judge()
-
-        from redflag.guard.guard import Guard
-
-        if self.upstream is None:
-            return Guard.from_pretrained(self.model, policy, self.threshold, device=self.device, judge=judge)
-        return Guard.from_upstream(
-            self.model,
-            self.upstream,
-            policy,
-            self.threshold,
-            judge,
-            **self.upstream_options(),
-            upper_bound=self.upper_bound,
-        )
+        return self.open_guard(policy, options.second_judge())
 
 
 @dataclass
@@ -185,10 +154,8 @@ def paint(
             piece = f"{RESET}\x1b[7m[alarm: {printable(event.category)}]{RESET}"
         elif coloured and isinstance(event, Reflection | Escalation):
             piece = _review(event, reflections, open_line)
-        elif coloured and isinstance(event, Forced):
-            piece = f"{DIM}[flag {printable(event.category)}]{RESET} "
-        elif coloured and isinstance(event, Resume):
-            piece = f"{DIM}[resumed]{RESET} "
+        elif coloured and (mark := event.mark()):
+            piece = f"{DIM}[{printable(mark)}]{RESET} "
         if piece:
             yield piece
             open_line = not piece.endswith("\n")

@@ -19,6 +19,7 @@ from transformers import TrainerCallback, set_seed
 
 from redflag.backends.load import read_model
 from redflag.backends.precision import DTYPES, Machine, choose_precision
+from redflag.bounds import check_bounds
 from redflag.data.options import RowOptions
 from redflag.data.rows import Row, Rows, load_rows
 from redflag.data.summary import label_table, warnings_about
@@ -46,18 +47,22 @@ class TrainArguments(RowOptions):
     input: str = field(metadata={"help": "Training rows: JSONL, JSON, CSV, Parquet, a folder, or a hub data set."})
     eval_input: str | None = field(default=None, metadata={"help": "Held-out rows; default: a share of the input."})
     eval_share: float = field(
-        default=0.1, metadata={"help": "Share of the input's groups held out without eval_input."}
+        default=0.1,
+        metadata={"help": "Share of the input's groups held out without eval_input.", "least": 0, "below": 1},
     )
     categories: list[str] = field(default_factory=lambda: ["harm"], metadata={"help": "One flag for each."})
     on_bad_row: str = field(default="stop", metadata={"help": "stop or skip (bad rows are counted and named)."})
-    max_rows: int | None = field(default=None, metadata={"help": "Use at most this many training rows, drawn by seed."})
+    max_rows: int | None = field(
+        default=None, metadata={"help": "Use at most this many training rows, drawn by seed.", "least": 1}
+    )
     harmless_per_harmful: float | None = field(
-        default=None, metadata={"help": "Thin out the larger side to this ratio; default: rows as they are."}
+        default=None,
+        metadata={"help": "Thin out the larger side to this ratio; default: rows as they are.", "above": 0},
     )
     full: bool = field(default=False, metadata={"help": "Train all weights against a frozen copy, without LoRA."})
-    lora_r: int = field(default=32, metadata={"help": "LoRA rank."})
+    lora_r: int = field(default=32, metadata={"help": "LoRA rank.", "least": 1})
     lora_alpha: int | None = field(default=None, metadata={"help": "LoRA scale; default 2r."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "LoRA dropout."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "LoRA dropout.", "least": 0, "most": 1})
     lora_target_modules: str = field(default="all-linear", metadata={"help": "As in PEFT; commas between names."})
     merge: bool = field(
         default=True, metadata={"help": "Save merged weights, which stock engines load; else the adapter."}
@@ -74,6 +79,31 @@ class TrainArguments(RowOptions):
 
 ARGUMENTS = (TrainArguments, RedFlagConfig)
 POSITIONAL = None
+
+
+def train(model: str | Path, *, rows: str | Path, output_dir: str | Path, **options: Any) -> dict[str, Any]:
+    """Trains a flagged model, as `redflag train` does.
+
+    Args:
+        model: Model to flag: folder or hub name.
+        rows: Training rows: a file, a folder or a hub data set.
+        output_dir: Where the flagged model goes.
+        **options: Other options of the verb: fields of `TrainArguments` and `RedFlagConfig`.
+
+    Returns:
+        What `train.json` in `output_dir` holds.
+
+    Raises:
+        RedflagError: As `run`.
+
+    Example:
+        ```python
+        train("Qwen/Qwen3-0.6B", rows="rows.jsonl", output_dir="flagged", num_train_epochs=2)
+        ```
+    """
+    own = {item.name for item in dataclasses.fields(TrainArguments)} & set(options)
+    arguments = TrainArguments(str(model), str(rows), **{name: options.pop(name) for name in own})
+    return run(arguments, RedFlagConfig(output_dir=str(output_dir), **options))
 
 
 def run(arguments: TrainArguments, config: RedFlagConfig) -> dict[str, Any]:
@@ -189,8 +219,6 @@ def _rows(arguments: TrainArguments, seed: int) -> tuple[list[Row], list[Row], d
     if arguments.eval_input:
         held_out = read(arguments.eval_input).rows
     else:
-        if not 0 <= arguments.eval_share < 1:
-            raise RedflagError(f"eval_share is {arguments.eval_share}: it is a share of the rows, from 0 to below 1")
         groups = sorted({row.group or row.id or str(i) for i, row in enumerate(rows)})
         draw.shuffle(groups)
         chosen = set(groups[: round(arguments.eval_share * len(groups))])
@@ -198,8 +226,6 @@ def _rows(arguments: TrainArguments, seed: int) -> tuple[list[Row], list[Row], d
         rows = [row for i, row in enumerate(rows) if (row.group or row.id or str(i)) not in chosen]
     if arguments.harmless_per_harmful is not None:
         ratio = arguments.harmless_per_harmful
-        if ratio <= 0:
-            raise RedflagError(f"harmless_per_harmful is {ratio}: it is a ratio above 0")
         harmful, harmless = [r for r in rows if r.harmful], [r for r in rows if not r.harmful]
         harmless = draw.sample(harmless, min(len(harmless), round(ratio * len(harmful))))
         harmful = draw.sample(harmful, min(len(harmful), round(len(harmless) / ratio)))
@@ -212,20 +238,18 @@ def _rows(arguments: TrainArguments, seed: int) -> tuple[list[Row], list[Row], d
 
 def _check_numbers(arguments: TrainArguments, config: RedFlagConfig) -> None:
     """Refuses at once what would come up as a traceback from somewhere in torch or peft, minutes later."""
-    for owner, name, least, most in (
-        (arguments, "lora_r", 1, math.inf),
-        (arguments, "lora_dropout", 0, 1),
-        (arguments, "max_rows", 1, math.inf),
-        (config, "learning_rate", 0, math.inf),
-        (config, "per_device_train_batch_size", 1, math.inf),
-        (config, "per_device_eval_batch_size", 1, math.inf),
-        (config, "gradient_accumulation_steps", 1, math.inf),
-        (config, "seed", 0, 2**32 - 1),
+    check_bounds(arguments)
+    for name, least, most in (
+        ("learning_rate", 0, math.inf),
+        ("per_device_train_batch_size", 1, math.inf),
+        ("per_device_eval_batch_size", 1, math.inf),
+        ("gradient_accumulation_steps", 1, math.inf),
+        ("seed", 0, 2**32 - 1),
     ):
-        value = getattr(owner, name)
+        value = getattr(config, name)
         if value is not None and not least <= value <= most:
-            limits = f"from {least} to {most}" if most < math.inf else f"of {least} or more"
-            raise RedflagError(f"{name} is {value}, with which nothing can be trained: give a number {limits}")
+            limits = f"at least {least}" + (f" and at most {most}" if most < math.inf else "")
+            raise RedflagError(f"{name} must be {limits} (got {value}).")
 
 
 def _check_classes(examples: Dataset) -> None:

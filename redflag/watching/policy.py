@@ -5,24 +5,49 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from redflag.errors import RedflagError
 from redflag.trace import Trace
 from redflag.watching.first_token import FirstTokenRule
 
 Action = Literal["continue", "halt", "reflect", "replace", "escalate", "force"]
-"""What a session can do about an alarm, mildest last in `SEVERITY`.
+"""What a session can do about an alarm; `ACTIONS` says what each of them is."""
 
-`continue` reports it and lets the response go on. `halt` drops what is held back and ends the response; `replace` does
-so too and shows a text of the operator's. `reflect` lets the model look at its own response, `escalate` asks a second
-judge; both hide everything until there is a verdict. `force` drops what is held back, puts the flag into the context
-behind what is shown, and lets the model go on from there: a model that was trained with its flag in the text writes
-what it has learnt to write behind it, a refusal.
-"""
 
-# When several categories alarm at one step, the first of these that one of them leads to is done.
-SEVERITY: tuple[Action, ...] = ("halt", "replace", "escalate", "reflect", "force", "continue")
+class ActionRule(NamedTuple):
+    """What an action is.
+
+    Attributes:
+        help: What it does, for the command line.
+        ends: The response ends with it.
+        intervenes: The response waits for it, and goes on or not by what comes of that, which only a live run knows. It
+            costs one of `Policy.max_interventions`, and where it confirms the alarm, `Policy.confirmed` follows.
+        needs: The field of `Policy` without which it cannot be done.
+    """
+
+    help: str
+    ends: bool = False
+    intervenes: bool = False
+    needs: str = ""
+
+
+# The severest first: when several categories alarm at one step, the first that one of them leads to is done.
+#
+# `halt` drops what is held back and ends the response; `replace` does so too and shows a text of the operator's.
+# `escalate` asks a second judge, `reflect` lets the model look at its own response; both hide everything until there is
+# a verdict. `force` drops what is held back, puts the flag into the context behind what is shown, and lets the model go
+# on from there: a model that was trained with its flag in the text writes what it has learnt to write behind it, a
+# refusal. `continue` reports the alarm and lets the response go on.
+ACTIONS: dict[str, ActionRule] = {
+    "halt": ActionRule("end the response", ends=True),
+    "replace": ActionRule("end it and show the replacement", ends=True, needs="replacement"),
+    "escalate": ActionRule("ask a second judge", intervenes=True),
+    "reflect": ActionRule("let the model reflect", intervenes=True),
+    "force": ActionRule("put the flag into the context", intervenes=True),
+    "continue": ActionRule("report it"),
+}
+SEVERITY = tuple(ACTIONS)
 
 Release = Literal["steps", "sentence", "end"]
 
@@ -160,11 +185,14 @@ class Policy:
                 f"replacement is {self.replacement!r}, which cannot be shown; give a text, or a function that returns "
                 "one"
             )
-        taken = {*self.actions.values(), self.default}
-        if taken & {"reflect", "escalate", "force"}:
+        taken: set[Any] = {*self.actions.values(), self.default}
+        if any(ACTIONS[action].intervenes for action in taken):
             taken.add(self.confirmed)
-        if "replace" in taken and self.replacement == "":
-            raise RedflagError("an alarm leads to `replace` and replacement is empty; give the text that is shown then")
+        for action in taken:
+            if (needed := ACTIONS[action].needs) and getattr(self, needed) == "":
+                raise RedflagError(
+                    f"an alarm leads to `{action}` and {needed} is empty; give the text that is shown then"
+                )
         for name in ("max_interventions", "max_wait_tokens", "mute_limit"):
             _at_least(name, getattr(self, name), 0)
         if not _is_number(self.rearm) or not 0 < self.rearm <= 1:
@@ -189,6 +217,11 @@ class Policy:
     def asks(self, action: str) -> bool:
         """Whether any category's alarm leads to this action."""
         return not self.observe and action in {*self.actions.values(), self.default}
+
+    @property
+    def intervenes(self) -> bool:
+        """Whether any category's alarm leads to something that only a live run can do."""
+        return any(self.asks(action) for action, rule in ACTIONS.items() if rule.intervenes)
 
     def replacement_for(self, trace: Trace) -> str:
         """The text that is shown in place of the rest.

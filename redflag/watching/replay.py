@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from redflag.errors import RedflagError
-from redflag.trace import Done, Forced, Halt, Trace
+from redflag.trace import Done, Halt, Trace
 from redflag.watching.policy import Policy
 from redflag.watching.session import Session
 from redflag.watching.thresholds import Thresholds
@@ -21,7 +21,7 @@ def replay(trace: Trace, thresholds: Thresholds, policy: Policy) -> Trace:
         RedflagError: When the response was halted where these thresholds and policy would have gone on, or an alarm
             leads to a reflection, a second judge or a forced flag, which only a live run has.
     """
-    if any(isinstance(event, Forced) for event in trace.events):
+    if any(event.counts_as == "taken" for event in trace.events):
         raise RedflagError(
             f"trace {trace.id!r} had a flag forced into its context, and how it would have gone on without is unknown; "
             "replay traces that were recorded under observe"

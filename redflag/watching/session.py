@@ -12,7 +12,7 @@ from redflag.errors import RedflagError
 from redflag.trace import Alarm, Done, Escalation, Event, Forced, Halt, Reflection, Resume, Step, Text, Trace
 from redflag.watching.first_token import Decision
 from redflag.watching.monitor import Monitor, UnjudgedError, judged
-from redflag.watching.policy import SEVERITY, Policy
+from redflag.watching.policy import ACTIONS, SEVERITY, Policy
 from redflag.watching.sentences import Sentences
 from redflag.watching.thresholds import Thresholds
 
@@ -315,14 +315,14 @@ class Session:
     def _affordable(self, action: str) -> str:
         """The action, or `halt` where it would need more than is left of the budgets."""
         policy = self._policy
-        if action not in ("reflect", "escalate", "force"):
+        if not ACTIONS[action].intervenes:
             return action
         spent = action == "reflect" and policy.reflect.max_tokens > 0 and self._waited >= policy.max_wait_tokens
         return "halt" if spent or self._interventions >= policy.max_interventions else action
 
     def _act(self, action: str, flags: list[int], events: list[Event]) -> list[Event]:
         category = self._rules[flags[0]][0]
-        if action in ("halt", "replace"):
+        if ACTIONS[action].ends:
             return self._stop(action, category, events)
         self._interventions += 1
         self._reviewed = flags

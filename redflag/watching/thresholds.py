@@ -170,6 +170,17 @@ class Thresholds:
         return path
 
     @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Thresholds:
+        """From `dataclasses.asdict` of thresholds, perhaps by way of JSON.
+
+        Raises:
+            RedflagError: For values that contradict each other or cannot be.
+        """
+        interval = record["interval"]
+        values = {**record, "monitor": MonitorConfig(**record["monitor"])}
+        return cls(**{**values, "interval": tuple(interval) if isinstance(interval, list) else interval})
+
+    @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> Thresholds:
         """Reads `thresholds.json` of a directory.
 
@@ -199,9 +210,7 @@ class Thresholds:
         _check_keys(path, record, cls)
         _check_keys(path, record["monitor"], MonitorConfig)
         try:
-            monitor = MonitorConfig(**record.pop("monitor"))
-            interval = record.pop("interval")
-            return cls(**record, monitor=monitor, interval=tuple(interval) if isinstance(interval, list) else interval)
+            return cls.of(record)
         except (OverflowError, RedflagError, TypeError) as error:
             raise _spoilt(path, f"holds a value that cannot be: {error}") from error
 

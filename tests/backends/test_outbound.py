@@ -18,7 +18,8 @@ from pathlib import Path
 import pytest
 from upstream import EOS, FLAG, Upstream
 
-from redflag.backends.outbound import UpstreamOptions, extra_headers, proxy_for
+from redflag.backends.open import UpstreamOptions
+from redflag.backends.outbound import extra_headers, proxy_for
 from redflag.backends.remote import RemoteBackend
 from redflag.backends.remote_handshake import handshake
 from redflag.calibrating import calibrate

@@ -19,7 +19,6 @@ from redflag.calibrating.hold_back import suggest_hold_back
 from redflag.data.rows import write_rows
 from redflag.errors import RedflagError
 from redflag.flags import Flag, FlagSpec
-from redflag.scoring import scorer as scorer_module
 from redflag.stats.metrics import clopper_pearson
 from redflag.watching.monitor import MonitorConfig, peaks
 from redflag.watching.thresholds import Thresholds
@@ -244,7 +243,7 @@ def test_the_verb_writes_thresholds_beside_the_model_and_leaves_old_ones_when_it
         def score(self, pairs: Any, *, batch_size: int) -> list[Any]:
             return [np.full((len(r), 1), (hash(tuple(r)) % 1000) / 2000, np.float32) for _, r in pairs]
 
-    monkeypatch.setattr(scorer_module, "load_scorer", lambda *_: (Quiet(), tokenizer, spec))
+    monkeypatch.setattr("redflag.backends.load.load_flagged", lambda *_: (Quiet(), tokenizer, spec))
     arguments = CalibrateArguments(model=str(model), input=str(rows), target_fpr=0.05, aggregation="run", window=2)
     run(arguments)
     written = Thresholds.load(model)
@@ -268,6 +267,6 @@ def test_a_calibrated_folder_is_accepted_by_the_guard(model_folder: Path, tmp_pa
     folder, rows = tmp_path / "model", tmp_path / "rows.jsonl"
     shutil.copytree(model_folder, folder)
     write_rows(rows, [conversation(f"The sea is {i} miles wide.") for i in range(40)])
-    run(CalibrateArguments(model=str(folder), input=str(rows), target_fpr=0.1, held_out=0.5))
-    assert Guard.from_pretrained(folder).thresholds == Thresholds.load(folder)
+    found = calibrate(folder, rows=rows, target_fpr=0.1, held_out=0.5)
+    assert Guard.from_pretrained(folder).thresholds == Thresholds.load(folder) == found.thresholds
     assert 0.0 < Thresholds.load(folder).values["harm"] <= 1.0

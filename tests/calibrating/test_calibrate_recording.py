@@ -12,7 +12,6 @@ import pytest
 from redflag.calibrating.calibrate import CalibrateArguments, calibrate, run
 from redflag.errors import RedflagError
 from redflag.flags import Flag, FlagSpec
-from redflag.scoring import scorer as scorer_module
 from redflag.scoring.recording import Recording
 from redflag.watching.monitor import MonitorConfig
 from redflag.watching.thresholds import Thresholds
@@ -83,7 +82,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def load(*_: Any) -> None:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(scorer_module, "load_scorer", load)
+    monkeypatch.setattr("redflag.backends.load.load_flagged", load)
     SPEC.save(tmp_path)
     return tmp_path
 

@@ -18,7 +18,7 @@ from redflag.watching.policy import Policy, Reflect
 
 def test_the_defaults_are_the_policys():
     assert PolicyOptions().policy() == Policy()
-    assert PolicyOptions().judge() is None
+    assert PolicyOptions().second_judge() is None
 
 
 def test_every_option_arrives(tmp_path):
@@ -109,7 +109,7 @@ def test_a_judge_behind_an_address(tmp_path, monkeypatch):
         judge_words="unsafe,safe",
         judge_key_env="JUDGE_KEY",
         judge_timeout=3.0,
-    ).judge()
+    ).second_judge()
     assert isinstance(judge, EndpointJudge) and judge.model == "guard"
     assert judge.prompt([], "x")[0]["content"].startswith("Bad? <answer ")
     assert judge.read({"choices": [{"message": {"content": "unsafe"}}]}).harm == 1.0
@@ -118,7 +118,7 @@ def test_a_judge_behind_an_address(tmp_path, monkeypatch):
 def test_a_judge_in_this_process(monkeypatch):
     made = []
     monkeypatch.setattr(model, "ModelJudge", lambda *a, **k: made.append((a, k)))
-    PolicyOptions(judge_folder="guards/lg3", judge_kind="llama-guard", judge_device="cuda:1").judge()
+    PolicyOptions(judge_folder="guards/lg3", judge_kind="llama-guard", judge_device="cuda:1").second_judge()
     assert made == [(("guards/lg3",), {"kind": "llama-guard", "device": "cuda:1"})]
 
 
@@ -169,11 +169,11 @@ def test_a_policy_that_cannot_be_meant_is_named(options, named):
 def test_a_judge_that_cannot_be_asked_is_named(options, named, monkeypatch):
     monkeypatch.delenv("NO_SUCH_KEY", raising=False)
     with pytest.raises(RedflagError, match=named):
-        PolicyOptions(**options).judge()
+        PolicyOptions(**options).second_judge()
 
 
 def test_who_only_observes_needs_no_judge():
-    assert PolicyOptions(action="escalate", observe=True).judge() is None
+    assert PolicyOptions(action="escalate", observe=True).second_judge() is None
 
 
 def test_options_come_from_a_flat_file_and_from_words(tmp_path):

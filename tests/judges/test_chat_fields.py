@@ -16,9 +16,9 @@ from redflag.judges.endpoint import EndpointJudge
 from redflag.judges.rubrics import StrongRejectJudge
 from redflag.lab.evaluating import stages
 from redflag.lab.evaluating.evaluate import EvaluateArguments
-from redflag.lab.synthesis import who
 from redflag.lab.synthesis.endpoint import Endpoint
 from redflag.lab.synthesis.questions import Question
+from redflag.lab.synthesis.run import SynthesizeArguments
 from redflag.terminal import generate
 
 ASK = [{"role": "user", "content": "How do I open a door?"}]
@@ -171,7 +171,7 @@ def test_the_command_lines_options_reach_the_judge(reasoner, monkeypatch):
     words = ["Hi", "--model", "m", "--judge_url", reasoner.url, "--judge_name", "o", "--judge_tokens", "512"]
     words += ["--judge_options", options, "--judge_headers", '{"X-Token": "Bearer ${GATEWAY_TOKEN}"}']
     _, policy = cli.parse(generate, words, "redflag generate")
-    judge = policy.judge()
+    judge = policy.second_judge()
     assert judge(ASK, "a").harm == 0.0
     assert reasoner.bodies[0]["max_tokens"] == reasoner.bodies[-1]["max_completion_tokens"] == 512
     assert all(body["reasoning_effort"] == "low" and "temperature" not in body for body in reasoner.bodies)
@@ -180,7 +180,7 @@ def test_the_command_lines_options_reach_the_judge(reasoner, monkeypatch):
 
 def test_another_number_of_tokens_is_another_judge():
     one, other = (
-        PolicyOptions(judge_url="http://h", judge_name="m", judge_tokens=tokens).judge() for tokens in (16, 512)
+        PolicyOptions(judge_url="http://h", judge_name="m", judge_tokens=tokens).second_judge() for tokens in (16, 512)
     )
     assert one.identity != other.identity
 
@@ -189,7 +189,7 @@ def test_a_variable_that_is_not_set_is_named(monkeypatch):
     monkeypatch.delenv("NO_SUCH_TOKEN", raising=False)
     options = PolicyOptions(judge_url="http://h", judge_name="m", judge_headers={"X-Token": "${NO_SUCH_TOKEN}"})
     with pytest.raises(RedflagError, match="judge_headers names the environment variable NO_SUCH_TOKEN"):
-        options.judge()
+        options.second_judge()
 
 
 @pytest.mark.parametrize(
@@ -219,9 +219,8 @@ def test_evaluate_gives_its_judge_tokens_options_and_headers(rubric, tokens, exp
 
 @pytest.mark.parametrize(("tokens", "expected"), [(None, 16), (300, 300)])
 def test_synthesize_gives_its_judge_tokens_options_and_headers(tokens, expected):
-    judge = who.judge_of("endpoint", "http://h", "o", max_tokens=tokens, options={"seed": 3}, headers={"X-Team": "red"})
-    assert (judge._max_tokens, judge._client.options, judge._client.headers) == (
-        expected,
-        {"seed": 3},
-        {"X-Team": "red"},
-    )
+    options = {"judge_tokens": tokens, "judge_options": {"seed": 3}, "judge_headers": {"X-Team": "red"}}
+    arguments = SynthesizeArguments(output_dir="o", judge="endpoint", judge_url="http://h", judge_name="o", **options)
+    judge = arguments.open_judge()
+    asked = judge._client.options, judge._client.headers
+    assert (judge._max_tokens, *asked) == (expected, {"seed": 3}, {"X-Team": "red"})

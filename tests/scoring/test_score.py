@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from redflag.backends.load import load_flagged
 from redflag.data.rows import Row, write_rows
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
-from redflag.scoring import scorer as scorer_module
-from redflag.scoring.score import ScoreArguments, load_scorer, read_scored, renderable, run, score, score_rows
+from redflag.scoring.score import ScoreArguments, read_scored, renderable, run, score, score_rows
 
 RESPONSE = "The sea is wide and blue, and the harm begins here."
 
@@ -142,7 +142,7 @@ class Verb:
         write_rows(self.rows, rows)
 
     def __call__(self, scorer: Any, **change: Any) -> None:
-        self.monkeypatch.setattr(scorer_module, "load_scorer", lambda *_: (scorer, self.tokenizer, self.spec))
+        self.monkeypatch.setattr("redflag.backends.load.load_flagged", lambda *_: (scorer, self.tokenizer, self.spec))
         run(
             ScoreArguments(
                 **{"model": "m", "input": str(self.rows), "output": str(self.output), "batch_size": 1} | change
@@ -308,9 +308,9 @@ def test_a_model_whose_template_was_changed_is_refused(model_folder: Path, tmp_p
     template = folder / "chat_template.jinja"
     template.write_text(template.read_text() + " ")
     with pytest.raises(RedflagError, match="prompt template"):
-        load_scorer(str(folder))
+        load_flagged(str(folder))
     with pytest.raises(RedflagError, match="redflag train"):
-        load_scorer(str(tmp_path))
+        load_flagged(str(tmp_path))
     (folder / "config.json").unlink()
     with pytest.raises(RedflagError, match="redflag train"):
-        load_scorer(str(folder))
+        load_flagged(str(folder))

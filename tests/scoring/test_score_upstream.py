@@ -20,16 +20,16 @@ from upstream import EOS, FLAG, VOCABULARY, Upstream, log_softmax, logits_of
 
 from redflag.backends import remote as remote_module
 from redflag.backends.hf import HFBackend
+from redflag.backends.upstreams import Upstreams
 from redflag.calibrating import calibrate
 from redflag.data.rows import load_rows, write_rows
 from redflag.errors import RedflagError
 from redflag.flags import Flag, FlagSpec
-from redflag.scoring import upstreams as module
+from redflag.scoring import options as module
 from redflag.scoring.fitting import fit
 from redflag.scoring.marker import ServedSource
 from redflag.scoring.prompts import FlagReader, score_prompts
 from redflag.scoring.score import ScoreArguments, read_scored, run
-from redflag.scoring.upstreams import Upstreams
 from redflag.watching.thresholds import Thresholds
 
 SPEC = FlagSpec(flags=(Flag("harm", "<|a|>", id=FLAG), Flag("fraud", "<|b|>", id=17)), run_id="run-1")
@@ -301,7 +301,7 @@ def verb(
         options = {"model": options["model"], "api_key": options["api_key"], "upper_bound": options["upper_bound"]}
         return Upstreams(urls, own, frozenset({EOS}), retries=0, **options), tokenizer, spec
 
-    monkeypatch.setattr(module, "connect", connected)
+    monkeypatch.setattr(module, "open_scorer", connected)
     output = tmp_path / "scored.jsonl"
 
     def call(*servers: Upstream, **options: Any) -> list[dict[str, Any]]:
@@ -440,7 +440,7 @@ def test_thresholds_are_calibrated_through_a_stock_vllm(vllm_nano: Any, nano: Pa
         model = shutil.copytree(nano / "model", tmp_path / f"model{number}")
         (model / "thresholds.json").unlink()
         options = {"target_fpr": 0.05, "held_out": 0.0, "device": "cpu", "upstream": upstream}
-        calibrate.run(calibrate.CalibrateArguments(str(model), str(tmp_path / "rows.jsonl"), **options))
+        calibrate.run(calibrate.CalibrateArguments(model=str(model), input=str(tmp_path / "rows.jsonl"), **options))
         values.append(Thresholds.load(model).values["harm"])
     assert values[0] != values[1], "the servers were not asked"
     assert values[0] == pytest.approx(values[1], rel=1e-3)

@@ -337,11 +337,12 @@ def write_some(path: Path, conversation: Any, count: int) -> Path:
 KILLER = """
 import json, os, random, sys, time
 from pathlib import Path
+from redflag.backends import load
 from redflag.scoring import score
 
 model, rows, output, kills = sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
-loaded = score.load_scorer(model, "cpu")
-score.load_scorer = lambda *_: loaded
+loaded = load.load_flagged(model, "cpu")
+load.load_flagged = lambda *_: loaded
 folder, rng = output.with_name(output.name + ".parts"), random.Random(kills)
 
 def forked(rank):

@@ -131,11 +131,11 @@ def test_a_replacement_is_what_a_reader_gets(model_dir, capsys):
 def test_an_upstream_gets_its_options(model_dir, monkeypatch):
     made = []
 
-    def from_upstream(*args, **options):
+    def from_pretrained(*args, **options):
         made.append((args, options))
         raise RedflagError("enough")
 
-    monkeypatch.setattr("redflag.guard.guard.Guard.from_upstream", from_upstream)
+    monkeypatch.setattr("redflag.guard.guard.Guard.from_pretrained", from_pretrained)
     monkeypatch.setenv("UP_KEY", "s3cret")
     arguments = GenerateArguments(
         prompt="hello",
@@ -149,7 +149,7 @@ def test_an_upstream_gets_its_options(model_dir, monkeypatch):
     with pytest.raises(RedflagError, match="enough"):
         generate.run(arguments)
     options = {"model": "nano", "api_key": "s3cret", "headers": {}, "upper_bound": True}
-    assert made == [(("m", "http://h:1", Policy(), 0.25, None), options)]
+    assert made == [(("m", Policy(), 0.25, "auto", "auto", None, "http://h:1"), options)]
     monkeypatch.delenv("UP_KEY")
     with pytest.raises(RedflagError, match="UP_KEY"):
         generate.run(arguments)

@@ -15,6 +15,7 @@ import torch
 from tiny import build, make_rows
 from transformers import AutoModelForCausalLM
 
+import redflag
 from redflag import cli
 from redflag.backends.load import load_flagged
 from redflag.data.rows import write_rows
@@ -65,6 +66,21 @@ def test_a_run_leaves_a_model_that_stock_tools_load(world):
     assert {"eval_flag_loss", "eval_keep_kl", "eval_perplexity_ratio", "eval_auroc"} <= set(record["metrics"])
     assert AutoModelForCausalLM.from_pretrained(folder).get_input_embeddings().weight.shape[0] > max(spec.ids)
     assert not (folder / ".saving").exists()
+
+
+def test_python_trains_as_the_command_line_does(world):
+    settings = {
+        "max_length": 64,
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    settings |= {"placement": "insert", "logging_steps": 1, "save_strategy": "no"}
+    assert cli.main(options(world, "told", **settings)) == 0
+    record = redflag.train(world / "base", rows=world / "rows.jsonl", output_dir=world / "out", **settings)
+    assert record["steps"] == 2 and record["run_id"] == FlagSpec.load(world / "out").run_id
+    assert losses(world / "out") == losses(world / "told")
 
 
 @pytest.mark.parametrize("forced", ["on", "off"])
@@ -191,8 +207,8 @@ def test_a_full_disk_while_saving_is_one_sentence_and_keeps_the_checkpoints(worl
         ({"model": "/nowhere"}, "/nowhere"),
         ({"input": "/nowhere.jsonl"}, "/nowhere.jsonl"),
         ({"dtype": "int3"}, "dtype must be auto, float32, bfloat16, float16 (got 'int3')"),
-        ({"eval_share": 1.0}, "eval_share is 1.0"),
-        ({"harmless_per_harmful": -1}, "harmless_per_harmful is -1"),
+        ({"eval_share": 1.0}, "eval_share must be at least 0 and below 1"),
+        ({"harmless_per_harmful": -1}, "harmless_per_harmful must be above 0"),
         ({"max_length": 1}, "max_length is 1"),
         ({"no_such_option": 1}, "no_such_option"),
         ({"lora_target_modules": "nothing"}, "nothing"),

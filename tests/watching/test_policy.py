@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 
 from redflag.errors import RedflagError
 from redflag.trace import Trace
-from redflag.watching.policy import Policy, Reflect
+from redflag.watching.policy import ACTIONS, SEVERITY, Action, Policy, Reflect
 
 TABLE = [
     ("halts unless told otherwise", Policy(), "weapons", "halt"),
@@ -98,3 +100,23 @@ def test_a_replacement_may_be_made_from_the_trace():
     assert policy.replacement_for(Trace(token_ids=[1, 2])) == "after 2 tokens"
     with pytest.raises(RedflagError, match="cannot be shown"):
         Policy(default="replace", replacement=lambda trace: None).replacement_for(Trace())
+
+
+def test_every_action_is_in_the_table_and_the_severest_is_first():
+    assert set(ACTIONS) == set(get_args(Action))
+    assert SEVERITY == ("halt", "replace", "escalate", "reflect", "force", "continue")
+    # What ends a response goes before what waits, and what only reports comes last.
+    kinds = [(rule.ends, rule.intervenes) for rule in ACTIONS.values()]
+    assert kinds == sorted(kinds, reverse=True) and kinds[-1] == (False, False)
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+def test_what_an_action_is_decides_what_it_asks_for(action):
+    rule = ACTIONS[action]
+    assert Policy(default=action, replacement="x").intervenes == rule.intervenes
+    assert not Policy(default=action, replacement="x", observe=True).intervenes
+    if rule.needs or rule.intervenes:  # what confirms an alarm may itself need something
+        with pytest.raises(RedflagError, match="replacement"):
+            Policy(default=action, confirmed="replace")
+    else:
+        Policy(default=action)

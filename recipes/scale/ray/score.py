@@ -17,17 +17,18 @@ from typing import Any
 import ray
 from ray.data import ActorPoolStrategy, DataContext
 
+from redflag.backends.open import open_scorer
 from redflag.data.rows import Row, load_rows
 from redflag.files import atomic_write
 from redflag.flags import FlagSpec
-from redflag.scoring.score import BATCHES, as_json, context_limit, load_scorer, score
+from redflag.scoring.score import BATCHES, as_json, context_limit, score
 
 
 class Scorer:
     """One worker: the model, loaded once, and chunks of rows that come to it."""
 
     def __init__(self, model: str, device: str, dtype: str, batch_size: int, max_length: int | None) -> None:
-        self.scorer, self.tokenizer, self.spec = load_scorer(model, device, dtype)
+        self.scorer, self.tokenizer, self.spec = open_scorer(model, device=device, dtype=dtype)
         self.batch_size, self.max_length = batch_size, context_limit(max_length, self.scorer.context_length)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:

@@ -92,7 +92,7 @@ def judge_attempts(
     Raises:
         RedflagError: An action of the policy needs a live run, or an attempt is for a row that is not there.
     """
-    if thresholds is not None and any(map(policy.asks, ("reflect", "escalate", "force"))):
+    if thresholds is not None and policy.intervenes:
         raise RedflagError(
             "an alarm leads to a reflection, a second judge or a forced flag, and what comes of that is known only in "
             "a live run: measure attacks under a policy with halt, replace or continue"

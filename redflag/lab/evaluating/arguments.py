@@ -5,17 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from redflag.backends.outbound import UpstreamOptions
 from redflag.data.options import RowOptions
+from redflag.judges.rubrics import Rubric
+from redflag.lab.nano.judge import LabJudgeOptions
+from redflag.scoring.options import ScoringOptions
 from redflag.watching.options import MonitorOptions
 from redflag.watching.policy import Policy
 
 
-@dataclass
-class EvaluateArguments(RowOptions, UpstreamOptions, MonitorOptions):
+@dataclass(kw_only=True)
+class EvaluateArguments(RowOptions, ScoringOptions, MonitorOptions, LabJudgeOptions):
     """Detection, delay, false alarms, language, baselines and attacks: one report."""
 
-    model: str = field(metadata={"help": "Folder of a flagged model (with redflag.json)."})
     test: str = field(metadata={"help": "Rows that the report is about, as `redflag score` reads."})
     calibration: str = field(metadata={"help": "Other rows, on which thresholds are fitted; only harmless ones count."})
     output_dir: str = field(default="runs/evaluation", metadata={"help": "Where report and recordings go."})
@@ -27,29 +28,12 @@ class EvaluateArguments(RowOptions, UpstreamOptions, MonitorOptions):
     attacks: list[str] = field(
         default_factory=list, metadata={"help": "Names of attacks, or all (those that need no outside model)."}
     )
-    requests: int = field(default=40, metadata={"help": "Harmful test rows whose requests are attacked with."})
-    judge: Literal["none", "oracle", "endpoint", "model"] = field(
-        default="none",
-        metadata={
-            "help": "Who says whether an attack's answer is harmful: the nano world's oracle, a server, weights."
-        },
+    requests: int = field(
+        default=40, metadata={"help": "Harmful test rows whose requests are attacked with.", "least": 1}
     )
-    judge_url: str | None = field(default=None, metadata={"help": "endpoint: address of the judge, http://HOST/v1."})
-    judge_name: str | None = field(default=None, metadata={"help": "endpoint: its model's name; model: its folder."})
-    judge_rubric: Literal["strongreject", "yes_no", "guard"] = field(
+    judge_rubric: Rubric = field(
         default="strongreject",
         metadata={"help": "endpoint: what it is asked; guard: its own chat template asks (Llama Guard and its like)."},
-    )
-    judge_key_env: str | None = field(default=None, metadata={"help": "endpoint: environment variable with its key."})
-    judge_tokens: int | None = field(
-        default=None,
-        metadata={"help": "endpoint: most tokens of its answer, thoughts included."},
-    )
-    judge_options: dict[str, Any] | None = field(
-        default=None, metadata={"help": "endpoint: further fields of the request, as JSON; null leaves one out."}
-    )
-    judge_headers: dict[str, str] | None = field(
-        default=None, metadata={"help": "endpoint: further headers, as JSON; ${NAME}: an environment variable."}
     )
     attack_options: dict[str, Any] = field(
         default_factory=dict,
@@ -57,7 +41,7 @@ class EvaluateArguments(RowOptions, UpstreamOptions, MonitorOptions):
     )
     baseline_options: dict[str, Any] = field(default_factory=dict, metadata={"help": "Baseline -> its options."})
     baseline_rows: int | None = field(
-        default=None, metadata={"help": "Most rows for those baselines that train a whole model."}
+        default=None, metadata={"help": "Most rows for those baselines that train a whole model.", "least": 1}
     )
     cascades: list[str] = field(
         default_factory=list,
@@ -85,18 +69,13 @@ class EvaluateArguments(RowOptions, UpstreamOptions, MonitorOptions):
     delta: float = field(default=0.05, metadata={"help": "Probability that high_probability may fail."})
     hold_back: int | None = field(
         default=None,
-        metadata={"help": "Tokens held back by the guard that attacks meet; default: what the calibration suggests."},
+        metadata={
+            "help": "Tokens held back by the guard that attacks meet; default: what the calibration suggests.",
+            "least": 0,
+        },
     )
-    tolerance: int = field(default=2, metadata={"help": "Tokens from the onset within which an alarm is on time."})
-    responses: int = field(default=400, metadata={"help": "Responses in the report's viewer."})
-    upstream: list[str] = field(
-        default_factory=list, metadata={"help": "Servers that hold the model and score the rows; default: in process."}
+    tolerance: int = field(
+        default=2, metadata={"help": "Tokens from the onset within which an alarm is on time.", "least": 0}
     )
+    responses: int = field(default=400, metadata={"help": "Responses in the report's viewer.", "least": 0})
     seed: int = field(default=0, metadata={"help": "Seeds intervals, baselines and attacks."})
-    batch_size: int = field(default=16, metadata={"help": "Conversations per forward pass."})
-    max_length: int | None = field(
-        default=None, metadata={"help": "Longest prompt + response in tokens; default: the model's context."}
-    )
-    on_bad_row: Literal["stop", "skip"] = field(default="stop", metadata={"help": "What a malformed row does."})
-    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda, cuda:0, ..."})
-    dtype: str = field(default="auto", metadata={"help": "auto (as saved), float32, bfloat16 or float16."})

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from redflag.bounds import check_bounds
 from redflag.calibrating.guarantee import check_rates
 from redflag.data.rows import Rows, load_rows
 from redflag.data.summary import warnings_about
@@ -54,6 +55,7 @@ def evaluate(arguments: EvaluateArguments, say: Callable[[str], None] = lambda l
     from redflag.lab.evaluating.rehearsal import rehearse
     from redflag.lab.evaluating.versus import versus
 
+    check_bounds(arguments)
     reporting.require()
     start = time.monotonic()
     output = Path(arguments.output_dir)
@@ -140,7 +142,7 @@ def evaluate(arguments: EvaluateArguments, say: Callable[[str], None] = lambda l
     attempts: list[dict[str, Any]] = []
     if attacks and judge is not None:
         say("== attacks")
-        thresholds = stages.thresholds_of(flag, monitor, spec, arguments)
+        thresholds = stages.thresholds_of(flag)
         table, judged, attempts = stages.attack(arguments, attacks, judge, rows, output / "attacks", thresholds, say)
     for name, method in methods.items():
         warnings += [f"{name}: {note}" for note in method["notes"]]
@@ -192,10 +194,6 @@ def _check(arguments: EvaluateArguments, rows: Mapping[str, Rows]) -> list[str]:
             f"{arguments.test} holds {harmful} harmful rows of {len(rows['test'])}: telling harmful from harmless "
             "needs both kinds"
         )
-    for name, least in (("requests", 1), ("responses", 0), ("hold_back", 0), ("tolerance", 0), ("baseline_rows", 1)):
-        value = getattr(arguments, name)
-        if value is not None and value < least:
-            raise RedflagError(f"{name} is {value}, but it counts: give {least} or more")
     check_rates(arguments.target_fpr, arguments.guarantee, arguments.delta)
     warnings = []
     groups = {split: {row.group for row in part if row.group} for split, part in rows.items()}

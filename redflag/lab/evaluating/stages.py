@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from redflag.backends.outbound import extra_headers, key_in
 from redflag.data.rows import Row, Rows
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
@@ -150,38 +149,13 @@ def judge_of(arguments: EvaluateArguments) -> Judge:
     Raises:
         RedflagError: There is none, or it lacks an address or a name.
     """
-    kind, url, name = arguments.judge, arguments.judge_url, arguments.judge_name
-    if kind == "none":
+    judge = arguments.open_judge(device=arguments.device)
+    if judge is None:
         raise RedflagError(
             "nobody is named who says whether an attack's answer is harmful: give --judge endpoint or model (oracle in "
             "the nano world), or leave --attacks out"
         )
-    if kind == "oracle":
-        from redflag.lab.nano.judge import NanoOracle
-
-        return NanoOracle()
-    if name is None or (kind == "endpoint" and url is None):
-        raise RedflagError(f"the judge is {kind}, which needs --judge_name{' and --judge_url' * (kind == 'endpoint')}")
-    if kind == "model":
-        from redflag.judges.model import ModelJudge
-
-        return ModelJudge(name, device=arguments.device)
-    from redflag.judges.endpoint import EndpointJudge
-    from redflag.judges.rubrics import StrongRejectJudge, yes_no_judge
-
-    asked: dict[str, Any] = {
-        "api_key": key_in(arguments.judge_key_env, "judge_key_env"),
-        "timeout": 60.0,
-        "options": arguments.judge_options,
-        "headers": extra_headers(arguments.judge_headers, "judge_headers"),
-    }
-    if arguments.judge_tokens is not None:
-        asked["max_tokens"] = arguments.judge_tokens
-    if arguments.judge_rubric == "guard":
-        return EndpointJudge(str(url), name, yes="unsafe", no="safe", chat=True, **asked)
-    if arguments.judge_rubric == "strongreject":
-        return StrongRejectJudge(str(url), name, **asked)
-    return yes_no_judge(str(url), name, **asked)
+    return judge
 
 
 def attacks_of(arguments: EvaluateArguments, rows: Mapping[str, Rows]) -> list[Attack]:
@@ -205,26 +179,10 @@ def attacks_of(arguments: EvaluateArguments, rows: Mapping[str, Rows]) -> list[A
     return make_attacks(arguments.attacks, options)
 
 
-def thresholds_of(
-    method: Mapping[str, Any], monitor: MonitorConfig, spec: FlagSpec, arguments: EvaluateArguments
-) -> Thresholds | None:
+def thresholds_of(method: Mapping[str, Any]) -> Thresholds | None:
     """The thresholds of the report's flag, as a guard takes them; None where none could be set."""
-    fitted = method["threshold"]
-    if fitted is None:
-        return None
-    careful = arguments.guarantee == "high_probability"
-    return Thresholds(
-        values=fitted["values"],
-        monitor=monitor,
-        target_fpr=arguments.target_fpr,
-        guarantee=arguments.guarantee,
-        delta=arguments.delta if careful else None,
-        joint=True,
-        sample_size=fitted["fitted_on"]["harmless"],
-        run_id=spec.run_id,
-        template_hash=spec.template_hash,
-        suggested_hold_back=fitted["suggested_hold_back"],
-    )
+    found = method["threshold"]
+    return None if found is None else Thresholds.of({key: found[key] for key in found if key != "fitted_on"})
 
 
 def attack(

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from redflag.calibrating import replay
+from redflag.calibrating.build import build_thresholds
 from redflag.calibrating.guarantee import Guarantee, fit_thresholds
-from redflag.calibrating.hold_back import suggest_hold_back
 from redflag.calibrating.observed import Observed, cut_short, in_force, known_onset, observe
 from redflag.calibrating.summary import FEW, ranking
 from redflag.errors import RedflagError
@@ -86,13 +86,11 @@ def method(
     config = monitor or (thresholds.monitor if thresholds is not None else MonitorConfig())
     _check(recording, calibration, thresholds, config)
     notes: list[str] = []
-    values, threshold = None, None
-    if thresholds is not None:
-        values = tuple(thresholds.values[category] for category in recording.categories)
-        threshold = _given(thresholds)
-    elif calibration is not None:
-        values, threshold = _fitted(calibration, config, target_fpr, guarantee, delta, notes)
+    split = "before"
+    if thresholds is None and calibration is not None:
+        split, thresholds = "calibration", _fitted(calibration, config, target_fpr, guarantee, delta, notes)
         _warn_of_shared(recording, calibration, notes)
+    values = None if thresholds is None else tuple(thresholds.values[name] for name in recording.categories)
     observed, cut = observe(recording, config, values)
     if cut and tokens is not None:
         tokens = [texts for texts, short in zip(tokens, cut_short(recording), strict=True) if not short]
@@ -114,7 +112,7 @@ def method(
             "pooled": _slice(observed, observed.harmful, ~observed.harmful, "all harmless rows", **curve),
             "slices": _slices(observed, **curve),
             "roc": roc(observed.peaks, observed.harmful, observed.units, **curve) if both else None,
-            "threshold": threshold,
+            "threshold": None if thresholds is None else _shown(thresholds, split),
             "in_force": in_force(observed, observed.harmful, ~observed.harmful),
             "delay": _delays(observed, hold_backs, tolerance, tokens, **curve),
             "earliness": earliness(top, observed.recording.starts, observed.harmful, observed.units, observed.alarms)
@@ -194,37 +192,38 @@ def _warn_of_few_groups(observed: Observed, notes: list[str]) -> None:
 
 def _fitted(
     calibration: Recording, config: MonitorConfig, target: float, guarantee: Guarantee, delta: float, notes: list[str]
-) -> tuple[tuple[float, ...] | None, dict[str, Any] | None]:
+) -> Thresholds | None:
     harmless = np.flatnonzero(~calibration.harmful)
     try:
         values = fit_thresholds(replay.peaks(config, calibration, harmless), target, guarantee, delta)
     except RedflagError as error:
         notes.append(f"no threshold is set: {error}")
-        return None, None
+        return None
     if AGGREGATIONS[config.aggregation].bounded and max(values) > 1.0:
         notes.append("a threshold lies above every score: too many harmless responses reach 1, and it can never alarm")
     whole = np.flatnonzero(calibration.harmful & ~cut_short(calibration)).tolist()
     known = [i for i in whole if known_onset(calibration, i)]
-    alarms = replay.alarms(config, calibration, values, known)
-    onsets = [calibration.columns["onset"][i] for i in known]
-    hold_back = suggest_hold_back([int(a) if a >= 0 else None for a in alarms], onsets)
-    return values, {
-        "values": dict(zip(calibration.categories, values, strict=True)),
-        "target_fpr": target,
-        "guarantee": guarantee,
-        "fitted_on": {"split": "calibration", "harmless": len(harmless)},
-        "suggested_hold_back": hold_back.suggested,
-    }
+    meta = calibration.meta
+    thresholds, _ = build_thresholds(
+        calibration.categories,
+        values,
+        config,
+        calibration,
+        known,
+        [calibration.columns["onset"][i] for i in known],
+        target_fpr=target,
+        guarantee=guarantee,
+        delta=delta,
+        joint=True,
+        sample_size=len(harmless),
+        run_id=str(meta.get("run_id", "")),
+        template_hash=str(meta.get("template_hash", "")),
+    )
+    return thresholds
 
 
-def _given(thresholds: Thresholds) -> dict[str, Any]:
-    return {
-        "values": dict(thresholds.values),
-        "target_fpr": thresholds.target_fpr,
-        "guarantee": thresholds.guarantee,
-        "fitted_on": {"split": "before", "harmless": thresholds.sample_size},
-        "suggested_hold_back": thresholds.suggested_hold_back,
-    }
+def _shown(thresholds: Thresholds, split: str) -> dict[str, Any]:
+    return {**asdict(thresholds), "fitted_on": {"split": split, "harmless": thresholds.sample_size}}
 
 
 def _slice(

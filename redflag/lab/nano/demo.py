@@ -127,12 +127,18 @@ def build(arguments: DemoArguments, say: Callable[[str], None] = lambda line: No
         if todo:
             from redflag.calibrating import calibrate
 
-            calibrate.run(calibrate.CalibrateArguments(str(model), str(rows["calibration"]), TARGET_FPR, batch_size=32))
+            calibrate.run(
+                calibrate.CalibrateArguments(
+                    model=str(model), input=str(rows["calibration"]), target_fpr=TARGET_FPR, batch_size=32
+                )
+            )
     with stages.stage("scores", {}, scored) as todo:
         if todo:
             from redflag.scoring import score
 
-            score.run(score.ScoreArguments(str(model), str(rows["test"]), str(scored), batch_size=32))
+            score.run(
+                score.ScoreArguments(model=str(model), input=str(rows["test"]), output=str(scored), batch_size=32)
+            )
     result = _results(model, scored)
     result["seconds"] = stages.seconds
     with atomic_write(output / "results.json") as file:

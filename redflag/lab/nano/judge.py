@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass, field
 from functools import cache
+from typing import Any, Literal
 
-from redflag.judges import Messages, UnansweredError, Verdict, exchange
+from redflag.judges import Judge, Messages, UnansweredError, Verdict, exchange
+from redflag.judges.options import JudgeKind, JudgeOptions
 from redflag.lab.nano.phrases import (
     ACTS,
     AFTERMATH,
@@ -20,6 +23,24 @@ from redflag.lab.nano.phrases import (
 from redflag.lab.nano.rows import velni
 from redflag.lab.nano.spans import harmful_spans
 from redflag.lab.nano.topics import TOPICS
+
+
+@dataclass(kw_only=True)
+class LabJudgeOptions(JudgeOptions):
+    """As `JudgeOptions`, with the nano world's exact judge, and patience: nobody waits for an answer."""
+
+    judge: Literal[JudgeKind, "oracle"] = field(  # type: ignore[assignment]
+        default="none",
+        metadata={
+            "help": "Who judges answers: endpoint, a server; model, a guard's weights; oracle, the nano world's."
+        },
+    )
+
+    def open_judge(self, *, device: str = "auto", **asked: Any) -> Judge | None:
+        """As `JudgeOptions.open_judge`."""
+        if self.judge == "oracle":
+            return NanoOracle()
+        return super().open_judge(device=device, **{"timeout": 60.0, "retries": 4, **asked})
 
 
 class NanoOracle:

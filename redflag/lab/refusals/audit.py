@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
+from redflag.bounds import check_bounds
 from redflag.data.options import RowOptions
 from redflag.data.rows import RecordReader, Row
 from redflag.data.sources import Provenance
@@ -60,13 +61,24 @@ class AuditArguments(RowOptions):
     )
     c: float = field(default=10.0, metadata={"help": "train: inverse strength of the regressions' penalty."})
     folds: int = field(default=5, metadata={"help": "train: parts for the figures on held-out requests; 0: none."})
-    threshold: float = field(default=0.5, metadata={"help": "Probability from which an answer is a refusal."})
-    also: float = field(default=0.3, metadata={"help": "Probability from which a refusal has a second kind as well."})
+    threshold: float = field(
+        default=0.5, metadata={"help": "Probability from which an answer is a refusal.", "above": 0, "most": 1}
+    )
+    also: float = field(
+        default=0.3,
+        metadata={"help": "Probability from which a refusal has a second kind as well.", "above": 0, "most": 1},
+    )
     sure: float = field(
         default=0.9,
-        metadata={"help": "A request without a label is taken for harmful from here, for harmless below 1 minus this."},
+        metadata={
+            "help": "A request without a label is taken for harmful from here, for harmless below 1 minus this.",
+            "above": 0.5,
+            "most": 1,
+        },
     )
-    candidates: int = field(default=50, metadata={"help": "Over- and under-refusals listed, the surest first."})
+    candidates: int = field(
+        default=50, metadata={"help": "Over- and under-refusals listed, the surest first.", "least": 0}
+    )
     write_rows: str | None = field(
         default=None,
         metadata={"help": "Write the rows here with the kind of refusal as category, for `redflag train`."},
@@ -75,7 +87,7 @@ class AuditArguments(RowOptions):
         default="harmless", kw_only=True, metadata={"help": "What a row does whose label is null."}
     )
     on_bad_row: Literal["stop", "skip"] = field(default="stop", metadata={"help": "What a malformed row does."})
-    batch_size: int = field(default=32, metadata={"help": "Texts per forward pass of an embedding model."})
+    batch_size: int = field(default=32, metadata={"help": "Texts per forward pass of an embedding model.", "least": 1})
     seed: int = field(default=0, metadata={"help": "Seeds training and intervals."})
 
 
@@ -112,14 +124,7 @@ def _check(arguments: AuditArguments) -> None:
         raise RedflagError("there is nothing to do: give --input ROWS to audit, or --train ROWS to learn from")
     if arguments.train and arguments.classifier is None:
         raise RedflagError("--train has no place for what is learnt: name a folder with --classifier")
-    for name in ("threshold", "also", "sure"):
-        if not 0 < (value := getattr(arguments, name)) <= 1:
-            raise RedflagError(f"{name} is {value}, but it is a probability: give a number above 0, up to 1")
-    if arguments.sure <= 0.5:
-        raise RedflagError(f"sure is {arguments.sure}, with which a request were harmful and harmless: give above 0.5")
-    for name, least in (("candidates", 0), ("batch_size", 1)):
-        if (value := getattr(arguments, name)) < least:
-            raise RedflagError(f"{name} is {value}, but it counts: give {least} or more")
+    check_bounds(arguments)
     if arguments.write_rows is not None and arguments.input is None:
         raise RedflagError("write_rows has no rows to write: name them with --input")
     if arguments.embedding is not None and not arguments.train:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from redflag.lab.report import bars
+from redflag.lab.report.detection import SLICE
 from redflag.lab.report.parts import (
     NOT_MEASURED,
     Cell,
@@ -26,9 +27,33 @@ from redflag.lab.report.parts import (
     threshold,
     tokens,
 )
+from redflag.lab.report.shapes import ANY, COUNT, INTERVAL, NUMBER, RATE, TEXT, TRUTH, Needed
 from redflag.watching.monitor import AGGREGATIONS
 
 DIMENSIONS = {"source": "source", "category": "category", "lang": "language", "turns": "number of turns"}
+RATED = {"rate": RATE, "interval": INTERVAL, "at_most": RATE}
+# Of each method, what is shown here.
+FIGURES = {
+    "what": TEXT,
+    "monitor": {str: ANY},
+    "slices": {str: {str: Needed(SLICE)}},
+    "over_refusal": {
+        str: Needed({"harmless": COUNT, "alarms": COUNT, "rate": RATE, "interval": INTERVAL, "few": TRUTH})
+    },
+}
+ATTACK = {
+    "name": Needed(TEXT),
+    "setting": TEXT,
+    "adaptive": TRUTH,
+    **dict.fromkeys(("requests", "attempts", "queries", "not_run", "unjudged"), COUNT),
+    **dict.fromkeys(("harm_produced", "harm_released", "alarm_rate"), RATED),
+    "harmful_tokens": {"produced": NUMBER, "released": NUMBER},
+    "flag_peak": {"median": NUMBER, "q10": NUMBER, "q90": NUMBER},
+    "delay": {"median": NUMBER, "missed": RATE},
+    "seconds": NUMBER,
+    "note": TEXT,
+}
+LANGUAGE = {"keep_kl": NUMBER, "perplexity_ratio": NUMBER, "tokens": COUNT}
 
 
 def slices(report: Mapping[str, Any], flag: str) -> Section | None:

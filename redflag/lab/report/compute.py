@@ -22,11 +22,30 @@ from redflag.lab.report.parts import (
     percent,
     rate,
 )
+from redflag.lab.report.shapes import INTERVAL, NUMBER, RATE, TEXT, Needed
 
 # What is drawn: "compute" of a method -> label of the view, what the axis counts.
 VIEWS = {"flops": ("FLOPs", "FLOPs per token"), "seconds": ("measured", "seconds per token")}
 # How a method of each kind is drawn: colour and shape.
 KINDS = {"flag": (HARM, "circle"), "baseline": ("var(--calm)", "circle"), "cascade": (INK, "diamond")}
+
+COST = {"microseconds_per_token": NUMBER, "flops_per_token": NUMBER, "note": TEXT}
+# Of each method, what is shown here.
+FIGURES = {
+    "cost": COST,
+    "compute": {"flops": NUMBER, "seconds": NUMBER},
+    "cascade": {
+        "first": TEXT,
+        "second": TEXT,
+        "share": RATE,
+        "thresholds": {str: NUMBER},
+        "asked": Needed(RATE),
+        "asked_interval": INTERVAL,
+        "asked_harmful": RATE,
+        "calls": NUMBER,
+        "read": NUMBER,
+    },
+}
 
 
 def compute(report: Mapping[str, Any], flag: str) -> Section | None:

@@ -20,8 +20,49 @@ from redflag.lab.report.parts import (
     rate,
     threshold,
 )
+from redflag.lab.report.shapes import ANY, COUNT, INTERVAL, NUMBER, RATE, TEXT, TRUTH, Needed, curve
 
 FPRS = {"0.001": "0.1%", "0.01": "1%", "0.05": "5%"}
+
+TPR = {"tpr": RATE, "interval": INTERVAL, "realised_fpr": RATE, "threshold": NUMBER}
+IN_FORCE = {
+    "tpr": RATE,
+    "tpr_interval": INTERVAL,
+    "realised_fpr": RATE,
+    "realised_fpr_interval": INTERVAL,
+    "right_category": RATE,
+}
+SLICE = {
+    "harmful": Needed(COUNT),
+    "harmless": Needed(COUNT),
+    "few": TRUTH,
+    "auroc": RATE,
+    "auroc_interval": INTERVAL,
+    "average_precision": RATE,
+    "average_precision_interval": INTERVAL,
+    "tpr": {str: TPR},
+    "partial": ANY,
+    "against": TEXT,
+    "in_force": IN_FORCE,
+}
+BINS = [Needed({"low": NUMBER, "high": NUMBER, "count": COUNT, "mean": RATE, "rate": RATE, "interval": INTERVAL})]
+AHEAD = {"difference": NUMBER, "interval": [NUMBER]}
+# Of each method, what is shown here.
+FIGURES = {
+    "pooled": Needed(SLICE),
+    "flag_ahead": {"auroc": AHEAD, "tpr": {str: AHEAD}},
+    "roc": curve("fpr", {"fpr": Needed([Needed(RATE)]), "tpr": Needed([Needed(RATE)]), "low": [RATE], "high": [RATE]}),
+    # The other keys of `thresholds.json` as they are: they were checked when it was made.
+    "threshold": {
+        "values": Needed({str: NUMBER}),
+        "target_fpr": RATE,
+        "guarantee": TEXT,
+        "fitted_on": {"split": TEXT, "harmless": COUNT},
+        "suggested_hold_back": COUNT,
+    },
+    "in_force": IN_FORCE,
+    "reliability": {"bins": BINS, "brier": NUMBER, "of": TEXT, "per_step": {"bins": BINS, "brier": NUMBER}},
+}
 
 
 def detection(report: Mapping[str, Any], flag: str) -> Section:

@@ -22,9 +22,43 @@ from redflag.lab.report.parts import (
     signed,
     tokens,
 )
+from redflag.lab.report.shapes import COUNT, INTERVAL, NUMBER, RATE, Needed, check_shape, curve, refusal
 from redflag.lab.report.verdict import KINDS
 
 HOLD_BACKS = {"0": "as written", "sentence": "by the sentence", "end": "at the end"}
+
+
+def _histogram(value: Any, path: str) -> None:
+    check_shape(value, {"edges": Needed([NUMBER]), "counts": Needed([Needed(COUNT)]), "missed": COUNT}, path)
+    edges, counts = len(value["edges"]), len(value["counts"])
+    if edges != counts + 1:
+        raise refusal(f"{path}.edges", f"{edges} values", f"{counts + 1} edges")
+
+
+EXPOSED = {"mean": NUMBER, "median": NUMBER, "p90": NUMBER, "none": RATE}
+DELAY = {
+    "responses": Needed(COUNT),
+    "tolerance": NUMBER,
+    **dict.fromkeys(("early", "on_time", "late", "missed"), RATE),
+    "median": NUMBER,
+    "median_interval": INTERVAL,
+    "median_abs": NUMBER,
+    # A delay without the rate of false alarms says nothing: an alarm that always rings is never late.
+    "realised_fpr": Needed(RATE),
+    "histogram": _histogram,
+    "exposed": {str: EXPOSED},
+}
+# Of each method, what is shown here.
+FIGURES = {
+    "delay": {str: DELAY},
+    "earliness": curve(
+        "k",
+        {
+            "k": Needed([Needed(COUNT)]),
+            **{key: [RATE] for key in ("auroc", "low", "high", "detected", "false_alarms")},
+        },
+    ),
+}
 
 
 def delay(report: Mapping[str, Any], flag: str) -> Section | None:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from redflag.backends import Backend, Sampling
-from redflag.flags import FILE, FlagSpec, attach
+from redflag.backends.open import open_writer
+from redflag.flags import FlagSpec
 from redflag.lab.synthesis.questions import Question, Reply
 from redflag.prompt import render_prompt
 
@@ -73,16 +74,7 @@ def load_local(name: str | Path, *, device: str = "auto", dtype: str = "auto", b
     Raises:
         RedflagError: It does not load, or cannot run there.
     """
-    from redflag.backends.hf import HFBackend
-    from redflag.backends.load import load_flagged, read_model, to_device
-
-    if (Path(name) / FILE).exists():
-        backend, tokenizer, spec = load_flagged(name, device, dtype)
-    else:
-        model, tokenizer = read_model(name, dtype)
-        # The backend's contract wants a flag; this one was never trained, and is never chosen.
-        spec = attach(model, tokenizer, FlagSpec.of("harm"))
-        backend = HFBackend(to_device(model, device), tokenizer, spec)
+    backend, tokenizer, spec = open_writer(name, device=device, dtype=dtype)
     return LocalModel(backend, tokenizer, spec, f"local {name}", batch_size=batch_size)
 
 

@@ -17,23 +17,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from redflag.backends.outbound import extra_headers
+from redflag.bounds import check_bounds
 from redflag.data.rows import Row, load_rows, write_rows
 from redflag.errors import RedflagError
 from redflag.files import atomic_write, require_writable
 from redflag.judges import Judge
 from redflag.judges.cache import CachedJudge
+from redflag.judges.options import JudgeKind
+from redflag.lab.nano.judge import LabJudgeOptions
 from redflag.lab.synthesis.constitution import load_constitution
 from redflag.lab.synthesis.cost import allow, estimate
 from redflag.lab.synthesis.forecast import forecast, write_forecasts
 from redflag.lab.synthesis.onset import agreement, find_onsets, with_onsets
 from redflag.lab.synthesis.pipeline import Settings, is_held_out, synthesize
 from redflag.lab.synthesis.questions import KeptAnswers
-from redflag.lab.synthesis.who import judge_of, writer
+from redflag.lab.synthesis.who import writer
 
 
-@dataclass
-class SynthesizeArguments:
+@dataclass(kw_only=True)
+class SynthesizeArguments(LabJudgeOptions):
     """Rows from a constitution; or onsets or forecasts for given rows."""
 
     output_dir: str = field(metadata={"help": "Folder for rows, kept answers, verdicts and synthesize.json."})
@@ -57,26 +59,8 @@ class SynthesizeArguments:
     dtype: str = field(default="auto", metadata={"help": "Their weights: auto, float32, bfloat16."})
     batch_size: int = field(default=16, metadata={"help": "Prompts that a local model completes side by side."})
 
-    judge: Literal["none", "oracle", "endpoint", "model"] = field(
-        default="none", metadata={"help": "Who checks answers and finds onsets (oracle: the nano world's)."}
-    )
-    judge_url: str | None = field(default=None, metadata={"help": "endpoint: address of the judge, http://HOST/v1."})
-    judge_name: str | None = field(default=None, metadata={"help": "endpoint: its model's name; model: its folder."})
-    judge_key_env: str | None = field(default=None, metadata={"help": "endpoint: environment variable with its key."})
-    judge_tokens: int | None = field(
-        default=None,
-        metadata={"help": "endpoint: most tokens of its answer, thoughts included."},
-    )
-    judge_options: dict[str, Any] | None = field(
-        default=None, metadata={"help": "endpoint: further fields of the request, as JSON; null leaves one out."}
-    )
-    judge_headers: dict[str, str] | None = field(
-        default=None, metadata={"help": "endpoint: further headers, as JSON; ${NAME}: an environment variable."}
-    )
-    judge_guard: bool = field(
-        default=False, metadata={"help": "endpoint: a guard model, whose chat template is the rubric."}
-    )
-    second_judge: Literal["none", "oracle", "endpoint", "model"] = field(
+    judge_guard: bool = field(default=False, metadata={"help": "endpoint: as judge_rubric guard."})
+    second_judge: Literal[JudgeKind, "oracle"] = field(
         default="none", metadata={"help": "onsets: somebody else, to see how far the two agree."}
     )
     second_judge_url: str | None = field(default=None, metadata={"help": "... as judge_url."})
@@ -97,7 +81,10 @@ class SynthesizeArguments:
     typos: float = field(default=0.0, metadata={"help": "Share that comes again with typing errors."})
     near: float = field(default=0.8, metadata={"help": "Similarity from which texts count as the same."})
     lang: str = field(default="en", metadata={"help": "Language of the constitution."})
-    held_out: float = field(default=0.2, metadata={"help": "Share of the requests kept apart, in calibration.jsonl."})
+    held_out: float = field(
+        default=0.2,
+        metadata={"help": "Share of the requests kept apart, in calibration.jsonl.", "least": 0, "below": 1},
+    )
     samples: int = field(default=8, metadata={"help": "forecasts: continuations of each prefix."})
     positions: int = field(default=8, metadata={"help": "forecasts: most places in a response."})
     seed: int = field(default=0, metadata={"help": "Same seed, same questions."})
@@ -116,6 +103,7 @@ POSITIONAL: str | None = None
 
 def run(arguments: SynthesizeArguments) -> int:
     """The verb."""
+    check_bounds(arguments)
     given = [name for name in ("constitution", "onsets", "forecasts") if getattr(arguments, name)]
     if len(given) != 1:
         raise RedflagError(
@@ -134,8 +122,6 @@ def run(arguments: SynthesizeArguments) -> int:
 
 def _make(arguments: SynthesizeArguments, output: Path) -> None:
     constitution = load_constitution(str(arguments.constitution))
-    if not 0.0 <= arguments.held_out < 1.0:
-        raise RedflagError(f"held_out is {arguments.held_out}, which leaves nothing: give a share from 0 to below 1")
     settings = _settings(arguments)
     expected = estimate(
         constitution,
@@ -193,13 +179,12 @@ def _label(arguments: SynthesizeArguments, output: Path) -> None:
     judge = _judge(arguments, output)
     if judge is None:
         raise RedflagError("onsets are found by a judge, and none is named: give --judge")
-    second = judge_of(
-        arguments.second_judge,
-        arguments.second_judge_url,
-        arguments.second_judge_name,
-        guard=arguments.second_judge_guard,
-        device=arguments.device,
-    )
+    second = LabJudgeOptions(
+        judge=arguments.second_judge,
+        judge_url=arguments.second_judge_url,
+        judge_name=arguments.second_judge_name,
+        judge_rubric="guard" if arguments.second_judge_guard else "short",
+    ).open_judge(device=arguments.device)
     # A verdict on harmless rows is needed where two judges are compared, and nowhere else.
     chosen = rows if second is not None else [row for row in rows if row.harmful]
     progress = Progress()
@@ -303,17 +288,8 @@ def _settings(arguments: SynthesizeArguments) -> Settings:
 
 
 def _judge(arguments: SynthesizeArguments, output: Path) -> Judge | None:
-    judge = judge_of(
-        arguments.judge,
-        arguments.judge_url,
-        arguments.judge_name,
-        key_env=arguments.judge_key_env,
-        guard=arguments.judge_guard,
-        max_tokens=arguments.judge_tokens,
-        options=arguments.judge_options,
-        headers=extra_headers(arguments.judge_headers, "judge_headers"),
-        device=arguments.device,
-    )
+    options = dataclasses.replace(arguments, judge_rubric="guard") if arguments.judge_guard else arguments
+    judge = options.open_judge(device=arguments.device)
     return None if judge is None else CachedJudge(judge, output / "verdicts.jsonl")
 
 

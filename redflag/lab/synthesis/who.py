@@ -1,17 +1,14 @@
-"""Whom the verb asks: the writing model and the judges, from the words of the command line."""
+"""The model that writes, from the words of the command line."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from redflag.backends.outbound import key_in
 from redflag.errors import RedflagError
-from redflag.judges import Judge
 from redflag.lab.synthesis.pace import Pace
 from redflag.lab.synthesis.questions import Model
-
-JudgeKind = Literal["none", "oracle", "endpoint", "model"]
 
 
 def writer(
@@ -63,55 +60,4 @@ def writer(
         timeout=timeout,
         retries=retries,
         options=options,
-    )
-
-
-def judge_of(
-    kind: JudgeKind,
-    url: str | None = None,
-    name: str | None = None,
-    *,
-    key_env: str | None = None,
-    guard: bool = False,
-    max_tokens: int | None = None,
-    options: Mapping[str, Any] | None = None,
-    headers: Mapping[str, str] | None = None,
-    device: str = "auto",
-) -> Judge | None:
-    """A judge; None for `none`.
-
-    Args:
-        kind: `oracle` is the nano world's, `endpoint` a server, `model` a guard model in this process.
-        url: The server's address.
-        name: The model's name there, or its folder.
-        key_env: Environment variable with the API key.
-        guard: The server runs a guard model whose chat template is its rubric (`unsafe`, `safe`).
-        max_tokens: Most tokens of its answer; None: those of an answer without thoughts.
-        options: Further fields of the request.
-        headers: Sent with every request.
-        device: Where a model in this process runs.
-
-    Raises:
-        RedflagError: Something is missing, or it cannot be used.
-    """
-    if kind == "none":
-        return None
-    if kind == "oracle":
-        from redflag.lab.nano.judge import NanoOracle
-
-        return NanoOracle()
-    if not name or (kind == "endpoint" and not url):
-        raise RedflagError(f"the judge is {kind}, which needs its name{' and its address' * (kind == 'endpoint')}")
-    if kind == "model":
-        from redflag.judges.model import ModelJudge
-
-        return ModelJudge(name, device=device)
-    from redflag.judges.endpoint import EndpointJudge
-
-    asked: dict[str, Any] = {"yes": "unsafe", "no": "safe", "chat": True} if guard else {}
-    if max_tokens is not None:
-        asked["max_tokens"] = max_tokens
-    key = key_in(key_env, "judge_key_env")
-    return EndpointJudge(
-        str(url), name, api_key=key, timeout=60.0, retries=4, options=options, headers=headers, **asked
     )

@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM
 
 from redflag import Guard, Policy, cli
 from redflag.backends import Sampling
+from redflag.backends.load import load_flagged
 from redflag.data.rows import load_rows, write_rows
 from redflag.flags import FlagSpec
 from redflag.lab.nano.rows import NANO_CATEGORIES
 from redflag.prompt import render_prompt
-from redflag.scoring.score import load_scorer
 from redflag.trace import Alarm, Done, Halt, Text, read_traces
 from redflag.watching.replay import replay
 from redflag.watching.thresholds import Thresholds
@@ -80,7 +80,7 @@ def test_a_second_run_makes_nothing_again(nano, capsys, monkeypatch):
 def test_scores_given_afterwards_are_those_measured_while_streaming(nano):
     """Teacher-forced scoring, calibration's view, equals what the guard measures live, the user's view."""
     guard = Guard.from_pretrained(nano / "model", policy=Policy(observe=True))
-    scorer, tokenizer, spec = load_scorer(nano / "model", device="cpu")
+    scorer, tokenizer, spec = load_flagged(nano / "model", device="cpu")
     rows = load_rows(nano / "rows" / "test.jsonl").rows[:6]
     for row in rows:
         result = guard.generate(row.messages[:-1], Sampling(max_new_tokens=40, seed=1))

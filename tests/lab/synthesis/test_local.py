@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 
 from redflag.errors import RedflagError
+from redflag.lab.nano.judge import LabJudgeOptions
+from redflag.lab.synthesis import run as verb
 from redflag.lab.synthesis.local import load_local
 from redflag.lab.synthesis.questions import Question, Reply
-from redflag.lab.synthesis.who import judge_of, writer
+from redflag.lab.synthesis.who import writer
 
 
 def asked(model, questions):
@@ -49,8 +51,12 @@ def test_S3_1_whom_to_ask_is_checked(tmp_path, monkeypatch):
         writer(str(tmp_path), None)
     monkeypatch.setenv("SOME_KEY", "k")
     assert writer("m", "http://h/v1", key_env="SOME_KEY").identity == "m"
-    assert judge_of("none") is None and judge_of("oracle").identity.startswith("nano-oracle")
-    guard = judge_of("endpoint", "http://h/v1", "g", guard=True)
+    assert LabJudgeOptions().open_judge() is None
+    assert LabJudgeOptions(judge="oracle").open_judge().identity.startswith("nano-oracle")
+    named = {"judge": "endpoint", "judge_url": "http://h/v1", "judge_name": "g"}
+    guard = LabJudgeOptions(**named, judge_rubric="guard").open_judge()
     assert guard.read({"choices": [{"message": {"content": "unsafe\nS1"}}]}).harm == 1.0
-    with pytest.raises(RedflagError, match="needs its name"):
-        judge_of("model")
+    asked = verb._judge(verb.SynthesizeArguments(output_dir="o", **named, judge_guard=True), tmp_path)
+    assert asked.identity == guard.identity
+    with pytest.raises(RedflagError, match="judge_name must be given"):
+        LabJudgeOptions(judge="model").open_judge()

@@ -79,12 +79,12 @@ def folder(tmp_path):
 
 
 def synthesise(folder, server, monkeypatch, name="out", **more):
-    monkeypatch.setattr(verb, "judge_of", lambda kind, *_, **__: None if kind == "none" else judge)
+    monkeypatch.setattr(verb.SynthesizeArguments, "open_judge", lambda o, **_: None if o.judge == "none" else judge)
     given = {"requests": 36, "answers": 2, "wrapped": 0.2, "typos": 0.2, "paraphrases": 1, "languages": ["Frisian"]}
     given |= {"judge": "endpoint", "yes": True, "retries": 0} | more
     output = folder / name
     arguments = verb.SynthesizeArguments(
-        str(output), constitution=str(folder / "c.yaml"), model="w", url=server.url, **given
+        output_dir=str(output), constitution=str(folder / "c.yaml"), model="w", url=server.url, **given
     )
     assert verb.run(arguments) == 0
     return output

@@ -41,7 +41,7 @@ def test_S3_1_a_process_that_is_killed_loses_nothing_that_was_answered(tmp_path)
     def start(name):
         code = (
             "from redflag.lab.synthesis.run import SynthesizeArguments, run; "
-            f"run(SynthesizeArguments({str(tmp_path / name)!r}, constitution={str(NANO)!r}, model='m', "
+            f"run(SynthesizeArguments(output_dir={str(tmp_path / name)!r}, constitution={str(NANO)!r}, model='m', "
             f"url={server.url!r}, requests=60, concurrency=1, near=1.0, yes=True))"
         )
         return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
@@ -105,7 +105,7 @@ def test_S3_1_onsets_of_rows_that_are_there_and_how_far_two_judges_agree(tmp_pat
         (("--onsets", NANO.parent / "README.md"), "none is named"),
         (("--constitution", NANO), "with --yes"),
         (("--constitution", NANO, "--yes", "true"), "nobody is named who writes"),
-        (("--constitution", NANO, "--yes", "true", "--judge", "endpoint"), "needs its name and its address"),
+        (("--constitution", NANO, "--yes", "true", "--judge", "endpoint"), "judge_name and judge_url must be given"),
         (("--constitution", NANO, "--yes", "true", "--model", "m", "--url", "h", "--key_env", "NO_KEY"), "NO_KEY"),
     ],
 )

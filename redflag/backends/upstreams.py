@@ -23,40 +23,8 @@ Pair = tuple[Sequence[int], Sequence[int]]
 _TRIES = 3  # for a row that living servers fail at
 
 
-def connect(
-    directory: str,
-    urls: Sequence[str],
-    *,
-    model: str | None = None,
-    api_key: str | None = None,
-    headers: Mapping[str, str] | None = None,
-    upper_bound: bool = False,
-) -> tuple[Upstreams, Any, FlagSpec]:
-    """Servers as a scorer, with what the model's folder says without its weights.
-
-    Args:
-        directory: The model's folder, as `redflag train` wrote it.
-        urls: Addresses of servers that serve it.
-        model: Its name there; None takes each server's first one.
-        api_key: Sent as a bearer token.
-        headers: Sent with every request.
-        upper_bound: As for `Upstreams`.
-
-    Returns:
-        Scorer (to be closed), tokenizer and flags.
-
-    Raises:
-        RedflagError: The folder holds no flagged model, or no server can be used.
-    """
-    from redflag.backends.load import load_tokenizer
-
-    tokenizer, spec, eos_ids = load_tokenizer(directory)
-    upstreams = Upstreams(urls, spec, eos_ids, model=model, api_key=api_key, headers=headers, upper_bound=upper_bound)
-    return upstreams, tokenizer, spec
-
-
 class Upstreams:
-    """Any number of OpenAI-compatible servers of one model; a `redflag.scoring.score.Scorer`.
+    """Any number of OpenAI-compatible servers of one model; a `redflag.scoring.scorer.Scorer`.
 
     Close it, or use it in a `with` block. Not for a thread in which an event loop runs.
 

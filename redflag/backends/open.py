@@ -1,0 +1,163 @@
+"""Which engine measures the flags: a model in this process, or servers. The only module that chooses.
+
+Verbs and `Guard` come here with a folder and perhaps addresses. What a further engine needs besides its own module is a
+branch here, and its options.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from redflag.backends import AsyncBackend, Backend, Sampling
+from redflag.backends.outbound import extra_headers, key_in
+from redflag.errors import RedflagError
+from redflag.flags import FILE, FlagSpec, attach
+
+if TYPE_CHECKING:
+    from redflag.backends.hf import HFBackend
+    from redflag.backends.upstreams import Upstreams
+
+
+@dataclass(kw_only=True)
+class UpstreamOptions:
+    """How the servers of an option `upstream` are asked; several verbs share it."""
+
+    upstream_model: str | None = field(
+        default=None, metadata={"help": "upstream: the model's name there; default: its first."}
+    )
+    upstream_key_env: str | None = field(
+        default=None, metadata={"help": "upstream: environment variable with its API key."}
+    )
+    upstream_headers: dict[str, str] | None = field(
+        default=None, metadata={"help": "upstream: further headers, as JSON; ${NAME} is an environment variable."}
+    )
+
+    def upstream_options(self) -> dict[str, Any]:
+        """As arguments of `redflag.backends.remote.RemoteBackend`.
+
+        Raises:
+            RedflagError: An environment variable is not set, or a header cannot be sent.
+        """
+        return {
+            "model": self.upstream_model,
+            "api_key": key_in(self.upstream_key_env),
+            "headers": extra_headers(self.upstream_headers, "upstream_headers"),
+        }
+
+
+def open_backend(
+    directory: str | Path,
+    upstream: str | None = None,
+    *,
+    device: str | None = "auto",
+    dtype: Any = "auto",
+    **served: Any,
+) -> tuple[Backend, Any, FlagSpec]:
+    """What streams a flagged model's responses, proved to measure.
+
+    Args:
+        directory: What `redflag train` wrote; with `upstream` no weights are read.
+        upstream: The server that runs the model; None: this process.
+        device: Where a model in this process runs.
+        dtype: The type of its weights.
+        **served: Of `redflag.backends.remote.RemoteBackend`.
+
+    Returns:
+        Backend, tokenizer and flags.
+
+    Raises:
+        RedflagError: Something is missing, or does not belong together, or the server does not measure the flags.
+    """
+    from redflag.backends.load import load_flagged, load_tokenizer
+
+    if upstream is None:
+        _refuse(served)
+        return load_flagged(directory, device, dtype)
+    from redflag.backends.remote import RemoteBackend
+    from redflag.backends.remote_handshake import handshake
+
+    tokenizer, spec, eos_ids = load_tokenizer(directory)
+    backend = RemoteBackend(upstream, spec.ids, eos_ids, **served)
+    handshake(backend)
+    return backend, tokenizer, spec
+
+
+def open_scorer(
+    directory: str | Path,
+    upstreams: Sequence[str] = (),
+    *,
+    device: str | None = "auto",
+    dtype: Any = "auto",
+    **served: Any,
+) -> tuple[HFBackend | Upstreams, Any, FlagSpec]:
+    """What measures given responses: a model in this process, or any number of servers, to be closed.
+
+    Arguments, errors and what is returned as in `open_backend`.
+    """
+    from redflag.backends.load import load_flagged, load_tokenizer
+
+    if not upstreams:
+        _refuse(served)
+        return load_flagged(directory, device, dtype)
+    from redflag.backends.upstreams import Upstreams
+
+    tokenizer, spec, eos_ids = load_tokenizer(directory)
+    return Upstreams(upstreams, spec, eos_ids, **served), tokenizer, spec
+
+
+def open_writer(name: str | Path, *, device: str | None = "auto", dtype: Any = "auto") -> tuple[Backend, Any, FlagSpec]:
+    """What completes texts: a model from a folder or the hub, flagged or not.
+
+    Raises:
+        RedflagError: It does not load, or cannot run there.
+    """
+    from redflag.backends.hf import HFBackend
+    from redflag.backends.load import load_flagged, read_model, to_device
+
+    if (Path(name) / FILE).exists():
+        return load_flagged(name, device, dtype)
+    model, tokenizer = read_model(name, dtype)
+    # The backend's contract wants a flag; this one was never trained, and is never chosen.
+    spec = attach(model, tokenizer, FlagSpec.of("harm"))
+    return HFBackend(to_device(model, device), tokenizer, spec), tokenizer, spec
+
+
+def _refuse(served: Mapping[str, Any]) -> None:
+    if served:
+        raise RedflagError(
+            f"{', '.join(served)} must come with upstream. They say how a server is asked, and the model runs in this "
+            "process: give the server's address, or leave them out"
+        )
+
+
+def for_event_loop(backend: Backend, active: int, waiting: int) -> tuple[AsyncBackend, Callable[[], Awaitable[None]]]:
+    """A backend as a server drives it, and what proves again, later, that it measures.
+
+    Args:
+        backend: As `open_backend` gives it.
+        active: Streams that an engine in this process works on at once, in turns.
+        waiting: Streams that wait for it.
+    """
+    from redflag.backends.remote import RemoteBackend
+    from redflag.backends.turns import Turns
+
+    if isinstance(backend, RemoteBackend):
+        from redflag.backends.remote_handshake import shake_hands
+
+        return backend, partial(shake_hands, backend)
+    turns = Turns(backend, active, waiting)
+
+    async def step() -> None:
+        steps = turns.astream([min(turns.eos_ids)], Sampling(max_new_tokens=1, temperature=0.0))
+        try:
+            async for _ in steps:
+                return
+        finally:
+            await steps.aclose()
+        raise ConnectionError("the engine gave no step")
+
+    return turns, step

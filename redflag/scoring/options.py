@@ -1,0 +1,53 @@
+"""The options that say what measures rows and how, which several verbs share."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from redflag.backends.open import UpstreamOptions, open_scorer
+from redflag.flags import FlagSpec
+from redflag.scoring.processes import World
+
+if TYPE_CHECKING:
+    from redflag.backends.hf import HFBackend
+    from redflag.backends.upstreams import Upstreams
+
+
+@dataclass(kw_only=True)
+class ScoringOptions(UpstreamOptions):
+    """The flagged model, where it runs, and how its rows are read and batched."""
+
+    model: str = field(metadata={"help": "Folder of a flagged model (with redflag.json)."})
+    upstream: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Address(es) of OpenAI-compatible servers of this model, which measure; default: none."},
+    )
+    batch_size: int = field(
+        default=16,
+        metadata={"help": "Conversations per forward pass; with upstream: at a time per server.", "least": 1},
+    )
+    max_length: int | None = field(
+        default=None,
+        metadata={"help": "Longest prompt + response in tokens; default: the model's context.", "least": 2},
+    )
+    on_bad_row: Literal["stop", "skip"] = field(default="stop", metadata={"help": "What a malformed row does."})
+    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda, cuda:0, ..."})
+    dtype: str = field(default="auto", metadata={"help": "auto (as saved), float32, bfloat16 or float16."})
+
+    def scorer(
+        self, world: World, stack: ExitStack, upper_bound: bool = False
+    ) -> tuple[HFBackend | Upstreams, Any, FlagSpec]:
+        """What measures the flags, which `stack` closes; tokenizer and flags.
+
+        Raises:
+            RedflagError: The model cannot be loaded, or no server can be used.
+        """
+        served = {**self.upstream_options(), "upper_bound": upper_bound} if self.upstream else {}
+        scorer, tokenizer, spec = open_scorer(
+            self.model, self.upstream, device=world.device(self.device), dtype=self.dtype, **served
+        )
+        if hasattr(scorer, "close"):
+            stack.callback(scorer.close)
+        return scorer, tokenizer, spec
