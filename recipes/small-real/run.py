@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -49,16 +48,10 @@ def stage(name: str, output: Path, made: Path, command: list[str], threads: int 
 
 
 def environment(threads: int | None = None) -> dict[str, str]:
-    """The processes' environment: no telemetry and, with glibc, memory that is kept, not given back at every step.
-
-    Tensors of some 100 MB are made and dropped at each step; on a virtual machine the page faults of getting that
-    memory from the kernel anew cost as much as the arithmetic.
-    """
+    """The processes' environment."""
     variables = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if threads is not None:
         variables["OMP_NUM_THREADS"] = str(threads)
-    if platform.libc_ver()[0] == "glibc":
-        variables |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1", "MALLOC_TOP_PAD_": str(1 << 28)}
     return dict(os.environ) | variables
 
 

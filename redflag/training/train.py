@@ -33,6 +33,7 @@ from redflag.training.order import EpochOrder
 from redflag.training.preflight import refuse_part, refuse_quantised, repair_generation, try_evaluation, try_saving
 from redflag.training.saving import last_checkpoint, save
 from redflag.training.sharded import whole_model
+from redflag.training.start import STARTS, fit_flag_rows, may_fit
 from redflag.training.trainer import RedFlagConfig, RedFlagTrainer
 from redflag.versions import versions
 
@@ -66,6 +67,13 @@ class TrainArguments(RowOptions):
     lora_target_modules: str = field(default="all-linear", metadata={"help": "As in PEFT; commas between names."})
     merge: bool = field(
         default=True, metadata={"help": "Save merged weights, which stock engines load; else the adapter."}
+    )
+    flag_start: str = field(
+        default="fitted",
+        metadata={
+            "help": "Output rows of the flags before step 1: fitted (log-odds near -4 on harmless rows) or mean (of "
+            "other rows; also where a flag stands in the text and the rows are embeddings too)."
+        },
     )
     dtype: str = field(
         default="auto",
@@ -134,6 +142,10 @@ def run(arguments: TrainArguments, config: RedFlagConfig) -> dict[str, Any]:
     train_set = build_dataset(train_rows, tokenizer, spec, config.max_length, config.plain_share, config.seed)
     eval_set = build_dataset(eval_rows, tokenizer, spec, config.max_length)
     _check_classes(train_set)
+    if arguments.flag_start == "fitted" and may_fit(model, config.placement_config()):
+        if config.world_size == 1:
+            model.to(config.device)  # where the trainer would put it
+        fit_flag_rows(model, spec, train_set)
     targets: Any = arguments.lora_target_modules
     peft_config = None
     if not arguments.full:
@@ -239,6 +251,8 @@ def _rows(arguments: TrainArguments, seed: int) -> tuple[list[Row], list[Row], d
 def _check_numbers(arguments: TrainArguments, config: RedFlagConfig) -> None:
     """Refuses at once what would come up as a traceback from somewhere in torch or peft, minutes later."""
     check_bounds(arguments)
+    if arguments.flag_start not in STARTS:
+        raise RedflagError(f"flag_start must be one of {', '.join(STARTS)} (got {arguments.flag_start!r})")
     for name, least, most in (
         ("learning_rate", 0, math.inf),
         ("per_device_train_batch_size", 1, math.inf),

@@ -31,6 +31,7 @@ from redflag.training.batch import BatchState, Counts, JudgedPositions
 from redflag.training.encode import IGNORE, Collator, Example, PlacementConfig
 from redflag.training.loss import Head, Positions, flag_and_keep_loss
 from redflag.training.means import Means, rows_that_count
+from redflag.training.memory import KeepMemory
 from redflag.training.presto import watched_attention
 from redflag.training.states import check_head, last_hidden
 from redflag.training.terms import TermsCollator, TermsConfig, check_terms_fit, group_sampler, optional_terms
@@ -174,6 +175,7 @@ class RedFlagTrainer(SFTTrainer):
         sharded.check_plugin(self.accelerator, args.save_strategy != "no", self._frozen is None)
         cheap_flag_rows(self.model)
         self.add_callback(_EpochOfCollator(collator))
+        self.add_callback(KeepMemory())
         # The loss is normalised here over the whole accumulated batch, so the Trainer must not divide it again.
         self.model_accepts_loss_kwargs = True
         self._flag_ids = torch.tensor(spec.ids)

@@ -1,0 +1,112 @@
+"""Where the flags' output rows start: low, but in reach of a gradient, on ordinary text.
+
+A flag's gradient is as small as its probability. Rows that start as a mean of others (`redflag.flags.attach`) give a
+p(flag) near 1e-6 in a vocabulary of 49,152, and the first 80 steps only lift it. The rows are fitted instead, by ridge
+regression on last hidden states h of harmless training rows, so that the log-odds of any of K flags are near -4:
+
+    w . h  =  logsumexp(language logits at h) - 4 - log K
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+from redflag.backends.precision import widest
+from redflag.flags import FlagSpec
+from redflag.training.adapter import output_head
+from redflag.training.encode import PlacementConfig
+from redflag.training.loss import LOGITS_AT_ONCE, Head
+from redflag.training.states import last_hidden
+
+STARTS = ("fitted", "mean")
+LOG_ODDS = -4.0
+# As many positions as a fit of some thousand numbers needs, which a model of some billions reads in a minute on a CPU.
+_POSITIONS, _PER_ROW, _PROMPT, _BATCH = 4096, 64, 64, 8
+_RIDGE = 1e-3  # Times the states' mean square: how much the fit prefers the row as it is.
+
+
+@torch.no_grad()
+def fit_flag_rows(model: Any, spec: FlagSpec, examples: Dataset) -> None:
+    """Sets the rows of all flags in the output head, which is the embedding where the two are tied.
+
+    The same model and rows give the same result. Without harmless rows, or where the fit fails, the rows stay.
+
+    Args:
+        model: With its flags attached, not yet wrapped by PEFT.
+        spec: Its flags.
+        examples: Encoded rows (`redflag.training.encode.encode`).
+    """
+    head = output_head(model, spec)
+    ids = torch.tensor(spec.ids, device=head.weight.device)
+    states_NH = _ordinary_states(model, examples)
+    if not len(states_NH):
+        return
+    target_N = LOG_ODDS - math.log(len(ids)) + _language(states_NH, head, ids)
+    wide = widest(states_NH.device)
+    start_H = head.weight[ids[0]].to(wide)
+    bias = 0.0 if head.bias is None else float(head.bias[ids[0]])
+    states = states_NH.to(wide)
+    rest_N = _before_head(target_N.to(wide), head) - bias - states @ start_H
+    square_HH = states.T @ states
+    square_HH.diagonal().add_(_RIDGE * square_HH.diagonal().mean())
+    row_H = start_H + torch.linalg.solve(square_HH, states.T @ rest_N)
+    if row_H.isfinite().all():
+        head.weight[ids] = row_H.to(head.weight)
+        if head.bias is not None:
+            head.bias[ids] = bias
+
+
+def may_fit(model: Any, placement: PlacementConfig) -> bool:
+    """Whether the rows are free: not where they are input rows as well, and a flag stands in the text to be read."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = head is None or head.weight is embedding.weight
+    return not (tied and (placement.placement in ("open", "insert", "until") or placement.in_context > 0))
+
+
+def _ordinary_states(model: Any, examples: Dataset) -> torch.Tensor:
+    """Last hidden states (N, H) that judge the first tokens of harmless responses, spread over the rows."""
+    harmless = [i for i, kind in enumerate(examples["flag_class"]) if kind == 0]
+    step = max(1, len(harmless) * _PER_ROW // _POSITIONS)
+    chosen = [examples[i] for i in harmless[::step]]
+    training, device = model.training, next(model.parameters()).device
+    model.eval()
+    found: list[torch.Tensor] = []
+    for first in range(0, len(chosen), _BATCH):
+        batch = chosen[first : first + _BATCH]
+        starts = [min(e["response_start"], _PROMPT) for e in batch]  # of the response, behind the prompt's end
+        texts = [
+            e["input_ids"][e["response_start"] - start : e["response_start"] + _PER_ROW]
+            for e, start in zip(batch, starts, strict=True)
+        ]
+        ids = torch.zeros(len(batch), max(map(len, texts)), dtype=torch.long, device=device)
+        mask = torch.zeros_like(ids)
+        for i, text in enumerate(texts):
+            ids[i, : len(text)] = torch.tensor(text)
+            mask[i, : len(text)] = 1
+        hidden = last_hidden(model, ids, mask)
+        # The state before a token judges it.
+        found += [hidden[i, max(0, start - 1) : len(texts[i]) - 1] for i, start in enumerate(starts)]
+    model.train(training)
+    states = torch.cat(found) if found else torch.zeros(0, 0)
+    return states[states.isfinite().all(-1)]
+
+
+def _language(states_NH: torch.Tensor, head: Head, flag_ids: torch.Tensor) -> torch.Tensor:
+    """Logsumexp of the language's logits (N)."""
+    parts = []
+    for chunk in states_NH.split(max(1, LOGITS_AT_ONCE // head.weight.shape[0])):
+        logits = head.logits(chunk, flag_ids)
+        logits[:, flag_ids] = -torch.inf
+        parts.append(logits.logsumexp(-1))
+    return torch.cat(parts)
+
+
+def _before_head(logits: torch.Tensor, head: Head) -> torch.Tensor:
+    """What `weight . h + bias` must be for these logits."""
+    if head.cap is not None:
+        logits = head.cap * torch.atanh((logits / head.cap).clamp(-0.99, 0.99))
+    return logits / head.scale
