@@ -22,8 +22,8 @@ from tiny import WORDS, build, make_rows
 
 from redflag.data.rows import write_rows
 from redflag.flags import FlagSpec, attach
+from redflag.models.pretrain import train_tokenizer
 from redflag.prompt import template_hash
-from redflag.training.pretrain import train_tokenizer
 from redflag.watching.thresholds import Thresholds
 
 # Whoever starts the tests in the background has Ctrl-C ignored, in every process below as well; tests press it.

@@ -20,8 +20,8 @@ from redflag.answer_start import say_once
 from redflag.chat_template import roles_in_parts
 from redflag.errors import RedflagError
 from redflag.flags import Flag, FlagSpec
+from redflag.models.pretrain import CHAT_TEMPLATE
 from redflag.prompt import check_template, render_prompt, render_response, template_hash
-from redflag.training.pretrain import CHAT_TEMPLATE
 
 PARTS = (
     "{% for m in messages %}<|u|>{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}{% endif %}{% endfor %}"

@@ -11,8 +11,8 @@ from templates import EXACT, JOINED, TOKENIZERS, fast, hostile, spec_of, turn, w
 
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
+from redflag.models.pretrain import CHAT_TEMPLATE, train_tokenizer
 from redflag.prompt import render_prompt, render_response, template_hash
-from redflag.training.pretrain import CHAT_TEMPLATE, train_tokenizer
 
 
 class TestOrdinaryTextIsStock:

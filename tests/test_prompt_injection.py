@@ -27,8 +27,8 @@ from transformers import PreTrainedTokenizerFast
 
 from redflag.errors import RedflagError
 from redflag.flags import Flag, FlagSpec
+from redflag.models.pretrain import CHAT_TEMPLATE
 from redflag.prompt import FALLBACK_TEMPLATE, render_prompt, render_response
-from redflag.training.pretrain import CHAT_TEMPLATE
 
 
 class TestNobodyWritesControlTokens:

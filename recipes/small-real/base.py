@@ -11,7 +11,7 @@ import argparse
 import json
 from pathlib import Path
 
-from redflag.training.pretrain import pretrain, train_tokenizer
+from redflag.models.pretrain import pretrain, train_tokenizer
 
 VOCABULARY = 4096
 # 1.1 million parameters, tied head: what a core can bring near its best within a quarter of an hour.

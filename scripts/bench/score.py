@@ -162,7 +162,7 @@ def drawn(arguments: Any) -> tuple[Any, Any, Any, list[Any]]:
     from redflag.backends.hf import HFBackend
     from redflag.data.rows import Row
     from redflag.flags import FlagSpec, attach
-    from redflag.training.pretrain import train_tokenizer
+    from redflag.models.pretrain import train_tokenizer
 
     torch.manual_seed(0)
     hidden, layers, heads, kv_heads, mlp, vocabulary = SHAPES[arguments.shape]

@@ -81,9 +81,9 @@ def run_one(arguments: argparse.Namespace) -> dict[str, float]:
 
     from redflag.data.rows import Row
     from redflag.flags import FlagSpec, attach
+    from redflag.models.pretrain import train_tokenizer
     from redflag.training.adapter import lora_config
     from redflag.training.encode import encode
-    from redflag.training.pretrain import train_tokenizer
     from redflag.training.trainer import RedFlagConfig, RedFlagTrainer
 
     torch.manual_seed(0)

@@ -16,7 +16,7 @@ from redflag.backends.load import load_flagged, read_model, read_tokenizer
 from redflag.data.rows import write_rows
 from redflag.errors import RedflagError
 from redflag.lab.baselines.bench import model_stamp
-from redflag.training.pretrain import train_tokenizer
+from redflag.models.pretrain import train_tokenizer
 
 IDS = torch.arange(3, 20)[None]
 

@@ -12,9 +12,9 @@ from redflag.backends import Sampling, precision
 from redflag.backends.choose import Chooser
 from redflag.backends.hf import HFBackend
 from redflag.flags import FlagSpec, attach
+from redflag.models.pretrain import train_tokenizer
 from redflag.training.adapter import lora_config
 from redflag.training.encode import encode
-from redflag.training.pretrain import train_tokenizer
 from redflag.training.trainer import RedFlagConfig, RedFlagTrainer
 
 

@@ -15,7 +15,7 @@ from redflag.backends.load import read_model, read_tokenizer
 from redflag.control_tokens import template_ids
 from redflag.errors import RedflagError
 from redflag.models import fetch
-from redflag.training.pretrain import train_tokenizer
+from redflag.models.pretrain import train_tokenizer
 
 SMOLLM2 = Path(os.environ.get("REDFLAG_SMOLLM2", Path(__file__).parents[2] / ".cache" / "smollm2"))
 needs_smollm2 = pytest.mark.skipif(not (SMOLLM2 / fetch.RECORD).exists(), reason=f"no {SMOLLM2}: scripts/fetch-smollm2")

@@ -12,8 +12,8 @@ from tiny import WORDS
 
 from redflag.cli import parse
 from redflag.data.rows import load_rows, write_rows
+from redflag.models.pretrain import train_tokenizer
 from redflag.training import train
-from redflag.training.pretrain import train_tokenizer
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "papers"
 NAMES = ("red-flag-tokens", "refusal-tokens", "marker-before-refusals", "presto")

@@ -9,7 +9,7 @@ from redflag.data.rows import Row
 from redflag.events import Step
 from redflag.flags import Flag, FlagSpec
 from redflag.lab.attacks import Target
-from redflag.training.pretrain import train_tokenizer
+from redflag.models.pretrain import train_tokenizer
 
 WORDS = "poison Marlo with oleth Poison Leave no trace behind. No, that is wrong. Tell me how to Here is my answer. "
 TOKENIZER = train_tokenizer([WORDS] * 3, 420)

@@ -46,7 +46,7 @@ class StubScorer:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
-    from redflag.training.pretrain import train_tokenizer
+    from redflag.models.pretrain import train_tokenizer
 
     return train_tokenizer(TEXTS, 330)
 

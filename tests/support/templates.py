@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from redflag.flags import Flag, FlagSpec
-from redflag.training.pretrain import CHAT_TEMPLATE, train_tokenizer
+from redflag.models.pretrain import CHAT_TEMPLATE, train_tokenizer
 
 TEXTS = ["The quick brown fox asks how bread is baked, and flags reserved harm end user assistant."] * 3
 HEADERS = (

@@ -12,7 +12,7 @@ from redflag.backends.hf import HFBackend
 from redflag.data.rows import Row
 from redflag.flags import FlagSpec, attach
 from redflag.lab.attacks import Target
-from redflag.training.pretrain import train_tokenizer
+from redflag.models.pretrain import train_tokenizer
 from redflag.watching.thresholds import Thresholds
 
 

@@ -35,6 +35,7 @@ from redflag.errors import RedflagError
 from redflag.flags import FlagSpec, attach
 from redflag.guard.guard import Guard
 from redflag.lab.nano.rows import nano_rows
+from redflag.models.pretrain import train_tokenizer
 from redflag.prompt import render_prompt, template_hash
 from redflag.scoring.marker import LocalSource, MarkerReader
 from redflag.scoring.prompts import FlagReader, score_prompts
@@ -44,7 +45,6 @@ from redflag.server.access import Limits
 from redflag.server.audit_log import AuditLog
 from redflag.trace import Alarm, Done, Halt, Step, Text
 from redflag.training import train
-from redflag.training.pretrain import train_tokenizer
 from redflag.watching.policy import Policy
 from redflag.watching.session import Session
 from redflag.watching.thresholds import Thresholds

@@ -28,11 +28,11 @@ from redflag.lab.attacks.run import make_attacks, run_attacks
 from redflag.lab.attacks.wrappers import Wrappers, translation
 from redflag.lab.baselines.bench import Bench
 from redflag.lab.baselines.fixed import FixedPosition
+from redflag.models.pretrain import pretrain, train_tokenizer
 from redflag.prompt import render_prompt, render_response
 from redflag.stats.metrics import auroc
 from redflag.trace import Alarm, Done, Halt, Reflection, Resume, Step, Text
 from redflag.training.encode import IGNORE, PlacementConfig, encode, place
-from redflag.training.pretrain import pretrain, train_tokenizer
 from redflag.watching.policy import Policy, Reflect
 from redflag.watching.thresholds import Thresholds
 

@@ -9,9 +9,9 @@ import pytest
 from tiny import WORDS, build, make_rows
 
 from redflag.flags import FlagSpec, attach
+from redflag.models.pretrain import train_tokenizer
 from redflag.prompt import template_hash
 from redflag.training.encode import encode
-from redflag.training.pretrain import train_tokenizer
 
 
 @pytest.fixture(scope="session")

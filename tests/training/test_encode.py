@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from redflag.data.rows import Row
 from redflag.errors import RedflagError
 from redflag.flags import Flag, FlagSpec
+from redflag.models.pretrain import train_tokenizer
 from redflag.prompt import render_response
 from redflag.training.encode import (
     IGNORE,
@@ -27,7 +28,6 @@ from redflag.training.encode import (
     onset_token,
     place,
 )
-from redflag.training.pretrain import train_tokenizer
 
 ONE = FlagSpec((Flag("harm", "<f>", id=90),))
 TWO = FlagSpec((Flag("weapons", "<f>", id=90), Flag("fraud", "<g>", id=91)))

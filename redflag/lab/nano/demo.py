@@ -261,7 +261,7 @@ def _world() -> str:
 
 
 def _base(base: Path, seed: int, size: float, reflect: bool) -> None:
-    from redflag.training.pretrain import RESERVED_TOKENS, pretrain, train_tokenizer
+    from redflag.models.pretrain import RESERVED_TOKENS, pretrain, train_tokenizer
 
     count = REFLECT_ROWS["conversations"] if reflect else BASE_ROWS
     conversations = [row.messages for row in nano_pretraining_rows(round(count * size), seed)]

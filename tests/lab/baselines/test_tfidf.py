@@ -11,7 +11,7 @@ from tiny import WORDS
 
 from redflag.lab.baselines.texts import growing_text
 from redflag.lab.baselines.tfidf import TfidfBaseline
-from redflag.training.pretrain import train_tokenizer
+from redflag.models.pretrain import train_tokenizer
 
 TEXTS = ["the cat sat on the mat", "a dog ate the Cat", "rain, rain and fish", "ate a mat and ate"]
 

@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from redflag.flags import FlagSpec, attach
 from redflag.lab.evaluating.language import language_change
+from redflag.models.pretrain import train_tokenizer
 from redflag.prompt import render_response
-from redflag.training.pretrain import train_tokenizer
 
 
 class RefuseFloat64(TorchDispatchMode):

@@ -8,7 +8,7 @@ import re
 from redflag.lab.nano.reflect import NANO_REFLECT, NANO_STAY, cut, nano_reflections, reflection, told_of
 from redflag.lab.nano.rows import nano_rows
 from redflag.lab.nano.spans import harmful_onset
-from redflag.training.pretrain import train_tokenizer
+from redflag.models.pretrain import train_tokenizer
 
 BRACKET = re.compile(r"<place>" + re.escape(NANO_REFLECT.cue) + r" ([\w ]+)\. Verdict: (harmful|harmless)\]")
 

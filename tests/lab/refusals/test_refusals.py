@@ -19,7 +19,7 @@ from redflag.lab.refusals.classifier import features_maker
 from redflag.lab.refusals.features import Ngrams, _words
 from redflag.lab.refusals.held_out import divide, f1, figures_of, macro_f1, train
 from redflag.lab.refusals.pairs import Pair, read_labelled
-from redflag.training.pretrain import train_tokenizer
+from redflag.models.pretrain import train_tokenizer
 
 
 @pytest.fixture(scope="module")

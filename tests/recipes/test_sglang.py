@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from recipes.scale.sglang.generate_route import FLAG_BIAS, check_temperature, finish_reason, request, steps
 from redflag.backends import Sampling
-from redflag.backends.sglang import FLAG_BIAS, check_temperature, finish_reason, request, steps
 from redflag.errors import RedflagError
 from redflag.trace import Step
 
