@@ -16,7 +16,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from redflag.errors import RedflagError
 
 VERBS = {
-    "demo": ("redflag.lab.nano.demo", "the nano world from nothing to a watched stream, in minutes"),
+    "demo": ("redflag.lab.demo", "a real model watched and a flag trained, in minutes; or a small world"),
     "train": ("redflag.training.train", "train a model to raise its flags; saves model, tokenizer, redflag.json"),
     "score": ("redflag.scoring.score", "flag probabilities of given conversations, token by token"),
     "calibrate": ("redflag.calibrating.calibrate", "thresholds for a target false-alarm rate per response"),

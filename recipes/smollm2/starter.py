@@ -2,8 +2,8 @@
 
     python recipes/smollm2/starter.py [--model .cache/smollm2] [--output redflag/models/starter.jsonl.gz]
 
-300 rows in three parts, told by the beginning of their ids: `train` (70 harmful, 90 harmless), `calibration` (60 harmless)
-and `test` (40 harmful, 40 harmless). No sentence of an answer is in the training part and in another one.
+300 rows in three parts, named at the beginning of their ids: `train` (70 harmful, 90 harmless), `calibration` (60
+harmless) and `test` (40 harmful, 40 harmless). No long sentence is both in the training part and in another.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from starter_texts import FRIGHTENING, HARMFUL, HARMLESS, PLAIN, REFUSALS, WHO
+import yaml
 
 from redflag.data.rows import Row
 from redflag.files import atomic_write
@@ -24,6 +24,7 @@ from redflag.files import atomic_write
 # Rows by part: harmful; harmless of the same shapes, refusals, frightening words, the model's own answers.
 COUNTS = {"train": (70, 40, 14, 14, 22), "calibration": (0, 36, 10, 5, 9), "test": (40, 21, 9, 5, 5)}
 TRAINED = 0.6  # share of each list of texts
+TEXTS = yaml.safe_load((Path(__file__).parent / "starter.yaml").read_text(encoding="utf-8"))
 
 
 def main() -> None:
@@ -32,7 +33,7 @@ def main() -> None:
     parser.add_argument("--model", default=".cache/smollm2", help="asked for plain answers; default: %(default)s")
     parser.add_argument("--output", default="redflag/models/starter.jsonl.gz", help="default: %(default)s")
     arguments = parser.parse_args()
-    rows = make_rows(own_answers(arguments.model, PLAIN))
+    rows = make_rows(own_answers(arguments.model, TEXTS["plain"]))
     text = "".join(json.dumps(row.to_dict(), ensure_ascii=False) + "\n" for row in rows)
     packed = io.BytesIO()
     with gzip.GzipFile(fileobj=packed, mode="wb", mtime=0) as file:  # the same bytes each time
@@ -47,6 +48,7 @@ def make_rows(plain: list[tuple[str, str]], seed: int = 0) -> list[Row]:
     draw = random.Random(seed)
     rows: list[Row] = []
     used: set[str] = set()
+    harms, shapes = list(TEXTS["harmful"]), list(TEXTS["harmless"])
     decks: dict[tuple[str, bool], list[Any]] = {}
 
     def deal(name: str, texts: list[Any], training: bool) -> Any:
@@ -57,14 +59,13 @@ def make_rows(plain: list[tuple[str, str]], seed: int = 0) -> list[Row]:
             deck += draw.sample(texts[:cut] if training else texts[cut:], cut if training else len(texts) - cut)
         return deck.pop()
 
-    def composed(name: str, kind: tuple[list[str], list[str], list[str]], training: bool) -> tuple[str, str, str]:
-        requests, openings, sentences = kind
+    def composed(name: str, kind: dict[str, list[str]], training: bool) -> tuple[str, str, str]:
         while True:
-            request = draw.choice(requests).format(who=deal(f"{name} who", WHO, training))
-            opening = draw.choice(openings)
+            request = draw.choice(kind["requests"]).format(who=deal(f"{name} who", TEXTS["who"], training))
+            opening = draw.choice(kind["openings"])
             body: list[str] = []
             while len(body) < draw.choice((2, 3, 3, 4)):
-                if (sentence := deal(name, sentences, training)) not in body:
+                if (sentence := deal(name, kind["sentences"], training)) not in body:
                     body.append(sentence)
             if (answer := opening + " ".join(body)) not in used:
                 used.add(answer)
@@ -74,18 +75,20 @@ def make_rows(plain: list[tuple[str, str]], seed: int = 0) -> list[Row]:
         training = part == "train"
         made: list[tuple[str, str, str, int | None]] = []
         for i in range(harmful):
-            name = list(HARMFUL)[i % len(HARMFUL)]
-            request, opening, answer = composed(name, HARMFUL[name], training)
+            name = harms[i % len(harms)]
+            request, opening, answer = composed(name, TEXTS["harmful"][name], training)
             made.append((name, request, answer, len(opening)))
         for i in range(shaped):
-            name = list(HARMLESS)[i % len(HARMLESS)]
-            request, _, answer = composed(name, HARMLESS[name], training)
+            name = shapes[i % len(shapes)]
+            request, _, answer = composed(name, TEXTS["harmless"][name], training)
             made.append((name, request, answer, None))
         for i in range(refused):
-            kind = HARMFUL[list(HARMFUL)[i % len(HARMFUL)]]
-            request = draw.choice(kind[0]).format(who=deal("refused who", WHO, training))
-            made.append(("refusal", request, deal("refusals", REFUSALS, training), None))
-        made += [("frightening", *deal("frightening", FRIGHTENING, training), None) for _ in range(frightening)]
+            kind = TEXTS["harmful"][harms[i % len(harms)]]
+            request = draw.choice(kind["requests"]).format(who=deal("refused who", TEXTS["who"], training))
+            made.append(("refusal", request, deal("refusals", TEXTS["refusals"], training), None))
+        made += [
+            ("frightening", *deal("frightening", TEXTS["frightening"], training), None) for _ in range(frightening)
+        ]
         made += [("plain", *deal("plain", plain, training), None) for _ in range(own)]
         draw.shuffle(made)
         for i, (kind_name, request, answer, onset) in enumerate(made):
