@@ -22,7 +22,7 @@ from redflag.errors import RedflagError
 from redflag.files import atomic_write
 from redflag.lab.nano import demo as nano
 from redflag.lab.stages import Stages, quiet
-from redflag.models.named import DEFAULT, SHIPPED, model_folder
+from redflag.models.named import DEFAULT, SHIPPED, cache_folder, model_folder
 from redflag.terminal.paint import wants_colour
 
 STARTER = SHIPPED[DEFAULT].parent / "starter.jsonl.gz"
@@ -50,9 +50,7 @@ class DemoArguments(nano.DemoArguments):
         default="smollm2",
         metadata={"help": "smollm2: SmolLM2-135M and its flag; nano: a generated world, nothing fetched."},
     )
-    skip: list[Literal["watch", "teach"]] = field(
-        default_factory=list, metadata={"help": "smollm2: what is left out, watch or teach."}
-    )
+    skip: list[str] = field(default_factory=list, metadata={"help": "smollm2: what is left out, watch or teach."})
 
 
 ARGUMENTS = DemoArguments
@@ -233,7 +231,7 @@ def recorded(folder: Path | None = None) -> str:
     return "\n".join([*lines, *(f"  {name:<{width}}  {value}" for name, value in record["figures"].items())])
 
 
-def where(output: Path, skipped: list[Any]) -> str:
+def where(output: Path, skipped: list[str]) -> str:
     """Where the files lie, and what to do next."""
     lines = [""]
     if "teach" not in skipped:
@@ -243,7 +241,7 @@ def where(output: Path, skipped: list[Any]) -> str:
             f"  {output}/after.jsonl     p(flag) of the held-out rows, token by token",
             f"  {output}/results.json    the table above and more",
         ]
-    lines += [f"  {model_folder(DEFAULT, flagged=False)}    the model without a flag", "", "Try next:"]
+    lines += [f"  {cache_folder() / DEFAULT}/    the model, and the flag that ships", "", "Try next:"]
     lines += [f"  redflag chat --model {DEFAULT}"]
     if "teach" not in skipped:
         lines += [f"  redflag show {output}/after.jsonl --limit 3"]

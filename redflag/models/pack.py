@@ -3,8 +3,8 @@
     python -m redflag.models.pack MODEL_FOLDER OUTPUT [--dtype float16]
     python -m redflag.models.pack MODEL_FOLDER OUTPUT --merged
 
-`MODEL_FOLDER` is what `redflag train --merge false` wrote, or a model by name. `--merged` writes what stock engines
-serve, such as vLLM, which load no adapter with rows of its own.
+`MODEL_FOLDER` is what `redflag train` wrote, with its last checkpoint if it is merged, or a model by name. `--merged`
+writes of an adapter what stock engines serve, such as vLLM, which load no adapter with rows of its own.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ WEIGHTS = "adapter_model.safetensors"
 # Written by hand, and for the next flag as well.
 KEPT = ("README.md", "figures.json")
 # The tokenizer goes along although the base has one: with it a text is the same ids whatever library made the base.
-NEEDED = (FILE, "thresholds.json", ADAPTER, "tokenizer.json", "tokenizer_config.json")
+NEEDED = (FILE, "thresholds.json", "tokenizer.json", "tokenizer_config.json")
 ALSO = ("chat_template.jinja", "special_tokens_map.json", "train.json")
 
 
@@ -42,7 +42,7 @@ def pack_flag(folder: str | Path, output: str | Path, dtype: str = "float16") ->
     figures.json that the output folder holds already stay, all else in it is replaced.
 
     Args:
-        folder: What `redflag train --merge false` and `redflag calibrate` wrote.
+        folder: What `redflag train` and `redflag calibrate` wrote; a merged model with its last checkpoint.
         output: The folder, made or replaced as a whole.
         dtype: Type of the weights, bfloat16 or float16.
 
@@ -60,22 +60,25 @@ def pack_flag(folder: str | Path, output: str | Path, dtype: str = "float16") ->
     folder, output = Path(folder), Path(output)
     if dtype not in DTYPES:
         raise RedflagError(f"dtype must be one of {', '.join(DTYPES)} (got {dtype!r})")
-    for name in (WEIGHTS, *NEEDED):
+    adapter = _adapter_of(folder)
+    for name in NEEDED:
         if not (folder / name).is_file():
             raise RedflagError(
-                f"{folder} must hold {name} (it doesn't). Give what `redflag train --merge false` and `redflag "
-                "calibrate` wrote"
+                f"{folder} must hold {name} (it doesn't). Give what `redflag train` and `redflag calibrate` wrote"
             )
     spec = FlagSpec.load(folder)
     Thresholds.load(folder).check(spec.run_id, spec.template_hash, "raw", spec.categories)
     with _whole(output) as new:
-        weights = {name: value.to(getattr(torch, dtype)) for name, value in load_file(folder / WEIGHTS).items()}
+        weights = {
+            name: value.to(getattr(torch, dtype)) for name, value in _learnt(load_file(adapter / WEIGHTS)).items()
+        }
         if not all(torch.isfinite(value).all() for value in weights.values()):
-            raise RedflagError(f"{folder}/{WEIGHTS} must fit into {dtype} (got numbers that don't): choose bfloat16")
+            raise RedflagError(f"{adapter}/{WEIGHTS} must fit into {dtype} (got numbers that don't): choose bfloat16")
         save_file(weights, new / WEIGHTS, metadata={"format": "pt"})
         os.chmod(new / WEIGHTS, 0o644)
         if (size := (new / WEIGHTS).stat().st_size) > MOST:
             raise RedflagError(f"{WEIGHTS} must have at most {MOST:,} bytes (got {size:,}). Train with a lower lora_r")
+        shutil.copyfile(adapter / ADAPTER, new / ADAPTER)
         for name in (*NEEDED, *ALSO):
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, new / name)
@@ -110,6 +113,31 @@ def merge_flag(folder: str | Path, output: str | Path) -> Path:
                 shutil.copyfile(path, new / path.name)
     assert read_tokenizer(output) and FlagSpec.load(output) == spec
     return output
+
+
+def _adapter_of(folder: Path) -> Path:
+    """Where a trained model's adapter lies: in its folder, or in the checkpoint behind its last step."""
+    if (folder / ADAPTER).is_file() and (folder / WEIGHTS).is_file():
+        return folder
+    try:
+        steps = json.loads((folder / "train.json").read_text(encoding="utf-8"))["steps"]
+    except (OSError, ValueError, KeyError, TypeError):
+        steps = "LAST"
+    last = folder / f"checkpoint-{steps}"
+    if not (last / ADAPTER).is_file() or not (last / WEIGHTS).is_file():
+        raise RedflagError(
+            f"{folder} must hold an adapter (got no {ADAPTER}, and no {last.name} with one). Train with --merge false, "
+            "or with --save_strategy steps"
+        )
+    return last
+
+
+def _learnt(weights: dict[str, Any]) -> dict[str, Any]:
+    """What was learnt, once: checkpoints also hold the matrix below the flag's row, and a tied head's row again."""
+    rows = {name: value for name, value in weights.items() if name.endswith("trainable_tokens_delta")}
+    first = next(iter(value for name, value in rows.items() if "lm_head" not in name), None)
+    again = {name for name, value in rows.items() if "lm_head" in name and first is not None and value.equal(first)}
+    return {name: value for name, value in weights.items() if ".base_layer." not in name and name not in again}
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_smollm2 import make_index, train_flag
 
 from redflag.backends.load import load_flagged
@@ -44,6 +44,25 @@ def test_weights_in_16_bits_and_nothing_that_is_not_needed(trained, tmp_path):
     named._point(output / "adapter_config.json", tmp_path / "base")
     assert measured(output) == pytest.approx(measured(trained), rel=1e-3)
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
+
+
+def test_of_a_merged_model_the_adapter_of_its_last_step_ships(trained, tmp_path):
+    expected = load_file(pack.pack_flag(trained, tmp_path / "a") / pack.WEIGHTS)
+    last = trained / "checkpoint-7"
+    last.mkdir()
+    weights = load_file(trained / pack.WEIGHTS)
+    row = next(name for name in weights if name.endswith("trainable_tokens_delta"))
+    # As the trainer's checkpoints are: the matrix below the row, and the tied head's row.
+    weights[row.replace("trainable_tokens_delta", "base_layer.weight")] = torch.zeros(500, 8)
+    weights["base_model.model.lm_head.token_adapter.trainable_tokens_delta"] = weights[row].clone()
+    save_file(weights, last / pack.WEIGHTS)
+    (trained / pack.WEIGHTS).unlink()
+    (trained / "adapter_config.json").rename(last / "adapter_config.json")
+    with pytest.raises(RedflagError, match=r"must hold an adapter .* no checkpoint-LAST"):
+        pack.pack_flag(trained, tmp_path / "b")
+    pack._rewrite(trained / "train.json", {"steps": 7})
+    found = load_file(pack.pack_flag(trained, tmp_path / "b") / pack.WEIGHTS)
+    assert found.keys() == expected.keys() and all(found[name].equal(expected[name]) for name in found)
 
 
 def test_a_merged_adapter_measures_the_same(trained, tmp_path):
