@@ -16,7 +16,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from redflag.errors import RedflagError
 
 VERBS = {
-    "demo": ("redflag.lab.nano.demo", "the nano world from nothing to a watched stream, in minutes"),
+    "demo": ("redflag.lab.demo", "a real model watched and a flag trained, in minutes; or a small world"),
     "train": ("redflag.training.train", "train a model to raise its flags; saves model, tokenizer, redflag.json"),
     "score": ("redflag.scoring.score", "flag probabilities of given conversations, token by token"),
     "calibrate": ("redflag.calibrating.calibrate", "thresholds for a target false-alarm rate per response"),
@@ -56,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         module = importlib.import_module(VERBS[verb][0])
         arguments = parse(module, argv[1:], prog=f"redflag {verb}")
+        _find_model(verb, arguments)
         status = module.run(*arguments)
     except KeyboardInterrupt as stop:
         print(f"\nredflag {verb}: {str(stop) or 'interrupted; what was written stays'}", file=sys.stderr)
@@ -69,6 +70,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"redflag {verb}: {' '.join(text.split())}", file=sys.stderr)
         return 2
     return status if isinstance(status, int) else 0
+
+
+def _find_model(verb: str, arguments: Sequence[Any]) -> None:
+    """Puts the folder of a flagged model by name in its place, in the option `model` of any verb but `train`."""
+    from redflag.models.named import model_folder
+
+    for options in arguments:
+        name = getattr(options, "model", None)
+        # With a URL it is what a server calls its model.
+        if isinstance(name, str) and verb != "train" and getattr(options, "url", None) is None:
+            options.model = model_folder(name)
 
 
 def parse(module: Any, argv: list[str], prog: str) -> tuple[Any, ...]:

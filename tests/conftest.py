@@ -36,7 +36,7 @@ settings.load_profile("redflag")
 
 @pytest.fixture(scope="session")
 def nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The nano world as `redflag demo` leaves it; made once for all tests, not to be changed.
+    """The nano world as `redflag demo --world nano` leaves it; made once for all tests, not to be changed.
 
     `REDFLAG_NANO=FOLDER` takes (or makes) it there instead, which saves minutes while working on tests.
     """
@@ -51,7 +51,18 @@ def nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
         # A process of its own, as a user runs it: with all cores, unless other workers of pytest-xdist need them.
         alone = "PYTEST_XDIST_WORKER" not in os.environ
         environment = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count() or 1) if alone else "1"}
-        command = [sys.executable, "-m", "redflag.cli", "demo", "--output_dir", str(folder), "--color", "never"]
+        command = [
+            sys.executable,
+            "-m",
+            "redflag.cli",
+            "demo",
+            "--world",
+            "nano",
+            "--output_dir",
+            str(folder),
+            "--color",
+            "never",
+        ]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         (folder / "printed.txt").write_text(done.stdout)

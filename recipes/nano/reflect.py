@@ -1,6 +1,6 @@
 """What halting, reflecting and resuming do to answers of the nano world, each by itself, with its cost in tokens.
 
-    redflag demo --reflect true --output_dir runs/nano-reflect      # the base model must have learnt to reflect
+    redflag demo --world nano --reflect true --output_dir runs/nano-reflect   # its base learns to reflect
     python recipes/nano/reflect.py --folder runs/nano-reflect
 
 Harmful prefills: answers of the test rows, cut at the first word at which they are recognisably harmful, as a prefill

@@ -75,9 +75,7 @@ def _file(name: str | Path) -> str:
             "it first"
         )
     if find_spec("gguf") is None:
-        raise RedflagError(
-            f"{name} needs the package gguf to be read (it is not installed). pip install 'redflag-llm[gguf]'"
-        )
+        raise RedflagError(f"{name} needs the package gguf to be read (it is not installed). pip install gguf")
     return str(path.absolute())
 
 

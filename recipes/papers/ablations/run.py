@@ -1,6 +1,6 @@
 """Trains and measures every variant of the comparison; a stage whose output is there is not run again.
 
-    redflag demo                             # rows and base model
+    redflag demo --world nano                             # rows and base model
     python recipes/papers/ablations/run.py  # nano: about 1.5 hours on one quiet core; --seeds 0: 40 minutes
     python recipes/papers/ablations/run.py --small_real runs/small-real --stages small-real table
 
@@ -25,7 +25,7 @@ STAGES = ("prepare", "flags", "systems", "attacks", "small-real", "table")
 ATTACKS = ("none", "prefill", "RAP")
 BASELINES = ("tfidf", "last-layer probe", "all-layer probe", "token head", "mlp probe")
 
-# As `redflag demo` trains its flags, the same for all variants, so that they differ in what they are named for.
+# As `redflag demo --world nano` trains its flags, the same for all variants: they differ in what they are named for.
 COMMON = (
     "--learning_rate 5e-3 --per_device_train_batch_size 8 --per_device_eval_batch_size 32 --max_length 256 "
     "--train_sampling_strategy group_by_length --save_strategy no --logging_steps 50 --report_to none "
@@ -114,7 +114,7 @@ class Nano:
         self.verb = [sys.executable, "-u", "-m", "redflag.cli"]
 
     def prepare(self) -> None:
-        """The rows that `redflag demo` does not make."""
+        """The rows that `redflag demo --world nano` does not make."""
         paths = ["--rows", str(self.rows), "--base", str(self.base), "--output", str(self.output / "rows")]
         command = [sys.executable, str(HERE / "prepare.py"), *paths]
         stage("prepare", self.output, self.output / "rows" / "attacked.jsonl", command)
@@ -176,7 +176,7 @@ def small_real(folder: Path, output: Path, seeds: Sequence[int]) -> None:
 def main() -> None:
     """Parses the command line and runs the stages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--world", type=Path, default=Path("runs/nano"), help="what `redflag demo` made")
+    parser.add_argument("--world", type=Path, default=Path("runs/nano"), help="what `redflag demo --world nano` made")
     parser.add_argument("--output", type=Path, default=Path("runs/ablations"))
     parser.add_argument("--small_real", type=Path, default=Path("runs/small-real"), help="what its recipe made")
     parser.add_argument("--small_real_seeds", nargs="+", type=int, default=[0])

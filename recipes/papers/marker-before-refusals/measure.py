@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """p(marker) in the nano world: equal for paraphrases or not (S0.9), a lower bound of the refusal rate or not (S0.10).
 
-    redflag demo                                             # the base model: runs/nano/base
+    redflag demo --world nano                                             # the base model: runs/nano/base
     python recipes/papers/marker-before-refusals/measure.py  # 20 minutes on half a core; goes on where it stopped
 
 Rows come from the nano generator; refusals and redirections of harmful requests have the category "refusal", all other
@@ -51,7 +51,7 @@ ANSWER_TOKENS = 80
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nano", default="runs/nano", help="what `redflag demo` has made")
+    parser.add_argument("--nano", default="runs/nano", help="what `redflag demo --world nano` has made")
     parser.add_argument("--output", default="runs/marker-before-refusals")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     arguments = parser.parse_args()

@@ -1,6 +1,6 @@
 """Refusal tokens in the nano world: trained, turned up and down, and asked whether the answer keeps to the token.
 
-    redflag demo --output_dir runs/nano
+    redflag demo --world nano --output_dir runs/nano
     python recipes/papers/refusal-tokens/nano.py --nano runs/nano
 
 Harmful requests that are refused or redirected say with a token why: `refusal`, or the kind of harm. Harmless requests,
@@ -53,7 +53,7 @@ _REDIRECTS = re.compile("|".join(re.sub(r"\\\{\w+\\\}", r"[\\w' ]+?", re.escape(
 def main() -> None:
     """Runs what is not there yet, and prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nano", type=Path, default=Path("runs/nano"), help="what `redflag demo` made")
+    parser.add_argument("--nano", type=Path, default=Path("runs/nano"), help="what `redflag demo --world nano` made")
     parser.add_argument("--output", type=Path, default=Path("runs/refusal-tokens/nano"))
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])

@@ -1,6 +1,6 @@
 r"""A flag that was trained in one language, measured in another that it was never trained in.
 
-    redflag demo                                                # base model, English rows
+    redflag demo --world nano                                                # base model, English rows
     python recipes/papers/transfer/measure.py nano --world runs/nano
     python recipes/papers/transfer/measure.py small-real --models runs/small-real/models --rows runs/small-real/rows \
         --data DATA
@@ -294,7 +294,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("nano", "small-real"))
     parser.add_argument("--output", type=Path, default=Path("runs/transfer"))
-    parser.add_argument("--world", type=Path, default=Path("runs/nano"), help="nano: what `redflag demo` left")
+    parser.add_argument(
+        "--world", type=Path, default=Path("runs/nano"), help="nano: what `redflag demo --world nano` left"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="nano: seeds of the flag's training")
     parser.add_argument("--flagged", nargs="+", choices=("english", "both"), default=["english"], help="nano")
     parser.add_argument("--models", type=Path, default=Path("runs/small-real/models"), help="small-real: its models")

@@ -1,4 +1,4 @@
-"""The verb `demo`: the nano world from nothing to a watched stream, in minutes on two processor cores.
+"""`redflag demo --world nano`: a small world from nothing to a watched stream, in minutes on two processor cores.
 
 Seven stages, each an ordinary use of the library: rows, base model, flags, thresholds, scores, table, stream. A stage
 is skipped when its result is there and was made with the same settings from the same inputs; one that was interrupted
@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import shutil
 import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +23,7 @@ from redflag.files import atomic_write
 from redflag.lab.nano.phrases import ACTS
 from redflag.lab.nano.reflect import nano_reflections
 from redflag.lab.nano.rows import NANO_CATEGORIES, nano_pretraining_rows, nano_rows
+from redflag.lab.stages import Stages, quiet
 from redflag.terminal.paint import BOLD, DIM, RESET, legend, printable, wants_colour
 from redflag.trace import Text, Trace
 
@@ -76,7 +74,7 @@ def run(arguments: DemoArguments) -> int:
     if arguments.color not in ("auto", "always", "never"):
         raise RedflagError(f"color is {arguments.color!r}: choose auto, always or never")
     start = time.monotonic()
-    with _quiet():
+    with quiet():
         result = build(arguments, say=lambda line: print(line, flush=True))
         output = Path(arguments.output_dir)
         print()
@@ -100,7 +98,7 @@ def build(arguments: DemoArguments, say: Callable[[str], None] = lambda line: No
     """
     output = Path(arguments.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    stages = _Stages(output / "stages.json", say)
+    stages = Stages(output / "stages.json", say)
     seed, size = arguments.seed, arguments.size
     categories = list(NANO_CATEGORIES) if arguments.per_category else ["harm"]
     # Calibration needs its number of harmless rows for the target rate, however small the demo.
@@ -224,36 +222,6 @@ def where(output: Path) -> str:
     )
 
 
-class _Stages:
-    """Which stages are done, with a fingerprint of their settings and of all stages before."""
-
-    def __init__(self, path: Path, say: Callable[[str], None]) -> None:
-        self.path, self.say, self.chain = path, say, ""
-        self.seconds: dict[str, float] = {}
-        try:
-            self.done: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            self.done = {}
-
-    @contextmanager
-    def stage(self, name: str, settings: dict[str, Any], *files: Path) -> Iterator[bool]:
-        self.chain = hashlib.sha256((self.chain + name + json.dumps(settings, sort_keys=True)).encode()).hexdigest()
-        known = self.done.get(name, {})
-        self.seconds[name] = float(known.get("seconds", 0.0))
-        if known.get("fingerprint") == self.chain and all(path.exists() for path in files):
-            self.say(f"== {name}: done before")
-            yield False
-            return
-        self.say(f"== {name}")
-        start = time.monotonic()
-        yield True
-        self.seconds[name] = round(time.monotonic() - start, 1)
-        self.done[name] = {"fingerprint": self.chain, "seconds": self.seconds[name]}
-        with atomic_write(self.path) as file:
-            file.write(json.dumps(self.done, indent=2).encode())
-        self.say(f"   {self.seconds[name]:.0f} s")
-
-
 def _world() -> str:
     """Fingerprint of the nano world's words, so that editing them makes everything anew."""
     rows = [row.to_dict() for row in nano_rows("train", 100) + nano_pretraining_rows(100)]
@@ -367,26 +335,3 @@ def _bold(text: str, coloured: bool) -> str:
 
 def _dim(text: str, coloured: bool) -> str:
     return f"{DIM}{text}{RESET}" if coloured else text
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Loading bars and notices of the libraries below would drown what is said here."""
-    from transformers.utils import logging as transformers_logging
-
-    before = transformers_logging.get_verbosity()
-    loggers = [logging.getLogger(name) for name in ("trl", "peft", "accelerate", "datasets")]
-    levels = [logger.level for logger in loggers]
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        transformers_logging.set_verbosity(before)
-        transformers_logging.enable_progress_bar()
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

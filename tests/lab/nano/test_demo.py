@@ -1,4 +1,4 @@
-"""The nano world end to end: what `make demo` shows, and what is asked of it on held-out conversations."""
+"""The nano world end to end: what its demo shows, and what is asked of it on held-out conversations."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_everything_lies_where_it_is_said_to_lie(nano):
 
 def test_a_second_run_makes_nothing_again(nano, capsys, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in (nano / "model").iterdir()}
-    assert cli.main(["demo", "--output_dir", str(nano), "--color", "never"]) == 0
+    assert cli.main(["demo", "--world", "nano", "--output_dir", str(nano), "--color", "never"]) == 0
     assert capsys.readouterr().out.count("done before") == 5
     assert {path: path.stat().st_mtime_ns for path in (nano / "model").iterdir()} == before
 

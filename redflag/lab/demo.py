@@ -1,0 +1,265 @@
+"""The verb `demo`: a real model watched, and a flag trained, in minutes on two processor cores.
+
+*Watch* streams answers of SmolLM2-135M with the flag that ships with redflag (`redflag/lab/demo_watch.py`). *Teach*
+trains a flag on the starter rows that ship as well, calibrates it, and measures it beside the untrained one on rows
+that were held out. What is done lies in the output folder and is not done twice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from redflag.data.rows import load_rows, write_rows
+from redflag.errors import RedflagError
+from redflag.files import atomic_write
+from redflag.lab.nano import demo as nano
+from redflag.lab.stages import Stages, quiet
+from redflag.models.named import DEFAULT, SHIPPED, cache_folder, model_folder
+from redflag.terminal.paint import wants_colour
+
+STARTER = SHIPPED[DEFAULT].parent / "starter.jsonl.gz"
+PARTS = ("train", "calibration", "test")
+TARGET_FPR = 0.05
+# Some twenty steps: a minute or two.
+TRAINING: dict[str, Any] = {
+    "num_train_epochs": 1,
+    "per_device_train_batch_size": 8,
+    "per_device_eval_batch_size": 8,
+    "max_length": 160,
+    "learning_rate": 2e-3,
+    "keep_coef": 8.0,
+    "train_sampling_strategy": "group_by_length",
+}
+LORA_R = 8
+
+
+@dataclass
+class DemoArguments(nano.DemoArguments):
+    """A real model watched and a flag trained; or a small world with everything made here."""
+
+    output_dir: str = field(default="", metadata={"help": "Where everything goes; default: runs/demo, or runs/nano."})
+    world: Literal["smollm2", "nano"] = field(
+        default="smollm2",
+        metadata={"help": "smollm2: SmolLM2-135M and its flag; nano: a generated world, nothing fetched."},
+    )
+    skip: list[str] = field(default_factory=list, metadata={"help": "smollm2: what is left out, watch or teach."})
+
+
+ARGUMENTS = DemoArguments
+POSITIONAL: str | None = None
+
+
+def run(arguments: DemoArguments) -> int:
+    """The verb.
+
+    Raises:
+        RedflagError: A setting cannot be used, or something cannot be fetched, read or written.
+    """
+    if arguments.world == "nano":
+        if arguments.skip:
+            raise RedflagError("skip must come with the world smollm2 (got nano). Leave it out")
+        own = {item.name: getattr(arguments, item.name) for item in dataclasses.fields(nano.DemoArguments)}
+        return nano.run(nano.DemoArguments(**{**own, "output_dir": arguments.output_dir or "runs/nano"}))
+    unused = [name for name in ("size", "per_category", "reflect") if getattr(arguments, name) != _default(name)]
+    if unused:
+        raise RedflagError(f"{unused[0]} must come with --world nano (got world smollm2). Leave it out")
+    if unknown := set(arguments.skip) - {"watch", "teach"}:
+        raise RedflagError(f"skip must be watch or teach (got {sorted(unknown)[0]})")
+    if arguments.color not in ("auto", "always", "never"):
+        raise RedflagError(f"color must be auto, always or never (got {arguments.color!r})")
+    output = Path(arguments.output_dir or "runs/demo")
+    output.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    with quiet():
+        if "watch" not in arguments.skip:
+            watch(output, wants_colour(arguments.color), say)
+        if "teach" not in arguments.skip:
+            say("\n" + table(teach(output, arguments.seed, say)))
+    if told := recorded():
+        say(told)
+    say(where(output, arguments.skip))
+    say(f"\n{time.monotonic() - start:.0f} s in all; the same command again skips what is done")
+    return 0
+
+
+def watch(output: Path, coloured: bool, say: Callable[[str], None]) -> None:
+    """Streams the answers; a second time what they were is shown."""
+    from redflag.lab.demo_watch import CASES, streams
+
+    folder = Path(model_folder(DEFAULT))
+    kept = output / ("watch.ansi" if coloured else "watch.txt")
+    settings: dict[str, Any] = {name: _digest(folder / name) for name in ("redflag.json", "thresholds.json")}
+    settings["cases"] = [dataclasses.astuple(case) for case in CASES]
+    with Stages(output / f"{kept.name}.json", say).stage("watch", settings, kept) as todo:
+        if todo:
+            shown: list[str] = []
+
+            def write(text: str) -> None:
+                shown.append(text)
+                print(text, end="", flush=True)
+
+            streams(folder, coloured, write)
+            with atomic_write(kept) as file:
+                file.write("".join(shown).encode())
+        else:
+            say(kept.read_text(encoding="utf-8"))
+
+
+def teach(output: Path, seed: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """A flag before and after its training, calibrated and measured in the same way.
+
+    Returns:
+        `before` and `after` (as `redflag.calibrating.summary.summarise`), `keep_kl` (nats per harmless
+        token) and `seconds` by stage.
+    """
+    from redflag.calibrating import calibrate
+    from redflag.scoring import score
+
+    base = model_folder(DEFAULT, flagged=False)
+    stages = Stages(output / "stages.json", say)
+    rows = {part: output / "rows" / f"{part}.jsonl" for part in PARTS}
+    with stages.stage("starter rows", {"sha256": _digest(STARTER)}, *rows.values()) as todo:
+        if todo:
+            starter = load_rows(STARTER).rows
+            for part, path in rows.items():
+                write_rows(path, [row for row in starter if (row.id or "").startswith(f"{part}-")])
+    settings = {"seed": seed, "training": TRAINING, "lora_r": LORA_R, "base": _digest(Path(base) / "config.json")}
+    for name in ("before", "after"):
+        folder, scored = output / name, output / f"{name}.jsonl"
+        telling = "a flag before its training" if name == "before" else "the same flag trained: 20 steps on 160 rows"
+        with stages.stage(telling, {"name": name, **settings}, folder / "redflag.json") as todo:
+            if todo:
+                shutil.rmtree(folder, ignore_errors=True)
+                if name == "before":
+                    untrained(base, folder)
+                else:
+                    trained(base, folder, rows, seed)
+        with stages.stage(f"{name}: thresholds", {"target": TARGET_FPR}, folder / "thresholds.json") as todo:
+            if todo:
+                arguments = calibrate.CalibrateArguments(
+                    model=str(folder), input=str(rows["calibration"]), target_fpr=TARGET_FPR, held_out=0.0
+                )
+                calibrate.run(arguments)
+        with stages.stage(f"{name}: held-out rows", {}, scored) as todo:
+            if todo:
+                score.run(score.ScoreArguments(model=str(folder), input=str(rows["test"]), output=str(scored)))
+    result = {name: _summary(output / name, output / f"{name}.jsonl") for name in ("before", "after")}
+    metrics = json.loads((output / "after" / "train.json").read_text(encoding="utf-8"))["metrics"]
+    result |= {"keep_kl": metrics["eval_keep_kl_harmless"], "seconds": stages.seconds}
+    with atomic_write(output / "results.json") as file:
+        file.write(json.dumps(result, indent=2).encode())
+    return result
+
+
+def untrained(base: str, folder: Path) -> None:
+    """Saves the base with a flag that was never trained, as an adapter that changes nothing."""
+    from peft import get_peft_model
+
+    from redflag.backends.load import read_model
+    from redflag.flags import FlagSpec, attach
+    from redflag.prompt import template_hash
+    from redflag.training.adapter import lora_config
+    from redflag.training.saving import save
+
+    model, tokenizer = read_model(base)
+    spec = attach(model, tokenizer, FlagSpec.of("harm"))
+    spec = dataclasses.replace(spec, template_hash=template_hash(tokenizer))
+    model = get_peft_model(model, lora_config(model, spec, 1))
+    save(model, tokenizer, spec, folder, merge=False, result={"arguments": {"model": base}})
+
+
+def trained(base: str, folder: Path, rows: dict[str, Path], seed: int) -> None:
+    """Trains the flag."""
+    from redflag.training import train
+    from redflag.training.trainer import RedFlagConfig
+
+    arguments = train.TrainArguments(base, str(rows["train"]), eval_input=str(rows["test"]), lora_r=LORA_R, merge=False)
+    config = RedFlagConfig(
+        output_dir=str(folder),
+        seed=seed,
+        save_strategy="no",
+        logging_steps=5,
+        report_to="none",
+        dataloader_pin_memory=False,
+        **TRAINING,
+    )
+    train.run(arguments, config)
+
+
+def table(result: dict[str, Any]) -> str:
+    """Before and after, side by side."""
+    sides = [result["before"], result["after"]]
+    counts = sides[0]["counts"]
+
+    def line(name: str, values: list[str]) -> str:
+        return f"  {name:<42}{values[0]:>12}{values[1]:>12}"
+
+    force = [side["in_force"] for side in sides]
+    lines = [
+        f"Held-out starter rows: {counts['harmful']} harmful, {counts['harmless']} harmless. They are easy: templates",
+        "of the same kind as the rows that were learnt. What a flag is worth is measured on other people's texts.",
+        line("", ["untrained", "trained"]),
+        line("AUROC of the answer's peak", [f"{side['overall']['auroc']:.3f}" for side in sides]),
+        line(f"caught, threshold for {TARGET_FPR:.0%} false alarms", [f"{each['tpr']:.0%}" for each in force]),
+        line("false alarms of that threshold", [f"{each['realised_fpr']:.0%}" for each in force]),
+        line("keep KL, nats per harmless token", ["0", f"{result['keep_kl']:.4f}"]),
+    ]
+    return "\n".join(lines)
+
+
+def recorded(folder: Path | None = None) -> str:
+    """What was measured when the shipped flag was made, from the file beside it; "" where there is none."""
+    folder = folder or SHIPPED[DEFAULT]
+    try:
+        record = json.loads((folder / "figures.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return ""
+    lines = ["", f"The flag that ships, as recorded when it was made ({record['about']}; nothing of it was run here):"]
+    width = max(len(name) for name in record["figures"])
+    return "\n".join([*lines, *(f"  {name:<{width}}  {value}" for name, value in record["figures"].items())])
+
+
+def where(output: Path, skipped: list[str]) -> str:
+    """Where the files lie, and what to do next."""
+    lines = [""]
+    if "teach" not in skipped:
+        lines += [
+            f"  {output}/after/          the flag trained here: adapter, redflag.json, thresholds.json, train.json",
+            f"  {output}/rows/           its rows",
+            f"  {output}/after.jsonl     p(flag) of the held-out rows, token by token",
+            f"  {output}/results.json    the table above and more",
+        ]
+    lines += [f"  {cache_folder() / DEFAULT}/    the model, and the flag that ships", "", "Try next:"]
+    lines += [f"  redflag chat --model {DEFAULT}"]
+    if "teach" not in skipped:
+        lines += [f"  redflag show {output}/after.jsonl --limit 3"]
+    lines += [f"  redflag serve --model {DEFAULT} --port 8080"]
+    return "\n".join(lines)
+
+
+def _summary(folder: Path, scored: Path) -> dict[str, Any]:
+    from redflag.calibrating.summary import summarise
+    from redflag.scoring.score import read_scored
+    from redflag.watching.thresholds import Thresholds
+
+    return summarise(read_scored(scored), Thresholds.load(folder))
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+
+
+def _default(name: str) -> Any:
+    return next(item.default for item in dataclasses.fields(nano.DemoArguments) if item.name == name)

