@@ -122,7 +122,7 @@ def test_no_kill_loses_a_chunk_or_has_one_done_twice(launches: list[list[int]]) 
             assert not {row // CHUNK for row in work.rows} & before, "a chunk that was there was done again"
         if output.exists():
             break
-        done = chunks_there(output, size)
+        done = chunks_there(output, len(works))
     if not output.exists():
         assert launch(output, [Work(), Work()]) == [True, False]
     alone_there(output)
