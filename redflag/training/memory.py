@@ -66,7 +66,9 @@ class KeepMemory(TrainerCallback):
 def _glibc() -> Any:
     """The C library, if it is glibc and its own allocator is in use."""
     try:
-        if platform.libc_ver()[0] != "glibc" or any(name in Path("/proc/self/maps").read_text() for name in _OTHERS):
+        if platform.libc_ver()[0] != "glibc" or any(
+            name in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace") for name in _OTHERS
+        ):
             return None
         libc = ctypes.CDLL(None)
         libc.mallopt, libc.malloc_trim  # noqa: B018  (AttributeError where they are missing)
@@ -77,4 +79,4 @@ def _glibc() -> Any:
 
 def _held() -> int:
     """Bytes of memory that the process holds."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
