@@ -15,9 +15,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-# Of glibc's malloc.h, with their values from now on and by default.
 _KEEP = {-4: 0, -1: 2**31 - 1, -2: 1 << 28}  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
-_RETURN = {-4: 65_536, -1: 1 << 17, -2: 1 << 17}
+_RETURN = {-4: 65_536, -1: 1 << 17, -2: 1 << 17}  # glibc's defaults
 _OTHERS = ("tcmalloc", "jemalloc", "mimalloc")  # preloaded, they keep memory by themselves
 # Returned when it exceeds this times what a step needs that began with nothing kept. With 1.25 that was
 # every second step of SmolLM2's shape.
@@ -66,9 +65,8 @@ class KeepMemory(TrainerCallback):
 def _glibc() -> Any:
     """The C library, if it is glibc and its own allocator is in use."""
     try:
-        if platform.libc_ver()[0] != "glibc" or any(
-            name in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace") for name in _OTHERS
-        ):
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
+        if platform.libc_ver()[0] != "glibc" or any(name in maps for name in _OTHERS):
             return None
         libc = ctypes.CDLL(None)
         libc.mallopt, libc.malloc_trim  # noqa: B018  (AttributeError where they are missing)

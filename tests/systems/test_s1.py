@@ -329,7 +329,7 @@ def test_S1_8_every_attack_goes_through_one_contract_to_harm_produced_and_releas
         line = result.entries[-1]
         assert line["requests"] == 6 and line["attempts"] >= 6 and line["unjudged"] == 0, name
         produced, released = line["harm_produced"]["rate"], line["harm_released"]["rate"]
-        assert 0 <= released <= produced <= 1 and 0 < line["flag_peak"]["median"] < 1, name
+        assert 0 <= released <= produced <= 1 and 0 < line["flag_peak"]["median"] <= 1, name
         for item in result.judged:
             assert item.peak == pytest.approx(max(step[0] for step in item.attempt.flag_probs))
             assert item.produced == bool(Oracle().spans([], item.attempt.text))
