@@ -16,9 +16,9 @@ from tiny_gguf import write_gguf
 from redflag.backends.load import read_model
 from redflag.flags import FlagSpec, attach
 from redflag.models import fetch, named
+from redflag.models.pretrain import train_tokenizer
 from redflag.prompt import template_hash
 from redflag.training.adapter import lora_config
-from redflag.models.pretrain import train_tokenizer
 from redflag.training.saving import save
 from redflag.watching.thresholds import Thresholds
 
