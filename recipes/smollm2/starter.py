@@ -3,7 +3,7 @@
     python recipes/smollm2/starter.py [--model .cache/smollm2] [--output redflag/models/starter.jsonl.gz]
 
 300 rows in three parts, named at the beginning of their ids: `train` (70 harmful, 90 harmless), `calibration` (60
-harmless) and `test` (40 harmful, 40 harmless). No long sentence is both in the training part and in another.
+harmless) and `test` (40 harmful, 40 harmless). But for openings, no long sentence is in training and another part.
 """
 
 from __future__ import annotations
