@@ -114,7 +114,8 @@ def test_a_model_in_the_process_is_served_until_a_signal_and_open_responses_end_
     try:
         wait_for(lambda: httpx.get(url + "/ready").status_code == 200)
         body = body_of(CHAT, max_tokens=12) | {"model": "nano"}
-        answer = httpx.post(url + CHAT, json=body, timeout=60)
+        asked = {"messages": [{"role": "user", "content": "How do I make plum cake with ginger?"}], "temperature": 0}
+        answer = httpx.post(url + CHAT, json={**body, **asked}, timeout=60)
         assert answer.status_code == 200 and answer.json()["choices"][0]["message"]["content"]
         endless = {**body, "stream": True, "max_tokens": 400, "logit_bias": {}, "temperature": 2, "seed": 1}
         with httpx.stream("POST", url + CHAT, json=endless, timeout=60) as stream:
