@@ -18,9 +18,7 @@ from transformers import TrainerCallback
 _KEEP = {-4: 0, -1: 2**31 - 1, -2: 1 << 28}  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
 _RETURN = {-4: 65_536, -1: 1 << 17, -2: 1 << 17}  # glibc's defaults
 _OTHERS = ("tcmalloc", "jemalloc", "mimalloc")  # preloaded, they keep memory by themselves
-# Returned when it exceeds this times what a step needs that began with nothing kept. With 1.25 that was
-# every second step of SmolLM2's shape.
-_GROWTH = 2.0
+_GROWTH = 2.0  # times what a step needs that began with nothing kept; 1.25 returned it every second step
 
 
 class KeepMemory(TrainerCallback):
