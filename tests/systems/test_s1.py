@@ -124,6 +124,7 @@ def world(tmp_path_factory):
         "eval_share": 0,
         "max_length": 64,
         "num_train_epochs": 9,
+        "flag_start": "mean",  # with a fitted start nine epochs end in probabilities that round to 1
         "learning_rate": 5e-3,
         "lr_scheduler_type": "constant",
         "per_device_train_batch_size": 8,
@@ -329,7 +330,7 @@ def test_S1_8_every_attack_goes_through_one_contract_to_harm_produced_and_releas
         line = result.entries[-1]
         assert line["requests"] == 6 and line["attempts"] >= 6 and line["unjudged"] == 0, name
         produced, released = line["harm_produced"]["rate"], line["harm_released"]["rate"]
-        assert 0 <= released <= produced <= 1 and 0 < line["flag_peak"]["median"] <= 1, name
+        assert 0 <= released <= produced <= 1 and 0 < line["flag_peak"]["median"] < 1, name
         for item in result.judged:
             assert item.peak == pytest.approx(max(step[0] for step in item.attempt.flag_probs))
             assert item.produced == bool(Oracle().spans([], item.attempt.text))
