@@ -18,21 +18,13 @@ import re
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent / "small-real"))
-from prepare import clip, clip_middle, is_refusal, read, request_key, split_of, write  # noqa: E402
+from prepare import Quota, clip, clip_middle, is_refusal, read, request_key, split_of, write  # noqa: E402
 
-
-class Quota(NamedTuple):
-    """Most rows of a set for training, besides the reviewed ones: harmful, harmless, harmless that are refusals."""
-
-    harmful: int = 0
-    harmless: int = 0
-    refusing: int = 0
-
-
+# Most rows of a set for training, besides the reviewed ones: harmful, harmless, harmless that are refusals.
 # MIT, Apache-2.0 or BSD: a flag that is trained on these alone may be shipped.
 OPEN: dict[str, Quota] = {
     "gptfuzz-labeled/train": Quota(250, 150, 60),

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from redflag.calibrating.replay import alarms, peaks_of
+from redflag.files import atomic_write
 from redflag.lab.evaluating.exposure import released, released_sentences
 from redflag.scoring.recording import Recording
 from redflag.stats.intervals import auroc_difference, auroc_interval, ranking_intervals, tpr_differences
@@ -272,9 +272,8 @@ def main(output: Path) -> None:
     results = {"methods": methods, "ahead": gains, "rows": json.loads((output / "rows" / "counts.json").read_text())}
     text = markdown(results)
     for name, content in (("results.json", json.dumps(results, indent=2)), ("results.md", text)):
-        temporary = output / f"{name}.tmp"
-        temporary.write_text(content, encoding="utf-8")
-        os.replace(temporary, output / name)
+        with atomic_write(output / name) as file:
+            file.write(content.encode())
     print(text)
 
 
