@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +29,7 @@ from redflag.data.rows import Row
 from redflag.errors import RedflagError
 from redflag.files import require_writable
 from redflag.flags import FlagSpec
+from redflag.models.named import model_folder
 from redflag.scoring.recorded import recorded
 from redflag.scoring.recording import Recording
 from redflag.stats.metrics import clopper_pearson
@@ -123,6 +124,7 @@ def calibrate(
 def calibrate_model(arguments: CalibrateArguments) -> Calibration:
     """Measures and calibrates a folder. Whatever can be refused before the model is run is refused before."""
     check_bounds(arguments)
+    arguments = replace(arguments, model=model_folder(arguments.model))
     from redflag.data.rows import load_rows
     from redflag.scoring.progress import report_rows
 

@@ -22,7 +22,6 @@ from filelock import FileLock
 
 from redflag.errors import RedflagError
 from redflag.files import atomic_write, keep_json, kept_json
-from redflag.flags import FILE
 from redflag.models.fetch import fetch_smollm2
 
 DEFAULT = "smollm2-135m"
@@ -122,8 +121,3 @@ def _point(file: Path, base: Path) -> None:
     if record.get("base_model_name_or_path") != str(base):
         with atomic_write(file) as opened:
             opened.write(json.dumps({**record, "base_model_name_or_path": str(base)}, indent=2).encode())
-
-
-def is_shipped(name: str = DEFAULT) -> bool:
-    """Whether this package holds the flag of a model by name."""
-    return all((SHIPPED[name] / file).is_file() for file in (ADAPTER, FILE))

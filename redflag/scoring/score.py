@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 
-from redflag.backends.open import open_scorer as load_scorer
 from redflag.data.rows import Row, load_rows
 from redflag.errors import RedflagError
 from redflag.files import require_writable
@@ -49,7 +48,6 @@ __all__ = [
     "Scorer",
     "as_json",
     "context_limit",
-    "load_scorer",
     "plan",
     "progress",
     "read_scored",

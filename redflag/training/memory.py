@@ -67,10 +67,9 @@ def _glibc() -> Any:
         if platform.libc_ver()[0] != "glibc" or any(name in maps for name in _OTHERS):
             return None
         libc = ctypes.CDLL(None)
-        libc.mallopt, libc.malloc_trim  # noqa: B018  (AttributeError where they are missing)
-    except (OSError, AttributeError):
+    except OSError:
         return None
-    return libc
+    return libc if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") else None
 
 
 def _held() -> int:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 from tiny import make_rows
-from tiny_smollm2 import SMOLLM2, make_index, needs_shipped, needs_smollm2, train_flag
+from tiny_smollm2 import SMOLLM2, make_index, needs_smollm2, train_flag
 
 from redflag import Guard, cli
 from redflag.data.rows import load_rows, write_rows
@@ -119,7 +119,6 @@ def test_the_starter_rows_fall_into_three_parts_that_share_no_answer():
 
 
 @needs_smollm2
-@needs_shipped
 def test_the_real_model_completes_halts_and_resumes(cache, monkeypatch):
     (cache / DEFAULT).mkdir(parents=True)
     (cache / DEFAULT / "base").symlink_to(SMOLLM2)

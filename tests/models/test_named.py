@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_smollm2 import SMOLLM2, make_index, needs_shipped, needs_smollm2, train_flag
+from tiny_smollm2 import SMOLLM2, make_index, needs_smollm2, train_flag
 
 from redflag import Guard, Policy, cli
 from redflag.backends import Sampling
@@ -153,7 +153,6 @@ def test_a_guard_and_the_verbs_take_the_name(shipped, cache, tmp_path, capsys):
 
 
 @needs_smollm2
-@needs_shipped
 def test_the_shipped_flag_watches_the_real_model(cache):
     (cache / DEFAULT).mkdir(parents=True)
     (cache / DEFAULT / "base").symlink_to(SMOLLM2)

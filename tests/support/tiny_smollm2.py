@@ -15,7 +15,7 @@ from tiny_gguf import write_gguf
 
 from redflag.backends.load import read_model
 from redflag.flags import FlagSpec, attach
-from redflag.models import fetch, named
+from redflag.models import fetch
 from redflag.models.pretrain import train_tokenizer
 from redflag.prompt import template_hash
 from redflag.training.adapter import lora_config
@@ -24,7 +24,6 @@ from redflag.watching.thresholds import Thresholds
 
 SMOLLM2 = Path(os.environ.get("REDFLAG_SMOLLM2", Path(__file__).parents[2] / ".cache" / "smollm2")).absolute()
 needs_smollm2 = pytest.mark.skipif(not (SMOLLM2 / fetch.RECORD).exists(), reason=f"no {SMOLLM2}: scripts/fetch-smollm2")
-needs_shipped = pytest.mark.skipif(not named.is_shipped(), reason="this version ships no flag yet: scripts/pack-flag")
 
 
 def make_index(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
