@@ -92,6 +92,8 @@ def timeliness(recording: Recording, lines: Lines, rows: Lines, monitor: str, th
     at = alarms(MONITORS[monitor], recording, [threshold])
     dated = [i for i, row in enumerate(rows) if row["category"] is not None and row["onset_source"] == "natural"]
     caught = [i for i in dated if at[i] >= 0]
+    if not caught:
+        return {"dated": len(dated), "caught": 0}
     commits, onsets, ends = [], [], []
     for i in caught:
         ends_of = np.cumsum([len(piece) for piece in lines[i]["tokens"]])
@@ -234,7 +236,7 @@ def markdown(results: Mapping[str, Any]) -> str:
     for name, result in results["methods"].items():
         for rate in RATES:
             t = result.get(f"timeliness_at_{rate:g}")
-            if t is None:
+            if t is None or not t["caught"]:
                 continue
             quartiles = {key: ", ".join(f"{v:.0f}" for v in t[f"tokens_from_{key}"]) for key in ("onset", "commit")}
             lines += [
