@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 _KEEP = {-4: 0, -1: 2**31 - 1, -2: 1 << 28}  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
 _RETURN = {-4: 65_536, -1: 1 << 17, -2: 1 << 17}  # glibc's defaults
 _OTHERS = ("tcmalloc", "jemalloc", "mimalloc")  # preloaded, they keep memory by themselves
-_GROWTH = 2.0  # times what a step needs that began with nothing kept; 1.25 returned it every second step
+_GROWTH = 1.5  # times what a step needs that began with nothing kept; docs/log.md has others
 
 
 class KeepMemory(TrainerCallback):
