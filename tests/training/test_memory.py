@@ -43,8 +43,8 @@ def test_it_is_returned_only_when_it_has_grown_beyond_what_a_step_needs(libc, mo
     callback = KeepMemory()
     callback.on_train_begin(CPU, None, None)
     trims = []
-    # Step 1 needs 100; 200 is allowed, 201 not. The step after it shows a need of 120, so that 240 is allowed.
-    for held in (100, 110, 200, 201, 120, 240, 241, 90, 240):
+    # Step 1 needs 100; 150 is allowed, 151 not. The step after it shows a need of 120, so that 180 is allowed.
+    for held in (100, 110, 150, 151, 120, 180, 181, 90, 180):
         monkeypatch.setattr(memory, "_held", lambda held=held: held)
         callback.on_step_end(CPU, None, None)
         trims.append(libc.trims)
