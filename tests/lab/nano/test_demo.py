@@ -141,7 +141,7 @@ def test_the_python_in_the_readme_runs(nano, tmp_path, monkeypatch, capsys):
     (world / "rows").mkdir(parents=True)
     shutil.copytree(nano / "base", world / "base")
     shutil.copy(nano / "rows" / "calibration.jsonl", world / "rows")
-    write_rows(world / "rows" / "train.jsonl", load_rows(nano / "rows" / "train.jsonl").rows[:160])
+    write_rows(world / "rows" / "train.jsonl", load_rows(nano / "rows" / "train.jsonl").rows[:480])
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
     assert (tmp_path / "runs" / "mine" / "thresholds.json").exists()
