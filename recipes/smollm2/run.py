@@ -50,6 +50,7 @@ def main() -> None:
         model = output / "models" / name
         if "train" in arguments.stages:
             paths = ["--model", str(arguments.base), "--input", str(rows / "train.jsonl"), "--output_dir", str(model)]
+            paths += ["--reference_cache", str(output / "reference")]  # 0.5 GB, for all seeds
             # Goes on from the last checkpoint of a run that was cut short.
             command = [*verb, "train", "--config", str(HERE / "train.yaml"), *paths, "--seed", str(seed), "--resume"]
             stage(f"train-{name}", output, model / "redflag.json", [*command, *shlex.split(arguments.train)])

@@ -24,15 +24,17 @@ from trl import SFTConfig, SFTTrainer
 from redflag.backends.precision import Machine, choose_precision
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
+from redflag.kept_states import KeptStates
 from redflag.stats.metrics import auroc
 from redflag.training import sharded
 from redflag.training.adapter import adapters_off, cheap_flag_rows, output_head
 from redflag.training.batch import BatchState, Counts, JudgedPositions
 from redflag.training.encode import IGNORE, Collator, Example, PlacementConfig
-from redflag.training.loss import Head, Positions, flag_and_keep_loss
+from redflag.training.loss import Positions, flag_and_keep_loss
 from redflag.training.means import Means, rows_that_count
 from redflag.training.memory import KeepMemory
 from redflag.training.presto import watched_attention
+from redflag.training.reference import reference_states
 from redflag.training.states import check_head, last_hidden
 from redflag.training.terms import TermsCollator, TermsConfig, check_terms_fit, group_sampler, optional_terms
 from redflag.training.weights import flag_weights, keep_weights, response_weights
@@ -82,6 +84,10 @@ class RedFlagConfig(TermsConfig, SFTConfig):
     peak_temperature: float = field(
         default=1.0,
         metadata={"help": "peak_coef: inf = all positions of a response weigh the same, near 0 = its peak."},
+    )
+    reference_cache: str | None = field(
+        default=None,
+        metadata={"help": "Folder that keeps the reference's hidden states (float16) over passes and runs."},
     )
     harmful_weight: float = field(
         default=0.5,
@@ -158,6 +164,9 @@ class RedFlagTrainer(SFTTrainer):
         self._frozen = None
         if peft_config is None and not hasattr(model, "peft_config"):
             self._frozen = copy.deepcopy(model).eval().requires_grad_(False)
+        self._kept = None
+        if args.reference_cache:
+            self._kept = KeptStates(args.reference_cache, model, "bfloat16" if args.bf16 else str(model.dtype))
         pad = processing_class.pad_token_id
         answers = args.answers if args.answer_coef else None
         collator = TermsCollator(args.placement_config(), spec, 0 if pad is None else pad, args.seed, answers=answers)
@@ -234,7 +243,9 @@ class RedFlagTrainer(SFTTrainer):
         # first and keeps the N states alone, so that two models' (B, T, H) never lie in memory together.
         judged = JudgedPositions.of(inputs)
         row, before = judged.row, judged.column - 1
-        reference_NH, reference_head = self._reference_states(model, inputs, judged)
+        with self._reference(model) as reference:
+            reference_head = output_head(self.accelerator.unwrap_model(reference), self.spec)
+            reference_NH = reference_states(reference, reference_head, inputs, judged, self._kept, self.accelerator)
         with watched_attention(model, training and self.args.presto_coef > 0) as attentions:
             hidden = last_hidden(model, inputs["input_ids"], inputs["attention_mask"])
         head = output_head(self.accelerator.unwrap_model(model), self.spec)
@@ -280,26 +291,6 @@ class RedFlagTrainer(SFTTrainer):
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         return (loss, {}) if return_outputs else loss
-
-    @torch.no_grad()
-    def _reference_states(
-        self, model: Any, inputs: dict[str, torch.Tensor], judged: JudgedPositions
-    ) -> tuple[torch.Tensor, Head]:
-        """Hidden states of the reference that judge the N positions, and its head.
-
-        The reference reads the same text without the inserted flags: they are masked, and the positions behind them
-        count on as if they were not there. Where the trained model is judged by the state of a flag, the reference is
-        by that of the nearest earlier column that is none.
-        """
-        inserted = inputs["inserted"]
-        columns = torch.arange(inserted.shape[1], device=inserted.device).expand_as(inserted)
-        plain = torch.where(inserted, 0, columns).cummax(1).values
-        mask = inputs["attention_mask"] * ~inserted
-        position_ids = (mask.cumsum(1) - 1).clamp(min=0) if bool(inserted.any()) else None
-        with self._reference(model) as reference:
-            states = last_hidden(reference, inputs["input_ids"], mask, position_ids)
-            head = output_head(self.accelerator.unwrap_model(reference), self.spec)
-        return states[judged.row, plain[judged.row, judged.column - 1]], head
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means of the terms since the last time, over the positions of all processes."""

@@ -6,7 +6,8 @@
 
 Random weights in the named shape; rows of random words, prompt and response, every response token learnt by SFT and
 pinned by redflag. Each trainer runs in a process of its own, in turn (plain, redflag, plain, ...), so that neither's
-memory is the other's; the first step is not timed. Plain SFTTrainer trains the same LoRA without flag rows, since TRL's
+memory is the other's; the first step is not timed. `--kinds plain redflag kept` adds a second pass over the same rows,
+for which the reference's states are on disk. Plain SFTTrainer trains the same LoRA without flag rows, since TRL's
 fused head does not take them. Prints one JSON object.
 """
 
@@ -23,9 +24,11 @@ import sys
 import tempfile
 import time
 
+KINDS = ("plain", "redflag", "kept")
 SHAPES = {  # hidden, layers, heads, key/value heads, MLP, vocabulary
     "tiny": (128, 2, 4, 2, 256, 2_000),
     "0.1b": (576, 12, 9, 3, 1536, 49_152),
+    "smollm2": (576, 30, 9, 3, 1536, 49_152),
     "0.5b": (896, 24, 14, 2, 4864, 151_936),
     "1b": (2048, 16, 32, 8, 8192, 128_256),
     "8b": (4096, 32, 32, 8, 14336, 128_256),
@@ -37,35 +40,41 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="0.1b")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["plain", "redflag"])
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4, help="timed steps per run")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--length", type=int, default=256, help="tokens per row; a quarter is prompt")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--one", choices=["plain", "redflag"], help=argparse.SUPPRESS)
+    parser.add_argument("--one", choices=KINDS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
         print(json.dumps(run_one(arguments)))
         return
-    runs: dict[str, list[dict[str, float]]] = {"plain": [], "redflag": []}
+    runs: dict[str, list[dict[str, float]]] = {kind: [] for kind in arguments.kinds}
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(arguments.threads)}
     for pair in range(arguments.pairs):
-        for kind in ("plain", "redflag"):
+        for kind in arguments.kinds:
             command = [sys.executable, __file__, *sys.argv[1:], "--one", kind]
             done = subprocess.run(command, env=environment, capture_output=True, text=True)
             if done.returncode:
                 sys.exit(f"the {kind} run failed:\n{done.stderr[-3000:]}")
             runs[kind].append(json.loads(done.stdout.strip().splitlines()[-1]))
             print(f"pair {pair + 1} {kind}: {runs[kind][-1]}", file=sys.stderr)
-    speed = [r["tokens_per_s"] / p["tokens_per_s"] for p, r in zip(runs["plain"], runs["redflag"], strict=True)]
-    memory = [r["peak_mib"] / p["peak_mib"] for p, r in zip(runs["plain"], runs["redflag"], strict=True)]
+
+    def ratios(name: str) -> dict[str, dict[str, object]]:
+        """Of the other kinds to the first, pair by pair."""
+        first, *others = arguments.kinds
+        found = {kind: [a[name] / b[name] for a, b in zip(runs[kind], runs[first], strict=True)] for kind in others}
+        return {kind: {"median": statistics.median(all_), "all": all_} for kind, all_ in found.items()}
+
     result = {
         "shape": arguments.shape,
         "device": arguments.device,
         "dtype": arguments.dtype,
         "batch": [arguments.batch_size, arguments.length],
-        "speed_ratio": {"median": statistics.median(speed), "all": speed},
-        "memory_ratio": {"median": statistics.median(memory), "all": memory},
+        "speed_ratio": ratios("tokens_per_s"),
+        "memory_ratio": ratios("peak_mib"),
         "runs": runs,
     }
     print(json.dumps(result))
@@ -131,7 +140,7 @@ def run_one(arguments: argparse.Namespace) -> dict[str, float]:
         shared = dict(
             output_dir=folder,
             per_device_train_batch_size=arguments.batch_size,
-            max_steps=arguments.steps + 1,
+            max_steps=(arguments.steps + 1) * (2 if arguments.one == "kept" else 1),
             save_strategy="no",
             logging_steps=1000,
             disable_tqdm=True,
@@ -142,10 +151,11 @@ def run_one(arguments: argparse.Namespace) -> dict[str, float]:
             max_length=None,
             gradient_checkpointing=False,
         )
-        if arguments.one == "redflag":
+        if arguments.one != "plain":
+            cache = f"{folder}/reference" if arguments.one == "kept" else None
             trainer = RedFlagTrainer(
                 model,
-                RedFlagConfig(**shared),
+                RedFlagConfig(**shared, reference_cache=cache),
                 spec,
                 examples,
                 processing_class=tokenizer,
@@ -166,7 +176,7 @@ def run_one(arguments: argparse.Namespace) -> dict[str, float]:
             )
         start = peak_mib(arguments.device)
         trainer.train()
-    seconds = stamps[-1] - stamps[0]
+    seconds = stamps[-1] - stamps[-1 - arguments.steps]
     return {
         "tokens_per_s": arguments.steps * arguments.batch_size * arguments.length / seconds,
         "peak_mib": peak_mib(arguments.device),
