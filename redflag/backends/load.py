@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as MULTIMODAL
+from transformers.utils import logging
 
 from redflag.backends.gguf import is_gguf, read_gguf_config, read_gguf_tokenizer, read_gguf_weights
 from redflag.backends.hf import HFBackend, find_eos_ids
@@ -54,7 +55,13 @@ def _read_weights(name: str | Path, dtype: Any) -> tuple[Any, set[str]]:
     if not config.is_file():
         return _read_whole(name, dtype)
     model, lacking = read_base(name, dtype)
-    return model, lacking | set(model.load_adapter(str(name)).missing_keys)
+    # transformers reports weights that a tied head has no need of; what is really missing is refused by the caller.
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        return model, lacking | set(model.load_adapter(str(name)).missing_keys)
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def read_base(folder: str | Path, dtype: Any = "auto") -> tuple[Any, set[str]]:
