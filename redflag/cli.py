@@ -50,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     verb = argv[0]
     if verb not in VERBS:
-        print(f"redflag: {verb!r} is no verb; use one of {', '.join(VERBS)}", file=sys.stderr)
+        close = _nearest(verb, VERBS, otherwise=f": use one of {', '.join(VERBS)}")
+        print(f"redflag: {verb!r} is no verb{close}", file=sys.stderr)
         return 2
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
@@ -114,6 +115,12 @@ def parse(module: Any, argv: list[str], prog: str) -> tuple[Any, ...]:
                 action.required = False
     argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     argv = _spelt_out(argv, parser._actions) if module.POSITIONAL is not None else argv
+    # Before what is missing: a misspelt `--model` would be answered with "--model is required".
+    spelt = {name for action in parser._actions for name in action.option_strings} | {"--config"}
+    for word in argv[: argv.index("--")] if "--" in argv else argv:
+        name = word.split("=")[0]
+        if name.startswith("--") and " " not in name and name not in spelt:
+            raise RedflagError(f"{name} is no option of {prog}{_nearest(name, spelt)}")
     if "--config" in argv:
         _check_config(argv[argv.index("--config") + 1 :], classes)
     try:
@@ -121,9 +128,7 @@ def parse(module: Any, argv: list[str], prog: str) -> tuple[Any, ...]:
     except (ValueError, TypeError, OSError) as error:
         raise RedflagError(str(error)) from error
     if unknown:
-        known = {action.dest for action in parser._actions}
-        close = _nearest(unknown[0].lstrip("-").replace("-", "_"), known, "--")
-        raise RedflagError(f"{unknown[0]} is no option of {prog}{close}")
+        raise RedflagError(f"{unknown[0]} is no option of {prog}{_nearest(unknown[0], spelt)}")
     if module.POSITIONAL is not None:
         *found, rest = found
         if rest.positional is not None:
@@ -209,9 +214,11 @@ def _fits(value: Any, hint: Any) -> bool:
     return True
 
 
-def _nearest(name: str, known: Mapping[str, Any] | set[str], prefix: str = "") -> str:
+def _nearest(
+    name: str, known: Mapping[str, Any] | set[str], otherwise: str = ": leave it out, or see --help for those there are"
+) -> str:
     close = difflib.get_close_matches(name, sorted(known), 1)
-    return f": did you mean {prefix}{close[0]}?" if close else ": leave it out, or see --help for those there are"
+    return f": did you mean {close[0]}?" if close else otherwise
 
 
 if __name__ == "__main__":

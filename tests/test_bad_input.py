@@ -161,8 +161,10 @@ def test_a_bad_file_is_named(refused, here, name, verb):
 
 
 BAD_OPTIONS = {
+    "hyphens": (command("score", "--bach-size", "2"), "--bach-size is no option", "did you mean --batch-size?"),
     "unknown option": (command("score", "--bach_size", "2"), "--bach_size is no option", "did you mean --batch_size?"),
-    "misspelt needed option": (["score", "--modle", "model"], "required: --model", "--help"),
+    "misspelt needed option": (["score", "--modle", "model"], "--modle is no option", "did you mean --model?"),
+    "nothing but the verb": (["score"], "required: --model", "--help"),
     "word for a number": (command("score", "--batch_size", "two"), "invalid int value: 'two'", "--help"),
     "no such choice": (command("calibrate", "--guarantee", "never"), "invalid choice: 'never'", "--help"),
     "nothing after --config": (command("score", "--config"), "--config is the last word", "give the name of a YAML"),
@@ -250,8 +252,10 @@ def test_a_missing_config_file_is_named(refused):
 def test_no_verb_is_a_call_for_help_and_an_unknown_one_is_named(capsys):
     assert cli.main([]) == 0
     assert "calibrate" in capsys.readouterr().out
+    assert cli.main(["scoer"]) == 2
+    assert capsys.readouterr().err == "redflag: 'scoer' is no verb: did you mean score?\n"
     assert cli.main(["fly"]) == 2
-    assert capsys.readouterr().err == f"redflag: 'fly' is no verb; use one of {', '.join(cli.VERBS)}\n"
+    assert capsys.readouterr().err == f"redflag: 'fly' is no verb: use one of {', '.join(cli.VERBS)}\n"
 
 
 LOST = object()
