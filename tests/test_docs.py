@@ -45,7 +45,7 @@ def test_the_front_page_is_short():
 
 def commands() -> list[str]:
     """Lines of both pages that call `redflag`, in blocks and in tables, without comments."""
-    text = "".join((page.read_text() for page in (ROOT / "README.md", DOCS / "index.md")))
+    text = "".join(page.read_text() for page in (ROOT / "README.md", DOCS / "index.md"))
     lines = re.findall(r"^redflag .*$", text, re.M) + re.findall(r"`(redflag [a-z-]+(?: [^`]*)?)`", text)
     lines = [re.split(r"\s+#", line)[0].strip() for line in lines]
     return sorted({line for line in lines if line.split()[1] in VERBS and "--help" not in line})
