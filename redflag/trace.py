@@ -33,6 +33,7 @@ __all__ = [
     "Text",
     "Trace",
     "read_traces",
+    "trace_line",
     "write_traces",
 ]
 
@@ -70,7 +71,7 @@ def write_traces(
         packed = gzip.GzipFile("", "wb", fileobj=file, mtime=0) if path.suffix == ".gz" else None
         target = cast(BinaryIO, packed) if packed else file
         for trace in traces:
-            target.write(_to_line(trace, text))
+            target.write(trace_line(trace, text=text))
             count += 1
         if packed:
             packed.close()
@@ -107,7 +108,7 @@ def _append(path: Path, traces: Iterable[Trace], text: bool) -> int:
     try:
         append_line(path, b"", mode=0o666)  # The file is there, be the traces none.
         for trace in traces:
-            append_line(path, _to_line(trace, text), mode=0o666)
+            append_line(path, trace_line(trace, text=text), mode=0o666)
             count += 1
     except OSError as error:
         raise RedflagError(
@@ -117,7 +118,12 @@ def _append(path: Path, traces: Iterable[Trace], text: bool) -> int:
     return count
 
 
-def _to_line(trace: Trace, text: bool) -> bytes:
+def trace_line(trace: Trace, *, text: bool = False) -> bytes:
+    """One line of a file of traces, as `write_traces` writes it.
+
+    Raises:
+        RedflagError: The trace cannot be written.
+    """
     steps, flags = len(trace.token_ids), len(trace.categories)
     for name, rows, allowed in (("flag_probs", trace.flag_probs, {steps}), ("scores", trace.scores, {0, steps})):
         if len(rows) not in allowed or any(len(row) != flags for row in rows):

@@ -78,6 +78,9 @@ class ServeArguments(GuardOptions):
         default=None, metadata={"help": "Append alarms that were overridden or nearly raised to this file."}
     )
     record: str | None = field(default=None, metadata={"help": "Append the traces (numbers only) to this JSONL file."})
+    playground: bool = field(
+        default=False, metadata={"help": "A page at / to try the guard: chat, p(flag), thresholds (operator key)."}
+    )
     json_logs: bool = field(default=False, metadata={"help": "Log lines as JSON."})
     telemetry: bool = field(default=False, metadata={"help": "Send OpenTelemetry spans (set by OTEL_* variables)."})
 
@@ -130,10 +133,13 @@ def run(arguments: ServeArguments, policy: PolicyOptions) -> int:
             audit=audit,
             telemetry=telemetry,
             record=recorder(arguments.record),
+            playground=arguments.playground,
         )
         host, port = listening.getsockname()[:2]
         where = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
         _log.info("serving %s at %s", limits.name, where, extra={"model": limits.name, "url": where})
+        if arguments.playground:
+            tell_of_playground(where.removesuffix("v1"), limits)
         Process(app, app.state.server.stop, arguments.grace).run(sockets=[listening])
     return 0
 
@@ -176,6 +182,18 @@ def limits_of(arguments: ServeArguments, environment: Mapping[str, str]) -> Limi
         send_timeout=arguments.send_timeout,
         ping=arguments.ping,
     )
+
+
+def tell_of_playground(where: str, limits: Limits) -> None:
+    """Logs where the page is, and a warning where no key protects what it shows."""
+    _log.info("the playground is at %s", where, extra={"url": where})
+    if limits.operator_key is None:
+        _log.warning(
+            "the playground shows flag probabilities and thresholds to everybody who can reach %s, since there is no "
+            "operator key; set %s, or let nobody else reach it",
+            where,
+            OPERATOR_KEY,
+        )
 
 
 def origins_of(text: str | None) -> tuple[str, ...]:

@@ -36,6 +36,7 @@ from redflag.server.audit_log import AuditLog
 from redflag.server.exchange import Exchange, Readiness, Stopwatch, timeout_at
 from redflag.server.fields import escaped, header
 from redflag.server.metrics import Metrics
+from redflag.server.playground import Playground
 from redflag.server.schema import NO_LIMIT, ChatRequest, CompletionRequest, parse
 from redflag.server.sending import EventStream, whole
 from redflag.server.telemetry import Telemetry
@@ -61,6 +62,7 @@ def build_app(
     audit: AuditLog | None = None,
     telemetry: Telemetry | None = None,
     record: Callable[[Trace], None] | None = None,
+    playground: bool = False,
 ) -> FastAPI:
     """The application; an ASGI server runs it.
 
@@ -72,7 +74,11 @@ def build_app(
         audit: Where overrides are written down; without it there are none.
         telemetry: Spans, if anybody wants them.
         record: Gets the trace of every response that was begun.
+        playground: Adds the page at `/`, and what it shows of the operator's.
     """
+    page = Playground(guard, limits, record) if playground else None
+    if page is not None:
+        record = page.record
     server = Server(guard, limits, metrics, readiness or Readiness(None), audit, telemetry, record)
 
     @asynccontextmanager
@@ -113,6 +119,8 @@ def build_app(
         for spelling in (path, f"{path}/"):
             app.add_api_route(spelling, endpoint, methods=methods, response_model=None)
     app.add_api_route("/v1/models/{name:path}", server.model, methods=reading, response_model=None)
+    if page is not None:
+        page.mount(app, server.open)
     return app
 
 
