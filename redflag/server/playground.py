@@ -130,7 +130,7 @@ class Playground:
             yield _line({"trace": None, "error": str(error)})
 
     def _pieces(self, trace: Trace, event: Text) -> list[str]:
-        """The text of each token; all of it with the first, where that cannot be told."""
+        """The text of each token; one text of all, where that cannot be told."""
         if len(event.token_ids) > 1:
             try:
                 detokenizer = Detokenizer(self._guard.tokenizer, trace.token_ids[: event.position])
@@ -139,7 +139,7 @@ class Playground:
                     return pieces
             except Exception:  # Whatever a tokenizer may raise: colour is all that hangs on it.
                 pass
-        return [event.text, *[""] * (len(event.token_ids) - 1)]
+        return [event.text]
 
     def _admit(self, request: Request) -> None:
         caller = admit(request, self._limits)
@@ -160,7 +160,7 @@ def since(
         trace: The trace.
         steps: Steps seen.
         events: Events seen.
-        pieces: The text of each token of an event.
+        pieces: The text of each token of an event, or one text of all.
 
     Returns:
         `start`, `flag_probs`, `scores` (T x K each; they take the place of all that was seen from `start` on) and

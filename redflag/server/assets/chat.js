@@ -200,7 +200,7 @@
     if (bottom) toEnd();
     calls = failed ? [] : turn.calls.filter(Boolean);
     if (failed && !turn.content) return false;
-    history = [...messages, { role: "assistant", content: turn.content, ...(calls.length ? { tool_calls: calls } : {}) }];
+    history = [...messages, { role: "assistant", content: turn.content, ...(calls.length ? { tool_calls: [...calls] } : {}) }];
     return true;
   }
 

@@ -24,20 +24,16 @@
   const tokens = (n) => `${n} token${n === 1 ? "" : "s"}`;
   const chosenFlag = () => Number(flag.value || 0);
 
-  const newTrace = () => ({ name: "", pieces: [], probs: [], scores: [], events: [], released: 0, over: false, record: null, missing: "" });
+  const newTrace = () => ({ name: "", pieces: [], open: null, probs: [], scores: [], events: [], released: 0, over: false, record: null, missing: "" });
 
-  // The pieces of text that an event released, each with its tokens; a token without text of its own goes with its neighbour.
+  // The pieces of text that an event released, each with its tokens: one of all, or one of each. A token without text of
+  // its own, the first byte of a character, goes with the next one.
   function release(trace, event) {
-    let open = null;
+    const each = event.pieces.length === event.tokens;
     event.pieces.forEach((text, i) => {
       const at = event.position + i;
-      const last = trace.pieces.at(-1);
-      if (!text && open === null && i > 0 && last) last.upto = at + 1;
-      else if (!text) open ??= at;
-      else {
-        trace.pieces.push({ step: open ?? at, upto: at + 1, text });
-        open = null;
-      }
+      if (text) trace.pieces.push({ step: trace.open ?? at, upto: each ? at + 1 : at + event.tokens, text });
+      trace.open = text ? null : trace.open ?? at;
     });
     trace.released += event.tokens;
   }
