@@ -124,7 +124,7 @@ def test_each_answer_can_be_inspected(serve, visit):
     ask(page)
     ask(page, "again", 2)
     assert page.inner_text("#which").startswith("Answer 2")
-    page.get_by_role("button", name="Show what was measured of answer 1").click()
+    page.get_by_role("button", name="inspect answer 1").click()
     settle(page)
     assert page.inner_text("#which").startswith("Answer 1")
     assert page.eval_on_selector_all(".turn.assistant", "all => all.map(t => t.classList.contains('chosen'))") == [

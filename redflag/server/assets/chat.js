@@ -12,14 +12,14 @@
   // One answer: what came over the API, and the trace beside it.
   function newTurn() {
     const turn = {
-      trace: playground.newTrace(), content: "", thoughts: "", refusal: "", calls: [], finish: null, redflag: null, over: false,
+      trace: playground.newTrace(), content: "", thoughts: "", refusal: "", calls: [], finish: null, redflag: null,
       answer: { holder: make("p", { class: "text" }), spans: [], offset: 0 },
       thinking: { holder: make("p", { class: "text" }), spans: [], offset: 0 },
       end: make("span", { class: "end" }), choose: make("button", { type: "button", class: "choose" }, "inspect"),
       folded: make("details", { class: "thoughts", hidden: "" }, make("summary", {}, "Thoughts")), called: make("div", {}), extra: make("div", {}),
     };
     turn.trace.name = `Answer ${turns.length + 1}`;
-    turn.choose.setAttribute("aria-label", `Show what was measured of answer ${turns.length + 1}`);
+    turn.choose.setAttribute("aria-label", `inspect answer ${turns.length + 1}`);
     turn.choose.addEventListener("click", () => {
       playground.show(turn.trace);
       get("panel").scrollIntoView({ block: "start" }); // on a narrow screen it stands below
@@ -137,7 +137,7 @@
 
   function ending(turn) {
     const halted = turn.finish === "content_filter";
-    turn.end.className = `end${halted ? " halted" : turn.redflag?.reason === "fault" ? " fault" : ""}`;
+    turn.end.classList.toggle("halted", halted);
     const known = { stop: "", length: "cut at its length", tool_calls: "waits for the tool" };
     turn.end.textContent = halted ? `halted: ${turn.redflag?.category ?? "alarm"}` : known[turn.finish] ?? turn.finish ?? "";
     if (turn.refusal) turn.extra.append(make("p", { class: "refusal" }, turn.refusal));
@@ -189,7 +189,8 @@
       const left = error.name === "AbortError";
       const id = error.response?.headers.get("x-request-id");
       if (id) follow(turn, id); // an answer that broke before anything was shown has a trace all the same
-      turn.end.textContent = left ? "stopped" : "";
+      turn.end.textContent = left ? "stopped" : "failed";
+      turn.end.classList.toggle("fault", !left);
       if (!left) turn.extra.append(make("p", { class: "error", role: "alert" }, error.message));
     }
     running = null;
