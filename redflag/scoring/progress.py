@@ -71,3 +71,35 @@ def prompt_progress(items: Iterable[dict[str, Any]], total: int) -> Iterator[dic
         yield item
     for line in cut_lines(cut):
         print(line, file=sys.stderr)
+
+
+class Countdown:
+    """Says on stderr how far a step is and how long it will take: in one changing line on a terminal, or now and then.
+
+    A step of less than two seconds says nothing.
+    """
+
+    def __init__(self, what: str, total: int, unit: str) -> None:
+        """Begins.
+
+        Args:
+            what: What is done.
+            total: Of `unit`s.
+            unit: What is counted.
+        """
+        self._what, self._total, self._unit = what, total, unit
+        self._terminal = sys.stderr.isatty()
+        self._start = self._said = time.monotonic()
+
+    def __call__(self, done: int) -> None:
+        """Takes in how many are done."""
+        now, ended = time.monotonic(), done >= self._total
+        spent = now - self._start
+        if not done or spent < 2.0 or not (ended or now - self._said > (0.2 if self._terminal else 15.0)):
+            return
+        self._said = now
+        left = f"{spent:,.0f} s" if ended else f"{spent / done * (self._total - done):,.0f} s left"
+        line = f"{self._what}: {done:,}/{self._total:,} {self._unit}, {left}"
+        end = "\n" if ended or not self._terminal else ""
+        # The line before may have been longer.
+        print(f"\r{line}\033[K" if self._terminal else line, end=end, file=sys.stderr, flush=True)

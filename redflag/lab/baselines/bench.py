@@ -57,6 +57,7 @@ class Bench:
         batch_size: Conversations per forward pass.
         hidden_from: Whose hidden states the probes read.
         device: Where models run; "auto" is the first GPU where there is one.
+        bf16: Whether hidden states are read, and questions asked, under bfloat16 autocast.
     """
 
     base: Path
@@ -67,6 +68,7 @@ class Bench:
     batch_size: int = 32
     hidden_from: HiddenFrom = "reference"
     device: str = "cpu"
+    bf16: bool = False
 
     def __post_init__(self) -> None:
         if self.device == "auto":

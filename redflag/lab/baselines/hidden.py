@@ -1,9 +1,12 @@
-"""Hidden states of given responses, computed once per set of rows and kept on disk for all probes."""
+"""Hidden states of training rows, read in one pass for all probes and kept on at most `MOST_DISK` bytes of disk.
+
+Rows that are only scored pass by and leave nothing (`passing`).
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,48 +15,143 @@ import numpy.typing as npt
 
 from redflag.errors import RedflagError
 from redflag.lab.baselines.bench import Bench, Read, digest, model_stamp
+from redflag.scoring.progress import Countdown
 
+# Bytes of disk for all probes of one comparison: every layer of every step if they fit, else half of it for each view.
+MOST_DISK = 2_000_000_000
 # Numbers alive at one time in a forward pass: 256 MB of float32.
 _AT_ONCE = 64_000_000
 _HALF_MAX = 65504.0
 
+Steps = npt.NDArray[np.int64]
 
-class Hidden(NamedTuple):
-    """Hidden states of N responses with S judged steps.
+
+class View(NamedTuple):
+    """What a probe reads of the model in training.
 
     Attributes:
-        states: S x (L + 1) x H, float16, on disk: the embedding's output, then that of each of the L layers (the last
-            one behind the final norm), at the position where the step's token is predicted.
-        starts: N + 1 offsets: response i has steps `starts[i]` to `starts[i + 1]`.
+        layers: Which hidden states, 0 the embedding's output.
+        window: Steps over which its training averages the logits.
+    """
+
+    layers: tuple[int, ...]
+    window: int = 1
+
+
+class Hidden(NamedTuple):
+    """Hidden states of N responses at S steps in all.
+
+    Attributes:
+        states: S x L x H, float16, on disk: the layers of `view`, at the position where the step's token is predicted
+            (the last layer behind the final norm), each the mean over the last `view.window` steps. A linear probe's
+            logit of the mean is the mean of its logits.
+        starts: N + 1 offsets: response i has the steps `starts[i]` to `starts[i + 1]`; none where it was not drawn.
+        steps: S, the index of each step in its response.
+        view: What was kept. With a window of 1 that is every layer of every step, or some steps of some layers.
     """
 
     states: npt.NDArray[np.float16]
-    starts: npt.NDArray[np.int64]
+    starts: Steps
+    steps: Steps
+    view: View
 
     def of(self, rows: Sequence[int], layers: Sequence[int]) -> npt.NDArray[np.float32]:
         """Steps of these responses end to end, the layers' states side by side: s x (layers * H)."""
-        pieces = [self.states[self.starts[i] : self.starts[i + 1]][:, layers] for i in rows]
-        states = np.concatenate(pieces).astype(np.float32)
-        return states.reshape(len(states), -1)
+        return np.concatenate([self.between(self.starts[i], self.starts[i + 1], layers) for i in rows])
+
+    def between(self, first: int, last: int, layers: Sequence[int]) -> npt.NDArray[np.float32]:
+        """The steps `first` to `last`, as `of` gives them."""
+        return side_by_side(self.states[first:last], [self.view.layers.index(layer) for layer in layers])
+
+    def count(self, row: int) -> int:
+        """Steps of a response."""
+        return int(self.starts[row + 1] - self.starts[row])
 
 
-def hidden_states(bench: Bench, reads: Sequence[Read]) -> Hidden:
+def side_by_side(states: npt.NDArray[Any], layers: Sequence[int]) -> npt.NDArray[np.float32]:
+    """S x L x H -> S x (layers * H), float32."""
+    chosen = states if list(layers) == list(range(states.shape[1])) else states[:, layers]
+    return chosen.astype(np.float32).reshape(len(states), -1)
+
+
+def hidden_states(bench: Bench, reads: Sequence[Read], view: View | None = None) -> Hidden:
     """Hidden states of these rows, from disk when they are there.
 
-    They take 2 bytes x steps x (L + 1) x H in `bench.folder`; `forget` drops them.
+    Args:
+        bench: Whose model is read, and where states are kept.
+        reads: The rows.
+        view: What is needed if not everything fits; None: every layer.
     """
-    starts = np.concatenate([[0], np.cumsum([len(read.judged_ids) for read in reads])]).astype(np.int64)
-    ids = [[read.prompt_ids, read.judged_ids] for read in reads]
-    path = bench.folder / f"{digest([model_stamp(bench.hidden_folder), ids])}.npy"
-    if not path.exists():
-        _compute(bench, reads, starts, path)
-    return Hidden(np.load(path, mmap_mode="r"), starts)
+    view = view or View(_all_layers(bench))
+    keep(bench, reads, [view])
+    store = _Store.of(bench, reads, view)
+    return Hidden(np.load(store.path, mmap_mode="r"), store.starts, np.concatenate(store.steps), store.view)
+
+
+def keep(bench: Bench, reads: Sequence[Read], views: Sequence[View]) -> None:
+    """Writes what is not yet on disk of these views, in one pass over the rows; states of other rows are dropped.
+
+    Where every layer of every step takes more than `MOST_DISK`, each view gets half of that: its layers alone, at
+    steps that are drawn (`drawn_steps`), the same for every seed.
+
+    Raises:
+        RedflagError: The disk space cannot be had.
+    """
+    stores = {store.path: store for store in (_Store.of(bench, reads, view) for view in views)}
+    missing = [store for path, store in stores.items() if not path.exists()]
+    if not missing:
+        return
+    bench.folder.mkdir(parents=True, exist_ok=True)
+    for path in [*bench.folder.glob("*.npy"), *bench.folder.glob("*.partial")]:
+        if path.name.split("-")[0] != missing[0].path.name.split("-")[0] or path.suffix == ".partial":
+            path.unlink()
+    written = []
+    for store in missing:
+        partial = store.path.with_suffix(f".{os.getpid()}.partial")
+        shape = (int(store.starts[-1]), len(store.view.layers), bench.config.hidden_size)
+        written.append(np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=shape))
+        _reserve(partial)
+    for i, states in passing(bench, reads, "reading hidden states"):
+        for store, target in zip(missing, written, strict=True):
+            target[store.starts[i] : store.starts[i + 1]] = _seen(states, store.steps[i], store.view)
+    for store, target in zip(missing, written, strict=True):
+        target.flush()
+        os.replace(store.path.with_suffix(f".{os.getpid()}.partial"), store.path)
 
 
 def forget(bench: Bench) -> None:
     """Drops all hidden states of this bench from disk, also what a killed run left of some."""
     for path in [*bench.folder.glob("*.npy"), *bench.folder.glob("*.partial")]:
         path.unlink()
+
+
+def passing(bench: Bench, reads: Sequence[Read], what: str) -> Iterator[tuple[int, npt.NDArray[np.float16]]]:
+    """Each row's index and hidden states, T x (L + 1) x H, in an order that suits the model; nothing is kept.
+
+    Args:
+        bench: Whose model is read.
+        reads: The rows.
+        what: What stands before the progress, which is in tokens.
+    """
+    import torch
+
+    from redflag.backends.load import read_model
+
+    model, _ = read_model(bench.hidden_folder, torch.float32 if bench.device == "cpu" else "auto")
+    model = model.to(bench.device).eval()
+    lengths = [len(read.prompt_ids) + len(read.judged_ids) for read in reads]
+    progress, done = Countdown(what, sum(lengths), "tokens"), 0
+    layers, width = bench.config.num_hidden_layers + 1, bench.config.hidden_size
+    for picks in _batches(lengths, max(1, _AT_ONCE // (layers * width)), bench.batch_size):
+        with torch.autocast(torch.device(bench.device).type, torch.bfloat16, enabled=bench.bf16):
+            # The last token is never read from: nothing is predicted after it.
+            found = last_layers(model, [(reads[i].prompt_ids + reads[i].judged_ids)[:-1] for i in picks])
+        halves = found.float().clamp(-_HALF_MAX, _HALF_MAX).half().cpu().numpy()
+        for i, one in zip(picks, halves, strict=True):
+            first = len(reads[i].prompt_ids) - 1
+            yield i, one[first : first + len(reads[i].judged_ids)]
+        done += sum(lengths[i] for i in picks)
+        progress(done)
 
 
 def last_layers(model: Any, rows: Sequence[Sequence[int]]) -> Any:
@@ -75,29 +173,76 @@ def last_layers(model: Any, rows: Sequence[Sequence[int]]) -> Any:
         return torch.stack(out.hidden_states, dim=2)
 
 
-def _compute(bench: Bench, reads: Sequence[Read], starts: npt.NDArray[np.int64], path: Path) -> None:
-    import torch
+def drawn_steps(lengths: Sequence[int], onsets: Sequence[int | None], most: int, window: int = 1) -> list[Steps]:
+    """Which steps of each response are kept, in order: all of them, or `most` in all.
 
-    from redflag.backends.load import read_model
+    Short responses keep every step, long ones equally many: half from just before the onset on, if there is one, the
+    others spread, one drawn from each stretch of what is left. With more responses than places, some have none.
 
-    model, _ = read_model(bench.hidden_folder, torch.float32 if bench.device == "cpu" else "auto")
-    model = model.to(bench.device).eval()
-    layers, width = bench.config.num_hidden_layers + 1, bench.config.hidden_size
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    shape = (int(starts[-1]), layers, width)
-    states = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=shape)
-    _reserve(partial)
-    for picks in _batches(reads, max(1, _AT_ONCE // (layers * width)), bench.batch_size):
-        # The last token is never read from: nothing is predicted after it.
-        found = last_layers(model, [(reads[i].prompt_ids + reads[i].judged_ids)[:-1] for i in picks])
-        found = found.float().clamp(-_HALF_MAX, _HALF_MAX).cpu().numpy()
-        for i, one in zip(picks, found, strict=True):
-            first = len(reads[i].prompt_ids) - 1
-            states[starts[i] : starts[i + 1]] = one[first : first + len(reads[i].judged_ids)]
-    states.flush()
-    del states
-    os.replace(partial, path)
+    Args:
+        lengths: Steps of each response.
+        onsets: Where harm begins; None where it does not.
+        most: Most steps in all.
+        window: Steps that do not have so many before them are not drawn, unless the response is shorter.
+    """
+    firsts = [max(0, min(length, window) - 1) for length in lengths]
+    counts = np.array([length - first for length, first in zip(lengths, firsts, strict=True)], dtype=np.int64)
+    draw = np.random.default_rng(0)
+    if counts.sum() <= most:
+        limit = int(counts.max(initial=0))
+    else:
+        limits = np.arange(1, int(counts.max()) + 1)
+        limit = int(sum(np.minimum(counts, n).sum() <= most for n in limits))
+    chosen = set(range(len(lengths)) if limit else draw.permutation(len(lengths))[:most].tolist())
+    steps = []
+    for i, (first, length, onset) in enumerate(zip(firsts, lengths, onsets, strict=True)):
+        room = min(max(1, limit), length - first) if i in chosen else 0
+        if room == length - first:
+            steps.append(np.arange(first, length))
+            continue
+        near = 0 if onset is None else room // 2
+        start = min(max(first, (onset or 0) - near // 4), length - near)
+        left = np.concatenate([np.arange(first, start), np.arange(start + near, length)])
+        spread = [int(draw.choice(part)) for part in np.array_split(left, room - near)] if room > near else []
+        steps.append(np.sort(np.array([*range(start, start + near), *spread], dtype=np.int64)))
+    return steps
+
+
+class _Store(NamedTuple):
+    """A file of states: whose steps are where in it."""
+
+    path: Path
+    view: View
+    steps: list[Steps]
+    starts: Steps
+
+    @classmethod
+    def of(cls, bench: Bench, reads: Sequence[Read], view: View) -> _Store:
+        lengths = [len(read.judged_ids) for read in reads]
+        layers, bytes_each = _all_layers(bench), 2 * bench.config.hidden_size
+        if sum(lengths) * len(layers) * bytes_each <= MOST_DISK:
+            view, steps = View(layers), [np.arange(length) for length in lengths]
+        else:
+            most = MOST_DISK // 2 // (len(view.layers) * bytes_each)
+            onsets = [(read.onset or 0) if read.row.harmful else None for read in reads]
+            steps = drawn_steps(lengths, onsets, most, view.window)
+        rows = digest([model_stamp(bench.hidden_folder), bench.bf16, [[r.prompt_ids, r.judged_ids] for r in reads]])
+        path = bench.folder / f"{rows}-{digest([view, [some.tolist() for some in steps]])}.npy"
+        return cls(path, view, steps, np.concatenate([[0], np.cumsum([len(some) for some in steps])]).astype(np.int64))
+
+
+def _all_layers(bench: Bench) -> tuple[int, ...]:
+    return tuple(range(bench.config.num_hidden_layers + 1))
+
+
+def _seen(states: npt.NDArray[np.float16], steps: Steps, view: View) -> npt.NDArray[np.float16]:
+    """These steps as the view has them."""
+    if len(view.layers) != states.shape[1]:
+        states = states[:, list(view.layers)]
+    if view.window == 1 or not len(steps):
+        return states[steps]
+    means = [states[max(0, t + 1 - view.window) : t + 1].mean(axis=0, dtype=np.float32) for t in steps.tolist()]
+    return np.stack(means).astype(np.float16)
 
 
 def _reserve(path: Path) -> None:
@@ -115,13 +260,11 @@ def _reserve(path: Path) -> None:
         ) from error
 
 
-def _batches(reads: Sequence[Read], most_tokens: int, batch_size: int) -> list[list[int]]:
+def _batches(lengths: Sequence[int], most_tokens: int, batch_size: int) -> list[list[int]]:
     """Rows of like length together; a batch holds at most so many tokens, padding counted, but one row at least."""
-    order = sorted(range(len(reads)), key=lambda i: len(reads[i].prompt_ids) + len(reads[i].judged_ids))
     batches: list[list[int]] = [[]]
-    for i in order:
-        length = len(reads[i].prompt_ids) + len(reads[i].judged_ids)
-        if batches[-1] and (len(batches[-1]) == batch_size or (len(batches[-1]) + 1) * length > most_tokens):
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batches[-1] and (len(batches[-1]) == batch_size or (len(batches[-1]) + 1) * lengths[i] > most_tokens):
             batches.append([])
         batches[-1].append(i)
     return batches

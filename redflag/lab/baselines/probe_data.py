@@ -18,16 +18,12 @@ Labels = Literal["onset", "response"]
 def scale_of(hidden: Hidden, layers: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Mean and inverse standard deviation of every input, over all steps."""
     count, total, squares = len(hidden.states), 0.0, 0.0
-    for first in range(0, count, 16384):
-        part = hidden.states[first : first + 16384][:, layers].astype(np.float64).reshape(-1, _inputs(hidden, layers))
+    for first in range(0, count, 4096):
+        part = hidden.between(first, first + 4096, layers).astype(np.float64)
         total, squares = total + part.sum(axis=0), squares + np.square(part).sum(axis=0)
     mean = np.asarray(total) / count
     spread = np.sqrt(np.maximum(np.asarray(squares) / count - mean**2, 0.0))
     return torch.from_numpy(mean).float(), torch.from_numpy(1 / (spread + 1e-5)).float()
-
-
-def _inputs(hidden: Hidden, layers: Sequence[int]) -> int:
-    return len(layers) * hidden.states.shape[2]
 
 
 def onset_of(read: Read, labels: Labels) -> int:
@@ -37,14 +33,19 @@ def onset_of(read: Read, labels: Labels) -> int:
     return 0 if labels == "response" else int(read.onset or 0)
 
 
-def balance_of(reads: Sequence[Read], labels: Labels) -> tuple[float, float]:
+def balance_of(reads: Sequence[Read], labels: Labels, hidden: Hidden) -> tuple[float, float]:
     """Weights of harmless and harmful steps (or responses), so that both sides weigh the same and the mean is 1."""
+    kept = [i for i in range(len(reads)) if hidden.count(i)]
     if labels == "response":
-        harmful = sum(read.row.harmful for read in reads)
-        total = len(reads)
+        harmful = sum(reads[i].row.harmful for i in kept)
+        total = len(kept)
     else:
-        total = sum(len(read.judged_ids) for read in reads)
-        harmful = sum(max(0, len(read.judged_ids) - onset_of(read, labels)) for read in reads)
+        total = len(hidden.steps)
+        onsets = [onset_of(reads[i], labels) for i in kept]
+        harmful = sum(
+            int((hidden.steps[hidden.starts[i] : hidden.starts[i + 1]] >= onset).sum())
+            for i, onset in zip(kept, onsets, strict=True)
+        )
     share = min(max(harmful / total, 1e-6), 1 - 1e-6)
     return 0.5 / (1 - share), 0.5 / share
 

@@ -20,7 +20,7 @@ from redflag.data.rows import Row
 from redflag.errors import RedflagError
 from redflag.lab.baselines import Cost
 from redflag.lab.baselines.bench import Bench, Floats, Read
-from redflag.lab.baselines.hidden import Hidden, hidden_states
+from redflag.lab.baselines.hidden import Hidden, View, hidden_states, keep, passing, side_by_side
 from redflag.lab.baselines.probe_data import Labels, balance_of, divided, drawn_batches, onset_of, scale_of
 from redflag.lab.baselines.probe_losses import (
     Reading,
@@ -29,6 +29,7 @@ from redflag.lab.baselines.probe_losses import (
     token_bce,
     towards_maximum,
 )
+from redflag.scoring.progress import Countdown
 from redflag.scoring.recording import Recording
 
 # Numbers: a gigabyte of float32.
@@ -61,13 +62,17 @@ class Fitting:
 
 
 class Batch(NamedTuple):
-    """Some responses, padded: `inputs` B x T x D, standardised; `labels` and `weights` B x T; `harmful` B."""
+    """Some responses, padded: `inputs` B x T x D, standardised; `labels` and `weights` B x T; `harmful` B.
+
+    `smooth`: whether the inputs are means over the probe's window already.
+    """
 
     inputs: Tensor
     mask: Tensor
     labels: Tensor
     weights: Tensor
     harmful: Tensor
+    smooth: bool
 
 
 Loss = Callable[[Tensor, Batch, float], Tensor]
@@ -87,6 +92,7 @@ class Probe:
         labels: Harmful from the `onset` on, where it is known, or throughout the `response`.
         fitting: How it is trained.
         decay: Weight of the newest logit in the moving average that is recorded; None: logits as they are.
+        view: What is kept of the training rows where not everything fits on disk.
     """
 
     name: str
@@ -97,7 +103,8 @@ class Probe:
     loss: Loss
     labels: Labels
     fitting: Fitting
-    decay: float | None = None
+    decay: float | None
+    view: View
     start: float = 0.0
     net: Any = None
     seconds: float = 0.0
@@ -112,24 +119,25 @@ class Probe:
                 f"the {len(reads)} training rows of {self.name!r} are all harmful or all harmless, so there is nothing "
                 "to tell apart: give rows of both kinds"
             )
-        hidden = hidden_states(self.bench, reads)
+        hidden = hidden_states(self.bench, reads, self.view)
         self._scale = scale_of(hidden, self.layers)
         generator = torch.Generator().manual_seed(self.bench.seed)
         self.net = _net(len(self._scale[0]), self.width, generator)
-        balance = balance_of(reads, self.labels)
+        balance = balance_of(reads, self.labels, hidden)
         if self.fitting.lbfgs:
             self._solve(reads, hidden, balance)
-        kept = list(range(len(reads)))
+        kept = [i for i in range(len(reads)) if hidden.count(i)]
         if self.fitting.passes:
             kept = self._descend(reads, hidden, balance, generator)
         if self.decay is not None:
             # The average starts where harmless text lies; started at the first logit it would follow that one's noise.
             harmless = [i for i in kept if not reads[i].row.harmful][:300]
-            self.start = float(np.median(np.concatenate(self._logits(hidden, harmless))))
+            states = torch.from_numpy(hidden.of(harmless, self.layers))
+            self.start = float(np.median(self._logits(states)))
 
     def _solve(self, reads: Sequence[Read], hidden: Hidden, balance: tuple[float, float]) -> None:
         """L-BFGS; the rows are read anew in each iteration where they would take more than a gigabyte."""
-        order = sorted(range(len(reads)), key=lambda i: len(reads[i].judged_ids))
+        order = sorted((i for i in range(len(reads)) if hidden.count(i)), key=hidden.count)
         parts = [order[first : first + 64] for first in range(0, len(order), 64)]
         small = len(hidden.states) * len(self._scale[0]) <= _IN_MEMORY
         kept = [self._batch(reads, hidden, part, balance) for part in parts] if small else None
@@ -137,8 +145,13 @@ class Probe:
         optimizer = torch.optim.LBFGS(
             self.net.parameters(), max_iter=self.fitting.lbfgs, line_search_fn="strong_wolfe"
         )  # fmt: skip
+        # The line search may take a quarter more evaluations than there are iterations, as torch has it.
+        progress, done = Countdown(f"fitting {self.name}", self.fitting.lbfgs * 5 // 4, "evaluations at most"), 0
 
         def closure() -> float:
+            nonlocal done
+            progress(done)
+            done += 1
             optimizer.zero_grad()
             penalty = self.fitting.l2 * sum(p.square().sum() for p in self.net.parameters() if p.dim() > 1)
             penalty.backward()
@@ -151,19 +164,22 @@ class Probe:
             return value
 
         optimizer.step(closure)
+        progress(self.fitting.lbfgs * 5 // 4)
 
     def _descend(
         self, reads: Sequence[Read], hidden: Hidden, balance: tuple[float, float], generator: torch.Generator
     ) -> list[int]:
         """Adam; the pass with the least loss on the held-out groups is kept. Returns the rows trained on."""
-        kept, held_out = divided(reads, self.fitting.validation, self.bench.seed)
+        kept, held_out = (
+            [i for i in part if hidden.count(i)] for part in divided(reads, self.fitting.validation, self.bench.seed)
+        )
         steps = self.fitting.passes * -(-len(kept) // self.fitting.rows)
         optimizer = torch.optim.AdamW(
             self.net.parameters(), lr=self.fitting.learning_rate, weight_decay=self.fitting.weight_decay
         )
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         best: tuple[float, dict[str, Tensor]] | None = None
-        done = 0
+        progress, done = Countdown(f"fitting {self.name}", steps, "steps"), 0
         for _ in range(self.fitting.passes):
             for picks in drawn_batches(reads, kept, self.fitting.rows, generator):
                 batch = self._batch(reads, hidden, picks, balance)
@@ -172,6 +188,7 @@ class Probe:
                 optimizer.step()
                 schedule.step()
                 done += 1
+                progress(done)
             if held_out:
                 loss = self._mean_loss(reads, hidden, held_out, balance)
                 if best is None or loss < best[0]:
@@ -182,19 +199,16 @@ class Probe:
 
     def score(self, rows: Sequence[Row]) -> Recording:
         """Scores; see `Baseline.score`."""
+        return score_together([self], rows)[0]
+
+    def judged(self, states: npt.NDArray[np.float16]) -> Floats:
+        """Probabilities of one response's steps, from its hidden states T x (L + 1) x H."""
         assert self.net is not None, "fit comes before score"
-        reads = self.bench.read(rows)
-        hidden = hidden_states(self.bench, reads)
-        probs: list[Floats] = []
-        for first in range(0, len(reads), 256):
-            some = range(first, min(first + 256, len(reads)))
-            logits = self._logits(hidden, some)
-            begun = time.perf_counter()
-            if self.decay is not None:
-                logits = [ema(one, self.decay, self.start) for one in logits]
-            probs += [_sigmoid(one) for one in logits]
-            self.seconds += time.perf_counter() - begun
-        return self.bench.record(reads, probs, self.name)
+        logits = self._logits(torch.from_numpy(side_by_side(states, self.layers)))
+        begun = time.perf_counter()
+        probs = _sigmoid(logits if self.decay is None else ema(logits, self.decay, self.start))
+        self.seconds += time.perf_counter() - begun
+        return probs
 
     def cost(self) -> Cost:
         """Cost; see `Baseline.cost`."""
@@ -207,29 +221,30 @@ class Probe:
             + self.bench.beside_forward(flops),
         )
 
-    def _logits(self, hidden: Hidden, picks: Sequence[int]) -> list[npt.NDArray[Any]]:
-        states = torch.from_numpy(hidden.of(picks, self.layers))
+    def _logits(self, states: Tensor) -> npt.NDArray[Any]:
         begun = time.perf_counter()
         with torch.inference_mode():
             mean, scale = self._scale
-            logits = self.net((states - mean) * scale)[..., 0].numpy()
+            logits: npt.NDArray[Any] = self.net((states - mean) * scale)[..., 0].numpy()
         self.seconds += time.perf_counter() - begun
         self.steps += len(logits)
-        counts = [int(hidden.starts[i + 1] - hidden.starts[i]) for i in picks]
-        return np.split(logits, np.cumsum(counts)[:-1])
+        return logits
 
     def _batch(
         self, reads: Sequence[Read], hidden: Hidden, picks: Sequence[int], balance: tuple[float, float]
     ) -> Batch:
         mean, scale = self._scale
         states = (torch.from_numpy(hidden.of(picks, self.layers)) - mean) * scale
-        counts = [len(reads[i].judged_ids) for i in picks]
+        counts = [hidden.count(i) for i in picks]
         inputs = torch.nn.utils.rnn.pad_sequence(list(states.split(counts)), batch_first=True)
+        each = [torch.from_numpy(hidden.steps[hidden.starts[i] : hidden.starts[i + 1]]) for i in picks]
+        steps = torch.nn.utils.rnn.pad_sequence(each, batch_first=True)
         mask = torch.arange(inputs.shape[1])[None] < torch.tensor(counts)[:, None]
         onsets = torch.tensor([onset_of(reads[i], self.labels) for i in picks])
-        labels = torch.arange(inputs.shape[1])[None] >= onsets[:, None]
+        labels = steps >= onsets[:, None]
         weights = torch.where(labels, balance[1], balance[0])
-        return Batch(inputs, mask, labels.float(), weights, torch.tensor([float(reads[i].row.harmful) for i in picks]))
+        harmful = torch.tensor([float(reads[i].row.harmful) for i in picks])
+        return Batch(inputs, mask, labels.float(), weights, harmful, hidden.view.window > 1)
 
     @torch.no_grad()
     def _mean_loss(
@@ -243,16 +258,31 @@ class Probe:
         return total / len(picks)
 
 
+def read_together(probes: Sequence[Probe], train: Sequence[Row]) -> None:
+    """Reads what these probes of one bench are fitted on in one pass, so that none has to read it by itself."""
+    bench = probes[0].bench
+    keep(bench, bench.read(train), [probe.view for probe in probes])
+
+
+def score_together(probes: Sequence[Probe], rows: Sequence[Row]) -> list[Recording]:
+    """Scores by several probes of one bench in one pass over the rows, keeping no states; see `Baseline.score`."""
+    bench = probes[0].bench
+    reads = bench.read(rows)
+    probs: list[list[Floats]] = [[np.zeros(0, np.float32)] * len(reads) for _ in probes]
+    for i, states in passing(bench, reads, f"scoring {', '.join(probe.name for probe in probes)}"):
+        for number, probe in enumerate(probes):
+            probs[number][i] = probe.judged(states)
+    return [bench.record(reads, one, probe.name) for one, probe in zip(probs, probes, strict=True)]
+
+
 def last_layer_probe(bench: Bench, *, labels: Labels = "onset", fitting: Fitting | None = None) -> Probe:
     """A linear probe on the last hidden state, binary cross-entropy at every step, both classes weighing the same."""
     what = (
         f"Linear probe on the last hidden state of {_whose(bench)}, cross-entropy at every step; "
         f"{_labelled(labels)}; trained on the same rows as the flag."
     )
-    last = (bench.config.num_hidden_layers,)
-    return Probe(
-        "last-layer probe", what, bench, last, 0, _at_every_step, labels, fitting or Fitting(lbfgs=60, passes=0)
-    )
+    last, fitting = (bench.config.num_hidden_layers,), fitting or Fitting(lbfgs=60, passes=0)
+    return Probe("last-layer probe", what, bench, last, 0, _at_every_step, labels, fitting, None, _tapped(bench))
 
 
 def all_layer_probe(
@@ -276,7 +306,8 @@ def all_layer_probe(
     """
 
     def loss(logits: Tensor, batch: Batch, done: float) -> Tensor:
-        each = softmax_weighted(logits, batch.mask, batch.harmful, window, temperature, reading)
+        averaged = 1 if batch.smooth else window
+        each = softmax_weighted(logits, batch.mask, batch.harmful, averaged, temperature, reading)
         # Labels are those of whole responses: the first step's weight is the response's.
         return (each * batch.weights[:, 0]).mean()
 
@@ -287,9 +318,9 @@ def all_layer_probe(
         "median harmless logit) when scoring; labels of whole responses; trained on the same rows as the flag."
     )
     layers = tuple(range(bench.config.num_hidden_layers + 1))
-    return Probe(
-        "all-layer probe", what, bench, layers, 0, loss, "response", fitting or Fitting(learning_rate=1e-2), decay
-    )
+    fitting = fitting or Fitting(learning_rate=1e-2)
+    view = View(layers, window)
+    return Probe("all-layer probe", what, bench, layers, 0, loss, "response", fitting, decay, view)
 
 
 def token_head(bench: Bench, *, fitting: Fitting | None = None) -> Probe:
@@ -307,20 +338,25 @@ def token_head(bench: Bench, *, fitting: Fitting | None = None) -> Probe:
         "response's label, from each step's logit to the cumulative maximum in the course of training; trained on the "
         "same rows as the flag."
     )
-    last = (bench.config.num_hidden_layers,)
-    return Probe("token head", what, bench, last, 0, loss, "response", fitting or Fitting(lbfgs=60, learning_rate=1e-2))
+    last, fitting = (bench.config.num_hidden_layers,), fitting or Fitting(lbfgs=60, learning_rate=1e-2)
+    return Probe("token head", what, bench, last, 0, loss, "response", fitting, None, _tapped(bench))
 
 
 def mlp_probe(bench: Bench, *, width: int = 128, labels: Labels = "onset", fitting: Fitting | None = None) -> Probe:
     """A small multi-layer perceptron on three tapped layers: a third and two thirds of the way, and the last."""
-    count = bench.config.num_hidden_layers
-    taps = tuple(sorted({max(1, round(count / 3)), max(1, round(2 * count / 3)), count}))
+    count, taps = bench.config.num_hidden_layers, _tapped(bench).layers
     what = (
         f"MLP probe: {width} units on the hidden states behind layers {', '.join(map(str, taps))} of {count} of "
         f"{_whose(bench)}, cross-entropy at every step; {_labelled(labels)}; trained on the same rows as the flag."
     )
     fitting = fitting or Fitting()
-    return Probe("mlp probe", what, bench, taps, width, _at_every_step, labels, fitting)
+    return Probe("mlp probe", what, bench, taps, width, _at_every_step, labels, fitting, None, _tapped(bench))
+
+
+def _tapped(bench: Bench) -> View:
+    """What all probes but the all-layer one read: one view for them all, whichever of them are wanted."""
+    count = bench.config.num_hidden_layers
+    return View(tuple(sorted({max(1, round(count / 3)), max(1, round(2 * count / 3)), count})))
 
 
 def _at_every_step(logits: Tensor, batch: Batch, done: float) -> Tensor:

@@ -17,7 +17,7 @@ from redflag.lab.baselines.hidden import forget
 from redflag.scoring.recording import Recording
 
 # Part of every fingerprint: to be raised when a baseline is trained or scored in another way than before.
-_VERSION = 4
+_VERSION = 5
 
 NAMES = (
     "tfidf",
@@ -72,6 +72,7 @@ def record_baselines(
     most_rows: int | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
     hidden_dir: str | Path | None = None,
+    bf16: bool = False,
     say: Callable[[str], None] = print,
 ) -> dict[str, Recorded]:
     """Trains and scores baselines that are not there yet, one folder each under `out_dir`.
@@ -93,8 +94,9 @@ def record_baselines(
             drawn by seed, and said in their `what`. None: all of them.
         options: Name -> keyword arguments of that baseline's function or class; `{"token head": {"backbone": "tuned"}}`
             fine-tunes a copy of the base model with the head.
-        hidden_dir: Keeps hidden states, which do not depend on the seed, for another call; None: they lie in
-            `out_dir/hidden` and are dropped at the end.
+        hidden_dir: Keeps the training rows' hidden states (at most `hidden.MOST_DISK` bytes), which do not depend on
+            the seed, for another call; None: they lie in `out_dir/hidden` and are dropped at the end.
+        bf16: Whether a model that is only read runs under bfloat16 autocast: faster where the processor has it.
         say: Is told what is done.
 
     Returns:
@@ -110,6 +112,8 @@ def record_baselines(
         print(found["tfidf"].test.steps(0)[:, 0], found["tfidf"].cost)
         ```
     """
+    from redflag.lab.baselines.probes import Probe
+
     options = options or {}
     for name in (*names, *options):
         if name not in NAMES:
@@ -124,16 +128,18 @@ def record_baselines(
         batch_size,
         hidden_from,
         device,
+        bf16,
     )
     rows = {"train": train, "test": test, "calibration": calibration}
     digests = {split: digest([row.to_dict() for row in some]) for split, some in rows.items()}
     models = [model_stamp(folder) for folder in (bench.base, bench.model) if folder is not None]
     result: dict[str, Recorded] = {}
+    missing: dict[str, tuple[Baseline, Path, str]] = {}
     for name in names:
         given = _options(name, options, most_rows)
         # A guard's weights are part of what its scores come from.
         stamps = [*models, *([model_stamp(given["path"])] if given.get("path") else [])]
-        key = [_VERSION, name, digests, stamps, seed, max_length, hidden_from, given]
+        key = [_VERSION, name, digests, stamps, seed, max_length, hidden_from, given, *(["bf16"] if bf16 else [])]
         folder = out / name.replace(" ", "-")
         found = _found(folder, digest(key), bool(calibration))
         if found is not None:
@@ -144,12 +150,20 @@ def record_baselines(
         if baseline is None:
             say(f"{name}: left out, no folder of its model was given (options: path)")
             continue
-        say(f"{name}: training on {len(train)} rows")
-        result[name] = _record(baseline, rows, folder, digest(key))
-        say(f"{name}: {result[name].seconds:.0f} s, {folder}")
+        missing[name] = baseline, folder, digest(key)
+    # Probes read the model's states in one pass, when the first of them is wanted.
+    probes = [name for name, (baseline, _, _) in missing.items() if isinstance(baseline, Probe)]
+    for name in missing:
+        if name in result:
+            continue
+        together = probes if name in probes else [name]
+        say(f"{', '.join(together)}: training on {len(train)} rows")
+        result |= _record({one: missing[one] for one in together}, rows)
+        for one in together:
+            say(f"{one}: {result[one].seconds:.0f} s, {missing[one][1]}")
     if hidden_dir is None:
         forget(bench)
-    return result
+    return {name: result[name] for name in names if name in result}
 
 
 def check_baselines(
@@ -229,29 +243,57 @@ def _token_head(bench: Bench, *, backbone: Literal["frozen", "tuned"] = "frozen"
     )
 
 
-def _record(baseline: Baseline, rows: Mapping[str, Sequence[Row]], folder: Path, fingerprint: str) -> Recorded:
+def _record(
+    missing: Mapping[str, tuple[Baseline, Path, str]], rows: Mapping[str, Sequence[Row]]
+) -> dict[str, Recorded]:
+    """Trains and scores one baseline, or several probes in one pass over each set of rows."""
+    from redflag.lab.baselines.probes import Probe, read_together, score_together
+
     begun = time.perf_counter()
-    # What an earlier run with other settings left is not to be mistaken for this one's.
-    (folder / "baseline.json").unlink(missing_ok=True)
-    baseline.fit(rows["train"])
-    test = baseline.score(rows["test"])
-    calibration = baseline.score(rows["calibration"]) if rows["calibration"] else None
-    model: Path | None = getattr(baseline, "model", None)
-    recorded = Recorded(test, calibration, baseline.what, baseline.cost(), model, time.perf_counter() - begun)
-    test.save(folder / "test.parquet")
-    if calibration is not None:
-        calibration.save(folder / "calibration.parquet")
-    record = {
-        "format": 1,
-        "fingerprint": fingerprint,
-        "name": baseline.name,
-        "what": recorded.what,
-        "cost": recorded.cost,
-        "model": None if model is None else str(model),
-        "seconds": recorded.seconds,
-    }
-    keep_json(folder / "baseline.json", record, indent=2)
-    return recorded
+    baselines = [baseline for baseline, _, _ in missing.values()]
+    probes = [baseline for baseline in baselines if isinstance(baseline, Probe)]
+    for _, folder, _ in missing.values():
+        # What an earlier run with other settings left is not to be mistaken for this one's.
+        (folder / "baseline.json").unlink(missing_ok=True)
+    if probes:
+        read_together(probes, rows["train"])
+    fitting = []
+    for baseline in baselines:
+        started = time.perf_counter()
+        baseline.fit(rows["train"])
+        fitting.append(time.perf_counter() - started)
+    recordings: dict[str, list[Recording]] = {}
+    for split in ("test", "calibration"):
+        if rows[split] or split == "test":
+            recordings[split] = (
+                score_together(probes, rows[split]) if probes else [one.score(rows[split]) for one in baselines]
+            )
+    # A pass that several share is counted in each of them.
+    shared = time.perf_counter() - begun - sum(fitting)
+    result = {}
+    for number, (name, (baseline, folder, fingerprint)) in enumerate(missing.items()):
+        model: Path | None = getattr(baseline, "model", None)
+        for split, recorded in recordings.items():
+            recorded[number].save(folder / f"{split}.parquet")
+        result[name] = Recorded(
+            recordings["test"][number],
+            recordings["calibration"][number] if "calibration" in recordings else None,
+            baseline.what,
+            baseline.cost(),
+            model,
+            shared + fitting[number],
+        )
+        record = {
+            "format": 1,
+            "fingerprint": fingerprint,
+            "name": baseline.name,
+            "what": result[name].what,
+            "cost": result[name].cost,
+            "model": None if model is None else str(model),
+            "seconds": result[name].seconds,
+        }
+        keep_json(folder / "baseline.json", record, indent=2)
+    return result
 
 
 def _found(folder: Path, fingerprint: str, calibrated: bool) -> Recorded | None:

@@ -157,7 +157,7 @@ def test_the_linear_probe_is_the_logistic_regression_of_scikit_learn(bench, rows
     inputs = (hidden.of(range(len(reads)), probe.layers) - mean) * scale
     onsets = [onset_of(read, "onset") for read in reads]
     labels = [i >= onset for read, onset in zip(reads, onsets, strict=True) for i in range(len(read.judged_ids))]
-    weights = np.where(labels, *balance_of(reads, "onset")[::-1])
+    weights = np.where(labels, *balance_of(reads, "onset", hidden)[::-1])
     model = LogisticRegression(C=1 / (2 * SOLVED.l2 * len(labels)), tol=1e-8, max_iter=2000)
     model.fit(inputs, labels, sample_weight=weights)
     weight, bias = (value.detach().numpy() for value in probe.net.parameters())
