@@ -22,6 +22,12 @@ from run import StageError, stage  # noqa: E402
 
 STAGES = ("rows", "train", "score", "baselines", "calibrate", "language", "table")
 SCORED = ("development", "test", "disagreed", "plain")
+# What is made by one command: probes read the model together. The words of the model do not depend on a seed.
+BASELINES = {
+    "tfidf": ("tfidf",),
+    "probes": ("last-layer probe", "all-layer probe", "mlp probe", "token head"),
+    "own-words": ("own words",),
+}
 MAX_LENGTH = "448"  # Tokens of prompt and answer that are read: all of a row but the longest prompts' fronts.
 
 
@@ -62,10 +68,11 @@ def main() -> None:
             paths = ["--model", str(model), "--input", str(rows / "calibration.jsonl"), "--max_length", MAX_LENGTH]
             command = [*verb, "calibrate", "--config", str(HERE / "calibrate.yaml"), *paths]
             stage(f"calibrate-{name}", output, model / "thresholds.json", command)
-        if "baselines" in arguments.stages:
-            made = output / "baselines" / f"seed-{seed}" / "last-layer-probe" / "test.parquet"
-            command = [*python, str(HERE / "baselines.py"), *here, "--base", str(arguments.base), "--seed", str(seed)]
-            stage(f"baselines-{seed}", output, made, command)
+        for key, names in BASELINES.items() if "baselines" in arguments.stages else ():
+            if key != "own-words" or seed == arguments.seeds[0]:
+                made = output / "baselines" / f"seed-{seed}" / names[-1].replace(" ", "-") / "test.parquet"
+                command = [*python, str(HERE / "baselines.py"), *here, "--base", str(arguments.base), "--names", *names]
+                stage(f"baselines-{key}-{seed}", output, made, [*command, "--seed", str(seed)])
         if "language" in arguments.stages:
             made = model / "language.json"
             command = [*python, str(HERE / "language.py"), "--model", str(model), "--base", str(arguments.base)]

@@ -25,6 +25,7 @@ NAMES = (
     "all-layer probe",
     "token head",
     "mlp probe",
+    "own words",
     "fixed position",
     "refusal tokens",
     "deep alignment",
@@ -204,7 +205,7 @@ def _options(name: str, options: Mapping[str, Mapping[str, Any]], most_rows: int
 
 def _build(name: str, bench: Bench, options: dict[str, Any], folder: Path) -> Baseline | None:
     """The baseline of that name; its module is loaded only now."""
-    from redflag.lab.baselines import fixed, probes, refusing, stream_guard, tfidf
+    from redflag.lab.baselines import fixed, own_words, probes, refusing, stream_guard, tfidf
     from redflag.lab.baselines.tuning import Tuning
 
     model = folder / "model"
@@ -214,6 +215,7 @@ def _build(name: str, bench: Bench, options: dict[str, Any], folder: Path) -> Ba
         "all-layer probe": partial(probes.all_layer_probe, bench),
         "token head": partial(_token_head, bench),
         "mlp probe": partial(probes.mlp_probe, bench),
+        "own words": partial(own_words.OwnWords, bench),
         "fixed position": partial(fixed.FixedPosition, bench, model),
         "refusal tokens": partial(refusing.refusal_tokens, bench, model),
         "deep alignment": partial(refusing.deep_alignment, bench, model),

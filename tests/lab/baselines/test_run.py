@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from redflag.errors import RedflagError
-from redflag.lab.baselines import hidden, run
+from redflag.lab.baselines import hidden, probes, run
 from redflag.lab.baselines.bench import Bench
 from redflag.lab.baselines.hidden import hidden_states
 from redflag.lab.baselines.probes import Fitting
@@ -96,18 +96,21 @@ def test_a_damaged_file_is_made_anew(stubs, record, tmp_path, spoilt):
     assert Stub.calls == ["tfidf", "tfidf"] and len(found["tfidf"].test) == 10
 
 
-def test_probes_share_hidden_states_and_leave_none_behind(record, tmp_path, monkeypatch):
-    computed = []
-    real = hidden._compute
-    monkeypatch.setattr(hidden, "_compute", lambda *args: (computed.append(1), real(*args))[1])
+def test_probes_share_one_pass_over_each_file_of_rows_and_leave_no_states_behind(record, tmp_path, monkeypatch):
+    passes = []
+    real = hidden.passing
+    for module in (hidden, probes):
+        monkeypatch.setattr(module, "passing", lambda *args: (passes.append(1), real(*args))[1])
     fitting = {"fitting": Fitting(passes=1)}
-    names = ["last-layer probe", "all-layer probe", "mlp probe"]
-    found, _ = record(names, options={name: fitting for name in names})
-    # Training, test and calibration rows, once each.
-    assert len(computed) == 3 and set(found) == set(names)
+    names = ["last-layer probe", "tfidf", "all-layer probe", "mlp probe"]
+    found, _ = record(names, options={name: fitting for name in names if name != "tfidf"})
+    # Training, test and calibration rows.
+    assert len(passes) == 3 and list(found) == names
     assert not list((tmp_path / "out" / "hidden").iterdir())
-    record_again, _ = record([*names, "token head"], hidden_dir=tmp_path / "kept", options={n: fitting for n in names})
-    assert len(computed) == 6 and len(list((tmp_path / "kept").iterdir())) == 3 and "token head" in record_again
+    more = [*names[2:], "token head"]
+    for seed, expected in ((0, 6), (1, 8)):  # Another seed is fitted on the same states.
+        record(more, hidden_dir=tmp_path / "kept", seed=seed, options={name: fitting for name in more})
+        assert len(passes) == expected and len(list((tmp_path / "kept").iterdir())) == 1
 
 
 def test_hidden_states_are_those_of_the_whole_model(bench, rows):
