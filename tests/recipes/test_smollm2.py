@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,6 +15,8 @@ import yaml
 
 from redflag.calibrating.calibrate import CalibrateArguments
 from redflag.data.rows import load_rows
+from redflag.lab.baselines.run import NAMES
+from redflag.scoring.recording import Recording
 from redflag.training.train import TrainArguments
 from redflag.training.trainer import RedFlagConfig
 
@@ -157,3 +160,45 @@ def test_its_settings_are_settings_of_the_verbs():
     assert not set(yaml.safe_load((RECIPE / "calibrate.yaml").read_text())) - set(
         CalibrateArguments.__dataclass_fields__
     )
+
+
+def test_each_stage_of_the_baselines_makes_baselines_that_exist():
+    names = [name for some in load("run").BASELINES.values() for name in some]
+    assert names == list(load("baselines").BASELINES) and set(names) <= set(NAMES)
+
+
+def test_stages_of_the_baselines_are_told_apart_by_what_they_make(tmp_path, monkeypatch):
+    """A stage whose last file is there is not run, and the words of the model are read once for all seeds."""
+    run, made = load("run"), []
+    monkeypatch.setattr(run, "stage", lambda name, output, path, command: made.append((name, path)))
+    monkeypatch.setattr(
+        sys, "argv", ["run.py", "--data", "d", "--output", str(tmp_path), "--stages", "baselines", "--seeds", "0", "1"]
+    )
+    run.main()
+    assert [name for name, _ in made] == [
+        "baselines-tfidf-0", "baselines-probes-0", "baselines-own-words-0", "baselines-tfidf-1", "baselines-probes-1"
+    ]  # fmt: skip
+    assert len({path for _, path in made}) == len(made)
+    assert made[1][1] == tmp_path / "baselines" / "seed-0" / "token-head" / "test.parquet"
+
+
+def test_the_tables_show_every_baseline_that_is_recorded(prepared):
+    """Recordings as a probe leaves them, of a method that knows the label."""
+    for name in ("all-layer-probe", "own-words"):
+        folder = prepared / "baselines" / "seed-0" / name
+        for file, split in (("calibration", "development"), ("test", "test")):
+            responses = [
+                {
+                    "flag_probs": [[0.1], [0.9 if row["category"] else 0.1]], "tail_probs": [],
+                    "token_ids": [1, 2],
+                    **{key: row[key] for key in ("id", "category", "group", "source", "lang", "onset_source")},
+                    "onset": None if row["category"] is None else 1, "turns": 1, "truncated": False,
+                }
+                for row in lines(prepared, split)
+            ]  # fmt: skip
+            folder.mkdir(parents=True, exist_ok=True)
+            Recording.of(["harm"], responses, {"baseline": name, "seed": 0}).save(folder / f"{file}.parquet")
+    table.main(prepared)
+    text = (prepared / "results.md").read_text()
+    for name in ("all-layer-probe (seed-0)", "own-words (seed-0)"):
+        assert text.count(f"| {name} | max | 1.000") == 3  # all rows, reviewed ones, clear ones

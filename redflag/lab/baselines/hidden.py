@@ -176,8 +176,9 @@ def last_layers(model: Any, rows: Sequence[Sequence[int]]) -> Any:
 def drawn_steps(lengths: Sequence[int], onsets: Sequence[int | None], most: int, window: int = 1) -> list[Steps]:
     """Which steps of each response are kept, in order: all of them, or `most` in all.
 
-    Short responses keep every step, long ones equally many: half from just before the onset on, if there is one, the
-    others spread, one drawn from each stretch of what is left. With more responses than places, some have none.
+    Short responses keep every step, long ones equally many: up to half from just before the onset on, if there is one
+    (a window apart: the first mean that is of harmful steps alone, then the next), the others spread, one drawn from
+    each stretch of what is left. With more responses than places, some have none.
 
     Args:
         lengths: Steps of each response.
@@ -197,14 +198,16 @@ def drawn_steps(lengths: Sequence[int], onsets: Sequence[int | None], most: int,
     steps = []
     for i, (first, length, onset) in enumerate(zip(firsts, lengths, onsets, strict=True)):
         room = min(max(1, limit), length - first) if i in chosen else 0
-        if room == length - first:
-            steps.append(np.arange(first, length))
+        if room in (0, length - first):
+            steps.append(np.arange(first, first + room))
             continue
-        near = 0 if onset is None else room // 2
-        start = min(max(first, (onset or 0) - near // 4), length - near)
-        left = np.concatenate([np.arange(first, start), np.arange(start + near, length)])
-        spread = [int(draw.choice(part)) for part in np.array_split(left, room - near)] if room > near else []
-        steps.append(np.sort(np.array([*range(start, start + near), *spread], dtype=np.int64)))
+        near = np.zeros(0, dtype=np.int64)
+        if onset is not None:
+            start = min(max(first, onset + window - 1 - room // 8), length - 1)
+            near = np.arange(start, length, window)[: room // 2]
+        left = np.setdiff1d(np.arange(first, length), near)
+        parts = np.array_split(left, room - len(near))
+        steps.append(np.sort(np.array([*near, *(draw.choice(part) for part in parts)], dtype=np.int64)))
     return steps
 
 

@@ -58,6 +58,13 @@ def test_the_onset_is_kept_and_the_rest_is_spread():
         assert max(later - earlier for earlier, later in itertools.pairwise(others)) < 60
 
 
+def test_means_behind_the_onset_lie_a_window_apart():
+    for some in drawn_steps([200] * 10, [100] * 10, 60, window=16):
+        assert len(some) == 6 and {115, 131, 147} <= set(some.tolist())
+    (late,) = drawn_steps([30], [29], 4, window=16)
+    assert len(late) == 4 and 29 in late
+
+
 def test_what_is_kept_are_the_states_of_the_whole_at_those_steps_and_their_means(bench, rows, monkeypatch):
     reads = bench.read(rows)
     whole = hidden_states(bench, reads)
