@@ -14,11 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from redflag.errors import RedflagError
+from redflag.files import keep_json, kept_json
 from redflag.lab.baselines.bench import Bench, Read, digest, model_stamp
 from redflag.scoring.progress import Countdown
 
 # Bytes of disk for all probes of one comparison: every layer of every step if they fit, else half of it for each view.
 MOST_DISK = 2_000_000_000
+_RECORDED_EVERY = 256  # rows of a pass, so that another run goes on from there
 # Numbers alive at one time in a forward pass: 256 MB of float32.
 _AT_ONCE = 64_000_000
 _HALF_MAX = 65504.0
@@ -92,7 +94,8 @@ def keep(bench: Bench, reads: Sequence[Read], views: Sequence[View]) -> None:
     """Writes what is not yet on disk of these views, in one pass over the rows; states of other rows are dropped.
 
     Where every layer of every step takes more than `MOST_DISK`, each view gets half of that: its layers alone, at
-    steps that are drawn (`drawn_steps`), the same for every seed.
+    steps that are drawn (`drawn_steps`), the same for every seed. What a killed run left is gone on with. One run at a
+    time in a folder.
 
     Raises:
         RedflagError: The disk space cannot be had.
@@ -101,37 +104,39 @@ def keep(bench: Bench, reads: Sequence[Read], views: Sequence[View]) -> None:
     missing = [store for path, store in stores.items() if not path.exists()]
     if not missing:
         return
-    bench.folder.mkdir(parents=True, exist_ok=True)
-    for path in [*bench.folder.glob("*.npy"), *bench.folder.glob("*.partial")]:
-        if path.name.split("-")[0] != missing[0].path.name.split("-")[0] or path.suffix == ".partial":
-            path.unlink()
-    written = []
-    for store in missing:
-        partial = store.path.with_suffix(f".{os.getpid()}.partial")
-        shape = (int(store.starts[-1]), len(store.view.layers), bench.config.hidden_size)
-        written.append(np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=shape))
-        _reserve(partial)
-    for i, states in passing(bench, reads, "reading hidden states"):
+    record = _begun(bench, missing, digest([len(reads), bench.batch_size]))
+    done = kept_json(record, fingerprint=record.stem)
+    begin = 0 if done is None else int(done["rows"])
+    written = [_opened(bench, store, new=begin == 0) for store in missing]
+    for count, (i, states) in enumerate(passing(bench, reads, "reading hidden states", begin), begin + 1):
         for store, target in zip(missing, written, strict=True):
             target[store.starts[i] : store.starts[i + 1]] = _seen(states, store.steps[i], store.view)
+        if count % _RECORDED_EVERY == 0:
+            for target in written:
+                target.flush()
+            keep_json(record, {"format": 1, "fingerprint": record.stem, "rows": count})
     for store, target in zip(missing, written, strict=True):
         target.flush()
-        os.replace(store.path.with_suffix(f".{os.getpid()}.partial"), store.path)
+        os.replace(store.partial, store.path)
+    record.unlink(missing_ok=True)
 
 
 def forget(bench: Bench) -> None:
     """Drops all hidden states of this bench from disk, also what a killed run left of some."""
-    for path in [*bench.folder.glob("*.npy"), *bench.folder.glob("*.partial")]:
+    for path in _files(bench):
         path.unlink()
 
 
-def passing(bench: Bench, reads: Sequence[Read], what: str) -> Iterator[tuple[int, npt.NDArray[np.float16]]]:
+def passing(
+    bench: Bench, reads: Sequence[Read], what: str, begin: int = 0
+) -> Iterator[tuple[int, npt.NDArray[np.float16]]]:
     """Each row's index and hidden states, T x (L + 1) x H, in an order that suits the model; nothing is kept.
 
     Args:
         bench: Whose model is read.
         reads: The rows.
         what: What stands before the progress, which is in tokens.
+        begin: So many rows of that order are left out.
     """
     import torch
 
@@ -140,17 +145,23 @@ def passing(bench: Bench, reads: Sequence[Read], what: str) -> Iterator[tuple[in
     model, _ = read_model(bench.hidden_folder, torch.float32 if bench.device == "cpu" else "auto")
     model = model.to(bench.device).eval()
     lengths = [len(read.prompt_ids) + len(read.judged_ids) for read in reads]
-    progress, done = Countdown(what, sum(lengths), "tokens"), 0
     layers, width = bench.config.num_hidden_layers + 1, bench.config.hidden_size
-    for picks in _batches(lengths, max(1, _AT_ONCE // (layers * width)), bench.batch_size):
+    batches = _batches(lengths, max(1, _AT_ONCE // (layers * width)), bench.batch_size)
+    order = [i for picks in batches for i in picks][begin:]
+    left = set(order)
+    progress, done = Countdown(what, sum(lengths[i] for i in order), "tokens"), 0
+    for picks in batches:
+        if left.isdisjoint(picks):
+            continue
         with torch.autocast(torch.device(bench.device).type, torch.bfloat16, enabled=bench.bf16):
             # The last token is never read from: nothing is predicted after it.
             found = last_layers(model, [(reads[i].prompt_ids + reads[i].judged_ids)[:-1] for i in picks])
         halves = found.float().clamp(-_HALF_MAX, _HALF_MAX).half().cpu().numpy()
         for i, one in zip(picks, halves, strict=True):
-            first = len(reads[i].prompt_ids) - 1
-            yield i, one[first : first + len(reads[i].judged_ids)]
-        done += sum(lengths[i] for i in picks)
+            if i in left:
+                first = len(reads[i].prompt_ids) - 1
+                yield i, one[first : first + len(reads[i].judged_ids)]
+                done += lengths[i]
         progress(done)
 
 
@@ -219,6 +230,10 @@ class _Store(NamedTuple):
     steps: list[Steps]
     starts: Steps
 
+    @property
+    def partial(self) -> Path:
+        return self.path.with_suffix(".partial")
+
     @classmethod
     def of(cls, bench: Bench, reads: Sequence[Read], view: View) -> _Store:
         lengths = [len(read.judged_ids) for read in reads]
@@ -232,6 +247,33 @@ class _Store(NamedTuple):
         rows = digest([model_stamp(bench.hidden_folder), bench.bf16, [[r.prompt_ids, r.judged_ids] for r in reads]])
         path = bench.folder / f"{rows}-{digest([view, [some.tolist() for some in steps]])}.npy"
         return cls(path, view, steps, np.concatenate([[0], np.cumsum([len(some) for some in steps])]).astype(np.int64))
+
+
+def _files(bench: Bench) -> list[Path]:
+    return [path for kind in ("*.npy", "*.partial", "*.reading") for path in bench.folder.glob(kind)]
+
+
+def _begun(bench: Bench, missing: Sequence[_Store], order: str) -> Path:
+    """Where it is recorded how far these stores are; drops states of other rows, and what is not gone on with."""
+    rows = missing[0].path.name.split("-")[0]
+    record = bench.folder / f"{rows}-{digest([order, [store.path.name for store in missing]])}.reading"
+    bench.folder.mkdir(parents=True, exist_ok=True)
+    partials = [store.partial for store in missing]
+    whole = record.exists() and all(path.exists() for path in partials)
+    for path in _files(bench):
+        if not path.name.startswith(rows) or (path.suffix != ".npy" and not (whole and path in (record, *partials))):
+            path.unlink()
+    return record
+
+
+def _opened(bench: Bench, store: _Store, new: bool) -> Any:
+    """The file that a pass writes to, mapped: a new one, or what an earlier one left."""
+    if not new:
+        return np.load(store.partial, mmap_mode="r+")
+    shape = (int(store.starts[-1]), len(store.view.layers), bench.config.hidden_size)
+    states = np.lib.format.open_memmap(store.partial, mode="w+", dtype=np.float16, shape=shape)
+    _reserve(store.partial)
+    return states
 
 
 def _all_layers(bench: Bench) -> tuple[int, ...]:

@@ -120,6 +120,35 @@ def test_a_pass_gives_every_row_once_whatever_the_batches(origin, rows, tmp_path
     assert found[0] == pytest.approx(found[1], abs=2e-3)
 
 
+@pytest.mark.parametrize("spoil", [False, True])
+def test_a_pass_that_was_killed_goes_on_unless_a_file_of_it_is_gone(bench, rows, little, monkeypatch, spoil):
+    monkeypatch.setattr(hidden, "_RECORDED_EVERY", 5)
+    views, reads, real = [View((1, 2)), View((0, 1, 2), 4)], bench.read(rows), hidden.last_layers
+    hidden.keep(bench, reads, views)
+    expected = [hidden_states(bench, reads, view).states.copy() for view in views]
+    hidden.forget(bench)
+    assert not list(bench.folder.iterdir())
+    seen = []
+
+    def killed(model, some):
+        seen.extend(some)
+        if len(seen) > 30:
+            raise KeyboardInterrupt
+        return real(model, some)
+
+    monkeypatch.setattr(hidden, "last_layers", killed)
+    with pytest.raises(KeyboardInterrupt):
+        hidden.keep(bench, reads, views)
+    if spoil:
+        next(bench.folder.glob("*.partial")).unlink()
+    seen.clear()
+    monkeypatch.setattr(hidden, "last_layers", lambda model, some: (seen.extend(some), real(model, some))[1])
+    hidden.keep(bench, reads, views)
+    assert (len(seen) == len(rows)) == spoil
+    found = [hidden_states(bench, reads, view).states for view in views]
+    assert all(map(np.array_equal, found, expected)) and len(list(bench.folder.iterdir())) == 2
+
+
 def test_a_full_disk_is_named_before_the_model_is_read(bench, rows, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
