@@ -69,6 +69,7 @@ class OwnWords:
         model = model.to(bench.device).eval()
         self._weights = sum(p.numel() for name, p in model.named_parameters() if "embed" not in name)
         probs: list[Floats] = []
+        done = 0
         begun = time.perf_counter()
         progress = Countdown(f"scoring {self.name}", sum(len(read.judged_ids) for read in reads), "response tokens")
         for read in reads:
@@ -77,10 +78,10 @@ class OwnWords:
             with torch.autocast(torch.device(bench.device).type, torch.bfloat16, enabled=bench.bf16):
                 verdicts = dict(zip(ends, _asked(model, read, ends, question, words), strict=True))
             probs.append(np.array([verdicts.get(end, 0.0) for end in whole], dtype=np.float32))
-            self._steps += len(whole)
             self._read += len(ends) * len(question)
-            progress(self._steps)
-        self._seconds += time.perf_counter() - begun
+            done += len(whole)
+            progress(done)
+        self._seconds, self._steps = self._seconds + time.perf_counter() - begun, self._steps + done
         return bench.record(reads, probs, self.name)
 
     def cost(self) -> Cost:
