@@ -6,7 +6,7 @@ Rows that are only scored pass by and leave nothing (`passing`).
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,8 +94,8 @@ def keep(bench: Bench, reads: Sequence[Read], views: Sequence[View]) -> None:
     """Writes what is not yet on disk of these views, in one pass over the rows; states of other rows are dropped.
 
     Where every layer of every step takes more than `MOST_DISK`, each view gets half of that: its layers alone, at
-    steps that are drawn (`drawn_steps`), the same for every seed. What a killed run left is gone on with. One run at a
-    time in a folder.
+    steps that are drawn (`drawn_steps`), the same for every seed. A pass that was killed is
+    continued. One run at a time in a folder.
 
     Raises:
         RedflagError: The disk space cannot be had.
@@ -104,7 +104,7 @@ def keep(bench: Bench, reads: Sequence[Read], views: Sequence[View]) -> None:
     missing = [store for path, store in stores.items() if not path.exists()]
     if not missing:
         return
-    record = _begun(bench, missing, digest([len(reads), bench.batch_size]))
+    record = _begun(bench, stores, missing, digest([len(reads), bench.batch_size]))
     done = kept_json(record, fingerprint=record.stem)
     begin = 0 if done is None else int(done["rows"])
     written = [_opened(bench, store, new=begin == 0) for store in missing]
@@ -253,8 +253,8 @@ def _files(bench: Bench) -> list[Path]:
     return [path for kind in ("*.npy", "*.partial", "*.reading") for path in bench.folder.glob(kind)]
 
 
-def _begun(bench: Bench, missing: Sequence[_Store], order: str) -> Path:
-    """Where it is recorded how far these stores are; drops states of other rows, and what is not gone on with."""
+def _begun(bench: Bench, wanted: Mapping[Path, _Store], missing: Sequence[_Store], order: str) -> Path:
+    """Where it is recorded how far the missing stores are; makes room for them."""
     rows = missing[0].path.name.split("-")[0]
     record = bench.folder / f"{rows}-{digest([order, [store.path.name for store in missing]])}.reading"
     bench.folder.mkdir(parents=True, exist_ok=True)
@@ -262,6 +262,14 @@ def _begun(bench: Bench, missing: Sequence[_Store], order: str) -> Path:
     whole = record.exists() and all(path.exists() for path in partials)
     for path in _files(bench):
         if not path.name.startswith(rows) or (path.suffix != ".npy" and not (whole and path in (record, *partials))):
+            path.unlink()
+    # Other views of the same rows stay for probes to come, as far as there is room.
+    others = [path for path in bench.folder.glob("*.npy") if path not in wanted]
+    room = MOST_DISK - sum(
+        2 * bench.config.hidden_size * len(s.view.layers) * int(s.starts[-1]) for s in wanted.values()
+    )
+    if sum(path.stat().st_size for path in others) > room:
+        for path in others:
             path.unlink()
     return record
 

@@ -120,6 +120,9 @@ class Probe:
                 "to tell apart: give rows of both kinds"
             )
         hidden = hidden_states(self.bench, reads, self.view)
+        total = sum(len(read.judged_ids) for read in reads)
+        if len(hidden.steps) < total:
+            self.what += f" Fitted on {len(hidden.steps):,} of {total:,} steps, drawn."
         self._scale = scale_of(hidden, self.layers)
         generator = torch.Generator().manual_seed(self.bench.seed)
         self.net = _net(len(self._scale[0]), self.width, generator)

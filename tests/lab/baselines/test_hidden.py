@@ -96,6 +96,15 @@ def test_states_stay_within_the_room_and_those_of_other_rows_are_dropped(bench, 
         assert 15_000 < sum(path.stat().st_size for path in files) - heads <= hidden.MOST_DISK
 
 
+def test_views_of_the_same_rows_stay_as_long_as_there_is_room(bench, rows, little):
+    reads, names = bench.read(rows), []
+    for view in (View((1, 2)), View((0, 1, 2), 4), View((0, 1, 2), 8)):
+        hidden.keep(bench, reads, [view])
+        names.append({path.name for path in bench.folder.iterdir()})
+    assert len(names[1]) == 2 and names[0] < names[1]
+    assert len(names[2]) == 1 and not names[2] & names[1]
+
+
 @pytest.mark.parametrize("make", [probes.last_layer_probe, probes.all_layer_probe, probes.mlp_probe, probes.token_head])
 def test_a_probe_that_saw_some_steps_judges_every_step(bench, rows, monkeypatch, make):
     monkeypatch.setattr(hidden, "MOST_DISK", 90_000)  # Less than every layer of every step takes.
@@ -103,6 +112,7 @@ def test_a_probe_that_saw_some_steps_judges_every_step(bench, rows, monkeypatch,
     probe.fit(rows)
     kept = set(bench.folder.iterdir())
     recording = probe.score(rows)
+    assert "of 666 steps, drawn." in probe.what
     assert set(bench.folder.iterdir()) == kept  # Rows that are scored leave nothing.
     assert recording.lengths.tolist() == [read.tokens for read in bench.read(rows)]
     means = np.array([recording.steps(i)[:, 0].mean() for i in range(len(rows))])
