@@ -20,7 +20,7 @@ from redflag.scoring.progress import Countdown
 
 # Bytes of disk for all probes of one comparison: every layer of every step if they fit, else half of it for each view.
 MOST_DISK = 2_000_000_000
-_RECORDED_EVERY = 256  # rows of a pass, so that another run goes on from there
+_RECORDED_EVERY = 64  # rows of a pass, so that another run goes on from there
 # Numbers alive at one time in a forward pass: 256 MB of float32.
 _AT_ONCE = 64_000_000
 _HALF_MAX = 65504.0
