@@ -10,6 +10,18 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 
+class Logprobs(NamedTuple):
+    """Log-probabilities of one position in nats, of the language distribution: flags left out, the rest renormalised.
+
+    Attributes:
+        chosen: Of the token that was chosen.
+        top: The most likely ids with theirs, in falling order; no flag is among them.
+    """
+
+    chosen: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
 class Step(NamedTuple):
     """One decoding position.
 
@@ -17,10 +29,12 @@ class Step(NamedTuple):
         token_id: The token chosen at this position.
         flag_probs: K probabilities in [0, 1], one per flag, measured *before* the token was chosen, over the whole
             vocabulary (flags included), from raw logits: no temperature, bias or penalty.
+        logprobs: From the same raw logits, where `Sampling.logprobs` asks for them.
     """
 
     token_id: int
     flag_probs: tuple[float, ...]
+    logprobs: Logprobs | None = None
 
 
 class _Event:

@@ -16,7 +16,21 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, cast, get_args
 
 from redflag.errors import RedflagError
-from redflag.events import Alarm, Done, Escalation, Event, Facts, Forced, Halt, Reflection, Resume, Step, Text, Trace
+from redflag.events import (
+    Alarm,
+    Done,
+    Escalation,
+    Event,
+    Facts,
+    Forced,
+    Halt,
+    Logprobs,
+    Reflection,
+    Resume,
+    Step,
+    Text,
+    Trace,
+)
 from redflag.files import append_line, atomic_write
 
 __all__ = [
@@ -27,6 +41,7 @@ __all__ = [
     "Facts",
     "Forced",
     "Halt",
+    "Logprobs",
     "Reflection",
     "Resume",
     "Step",

@@ -28,6 +28,8 @@ class Sampling:
         repetition_penalty: Above 1 makes tokens that already stand in prompt or response less likely.
         seed: Draws are reproducible with a seed; without one torch's global generator is used.
         stop: Texts that end the response and are not part of it. Backends ignore them: `redflag.guard.guard` looks.
+        logprobs: Steps carry log-probabilities: the chosen token's and those of so many of the most likely ones, for a
+            backend whose `most_logprobs` is as much; None asks for none.
 
     Example:
         >>> Sampling(temperature=0.0).greedy
@@ -42,6 +44,7 @@ class Sampling:
     repetition_penalty: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         checks = (
@@ -57,6 +60,7 @@ class Sampling:
                 "above 0 (1 = off)",
             ),
             ("seed", self.seed, self.seed is None or abs(self.seed) < 2**62, "None or a whole number below 2**62"),
+            ("logprobs", self.logprobs, self.logprobs is None or self.logprobs >= 0, "None or 0 and above"),
             ("stop", self.stop, not isinstance(self.stop, str) and all(self.stop), "a tuple of texts, none empty"),
         )
         for name, value, valid, rule in checks:
@@ -92,8 +96,21 @@ class ContextLengthError(RedflagError):
         self.context_length = context_length
 
 
+MOST_LOGPROBS = 20  # of the most likely tokens, as at OpenAI and vLLM
+
+
+def most_logprobs(engine: object) -> int | None:
+    """How many of the most likely tokens a backend names beside the chosen one; None where it gives no log-probability.
+
+    Example:
+        >>> most_logprobs(object()) is None
+        True
+    """
+    return getattr(engine, "most_logprobs", None)
+
+
 class Engine(Protocol):
-    """What all backends say about themselves."""
+    """What all backends say about themselves. One that gives log-probabilities also has `most_logprobs`."""
 
     @property
     def eos_ids(self) -> frozenset[int]:

@@ -17,7 +17,7 @@ from transformers import (
 
 from redflag.backends import Sampling
 from redflag.backends.precision import widest
-from redflag.trace import Step
+from redflag.trace import Logprobs, Step
 
 
 def measure(logits: torch.Tensor, flag_ids: torch.Tensor) -> torch.Tensor:
@@ -67,6 +67,7 @@ class Chooser:
         self._flag_ids = flag_ids
         self._watch = torch.tensor(list(watch), dtype=torch.long, device=device) if watch else flag_ids
         self._greedy = sampling.greedy
+        self._logprobs = sampling.logprobs
         self._generators: list[torch.Generator | None] = [
             None if sampling.seed is None else torch.Generator(device).manual_seed(sampling.seed + row)
             for row in range(len(prompts))
@@ -103,6 +104,7 @@ class Chooser:
         scores = logits.float()
         probs = measure(scores, self._watch)
         scores[:, self._flag_ids] = -math.inf
+        language = None if self._logprobs is None else torch.log_softmax(scores, dim=-1)
         if self._penalty is not None:
             # Row by row: responses differ in length, and the penalty takes ids as a rectangle.
             scores = torch.cat([self._penalty(self._seen[row], scores[i : i + 1]) for i, row in enumerate(rows)])
@@ -113,10 +115,23 @@ class Chooser:
         # One transfer per step: float32 holds every id below 2^24 exactly.
         table = torch.cat([tokens.float(), probs], dim=-1).tolist()
         steps = [Step(int(token), tuple(flags)) for token, *flags in table]
+        if language is not None:
+            named = self._named(language, tokens)
+            steps = [step._replace(logprobs=logprobs) for step, logprobs in zip(steps, named, strict=True)]
         if self._penalty is not None:
             for i, row in enumerate(rows):
                 self._seen[row] = torch.cat([self._seen[row], tokens[i : i + 1]], dim=-1)
         return steps
+
+    def _named(self, language: torch.Tensor, tokens: torch.Tensor) -> list[Logprobs]:
+        """Log-probabilities of the chosen tokens, shape `(B, 1)`, and of the most likely ones."""
+        most = language.topk(min(self._logprobs or 0, language.shape[-1]), dim=-1)
+        rows = zip(language.gather(-1, tokens).tolist(), most.indices.tolist(), most.values.tolist(), strict=True)
+        # What is impossible is not named: flags above all.
+        return [
+            Logprobs(chosen, tuple((i, value) for i, value in zip(ids, values, strict=True) if value > -math.inf))
+            for [chosen], ids, values in rows
+        ]
 
     def _draw(self, scores: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
         """One token per row by inverting the cumulative distribution, shape `(len(rows), 1)`.

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from redflag.backends import ContextLengthError, Sampling
+from redflag.backends import MOST_LOGPROBS, ContextLengthError, Sampling
 from redflag.backends.choose import Chooser, measure
 from redflag.backends.head import CACHE, backbone, head_agrees, measure_hidden, plain_model
 from redflag.backends.prefix import PrefixSlot
@@ -29,6 +29,7 @@ class HFBackend:
         context_length: Most tokens of prompt and response together; None when the model states no limit.
         logprob_mode: `raw`.
         upper_bound: False: the probabilities are exact.
+        most_logprobs: Of so many likely tokens `Sampling.logprobs` may ask for log-probabilities.
 
     Example:
         ```python
@@ -53,6 +54,7 @@ class HFBackend:
         """
         self.logprob_mode = "raw"
         self.upper_bound = False
+        self.most_logprobs = MOST_LOGPROBS
         self._model = model.eval()
         plain = plain_model(model)
         self._device: torch.device = plain.device

@@ -112,6 +112,11 @@ class RemoteBackend:
         return self._eos_ids
 
     @property
+    def most_logprobs(self) -> int | None:
+        """0: beside the chosen token the server names the flags or the likeliest tokens, not both. None with bounds."""
+        return None if self.upper_bound else 0
+
+    @property
     def flag_ids(self) -> tuple[int, ...]:
         """The K flag ids."""
         return self._flag_ids
@@ -197,6 +202,7 @@ class RemoteBackend:
                 eos_ids=self._eos_ids,
                 upper_bound=self.upper_bound,
                 vocab_size=self._vocab_size,
+                logprobs=sampling.logprobs is not None,
             )
             try:
                 if not self._asked:

@@ -19,7 +19,7 @@ from typing import Any
 
 from redflag.backends import Sampling
 from redflag.errors import RedflagError
-from redflag.trace import Step
+from redflag.trace import Logprobs, Step
 
 MOST_IDS = 128  # vLLM's MAX_LOGPROB_TOKEN_IDS
 TOP = 20  # vLLM's --max-logprobs unless it is set otherwise
@@ -90,7 +90,7 @@ class StreamReader:
         >>> chunk = {"choices": [{"text": "a", "token_ids": [9], "finish_reason": "length",
         ...     "logprobs": {"tokens": ["token_id:9"], "top_logprobs": [{"token_id:9": -1.0, "token_id:5": -2.0}]}}]}
         >>> reader.feed(b"data: " + json.dumps(chunk).encode() + b"\\n\\n")
-        [Step(token_id=9, flag_probs=(0.1353352832366127,))]
+        [Step(token_id=9, flag_probs=(0.1353352832366127,), logprobs=None)]
         >>> reader.finish
         'length'
     """
@@ -104,8 +104,13 @@ class StreamReader:
         eos_ids: Collection[int],
         upper_bound: bool = False,
         vocab_size: int | None = None,
+        logprobs: bool = False,
     ) -> None:
-        """Prepares for one answer; the arguments are those of its request."""
+        """Prepares for one answer; the arguments are those of its request.
+
+        Args:
+            logprobs: Steps carry the chosen token's log-probability; `measured` must be all flags then.
+        """
         self.finish: str | None = None
         self._prompt = list(prompt)
         self._names = tuple(f"token_id:{token_id}" for token_id in measured)
@@ -113,6 +118,7 @@ class StreamReader:
         self._eos_ids = frozenset(eos_ids)
         self._upper_bound = upper_bound
         self._vocab_size = math.inf if vocab_size is None else vocab_size
+        self._logprobs = logprobs
         self._rest = b""
         self._last: int | None = None
 
@@ -213,11 +219,18 @@ class StreamReader:
             probs = (
                 self._bounds(name, top) if self._upper_bound else tuple(measured_in(one, top) for one in self._names)
             )
-            steps.append(Step(token_id, probs))
+            steps.append(Step(token_id, probs, self._language(top[name], probs) if self._logprobs else None))
             self._last = token_id
             if any(map(math.isnan, probs)):
                 self.finish = "nan"
                 return
+
+    def _language(self, logprob: float | None, flag_probs: Sequence[float]) -> Logprobs:
+        """The server's distribution has the flags in it: what they take is shared out among the other tokens."""
+        left = 1.0 - math.fsum(flag_probs)
+        if logprob is None or not left > 0.0:
+            return Logprobs(math.nan)
+        return Logprobs(min(0.0, logprob - math.log(left)))
 
     def _bounds(self, chosen: str, top: dict[str, float | None]) -> tuple[float, ...]:
         """The measured ids have at most these: one that is not among the most likely is below the last of them."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
-from redflag.backends import Backend, BusyError, Sampling
+from redflag.backends import Backend, BusyError, Sampling, most_logprobs
 from redflag.errors import RedflagError
 from redflag.trace import Step
 
@@ -47,6 +47,7 @@ class Turns:
         eos_ids: Of the backend.
         logprob_mode: Of the backend.
         upper_bound: Of the backend.
+        most_logprobs: Of the backend.
 
     Example:
         ```python
@@ -82,6 +83,7 @@ class Turns:
         self.eos_ids: frozenset[int] = backend.eos_ids
         self.logprob_mode: str = backend.logprob_mode
         self.upper_bound: bool = backend.upper_bound
+        self.most_logprobs = most_logprobs(backend)
         self._worker = _Worker(backend, active, waiting, buffer, patience)
         # The thread knows the worker, not this object: one that is dropped without `aclose` ends its thread, too.
         weakref.finalize(self, _Worker.end, self._worker)

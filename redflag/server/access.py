@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import zlib
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,9 +16,11 @@ from redflag.server.exchange import timeout_at
 OPERATOR_HEADER = "x-redflag-operator"
 TRACE_HEADER = "x-redflag-trace"
 OVERRIDE_HEADER = "x-redflag-override"
+TEST_HEADER = "x-redflag-test"
 
 _DISCARDED = 64 << 20  # bytes of an oversized body that are read and dropped, so that its sender can read the answer
 _LONGEST_REASON = 1000
+_TESTS = {"halt": 3, "halt-at-once": 0}  # tokens before the alarm that is made up
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,10 @@ class Limits:
         default_tokens: Response tokens where the client asks for no number.
         max_open: Most requests being answered at once; more are refused with 429.
         prefill: Clients may write the beginning of the response, as a last message of the assistant's.
+        max_choices: Most answers of one request: its prompts, times `n`.
+        logprobs: Clients may have the log-probabilities of what is shown.
+        closing_text: What a chat's answer ends with that was halted after some of it was shown; "" adds nothing.
+        test_halt: The operator may ask for an answer that is halted for sure.
         body_timeout: Seconds for a request body to arrive.
         request_timeout: Seconds for a response, all in all.
         send_timeout: Seconds for a client to take what is sent.
@@ -54,6 +61,10 @@ class Limits:
     default_tokens: int = 1024
     max_open: int = 1024
     prefill: bool = False
+    max_choices: int = 4
+    logprobs: bool = False
+    closing_text: str = ""
+    test_halt: bool = False
     body_timeout: float = 30.0
     request_timeout: float = 600.0
     send_timeout: float = 60.0
@@ -68,11 +79,13 @@ class Caller:
         operator: It is the operator's.
         view: The operator wants to see the trace.
         override: Why the watch is to be overridden; None where it is not.
+        alarm_at: The token at which an alarm is made up, for a test; None for a real answer.
     """
 
     operator: bool = False
     view: bool = False
     override: str | None = None
+    alarm_at: int | None = None
 
 
 def admit(request: Request, limits: Limits, *, audited: bool = False) -> Caller:
@@ -98,9 +111,12 @@ def admit(request: Request, limits: Limits, *, audited: bool = False) -> Caller:
     operator = is_operator(request, limits)
     view = request.headers.get(TRACE_HEADER) == "1"
     reason = request.headers.get(OVERRIDE_HEADER)
-    if not operator and (view or reason is not None):
-        what = "sees traces" if view else "overrides the watch"
+    test = request.headers.get(TEST_HEADER)
+    if not operator and (view or reason is not None or test is not None):
+        what = "sees traces" if view else "overrides the watch" if reason is not None else "tests the halt"
         raise ApiError(403, f"only the operator {what}: send the operator key", "operator_key_required")
+    if test is not None:
+        return Caller(operator, view, alarm_at=_alarm_at(test, reason, limits))
     if reason is None:
         return Caller(operator, view)
     if not reason.strip():
@@ -108,6 +124,20 @@ def admit(request: Request, limits: Limits, *, audited: bool = False) -> Caller:
     if not audited:
         raise ApiError(403, "this server keeps no audit log, and no override goes unlogged", "audit_log_required")
     return Caller(operator, view, reason.strip()[:_LONGEST_REASON])
+
+
+def _alarm_at(test: str, reason: str | None, limits: Limits) -> int:
+    if not limits.test_halt:
+        raise ApiError(
+            403, f"{TEST_HEADER} must be left out: this server was started without test_halt", "test_halt_off"
+        )
+    if test not in _TESTS or reason is not None:
+        raise ApiError(
+            400,
+            f"{TEST_HEADER} must be one of {', '.join(_TESTS)}, without {OVERRIDE_HEADER} (got {test[:40]!r})",
+            "invalid_value",
+        )
+    return _TESTS[test]
 
 
 def bearer(request: Request) -> str:
@@ -136,11 +166,17 @@ def same(given: str, key: str) -> bool:
 
 
 async def read_body(request: Request, limits: Limits) -> bytes:
-    """The body, counted as it arrives.
+    """The body, counted as it arrives, unpacked where it is gzipped.
 
     Raises:
-        ApiError: 413 where it is too long, 408 where it does not arrive.
+        ApiError: 413 where it is too long (packed or unpacked), 408 where it does not arrive, 415 where it is packed
+            in another way.
     """
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("identity", "gzip", "x-gzip"):
+        raise ApiError(
+            415, f"the content encoding must be gzip or none (got {encoding[:40]!r})", "unsupported_content_encoding"
+        )
     body = bytearray()
     length = 0
     try:
@@ -159,10 +195,28 @@ async def read_body(request: Request, limits: Limits) -> bytes:
             headers={"connection": "close"},
         ) from None
     if length > limits.max_body_bytes:
-        raise ApiError(
-            413,
-            f"the body is longer than the {limits.max_body_bytes} bytes that this server reads; shorten it",
-            "request_too_large",
-            headers={"connection": "close"},
-        )
-    return bytes(body)
+        raise _too_long(limits)
+    return bytes(body) if encoding == "identity" else _unpacked(bytes(body), limits)
+
+
+def _unpacked(body: bytes, limits: Limits) -> bytes:
+    """Never more of it in memory than may be read: a kilobyte can unpack to a gigabyte."""
+    packed = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
+    try:
+        unpacked = packed.decompress(body, limits.max_body_bytes + 1)
+    except zlib.error as error:
+        raise ApiError(400, f"the body must be gzip, as its content encoding says ({error})", "invalid_gzip") from None
+    if len(unpacked) > limits.max_body_bytes:
+        raise _too_long(limits)
+    if not packed.eof or packed.unused_data:
+        raise ApiError(400, "the body must be one whole gzip stream, as its content encoding says", "invalid_gzip")
+    return unpacked
+
+
+def _too_long(limits: Limits) -> ApiError:
+    return ApiError(
+        413,
+        f"the body is longer than the {limits.max_body_bytes} bytes that this server reads; shorten it",
+        "request_too_large",
+        headers={"connection": "close"},
+    )

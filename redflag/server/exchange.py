@@ -8,6 +8,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import anyio
@@ -15,7 +16,7 @@ import anyio
 from redflag.backends import AsyncBackend, Sampling
 from redflag.errors import RedflagError
 from redflag.guard.response import Response
-from redflag.trace import Event, Step, Text
+from redflag.trace import Event, Halt, Step, Text
 
 if sys.version_info >= (3, 11):
     from asyncio import timeout_at as timeout_at
@@ -24,7 +25,7 @@ else:
 
 _log = logging.getLogger(__name__)
 
-_CLOSING = 10.0  # seconds that an engine may take to let a stream go
+CLOSING = 10.0  # seconds that an engine may take to let a stream go
 
 
 class Exchange:
@@ -40,7 +41,12 @@ class Exchange:
     """
 
     def __init__(
-        self, response: Response, events: AsyncIterator[Event], seconds: float, tell: Callable[[Exchange], None]
+        self,
+        response: Response,
+        events: AsyncIterator[Event],
+        seconds: float,
+        tell: Callable[[Exchange], None],
+        closing_text: str = "",
     ) -> None:
         """Starts the clock.
 
@@ -49,6 +55,7 @@ class Exchange:
             events: What drives it; closed with the exchange.
             seconds: How long the whole may take.
             tell: Is told when the exchange is closed.
+            closing_text: Text of an alarm's `Halt` that comes after some text was released and has none of its own.
         """
         self.response = response
         self.committed = False
@@ -56,6 +63,8 @@ class Exchange:
         self.seconds_to_first: float | None = None
         self._events = events
         self._tell: Callable[[Exchange], None] | None = tell
+        self._closing_text = closing_text
+        self._shown = False
         self._begun = time.perf_counter()
         self._deadline = asyncio.get_running_loop().time() + seconds
         self._seconds = seconds
@@ -105,8 +114,12 @@ class Exchange:
             event = self._failed(error)
         finally:
             self._timer = None
-        if self.seconds_to_first is None and isinstance(event, Text):
-            self.seconds_to_first = self.seconds
+        if isinstance(event, Text):
+            self._shown = self._shown or bool(event.text)
+            if self.seconds_to_first is None:
+                self.seconds_to_first = self.seconds
+        elif isinstance(event, Halt) and event.reason == "alarm" and self._shown and not event.text:
+            event = replace(event, text=self._closing_text)
         return event
 
     def leave(self) -> None:
@@ -125,10 +138,10 @@ class Exchange:
         try:
             close = getattr(self._events, "aclose", None)
             if close is not None:
-                with anyio.move_on_after(_CLOSING, shield=True) as scope:
+                with anyio.move_on_after(CLOSING, shield=True) as scope:
                     await close()
                 if scope.cancelled_caught:
-                    _log.error("an engine did not let a stream go within %g s", _CLOSING)
+                    _log.error("an engine did not let a stream go within %g s", CLOSING)
         finally:
             tell(self)
 

@@ -22,17 +22,14 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "function_call": ("none", "auto"),
     "functions": ([],),
     "logit_bias": ({},),
-    "logprobs": (False,),
     "modalities": (["text"],),
     "moderation": (),
-    "n": (1,),
     "prediction": (),
     "presence_penalty": (0, 0.0),
     "response_format": ({"type": "text"},),
     "suffix": (),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
-    "top_logprobs": (0,),
     "web_search_options": (),
     # vLLM
     "add_generation_prompt": (True,),
@@ -121,7 +118,7 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {
 _ADVICE = {
     "max_new_tokens": "give max_tokens",
     "max_output_tokens": "give max_tokens",
-    "n": "send a request for each answer",
+    "echo": "only answers are judged, so neither the prompt nor its log-probabilities are given; leave it out",
     "messages": "it belongs to /v1/chat/completions",
     "prompt": "it belongs to /v1/completions",
     "stop_sequences": "give stop",
@@ -141,7 +138,7 @@ def ignored_fields(extra: Mapping[str, Any]) -> list[str]:
         ApiError: 400; a field would change the answer and is not supported.
 
     Example:
-        >>> ignored_fields({"prompt_cache_key": "a", "store": False, "n": 1})
+        >>> ignored_fields({"prompt_cache_key": "a", "store": False, "best_of": 1})
         ['prompt_cache_key']
     """
     names = []

@@ -13,10 +13,34 @@ from types import FrameType
 import uvicorn
 from sse_starlette.sse import AppStatus
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from redflag.errors import RedflagError
 
 _log = logging.getLogger(__name__)
+
+
+class _Protocol(HttpToolsProtocol):
+    """uvicorn's faster parser, which sends every stream in chunks; HTTP/1.0, as nginx speaks it to what stands behind
+    it unless told otherwise, knows none (RFC 9112, 6.1). Such connections go to uvicorn's other parser."""
+
+    _begun = False
+
+    def data_received(self, data: bytes) -> None:
+        if not self._begun:
+            self._begun = True
+            if data.partition(b"\r\n")[0].endswith(b" HTTP/1.0"):
+                self._hand_over(data)
+                return
+        super().data_received(data)
+
+    def _hand_over(self, data: bytes) -> None:
+        self.connections.discard(self)
+        other = H11Protocol(self.config, self.server_state, self.app_state, self.loop)
+        other.connection_made(self.transport)
+        self.transport.set_protocol(other)
+        other.data_received(data)
 
 
 class Process(uvicorn.Server):
@@ -38,7 +62,7 @@ class Process(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http="httptools",
+                http=_Protocol,
                 ws="none",
                 lifespan="on",
                 log_config=None,

@@ -23,12 +23,13 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from redflag.backends import Sampling
+from redflag.backends import MOST_LOGPROBS, Sampling
 from redflag.server.api_errors import ApiError
 from redflag.server.fields import ignored_fields
 
 MOST_STOPS = 16
 LONGEST_STOP = 128
+_MOST_CHOICES = 128  # as at OpenAI; the server's own limit is `Limits.max_choices`
 NO_LIMIT = -1  # what clients send for "as many tokens as there may be"
 
 Body = TypeVar("Body", bound="_Request")
@@ -51,6 +52,11 @@ def _as_stops(value: Any) -> Any:
     return value
 
 
+def _seed(value: int) -> int:
+    """Seeds of 64 bits, as clients draw them, in the 62 that engines take."""
+    return value if abs(value) < 2**62 else value % 2**62
+
+
 _OPEN = ConfigDict(extra="allow", strict=True)
 _Real = Annotated[float, Field(allow_inf_nan=False)]
 _Limit = Annotated[int, AfterValidator(_a_limit)]
@@ -60,6 +66,7 @@ _Stops = Annotated[
     Field(max_length=MOST_STOPS),
     BeforeValidator(_as_stops),
 ]
+_Named = Annotated[int, Field(ge=0, le=MOST_LOGPROBS)]
 # Of a message: what answers of this and other servers hold beside the text. The prompt does not show it.
 _LEFT_OUT = frozenset(
     (
@@ -157,8 +164,9 @@ class _Request(BaseModel):
     top_k: Annotated[int, Field(ge=-1)] | None = None
     min_p: Annotated[_Real, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[_Real, Field(gt=0, le=10)] | None = None
-    seed: Annotated[int, Field(gt=-(2**62), lt=2**62)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: _Stops | None = None
+    n: Annotated[int, Field(ge=1, le=_MOST_CHOICES)] | None = None
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
     user: _Name | None = None
@@ -203,15 +211,26 @@ class _Request(BaseModel):
                 if value not in (None, False):
                     yield f"stream_options.{name}"
 
-    def sampling(self, max_new_tokens: int) -> Sampling:
-        """How tokens shall be chosen; what the client leaves open is OpenAI's default."""
+    @property
+    def named_tokens(self) -> int | None:
+        """How many likely tokens the client wants named beside each of the answer's; None: no log-probabilities."""
+        raise NotImplementedError
+
+    def sampling(self, max_new_tokens: int, choice: int = 0) -> Sampling:
+        """How tokens shall be chosen; what the client leaves open is OpenAI's default.
+
+        Args:
+            max_new_tokens: Most response tokens.
+            choice: Which of several answers: with a seed, each draws from a seed of its own.
+        """
         given = {
             "temperature": self.temperature,
             "top_p": self.top_p,
             "top_k": None if self.top_k is None else max(self.top_k, 0),  # -1 switches it off, as for vLLM
             "min_p": self.min_p,
             "repetition_penalty": self.repetition_penalty,
-            "seed": self.seed,
+            "seed": None if self.seed is None else _seed(self.seed + choice),
+            "logprobs": self.named_tokens,
         }
         chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         return Sampling(max_new_tokens, stop=tuple(self.stop or ()), **chosen)
@@ -221,10 +240,27 @@ class ChatRequest(_Request):
     """Body of `/v1/chat/completions`."""
 
     messages: Annotated[list[_Message], Field(min_length=1)]
+    logprobs: bool | None = None
+    top_logprobs: _Named | None = None
+
+    @model_validator(mode="after")
+    def _asked_for(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise PydanticCustomError("top_logprobs", "top_logprobs must come with logprobs: true; give both or none")
+        return self
+
+    def inputs(self) -> list[list[dict[str, Any]]]:
+        """The one conversation."""
+        return [self.input()]
 
     def input(self) -> list[dict[str, Any]]:
         """The conversation."""
         return [message.turn() for message in self.messages]
+
+    @property
+    def named_tokens(self) -> int | None:
+        """As for every request."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def prefilled(self) -> bool:
@@ -239,21 +275,39 @@ class ChatRequest(_Request):
 
 
 class CompletionRequest(_Request):
-    """Body of `/v1/completions`. One prompt, as text: ids could hold a flag, several prompts are several requests."""
+    """Body of `/v1/completions`. Prompts are texts: ids could hold a flag."""
 
     prompt: str | list[Any]
+    logprobs: _Named | None = None
+
+    @field_validator("logprobs", mode="before")
+    @classmethod
+    def _none(cls, value: Any) -> Any:
+        return None if value is False else value  # as in a chat
 
     @model_validator(mode="after")
-    def _one_prompt(self) -> CompletionRequest:
-        if isinstance(self.prompt, list) and not (len(self.prompt) == 1 and isinstance(self.prompt[0], str)):
+    def _texts(self) -> CompletionRequest:
+        given = self.prompt
+        if isinstance(given, list) and not (given and all(isinstance(one, str) for one in given)):
             raise PydanticCustomError(
-                "prompt", "prompt has to be one text: token ids are not accepted, and each prompt needs its own request"
+                "prompt",
+                "prompt must be a text or a list of texts. Token ids are not accepted, since some of them are flags: "
+                "send the text (lm-eval: tokenized_requests=False)",
             )
         return self
 
+    def inputs(self) -> list[str]:
+        """The prompts."""
+        return [self.prompt] if isinstance(self.prompt, str) else self.prompt
+
     def input(self) -> str:
-        """The prompt."""
-        return self.prompt if isinstance(self.prompt, str) else str(self.prompt[0])
+        """The first prompt."""
+        return self.inputs()[0]
+
+    @property
+    def named_tokens(self) -> int | None:
+        """As for every request; 0 names the answer's own tokens alone."""
+        return self.logprobs
 
     @property
     def prefilled(self) -> bool:
@@ -273,9 +327,9 @@ def parse(kind: type[Body], body: bytes, *, refuse_unknown: bool = False) -> Bod
         ApiError: 400, in words that name the field.
 
     Example:
-        >>> parse(CompletionRequest, b'{"model": "m", "prompt": "Once", "n": 2}')
+        >>> parse(CompletionRequest, b'{"model": "m", "prompt": "Once", "best_of": 2}')
         Traceback (most recent call last):
-        redflag.server.api_errors.ApiError: n is 2, which is not supported; send a request for each answer
+        redflag.server.api_errors.ApiError: best_of is 2, which is not supported; leave it out
     """
     try:
         request = kind.model_validate_json(body)
@@ -314,7 +368,7 @@ def _explained(error: ValidationError) -> ApiError:
     kind = first["type"]
     if kind == "json_invalid":
         return ApiError(400, f"the body is not JSON in UTF-8 ({first['msg']}); mend it", "invalid_json")
-    if kind in ("max_completion_tokens", "prompt"):
+    if kind in ("max_completion_tokens", "prompt", "top_logprobs"):
         return ApiError(400, first["msg"], "invalid_value", param=kind)
     # Names of union branches stand in the path too; they are no fields.
     path = [str(part) for part in first["loc"] if not (isinstance(part, str) and ("[" in part or part == "str"))]

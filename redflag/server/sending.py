@@ -1,13 +1,14 @@
-"""A response on its way out: as server-sent events, or in one piece."""
+"""A response on its way out, or several choices at once: as server-sent events, or in one piece."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping
-from contextlib import suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import aclosing, suppress
 from typing import Any
 
+import anyio
 from fastapi import Request, Response
 from sse_starlette import EventSourceResponse
 from sse_starlette.sse import SendTimeoutError
@@ -16,48 +17,53 @@ from starlette.types import Message, Receive, Scope, Send
 from redflag.errors import RedflagError
 from redflag.server.access import Limits
 from redflag.server.api_errors import ApiError, error_response, late, refused_by_engine, stopping, unavailable
-from redflag.server.exchange import Exchange
-from redflag.server.wire import Answer, operator_view
+from redflag.server.exchange import CLOSING, Exchange
+from redflag.server.wire import Answer, ending, operator_view, together
+
+Part = tuple[Exchange, Answer]
+"""One of a request's choices: the response that is driven, and what its reader makes of it."""
 
 
 class EventStream(EventSourceResponse):
-    """A response as server-sent events. The status is sent with the first of them, so that it can still be an error."""
+    """A response as server-sent events. The status is sent with the first of them, so that it can still be an error.
 
-    def __init__(
-        self, exchange: Exchange, answer: Answer, view: bool, headers: Mapping[str, str], limits: Limits
-    ) -> None:
-        self._exchange = exchange
+    Several choices come interleaved. What breaks one of them ends them all with the same error.
+    """
+
+    def __init__(self, parts: Sequence[Part], view: bool, headers: Mapping[str, str], limits: Limits) -> None:
+        self._parts = parts
         self._extra = headers
         self._error: ApiError | None = None
         self._detail: dict[str, Any] = {}
         self._closing = False
         super().__init__(
-            self._chunks(answer, view), headers=headers, ping=limits.ping, send_timeout=limits.send_timeout, sep="\n"
+            self._chunks(view), headers=headers, ping=limits.ping, send_timeout=limits.send_timeout, sep="\n"
         )
 
-    async def _chunks(self, answer: Answer, view: bool) -> AsyncIterator[bytes]:
-        exchange = self._exchange
-        opening = answer.opening()
+    async def _chunks(self, view: bool) -> AsyncIterator[bytes]:
+        parts = self._parts
         try:
-            while not answer.over:
-                text = answer.push(await exchange.next())
-                if text:
-                    yield opening + answer.chunk(text)
-                    opening = b""
+            async with aclosing(_merged([_choice(part, view) for part in parts])) as pieces:
+                async for piece in pieces:
+                    yield piece
+        except _BrokenError:
+            pass
         except RedflagError as error:
-            self._error = refused_by_engine(error, answer.param)
+            self._error = refused_by_engine(error, parts[0][1].param)
             return
-        trace = exchange.response.trace
-        seen = operator_view(trace) if view else None
-        if answer.failed and not exchange.committed:
-            self._error, self._detail = _fault(exchange, answer), answer.failure(seen)
+        self._closing = True
+        broken = next((part for part in parts if part[1].failed), None)
+        if broken is None:
+            yield ending([answer for _, answer in parts])
         else:
-            self._closing = True
-            if answer.failed:
-                yield answer.breaking(_fault(exchange, answer).body(), seen)
+            exchange, answer = broken
+            seen, fault = _seen(exchange, view), _fault(exchange, any(answer.text for _, answer in parts))
+            if exchange.committed:
+                yield answer.breaking(fault.body(), seen)
             else:
-                yield opening + answer.closing(trace.generated, seen)
-        exchange.delivered = True
+                self._error, self._detail, self._closing = fault, answer.failure(seen), False
+        for exchange, answer in parts:
+            exchange.delivered = answer.over
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         start: Message | None = None
@@ -77,7 +83,8 @@ class EventStream(EventSourceResponse):
             closed = self._closing
             if start is not None:
                 head, start = start, None
-                self._exchange.committed = True
+                for exchange, _ in self._parts:
+                    exchange.committed = True
                 await send(head)
             await send(message)
 
@@ -85,32 +92,118 @@ class EventStream(EventSourceResponse):
             with suppress(SendTimeoutError):  # The client took nothing for too long: the connection is given up.
                 await super().__call__(scope, receive, deferred)
         finally:
-            await self._exchange.close()
+            await close(self._parts)
 
 
-async def whole(
-    request: Request, exchange: Exchange, answer: Answer, view: bool, headers: Mapping[str, str]
-) -> Response:
+async def whole(request: Request, parts: Sequence[Part], view: bool, headers: Mapping[str, str]) -> Response:
     """The response in one piece; a client that leaves meanwhile stops it."""
     gone = asyncio.ensure_future(_disconnected(request))
-    gone.add_done_callback(lambda task: None if task.cancelled() else exchange.leave())
+    gone.add_done_callback(lambda task: None if task.cancelled() else _leave(parts))
     try:
-        while not answer.over:
-            answer.push(await exchange.next())
+        async with aclosing(_merged([_events(part) for part in parts])) as events:
+            async for _ in events:
+                pass
+    except _BrokenError:
+        pass
     except RedflagError as error:
-        raise refused_by_engine(error, answer.param) from error
+        raise refused_by_engine(error, parts[0][1].param) from error
     except ConnectionAbortedError:
         return Response(status_code=499)  # Nobody reads it.
     finally:
         gone.cancel()
-    exchange.delivered = True
-    trace = exchange.response.trace
-    seen = operator_view(trace) if view else None
-    if answer.failed:
-        return error_response(_fault(exchange, answer), headers, answer.failure(seen))
+    for exchange, answer in parts:
+        exchange.delivered = answer.over
+    for exchange, answer in parts:
+        if answer.failed:
+            return error_response(_fault(exchange, False), headers, answer.failure(_seen(exchange, view)))
+    made = [(answer, exchange.response.trace.generated, _seen(exchange, view)) for exchange, answer in parts]
     # In ASCII, as the chunks of a stream: an operator's text may hold what no other encoding takes.
-    body = json.dumps(answer.body(trace.generated, seen))
+    body = json.dumps(made[0][0].body(*made[0][1:]) if len(made) == 1 else together(made))
     return Response(body, media_type="application/json", headers=dict(headers))
+
+
+def _leave(parts: Sequence[Part]) -> None:
+    for exchange, _ in parts:
+        exchange.leave()
+
+
+async def close(parts: Sequence[Part]) -> None:
+    """Stops what still runs, and tells of each choice."""
+    for exchange, _ in parts:
+        await exchange.close()
+
+
+class _BrokenError(Exception):
+    """One of the choices has failed; its answer says so."""
+
+
+async def _choice(part: Part, view: bool) -> AsyncGenerator[bytes, None]:
+    """One choice's chunks, its last one included.
+
+    Raises:
+        _BrokenError: In place of the last chunk.
+    """
+    exchange, answer = part
+    opening = answer.opening()
+    while not answer.over:
+        text = answer.push(await exchange.next())
+        if text:
+            yield opening + answer.chunk(text)
+            opening = b""
+    if answer.failed:
+        raise _BrokenError
+    yield opening + answer.last(exchange.response.trace.generated, _seen(exchange, view))
+
+
+async def _events(part: Part) -> AsyncGenerator[bytes, None]:
+    """One choice, of which nothing is sent before its end; as `_choice`."""
+    exchange, answer = part
+    while not answer.over:
+        answer.push(await exchange.next())
+    if answer.failed:
+        raise _BrokenError
+    yield b""
+
+
+async def _merged(streams: Sequence[AsyncGenerator[bytes, None]]) -> AsyncGenerator[bytes, None]:
+    """What several choices send, as it comes, until all are over or one has broken.
+
+    Each is asked by a task of its own: engines know a response by it.
+    """
+    if len(streams) == 1:
+        async with aclosing(streams[0]) as only:
+            async for piece in only:
+                yield piece
+        return
+    ready: asyncio.Queue[bytes | Exception | None] = asyncio.Queue(len(streams))
+
+    async def carry(stream: AsyncGenerator[bytes, None]) -> None:
+        error: Exception | None = None
+        try:
+            async with aclosing(stream):
+                async for piece in stream:
+                    await ready.put(piece)
+        except Exception as raised:
+            error = raised
+        await ready.put(error)
+
+    tasks = [asyncio.ensure_future(carry(stream)) for stream in streams]
+    try:
+        running = len(tasks)
+        while running:
+            item = await ready.get()
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                running -= 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        # Whoever cancels this: what a task still holds cannot be closed before the task is over.
+        with anyio.move_on_after(CLOSING, shield=True):
+            await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _disconnected(request: Request) -> None:
@@ -118,7 +211,11 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-def _fault(exchange: Exchange, answer: Answer) -> ApiError:
-    """What a client is told of a response that broke."""
+def _fault(exchange: Exchange, shown: bool) -> ApiError:
+    """What a client is told of a response that broke, some of which was shown or not."""
     kind = stopping if exchange.stopped else late if exchange.late else unavailable
-    return kind(shown=exchange.committed and bool(answer.text))
+    return kind(shown=exchange.committed and shown)
+
+
+def _seen(exchange: Exchange, view: bool) -> dict[str, Any] | None:
+    return operator_view(exchange.response.trace) if view else None

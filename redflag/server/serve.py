@@ -65,6 +65,19 @@ class ServeArguments(GuardOptions):
         default=1024, metadata={"help": "Response tokens where a client asks for no number.", "least": 1}
     )
     prefill: bool = field(default=False, metadata={"help": "Let clients write the beginning of the response."})
+    max_choices: int = field(
+        default=4, metadata={"help": "Most answers of one request: its prompts, times n.", "least": 1}
+    )
+    logprobs: bool = field(
+        default=False, metadata={"help": "Let clients have log-probabilities of shown tokens; flags are left out."}
+    )
+    closing_text: str = field(
+        default=" [The answer was stopped here by a safety check.]",
+        metadata={"help": "Ends a chat's answer that was halted after some of it was shown; '' adds nothing."},
+    )
+    test_halt: bool = field(
+        default=False, metadata={"help": "Let the operator ask for a halt: X-Redflag-Test: halt, or halt-at-once."}
+    )
     body_timeout: float = field(default=30.0, metadata={"help": "Seconds for a request body to arrive.", "above": 0})
     request_timeout: float = field(default=600.0, metadata={"help": "Seconds for a response, all in all.", "above": 0})
     send_timeout: float = field(
@@ -177,6 +190,10 @@ def limits_of(arguments: ServeArguments, environment: Mapping[str, str]) -> Limi
         default_tokens=arguments.default_tokens,
         max_open=arguments.max_open,
         prefill=arguments.prefill,
+        max_choices=arguments.max_choices,
+        logprobs=arguments.logprobs,
+        closing_text=arguments.closing_text,
+        test_halt=arguments.test_halt,
         body_timeout=arguments.body_timeout,
         request_timeout=arguments.request_timeout,
         send_timeout=arguments.send_timeout,

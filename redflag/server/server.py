@@ -11,12 +11,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager
-from dataclasses import replace
 from typing import Any, cast
 
 from fastapi import FastAPI, Request, Response
@@ -33,12 +31,15 @@ from redflag.server import log
 from redflag.server.access import Caller, Limits, admit, bearer, is_operator, read_body, same
 from redflag.server.api_errors import ApiError, add_handlers, busy, late, unavailable
 from redflag.server.audit_log import AuditLog
+from redflag.server.choices import choices_of
 from redflag.server.exchange import Exchange, Readiness, Stopwatch, timeout_at
 from redflag.server.fields import escaped, header
+from redflag.server.logprobs import ShownLogprobs
 from redflag.server.metrics import Metrics
 from redflag.server.playground import Playground
-from redflag.server.schema import NO_LIMIT, ChatRequest, CompletionRequest, parse
-from redflag.server.sending import EventStream, whole
+from redflag.server.rehearsal import Alarmed
+from redflag.server.schema import ChatRequest, CompletionRequest, parse
+from redflag.server.sending import EventStream, Part, close, whole
 from redflag.server.telemetry import Telemetry
 from redflag.server.wire import REFUSAL, Answer
 from redflag.trace import Trace
@@ -212,7 +213,7 @@ class Server:
             loop = asyncio.get_running_loop()
             try:
                 async with timeout_at(loop.time() + self.limits.request_timeout):
-                    body, response = await loop.run_in_executor(self._clerks, self._prepare, kind, content, caller)
+                    body, responses = await loop.run_in_executor(self._clerks, self._prepare, kind, content, caller)
             except TimeoutError:
                 raise late() from None
             if self.readiness.doubted and await self.readiness.why_not():
@@ -231,33 +232,56 @@ class Server:
             raise
         finally:
             self._coming -= 1
-        name = response.trace.id
-        first = response.request
-        assert isinstance(first, Stream), "a response begins with a stream"
-        answer = Answer(
-            name,
-            self.limits.name,
-            chat=kind is ChatRequest,
-            prompt_tokens=len(first.token_ids),
-            usage=body.wants_usage,
-            decoy=self.guard.policy.decoy,
-            refusal=self._refusal(),
-            count=self._count,
-        )
-        exchange = self._begin(request, route, response, body, caller)
-        headers = {"x-request-id": name}
+        headers = {"x-request-id": responses[0].trace.id}
         if body.ignored:
             headers[_IGNORED] = header(body.ignored)
             self._tell_ignored(body.ignored)
+        parts = [self._begin(request, route, responses, i, body, caller) for i in range(len(responses))]
         if body.stream:
-            return EventStream(exchange, answer, caller.view, headers, self.limits)
+            return EventStream(parts, caller.view, headers, self.limits)
         try:
-            return await whole(request, exchange, answer, caller.view, headers)
+            return await whole(request, parts, caller.view, headers)
         finally:
-            await exchange.close()
+            await close(parts)
 
-    def _begin(self, request: Request, route: str, response: GuardedResponse, body: Body, caller: Caller) -> Exchange:
-        """Starts the clock and everything that counts."""
+    def _begin(
+        self,
+        request: Request,
+        route: str,
+        responses: Sequence[GuardedResponse],
+        index: int,
+        body: Body,
+        caller: Caller,
+    ) -> Part:
+        """Starts the clock of one choice and everything that counts."""
+        response = responses[index]
+        first = response.request
+        assert isinstance(first, Stream), "a response begins with a stream"
+        chat, decoy = isinstance(body, ChatRequest), self.guard.policy.decoy
+        engine = cast(AsyncBackend, self.guard.backend)
+        if random.random() < _TIMED:
+            engine = Stopwatch(engine, self._metrics.observe_step_seconds)
+        logprobs = None
+        if first.sampling.logprobs is not None:
+            context = first.token_ids if not chat or body.prefilled else ()
+            hidden = engine.eos_ids | frozenset(self.guard.spec.ids)
+            logprobs = ShownLogprobs(response.trace, self.guard.tokenizer, hidden, context)
+            engine = logprobs.of(engine)
+        if caller.alarm_at is not None:
+            engine = Alarmed(engine, caller.alarm_at)
+        answer = Answer(
+            responses[0].trace.id,
+            self.limits.name,
+            chat=chat,
+            # Choices of one prompt share its tokens.
+            prompt_tokens=0 if index % (body.n or 1) else len(first.token_ids),
+            usage=body.wants_usage,
+            decoy=decoy,
+            refusal=self._refusal(),
+            count=self._count,
+            index=index,
+            logprobs=logprobs,
+        )
         around = ExitStack()
         around.enter_context(self._metrics.open())
         span = around.enter_context(
@@ -270,13 +294,11 @@ class Server:
                 span.finish(response.trace, exchange.end)
             self._tell(route, exchange, body, caller)
 
-        engine = cast(AsyncBackend, self.guard.backend)
-        if random.random() < _TIMED:
-            engine = Stopwatch(engine, self._metrics.observe_step_seconds)
         events = adrive(response, engine, self.guard.judge)
-        exchange = Exchange(response, events, self.limits.request_timeout, tell)
+        closing = self.limits.closing_text if chat and not decoy else ""
+        exchange = Exchange(response, events, self.limits.request_timeout, tell, closing)
         self.open.add(exchange)
-        return exchange
+        return exchange, answer
 
     def _tell(self, route: str, exchange: Exchange, body: Body, caller: Caller) -> None:
         """Counts and logs a request that is over."""
@@ -307,50 +329,21 @@ class Server:
         if self._audit is not None:
             by = "operator" if caller.override is not None else None
             self._audit.record(trace, user=body.user_id, request_id=trace.id, overridden_by=by, reason=caller.override)
-        if self._record is not None:
+        if self._record is not None and caller.alarm_at is None:
             self._record(trace)
 
-    def _prepare(self, kind: Kind, content: bytes, caller: Caller) -> tuple[Body, GuardedResponse]:
-        """The request and the response to it, in a thread."""
-        limits = self.limits
-        body = parse(kind, content, refuse_unknown=limits.unknown_fields == "refuse")
+    def _prepare(self, kind: Kind, content: bytes, caller: Caller) -> tuple[Body, list[GuardedResponse]]:
+        """The request and the responses to it, one per choice, in a thread."""
+        body = parse(kind, content, refuse_unknown=self.limits.unknown_fields == "refuse")
         self._check_model(body.model)
-        tokens = self._most_tokens(body)
-        if body.prefilled and not limits.prefill:
-            raise ApiError(
-                400,
-                "the last message is the assistant's, and this server writes responses from their beginning; end with "
-                "a message of the user's",
-                "invalid_value",
-                param=f"messages.{len(body.input()) - 1}.role",
-            )
-        policy = replace(self.guard.policy, observe=True) if caller.override is not None else None
-        chat = isinstance(body, ChatRequest)
-        try:
-            response = self.guard.respond(body.input(), body.sampling(tokens), policy)
-        except RedflagError as error:
-            raise ApiError(400, str(error), "invalid_value", param="messages" if chat else "prompt") from error
-        response.trace.id = f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}"
+        responses = choices_of(self.guard, body, caller, self.limits)
         if caller.override is not None and self._audit is not None:
             try:
-                self._audit.begin_override(body.user_id, caller.override, response.trace.id)
+                for response in responses:
+                    self._audit.begin_override(body.user_id, caller.override, response.trace.id)
             except RedflagError as error:
                 raise ApiError(503, str(error), "audit_log_failed") from error
-        return body, response
-
-    def _most_tokens(self, body: Body) -> int:
-        """How many tokens the response may have."""
-        limits, asked = self.limits, body.asked_tokens
-        if asked is None:
-            return min(limits.default_tokens, limits.max_tokens)
-        if asked > limits.max_tokens and limits.over_limit == "refuse":
-            raise ApiError(
-                400,
-                f"{asked} response tokens are more than the {limits.max_tokens} that this server allows; ask for less",
-                "invalid_value",
-                param="max_tokens" if body.max_tokens else "max_completion_tokens",
-            )
-        return limits.max_tokens if asked == NO_LIMIT else min(asked, limits.max_tokens)
+        return body, responses
 
     def _tell_ignored(self, names: list[str]) -> None:
         for name in map(escaped, names):

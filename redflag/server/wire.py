@@ -29,9 +29,10 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from redflag.server.logprobs import ShownLogprobs, Token, in_chat, in_text
 from redflag.trace import Done, Event, Halt, Text, Trace
 
 DONE = b"data: [DONE]\n\n"
@@ -46,6 +47,8 @@ class Answer:
         finish_reason: `stop`, `length` or `content_filter`; None while the response goes on, and after a fault.
         failed: It ended with a fault.
         detail: What `redflag` says about the end; None where it says nothing.
+        head: What the body begins with; `frame`: what every chunk begins with.
+        wants_usage: Whether the stream ends with token counts.
 
     Example:
         >>> answer = Answer("cmpl-1", "nano", chat=False, prompt_tokens=3)
@@ -66,11 +69,13 @@ class Answer:
         decoy: bool = False,
         refusal: str = REFUSAL,
         count: Callable[[str], int] = lambda text: 0,
+        index: int = 0,
+        logprobs: ShownLogprobs | None = None,
     ) -> None:
         """Starts before the first event.
 
         Args:
-            name: The response's id.
+            name: The request's id.
             model: The model's name, as the client knows it.
             chat: For `/v1/chat/completions`; else `/v1/completions`.
             prompt_tokens: Tokens of the prompt.
@@ -78,6 +83,8 @@ class Answer:
             decoy: A replacement ends as if the model had written it.
             refusal: What a chat says that was halted before any text was shown.
             count: Tokens of a text; a replacement counts as written.
+            index: Which of the request's choices it is.
+            logprobs: Where the log-probabilities of shown tokens come from; None gives none.
         """
         self.tokens = 0
         self.finish_reason: str | None = None
@@ -85,10 +92,15 @@ class Answer:
         self.detail: dict[str, Any] | None = None
         self._chat = chat
         self._prompt_tokens = prompt_tokens
-        self._usage = usage
+        self.wants_usage = usage
         self._decoy = decoy
         self._refusal = refusal
         self._count = count
+        self._index = index
+        self._logprobs = logprobs
+        self._named: list[Token] = []
+        self._sent = 0  # of `_named`, with chunks
+        self._generated = 0
         self._replaced = 0
         self._disguised = False
         self._pieces: list[str] = []
@@ -96,9 +108,9 @@ class Answer:
             "chat.completion" if chat else "text_completion",
             "chat.completion.chunk" if chat else "text_completion",
         )
-        self._head = {"id": name, "object": kind[0], "created": int(time.time()), "model": model}
+        self.head = {"id": name, "object": kind[0], "created": int(time.time()), "model": model}
         # Chunks differ in the text alone: what stands around it is made once.
-        self._frame = {**self._head, "object": kind[1]}
+        self.frame = {**self.head, "object": kind[1]}
         before, after = _sse(self._chunk({"content": _HOLE} if chat else _HOLE)).split(b'"' + _HOLE.encode() + b'"')
         self._before, self._after = before, after
 
@@ -113,6 +125,8 @@ class Answer:
         if isinstance(event, Text):
             text = event.text
             self.tokens += len(event.token_ids)
+            if self._logprobs is not None:
+                self._named += self._logprobs.shown(event)
         elif isinstance(event, Done):
             self.finish_reason = "length" if event.reason == "length" else "stop"
         elif isinstance(event, Halt):
@@ -158,62 +172,104 @@ class Answer:
 
     def chunk(self, text: str) -> bytes:
         """One chunk of text."""
-        return self._before + json.dumps(text).encode() + self._after
+        if self._logprobs is None:
+            return self._before + json.dumps(text).encode() + self._after
+        named, self._sent = self._named[self._sent :], len(self._named)
+        return _sse(self._chunk({"content": text} if self._chat else text, logprobs=self._shown(named)))
 
     def closing(self, generated: int, view: dict[str, Any] | None = None) -> bytes:
-        """What a stream ends with: a refusal if there is one, the final chunk, token counts where asked for, `[DONE]`.
+        """What the stream of one response ends with: `last`, then `ending`; arguments as for `last`."""
+        return self.last(generated, view) + ending([self])
+
+    def last(self, generated: int, view: dict[str, Any] | None = None) -> bytes:
+        """What a choice ends with in a stream: a refusal if there is one, and the final chunk.
 
         Args:
             generated: Tokens that the engine made, hidden ones included (`Trace.generated`).
             view: What the operator asked to see.
         """
         assert self.finish_reason is not None, "the response goes on, or has failed"
+        self._generated = generated
         refusal = _sse(self._chunk({"refusal": self.refusal})) if self.refusal else b""
-        final = self._chunk({} if self._chat else "", self.finish_reason) | self._redflag(view)
-        counts = _sse({**self._frame, "choices": [], "usage": self._counts(generated)}) if self._usage else b""
-        return refusal + _sse(final) + counts + DONE
+        return refusal + _sse(self._chunk({} if self._chat else "", self.finish_reason) | self.redflag(view))
 
     def breaking(self, error: dict[str, Any], view: dict[str, Any] | None = None) -> bytes:
         """What a stream ends with after a fault: `error`, which is an error's body, and `[DONE]`."""
         assert self.failed, "nothing has failed"
-        return _sse({**error, **self._redflag(view)}) + DONE
+        return _sse({**error, **self.redflag(view)}) + DONE
 
     def failure(self, view: dict[str, Any] | None = None) -> dict[str, Any]:
         """What stands beside an error that is sent in place of the response: what the operator asked to see."""
-        return self._redflag(view) if view is not None else {}
+        return self.redflag(view) if view is not None else {}
 
     def body(self, generated: int, view: dict[str, Any] | None = None) -> dict[str, Any]:
-        """The whole response, for who does not stream; arguments as for `closing`."""
+        """The whole response, for a client that does not stream; arguments as for `last`."""
+        choice = self.choice(generated)
+        return {**self.head, "choices": [choice], "usage": usage([self]), **self.redflag(view)}
+
+    def choice(self, generated: int) -> dict[str, Any]:
+        """The whole response, as one of the body's choices; `generated` as for `last`."""
         assert self.finish_reason is not None, "the response goes on"
+        self._generated = generated
         content: dict[str, Any] = {"text": self.text}
         if self._chat:
             content = {"message": {"role": "assistant", "content": self.text, "refusal": self.refusal}}
-        choice = {"index": 0, **content, "logprobs": None, "finish_reason": self.finish_reason}
-        return {**self._head, "choices": [choice], "usage": self._counts(generated), **self._redflag(view)}
+        logprobs = None if self._logprobs is None else self._shown(self._named)
+        return {"index": self._index, **content, "logprobs": logprobs, "finish_reason": self.finish_reason}
 
-    def _chunk(self, content: Any, finish_reason: str | None = None) -> dict[str, Any]:
-        choice = {"index": 0, ("delta" if self._chat else "text"): content, "logprobs": None}
-        return {
-            **self._frame,
-            "choices": [{**choice, "finish_reason": finish_reason}],
-            **({"usage": None} if self._usage else {}),
-        }
+    def counts(self) -> tuple[int, int, int]:
+        """Tokens of the prompt, tokens of the answer, and how many of these were shown; after the end."""
+        all_tokens = self.tokens if self._disguised else self._generated + self._replaced
+        return self._prompt_tokens, all_tokens, self.tokens
 
-    def _counts(self, generated: int) -> dict[str, Any]:
-        all_tokens = self.tokens if self._disguised else generated + self._replaced
-        return {
-            "prompt_tokens": self._prompt_tokens,
-            "completion_tokens": all_tokens,
-            "total_tokens": self._prompt_tokens + all_tokens,
-            "completion_tokens_details": {
-                "released_tokens": self.tokens,
-                "hidden_tokens": all_tokens - self.tokens,
-            },
-        }
-
-    def _redflag(self, view: dict[str, Any] | None) -> dict[str, Any]:
+    def redflag(self, view: dict[str, Any] | None) -> dict[str, Any]:
+        """What `redflag` says about the end, under that name; empty where it says nothing."""
         said = {**(self.detail or ({"verdict": "completed"} if view is not None else {})), **(view or {})}
         return {"redflag": said} if said else {}
+
+    def _shown(self, tokens: list[Token]) -> dict[str, Any]:
+        return in_chat(tokens) if self._chat else in_text(tokens)
+
+    def _chunk(self, content: Any, finish_reason: str | None = None, logprobs: Any = None) -> dict[str, Any]:
+        choice = {"index": self._index, ("delta" if self._chat else "text"): content, "logprobs": logprobs}
+        return {
+            **self.frame,
+            "choices": [{**choice, "finish_reason": finish_reason}],
+            **({"usage": None} if self.wants_usage else {}),
+        }
+
+
+def usage(answers: Sequence[Answer]) -> dict[str, Any]:
+    """Token counts of a request that is over, of all its choices together."""
+    prompt, generated, shown = (sum(column) for column in zip(*(answer.counts() for answer in answers), strict=True))
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": generated,
+        "total_tokens": prompt + generated,
+        "completion_tokens_details": {"released_tokens": shown, "hidden_tokens": generated - shown},
+    }
+
+
+def ending(answers: Sequence[Answer]) -> bytes:
+    """What a stream ends with once all its choices are over: token counts where asked for, `[DONE]`."""
+    first = answers[0]
+    return (_sse({**first.frame, "choices": [], "usage": usage(answers)}) if first.wants_usage else b"") + DONE
+
+
+def together(parts: Sequence[tuple[Answer, int, dict[str, Any] | None]]) -> dict[str, Any]:
+    """The body of a request for several choices, from each one's answer, generated tokens and operator's view.
+
+    What `redflag` says stands in each choice, and that of the first halted one also at the top level, with its `index`.
+    """
+    answers = [answer for answer, _, _ in parts]
+    details = [answer.redflag(view) for answer, _, view in parts]
+    choices = [answer.choice(made) | detail for (answer, made, _), detail in zip(parts, details, strict=True)]
+    halted = [
+        {"redflag": {**detail["redflag"], "index": index}}
+        for index, (answer, detail) in enumerate(zip(answers, details, strict=True))
+        if answer.detail is not None
+    ]
+    return {**answers[0].head, "choices": choices, "usage": usage(answers), **(halted[0] if halted else {})}
 
 
 def operator_view(trace: Trace) -> dict[str, Any]:

@@ -70,11 +70,10 @@ def refusal(answer, status, code, param=None):
 
 UNSUPPORTED = "unsupported_parameter"
 BOTH = [
-    ({"n": 2}, UNSUPPORTED, "n"),
-    ({"n": 0}, UNSUPPORTED, "n"),
-    ({"n": True}, UNSUPPORTED, "n"),
-    ({"logprobs": True}, UNSUPPORTED, "logprobs"),
-    ({"logprobs": 5}, UNSUPPORTED, "logprobs"),
+    ({"n": 5}, "invalid_value", "n"),
+    ({"n": 129}, "invalid_value", "n"),
+    ({"n": 0}, "invalid_value", "n"),
+    ({"n": True}, "invalid_type", "n"),
     ({"logit_bias": {"3": 100}}, UNSUPPORTED, "logit_bias"),
     ({"frequency_penalty": 0.1}, UNSUPPORTED, "frequency_penalty"),
     ({"presence_penalty": -1}, UNSUPPORTED, "presence_penalty"),
@@ -120,7 +119,11 @@ BOTH = [
     ({"model": 5}, "invalid_type", "model"),
 ]  # fmt: skip
 IN_CHAT = [
-    ({"top_logprobs": 3}, UNSUPPORTED, "top_logprobs"),
+    ({"logprobs": True}, UNSUPPORTED, "logprobs"),
+    ({"logprobs": 5}, "invalid_type", "logprobs"),
+    ({"top_logprobs": 3}, "invalid_value", "top_logprobs"),
+    ({"logprobs": False, "top_logprobs": 3}, "invalid_value", "top_logprobs"),
+    ({"logprobs": True, "top_logprobs": 21}, "invalid_value", "top_logprobs"),
     ({"tools": [{"type": "function"}]}, UNSUPPORTED, "tools"),
     ({"tool_choice": "required"}, UNSUPPORTED, "tool_choice"),
     ({"functions": [{}]}, UNSUPPORTED, "functions"),
@@ -157,7 +160,9 @@ IN_CHAT = [
      "invalid_value", "messages.1.role"),
 ]  # fmt: skip
 IN_TEXT = [
-    ({"prompt": ["a", "b"]}, "invalid_value", "prompt"),
+    ({"prompt": ["a"] * 5}, "invalid_value", "prompt"),
+    ({"prompt": ["a", "b", "c"], "n": 2}, "invalid_value", "n"),
+    ({"prompt": ["a", 5]}, "invalid_value", "prompt"),
     ({"prompt": []}, "invalid_value", "prompt"),
     ({"prompt": [5, 6]}, "invalid_value", "prompt"),
     ({"prompt": [[5, 6]]}, "invalid_value", "prompt"),
@@ -167,6 +172,10 @@ IN_TEXT = [
     ({"suffix": "x"}, UNSUPPORTED, "suffix"),
     ({"best_of": 2}, UNSUPPORTED, "best_of"),
     ({"logprobs": 0}, UNSUPPORTED, "logprobs"),
+    ({"logprobs": 5}, UNSUPPORTED, "logprobs"),
+    ({"logprobs": 21}, "invalid_value", "logprobs"),
+    ({"logprobs": True}, "invalid_type", "logprobs"),
+    ({"logprobs": 1, "echo": True}, UNSUPPORTED, "echo"),
     ({"max_completion_tokens": 5, "max_tokens": 6}, "invalid_value", "max_completion_tokens"),
     ({"messages": []}, UNSUPPORTED, "messages"),
     ({"prompt_embeds": "x"}, UNSUPPORTED, "prompt_embeds"),
@@ -303,8 +312,8 @@ def test_routes_methods_and_models_that_are_not_there(server):
         assert [model.id for model in client.models.list()] == [MODEL] and client.models.retrieve(MODEL).id == MODEL
         with pytest.raises(openai.NotFoundError):
             client.models.retrieve("a/b")
-        with pytest.raises(openai.BadRequestError, match="n is 2"):
-            client.completions.create(model=MODEL, prompt="a", n=2)
+        with pytest.raises(openai.BadRequestError, match="n must ask for 4 answers at most"):
+            client.completions.create(model=MODEL, prompt="a", n=5)
 
 
 def test_who_has_no_key_gets_nothing(server):

@@ -1,0 +1,102 @@
+"""What a request asks of the guard: one response for each of its choices, or a refusal."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import replace
+
+from redflag.backends import most_logprobs
+from redflag.errors import RedflagError
+from redflag.guard.guard import Guard
+from redflag.guard.response import Response
+from redflag.server.access import Caller, Limits
+from redflag.server.api_errors import ApiError
+from redflag.server.rehearsal import rehearsing
+from redflag.server.schema import NO_LIMIT, ChatRequest, CompletionRequest
+
+Body = ChatRequest | CompletionRequest
+
+
+def choices_of(guard: Guard, body: Body, caller: Caller, limits: Limits) -> list[Response]:
+    """The responses to a request, each watched by itself: `n` for its first prompt, `n` for the next, and so on.
+
+    Raises:
+        ApiError: 400; the request asks for what this server does not give.
+    """
+    tokens = _most_tokens(body, limits)
+    chat = isinstance(body, ChatRequest)
+    if body.prefilled and not limits.prefill:
+        raise ApiError(
+            400,
+            "the last message is the assistant's, and this server writes responses from their beginning; end with "
+            "a message of the user's",
+            "invalid_value",
+            param=f"messages.{len(body.input()) - 1}.role",
+        )
+    _check_choices(body, limits)
+    _check_logprobs(body, limits, guard)
+    policy = replace(guard.policy, observe=True) if caller.override is not None else None
+    if caller.alarm_at is not None:
+        guard = rehearsing(guard)
+    name = f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}"
+    responses: list[Response] = []
+    try:
+        for prompt in body.inputs():
+            for _ in range(body.n or 1):
+                index = len(responses)
+                sampling = body.sampling(tokens, index)
+                if caller.alarm_at is not None:
+                    sampling = replace(sampling, stop=())  # a stop text could end it before the alarm
+                response = guard.respond(prompt, sampling, policy)
+                response.trace.id = f"{name}-{index}" if index else name
+                responses.append(response)
+    except RedflagError as error:
+        raise ApiError(400, str(error), "invalid_value", param="messages" if chat else "prompt") from error
+    return responses
+
+
+def _most_tokens(body: Body, limits: Limits) -> int:
+    """How many tokens each response may have."""
+    asked = body.asked_tokens
+    if asked is None:
+        return min(limits.default_tokens, limits.max_tokens)
+    if asked > limits.max_tokens and limits.over_limit == "refuse":
+        raise ApiError(
+            400,
+            f"{asked} response tokens are more than the {limits.max_tokens} that this server allows; ask for less",
+            "invalid_value",
+            param="max_tokens" if body.max_tokens else "max_completion_tokens",
+        )
+    return limits.max_tokens if asked == NO_LIMIT else min(asked, limits.max_tokens)
+
+
+def _check_choices(body: Body, limits: Limits) -> None:
+    choices = len(body.inputs()) * (body.n or 1)
+    if choices > limits.max_choices:
+        param = "n" if (body.n or 1) > 1 else "prompt"
+        raise ApiError(
+            400,
+            f"{param} must ask for {limits.max_choices} answers at most (got {choices}); send several requests",
+            "invalid_value",
+            param=param,
+        )
+
+
+def _check_logprobs(body: Body, limits: Limits, guard: Guard) -> None:
+    if body.named_tokens is None:
+        return
+    most = most_logprobs(guard.backend)
+    if not limits.logprobs or most is None:
+        why = "this engine does not give them" if limits.logprobs else "this server was started without them"
+        raise ApiError(
+            400, f"logprobs are not supported: {why}; leave them out", "unsupported_parameter", param="logprobs"
+        )
+    if body.named_tokens > most:
+        param = "top_logprobs" if isinstance(body, ChatRequest) else "logprobs"
+        raise ApiError(
+            400,
+            f"{param} must be {most} at most (got {body.named_tokens}). This engine names no more likely tokens beside "
+            "the answer's own; ask for fewer",
+            "unsupported_parameter",
+            param=param,
+        )

@@ -1,0 +1,62 @@
+"""A halt on request, for an operator's tests: the alarm is made up, all that follows from it is real."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from redflag.backends import AsyncBackend, Sampling
+from redflag.guard.guard import Guard
+from redflag.trace import Step
+from redflag.watching.policy import ACTIONS
+from redflag.watching.thresholds import Thresholds
+
+
+def rehearsing(guard: Guard) -> Guard:
+    """The guard with thresholds that a probability of 1 reaches at once, and without a review that could resume.
+
+    Actions that end a response stay as they are; in place of a review comes what a confirmed one leads to.
+    """
+    policy = guard.policy
+    action = policy.default if ACTIONS[policy.default].ends else policy.confirmed
+    spec = guard.spec
+    thresholds = Thresholds.manual(0.5, spec.categories, run_id=spec.run_id, template_hash=spec.template_hash)
+    if action == "replace" and not policy.replacement:
+        action = "halt"
+    policy = replace(policy, actions={}, default=action, observe=False, first_token=None)
+    return Guard(guard.backend, guard.tokenizer, spec, thresholds, policy, guard.judge)
+
+
+class Alarmed:
+    """An engine whose flags have probability 1 at one token, or at the response's end where that comes before."""
+
+    def __init__(self, backend: AsyncBackend, at: int) -> None:
+        """Wraps an engine; `at` is the index of the token."""
+        self.eos_ids = backend.eos_ids
+        self.logprob_mode = backend.logprob_mode
+        self.upper_bound = backend.upper_bound
+        self._backend = backend
+        self._at = at
+
+    async def astream(
+        self, token_ids: Sequence[int], sampling: Sampling, watch: Sequence[int] = ()
+    ) -> AsyncIterator[Step]:
+        """As the engine's."""
+        steps: Any = self._backend.astream(token_ids, sampling, watch)
+        flags: tuple[float, ...] = ()
+        try:
+            for index in range(self._at + 1):
+                step = await anext(steps, None)
+                if step is None:  # A limit of length: the alarm comes in place of the end.
+                    yield Step(min(self.eos_ids), (1.0,) * len(flags))
+                    return
+                flags = step.flag_probs
+                high = index == self._at or step.token_id in self.eos_ids
+                yield step._replace(flag_probs=(1.0,) * len(flags)) if high else step
+        finally:
+            await steps.aclose()
+
+    async def aclose(self) -> None:
+        """As the engine's."""
+        await self._backend.aclose()
