@@ -22,10 +22,7 @@ def checked(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """
     if not messages:
         raise RedflagError("the conversation is empty, so there is nothing to answer: give at least one user message")
-    copies = [_checked(number, message) for number, message in enumerate(messages)]
-    if not any(message["content"].strip() for message in copies):
-        raise RedflagError("every message of the conversation is empty: write a prompt")
-    return copies
+    return [_checked(number, message) for number, message in enumerate(messages)]
 
 
 def _checked(number: int, message: Message) -> dict[str, Any]:

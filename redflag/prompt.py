@@ -89,6 +89,8 @@ def render_text(tokenizer: PreTrainedTokenizerFast, text: str, spec: FlagSpec) -
         RedflagError: The text is empty, or holds a control token that cannot be split.
     """
     checked([{"role": "user", "content": text}])
+    if not text.strip():
+        raise RedflagError("the prompt is empty, so there is nothing to continue: write one")
     return own_bos(tokenizer) + text_ids(tokenizer, text, spec)
 
 

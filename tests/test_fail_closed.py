@@ -85,7 +85,6 @@ def test_the_text_of_a_flag_makes_no_flag_and_is_never_shown(guarded, role, form
 
 BAD_MESSAGES = {
     "none": ([], "the conversation is empty"),
-    "blank": ([{"role": "user", "content": " "}], "every message of the conversation is empty"),
     "an unknown role": ([{"role": "robot", "content": "hi"}], "the role 'robot'"),
     "no text": ([{"role": "user", "content": None}], "message 0 has no text content"),
     "no content": ([{"role": "user"}], "message 0 has no text content"),

@@ -12,7 +12,7 @@ from templates import EXACT, JOINED, TOKENIZERS, fast, hostile, spec_of, turn, w
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
 from redflag.models.pretrain import CHAT_TEMPLATE, train_tokenizer
-from redflag.prompt import render_prompt, render_response, template_hash
+from redflag.prompt import render_prompt, render_response, render_text, template_hash
 
 
 class TestOrdinaryTextIsStock:
@@ -79,13 +79,22 @@ class TestOrdinaryTextIsStock:
             render_prompt(tokenizer, messages, spec)
 
 
+def test_empty_turns_are_rendered_as_the_template_writes_them() -> None:
+    """Red-team tools send them."""
+    tokenizer, spec = world("byte-level")
+    several = [turn("user", ""), turn("assistant", ""), turn("user", "")]
+    for messages in ([turn("user", "")], [turn("user", " \n")], several):
+        ids = render_prompt(tokenizer, messages, spec)
+        assert ids == tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    with pytest.raises(RedflagError, match="the prompt is empty"):
+        render_text(tokenizer, " ", spec)
+
+
 class TestRefusals:
     @pytest.mark.parametrize(
         "messages, words",
         [
             ([], "conversation is empty"),
-            ([turn("user", "")], "every message of the conversation is empty"),
-            ([turn("user", " \n"), turn("assistant", "\t")], "every message of the conversation is empty"),
             ([{"role": "user"}], "message 0 has no text content"),
             ([turn("user", "Hi"), {"role": "user", "content": [{"type": "text"}]}], "message 1 has no text content"),
             (["Hi"], "message 0 has no text content"),

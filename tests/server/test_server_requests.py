@@ -152,7 +152,6 @@ IN_CHAT = [
      "invalid_value", "messages.0.content.0.type"),
     ({"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}]},
      "invalid_value", "messages.0.content.0.type"),
-    ({"messages": [{"role": "user", "content": ""}]}, "invalid_value", "messages"),
     ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}, "invalid_value", "messages.0.role"),
     ({"messages": [{"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}}]},
      UNSUPPORTED, "messages.0.function_call"),
