@@ -122,7 +122,8 @@ def test_one_choice_is_halted_and_the_others_go_on(route, serving):
                 texts, ends, details = texts_of(chunks_of(got.content))
             else:
                 choices = got.json()["choices"]
-                texts, ends = ({c["index"]: part(c) for c in choices} for part in (content, lambda c: c["finish_reason"]))
+                texts = {c["index"]: content(c) for c in choices}
+                ends = {c["index"]: c["finish_reason"] for c in choices}
                 details = {c["index"]: c.get("redflag") for c in choices}
                 assert got.json()["redflag"] == {**alarm, "index": 1}
                 refusals = [bool(c["message"]["refusal"]) for c in choices] if route == CHAT else None

@@ -100,6 +100,8 @@ def test_the_verb_has_a_closing_text_and_no_test_of_the_halt():
 
 # A halt on request
 
+REHEARSED = [("halt", {}), ("halt-at-once", {}), ("halt", {"max_tokens": 1}), ("halt", {"stop": "a"})]
+
 
 @pytest.mark.parametrize(
     ("policy", "monitor"),
@@ -120,7 +122,7 @@ def test_an_operator_may_ask_for_a_halt_that_comes_for_sure(policy, monitor, ans
     )
     with serving(policy=policy, thresholds=thresholds, answer=answer, test_halt=True) as server:
         for route in ROUTES:
-            for test, fields in (("halt", {}), ("halt-at-once", {}), ("halt", {"max_tokens": 1}), ("halt", {"stop": "a"})):
+            for test, fields in REHEARSED:
                 text, finish, body = both(server, route, headers={**KEYS, "X-Redflag-Test": test}, fields=fields)
                 assert finish == "content_filter" and body["redflag"]["reason"] == "alarm"
                 assert text.removesuffix("Sorry.").removesuffix(CLOSING) in ("", answer[:1], answer[:3])

@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from running import MODEL, ROUTES, body_of, chunks_of, engine, running
-from upstream import EOS, FLAG, VOCABULARY, Upstream
+from upstream import EOS, FLAG, VOCABULARY, Upstream, logits_of
 
 from redflag.backends import Sampling, most_logprobs
 from redflag.backends.choose import Chooser
@@ -59,8 +59,6 @@ def test_an_upstream_gives_the_chosen_tokens_own():
         asked = Sampling(max_new_tokens=12, seed=3, logprobs=0)
         steps = list(backend.stream([20, 30], asked))
         plain = list(backend.stream([20, 30], Sampling(max_new_tokens=12, seed=3)))
-    from upstream import logits_of
-
     context = [20, 30]
     for step in steps:
         logits = logits_of(context)
@@ -85,7 +83,7 @@ def serving(tokenizer, spec, thresholds):
             step._replace(logprobs=Logprobs(-float(i), ((step.token_id, -0.5), (spec.ids[0], -1.0))))
             for i, step in enumerate(steps)
         ]
-        backend, turns = engine(steps, tokenizer.eos_token_id)
+        _, turns = engine(steps, tokenizer.eos_token_id)
         turns.most_logprobs = most
         return running(Guard(turns, tokenizer, spec, thresholds, policy), Limits(MODEL, **{"logprobs": True, **limits}))
 
@@ -107,7 +105,8 @@ def tokens_of(choices):
             assert logprobs["refusal"] is None
             for one in logprobs["content"]:
                 assert one["bytes"] == list(one["token"].encode())
-                assert [top["token"] for top in one["top_logprobs"]] == [one["token"] or one["top_logprobs"][0]["token"]]
+                [top] = one["top_logprobs"]
+                assert top["token"] == (one["token"] or top["token"])
                 found.append((one["token"], one["logprob"]))
         else:
             found += zip(logprobs["tokens"], logprobs["token_logprobs"], strict=True)
