@@ -41,7 +41,8 @@ class Limits:
         prefill: Clients may write the beginning of the response, as a last message of the assistant's.
         max_choices: Most answers of one request: its prompts, times `n`.
         logprobs: Clients may have the log-probabilities of what is shown.
-        closing_text: What a chat's answer ends with that was halted after some of it was shown; "" adds nothing.
+        closing_text: What a chat's answer ends with that was halted after some of it was shown; "" adds nothing, and
+            leaves the text of one that was halted before empty, as OpenAI does.
         test_halt: The operator may ask for an answer that is halted for sure.
         body_timeout: Seconds for a request body to arrive.
         request_timeout: Seconds for a response, all in all.

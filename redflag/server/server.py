@@ -278,6 +278,7 @@ class Server:
             usage=body.wants_usage,
             decoy=decoy,
             refusal=self._refusal(),
+            in_words=bool(self.limits.closing_text) and not decoy,
             count=self._count,
             index=index,
             logprobs=logprobs,

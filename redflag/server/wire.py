@@ -14,7 +14,8 @@ A fault is no finish: a stream ends with `{"error": {...}}` before `[DONE]`. Whe
 500 or more and the body an error, without `redflag`.
 
 In a chat that was halted before any text was shown, `refusal` says so, since many clients take an empty answer for a
-defect; where text was shown it stays null, since some clients then erase what they have shown.
+defect; where text was shown it stays null, since some clients then erase what they have shown. Where halted answers have
+a closing text, the same words stand in `content` too: clients that know no refusal show an empty text as "None".
 
 `usage.completion_tokens` counts what the engine generated for the response, also what was not shown; its details tell
 apart `released_tokens` and `hidden_tokens` (held back when it was halted, taken back, of reflections, of a stop text).
@@ -68,6 +69,7 @@ class Answer:
         usage: bool = False,
         decoy: bool = False,
         refusal: str = REFUSAL,
+        in_words: bool = False,
         count: Callable[[str], int] = lambda text: 0,
         index: int = 0,
         logprobs: ShownLogprobs | None = None,
@@ -82,6 +84,7 @@ class Answer:
             usage: The stream ends with a chunk of token counts.
             decoy: A replacement ends as if the model had written it.
             refusal: What a chat says that was halted before any text was shown.
+            in_words: It says so in place of its text too, for readers who are not shown a `refusal`.
             count: Tokens of a text; a replacement counts as written.
             index: Which of the request's choices it is.
             logprobs: Where the log-probabilities of shown tokens come from; None gives none.
@@ -95,6 +98,7 @@ class Answer:
         self.wants_usage = usage
         self._decoy = decoy
         self._refusal = refusal
+        self._in_words = in_words
         self._count = count
         self._index = index
         self._logprobs = logprobs
@@ -190,7 +194,8 @@ class Answer:
         """
         assert self.finish_reason is not None, "the response goes on, or has failed"
         self._generated = generated
-        refusal = _sse(self._chunk({"refusal": self.refusal})) if self.refusal else b""
+        said = {"content": self.refusal} if self._in_words else {}
+        refusal = _sse(self._chunk({**said, "refusal": self.refusal})) if self.refusal else b""
         return refusal + _sse(self._chunk({} if self._chat else "", self.finish_reason) | self.redflag(view))
 
     def breaking(self, error: dict[str, Any], view: dict[str, Any] | None = None) -> bytes:
@@ -213,7 +218,8 @@ class Answer:
         self._generated = generated
         content: dict[str, Any] = {"text": self.text}
         if self._chat:
-            content = {"message": {"role": "assistant", "content": self.text, "refusal": self.refusal}}
+            text = (self.refusal if self._in_words else None) or self.text
+            content = {"message": {"role": "assistant", "content": text, "refusal": self.refusal}}
         logprobs = None if self._logprobs is None else self._shown(self._named)
         return {"index": self._index, **content, "logprobs": logprobs, "finish_reason": self.finish_reason}
 

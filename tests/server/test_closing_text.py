@@ -10,6 +10,7 @@ from redflag.cli import parse
 from redflag.guard.guard import Guard
 from redflag.server import serve
 from redflag.server.access import Limits
+from redflag.server.wire import REFUSAL
 from redflag.watching.monitor import MonitorConfig
 from redflag.watching.policy import Policy, Reflect
 from redflag.watching.thresholds import Thresholds
@@ -49,9 +50,10 @@ def both(server, route, **options):
     [
         (Policy(), 6, "abcdef" + CLOSING),
         (Policy(hold_back=3), 6, "abc" + CLOSING),
-        (Policy(hold_back=6), 6, ""),  # a refusal says so where nothing was shown
-        (Policy(release="end"), 6, ""),
-        (Policy(), 0, ""),
+        (Policy(hold_back=6), 6, REFUSAL),
+        (Policy(release="end"), 6, REFUSAL),
+        (Policy(), 0, REFUSAL),
+        (Policy(replacement="Sorry, no."), 0, "Sorry, no."),
         (Policy(default="replace", replacement="Sorry."), 6, "abcdefSorry."),
         (Policy(default="replace", replacement=lambda trace: ""), 6, "abcdef" + CLOSING),
         (Policy(replacement="Sorry."), 6, "abcdef" + CLOSING),
@@ -61,13 +63,14 @@ def test_a_chat_that_was_halted_after_some_text_says_so(policy, high, shown, ser
     with serving({high: (0.9, 0.0)}, policy) as server:
         text, finish, body = both(server, CHAT)
         assert (text, finish) == (shown, "content_filter")
-        assert bool(body["choices"][0]["message"]["refusal"]) == (not shown)
+        refused = shown if shown in (REFUSAL, "Sorry, no.") else ""
+        assert body["choices"][0]["message"]["refusal"] == (refused or None)
         assert body["redflag"] == {"verdict": "halted", "reason": "alarm", "category": "harm"}
         extra = CLOSING if shown.endswith(CLOSING) else "Sorry." if shown.endswith("Sorry.") else ""
         extra_tokens = len(tokenizer(extra)["input_ids"])
         usage = body["usage"]
         assert usage["completion_tokens"] == high + 1 + extra_tokens
-        released = len(shown.removesuffix(extra)) + extra_tokens
+        released = 0 if refused else len(shown.removesuffix(extra)) + extra_tokens
         assert usage["completion_tokens_details"]["released_tokens"] == released
 
 
@@ -80,6 +83,12 @@ def test_nothing_else_gets_a_closing_text(serving):
     for policy, text in ((decoy, "abcdefBread."), (failing, "abcdef")):
         with serving({6: (0.9, 0.0)}, policy) as server:
             assert both(server, CHAT)[0] == text
+    with serving({0: (0.9, 0.0)}, decoy) as server:
+        assert both(server, CHAT)[0] == "Bread."
+    with serving({0: (0.9, 0.0)}, failing) as server:
+        assert both(server, CHAT)[0] == ""
+    with serving({0: (0.9, 0.0)}, closing_text="") as server:
+        assert both(server, CHAT)[0] == ""
     with serving({6: (0.9, 0.0)}, closing_text="") as server:
         assert both(server, CHAT)[0] == "abcdef"
     with serving({6: (0.9, 0.0)}) as server:
@@ -125,9 +134,9 @@ def test_an_operator_may_ask_for_a_halt_that_comes_for_sure(policy, monitor, ans
             for test, fields in REHEARSED:
                 text, finish, body = both(server, route, headers={**KEYS, "X-Redflag-Test": test}, fields=fields)
                 assert finish == "content_filter" and body["redflag"]["reason"] == "alarm"
-                assert text.removesuffix("Sorry.").removesuffix(CLOSING) in ("", answer[:1], answer[:3])
+                assert text.removesuffix("Sorry.").removesuffix(CLOSING) in ("", REFUSAL, answer[:1], answer[:3])
                 if test == "halt-at-once":
-                    assert text in ("", "Sorry.")
+                    assert text in ("", REFUSAL, "Sorry.")
         if not policy.observe:
             assert httpx.post(server.url + CHAT, json=body_of(CHAT)).json()["choices"][0]["finish_reason"] == "stop"
         assert not [trace for trace in server.traces[:-1]], "made-up alarms are not recorded"
