@@ -332,7 +332,7 @@ def server_command(arguments: argparse.Namespace, upstream: str, port: int, fold
     policy = ["--action", "reflect", "--reflect_words", "yes,no", "--hold_back", str(HOLD_BACK), "--threshold", "0.5"]
     times = ["--request_timeout", str(REQUEST_TIMEOUT), "--step_timeout", "10", "--max_body_bytes", str(MOST_BODY)]
     files = ["--record", str(folder / "traces.jsonl"), "--audit", str(folder / "audit.jsonl")]
-    return [*serve, "--port", str(port), "--name", "soak", *policy, *times, *files]
+    return [*serve, "--port", str(port), "--name", "soak", "--closing_text", "", *policy, *times, *files]
 
 
 async def start(command: list[str], url: str, log: Path) -> subprocess.Popen[bytes]:

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 def serving(model, upstream, *options):
     port = free_port()
     command = [sys.executable, "-m", "redflag.cli", "serve", "--model", str(model), "--upstream", upstream]
-    command += ["--port", str(port), "--prefill", "true", *options]
+    command += ["--port", str(port), "--prefill", "true", "--closing_text", "", *options]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         for _ in range(240):
@@ -97,6 +97,28 @@ def test_what_leaves_the_server_is_what_was_judged(nano, vllm_nano, conversation
             assert detail["reason"] == "alarm" and "score" not in str(detail)
         else:
             assert released == trace.token_ids and not detail
+
+
+def test_several_choices_with_log_probabilities_come_from_a_stock_vllm(nano, vllm_nano):
+    with (
+        serving(nano / "model", vllm_nano.url, "--logprobs", "true") as url,
+        openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client,
+    ):
+        model = client.models.list().data[0].id
+        asked = dict(model=model, messages=[{"role": "user", "content": "How do I grow onions?"}], n=3, seed=1)
+        whole = client.chat.completions.create(**asked, max_tokens=20, logprobs=True)
+        assert [choice.index for choice in whole.choices] == [0, 1, 2]
+        for choice in whole.choices:
+            named = choice.logprobs.content
+            assert "".join(one.token for one in named) == choice.message.content
+            assert named and all(one.logprob <= 0 for one in named)
+        texts: dict[int, str] = {}
+        for chunk in client.chat.completions.create(**asked, max_tokens=20, stream=True):
+            [choice] = chunk.choices
+            texts[choice.index] = texts.get(choice.index, "") + (choice.delta.content or "")
+        assert texts == {choice.index: choice.message.content for choice in whole.choices}
+        with pytest.raises(openai.BadRequestError, match="top_logprobs must be 0 at most"):
+            client.chat.completions.create(**asked, logprobs=True, top_logprobs=2)
 
 
 def test_an_upstream_that_dies_in_the_middle_ends_every_open_answer_and_is_not_ready(nano, tmp_path):
