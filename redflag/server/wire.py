@@ -14,8 +14,8 @@ A fault is no finish: a stream ends with `{"error": {...}}` before `[DONE]`. Whe
 500 or more and the body an error, without `redflag`.
 
 In a chat that was halted before any text was shown, `refusal` says so, since many clients take an empty answer for a
-defect; where text was shown it stays null, since some clients then erase what they have shown. Where halted answers have
-a closing text, the same words stand in `content` too: clients that know no refusal show an empty text as "None".
+defect; where text was shown it stays null, since some clients then erase what they have shown. Where halted answers
+have a closing text, the same words stand in `content` too: clients that know no refusal show an empty text as "None".
 
 `usage.completion_tokens` counts what the engine generated for the response, also what was not shown; its details tell
 apart `released_tokens` and `hidden_tokens` (held back when it was halted, taken back, of reflections, of a stop text).
