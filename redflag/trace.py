@@ -86,7 +86,7 @@ def write_traces(
         packed = gzip.GzipFile("", "wb", fileobj=file, mtime=0) if path.suffix == ".gz" else None
         target = cast(BinaryIO, packed) if packed else file
         for trace in traces:
-            target.write(trace_line(trace, text=text))
+            target.write(_to_line(trace, text))
             count += 1
         if packed:
             packed.close()
@@ -113,6 +113,15 @@ def read_traces(path: str | os.PathLike[str]) -> Iterator[Trace]:
         raise RedflagError(f"{where}: cannot be read ({reason}); record the traces again or mend the path") from error
 
 
+def trace_line(trace: Trace, *, text: bool = False) -> bytes:
+    """A trace as one line of the file that `write_traces` writes.
+
+    Raises:
+        RedflagError: The trace cannot be written.
+    """
+    return _to_line(trace, text)
+
+
 def _append(path: Path, traces: Iterable[Trace], text: bool) -> int:
     if path.suffix == ".gz":
         raise RedflagError(
@@ -123,7 +132,7 @@ def _append(path: Path, traces: Iterable[Trace], text: bool) -> int:
     try:
         append_line(path, b"", mode=0o666)  # The file is there, be the traces none.
         for trace in traces:
-            append_line(path, trace_line(trace, text=text), mode=0o666)
+            append_line(path, _to_line(trace, text), mode=0o666)
             count += 1
     except OSError as error:
         raise RedflagError(
@@ -133,12 +142,7 @@ def _append(path: Path, traces: Iterable[Trace], text: bool) -> int:
     return count
 
 
-def trace_line(trace: Trace, *, text: bool = False) -> bytes:
-    """One line of a file of traces, as `write_traces` writes it.
-
-    Raises:
-        RedflagError: The trace cannot be written.
-    """
+def _to_line(trace: Trace, text: bool) -> bytes:
     steps, flags = len(trace.token_ids), len(trace.categories)
     for name, rows, allowed in (("flag_probs", trace.flag_probs, {steps}), ("scores", trace.scores, {0, steps})):
         if len(rows) not in allowed or any(len(row) != flags for row in rows):

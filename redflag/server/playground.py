@@ -36,7 +36,7 @@ from redflag.guard.guard import Guard
 from redflag.server.access import Limits, admit
 from redflag.server.api_errors import ApiError
 from redflag.server.exchange import Exchange
-from redflag.trace import Event, Forced, Resume, Text, Trace, trace_line
+from redflag.trace import Forced, Resume, Text, Trace, trace_line
 
 SCRIPTS = ("page.js", "trace.js", "chat.js")
 _PACE = 0.05  # seconds between two looks at a trace that grows
@@ -129,7 +129,7 @@ class Playground:
         except RedflagError as error:
             yield _line({"trace": None, "error": str(error)})
 
-    def _pieces(self, trace: Trace, event: Text) -> list[str]:
+    def _pieces(self, trace: Trace, event: Any) -> list[str]:
         """The text of each token; one text of all, where that cannot be told."""
         if len(event.token_ids) > 1:
             try:
@@ -152,7 +152,7 @@ class Playground:
 
 
 def since(
-    trace: Trace, steps: int, events: int, pieces: Callable[[Trace, Text], list[str]]
+    trace: Trace, steps: int, events: int, pieces: Callable[[Trace, Any], list[str]]
 ) -> tuple[dict[str, Any] | None, tuple[int, int]]:
     """What is new in a trace that grows, for who has seen so many of its steps and events.
 
@@ -160,11 +160,12 @@ def since(
         trace: The trace.
         steps: Steps seen.
         events: Events seen.
-        pieces: The text of each token of an event, or one text of all.
+        pieces: The text of each token that an event released, or one text of all.
 
     Returns:
-        `start`, `flag_probs`, `scores` (T x K each; they take the place of all that was seen from `start` on) and
-        `events`, None where nothing is new; and how many steps and events have been seen now.
+        `start`, `flag_probs`, `scores` (T x K each; they take the place of all that was seen from `start` on), `events`
+        and `answer_at`, the answer's first step behind a thought; None where nothing is new. And how many steps and
+        events have been seen now.
     """
     new = trace.events[events:]
     # Tokens may have been taken back: from there on there are others now.
@@ -173,21 +174,27 @@ def since(
     seen = (len(trace.token_ids), events + len(new))
     if not new and start == seen[0]:
         return None, seen
-    told = [_as_json(event, pieces(trace, event) if isinstance(event, Text) else []) for event in new]
+    told = [_as_json(event, pieces(trace, event) if _part(event) else []) for event in new]
     return {
         "start": start,
         "flag_probs": trace.flag_probs[start:],
         "scores": trace.scores[start:],
         "events": told,
+        "answer_at": getattr(trace, "answer_at", 0),
     }, seen
 
 
-def _as_json(event: Event, pieces: list[str]) -> dict[str, Any]:
-    kind = {"kind": type(event).__name__.lower()}
-    if isinstance(event, Text):
-        return {**kind, "position": event.position, "tokens": len(event.token_ids), "pieces": pieces}
+def _part(event: Any) -> str | None:
+    """The part of the response that an event released text of, `answer` or `thought`; None for all other events."""
+    return getattr(event, "part", "answer" if isinstance(event, Text) else None)
+
+
+def _as_json(event: Any, pieces: list[str]) -> dict[str, Any]:
+    if part := _part(event):
+        place = {"position": event.position, "tokens": len(event.token_ids)}
+        return {"kind": "text", "part": part, **place, "pieces": pieces}
     values = {name: _number(value) if isinstance(value, float) else value for name, value in asdict(event).items()}
-    return {**kind, **values, "describe": event.describe()}
+    return {"kind": type(event).__name__.lower(), **values, "describe": event.describe()}
 
 
 def own_page(request: Request) -> None:

@@ -6,6 +6,7 @@ import json
 import re
 from typing import Any
 
+import pytest
 from chromium import browser
 from playground_page import answer, ask, heats, over, serve, settle, visit
 from running import MODEL
@@ -163,12 +164,25 @@ def sse(*deltas: dict[str, Any], finish: str) -> str:
     return "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + "data: [DONE]\n\n"
 
 
-def test_thoughts_and_tool_calls_are_folded_and_coloured_apart(serve, visit):
+@pytest.mark.parametrize("told", [False, True], ids=["found in the text", "told apart"])
+def test_thoughts_and_tool_calls_are_folded_and_coloured_apart(serve, visit, told):
     page = visit(serve("abc"))
     words = ["<think>", "They", " ask", "</think>", "They", " call", "<call>", "{}"]
     probs = [[0.01 * (t + 1), 0.0] for t in range(len(words))]
-    events = [{"kind": "text", "position": t, "tokens": 1, "pieces": [word]} for t, word in enumerate(words)]
-    steps = {"start": 0, "flag_probs": probs, "scores": probs, "events": events}
+    probs[2][0] = 0.9
+    events = [
+        {
+            "kind": "text",
+            "part": "thought" if told and 0 < t < 3 else "answer",
+            "position": t,
+            "tokens": 1,
+            "pieces": [w],
+        }
+        for t, w in enumerate(words)
+    ]
+    if told:  # the marks around a thought are no text of either
+        events = [event for event in events if event["position"] not in (0, 3)]
+    steps = {"start": 0, "flag_probs": probs, "scores": probs, "events": events, "answer_at": 4 if told else 0}
     record = {"trace": {"id": "chatcmpl-1", "meta": {}}}
     stream = sse(
         {"role": "assistant", "content": ""},
@@ -207,6 +221,17 @@ def test_thoughts_and_tool_calls_are_folded_and_coloured_apart(serve, visit):
     )
     stepped = page.eval_on_selector_all(".token", "all => all.map(t => [t.textContent, Number(t.dataset.step)])")
     assert stepped == [["They", 1], [" ask", 2], ["They", 4], [" call", 5]]
+    what_if = page.inner_text("#what-if")
+    if told:  # a thought may name harm: it has thresholds of its own
+        assert what_if == "No alarm in the 4 tokens of the answer measured."
+        page.fill("#exact", "0.06")
+        settle(page)
+        assert page.inner_text("#what-if") == (
+            "harm: first alarm before token 5 of 8; a halt there shows 1 token of the answer (4 were shown)."
+        )
+    else:
+        assert what_if == "harm: first alarm before token 2 of 8; a halt there shows 2 tokens (8 were shown)."
+    assert page.locator(".curve .shown").count() == (2 if told else 1)
     # What is typed next is the call's result.
     assert page.inner_text("label[for=question]") == "Result of the tool weather"
     ask(page, "sunny", 2)

@@ -112,14 +112,20 @@
   }
 
   function render(turn) {
-    const { trace } = turn, text = trace.pieces.map((piece) => piece.text).join("");
-    // With thoughts or calls the answer is a part of what the model wrote, and has to be found in it.
-    const alone = !turn.thoughts && turn.calls.length === 0;
-    const find = (part, since, known) => (alone || !part ? 0 : text.indexOf(part, since) >= 0 ? text.indexOf(part, since) : known);
-    turn.thinking.offset = find(turn.thoughts, 0, turn.thinking.offset);
-    turn.answer.offset = find(turn.content, turn.thinking.offset + turn.thoughts.length, turn.answer.offset);
-    write(turn.thinking, turn.thoughts, trace.pieces);
-    write(turn.answer, turn.content, trace.pieces);
+    const { trace } = turn;
+    const told = trace.pieces.some((piece) => piece.part === "thought");
+    const thought = told ? trace.pieces.filter((piece) => piece.part === "thought") : trace.pieces;
+    const answered = told ? trace.pieces.filter((piece) => piece.part !== "thought") : trace.pieces;
+    // Between marks of calls, and of thoughts that were not told apart, a text has to be found in what the model wrote.
+    const whole = turn.calls.length === 0 && (told || !turn.thoughts);
+    const find = (part, pieces, since, known) => {
+      const at = whole || !part ? 0 : pieces.map((piece) => piece.text).join("").indexOf(part, since);
+      return at >= 0 ? at : known;
+    };
+    turn.thinking.offset = told ? 0 : find(turn.thoughts, thought, 0, turn.thinking.offset);
+    turn.answer.offset = find(turn.content, answered, told ? 0 : turn.thinking.offset + turn.thoughts.length, turn.answer.offset);
+    write(turn.thinking, turn.thoughts, thought);
+    write(turn.answer, turn.content, answered);
     const first = playground.firstAlarm(trace), pointed = playground.pointed(trace);
     for (const channel of [turn.thinking, turn.answer]) colour(channel, trace, first, pointed);
     mark(turn, first);

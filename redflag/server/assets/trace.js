@@ -24,7 +24,7 @@
   const tokens = (n) => `${n} token${n === 1 ? "" : "s"}`;
   const chosenFlag = () => Number(flag.value || 0);
 
-  const newTrace = () => ({ name: "", pieces: [], open: null, probs: [], scores: [], events: [], released: 0, over: false, record: null, missing: "" });
+  const newTrace = () => ({ name: "", pieces: [], open: null, probs: [], scores: [], events: [], released: 0, answered: 0, answerAt: 0, runs: [], over: false, record: null, missing: "" });
 
   // The pieces of text that an event released, each with its tokens: one of all, or one of each. A token without text of
   // its own, the first byte of a character, goes with the next one.
@@ -32,10 +32,14 @@
     const each = event.pieces.length === event.tokens;
     event.pieces.forEach((text, i) => {
       const at = event.position + i;
-      if (text) trace.pieces.push({ step: trace.open ?? at, upto: each ? at + 1 : at + event.tokens, text });
+      if (text) trace.pieces.push({ step: trace.open ?? at, upto: each ? at + 1 : at + event.tokens, text, part: event.part });
       trace.open = text ? null : trace.open ?? at;
     });
+    const run = trace.runs.at(-1);
+    if (run && run[1] === event.position) run[1] += event.tokens;
+    else trace.runs.push([event.position, event.position + event.tokens]);
     trace.released += event.tokens;
+    if (event.part !== "thought") trace.answered += event.tokens;
   }
 
   // Follows a response until its trace is whole.
@@ -51,6 +55,7 @@
           for (const column of ["probs", "scores"]) trace[column].length = message.start;
           trace.probs.push(...message.flag_probs);
           trace.scores.push(...message.scores);
+          trace.answerAt = message.answer_at;
           for (const event of message.events) {
             if (event.kind === "text") release(trace, event);
             else {
@@ -68,9 +73,11 @@
     changed();
   }
 
-  // The first step at which any category's score reaches the threshold tried; null: none.
+  // The first step of the answer at which any category's score reaches the threshold tried; null: none. Thoughts, which
+  // end where `answerAt` says, are judged by thresholds of their own.
   function firstAlarm(trace) {
-    for (let t = guard?.monitor.warm_up ?? Infinity; t < trace.scores.length; t++) {
+    if (!guard || trace.answerAt === null) return null;
+    for (let t = trace.answerAt + guard.monitor.warm_up; t < trace.scores.length; t++) {
       const k = trace.scores[t].findIndex((score, i) => score >= tried[i]);
       if (k >= 0) return { at: t, category: guard.categories[k] };
     }
@@ -82,19 +89,21 @@
   // What the thresholds tried would have done to what was recorded, in words.
   function whatIf(trace) {
     const first = firstAlarm(trace);
-    const measured = trace.scores.length;
+    if (trace.answerAt === null) return "Only a thought so far: thoughts are judged by thresholds of their own.";
+    const measured = trace.scores.length - trace.answerAt;
+    const of = trace.answerAt ? " of the answer" : "";
     if (first === null) {
       const cut = trace.events.some((event) => event.kind === "halt" && event.reason === "alarm");
       const unknown = cut ? " It was halted there: what would have followed was never written." : "";
-      return `No alarm in the ${tokens(measured)} measured.${unknown}`;
+      return `No alarm in the ${tokens(measured)}${of} measured.${unknown}`;
     }
     const would = {
-      steps: `a halt there shows ${tokens(Math.max(0, first.at - guard.hold_back))}`,
+      steps: `a halt there shows ${tokens(Math.max(0, first.at - trace.answerAt - guard.hold_back))}${of}`,
       sentence: "a halt there shows the whole sentences before it",
       end: "a halt there shows nothing",
     }[guard.release];
     const name = guard.categories.length > 1 ? `${first.category}: first` : "First";
-    return `${name} alarm before token ${first.at} of ${measured}; ${would} (${trace.released} ${trace.over ? "were" : "so far"} shown).`;
+    return `${name} alarm before token ${first.at} of ${trace.scores.length}; ${would} (${trace.answered} ${trace.over ? "were" : "so far"} shown).`;
   }
 
   function words(event) {
@@ -141,7 +150,8 @@
     svg.append(make("path", { class: "score", d: path(trace.scores) }));
     const rail = bottom + 32;
     line("rail", LEFT, wide - RIGHT, rail, rail);
-    if (trace.released) line("shown", LEFT, x(trace.released), rail, rail);
+    // A line for each run of tokens that were shown: a hidden thought was not.
+    for (const [since, upto] of trace.runs) line("shown", x(since), x(upto), rail, rail);
     const places = apart(trace.events.map((event) => x(event.position)), wide - RIGHT);
     trace.events.forEach((event, i) => svg.append(make("g", { class: `event ${event.kind}` },
       make("circle", { cx: places[i], cy: rail, r: 7 }), make("text", { x: places[i], y: rail + 3.3 }, String(i + 1)))));
