@@ -46,7 +46,7 @@ def answer_start(tokenizer: PreTrainedTokenizerFast, turns: Sequence[Message], l
     Raises:
         RedflagError: The prompt ends elsewhere, and how it would go on cannot be told.
     """
-    tail = _behind(prompt, last)
+    tail = behind(prompt, last)
     known = _STARTS.setdefault(tokenizer, {})
     key = (template_text(tokenizer), tail)
     if key not in known:
@@ -68,22 +68,22 @@ def _find(tokenizer: PreTrainedTokenizerFast, turns: Sequence[Message], last: st
     except RedflagError:  # No answer may follow such turns; then only a thought can be told.
         finished = ""
     special, marks = template_ids(tokenizer)
-    before = _behind(finished, last).partition(answer)[0] if answer in finished else None
+    before = behind(finished, last).partition(answer)[0] if answer in finished else None
     missing = ""
     if before is not None:
         if before.startswith(tail):
             between = before[len(tail) :]
-            if (special | marks).intersection(tokenise(tokenizer, between)) or _opened(tail):
+            if (special | marks).intersection(tokenise(tokenizer, between)) or opened_thought(tail):
                 missing = between if between.strip() else ""
         elif not _bare(tail).startswith(_bare(before)) and not _bare(before).startswith(_bare(tail)):
             raise RedflagError(
                 f"the chat template's prompt ends in {_end(tail)!r} and its answers stand behind {_end(before)!r}, so "
                 "it is unknown where an answer begins: give the model a template that prompts as it writes answers"
             )
-    opened = _opened(tail + missing)
+    opened = opened_thought(tail + missing)
     if opened is None:
         return missing
-    closing = _closing(opened)
+    closing = thought_end(opened)
     known = closing in template_text(tokenizer) or closing in tokenizer.get_vocab()
     if not known:
         raise RedflagError(
@@ -96,20 +96,21 @@ def _find(tokenizer: PreTrainedTokenizerFast, turns: Sequence[Message], last: st
     return f"{missing}{lines}{closing}\n\n"
 
 
-def _behind(text: str, last: str) -> str:
+def behind(text: str, last: str) -> str:
     """What the template wrote behind the last stand-in, without the white space that may be the content's own."""
     found = [match.end() for match in re.finditer(last, text)]
     return text[found[-1] if found else 0 :].lstrip()
 
 
-def _opened(text: str) -> re.Match[str] | None:
+def opened_thought(text: str) -> re.Match[str] | None:
     """The last opening of a thought that is not closed behind it."""
     for match in reversed(list(_OPENING.finditer(text))):
-        return None if _closing(match) in text[match.end() :] else match
+        return None if thought_end(match) in text[match.end() :] else match
     return None
 
 
-def _closing(opening: re.Match[str]) -> str:
+def thought_end(opening: re.Match[str]) -> str:
+    """What closes a thought that was opened so."""
     if opening["channel"]:
         return "<channel|>"
     return opening["before"] + _ENDS[opening["start"]] + opening["name"] + opening["after"]
@@ -119,7 +120,7 @@ def _bare(text: str) -> str:
     """A text without empty thoughts and white space."""
     text = "".join(text.split())
     for match in list(_OPENING.finditer(text)):
-        text = text.replace(match[0] + _closing(match), "")
+        text = text.replace(match[0] + thought_end(match), "")
     return text
 
 

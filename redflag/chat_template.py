@@ -48,19 +48,31 @@ def template_text(tokenizer: PreTrainedTokenizerFast) -> str:
         ) from error
 
 
-def apply(tokenizer: PreTrainedTokenizerFast, turns: Sequence[Message], generate: bool) -> str:
-    """The conversation as the template writes it, thinking switched off; with `generate`, to be continued.
+def apply(
+    tokenizer: PreTrainedTokenizerFast, turns: Sequence[Message], generate: bool, thinking: bool | None = False
+) -> str:
+    """The conversation as the template writes it; with `generate`, to be continued.
+
+    `thinking` switches on or off what the template has of it; None leaves that to the template.
 
     Raises:
         RedflagError: The template refuses the turns, or does not show what is said in them.
     """
-    return _apply(tokenizer, turns, generate, roles_in_parts(tokenizer))
+    return _apply(tokenizer, turns, generate, roles_in_parts(tokenizer), thinking=thinking)
 
 
 def _apply(
-    tokenizer: PreTrainedTokenizerFast, turns: Sequence[Message], generate: bool, listed: frozenset[str], head: str = ""
+    tokenizer: PreTrainedTokenizerFast,
+    turns: Sequence[Message],
+    generate: bool,
+    listed: frozenset[str],
+    head: str = "",
+    thinking: bool | None = False,
 ) -> str:
     import jinja2
+
+    # Read by templates with a thinking mode, the first by Qwen3's, the second by DeepSeek V3.1's; others ignore both.
+    switches = {None: {}, False: {"enable_thinking": False}, True: {"enable_thinking": True, "thinking": True}}
 
     given = [
         {**turn, "content": [{"type": "text", "text": turn["content"]}]}
@@ -74,7 +86,7 @@ def _apply(
             tokenize=False,
             add_generation_prompt=generate,
             chat_template=head + template_text(tokenizer),
-            enable_thinking=False,  # read by templates with a thinking mode (Qwen3); others ignore it
+            **switches[thinking],
         )
     except (jinja2.TemplateError, AttributeError, LookupError, TypeError, ValueError) as error:
         roles = [turn["role"] for turn in turns]

@@ -65,6 +65,19 @@ class _Event:
 class Text(_Event):
     """Released text. `position` is the index of its first token in the response; `token_ids` are what was released."""
 
+    part: ClassVar[str] = "answer"
+
+    position: int
+    token_ids: tuple[int, ...]
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Thought(_Event):
+    """Released text of the thought before an answer, as `Text`; not of its kind, so that nobody takes it for one."""
+
+    part: ClassVar[str] = "thought"
+
     position: int
     token_ids: tuple[int, ...]
     text: str
@@ -179,7 +192,7 @@ class Done(_Event):
     reason: str
 
 
-Event = Text | Alarm | Reflection | Escalation | Forced | Resume | Halt | Done
+Event = Text | Thought | Alarm | Reflection | Escalation | Forced | Resume | Halt | Done
 _Kind = TypeVar("_Kind", bound=_Event)
 
 
@@ -191,7 +204,9 @@ class Facts:
         released: Response tokens that were shown.
         waited: Hidden tokens that were generated while the user waited.
         generated: Tokens that the engine made for the response, hidden ones included.
-        step_peaks: Category -> highest score of the steps in the trace; empty where there is none.
+        thought_tokens: Tokens of the thought, with those that close it, shown or not.
+        thought_peaks: Category -> highest score of the thought's steps; empty where there is none.
+        step_peaks: The same of the answer's steps.
         peaks: The same with the alarms' scores: a step whose token was taken back is not in the trace, its alarm is.
         alarms: All alarms, in order; so are the others.
         overridden: How many of the alarms the response went on after as it was: let through by the policy, or found
@@ -211,6 +226,8 @@ class Facts:
     released: int
     waited: int
     generated: int
+    thought_tokens: int
+    thought_peaks: dict[str, float]
     step_peaks: dict[str, float]
     peaks: dict[str, float]
     alarms: tuple[Alarm, ...]
@@ -244,6 +261,8 @@ class Trace:
             left early.
         meta: What else is to be kept and JSON can hold: run id, category label, onset, ...
         text: The released text, on request.
+        answer_at: Index of the answer's first token: 0 where there is no thought before it; None while there is one
+            that has not ended.
     """
 
     id: str = ""
@@ -254,6 +273,7 @@ class Trace:
     events: list[Event] = field(default_factory=list)
     meta: dict[str, Any] = field(default_factory=dict)
     text: str | None = None
+    answer_at: int | None = 0
 
     def steps(self) -> Iterator[Step]:
         """The steps as the engine gave them."""
@@ -262,7 +282,12 @@ class Trace:
     @property
     def released(self) -> int:
         """Response tokens that were shown. May be asked for while another thread adds events."""
-        return sum(len(event.token_ids) for event in _of(Text, list(self.events)))
+        return sum(len(event.token_ids) for event in list(self.events) if isinstance(event, Text | Thought))
+
+    @property
+    def thought_tokens(self) -> int:
+        """Tokens of the thought before the answer, with those that close it."""
+        return len(self.token_ids) if self.answer_at is None else self.answer_at
 
     @property
     def waited(self) -> int:
@@ -292,7 +317,7 @@ class Trace:
         kind = "done" if end is not None else None
         if halt is not None:
             kind = "fault" if halt.reason == "fault" else "halted"
-        step_peaks = dict(zip(self.categories, map(max, zip(*self.scores, strict=True)), strict=bool(self.scores)))
+        step_peaks = self._peaks(self.scores[self.thought_tokens :])
         peaks = dict(step_peaks)
         for alarm in alarms:
             peaks[alarm.category] = max(peaks.get(alarm.category, alarm.score), alarm.score)
@@ -300,6 +325,8 @@ class Trace:
             released=self.released,
             waited=self.waited,
             generated=self.generated,
+            thought_tokens=self.thought_tokens,
+            thought_peaks=self._peaks(self.scores[: self.thought_tokens]),
             step_peaks=step_peaks,
             peaks={name: peaks[name] for name in (*self.categories, *peaks) if name in peaks},
             alarms=alarms,
@@ -308,13 +335,16 @@ class Trace:
             reflections=_of(Reflection, self.events),
             escalations=_of(Escalation, self.events),
             resumes=len(_of(Resume, self.events)),
-            decisions=tuple(event for event in self.events if not isinstance(event, Text | Done)),
+            decisions=tuple(event for event in self.events if not isinstance(event, Text | Thought | Done)),
             halt=halt,
             end=kind,
             reason=end.reason if end is not None else None,
             category=halt.category if halt is not None else None,
             detail=halt.detail if halt is not None else "",
         )
+
+    def _peaks(self, scores: Sequence[tuple[float, ...]]) -> dict[str, float]:
+        return dict(zip(self.categories, map(max, zip(*scores, strict=True)), strict=bool(scores)))
 
 
 def verdict(review: Reflection | Escalation) -> str:

@@ -22,11 +22,12 @@ from typing import TYPE_CHECKING, NamedTuple
 from redflag.answer_start import answer_start, say_once
 from redflag.chat_template import FALLBACK_TEMPLATE as FALLBACK_TEMPLATE
 from redflag.chat_template import apply, reads_clock, roles_in_parts, sentinel, template_text
-from redflag.control_tokens import content_ids, control_ids, own_bos, tokenise
+from redflag.control_tokens import Control, content_ids, control_ids, own_bos, tokenise
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
 from redflag.messages import Message, checked
 from redflag.stand_ins import Conversation, HiddenTextError, StandIn
+from redflag.thoughts import ThoughtMarks, thought_marks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -37,21 +38,28 @@ class RenderedRow(NamedTuple):
 
     Attributes:
         prompt_ids: Everything up to where the last assistant turn starts.
-        response_ids: That turn's content, T tokens.
-        offsets: T pairs of character positions (start, end) in the content.
+        response_ids: That turn's thought, if it has one, and its content, T tokens.
+        offsets: T pairs of character positions (start, end) in the content; (0, 0) in the thought.
         tail_ids: What ends the turn, usually one end-of-turn token.
+        thought_offsets: A pair for each of the first tokens, which are the thought with what ends it: positions in the
+            thought's text. Empty where there is none.
     """
 
     prompt_ids: list[int]
     response_ids: list[int]
     offsets: list[tuple[int, int]]
     tail_ids: list[int]
+    thought_offsets: list[tuple[int, int]] = []  # noqa: RUF012
 
 
 def render_prompt(
-    tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message], spec: FlagSpec, preface: str = ""
+    tokenizer: PreTrainedTokenizerFast,
+    messages: Sequence[Message],
+    spec: FlagSpec,
+    preface: str = "",
+    thinking: bool = False,
 ) -> list[int]:
-    """Ids of a conversation up to where the assistant writes on.
+    """Ids of a conversation up to where the assistant writes on; with `thinking`, to where its thought begins.
 
     A trailing assistant message is a prefill: the ids end with its content, to be continued. `preface` is a text of the
     operator's at the head of the system turn (which is made where there is none); a flag's text in it is the flag.
@@ -67,9 +75,11 @@ def render_prompt(
             raise RedflagError(
                 "the conversation has only an assistant turn: the model needs a user or system turn to answer"
             )
+        if thinking:
+            raise RedflagError("thinking must be off behind a prefill, which is the beginning of an answer")
         prefill = text_ids(tokenizer, _answer(turns.pop()), spec)
     if not preface:
-        return _guarded(tokenizer, turns, spec) + prefill
+        return _guarded(tokenizer, turns, spec, thinking=thinking) + prefill
     mark = sentinel()
     if turns[0]["role"] == "system":
         turns[0]["content"] = f"{mark}\n\n{turns[0]['content']}"
@@ -79,7 +89,7 @@ def render_prompt(
     inserted: list[int] = []
     for piece in re.split(f"({'|'.join(map(re.escape, sorted(flags, key=len, reverse=True)))})", preface):
         inserted += [flags[piece]] if piece in flags else text_ids(tokenizer, piece, spec)
-    return _guarded(tokenizer, turns, spec, (mark, inserted)) + prefill
+    return _guarded(tokenizer, turns, spec, (mark, inserted), thinking) + prefill
 
 
 def render_text(tokenizer: PreTrainedTokenizerFast, text: str, spec: FlagSpec) -> list[int]:
@@ -103,7 +113,9 @@ def render_response(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Messa
     """Ids of a conversation whose last turn is the assistant's, split where the response begins and ends.
 
     The prompt is rendered exactly as `render_prompt` renders it when serving, and the response is tokenised on its own,
-    as a model writes it. Reasoning of the last turn's is left out, as thinking is switched off.
+    as a model writes it. Where the last turn has a thought (`reasoning_content`) and the template a thinking mode, the
+    prompt is that with thinking on, and the response is thought, what ends it, and content. Other templates leave the
+    thought out.
 
     Raises:
         RedflagError: As `render_prompt`; also where the last turn is not the assistant's or is empty.
@@ -114,12 +126,22 @@ def render_response(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Messa
             f"the last turn is the {turns[-1]['role']}'s and {len(turns)} turn(s) are there: a response is "
             "judged, so the conversation must end with an assistant turn that answers something"
         )
-    response = _answer(turns.pop())
-    prompt = _guarded(tokenizer, turns, spec)
+    last = turns.pop()
+    response = _answer(last)
+    marks = thought_marks(tokenizer) if last.get("reasoning_content", "").strip() else None
+    prompt = _guarded(tokenizer, turns, spec, thinking=marks is not None)
     control = control_ids(tokenizer, spec)
     ids, offsets = content_ids(tokenizer, response, control.special)
     if not ids:
         raise RedflagError("the response is empty, so there is nothing to judge: drop the row")
+    thought_offsets: list[tuple[int, int]] = []
+    if marks is not None:
+        thought, thought_offsets = _thought(tokenizer, last["reasoning_content"], marks, control)
+        # The answer as it is written behind a thought, and which of its characters each token has.
+        lead = len(marks.before_answer)
+        ids, offsets = content_ids(tokenizer, marks.before_answer + response, control.special)
+        offsets = [(0, 0)] * len(thought) + [(max(0, start - lead), max(0, end - lead)) for start, end in offsets]
+        ids = thought + ids
     answer = sentinel()
     whole = apply(tokenizer, [*turns, {"role": "assistant", "content": answer}], False)
     _, found, after = whole.rpartition(answer)
@@ -129,7 +151,16 @@ def render_response(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Messa
         tail = tail[: end + 1]
     else:
         tail = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    return RenderedRow(prompt, ids, offsets, tail)
+    return RenderedRow(prompt, ids, offsets, tail, thought_offsets)
+
+
+def _thought(
+    tokenizer: PreTrainedTokenizerFast, text: str, marks: ThoughtMarks, control: Control
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Ids of a thought with those that end it, and which of its characters each of them has."""
+    text = text.strip("\n")
+    ids, offsets = content_ids(tokenizer, text + marks.before_end, control.all.union(marks.end_ids[:1]))
+    return [*ids, *marks.end_ids], [*offsets, *[(len(text), len(text))] * len(marks.end_ids)]
 
 
 def template_hash(tokenizer: PreTrainedTokenizerFast) -> str:
@@ -172,6 +203,7 @@ def _guarded(
     messages: Sequence[Message],
     spec: FlagSpec,
     insert: tuple[str, list[int]] = ("", []),
+    thinking: bool = False,
 ) -> list[int]:
     """Ids of the conversation in which every control token is the template's own.
 
@@ -184,13 +216,21 @@ def _guarded(
     conversation = Conversation(messages, control)
     mark, inserted = insert
     try:
-        style, skeleton = conversation.skeleton(tokenizer)
+        style, skeleton = conversation.skeleton(tokenizer, thinking)
     except HiddenTextError as error:
         if mark:
             raise RedflagError(_NO_REFLECTIONS) from error
         raise
     skeleton_turns = conversation.turns(conversation.stand_ins, style, aliased=True)
-    added = answer_start(tokenizer, skeleton_turns, conversation.pattern, skeleton)
+    if thinking:
+        marks = thought_marks(tokenizer, skeleton_turns, conversation.pattern, skeleton)
+        if marks is None:
+            raise RedflagError(
+                "thinking must be off for this conversation. The chat template has no thought behind such a prompt."
+            )
+        added = marks.opening
+    else:
+        added = answer_start(tokenizer, skeleton_turns, conversation.pattern, skeleton)
     expected = [i for i in tokenise(tokenizer, skeleton + added) if i in control.special]
     if control.flags.intersection(expected):
         raise RedflagError("the chat template itself holds a flag token: give the model a template without it")
@@ -205,7 +245,7 @@ def _guarded(
                 "user: take it out"
             )
     for apart in (dirty, conversation.stand_ins):
-        text = apply(tokenizer, conversation.turns(apart, style), True) + added
+        text = apply(tokenizer, conversation.turns(apart, style), True, thinking) + added
         render = partial(_spliced_contents, tokenizer, text, conversation, apart)
         ids = render((mark, []))
         if [i for i in ids if i in control.special] == expected:

@@ -144,7 +144,7 @@ class Conversation:
         )
         return next(missing, None)
 
-    def skeleton(self, tokenizer: PreTrainedTokenizerFast) -> tuple[Style, str]:
+    def skeleton(self, tokenizer: PreTrainedTokenizerFast, thinking: bool = False) -> tuple[Style, str]:
         """The conversation rendered with stand-ins, in the first style in which all of it appears.
 
         Raises:
@@ -154,7 +154,7 @@ class Conversation:
         refusal: RedflagError | None = None
         for style in self.styles:
             try:
-                text = apply(tokenizer, self.turns(self.stand_ins, style, aliased=True), True)
+                text = apply(tokenizer, self.turns(self.stand_ins, style, aliased=True), True, thinking)
             except RedflagError as error:
                 refusal = refusal or error
                 continue

@@ -29,6 +29,7 @@ from redflag.events import (
     Resume,
     Step,
     Text,
+    Thought,
     Trace,
 )
 from redflag.files import append_line, atomic_write
@@ -46,6 +47,7 @@ __all__ = [
     "Resume",
     "Step",
     "Text",
+    "Thought",
     "Trace",
     "read_traces",
     "trace_line",
@@ -61,8 +63,8 @@ def write_traces(
     """Writes traces as JSONL, one trace per line, one array per column.
 
     A line is an object with `format`, `id`, `categories`, `token_ids` (T), `flag_probs` and `scores` (K arrays of T),
-    `events`, `meta` and `text`. Floats come back bit by bit; those that JSON does not know are the strings `"nan"`,
-    `"inf"` and `"-inf"`.
+    `events`, `meta` and `text`; after a thought also `answer_at`. Floats come back bit by bit; those that JSON does not
+    know are the strings `"nan"`, `"inf"` and `"-inf"`.
 
     Args:
         path: The file; `.gz` compresses.
@@ -163,6 +165,8 @@ def _to_line(trace: Trace, text: bool) -> bytes:
             "meta": trace.meta,
             "text": trace.text if text else None,
         }
+        if trace.answer_at != 0:
+            record["answer_at"] = trace.answer_at
         return json.dumps(record, allow_nan=False, separators=(",", ":")).encode() + b"\n"
     except RedflagError:
         raise
@@ -184,11 +188,12 @@ def _pack_number(value: float) -> float | str:
 
 
 def _pack_events(trace: Trace, text: bool) -> list[dict[str, Any]]:
-    """Events as objects; neighbouring `Text` events as one, whose `counts` say how many tokens each released."""
+    """Events as objects; neighbouring texts of one part as one, whose `counts` say how many tokens each released."""
     packed: list[dict[str, Any]] = []
-    position = None  # where the next `Text` would have to start to join the one before
+    after: tuple[str, int] | None = None  # kind and position that the next text must have to join the one before
     for event in trace.events:
-        if not isinstance(event, Text):
+        kind = type(event).__name__.lower()
+        if not isinstance(event, Text | Thought):
             values = {item.name: getattr(event, item.name) for item in fields(event)}
             for name in _names(type(event), "float"):
                 values[name] = _pack_number(values[name])
@@ -196,8 +201,8 @@ def _pack_events(trace: Trace, text: bool) -> list[dict[str, Any]]:
                 values["token_ids"] = list(values["token_ids"])
             if not text and "text" in values:
                 values["text"] = ""
-            packed.append({"kind": type(event).__name__.lower(), **values})
-            position = None
+            packed.append({"kind": kind, **values})
+            after = None
             continue
         start, count = event.position, len(event.token_ids)
         if list(event.token_ids) != trace.token_ids[start : start + count]:
@@ -205,17 +210,18 @@ def _pack_events(trace: Trace, text: bool) -> list[dict[str, Any]]:
                 f"trace {trace.id!r} cannot be written: the tokens released at {start} are not those of the trace, so "
                 "the file would tell another story; record both from one session"
             )
-        if start != position:
-            packed.append({"kind": "text", "position": start, "counts": []} | ({"texts": []} if text else {}))
+        if (kind, start) != after:
+            packed.append({"kind": kind, "position": start, "counts": []} | ({"texts": []} if text else {}))
         packed[-1]["counts"].append(count)
         if text:
             packed[-1]["texts"].append(event.text)
-        position = start + count
+        after = kind, start + count
     return packed
 
 
 _KEYS = ("format", "id", "categories", "token_ids", "flag_probs", "scores", "events", "meta", "text")
-_EVENTS: dict[str, Any] = {kind.__name__.lower(): kind for kind in get_args(Event) if kind is not Text}
+_TEXTS: dict[str, Any] = {"text": Text, "thought": Thought}
+_EVENTS: dict[str, Any] = {name: kind for kind in get_args(Event) if (name := kind.__name__.lower()) not in _TEXTS}
 
 
 def _names(kind: Any, *types: str) -> list[str]:
@@ -239,7 +245,7 @@ def _unpack(record: Any) -> Trace:
     _expect(isinstance(record, dict), "a line is not an object")
     _expect("format" in record, "it has no format number")
     _expect(record["format"] == TRACE_FORMAT, f"format {record['format']!r}, this version reads {TRACE_FORMAT}")
-    _expect(not (unknown := sorted(set(record) - set(_KEYS))), f"unknown keys {unknown}")
+    _expect(not (unknown := sorted(set(record) - {*_KEYS, "answer_at"})), f"unknown keys {unknown}")
     _expect(not (missing := [key for key in _KEYS if key not in record]), f"missing keys {missing}")
     _expect(isinstance(record["id"], str), f"id {record['id']!r} is not a string")
     _expect(record["text"] is None or isinstance(record["text"], str), "text is not a string")
@@ -255,7 +261,10 @@ def _unpack(record: Any) -> Trace:
         scores=_rows(record, "scores", len(token_ids), len(categories), may_lack=True),
         meta=record["meta"],
         text=record["text"],
+        answer_at=record.get("answer_at", 0),
     )
+    begins = trace.answer_at
+    _expect(begins is None or (type(begins) is int and 0 <= begins <= len(token_ids)), f"answer_at is {begins!r}")
     _expect(isinstance(record["events"], list), "events are not a list")
     # An alarm may stand behind tokens that were taken back because of it.
     takes = {kind for kind, event in _EVENTS.items() if event.counts_as == "taken"}
@@ -272,14 +281,14 @@ def _unpack_event(packed: dict[str, Any], token_ids: list[int], most: int) -> It
     kind = values.pop("kind", None)
     position = values["position"]
     _expect(_all_of(int, [position]) and 0 <= position <= most, f"event at position {position!r}")
-    if kind == "text":
+    if kind in _TEXTS:
         counts = values["counts"]
         texts = values.get("texts", [""] * len(counts))
         _expect(_all_of(int, counts) and all(count >= 0 for count in counts), "counts are not whole numbers")
         _expect(_all_of(str, texts) and len(texts) == len(counts), "texts and counts differ in length")
         _expect(position + sum(counts) <= len(token_ids), "text beyond the last token")
         for count, text in zip(counts, texts, strict=True):
-            yield Text(position, tuple(token_ids[position : position + count]), text)
+            yield _TEXTS[kind](position, tuple(token_ids[position : position + count]), text)
             position += count
         return
     _expect(kind in _EVENTS, f"unknown kind of event {kind!r}")

@@ -30,6 +30,7 @@ class FittedRow(NamedTuple):
         offsets: As of `RenderedRow`, of the whole response.
         prompt_truncated: Whether turns, or the front of one, were left out.
         response_truncated: Whether the response lost its end.
+        thought_offsets: As of `RenderedRow`, as far as the thought fits.
     """
 
     prompt_ids: list[int]
@@ -38,6 +39,7 @@ class FittedRow(NamedTuple):
     offsets: list[tuple[int, int]]
     prompt_truncated: bool
     response_truncated: bool
+    thought_offsets: list[tuple[int, int]] = []  # noqa: RUF012
 
 
 def fit_row(
@@ -51,15 +53,22 @@ def fit_row(
     """
     row = render_response(tokenizer, messages, spec)
     if max_length is None:
-        return FittedRow(row.prompt_ids, row.response_ids, row.tail_ids, row.offsets, False, False)
+        return FittedRow(row.prompt_ids, row.response_ids, row.tail_ids, row.offsets, False, False, row.thought_offsets)
     if max_length < 2:
         raise RedflagError(f"max_length is {max_length}: a prompt token and a response token need at least 2")
     response = row.response_ids[: max_length - 1]
     tail = row.tail_ids[: max_length - 1 - len(response)]
     limit = max_length - len(response) - len(tail)
-    prompt = fit_prompt(tokenizer, messages[:-1], spec, limit, row.prompt_ids)
+    thought = row.thought_offsets[: len(response)]
+    prompt = fit_prompt(tokenizer, messages[:-1], spec, limit, row.prompt_ids, thinking=bool(thought))
     return FittedRow(
-        prompt, response, tail, row.offsets, len(prompt) < len(row.prompt_ids), len(response) < len(row.response_ids)
+        prompt,
+        response,
+        tail,
+        row.offsets,
+        len(prompt) < len(row.prompt_ids),
+        len(response) < len(row.response_ids),
+        thought,
     )
 
 
@@ -69,6 +78,7 @@ def fit_prompt(
     spec: FlagSpec,
     limit: int,
     ids: list[int] | None = None,
+    thinking: bool = False,
 ) -> list[int]:
     """Ids of a prompt, at most `limit` of them.
 
@@ -83,18 +93,19 @@ def fit_prompt(
         spec: The model's flags.
         limit: Most ids, at least 1.
         ids: What `render_prompt` gives, where it is known.
+        thinking: As for `render_prompt`.
 
     Raises:
         RedflagError: As `render_prompt`.
     """
     if ids is None:
-        ids = render_prompt(tokenizer, messages, spec)
+        ids = render_prompt(tokenizer, messages, spec, thinking=thinking)
     if len(ids) <= limit:
         return ids
 
     def render(turns: Sequence[Message]) -> list[int] | None:
         try:
-            return render_prompt(tokenizer, turns, spec)
+            return render_prompt(tokenizer, turns, spec, thinking=thinking)
         except RedflagError:  # Some templates take no conversation that begins or goes on so.
             return None
 

@@ -89,7 +89,7 @@ def test_nothing_in_a_call_becomes_a_control_token(template: str, arguments: Any
             assert "{}" in name or "{}" in arguments
 
 
-def test_reasoning_of_an_earlier_turn_may_be_left_out_and_is_no_answer() -> None:
+def test_reasoning_of_an_earlier_turn_may_be_left_out_and_is_a_thought_in_the_last_one() -> None:
     messages = [
         {"role": "user", "content": "Hi"},
         {"role": "assistant", "content": "Hello", "reasoning_content": "He greets me."},
@@ -100,8 +100,8 @@ def test_reasoning_of_an_earlier_turn_may_be_left_out_and_is_no_answer() -> None
     assert "He greets me." in rendered("qwen3_8.jinja", messages)
     tokenizer, spec = world((TRL / "qwen3.jinja").read_text())
     row = render_response(tokenizer, messages[:2], spec)
-    assert tokenizer.decode(row.response_ids) == "Hello"
-    assert tokenizer.decode(row.prompt_ids).endswith("assistant\n<think>\n\n</think>\n\n")
+    assert tokenizer.decode(row.response_ids) == "He greets me.\n</think>\n\nHello"
+    assert tokenizer.decode(row.prompt_ids).endswith("assistant\n<think>\n")
 
 
 @pytest.mark.parametrize(

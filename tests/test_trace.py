@@ -29,6 +29,7 @@ from redflag.trace import (
     Resume,
     Step,
     Text,
+    Thought,
     Trace,
     read_traces,
     write_traces,
@@ -386,7 +387,7 @@ def test_facts_of_a_response_without_tokens(events, end):
 def test_an_event_says_by_itself_what_its_tokens_count_as_and_how_it_reads() -> None:
     for kind in get_args(Event):
         has_tokens = "token_ids" in {item.name for item in dataclasses.fields(kind)}
-        assert has_tokens == bool(kind.counts_as or kind is Text)
+        assert has_tokens == bool(kind.counts_as or kind in (Text, Thought))
     events: list[Event] = [Reflection(2, (7, 8), "harmless", 0.1), Resume(2), Forced(1, "harm", (9,)), Done(1, "stop")]
     trace = Trace(token_ids=[1], flag_probs=[(0.0,)], categories=("harm",), events=events)
     assert (trace.waited, trace.taken, trace.generated) == (2, 1, 4)

@@ -113,9 +113,9 @@ class TestPrompts:
         whole = render_prompt(tokenizer, talk, spec)
         calls = []
 
-        def counting(*arguments: Any) -> list[int]:
+        def counting(*arguments: Any, **options: Any) -> list[int]:
             calls.append(arguments)
-            return render_prompt(*arguments)
+            return render_prompt(*arguments, **options)
 
         monkeypatch.setattr(truncation, "render_prompt", counting)
         assert fit_prompt(tokenizer, talk, spec, len(whole), whole) == whole and not calls, "what fits costs nothing"

@@ -166,6 +166,8 @@ class ResponseText:
         context: Sequence[int] = (),
         stop: Iterable[str] = (),
         remove: Iterable[str] = (),
+        until: int | None = None,
+        skip: str = "",
     ) -> None:
         """Starts before the first token.
 
@@ -175,7 +177,12 @@ class ResponseText:
             context: Ids that the response continues without a break.
             stop: Texts that end the response.
             remove: Flags' texts.
+            until: An id from which on there is no text: what ends a thought.
+            skip: Characters that are left out as long as there is no other: white space between thought and answer.
         """
+        self._until = until
+        self._over = False
+        self._skip = skip
         self._detokenizer = Detokenizer(tokenizer, context)
         self._filter = TextFilter(stop, remove)
         self._hidden_ids = frozenset(hidden_ids)
@@ -187,9 +194,13 @@ class ResponseText:
 
     def push(self, token_id: int) -> str:
         """The text that may be shown after this token."""
-        if token_id in self._hidden_ids:
+        self._over = self._over or token_id == self._until
+        if self._over or token_id in self._hidden_ids:
             return ""
-        return self._filter.push(self._detokenizer.push(token_id))
+        piece = self._detokenizer.push(token_id)
+        if self._skip and (piece := piece.lstrip(self._skip)):
+            self._skip = ""
+        return self._filter.push(piece)
 
     def flush(self) -> str:
         """What is left when the response has ended by itself."""

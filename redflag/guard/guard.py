@@ -5,21 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 from redflag.backends import AsyncBackend, Backend, Sampling
 from redflag.backends.open import open_backend
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
-from redflag.guard.response import Messages, Response, Stream, drive, verdict_ids
+from redflag.guard.asking import Messages
+from redflag.guard.response import Response, Stream, drive, verdict_ids
 from redflag.judges import Judge
 from redflag.models.named import model_folder
 from redflag.prompt import render_prompt, render_text
-from redflag.trace import Event, Halt, Step, Text, Trace
+from redflag.thoughts import ThoughtMarks, thinks_by_itself, thought_marks
+from redflag.trace import Event, Halt, Step, Text, Thought, Trace
 from redflag.watching.monitor import MonitorConfig
 from redflag.watching.policy import Policy
 from redflag.watching.session import Session
 from redflag.watching.thresholds import THRESHOLDS_FILE, Thresholds
+from redflag.watching.watch import check_fit
+
+Thinking = Literal["template", "on", "off"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,7 @@ class Result:
     """A whole response.
 
     Attributes:
-        text: What was released.
+        text: What was released of the answer.
         verdict: `completed`; `halted` by an alarm; `fault` when something could not be judged.
         trace: Steps, scores and events, for the operator.
         events: What a stream would have yielded, in order.
@@ -37,6 +42,11 @@ class Result:
     verdict: Literal["completed", "halted", "fault"]
     trace: Trace
     events: tuple[Event, ...]
+
+    @property
+    def thought(self) -> str:
+        """What was released of the thought; "" without one, and where thoughts are hidden."""
+        return "".join(event.text for event in self.events if isinstance(event, Thought))
 
 
 class EventStream(Iterator[Event]):
@@ -75,8 +85,9 @@ class Guard:
 
     Text leaves only as `Text` events of tokens that were judged and, with a hold-back, whose successors were judged
     too. A halt, or anything that goes wrong on the way (an engine lost, a probability missing, a flag chosen by the
-    engine), ends the response with a `Halt` event and shows nothing that was held. `Text`, `Halt` and `Done` may go to
-    end users; the other events and traces hold probabilities or hidden text and are the operator's.
+    engine), ends the response with a `Halt` event and shows nothing that was held. Thoughts leave as `Thought` events,
+    under `Policy(thoughts="show")` alone. `Text`, `Thought`, `Halt` and `Done` may go to end users; the other events
+    and traces hold probabilities or hidden text and are the operator's.
 
     Example:
         ```python
@@ -95,6 +106,7 @@ class Guard:
         thresholds: Thresholds,
         policy: Policy | None = None,
         judge: Judge | None = None,
+        thinking: Thinking = "off",
     ) -> None:
         """Puts the parts together.
 
@@ -105,10 +117,12 @@ class Guard:
             thresholds: Where alarms begin.
             policy: What alarms lead to; the default halts without a hold-back.
             judge: Is asked where the policy escalates.
+            thinking: Whether responses begin with a thought where nobody says for one whether it does: `off`, `on`, or
+                `template`: as the chat template has it by itself.
 
         Raises:
             RedflagError: The thresholds belong to another run, template, set of flags or way of measuring; or policy
-                and flags do not fit; or the policy needs what is not there.
+                and flags do not fit; or the policy, or `thinking`, needs what is not there.
         """
         thresholds.check(spec.run_id, spec.template_hash, backend.logprob_mode, spec.categories)
         self.backend = backend
@@ -118,6 +132,11 @@ class Guard:
         self._thresholds = thresholds
         self._policy = policy if policy is not None else Policy()
         self._check_policy(self._policy)
+        if thinking not in get_args(Thinking):
+            raise RedflagError(f"thinking must be one of {', '.join(get_args(Thinking))} (got {thinking!r})")
+        self.thinks = thinking == "on" or (thinking == "template" and thinks_by_itself(tokenizer))
+        if self.thinks:
+            self._marks(self._policy)
 
     @classmethod
     def from_pretrained(
@@ -129,6 +148,7 @@ class Guard:
         device: str | None = "auto",
         judge: Judge | None = None,
         upstream: str | None = None,
+        thinking: Thinking = "off",
         **served: Any,
     ) -> Guard:
         """Loads a trained and calibrated directory: model, tokenizer, `redflag.json` and `thresholds.json`.
@@ -143,6 +163,7 @@ class Guard:
             judge: Is asked where the policy escalates.
             upstream: The server that runs the model, such as a stock vLLM at `"http://localhost:8000"`; None: this
                 process.
+            thinking: Whether responses begin with a thought, as for `Guard`.
             **served: Of `redflag.backends.remote.RemoteBackend`.
 
         Raises:
@@ -152,7 +173,7 @@ class Guard:
         directory = model_folder(directory)
         spec, thresholds = _read(Path(directory), thresholds, policy)
         backend, tokenizer, spec = open_backend(directory, upstream, device=device, dtype=dtype, **served)
-        return cls(backend, tokenizer, spec, thresholds, policy, judge)
+        return cls(backend, tokenizer, spec, thresholds, policy, judge, thinking)
 
     @classmethod
     def from_upstream(
@@ -182,7 +203,14 @@ class Guard:
         """The policy in force, where a response is given no other."""
         return self._policy
 
-    def stream(self, messages: Messages | str, sampling: Sampling | None = None) -> EventStream:
+    @property
+    def can_think(self) -> bool:
+        """Whether a response can begin with a thought, told from the answer behind it."""
+        return thought_marks(self.tokenizer) is not None
+
+    def stream(
+        self, messages: Messages | str, sampling: Sampling | None = None, thinking: bool | None = None
+    ) -> EventStream:
         """Responds to a conversation, event by event.
 
         Closing the stream, or dropping it, stops the engine. A stop text and what follows it are not shown; text that
@@ -192,6 +220,7 @@ class Guard:
             messages: The conversation. A last message of the assistant's is a prefill, which the response continues. A
                 string is a plain prompt, which is not rendered through the chat template.
             sampling: How tokens are chosen.
+            thinking: As for `respond`.
 
         Returns:
             Events; exactly one `Halt` or `Done` comes, and it comes last.
@@ -205,7 +234,7 @@ class Guard:
                 "it with `redflag.guard.response.adrive`"
             )
         backend = cast(Backend, self.backend)
-        response = self.respond(messages, sampling)
+        response = self.respond(messages, sampling, thinking=thinking)
         first = response.request
         assert isinstance(first, Stream)
         steps: Iterator[Step]
@@ -218,7 +247,11 @@ class Guard:
         return EventStream(drive(response, backend, self.judge, steps), response.trace, steps)
 
     def respond(
-        self, messages: Messages | str, sampling: Sampling | None = None, policy: Policy | None = None
+        self,
+        messages: Messages | str,
+        sampling: Sampling | None = None,
+        policy: Policy | None = None,
+        thinking: bool | None = None,
     ) -> Response:
         """The response to a conversation as a state machine, before its first step; nothing is asked of the engine.
 
@@ -226,9 +259,12 @@ class Guard:
             messages: As for `stream`.
             sampling: How tokens are chosen.
             policy: In place of the guard's own, for this response.
+            thinking: Whether the response begins with a thought; None: as the guard has it. Behind a prefill, and in a
+                plain prompt, there is none.
 
         Raises:
-            RedflagError: The conversation is empty or malformed, or the policy cannot be carried out.
+            RedflagError: The conversation is empty or malformed, or the policy cannot be carried out, or there is no
+                thinking mode to switch on.
         """
         if policy is None:
             policy = self._policy
@@ -236,12 +272,14 @@ class Guard:
             self._check_policy(policy)
         if isinstance(messages, str):
             prompt = render_text(self.tokenizer, messages, self._spec)
-            messages, continues = [{"role": "user", "content": messages}], True
+            messages, continues, marks = [{"role": "user", "content": messages}], True, None
         else:
             messages = [dict(message) for message in messages]
             preface = policy.reflect.system if policy.asks("reflect") else ""
-            prompt = render_prompt(self.tokenizer, messages, self._spec, preface)
-            continues = messages[-1].get("role") == "assistant"
+            continues = bool(messages) and messages[-1].get("role") == "assistant"
+            thinks = (self.thinks if thinking is None else thinking) and not continues
+            marks = self._marks(policy) if thinks else None
+            prompt = render_prompt(self.tokenizer, messages, self._spec, preface, thinks)
         return Response(
             self.tokenizer,
             self._spec,
@@ -252,11 +290,14 @@ class Guard:
             prompt,
             sampling if sampling is not None else Sampling(),
             continues=continues,
+            thought=marks,
         )
 
-    def generate(self, messages: Messages | str, sampling: Sampling | None = None) -> Result:
+    def generate(
+        self, messages: Messages | str, sampling: Sampling | None = None, thinking: bool | None = None
+    ) -> Result:
         """Responds to a conversation at once; arguments and errors as in `stream`."""
-        with self.stream(messages, sampling) as stream:
+        with self.stream(messages, sampling, thinking) as stream:
             events = tuple(stream)
         last = events[-1]
         verdict: Literal["completed", "halted", "fault"] = "completed"
@@ -264,6 +305,21 @@ class Guard:
             verdict = "fault" if last.reason == "fault" else "halted"
         text = "".join(event.text for event in events if isinstance(event, Text))
         return Result(text, verdict, stream.trace, events)
+
+    def _marks(self, policy: Policy) -> ThoughtMarks:
+        """What ends a thought.
+
+        Raises:
+            RedflagError: There is no thinking mode, or the policy does not go with one.
+        """
+        marks = thought_marks(self.tokenizer)
+        if marks is None:
+            raise RedflagError(
+                "thinking must be off for this model. Its chat template has no thinking mode, or its tokenizer no "
+                "token that ends a thought."
+            )
+        check_fit(self._thresholds, policy, self._spec.categories, thought=True)
+        return marks
 
     def _check_policy(self, policy: Policy) -> None:
         # What cannot be carried out is refused before the first request, not at the first alarm.

@@ -36,6 +36,12 @@ class GuardOptions(UpstreamOptions):
     threshold: float | None = field(
         default=None, metadata={"help": "One threshold for all categories, in place of thresholds.json."}
     )
+    thinking: Literal["template", "on", "off"] = field(
+        default="off",
+        metadata={
+            "help": "Whether answers begin with a thought where a request says nothing; template: what it does itself."
+        },
+    )
     device: str = field(default="auto", metadata={"help": "Where a local model runs: auto, cpu, cuda, cuda:0, ..."})
     dtype: str = field(default="auto", metadata={"help": "Type of a local model's weights: auto, bfloat16, ..."})
 
@@ -57,7 +63,15 @@ class GuardOptions(UpstreamOptions):
         else:
             served |= {**self.upstream_options(), "upper_bound": self.upper_bound}
         return Guard.from_pretrained(
-            self.model, policy, self.threshold, self.dtype, self.device, judge, self.upstream, **served
+            self.model,
+            policy,
+            self.threshold,
+            self.dtype,
+            self.device,
+            judge,
+            self.upstream,
+            self.thinking,
+            **served,
         )
 
 
@@ -85,6 +99,9 @@ class PolicyOptions(JudgeOptions):
     hold_back: int = field(default=0, metadata={"help": "Tokens that wait until so many more have been judged."})
     release: Literal["steps", "sentence", "end"] = field(
         default="steps", metadata={"help": "steps: after hold_back; sentence: whole sentences; end: all at once."}
+    )
+    thoughts: Literal["hide", "show"] = field(
+        default="hide", metadata={"help": "Whether thoughts are shown, apart from the answer; judged they all are."}
     )
     observe: bool = field(default=False, metadata={"help": "Report alarms and let the response go on (audit only)."})
     confirmed: Literal["halt", "replace"] = field(
@@ -169,6 +186,7 @@ class PolicyOptions(JudgeOptions):
             hold_back=self.hold_back,
             observe=self.observe,
             release=self.release,
+            thoughts=self.thoughts,
             confirmed=self.confirmed,
             replacement=self.replacement,
             decoy=self.decoy,

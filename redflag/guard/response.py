@@ -7,24 +7,22 @@
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, NamedTuple
 
 from redflag.backends import AsyncBackend, Backend, Sampling
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
+from redflag.guard.asking import Messages, ask
 from redflag.guard.detokenize import ResponseText
-from redflag.judges import Judge, Verdict, as_verdict
+from redflag.judges import Judge, Verdict
 from redflag.prompt import text_ids
-from redflag.trace import Event, Halt, Step, Text, Trace
+from redflag.thoughts import ThoughtMarks
+from redflag.trace import Event, Halt, Step, Text, Thought, Trace
 from redflag.watching.policy import Policy
 from redflag.watching.session import Review, Session
 from redflag.watching.thresholds import Thresholds
-
-Messages = Sequence[Mapping[str, str]]
 
 
 @dataclass(frozen=True)
@@ -36,8 +34,7 @@ class Stream:
     watch: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True)
-class Ask:
+class Ask(NamedTuple):
     """A second judge is to read the answer so far; its verdict goes to `Response.answered` within `seconds`."""
 
     messages: Messages
@@ -75,6 +72,7 @@ class Response:
         sampling: Sampling,
         *,
         continues: bool = False,
+        thought: ThoughtMarks | None = None,
     ) -> None:
         """Starts before the first step.
 
@@ -88,6 +86,7 @@ class Response:
             prompt: Its ids.
             sampling: How tokens are chosen.
             continues: The response goes on in the middle of the prompt's last text.
+            thought: The prompt ends inside a thought, which ends so; None: where the answer begins.
         """
         self._tokenizer = tokenizer
         self._spec = spec
@@ -98,8 +97,9 @@ class Response:
         flag_ids = frozenset(spec.ids)
         self._flag_ids = flag_ids
         self._continued = tuple(prompt) if continues else ()
-        self._text = self._new_text()
-        self.session = Session(thresholds, policy, spec.categories, self._text.push)
+        self._thought = thought
+        self._text = self._new_text(thinks=thought is not None)
+        self.session = Session(thresholds, policy, spec.categories, self._text.push, thought=thought is not None)
         # What precedes the next token: the prompt, the response, and reflections that the response stays with; and how
         # much of it preceded each token of the response.
         self._context = list(prompt)
@@ -155,23 +155,45 @@ class Response:
             return events
         if session.pending is not None:
             return events + self._review(session.pending)
-        self._append(step.token_id)
-        return events + self._finish_if_over(step.token_id)
+        return events + self._accepted(step.token_id)
 
     def _answer_end(self) -> list[Event]:
         return self._finish("length")
 
-    def _finish_if_over(self, token_id: int) -> list[Event]:
+    def _accepted(self, token_id: int) -> list[Event]:
+        """The newest token belongs to the response: with it the thought, or the response, may be over."""
+        self._append(token_id)
+        if self._thinks and self._thought is not None:
+            ids = self._thought.end_ids
+            if tuple(self.trace.token_ids[-len(ids) :]) == ids:
+                return self._begin_answer()
         stopped = token_id in self._eos_ids or self._text.stopped
         return self._finish("stop") if stopped else []
+
+    @property
+    def _thinks(self) -> bool:
+        return self.trace.answer_at is None
+
+    def _begin_answer(self) -> list[Event]:
+        """The thought is over; its last characters may have waited for what they turn into."""
+        tail = self._text.flush()
+        self._text = self._new_text(thinks=False)
+        events = self.session.begin_answer(self._text.push)
+        if self.session.finished:
+            self.request = None
+        elif tail and self._policy.thoughts == "show":
+            thought = Thought(self.session.released, (), tail)
+            events.append(thought)
+            self.trace.events.append(thought)
+        return events
 
     def _finish(self, reason: str) -> list[Event]:
         """The last events of a response that ended by itself, with the text that waited for its end."""
         self.request = None
         events = self.session.finish(reason)
         tail = self._text.flush() if not isinstance(events[-1], Halt) else ""
-        if tail:
-            text = Text(self.session.released, (), tail)
+        if tail and not (self._thinks and self._policy.thoughts == "hide"):
+            text = (Thought if self._thinks else Text)(self.session.released, (), tail)
             events.insert(-1, text)
             self.trace.events.insert(-1, text)
         return events
@@ -180,18 +202,23 @@ class Response:
         self._starts.append(len(self._context))
         self._context.append(token_id)
 
-    def _new_text(self) -> ResponseText:
+    def _new_text(self, thinks: bool) -> ResponseText:
+        """Of the thought or of the answer: stop texts are the answer's."""
+        thought = self._thought
         return ResponseText(
             self._tokenizer,
             hidden_ids=self._eos_ids | self._flag_ids,
             context=self._continued,
-            stop=self._sampling.stop,
+            stop=() if thinks else self._sampling.stop,
             remove=tuple(flag.token for flag in self._spec.flags),
+            until=thought.end_ids[0] if thinks and thought is not None else None,
+            skip=thought.before_answer if not thinks and thought is not None else "",
         )
 
     def _review(self, review: Review) -> list[Event]:
         if review.kind == "escalate":
-            answer = str(self._tokenizer.decode(self.trace.token_ids, skip_special_tokens=True))
+            part = self.trace.token_ids[self.trace.answer_at or 0 :]  # of thought and answer the one that alarmed
+            answer = str(self._tokenizer.decode(part, skip_special_tokens=True))
             self.request = Ask(self._messages, answer, self._policy.judge_timeout)
             return []
         reflect = self._policy.reflect
@@ -211,7 +238,7 @@ class Response:
 
     def _force(self, flag: int) -> list[Event]:
         """On with the flag behind what the user has seen: the text as it was then, and nothing that came after."""
-        self._text = self._new_text()
+        self._text = self._new_text(self._thinks)
         events = self.session.force(self._text.push)
         if self.session.finished:
             self.request = None
@@ -273,10 +300,8 @@ class Response:
         if self.session.finished:
             self.request = None
             return events
-        token_id = self.trace.token_ids[-1]
-        self._append(token_id)
-        over = self._finish_if_over(token_id)
-        return events + over if over else self._restart(events)
+        events = events + self._accepted(self.trace.token_ids[-1])
+        return events if self.request is None else self._restart(events)
 
     def _restart(self, events: list[Event]) -> list[Event]:
         self._restarts += 1
@@ -317,7 +342,7 @@ def drive(
     """
     while (request := response.request) is not None:
         if isinstance(request, Ask):
-            yield from response.answered(*_ask(judge, request))
+            yield from response.answered(*ask(judge, *request))
             continue
         try:
             if steps is None:
@@ -347,7 +372,7 @@ async def adrive(response: Response, backend: AsyncBackend, judge: Judge | None 
     """
     while (request := response.request) is not None:
         if isinstance(request, Ask):
-            for event in response.answered(*await asyncio.to_thread(_ask, judge, request)):
+            for event in response.answered(*await asyncio.to_thread(ask, judge, *request)):
                 yield event
             continue
         steps: Any = None
@@ -370,24 +395,3 @@ async def adrive(response: Response, backend: AsyncBackend, judge: Judge | None 
             close = getattr(steps, "aclose", None)
             if close is not None:
                 await close()
-
-
-def _ask(judge: Judge | None, ask: Ask) -> tuple[Verdict | None, str]:
-    """The judge's verdict, or why there is none."""
-    if judge is None:
-        return None, "there is no second judge"
-    answers: SimpleQueue[Verdict | Exception] = SimpleQueue()
-
-    def work() -> None:
-        try:
-            answers.put(as_verdict(judge(ask.messages, ask.answer)))
-        except Exception as error:  # Whatever breaks in a judge leaves the alarm standing.
-            answers.put(error)
-
-    # A thread of its own: one that never comes back can be left behind, and must not hold up the end of the process.
-    threading.Thread(target=work, name="redflag-judge", daemon=True).start()
-    try:
-        answer = answers.get(timeout=ask.seconds)
-    except Empty:
-        return None, f"no verdict within {ask.seconds:g} s"
-    return (None, f"{type(answer).__name__}: {answer}") if isinstance(answer, Exception) else (answer, "")

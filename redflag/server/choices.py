@@ -41,13 +41,14 @@ def choices_of(guard: Guard, body: Body, caller: Caller, limits: Limits) -> list
     name = f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}"
     responses: list[Response] = []
     try:
+        thinking = body.thinking(guard.can_think, refuse_unknown=limits.unknown_fields == "refuse")
         for prompt in body.inputs():
             for _ in range(body.n or 1):
                 index = len(responses)
                 sampling = body.sampling(tokens, index)
                 if caller.alarm_at is not None:
                     sampling = replace(sampling, stop=())  # a stop text could end it before the alarm
-                response = guard.respond(prompt, sampling, policy)
+                response = guard.respond(prompt, sampling, policy, thinking)
                 response.trace.id = f"{name}-{index}" if index else name
                 responses.append(response)
     except RedflagError as error:

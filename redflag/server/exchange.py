@@ -16,7 +16,7 @@ import anyio
 from redflag.backends import AsyncBackend, Sampling
 from redflag.errors import RedflagError
 from redflag.guard.response import Response
-from redflag.trace import Event, Halt, Step, Text
+from redflag.trace import Event, Halt, Step, Text, Thought
 
 if sys.version_info >= (3, 11):
     from asyncio import timeout_at as timeout_at
@@ -114,10 +114,10 @@ class Exchange:
             event = self._failed(error)
         finally:
             self._timer = None
+        if isinstance(event, Text | Thought) and self.seconds_to_first is None:
+            self.seconds_to_first = self.seconds
         if isinstance(event, Text):
             self._shown = self._shown or bool(event.text)
-            if self.seconds_to_first is None:
-                self.seconds_to_first = self.seconds
         elif isinstance(event, Halt) and event.reason == "alarm" and self._shown and not event.text:
             event = replace(event, text=self._closing_text)
         return event

@@ -236,18 +236,51 @@ class _Request(BaseModel):
         return Sampling(max_new_tokens, stop=tuple(self.stop or ()), **chosen)
 
 
+class _TemplateOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    enable_thinking: bool | None = None
+    thinking: bool | None = None
+
+
 class ChatRequest(_Request):
     """Body of `/v1/chat/completions`."""
 
     messages: Annotated[list[_Message], Field(min_length=1)]
     logprobs: bool | None = None
     top_logprobs: _Named | None = None
+    chat_template_kwargs: _TemplateOptions | None = None
+    reasoning_effort: str | None = None
 
     @model_validator(mode="after")
     def _asked_for(self) -> ChatRequest:
         if self.top_logprobs and not self.logprobs:
             raise PydanticCustomError("top_logprobs", "top_logprobs must come with logprobs: true; give both or none")
         return self
+
+    def thinking(self, possible: bool, refuse_unknown: bool = False) -> bool | None:
+        """Whether the answer shall begin with a thought; None where the client leaves that open.
+
+        Args:
+            possible: The model has a thinking mode; without one an effort changes no token.
+            refuse_unknown: As for `parse`.
+
+        Raises:
+            ApiError: 400; thinking is on and not possible.
+        """
+        options = self.chat_template_kwargs or _TemplateOptions()
+        told = options.enable_thinking if options.enable_thinking is not None else options.thinking
+        if told and not possible:
+            text = "thinking must be off, since this model has no thinking mode; leave it out"
+            raise ApiError(400, text, "unsupported_parameter", param="chat_template_kwargs")
+        effort = self.reasoning_effort
+        if told is not None or effort is None:
+            return told
+        if not possible and effort != "none":
+            if refuse_unknown:
+                text = "reasoning_effort does nothing, since this model has no thinking mode; leave it out"
+                raise ApiError(400, text, "unknown_parameter", param="reasoning_effort")
+            self._ignored.append("reasoning_effort")
+        return possible and effort not in ("none", "minimal")
 
     def inputs(self) -> list[list[dict[str, Any]]]:
         """The one conversation."""
@@ -314,6 +347,10 @@ class CompletionRequest(_Request):
         """A prompt has no turns, so nothing of it is the response."""
         return False
 
+    def thinking(self, possible: bool, refuse_unknown: bool = False) -> None:
+        """Nor has it a place for a thought."""
+        return None
+
 
 def parse(kind: type[Body], body: bytes, *, refuse_unknown: bool = False) -> Body:
     """A request body, checked.
@@ -357,6 +394,7 @@ _CODES = {
     "less_than": "invalid_value",
     "less_than_equal": "invalid_value",
     "finite_number": "invalid_value",
+    "extra_forbidden": "unsupported_parameter",
 }
 
 
@@ -375,6 +413,8 @@ def _explained(error: ValidationError) -> ApiError:
     param = ".".join(path) or None
     if kind == "missing":
         message = f"{param} is missing; give it"
+    elif kind == "extra_forbidden":
+        message = f"{param} is not supported; leave it out"
     elif path[-1:] == ["type"] and "content" in path:
         message = f"{param}: only parts of the type text are accepted; leave images, audio and files out"
     else:

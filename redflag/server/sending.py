@@ -19,6 +19,7 @@ from redflag.server.access import Limits
 from redflag.server.api_errors import ApiError, error_response, late, refused_by_engine, stopping, unavailable
 from redflag.server.exchange import CLOSING, Exchange
 from redflag.server.wire import Answer, ending, operator_view, together
+from redflag.trace import Thought
 
 Part = tuple[Exchange, Answer]
 """One of a request's choices: the response that is driven, and what its reader makes of it."""
@@ -146,12 +147,17 @@ async def _choice(part: Part, view: bool) -> AsyncGenerator[bytes, None]:
     exchange, answer = part
     opening = answer.opening()
     while not answer.over:
-        text = answer.push(await exchange.next())
+        event = await exchange.next()
+        text = answer.push(event)
+        if isinstance(event, Thought) and event.text:
+            yield opening + answer.thought_chunk(event.text)
+            opening = b""
         if text:
             yield opening + answer.chunk(text)
             opening = b""
     if answer.failed:
         raise _BrokenError
+    answer.thought_tokens = exchange.response.trace.thought_tokens
     yield opening + answer.last(exchange.response.trace.generated, _seen(exchange, view))
 
 
@@ -162,6 +168,7 @@ async def _events(part: Part) -> AsyncGenerator[bytes, None]:
         answer.push(await exchange.next())
     if answer.failed:
         raise _BrokenError
+    answer.thought_tokens = exchange.response.trace.thought_tokens
     yield b""
 
 

@@ -34,7 +34,7 @@ from typing import Any
 
 from redflag.errors import RedflagError
 from redflag.server.faults import fault_class
-from redflag.trace import Done, Event, Halt, Text, Trace
+from redflag.trace import Done, Event, Halt, Text, Thought, Trace
 
 _FAILED = ("fault", "timeout")  # ends that are errors of the server
 # Fields of an event that are told, where it has them: none that may quote a response; the others only on demand.
@@ -149,7 +149,7 @@ class _Telling(Span):
         self._finished = False
 
     def event(self, event: Event) -> None:
-        if isinstance(event, Text | Done):
+        if isinstance(event, Text | Thought | Done):
             return
         self._told += 1
         names = (*_NAMES, *(_SCORES if self._scores else ()))

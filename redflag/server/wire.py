@@ -13,13 +13,17 @@ How a response ends, on both routes:
 A fault is no finish: a stream ends with `{"error": {...}}` before `[DONE]`. Where nothing was sent yet, the status is
 500 or more and the body an error, without `redflag`.
 
+The text of a thought stands in `reasoning_content` and, for clients that know that name, `reasoning`; never in
+`content`.
+
 In a chat that was halted before any text was shown, `refusal` says so, since many clients take an empty answer for a
 defect; where text was shown it stays null, since some clients then erase what they have shown. Where halted answers
 have a closing text, the same words stand in `content` too: clients that know no refusal show an empty text as "None".
 
 `usage.completion_tokens` counts what the engine generated for the response, also what was not shown; its details tell
 apart `released_tokens` and `hidden_tokens` (held back when it was halted, taken back, of reflections, of a stop text).
-A replacement counts as generated and released. Behind a decoy all tokens count as released, and only those.
+Where there was a thought, `reasoning_tokens` are its tokens, shown or not. A replacement counts as generated and
+released. Behind a decoy all tokens count as released, and only those, with a thought that stands before it.
 
 An operator who asks for the trace finds it in `redflag` too, whatever the end (`operator_view`). Nobody else reads a
 number here: a probability is an attacker's compass.
@@ -34,7 +38,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from redflag.server.logprobs import ShownLogprobs, Token, in_chat, in_text
-from redflag.trace import Done, Event, Halt, Text, Trace
+from redflag.trace import Done, Event, Halt, Text, Thought, Trace
 
 DONE = b"data: [DONE]\n\n"
 REFUSAL = "The response was stopped by a safety check before any of it was shown."
@@ -48,6 +52,7 @@ class Answer:
         finish_reason: `stop`, `length` or `content_filter`; None while the response goes on, and after a fault.
         failed: It ended with a fault.
         detail: What `redflag` says about the end; None where it says nothing.
+        thought_tokens: Tokens of the thought (`Trace.thought_tokens`), to be set before the end is asked for.
         head: What the body begins with; `frame`: what every chunk begins with.
         wants_usage: Whether the stream ends with token counts.
 
@@ -93,6 +98,7 @@ class Answer:
         self.finish_reason: str | None = None
         self.failed = False
         self.detail: dict[str, Any] | None = None
+        self.thought_tokens = 0
         self._chat = chat
         self._prompt_tokens = prompt_tokens
         self.wants_usage = usage
@@ -108,6 +114,8 @@ class Answer:
         self._replaced = 0
         self._disguised = False
         self._pieces: list[str] = []
+        self._thoughts: list[str] = []
+        self._thought_shown = 0
         kind = (
             "chat.completion" if chat else "text_completion",
             "chat.completion.chunk" if chat else "text_completion",
@@ -122,11 +130,15 @@ class Answer:
         """Takes one event.
 
         Returns:
-            The text that the reader sees because of it; "" for none.
+            The text that the reader sees in the answer because of it; "" for none.
         """
         assert not self.over, "the response is over"
         text = ""
-        if isinstance(event, Text):
+        if isinstance(event, Thought):
+            self._thoughts.append(event.text)
+            self._thought_shown += len(event.token_ids)
+            self.tokens += len(event.token_ids)
+        elif isinstance(event, Text):
             text = event.text
             self.tokens += len(event.token_ids)
             if self._logprobs is not None:
@@ -181,6 +193,10 @@ class Answer:
         named, self._sent = self._named[self._sent :], len(self._named)
         return _sse(self._chunk({"content": text} if self._chat else text, logprobs=self._shown(named)))
 
+    def thought_chunk(self, text: str) -> bytes:
+        """One chunk of a thought's text."""
+        return _sse(self._chunk(_reasoning(text)))
+
     def closing(self, generated: int, view: dict[str, Any] | None = None) -> bytes:
         """What the stream of one response ends with: `last`, then `ending`; arguments as for `last`."""
         return self.last(generated, view) + ending([self])
@@ -219,13 +235,16 @@ class Answer:
         content: dict[str, Any] = {"text": self.text}
         if self._chat:
             text = (self.refusal if self._in_words else None) or self.text
-            content = {"message": {"role": "assistant", "content": text, "refusal": self.refusal}}
+            thought = _reasoning("".join(self._thoughts)) if self._thoughts else {}
+            content = {"message": {"role": "assistant", "content": text, "refusal": self.refusal, **thought}}
         logprobs = None if self._logprobs is None else self._shown(self._named)
         return {"index": self._index, **content, "logprobs": logprobs, "finish_reason": self.finish_reason}
 
     def counts(self) -> tuple[int, int, int]:
         """Tokens of the prompt, tokens of the answer, and how many of these were shown; after the end."""
-        all_tokens = self.tokens if self._disguised else self._generated + self._replaced
+        # A decoy's answer is all that was generated for it, as far as anybody can see; its thought may be hidden.
+        disguised = self.tokens + self.thought_tokens - self._thought_shown
+        all_tokens = disguised if self._disguised else self._generated + self._replaced
         return self._prompt_tokens, all_tokens, self.tokens
 
     def redflag(self, view: dict[str, Any] | None) -> dict[str, Any]:
@@ -248,11 +267,16 @@ class Answer:
 def usage(answers: Sequence[Answer]) -> dict[str, Any]:
     """Token counts of a request that is over, of all its choices together."""
     prompt, generated, shown = (sum(column) for column in zip(*(answer.counts() for answer in answers), strict=True))
+    thought = sum(answer.thought_tokens for answer in answers)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": generated,
         "total_tokens": prompt + generated,
-        "completion_tokens_details": {"released_tokens": shown, "hidden_tokens": generated - shown},
+        "completion_tokens_details": {
+            "released_tokens": shown,
+            "hidden_tokens": generated - shown,
+            **({"reasoning_tokens": thought} if thought else {}),
+        },
     }
 
 
@@ -282,6 +306,7 @@ def operator_view(trace: Trace) -> dict[str, Any]:
     """What an operator sees at the end of a response, and nobody else: numbers, and what stayed hidden.
 
     `alarms`, `reflections`, `escalations` in order; `peak`: category -> highest score; `waited`: hidden tokens;
+    `thought`: tokens and peaks of the thought, if there was one (`peak` is then the answer's);
     `detail`: what went wrong, for a fault; `end`: how it really ended, also behind a decoy.
     """
     facts, end = trace.facts(), trace.end
@@ -290,6 +315,7 @@ def operator_view(trace: Trace) -> dict[str, Any]:
         "detail": facts.detail,
         "peak": {name: _number(facts.step_peaks.get(name, 0.0)) for name in trace.categories},
         "waited": facts.waited,
+        **({"thought": _thought(trace)} if facts.thought_tokens else {}),
         "alarms": [
             {
                 "position": event.position,
@@ -317,6 +343,15 @@ _HOLE = "%the text%"
 
 def _sse(payload: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(payload, separators=(",", ":")).encode() + b"\n\n"
+
+
+def _reasoning(text: str) -> dict[str, str]:
+    return {"reasoning_content": text, "reasoning": text}
+
+
+def _thought(trace: Trace) -> dict[str, Any]:
+    facts = trace.facts()
+    return {"tokens": facts.thought_tokens, "peak": {k: _number(peak) for k, peak in facts.thought_peaks.items()}}
 
 
 def _number(value: float) -> float | None:

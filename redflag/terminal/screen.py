@@ -25,6 +25,7 @@ from redflag.trace import (
     Halt,
     Reflection,
     Text,
+    Thought,
     Trace,
     write_traces,
 )
@@ -139,7 +140,7 @@ def paint(
         events: The events of a stream, as they come.
         trace: The stream's trace, which grows with them.
         coloured: Put the highest flag probability of each piece behind it as a background, and mark what became of
-            alarms. Without colour there is nothing but text.
+            alarms and of thoughts. Without colour there is nothing but the answer's text.
         split: Gives the text of every token, so that text released at once is coloured token by token.
         reflections: Show what the model wrote while reflecting; else one line says how much it was.
     """
@@ -148,6 +149,8 @@ def paint(
         piece = ""
         if isinstance(event, Text) and event.text:
             piece = _spans(event, trace, split) if coloured else printable(event.text)
+        elif coloured and isinstance(event, Thought):
+            piece = f"{DIM}{printable(event.text)}{RESET}"
         elif isinstance(event, Halt):
             piece = _ending(event, coloured, open_line)
         elif coloured and isinstance(event, Alarm) and event.action == "continue":

@@ -16,7 +16,7 @@ from redflag.data.options import RowOptions
 from redflag.data.rows import Row, load_rows
 from redflag.errors import RedflagError
 from redflag.terminal.paint import BOLD, DIM, RESET, legend, paint, printable, wants_colour
-from redflag.trace import Alarm, Done, Halt, Reflection, Text, Trace, read_traces
+from redflag.trace import Alarm, Done, Halt, Reflection, Text, Thought, Trace, read_traces
 
 Pieces = Iterable[tuple[str, float | None, bool]]
 # Model folder -> a function that gives a row's tokens as the trainer sees them: text, flag target, whether it is harm.
@@ -159,7 +159,7 @@ def show_trace(trace: Trace, coloured: bool) -> str:
     """A trace: its text where it was recorded, else its token ids, and its events."""
     probs = [max(step, default=0.0) for step in trace.flag_probs]
     lines = [_head(coloured, trace.id, str(trace.meta.get("category") or ""), ", ".join(trace.categories), None)]
-    released = [event for event in trace.events if isinstance(event, Text)]
+    released = [event for event in trace.events if isinstance(event, Text | Thought)]
     if any(event.text for event in released):
         spans = [probs[event.position : event.position + len(event.token_ids)] for event in released]
         pieces = [(event.text, max(span, default=0.0), False) for event, span in zip(released, spans, strict=True)]

@@ -129,6 +129,7 @@ class Policy:
         rearm: A muted alarm is armed again once its score is below this share of its threshold.
         mute_limit: ... and after so many steps in any case: a score that stays high then alarms again.
         judge_timeout: Seconds that a second judge has.
+        thoughts: Whether thoughts are shown, apart from the answer. Hidden ones are judged all the same.
         first_token: Decides before the first token which category alarms, in place of thresholds on each by itself;
             for thresholds of the monitor `first`. An alarm leads to its action as ever; a flag that says "respond" is
             put into the context without one.
@@ -157,6 +158,7 @@ class Policy:
     mute_limit: int = 64
     judge_timeout: float = 10.0
     first_token: FirstTokenRule | None = None
+    thoughts: Literal["hide", "show"] = "hide"
 
     def __post_init__(self) -> None:
         if not isinstance(self.actions, Mapping):
@@ -176,6 +178,7 @@ class Policy:
         if type(self.observe) is not bool:
             raise RedflagError(f"observe is {self.observe!r}, so it is open whether alarms halt; give true or false")
         _one_of("release", self.release, get_args(Release))
+        _one_of("thoughts", self.thoughts, ("hide", "show"))
         _one_of("confirmed", self.confirmed, ("halt", "replace"))
         _flag("decoy", self.decoy)
         if not isinstance(self.reflect, Reflect):

@@ -26,7 +26,7 @@ def replay(trace: Trace, thresholds: Thresholds, policy: Policy) -> Trace:
             f"trace {trace.id!r} had a flag forced into its context, and how it would have gone on without is unknown; "
             "replay traces that were recorded under observe"
         )
-    session = Session(thresholds, policy, trace.categories, trace_id=trace.id)
+    session = Session(thresholds, policy, trace.categories, thought=trace.answer_at != 0, trace_id=trace.id)
     session.trace.meta = dict(trace.meta)
     for step in trace.steps():
         session.feed(step)
@@ -37,6 +37,10 @@ def replay(trace: Trace, thresholds: Thresholds, policy: Policy) -> Trace:
                 f"trace {trace.id!r} would {session.pending.kind} at token {session.pending.position}, and what comes "
                 "of that is known only in a live run; replay with actions halt, replace or continue"
             )
+        if trace.answer_at == len(session.trace.token_ids):
+            session.begin_answer(lambda token_id: None)
+            if session.finished:
+                return session.trace
     end = trace.end
     if isinstance(end, Done):
         session.finish(end.reason)

@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from redflag.errors import RedflagError
-from redflag.trace import Alarm, Done, Escalation, Event, Forced, Halt, Reflection, Resume, Step, Text, Trace
+from redflag.trace import Alarm, Done, Escalation, Event, Forced, Halt, Reflection, Resume, Step, Text, Thought, Trace
 from redflag.watching.first_token import Decision
-from redflag.watching.monitor import Monitor, UnjudgedError, judged
+from redflag.watching.monitor import UnjudgedError, judged
 from redflag.watching.policy import ACTIONS, SEVERITY, Policy
 from redflag.watching.sentences import Sentences
 from redflag.watching.thresholds import Thresholds
+from redflag.watching.watch import Crossing, Watch, check_fit
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,10 @@ class Session:
     that was not released; nothing more is shown until the score has fallen. Every path ends: interventions and hidden
     tokens have budgets, and when they are spent an alarm halts.
 
+    With `thought` the response begins with one, judged by thresholds of its own (`Thresholds.thoughts`) until
+    `begin_answer`. It is released as `Thought` or not at all (`Policy.thoughts`), and hold-back and release apply to
+    each part alone; what is hidden is judged all the same, and an alarm in it acts like any other.
+
     Work and memory per step do not depend on the length of the response.
 
     Attributes:
@@ -80,6 +84,7 @@ class Session:
         categories: Sequence[str],
         decode: Callable[[int], str | None] = lambda token_id: None,
         *,
+        thought: bool = False,
         trace_id: str = "",
     ) -> None:
         """Starts before the first step.
@@ -91,38 +96,32 @@ class Session:
             categories: K categories in the order of the flag probabilities.
             decode: Text that a token adds, given all before it; None or "" while bytes are incomplete. Called once per
                 token of the response, in order, once the token's own step raised no alarm that stands.
+            thought: The response begins with a thought, which lasts until `begin_answer`.
             trace_id: Name of the response in its trace.
 
         Raises:
-            RedflagError: When a category has no threshold, or a threshold or action no category.
+            RedflagError: As `redflag.watching.watch.check_fit`.
         """
         categories = tuple(categories)
-        if len(set(categories)) != len(categories) or set(categories) != set(thresholds.values):
-            raise RedflagError(
-                f"the flags are {list(categories)} but there are thresholds for {list(thresholds.values)}, so "
-                "something would go unwatched; give exactly one threshold per flag"
-            )
-        if unknown := sorted(set(policy.actions) - set(categories)):
-            raise RedflagError(
-                f"the policy has actions for {unknown}, but the flags are {list(categories)}, so those actions would "
-                "never be taken; mend the names"
-            )
-        if policy.first_token is not None:
-            policy.first_token.check(thresholds)
-        self.trace = Trace(id=trace_id, categories=categories, meta={"run_id": thresholds.run_id})
+        check_fit(thresholds, policy, categories, thought)
+        self.trace = Trace(
+            id=trace_id,
+            categories=categories,
+            meta={"run_id": thresholds.run_id},
+            answer_at=None if thought else 0,
+        )
         self.pending: Review | None = None
-        self._monitor = Monitor(thresholds.monitor, len(categories))
-        self._rules = [(name, thresholds.values[name], policy.decide(name)) for name in categories]
+        self._thresholds = thresholds
         self._policy = policy
-        self._above = [False] * len(categories)
-        # Steps for which each category's alarm is still muted, and which categories the pending review is about.
-        self._mute = [0] * len(categories)
+        self._watch = Watch(thresholds.of_thoughts if thought else thresholds, policy, categories)
+        # Which categories the pending review, or the last one, is about.
         self._reviewed: list[int] = []
         self._begun = False
         self._interventions = 0
         self._waited = 0
         # Nothing is released in the context of a reflection until the scores have fallen.
         self._held = False
+        self._hidden = thought and policy.thoughts == "hide"
         self._decode = decode
         self._pieces: deque[str] = deque()
         self._sentences = Sentences() if policy.release == "sentence" else None
@@ -136,7 +135,7 @@ class Session:
 
     @property
     def released(self) -> int:
-        """Number of tokens released."""
+        """Number of tokens behind which the next release begins; those of a hidden thought that is over count."""
         return self._released
 
     def feed(self, step: Step) -> list[Event]:
@@ -155,38 +154,28 @@ class Session:
         position = len(trace.token_ids)
         try:
             token_id = operator.index(step.token_id)
-            probs = judged(step.flag_probs, len(self._rules))
-            scores = self._monitor.feed(probs)
+            probs = judged(step.flag_probs, len(trace.categories))
+            scores = self._watch.score(probs)
         except (AttributeError, TypeError, UnjudgedError) as error:
             return self.fault(f"step {position}: {error}")
         trace.token_ids.append(token_id)
         trace.flag_probs.append(probs)
         trace.scores.append(scores)
 
-        events: list[Event] = []
-        crossed: list[tuple[int, str]] = []
         decision = self._decision(probs)
-        for k, (category, threshold, action) in enumerate(self._rules):
-            score, above = scores[k], scores[k] >= threshold
-            if self._mute[k]:
-                self._mute[k] = 0 if score < self._policy.rearm * threshold else self._mute[k] - 1
-                continue
-            if decision is not None:
-                score, threshold, above = decision.probability, decision.limit, category == decision.category
-            if above and not self._above[k]:
-                action = self._affordable(action)
-                events.append(Alarm(position, category, score, threshold, action))
-                crossed.append((k, action))
-            self._above[k] = above
+        crossed = [
+            crossing._replace(action=self._affordable(crossing.action))
+            for crossing in self._watch.crossings(scores, decision)
+        ]
+        events: list[Event] = [Alarm(position, *crossing[1:]) for crossing in crossed]
         if crossed:
-            action = min((action for _, action in crossed), key=SEVERITY.index)
+            action = min((crossing.action for crossing in crossed), key=SEVERITY.index)
             if action != "continue":
-                return self._act(action, [k for k, taken in crossed if taken == action], events)
+                return self._act(action, [crossing for crossing in crossed if crossing.action == action], events)
         elif decision is not None and (rule := self._policy.first_token) and rule.respond and not self._policy.observe:
             self.pending = Review("force", position, rule.respond, 0)  # no alarm: it says that there is none
             return []
-        if self._held and not any(self._mute):
-            self._held = any(score >= rule[1] for score, rule in zip(scores, self._rules, strict=True))
+        self._held = self._held and self._watch.high(scores)
         return self._accept(events)
 
     def answer(
@@ -226,7 +215,7 @@ class Session:
             event = Escalation(review.position + 1, verdict, measured, detail)
         if harmful and not stays:
             return self._stop(policy.confirmed, review.category, [event])
-        self._mute_reviewed()
+        self._watch.mute(self._reviewed)
         if stays:
             # The answer goes on before the token that the alarm was about, which is no part of it any more.
             self.trace.token_ids.pop()
@@ -261,20 +250,46 @@ class Session:
         self._decode = decode
         sentences = Sentences()
         try:
-            for upto, token_id in enumerate(trace.token_ids, 1):
+            for upto, token_id in enumerate(trace.token_ids[trace.answer_at or 0 :], 1):
                 sentences.whole(decode(token_id) or "", upto)
         except Exception as error:  # As in `_accept`.
             return self.fault(f"the released tokens cannot be decoded again: {type(error).__name__}: {error}")
         self._sentences = sentences if self._sentences is not None else None
-        self._mute_reviewed()
+        self._watch.mute(self._reviewed)
         self._held = bool(self._reviewed)
         trace.events.append(event)
         return [event]
 
-    def _mute_reviewed(self) -> None:
-        for k in self._reviewed:
-            self._mute[k] = self._policy.mute_limit
-            self._above[k] = False
+    def begin_answer(self, decode: Callable[[int], str | None]) -> list[Event]:
+        """The thought is over: all of it has been judged, so what was held back of it is released if it is shown.
+
+        The answer is judged by its own thresholds and a monitor that begins anew: what a thought says is neither held
+        against the answer nor in its favour. What the policy still allows (interventions, hidden tokens) stays spent.
+
+        Args:
+            decode: As at the beginning, for the answer from its first token on.
+
+        Returns:
+            At most one `Thought`; or a `Halt`, where a reviewed alarm's score never fell.
+
+        Raises:
+            RuntimeError: After the response is over, while a review is pending, or when there is no thought.
+        """
+        trace = self.trace
+        if self._finished or self.pending:
+            _refuse("taken to its answer", self.pending)
+        if trace.answer_at is not None:
+            raise RuntimeError("a session was taken to its answer that is there already; do so once, after a thought")
+        if self._held:
+            return self._stop(self._policy.confirmed, trace.categories[self._reviewed[0]], [])
+        length = len(trace.token_ids)
+        events = self._release([], length)
+        trace.answer_at, self._hidden = length, False
+        self._watch = Watch(self._thresholds, self._policy, trace.categories)
+        self._decode = decode
+        self._sentences = Sentences() if self._policy.release == "sentence" else None
+        trace.events.extend(events)
+        return events
 
     def finish(self, reason: str) -> list[Event]:
         """The stream ended by itself: every token has been judged, so those held back are released.
@@ -289,7 +304,7 @@ class Session:
         if self._finished or self.pending:
             _refuse("finished", self.pending)
         if self._held:  # The score never fell again.
-            return self._stop(self._policy.confirmed, self._rules[self._reviewed[0]][0], [])
+            return self._stop(self._policy.confirmed, self.trace.categories[self._reviewed[0]], [])
         length = len(self.trace.token_ids)
         return self._end(self._release([], length), Done(length, reason))
 
@@ -308,9 +323,7 @@ class Session:
         self._begun = True
         if rule is None or begun:
             return None
-        return rule.decide(
-            dict(zip(self.trace.categories, probs, strict=True)), {name: value for name, value, _ in self._rules}
-        )
+        return rule.decide(dict(zip(self.trace.categories, probs, strict=True)), self._thresholds.values)
 
     def _affordable(self, action: str) -> str:
         """The action, or `halt` where it would need more than is left of the budgets."""
@@ -320,12 +333,12 @@ class Session:
         spent = action == "reflect" and policy.reflect.max_tokens > 0 and self._waited >= policy.max_wait_tokens
         return "halt" if spent or self._interventions >= policy.max_interventions else action
 
-    def _act(self, action: str, flags: list[int], events: list[Event]) -> list[Event]:
-        category = self._rules[flags[0]][0]
+    def _act(self, action: str, crossed: list[Crossing], events: list[Event]) -> list[Event]:
+        category = crossed[0].category
         if ACTIONS[action].ends:
             return self._stop(action, category, events)
         self._interventions += 1
-        self._reviewed = flags
+        self._reviewed = [crossing.k for crossing in crossed]
         tokens = min(self._policy.reflect.max_tokens, self._policy.max_wait_tokens - self._waited)
         self.pending = Review(action, len(self.trace.token_ids) - 1, category, tokens if action == "reflect" else 0)
         self.trace.events.extend(events)
@@ -352,18 +365,21 @@ class Session:
         self._pieces.append(piece)
         upto = position + 1 - self._policy.hold_back
         if self._sentences is not None:
-            upto = self._sentences.whole(piece, upto)
-        if self._held or self._policy.release == "end":
+            start = self.trace.answer_at or 0
+            upto = start + self._sentences.whole(piece, upto - start)
+        if self._held or self._policy.release == "end" or self._hidden:
             upto = 0
         events = self._release(events, upto)
         self.trace.events.extend(events)
         return events
 
     def _release(self, events: list[Event], upto: int) -> list[Event]:
-        """Adds the `Text` of the tokens before `upto`, if any."""
+        """Adds the `Text` or `Thought` of the tokens before `upto`, if any."""
         if upto > self._released:
             text = "".join([self._pieces.popleft() for _ in range(upto - self._released)])
-            events.append(Text(self._released, tuple(self.trace.token_ids[self._released : upto]), text))
+            if not self._hidden:
+                kind = Text if self.trace.answer_at is not None else Thought
+                events.append(kind(self._released, tuple(self.trace.token_ids[self._released : upto]), text))
             self._released = upto
         return events
 

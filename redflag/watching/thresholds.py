@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args
@@ -41,6 +41,8 @@ class Thresholds:
         logprob_mode: What the engine measures: `raw`, before temperature, bias and penalties; or another name.
         suggested_hold_back: h with which, in the harmful responses of the calibration, the first alarm came in time to
             keep the onset from being shown; None where too few had an onset.
+        thoughts: Thresholds for the thought before an answer, which may name harm without being harm, set on thoughts
+            alone; None: those of the answer hold.
 
     Raises:
         RedflagError: For values that contradict each other or cannot be.
@@ -60,6 +62,7 @@ class Thresholds:
     template_hash: str = ""
     logprob_mode: str = "raw"
     suggested_hold_back: int | None = None
+    thoughts: Thresholds | None = None
 
     def __post_init__(self) -> None:
         self._check_values()
@@ -95,6 +98,27 @@ class Thresholds:
             )
         if type(self.joint) is not bool:
             raise RedflagError(f"joint is {self.joint!r}, so it is open what the rate is of; give true or false")
+        if self.thoughts is not None:
+            self._check_thoughts(self.thoughts)
+
+    def _check_thoughts(self, thoughts: Thresholds) -> None:
+        if not isinstance(thoughts, Thresholds) or thoughts.thoughts is not None:
+            raise RedflagError(f"thoughts must be thresholds without thoughts of their own (got {thoughts!r})")
+        for name in ("run_id", "template_hash", "logprob_mode"):
+            if (theirs := getattr(thoughts, name)) != (ours := getattr(self, name)):
+                raise RedflagError(
+                    f"thoughts must have the answer's {name} {ours!r} (got {theirs!r}). Both belong to one model."
+                )
+        if set(thoughts.values) != set(self.values):
+            raise RedflagError(
+                f"thoughts must have a threshold for each of {sorted(self.values)} (got {sorted(thoughts.values)}). A "
+                "category would go unwatched."
+            )
+
+    @property
+    def of_thoughts(self) -> Thresholds:
+        """Those that hold in a thought."""
+        return self.thoughts or self
 
     def _check_values(self) -> None:
         if not isinstance(self.values, Mapping) or not self.values:
@@ -164,20 +188,30 @@ class Thresholds:
             RedflagError: When it cannot be written; an older file is then unchanged.
         """
         path = Path(directory) / THRESHOLDS_FILE
-        record = {"format": THRESHOLDS_FORMAT, **asdict(self)}
+        record = {"format": THRESHOLDS_FORMAT, **self.to_dict()}
         with atomic_write(path) as file:
             file.write(json.dumps(record, indent=2, allow_nan=False).encode() + b"\n")
         return path
 
+    def to_dict(self) -> dict[str, Any]:
+        """As it is written; without `thoughts` where there are none, so that older versions read it."""
+        record = asdict(self)
+        thoughts = record.pop("thoughts")
+        if self.thoughts is not None:
+            record["thoughts"] = {key: value for key, value in thoughts.items() if key != "thoughts"}
+        return record
+
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Thresholds:
-        """From `dataclasses.asdict` of thresholds, perhaps by way of JSON.
+        """From `to_dict` or `dataclasses.asdict` of thresholds, perhaps by way of JSON.
 
         Raises:
             RedflagError: For values that contradict each other or cannot be.
         """
         interval = record["interval"]
         values = {**record, "monitor": MonitorConfig(**record["monitor"])}
+        if record.get("thoughts") is not None:
+            values["thoughts"] = cls.of(record["thoughts"])
         return cls(**{**values, "interval": tuple(interval) if isinstance(interval, list) else interval})
 
     @classmethod
@@ -207,21 +241,26 @@ class Thresholds:
         if (version := record.pop("format", None)) != THRESHOLDS_FORMAT:
             raise _spoilt(path, f"has format {version!r}, and this version of redflag reads {THRESHOLDS_FORMAT}")
         record.setdefault("suggested_hold_back", None)  # files of 0.1 have none
-        _check_keys(path, record, cls)
-        _check_keys(path, record["monitor"], MonitorConfig)
+        for part in (record, record.get("thoughts")):
+            if part is not None:
+                _check_keys(path, part, cls, {"thoughts"})
+                _check_keys(path, part["monitor"], MonitorConfig)
         try:
             return cls.of(record)
         except (OverflowError, RedflagError, TypeError) as error:
             raise _spoilt(path, f"holds a value that cannot be: {error}") from error
 
 
-def _check_keys(path: Path, record: Any, kind: type[Thresholds] | type[MonitorConfig]) -> None:
+def _check_keys(
+    path: Path, record: Any, kind: type[Thresholds] | type[MonitorConfig], may_lack: Collection[str] = ()
+) -> None:
     if not isinstance(record, dict):
-        raise _spoilt(path, "has a monitor that is no object")
+        what = "a monitor that is" if kind is MonitorConfig else "thoughts that are"
+        raise _spoilt(path, f"has {what} no object")
     known = {item.name for item in fields(kind)}
     if unknown := sorted(set(record) - known):
         raise _spoilt(path, f"has unknown keys {unknown}")
-    if missing := sorted(known - set(record)):
+    if missing := sorted(known - set(record) - set(may_lack)):
         raise _spoilt(path, f"lacks the keys {missing}")
 
 

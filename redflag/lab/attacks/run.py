@@ -267,7 +267,7 @@ def _run(target: Target, attack: Attack, rows: list[Row], seed: int) -> Iterator
 
 def _head(target: Target, attack: Attack, rows: Sequence[Row], seed: int, size: int) -> dict[str, Any]:
     """What the attempts depend on, as far as it can be written down."""
-    thresholds = dataclasses.asdict(target.thresholds) if target.thresholds else None
+    thresholds = target.thresholds.to_dict() if target.thresholds else None
     settings = {
         "attack": f"{type(attack).__module__}.{type(attack).__qualname__}",
         "options": {

@@ -223,7 +223,7 @@ def _fitted(
 
 
 def _shown(thresholds: Thresholds, split: str) -> dict[str, Any]:
-    return {**asdict(thresholds), "fitted_on": {"split": split, "harmless": thresholds.sample_size}}
+    return {**thresholds.to_dict(), "fitted_on": {"split": split, "harmless": thresholds.sample_size}}
 
 
 def _slice(

@@ -13,7 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -296,7 +296,7 @@ def _results(model: Path, scored: Path) -> dict[str, Any]:
         "summary": summary,
         "keep_kl": metrics["eval_keep_kl_harmless"],
         "perplexity_ratio": metrics["eval_perplexity_ratio"],
-        "thresholds": asdict(thresholds),
+        "thresholds": thresholds.to_dict(),
     }
 
 

@@ -1,0 +1,100 @@
+"""The alarms of one part of a response: its monitor, its thresholds, and which alarms are muted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from redflag.errors import RedflagError
+from redflag.watching.first_token import Decision
+from redflag.watching.monitor import Monitor
+from redflag.watching.policy import Policy
+from redflag.watching.thresholds import Thresholds
+
+
+class Crossing(NamedTuple):
+    """A score that has reached its threshold from below: of flag `k`, and what the policy does about it."""
+
+    k: int
+    category: str
+    score: float
+    threshold: float
+    action: str
+
+
+class Watch:
+    """Scores and crossings, step by step. A thought and the answer behind it have one each: nothing is carried over."""
+
+    def __init__(self, thresholds: Thresholds, policy: Policy, categories: Sequence[str]) -> None:
+        """Starts before the part's first step.
+
+        Args:
+            thresholds: Those of this part.
+            policy: What alarms lead to, and how long they are muted.
+            categories: K categories in the order of the flag probabilities.
+        """
+        self._monitor = Monitor(thresholds.monitor, len(categories))
+        self._rules = [(name, thresholds.values[name], policy.decide(name)) for name in categories]
+        self._policy = policy
+        self._above = [False] * len(categories)
+        self._mute = [0] * len(categories)  # steps for which each category's alarm is still muted
+
+    def score(self, probs: tuple[float, ...]) -> tuple[float, ...]:
+        """The K scores of the next step.
+
+        Raises:
+            UnjudgedError: The probabilities cannot be judged.
+        """
+        return self._monitor.feed(probs)
+
+    def crossings(self, scores: tuple[float, ...], decision: Decision | None = None) -> list[Crossing]:
+        """The categories that alarm at this step, in order; `decision` is made in place of the thresholds."""
+        found = []
+        for k, (category, threshold, action) in enumerate(self._rules):
+            score, above = scores[k], scores[k] >= threshold
+            if self._mute[k]:
+                self._mute[k] = 0 if score < self._policy.rearm * threshold else self._mute[k] - 1
+                continue
+            if decision is not None:
+                score, threshold, above = decision.probability, decision.limit, category == decision.category
+            if above and not self._above[k]:
+                found.append(Crossing(k, category, score, threshold, action))
+            self._above[k] = above
+        return found
+
+    def mute(self, flags: Sequence[int]) -> None:
+        """An alarm of these was reviewed: no further one until the score has fallen."""
+        for k in flags:
+            self._mute[k] = self._policy.mute_limit
+            self._above[k] = False
+
+    def high(self, scores: tuple[float, ...]) -> bool:
+        """Whether an alarm is muted, or a score has reached its threshold."""
+        return any(self._mute) or any(score >= rule[1] for score, rule in zip(scores, self._rules, strict=True))
+
+
+def check_fit(thresholds: Thresholds, policy: Policy, categories: Sequence[str], thought: bool = False) -> None:
+    """Refuses thresholds, a policy and flags that do not belong together.
+
+    Raises:
+        RedflagError: A category has no threshold, a threshold or action no category, or the policy decides before the
+            first token of a response that begins with a thought.
+    """
+    if len(set(categories)) != len(categories) or set(categories) != set(thresholds.values):
+        raise RedflagError(
+            f"the flags are {list(categories)} but there are thresholds for {list(thresholds.values)}, so "
+            "something would go unwatched; give exactly one threshold per flag"
+        )
+    if unknown := sorted(set(policy.actions) - set(categories)):
+        raise RedflagError(
+            f"the policy has actions for {unknown}, but the flags are {list(categories)}, so those actions would "
+            "never be taken; mend the names"
+        )
+    if policy.first_token is None:
+        return
+    policy.first_token.check(thresholds)
+    if thought:
+        raise RedflagError(
+            "thinking must be off with a decision before the first token. A response with a thought has two that are "
+            "first."
+        )
