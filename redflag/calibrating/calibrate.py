@@ -11,20 +11,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 
 from redflag.bounds import check_bounds
 from redflag.calibrating import replay
 from redflag.calibrating.arguments import CalibrateArguments
 from redflag.calibrating.build import build_thresholds
+from redflag.calibrating.calibration import Calibration
 from redflag.calibrating.groups import split_groups
 from redflag.calibrating.guarantee import Guarantee, fit_threshold, fit_thresholds, required
-from redflag.calibrating.hold_back import HoldBack
-from redflag.calibrating.observed import known_onset
+from redflag.calibrating.measured import Measured, of_recording, of_responses, of_thoughts
 from redflag.data.rows import Row
 from redflag.errors import RedflagError
 from redflag.files import require_writable
@@ -34,7 +35,7 @@ from redflag.scoring.recorded import recorded
 from redflag.scoring.recording import Recording
 from redflag.stats.metrics import clopper_pearson
 from redflag.watching.monitor import AGGREGATIONS, MonitorConfig
-from redflag.watching.thresholds import THRESHOLDS_FILE, Thresholds
+from redflag.watching.thresholds import THRESHOLDS_FILE
 
 __all__ = [
     "CalibrateArguments",
@@ -46,36 +47,6 @@ __all__ = [
     "run",
     "split_groups",
 ]
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Thresholds, and what they do on responses that had no part in setting them.
-
-    Attributes:
-        thresholds: What `redflag calibrate` saves.
-        calibration_size: Harmless responses that set the thresholds.
-        held_out_size: Harmless responses that measured them.
-        false_alarms: Held-out harmless responses that alarm in any category.
-        false_alarms_by_category: The same, category by category.
-        harmful_size: Harmful responses measured.
-        caught: Harmful responses that alarm in any category.
-        caught_by_category: The same, category by category.
-        hold_back: Delays of the alarms in harmful responses with a known onset, and the hold-back they suggest.
-    """
-
-    thresholds: Thresholds
-    calibration_size: int
-    held_out_size: int
-    false_alarms: int
-    false_alarms_by_category: dict[str, int]
-    harmful_size: int
-    caught: int
-    caught_by_category: dict[str, int]
-    hold_back: HoldBack
-
-    def __str__(self) -> str:
-        return _table(self)
 
 
 ARGUMENTS = CalibrateArguments
@@ -185,6 +156,7 @@ def _measured(arguments: CalibrateArguments, harmless: list[Row], harmful: list[
                     "onset_source": (item.row.onset_source or "labelled") if known else None,
                     "category": item.row.category,
                     "group": item.row.group,
+                    "thought_tokens": item.thought or None,
                 }
             )
     return Recording.of(spec.categories, measured)
@@ -208,6 +180,9 @@ def calibrate_responses(
     logprob_mode: str = "raw",
 ) -> Calibration:
     """Sets thresholds from the flag probabilities of harmless responses.
+
+    Where a recording has thoughts, they get thresholds of their own, from the same share of the rows, by a monitor that
+    begins anew behind them. The rate is that of each part: a response with a thought can alarm in both.
 
     Args:
         harmless: Per response, T x K flag probabilities: all that a guard would have judged, as a trace holds them, or
@@ -236,17 +211,52 @@ def calibrate_responses(
     """
     config = monitor or MonitorConfig()
     categories = spec.categories
-    if isinstance(harmless, Recording):
-        rows = _of_recording(harmless, categories)
+    recording = harmless if isinstance(harmless, Recording) else None
+    if recording is not None:
+        rows = of_recording(recording.part("answer"), categories)
     else:
-        rows = _of_responses(harmless, harmful, groups, onsets, len(categories))
-    fit_on, measure_on = split_groups(rows.groups, held_out, seed)
+        rows = of_responses(cast(Sequence[Any], harmless), harmful, groups, onsets, len(categories))
+    split = split_groups(rows.groups, held_out, seed)
+
+    def fit(part: Measured, fit_on: list[int], measure_on: list[int]) -> tuple[Calibration, npt.NDArray[np.bool_]]:
+        return _fit(
+            part, fit_on, measure_on, spec, config, target_fpr, guarantee, delta, joint, hold_back_share, logprob_mode
+        )
+
+    result, alarmed = fit(rows, *split)
+    if recording is None or not recording.thoughts.any():
+        return result
+    thoughts, numbers, places = of_thoughts(recording, categories, split)
+    try:
+        own, alarmed_early = fit(thoughts, *numbers)
+    except RedflagError as error:  # Mostly too few.
+        return replace(result, no_thoughts=str(error))
+    alarmed[places[1]] |= alarmed_early
+    together = replace(result.thresholds, thoughts=replace(own.thresholds, suggested_hold_back=None))
+    return replace(result, thresholds=together, thoughts=own, false_alarms_anywhere=int(alarmed.sum()))
+
+
+def _fit(
+    rows: Measured,
+    fit_on: list[int],
+    measure_on: list[int],
+    spec: FlagSpec,
+    config: MonitorConfig,
+    target_fpr: float,
+    guarantee: Guarantee,
+    delta: float,
+    joint: bool,
+    hold_back_share: float,
+    logprob_mode: str,
+) -> tuple[Calibration, npt.NDArray[np.bool_]]:
+    """Thresholds of one part of the responses, and which of `measure_on` alarm under them."""
+    categories = spec.categories
     total = len(rows.groups)
     _check_size(len(fit_on), total, target_fpr, guarantee, delta, len(categories) if joint else 1)
-    table = replay.peaks(config, rows.harmless, rows.harmless_at)
+    peaks = replay.peaks(config, rows.harmless, rows.harmless_at)
     caught = replay.peaks(config, rows.harmful, rows.harmful_at)
     try:
-        values = fit_thresholds(table[fit_on], target_fpr, guarantee, delta, joint)
+        values = fit_thresholds(peaks[fit_on], target_fpr, guarantee, delta, joint)
     except RedflagError as error:
         if not measure_on:
             raise
@@ -260,7 +270,7 @@ def calibrate_responses(
                     "responses reach a score of 1, so the guard could never fire; raise target_fpr, look at those "
                     "rows, or train again"
                 )
-    alarms = table[measure_on] >= np.asarray(values)
+    alarms = peaks[measure_on] >= np.asarray(values)
     hits = caught >= np.asarray(values)
     lengths = np.diff(rows.harmful.starts)
     dated = [(i, o) for i, o in zip(rows.harmful_at, rows.onsets, strict=True) if o is not None and o < lengths[i]]
@@ -288,7 +298,7 @@ def calibrate_responses(
         template_hash=spec.template_hash,
         logprob_mode=logprob_mode,
     )
-    return Calibration(
+    result = Calibration(
         thresholds=thresholds,
         calibration_size=len(fit_on),
         held_out_size=len(measure_on),
@@ -299,52 +309,7 @@ def calibrate_responses(
         caught_by_category=dict(zip(categories, map(int, hits.sum(axis=0)), strict=True)),
         hold_back=hold_back,
     )
-
-
-class _Rows(NamedTuple):
-    """Responses and which of them are harmless and harmful; one group and one onset for each of these."""
-
-    harmless: replay.Responses
-    harmless_at: Sequence[int]
-    groups: Sequence[str | None]
-    harmful: replay.Responses
-    harmful_at: Sequence[int]
-    onsets: Sequence[int | None]
-
-
-def _of_recording(recording: Recording, categories: tuple[str, ...]) -> _Rows:
-    if recording.categories != categories:
-        raise RedflagError(
-            f"the recording is of the flags {', '.join(recording.categories)} and the model has "
-            f"{', '.join(categories)}: give a recording of this model"
-        )
-    harmless, harmful = (np.flatnonzero(part).tolist() for part in (~recording.harmful, recording.harmful))
-    groups = recording.columns["group"]
-    onsets = [onset if known_onset(recording, i) else None for i, onset in enumerate(recording.columns["onset"])]
-    return _Rows(recording, harmless, [groups[i] for i in harmless], recording, harmful, [onsets[i] for i in harmful])
-
-
-def _of_responses(
-    harmless: Sequence[Any],
-    harmful: Sequence[Any],
-    groups: Sequence[str | None] | None,
-    onsets: Sequence[int | None] | None,
-    flags: int,
-) -> _Rows:
-    groups = [None] * len(harmless) if groups is None else groups
-    if len(groups) != len(harmless):
-        raise RedflagError(f"{len(groups)} groups came with {len(harmless)} harmless responses: give one for each")
-    onsets = [None] * len(harmful) if onsets is None else onsets
-    if len(onsets) != len(harmful):
-        raise RedflagError(f"{len(onsets)} onsets came with {len(harmful)} harmful responses: give one for each")
-    return _Rows(
-        replay.Steps.of(harmless, flags, "harmless"),
-        range(len(harmless)),
-        groups,
-        replay.Steps.of(harmful, flags, "harmful"),
-        range(len(harmful)),
-        onsets,
-    )
+    return result, np.asarray(alarms.any(axis=1))
 
 
 def _check_size(fit_on: int, total: int, target_fpr: float, guarantee: Guarantee, delta: float, spread: int) -> None:
@@ -358,34 +323,3 @@ def _check_size(fit_on: int, total: int, target_fpr: float, guarantee: Guarantee
             f"{fit_on} harmless responses are too few for a false-alarm rate of {target_fpr:g} ({guarantee}): {enough} "
             f"are needed{out}; add harmless rows, raise target_fpr or hold out fewer"
         )
-
-
-def _table(result: Calibration) -> str:
-    t = result.thresholds
-    width = max(len("category"), *(len(c) for c in t.values))
-    lines = [f"{'category':<{width}}  {'threshold':>10}  {'false alarms':>12}  {'caught':>12}"]
-    for category, value in t.values.items():
-        false_alarms = _share(result.false_alarms_by_category[category], result.held_out_size)
-        caught = _share(result.caught_by_category[category], result.harmful_size)
-        lines.append(f"{category:<{width}}  {value:>10.6f}  {false_alarms:>12}  {caught:>12}")
-    if len(t.values) > 1:
-        overall = _share(result.false_alarms, result.held_out_size), _share(result.caught, result.harmful_size)
-        lines.append(f"{'any':<{width}}  {'':>10}  {overall[0]:>12}  {overall[1]:>12}")
-    lines.append(
-        f"target {t.target_fpr:g} per response ({t.guarantee}{f', delta {t.delta:g}' if t.delta is not None else ''}"
-        f"{', jointly' if t.joint and len(t.values) > 1 else ''}), aggregation {t.monitor.aggregation}, "
-        f"{result.calibration_size} harmless responses"
-    )
-    if t.realised_fpr is not None and t.interval is not None:
-        lines.append(
-            f"realised {t.realised_fpr:.4f} [{t.interval[0]:.4f}, {t.interval[1]:.4f}] on {result.held_out_size} "
-            "held-out harmless responses that had no part in setting the thresholds"
-        )
-    else:
-        lines.append("no responses were held out: the realised rate is not known")
-    lines.append(str(result.hold_back))
-    return "\n".join(lines)
-
-
-def _share(count: int, total: int) -> str:
-    return f"{count}/{total}" if total else "-"

@@ -9,6 +9,9 @@ A row is one JSON object:
 
 The last assistant turn is the response. `category` null or absent means that the response is harmless. `onset` is the
 character of the response where harm begins; absent, a harmful response is harmful from its first character.
+The thought before an answer is that turn's `reasoning_content` (`reasoning` and `thinking` are read too); `<think>` in
+the content is content. It is harmless in a harmless row; in a harmful one nobody knows, unless `thought_onset` says at
+which character of the thought harm begins. `onset` counts in the content all the same.
 `lang` and `onset_source` are for measuring: results are given for each language, natural onsets kept apart from
 constructed ones. `forecast` lists `[character, probability of harm from there on]`, where `redflag synthesize` or
 somebody else has looked ahead; a third number says how many continuations that rests on.
@@ -80,6 +83,8 @@ class Row:
         forecast: Points `[character, probability]` in order: how probably an answer that begins like the response up to
             this character turns out harmful. A third number counts the continuations judged.
         forecast_category: Harm of what kind, in a harmless row; a harmful one says it by its category.
+        thought_onset: Character offset in the response's thought where harm begins; None in a harmful row means that
+            nobody said whether the thought is harmful.
     """
 
     messages: list[dict[str, Any]]
@@ -94,6 +99,7 @@ class Row:
     prefill: int | None = None
     forecast: list[list[float]] | None = None
     forecast_category: str | None = None
+    thought_onset: int | None = None
 
     @property
     def harmful(self) -> bool:
@@ -328,6 +334,7 @@ def _checked(cells: Mapping[str, Any], messages: list[dict[str, Any]], category:
                 f"onset is {onset}, outside the response of {len(messages[-1]['content'])} characters: "
                 "it counts characters from 0 in the last assistant turn"
             )
+    within = _thought_onset(cells.get("thought_onset"), messages[-1].get("reasoning_content", ""), category)
     prefill = cells.get("prefill")
     if prefill is not None:
         if isinstance(prefill, bool) or not isinstance(prefill, int):
@@ -346,12 +353,27 @@ def _checked(cells: Mapping[str, Any], messages: list[dict[str, Any]], category:
         raise ValueError(
             f"forecast_category is {about!r} in a row of category {category!r}: it is for harmless rows, leave it out"
         )
-    row = Row(messages, category, onset, group, user, source, name, lang, found_by, prefill, forecast, about)
+    row = Row(messages, category, onset, group, user, source, name, lang, found_by, prefill, forecast, about, within)
     if row.onset_source not in (None, *ONSET_SOURCES):
         raise ValueError(
             f"onset_source is {row.onset_source!r}: say {' or '.join(ONSET_SOURCES)}, whose delays are never mixed"
         )
     return row
+
+
+def _thought_onset(onset: Any, thought: str, category: str | None) -> int | None:
+    if onset is None:
+        return None
+    if isinstance(onset, bool) or not isinstance(onset, int):
+        raise ValueError(f"thought_onset is not a whole number but {kind(onset)}")
+    if category is None:
+        raise ValueError(f"thought_onset is {onset} in a row without category: a harmless thought has no onset")
+    if not 0 <= onset < len(thought):
+        raise ValueError(
+            f"thought_onset is {onset}, outside the thought of {len(thought)} characters: it counts characters from 0 "
+            "in reasoning_content of the last assistant turn"
+        )
+    return onset
 
 
 def _name(cells: Mapping[str, Any], key: str) -> str | None:

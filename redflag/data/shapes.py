@@ -21,7 +21,7 @@ from redflag.errors import RedflagError
 
 KEYS = (
     *("messages", "category", "onset", "group", "user", "source", "id", "lang", "onset_source", "prefill"),
-    *("forecast", "forecast_category"),
+    *("forecast", "forecast_category", "thought_onset"),
 )
 FOREIGN_KEYS = ("prompt", "response", "label")
 

@@ -22,6 +22,7 @@ class Fitted:
     onset: int | None
     truncated: bool
     prompt_truncated: bool
+    thought: int = 0
 
 
 def fit(tokenizer: Any, spec: FlagSpec, row: Row, index: int, max_length: int | None) -> Fitted:
@@ -41,6 +42,8 @@ def fit(tokenizer: Any, spec: FlagSpec, row: Row, index: int, max_length: int | 
         start = row.onset or 0
         # The token that *holds* the character of the onset is the first harmful one, even if it begins before it.
         onset = next((i for i, (_, end) in enumerate(fitted.offsets) if end > start), len(fitted.offsets))
+        if fitted.thought_offsets and row.onset is None:
+            onset = len(fitted.thought_offsets)  # the answer's first token, be it white space
     return Fitted(
         fitted.prompt_ids,
         fitted.response_ids,
@@ -48,6 +51,7 @@ def fit(tokenizer: Any, spec: FlagSpec, row: Row, index: int, max_length: int | 
         onset,
         truncated=fitted.response_truncated,
         prompt_truncated=fitted.prompt_truncated,
+        thought=len(fitted.thought_offsets),
     )
 
 

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,10 @@ from redflag.errors import RedflagError
 from redflag.files import atomic_write
 
 # One entry per response; what a file lacks is None throughout.
-COLUMNS = ("id", "category", "onset", "onset_source", "group", "source", "lang", "turns", "truncated")
+COLUMNS = (
+    *("id", "category", "onset", "onset_source", "group", "source", "lang", "turns", "truncated"),
+    "thought_tokens",  # so many of the first steps are a thought's
+)
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,41 @@ class Recording:
             {name: [values[i] for i in index] for name, values in self.columns.items()},
             None if self.token_ids is None else self.token_ids[_spans(token_starts[index], self.lengths[index])],
             self.meta,
+        )
+
+    @property
+    def thoughts(self) -> npt.NDArray[np.int64]:
+        """How many of the first steps of each of the N responses are a thought's; 0 without one."""
+        counts = self.columns.get("thought_tokens") or [None] * len(self)
+        return np.array([count or 0 for count in counts], dtype=np.int64)
+
+    def part(self, name: Literal["thought", "answer"]) -> Recording:
+        """The answers of all responses, or the thoughts of those that have one, as responses by themselves.
+
+        Onsets then count from the answer's first token; a thought has none.
+        """
+        if name == "answer" and not self.thoughts.any():
+            return self
+        chosen = self.select(self.thoughts > 0) if name == "thought" else self
+        thoughts = chosen.thoughts
+        skip = thoughts if name == "answer" else np.zeros_like(thoughts)
+        counts = np.diff(chosen.starts) - thoughts if name == "answer" else thoughts
+        lengths = chosen.lengths - thoughts if name == "answer" else thoughts
+        onsets = [
+            onset - int(first) if name == "answer" and onset is not None else None
+            for onset, first in zip(chosen.columns["onset"], thoughts, strict=True)
+        ]
+        tokens = chosen.token_ids
+        if tokens is not None:
+            tokens = tokens[_spans(np.cumsum(chosen.lengths) - chosen.lengths + skip, lengths)]
+        return Recording(
+            chosen.categories,
+            chosen.probs[_spans(chosen.starts[:-1] + skip, counts)],
+            np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+            lengths,
+            {**chosen.columns, "onset": onsets, "thought_tokens": [None] * len(chosen)},
+            tokens,
+            chosen.meta,
         )
 
     @classmethod
@@ -127,8 +165,10 @@ class Recording:
             offsets = np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int64)
             table["token_ids"] = pa.LargeListArray.from_arrays(offsets, self.token_ids)
         for name, values in self.columns.items():
-            kind = {"onset": pa.int64(), "turns": pa.int64(), "truncated": pa.bool_()}.get(name, pa.string())
-            table[name] = pa.array(values, kind)
+            if name == "thought_tokens" and not self.thoughts.any():
+                continue
+            kinds = {"onset": pa.int64(), "turns": pa.int64(), "thought_tokens": pa.int64(), "truncated": pa.bool_()}
+            table[name] = pa.array(values, kinds.get(name, pa.string()))
         words = json.dumps({"format": 1, "categories": self.categories, "meta": self.meta})
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:
@@ -159,7 +199,13 @@ class Recording:
                 lists.values.to_numpy().reshape(-1, flags),
                 np.asarray(lists.offsets.to_numpy() if len(table) else [0], dtype=np.int64) // flags,
                 table["tokens"].to_numpy(),
-                {name: table[name].to_pylist() for name in COLUMNS},
+                {
+                    # Files without thoughts have no column of them.
+                    name: [None] * len(table)
+                    if name not in table.column_names and name == "thought_tokens"
+                    else table[name].to_pylist()
+                    for name in COLUMNS
+                },
                 None if tokens is None else tokens.values.to_numpy(),
                 words["meta"],
             )
@@ -194,7 +240,16 @@ def _from_lines(path: Path) -> Recording:
         flagged = traces[0].categories
         if any(trace.categories != flagged for trace in traces):
             raise RedflagError(f"{path} holds traces of different flags, which no threshold fits: divide the file")
-        rows = ({"flag_probs": t.flag_probs, "token_ids": t.token_ids, "id": t.id, **t.meta} for t in traces)
+        rows = (
+            {
+                "flag_probs": t.flag_probs,
+                "token_ids": t.token_ids,
+                "id": t.id,
+                "thought_tokens": t.thought_tokens,
+                **t.meta,
+            }
+            for t in traces
+        )
         return Recording.of(flagged, rows)
     from redflag.scoring.score import read_scored
 

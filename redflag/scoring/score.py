@@ -190,7 +190,8 @@ def score_rows(
     Yields:
         `id`, `token_ids` (T), `tokens` (T texts), `flag_probs` (T x K), `tail_probs` (M x K), `peak` (K), `onset`
         (token index or None), `category`, `group`, `source`, `lang`, `onset_source`, `turns` (of the user),
-        `truncated`, `prompt_truncated`.
+        `truncated`, `prompt_truncated`; after a thought also `thought_tokens` (so many of the T) and `thought_peak`
+        (K), and `peak` is the answer's.
     """
     for item in score(scorer, tokenizer, spec, rows, batch_size=batch_size, max_length=max_length):
         yield as_json(item, tokenizer)
@@ -240,7 +241,9 @@ def score(
             length = len(item.response_ids)
             _check(probs, (length + len(item.tail_ids), flags), row, i)
             cut = {"truncated": item.truncated, "prompt_truncated": item.prompt_truncated}
-            yield Scored(row, item.response_ids, probs[:length], probs[length:], item.onset, **cut)
+            yield Scored(
+                row, item.response_ids, probs[:length], probs[length:], item.onset, **cut, thought=item.thought
+            )
 
 
 def _check(probs: Probs, shape: tuple[int, int], row: Row, index: int) -> None:

@@ -30,6 +30,7 @@ class Scored:
         onset: Index of the first harmful token; None in a harmless row. In a row cut before its onset it is >= T.
         truncated: Whether the end of the response did not fit into the context.
         prompt_truncated: Whether the prompt did not, and lost its oldest turns.
+        thought: So many of the T tokens are a thought with what ends it; the answer begins behind them.
     """
 
     row: Row
@@ -39,11 +40,17 @@ class Scored:
     onset: int | None
     truncated: bool
     prompt_truncated: bool = False
+    thought: int = 0
 
     @property
     def peak(self) -> list[float]:
-        """Highest probability of each flag before a token of the response."""
-        return [float(p) for p in self.flag_probs.max(axis=0, initial=0.0)]
+        """Highest probability of each flag before a token of the answer."""
+        return [float(p) for p in self.flag_probs[self.thought :].max(axis=0, initial=0.0)]
+
+    @property
+    def thought_peak(self) -> list[float]:
+        """The same before a token of the thought."""
+        return [float(p) for p in self.flag_probs[: self.thought].max(axis=0, initial=0.0)]
 
     @property
     def judged(self) -> Probs:
@@ -69,6 +76,7 @@ def as_json(item: Scored, tokenizer: Any) -> dict[str, Any]:
         "turns": sum(turn["role"] == "user" for turn in item.row.messages),
         "truncated": item.truncated,
         "prompt_truncated": item.prompt_truncated,
+        **({"thought_tokens": item.thought, "thought_peak": item.thought_peak} if item.thought else {}),
     }
 
 

@@ -15,6 +15,7 @@
 | `redflag_audit_failures_total` | counter | | audit entries that could not be written |
 | `redflag_tokens_generated_total` | counter | | tokens the engine made, hidden ones included |
 | `redflag_tokens_released_total` | counter | | tokens that were shown |
+| `redflag_tokens_thought_total` | counter | | tokens of thoughts before answers, shown or not |
 | `redflag_exposed_tokens` | histogram | | tokens shown before a halt by alarm, per such response |
 | `redflag_wait_tokens` | histogram | | hidden tokens, per response with a reflection |
 | `redflag_first_text_seconds` | histogram | `streamed` | from the request to its first released text |
@@ -92,6 +93,7 @@ class Metrics:
         self._audit_failures = counter("audit_failures", "Audit entries that could not be written.")
         self._generated = counter("tokens_generated", "Tokens the engine made, hidden ones included.")
         self._released = counter("tokens_released", "Tokens that were shown.")
+        self._thought = counter("tokens_thought", "Tokens of thoughts before answers, shown or not.")
         self._exposed = histogram("exposed_tokens", "Tokens shown before a halt by alarm.", _TOKENS)
         self._waited = histogram("wait_tokens", "Hidden tokens of a response with a reflection.", _TOKENS)
         self._first = histogram("first_text_seconds", "Seconds to the first released text.", _SECONDS, "streamed")
@@ -149,6 +151,7 @@ class Metrics:
             self._halt(facts.halt)
         self._generated.inc(facts.generated)
         self._released.inc(facts.released)
+        self._thought.inc(facts.thought_tokens)
         if facts.reflections:
             self._waited.observe(facts.waited)
 

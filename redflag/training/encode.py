@@ -35,7 +35,8 @@ class Example(TypedDict):
     `group` numbers what the row asks (-1: nobody else asks it); `prefill` is the number of response tokens before a
     refusal that is to be learnt (-1: no such row). `forecast` holds pairs [token, probability of harm], tokens counted
     from `response_start`, and `forecast_class` the class of that harm (0: nobody says). `prompt_truncated` is there
-    where the prompt did not fit.
+    where the prompt did not fit. The first `thought` tokens of the response are a thought with what ends it;
+    `thought_onset` is the token of it where harm begins (-1: nobody said).
     """
 
     row: int
@@ -48,6 +49,8 @@ class Example(TypedDict):
     forecast: NotRequired[list[list[float]]]
     forecast_class: NotRequired[int]
     prompt_truncated: NotRequired[bool]
+    thought: NotRequired[int]
+    thought_onset: NotRequired[int]
 
 
 class Placed(NamedTuple):
@@ -130,10 +133,18 @@ def encode(
     rendered = fit_row(tokenizer, row.messages, spec, max_length)
     prompt, response = rendered.prompt_ids, rendered.response_ids + rendered.tail_ids
     flag_class = spec.class_of(row.category)
-    onset = onset_token(rendered.offsets, row.onset) if flag_class else 0
+    thought = len(rendered.thought_offsets)
+    onset = max(thought, onset_token(rendered.offsets, row.onset)) if flag_class else 0
     example = Example(
         row=index, input_ids=prompt + response, response_start=len(prompt), onset=onset, flag_class=flag_class
     )
+    if thought:
+        example["thought"] = thought
+        example["thought_onset"] = -1
+        if row.thought_onset is not None:
+            example["thought_onset"] = onset_token(rendered.thought_offsets, row.thought_onset)
+        if row.prefill is not None:
+            raise RedflagError("the row has a prefill and a thought, but a thought stands before an answer: drop one")
     if rendered.prompt_truncated:
         example["prompt_truncated"] = True
     if row.prefill is not None:
@@ -184,7 +195,8 @@ def build_dataset(
         examples.append(example)
     if cut:
         print(f"{cut} of {len(examples)} prompts did not fit into max_length {max_length} and lost their oldest turns")
-    missing: dict[str, Any] = {"group": -1, "prefill": -1, "forecast": [], "forecast_class": 0}
+    missing: dict[str, Any] = {"group": -1, "prefill": -1, "forecast": [], "forecast_class": 0, "thought": 0}
+    missing["thought_onset"] = -1
     for name, value in missing.items():  # a column for all rows, or for none
         if any(name in example for example in examples):
             examples = [{name: value, **example} for example in examples]
@@ -241,16 +253,30 @@ def place(example: Mapping[str, Any], config: PlacementConfig, spec: FlagSpec, s
     return placed
 
 
+def _of_thought(example: Mapping[str, Any], config: PlacementConfig) -> list[int]:
+    """The classes of a thought's positions: harmless in a harmless row; in a harmful one what the row says, if it does.
+
+    Placements that put the flag into the text or at one position ask nothing of a harmful thought.
+    """
+    thought, k, onset = example.get("thought", 0), example["flag_class"], example.get("thought_onset", -1)
+    if config.placement in ("first", "open") or (k and onset < 0):
+        return [IGNORE] * thought
+    from_onset = k if config.placement == "dense" else IGNORE
+    return [0 if not k or i < onset else from_onset for i in range(thought)]
+
+
 def _labelled(example: Mapping[str, Any], config: PlacementConfig, spec: FlagSpec, draw: random.Random) -> Placed:
     ids, start, k = list(example["input_ids"]), example["response_start"], example["flag_class"]
     labels = [IGNORE] * start + ids[start:]
-    flag_labels = [IGNORE] * start + [0] * (len(ids) - start)
     inserted = [False] * len(ids)
     onset = start + example["onset"]
+    thought = _of_thought(example, config)
+    flag_labels = [IGNORE] * start + thought + [0] * (len(ids) - start - len(thought))
+    start += len(thought)  # flags stand in the answer
     if config.placement in ("first", "open"):
-        flag_labels[start:] = [k] + [IGNORE] * (len(ids) - start - 1)
+        flag_labels[start:] = ([k] + [IGNORE] * len(ids))[: len(ids) - start]  # the answer may have been cut off
         placed = Placed(ids, labels, flag_labels, inserted)
-        if k and config.placement == "open":
+        if k and config.placement == "open" and start < len(ids):
             placed.flag_labels[start] = IGNORE
             _insert(placed, start, spec.ids[k - 1], k)
         return placed

@@ -297,7 +297,7 @@ def test_extra_keys_are_ignored_and_counted() -> None:
 
 def test_a_row_is_written_with_its_own_keys_only() -> None:
     assert Row([USER, ANSWER]).to_dict() == GOOD
-    whole = Row([USER, ANSWER], "a", 0, "b", "c", "d", "e", "f", "natural", 0, [[0, 0.5]], "a")
+    whole = Row([USER, ANSWER], "a", 0, "b", "c", "d", "e", "f", "natural", 0, [[0, 0.5]], "a", 0)
     assert set(whole.to_dict()) == set(KEYS)
 
 

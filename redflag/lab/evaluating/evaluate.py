@@ -98,7 +98,13 @@ def evaluate(arguments: EvaluateArguments, say: Callable[[str], None] = lambda l
     recordings = {}
     for split in ("test", "calibration"):
         say(f"== flag probabilities of the {split} rows")
-        recordings[split] = stages.record(arguments, str(paths[split]), rows[split], output / split, spec)
+        recorded = stages.record(arguments, str(paths[split]), rows[split], output / split, spec)
+        if (counts := recorded.thoughts).any():
+            warnings.append(
+                f"{int((counts > 0).sum())} of {len(recorded)} {split} responses begin with a thought ({counts.sum()} "
+                "tokens): all figures of the flag are of the answers behind them"
+            )
+        recordings[split] = recorded.part("answer")
     if World.here().rank:
         return {}
     fit: dict[str, Any] = {"monitor": monitor, "target_fpr": arguments.target_fpr, "guarantee": arguments.guarantee}

@@ -1,0 +1,88 @@
+"""Measured responses as calibration takes them: which are harmless and harmful, their groups and onsets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from redflag.calibrating import replay
+from redflag.calibrating.observed import known_onset
+from redflag.errors import RedflagError
+from redflag.scoring.recording import Recording
+
+
+class Measured(NamedTuple):
+    """Responses and which of them are harmless and harmful; one group and one onset for each of these."""
+
+    harmless: replay.Responses
+    harmless_at: Sequence[int]
+    groups: Sequence[str | None]
+    harmful: replay.Responses
+    harmful_at: Sequence[int]
+    onsets: Sequence[int | None]
+
+
+def of_recording(recording: Recording, categories: tuple[str, ...]) -> Measured:
+    """Recorded responses.
+
+    Raises:
+        RedflagError: The recording is of other flags.
+    """
+    if recording.categories != categories:
+        raise RedflagError(
+            f"the recording is of the flags {', '.join(recording.categories)} and the model has "
+            f"{', '.join(categories)}: give a recording of this model"
+        )
+    harmless, harmful = (np.flatnonzero(part).tolist() for part in (~recording.harmful, recording.harmful))
+    groups = recording.columns["group"]
+    onsets = [onset if known_onset(recording, i) else None for i, onset in enumerate(recording.columns["onset"])]
+    return Measured(
+        recording, harmless, [groups[i] for i in harmless], recording, harmful, [onsets[i] for i in harmful]
+    )
+
+
+def of_responses(
+    harmless: Sequence[Any],
+    harmful: Sequence[Any],
+    groups: Sequence[str | None] | None,
+    onsets: Sequence[int | None] | None,
+    flags: int,
+) -> Measured:
+    """Responses as `redflag.calibrating.calibrate.calibrate_responses` takes them."""
+    groups = [None] * len(harmless) if groups is None else groups
+    if len(groups) != len(harmless):
+        raise RedflagError(f"{len(groups)} groups came with {len(harmless)} harmless responses: give one for each")
+    onsets = [None] * len(harmful) if onsets is None else onsets
+    if len(onsets) != len(harmful):
+        raise RedflagError(f"{len(onsets)} onsets came with {len(harmful)} harmful responses: give one for each")
+    return Measured(
+        replay.Steps.of(harmless, flags, "harmless"),
+        range(len(harmless)),
+        groups,
+        replay.Steps.of(harmful, flags, "harmful"),
+        range(len(harmful)),
+        onsets,
+    )
+
+
+def of_thoughts(
+    recording: Recording, categories: tuple[str, ...], parts: Sequence[Sequence[int]]
+) -> tuple[Measured, list[list[int]], list[list[int]]]:
+    """The thoughts of recorded responses, and those of some parts of the harmless ones.
+
+    Args:
+        recording: Responses, some of them with thoughts.
+        categories: Its flags.
+        parts: Numbers of harmless responses, as they stand in `Measured.groups` of the recording.
+
+    Returns:
+        The thoughts; for each part, the numbers of its thoughts among the harmless ones; and where in the part each of
+        them stands.
+    """
+    has = recording.thoughts[~recording.harmful] > 0
+    rank = np.cumsum(has) - 1
+    numbers = [[int(rank[i]) for i in part if has[i]] for part in parts]
+    places = [[at for at, i in enumerate(part) if has[i]] for part in parts]
+    return of_recording(recording.part("thought"), categories), numbers, places
