@@ -245,6 +245,8 @@ class Thresholds:
             if part is not None:
                 _check_keys(path, part, cls, {"thoughts"})
                 _check_keys(path, part["monitor"], MonitorConfig)
+        if (record.get("thoughts") or {}).get("thoughts") is not None:
+            raise _spoilt(path, "has thoughts of thoughts")
         try:
             return cls.of(record)
         except (OverflowError, RedflagError, TypeError) as error:

@@ -9,12 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_real_tokenizers import world
+from thinking import ASK, encoded, limits, written
 from tiny import build
 
 from redflag.backends import Sampling
 from redflag.backends.hf import HFBackend
 from redflag.backends.scripted import ScriptedBackend
-from redflag.control_tokens import content_ids
 from redflag.errors import RedflagError
 from redflag.guard.guard import Guard
 from redflag.guard.response import adrive
@@ -24,29 +24,7 @@ from redflag.trace import Alarm, Escalation, Forced, Halt, Reflection, Step, Tex
 from redflag.watching.policy import Policy, Reflect
 from redflag.watching.thresholds import Thresholds
 
-ASK = [{"role": "user", "content": "Hi"}]
 NAMES = ("qwen3", "gptoss")
-
-
-def encoded(tokenizer, text):
-    """Ids of a text, marks in it spelled out in ordinary tokens."""
-    return content_ids(tokenizer, text, tokenizer.added_tokens_decoder.keys())[0] if text else []
-
-
-def written(name, thought="Let me think.", answer="Hello there", *, end=True):
-    """The ids that a model writes behind an opened thought, and where its answer begins."""
-    tokenizer, _ = world(name)
-    marks = thought_marks(tokenizer)
-    early = [*encoded(tokenizer, thought + marks.before_end), *marks.end_ids]
-    late = encoded(tokenizer, marks.before_answer + answer)
-    return [*early, *late, *([tokenizer.eos_token_id] if end else [])], len(early)
-
-
-def limits(spec, answer=0.5, thought=None):
-    named = {"run_id": spec.run_id, "template_hash": spec.template_hash}
-    own = None if thought is None else Thresholds.manual(thought, spec.categories, **named)
-    values = dict.fromkeys(spec.categories, answer)
-    return Thresholds(values, thoughts=own, **named)
 
 
 def guard_of(name, ids, policy=None, high=None, thresholds=None, judge=None, **options):
@@ -235,7 +213,8 @@ def test_a_forced_flag_in_a_thought_takes_back_what_was_not_shown_and_the_though
     assert result.thought == ("One twono.\n" if thoughts == "show" else "")
 
 
-def test_a_second_judge_reads_the_part_that_alarmed_alone():
+@pytest.mark.parametrize("where, read", [("thought", "Let me"), ("answer", "\n\nHello")])
+def test_a_second_judge_reads_the_part_that_alarmed_alone(where, read):
     seen = []
 
     def judge(messages, answer):
@@ -244,18 +223,18 @@ def test_a_second_judge_reads_the_part_that_alarmed_alone():
 
     tokenizer, spec = world("qwen3")
     ids, border = written("qwen3")
-    for at in (1, border + 1):
+    at = 1 if where == "thought" else border + 1
 
-        def play(token_ids, sampling, at=at):
-            done = len(token_ids) - prompt
-            return [Step(i, (0.9 if n == at else 0.0, 0.0)) for n, i in enumerate(ids) if n >= done]
+    def play(token_ids, sampling):
+        done = len(token_ids) - prompt
+        return [Step(i, (0.9 if n == at else 0.0, 0.0)) for n, i in enumerate(ids) if n >= done]
 
-        backend = ScriptedBackend(play, {tokenizer.eos_token_id})
-        guard = Guard(backend, tokenizer, spec, limits(spec), Policy(default="escalate"), judge, "on")
-        prompt = len(guard.respond(ASK).request.token_ids)
-        result = guard.generate(ASK)
-        assert result.text == "Hello there" and any(isinstance(event, Escalation) for event in result.events)
-    assert seen == ["Let me", "\n\nHello"]
+    backend = ScriptedBackend(play, {tokenizer.eos_token_id})
+    guard = Guard(backend, tokenizer, spec, limits(spec), Policy(default="escalate"), judge, "on")
+    prompt = len(guard.respond(ASK).request.token_ids)
+    result = guard.generate(ASK)
+    assert result.text == "Hello there" and any(isinstance(event, Escalation) for event in result.events)
+    assert seen == [read]
 
 
 def test_a_trace_with_a_thought_comes_back_as_it_was_written(tmp_path):

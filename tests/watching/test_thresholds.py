@@ -10,6 +10,13 @@ from redflag.errors import RedflagError
 from redflag.watching.monitor import MonitorConfig
 from redflag.watching.thresholds import Thresholds
 
+THINKING = Thresholds(
+    values={"weapons": 0.37, "fraud": 0.2},
+    run_id="run-1",
+    thoughts=Thresholds(
+        {"weapons": 0.9, "fraud": 3.5}, MonitorConfig("cusum"), 0.01, "expected", sample_size=300, run_id="run-1"
+    ),
+)
 CALIBRATED = Thresholds(
     values={"weapons": 0.37, "fraud": 0.1 + 0.2},
     monitor=MonitorConfig(aggregation="run", window=3),
@@ -34,14 +41,26 @@ def spoil(directory, change):
     path.write_text(json.dumps(record))
 
 
+def nested(record):
+    return {key: value for key, value in record.items() if key != "format"}
+
+
+def test_thresholds_without_thoughts_are_written_as_older_versions_read_them(tmp_path):
+    assert "thoughts" not in json.loads(CALIBRATED.save(tmp_path).read_text())
+    assert CALIBRATED.of_thoughts is CALIBRATED
+    THINKING.save(tmp_path)
+    assert Thresholds.load(tmp_path).of_thoughts.values == {"weapons": 0.9, "fraud": 3.5}
+
+
 @pytest.mark.parametrize(
     "thresholds",
     [
         CALIBRATED,
         Thresholds.manual(0.5, ["weapons"]),
         Thresholds({"w": 12.5}, MonitorConfig("cusum", drift=1), 0.05, "expected"),
+        THINKING,
     ],
-    ids=["calibrated", "manual", "cusum"],
+    ids=["calibrated", "manual", "cusum", "thoughts"],
 )
 def test_what_is_saved_is_loaded(tmp_path, thresholds):
     assert thresholds.save(tmp_path) == tmp_path / "thresholds.json"
@@ -84,6 +103,12 @@ def test_the_file_is_flat_readable_json_with_a_format_number(tmp_path):
         (lambda r: r.update(sample_size=-3), "sample_size is -3"),
         (lambda r: r.update(run_id=None), "run_id is None"),
         (lambda r: r.update(joint=1), "joint is 1"),
+        (lambda r: r.update(thoughts=0.5), "thoughts that are no object"),
+        (lambda r: r.update(thoughts={"values": {"weapons": 0.5}}), "lacks the keys"),
+        (lambda r: r.update(thoughts={**nested(r), "thoughts": {}}), "thoughts of thoughts"),
+        (lambda r: r.update(thoughts={**nested(r), "run_id": "other"}), "thoughts must have the answer's run_id"),
+        (lambda r: r.update(thoughts={**nested(r), "values": {"weapons": 0.5}}), "would go unwatched"),
+        (lambda r: r.update(thoughts={**nested(r), "values": {"weapons": 2, "fraud": 1}}), "'weapons' is 2"),
     ],
 )
 def test_a_file_that_is_not_right_is_refused_by_path_and_fault(tmp_path, change, says):
