@@ -52,16 +52,16 @@ def thought_marks(
         turns: The turns that were rendered, with stand-ins for their contents; none: a lone question.
         last: What the last stand-in in `prompt` is found by.
         prompt: The prompt, rendered with thinking on.
-
-    Raises:
-        RedflagError: The chat template refuses the question.
     """
     if not tokenizer.chat_template:
         return None
     if not turns:
         last = sentinel()
         turns = [{"role": "user", "content": last}]
-        prompt = apply(tokenizer, turns, True, thinking=True)
+        try:
+            prompt = apply(tokenizer, turns, True, thinking=True)
+        except RedflagError:  # Not with thinking on.
+            return None
     tail = behind(prompt, last)
     known = _MARKS.setdefault(tokenizer, {})
     key = (template_text(tokenizer), tail)

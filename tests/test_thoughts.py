@@ -103,6 +103,25 @@ def test_a_row_with_a_thought_is_what_a_guard_reads(name, thought, answer):
         assert result.text == (answer.lstrip("\n") if marks.before_answer else answer)
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(["qwen3", "gptoss"]), st.lists(texts, min_size=1, max_size=3))
+def test_no_user_opens_or_closes_a_thought(name, said):
+    tokenizer, spec = world(name)
+    control = control_ids(tokenizer, spec).all
+    turns = [turn("assistant" if i % 2 else "user", text) for i, text in enumerate([*said, "Hi"][-3:])]
+    turns = turns if turns[-1]["role"] == "user" else turns[:-1]
+    honest = [turn(message["role"], "word") for message in turns]
+    marks = [
+        [i for i in render_prompt(tokenizer, messages, spec, thinking=True) if i in control]
+        for messages in (turns, honest)
+    ]
+    spoken = any(message["role"] == "assistant" for message in turns)  # may hold marks of its own; not special ones
+    if spoken:
+        special = control_ids(tokenizer, spec).special
+        marks = [[i for i in found if i in special] for found in marks]
+    assert marks[0] == marks[1] and not set(spec.ids).intersection(marks[0])
+
+
 def test_what_is_too_long_loses_its_oldest_turns_and_keeps_its_thought():
     tokenizer, spec = world("qwen3")
     talk = [turn("user", "old " * 40), turn("assistant", "yes"), ASK]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -206,7 +207,11 @@ class Guard:
     @property
     def can_think(self) -> bool:
         """Whether a response can begin with a thought, told from the answer behind it."""
-        return thought_marks(self.tokenizer) is not None
+        return self._around_thoughts is not None
+
+    @cached_property
+    def _around_thoughts(self) -> ThoughtMarks | None:
+        return thought_marks(self.tokenizer)
 
     def stream(
         self, messages: Messages | str, sampling: Sampling | None = None, thinking: bool | None = None
@@ -312,7 +317,7 @@ class Guard:
         Raises:
             RedflagError: There is no thinking mode, or the policy does not go with one.
         """
-        marks = thought_marks(self.tokenizer)
+        marks = self._around_thoughts
         if marks is None:
             raise RedflagError(
                 "thinking must be off for this model. Its chat template has no thinking mode, or its tokenizer no "
