@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from redflag.guard.guard import Guard
     from redflag.lab.evaluating.arguments import EvaluateArguments
     from redflag.lab.evaluating.evaluate import evaluate
-    from redflag.trace import Halt, Step, Text, Trace
+    from redflag.trace import Halt, Step, Text, Thought, Trace
     from redflag.training.encode import build_dataset
     from redflag.training.train import train
     from redflag.training.trainer import RedFlagConfig, RedFlagTrainer
@@ -35,6 +35,7 @@ _HOME = {
     "RedFlagTrainer": "redflag.training.trainer",
     "Step": "redflag.trace",
     "Text": "redflag.trace",
+    "Thought": "redflag.trace",
     "Thresholds": "redflag.watching.thresholds",
     "Trace": "redflag.trace",
     "build_dataset": "redflag.training.encode",
@@ -54,6 +55,7 @@ __all__ = [
     "RedFlagTrainer",
     "Step",
     "Text",
+    "Thought",
     "Thresholds",
     "Trace",
     "build_dataset",

@@ -142,7 +142,7 @@ class Session:
         """Judges one step and releases what may be released.
 
         Returns:
-            Alarms, then at most one `Text`; or, at the end, alarms and a `Halt`; or alarms alone, with a `pending`
+            Alarms, then at most one `Text` or `Thought`; or, at the end, alarms and a `Halt`; or alarms alone, with a `pending`
             review.
 
         Raises:
@@ -163,12 +163,11 @@ class Session:
         trace.scores.append(scores)
 
         decision = self._decision(probs)
-        crossed = [
-            crossing._replace(action=self._affordable(crossing.action))
-            for crossing in self._watch.crossings(scores, decision)
-        ]
-        events: list[Event] = [Alarm(position, *crossing[1:]) for crossing in crossed]
+        events: list[Event] = []
+        crossed = self._watch.crossings(scores, decision)
         if crossed:
+            crossed = [crossing._replace(action=self._affordable(crossing.action)) for crossing in crossed]
+            events += [Alarm(position, *crossing[1:]) for crossing in crossed]
             action = min((crossing.action for crossing in crossed), key=SEVERITY.index)
             if action != "continue":
                 return self._act(action, [crossing for crossing in crossed if crossing.action == action], events)
