@@ -142,8 +142,8 @@ class Session:
         """Judges one step and releases what may be released.
 
         Returns:
-            Alarms, then at most one `Text` or `Thought`; or, at the end, alarms and a `Halt`; or alarms alone, with a `pending`
-            review.
+            Alarms, then at most one `Text` or `Thought`; or, at the end, alarms and a `Halt`; or alarms alone, with a
+            `pending` review.
 
         Raises:
             RuntimeError: After the response is over, or while a review is pending.

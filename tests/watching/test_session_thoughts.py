@@ -92,6 +92,20 @@ def test_hold_back_and_release_apply_within_a_part():
     assert (texts(events, Thought), texts(events, Text)) == ("0,1,2,3,", "4;5;6;")
 
 
+def test_sentences_are_counted_in_each_part():
+    words = ["One.", " Two", ".", " Three", "A.", " B", ".", " C"]
+    session = Session(
+        thresholds(0.5), Policy(release="sentence", thoughts="show"), ONE, words.__getitem__, thought=True
+    )
+    released = []
+    for token in range(8):
+        released.append([(type(e), e.text) for e in session.feed(Step(token, (0.1,)))])
+        if token == 3:
+            released[-1] += [(type(e), e.text) for e in session.begin_answer(words.__getitem__)]
+    assert released[1] == [(Thought, "One.")] and released[3] == [(Thought, " Two."), (Thought, " Three")]
+    assert released[5] == [(Text, "A.")] and released[7] == [(Text, " B.")]
+
+
 def test_a_halt_in_the_answer_does_not_reach_back_into_the_thought_and_holds_back_its_own():
     _, events = drive([0.1, 0.1, 0.1, 0.9], 2, thresholds(0.5), Policy(hold_back=2, thoughts="show"))
     assert texts(events, Thought) == "0,1," and texts(events, Text) == ""
