@@ -13,6 +13,7 @@ from redflag.server.access import Caller, Limits
 from redflag.server.api_errors import ApiError
 from redflag.server.rehearsal import rehearsing
 from redflag.server.schema import NO_LIMIT, ChatRequest, CompletionRequest
+from redflag.server.thinking import thinking_of
 
 Body = ChatRequest | CompletionRequest
 
@@ -41,7 +42,7 @@ def choices_of(guard: Guard, body: Body, caller: Caller, limits: Limits) -> list
     name = f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}"
     responses: list[Response] = []
     try:
-        thinking = body.thinking(guard.can_think, refuse_unknown=limits.unknown_fields == "refuse")
+        thinking = thinking_of(body, possible=guard.can_think, refuse_unknown=limits.unknown_fields == "refuse")
         for prompt in body.inputs():
             for _ in range(body.n or 1):
                 index = len(responses)

@@ -257,30 +257,11 @@ class ChatRequest(_Request):
             raise PydanticCustomError("top_logprobs", "top_logprobs must come with logprobs: true; give both or none")
         return self
 
-    def thinking(self, possible: bool, refuse_unknown: bool = False) -> bool | None:
-        """Whether the answer shall begin with a thought; None where the client leaves that open.
-
-        Args:
-            possible: The model has a thinking mode; without one an effort changes no token.
-            refuse_unknown: As for `parse`.
-
-        Raises:
-            ApiError: 400; thinking is on and not possible.
-        """
+    @property
+    def enable_thinking(self) -> bool | None:
+        """What the client tells the chat template."""
         options = self.chat_template_kwargs or _TemplateOptions()
-        told = options.enable_thinking if options.enable_thinking is not None else options.thinking
-        if told and not possible:
-            text = "thinking must be off, since this model has no thinking mode; leave it out"
-            raise ApiError(400, text, "unsupported_parameter", param="chat_template_kwargs")
-        effort = self.reasoning_effort
-        if told is not None or effort is None:
-            return told
-        if not possible and effort != "none":
-            if refuse_unknown:
-                text = "reasoning_effort does nothing, since this model has no thinking mode; leave it out"
-                raise ApiError(400, text, "unknown_parameter", param="reasoning_effort")
-            self._ignored.append("reasoning_effort")
-        return possible and effort not in ("none", "minimal")
+        return options.enable_thinking if options.enable_thinking is not None else options.thinking
 
     def inputs(self) -> list[list[dict[str, Any]]]:
         """The one conversation."""
@@ -346,10 +327,6 @@ class CompletionRequest(_Request):
     def prefilled(self) -> bool:
         """A prompt has no turns, so nothing of it is the response."""
         return False
-
-    def thinking(self, possible: bool, refuse_unknown: bool = False) -> None:
-        """Nor has it a place for a thought."""
-        return None
 
 
 def parse(kind: type[Body], body: bytes, *, refuse_unknown: bool = False) -> Body:

@@ -1,0 +1,33 @@
+"""Whether a request asks for an answer that begins with a thought."""
+
+from __future__ import annotations
+
+from redflag.server.api_errors import ApiError
+from redflag.server.schema import ChatRequest, CompletionRequest
+
+
+def thinking_of(body: ChatRequest | CompletionRequest, *, possible: bool, refuse_unknown: bool) -> bool | None:
+    """Whether the answer shall begin with a thought; None where the client leaves that open.
+
+    Args:
+        body: The request; a plain completion has no place for a thought.
+        possible: The model has a thinking mode; without one an effort changes no token.
+        refuse_unknown: As for `redflag.server.schema.parse`.
+
+    Raises:
+        ApiError: 400; thinking is on and not possible.
+    """
+    if not isinstance(body, ChatRequest):
+        return None
+    told, effort = body.enable_thinking, body.reasoning_effort
+    if told and not possible:
+        text = "thinking must be off, since this model has no thinking mode; leave it out"
+        raise ApiError(400, text, "unsupported_parameter", param="chat_template_kwargs")
+    if told is not None or effort is None:
+        return told
+    if not possible and effort != "none":
+        if refuse_unknown:
+            text = "reasoning_effort does nothing, since this model has no thinking mode; leave it out"
+            raise ApiError(400, text, "unknown_parameter", param="reasoning_effort")
+        body.ignored.append("reasoning_effort")
+    return possible and effort not in ("none", "minimal")
