@@ -12,6 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from templates import fullwidth, turn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -19,6 +20,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from redflag.control_tokens import control_ids
 from redflag.flags import FlagSpec, attach
 from redflag.guard.detokenize import Detokenizer
+from redflag.guard.grammar import Grammars
 from redflag.prompt import check_template, render_prompt, render_response, text_ids
 from redflag.truncation import fit_prompt
 
@@ -172,3 +174,23 @@ def test_a_long_conversation_keeps_its_beginning_and_the_system_turn(name: str) 
         assert exchanges - 1 <= text.count("Question") / 5 + 1 <= exchanges
         assert [i for i in ids if i in special] == marks[-round(text.count("Question") / 5) - 1]
     assert fit_prompt(tokenizer, talk, spec, len(whole)) == whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_a_schema_that_spells_a_control_token_makes_none(name):
+    """Where only one text may follow, the tokenizer's own ids of it are what a grammar allows first."""
+    tokenizer, spec = world(name)
+    eos_ids = frozenset([tokenizer.eos_token_id])
+    special = control_ids(tokenizer, spec).special
+    grammars = Grammars(tokenizer, spec, eos_ids)
+    for token_id in [*spec.ids, *eos_ids, *sorted(special)[:40]]:
+        spelled = tokenizer.convert_ids_to_tokens(token_id)
+        matcher, written = grammars.json({"type": "object", "properties": {spelled: {"const": spelled}}}).begin(), []
+        while not written or written[-1] not in eos_ids:
+            allowed = np.flatnonzero(np.unpackbits(np.frombuffer(matcher.mask(), np.uint8), bitorder="little"))
+            ends = eos_ids.intersection(allowed.tolist())
+            assert not (special - eos_ids).intersection(allowed.tolist()) and (not ends or matcher.accept(min(ends)))
+            written.append(min(ends) if ends else int(allowed[-1]))
+            assert ends or matcher.accept(written[-1])
+            assert len(written) < 200

@@ -15,6 +15,40 @@ from redflag.errors import RedflagError
 from redflag.trace import Step
 
 
+class Matcher(Protocol):
+    """One response on its way through a grammar."""
+
+    def mask(self) -> bytes:
+        """The ids that may come next, one bit per id, the least significant bit of a byte first.
+
+        Ids beyond it may not. Special tokens are in it only as ends of the response.
+
+        Raises:
+            RuntimeError: The grammar cannot be followed any further.
+        """
+        ...
+
+    def accept(self, token_id: int) -> bool:
+        """Takes the next token; False, and without effect, where it is not allowed."""
+        ...
+
+
+class Grammar(Protocol):
+    """What a response has to look like (`redflag.guard.grammar` makes one of a JSON schema). Immutable."""
+
+    def begin(self) -> Matcher:
+        """A matcher before the response's next token."""
+        ...
+
+    def after(self, token_ids: Sequence[int]) -> Grammar:
+        """The grammar of what may follow these tokens of a response.
+
+        Raises:
+            RuntimeError: It does not allow them.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are chosen. None of it touches the flag probabilities, which are measured before.
@@ -30,6 +64,8 @@ class Sampling:
         stop: Texts that end the response and are not part of it. Backends ignore them: `redflag.guard.guard` looks.
         logprobs: Steps carry log-probabilities: the chosen token's and those of so many of the most likely ones, for a
             backend whose `most_logprobs` is as much; None asks for none.
+        grammar: Which tokens may be chosen at all; None allows all. Flags are measured before it, over all tokens. A
+            backend that cannot follow it has to refuse it.
 
     Example:
         >>> Sampling(temperature=0.0).greedy
@@ -45,6 +81,7 @@ class Sampling:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         checks = (

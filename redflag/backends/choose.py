@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from transformers import (
     LogitsProcessorList,
@@ -15,7 +16,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from redflag.backends import Sampling
+from redflag.backends import Matcher, Sampling
 from redflag.backends.precision import widest
 from redflag.trace import Logprobs, Step
 
@@ -72,6 +73,8 @@ class Chooser:
             None if sampling.seed is None else torch.Generator(device).manual_seed(sampling.seed + row)
             for row in range(len(prompts))
         ]
+        grammar = sampling.grammar
+        self._matchers: list[Matcher] = [] if grammar is None else [grammar.begin() for _ in prompts]
         self._penalty = None
         self._seen: list[torch.Tensor] = []
         if sampling.repetition_penalty != 1.0:
@@ -100,11 +103,16 @@ class Chooser:
         Returns:
             One step per row. A row whose logits cannot be normalised has NaN probabilities and a token without
             meaning.
+
+        Raises:
+            RuntimeError: The grammar leaves no token to choose.
         """
         scores = logits.float()
         probs = measure(scores, self._watch)
         scores[:, self._flag_ids] = -math.inf
         language = None if self._logprobs is None else torch.log_softmax(scores, dim=-1)
+        if self._matchers:
+            scores.masked_fill_(self._refused(rows, scores.shape[-1]), -math.inf)
         if self._penalty is not None:
             # Row by row: responses differ in length, and the penalty takes ids as a rectangle.
             scores = torch.cat([self._penalty(self._seen[row], scores[i : i + 1]) for i, row in enumerate(rows)])
@@ -118,6 +126,10 @@ class Chooser:
         if language is not None:
             named = self._named(language, tokens)
             steps = [step._replace(logprobs=logprobs) for step, logprobs in zip(steps, named, strict=True)]
+        if self._matchers:
+            for row, step in zip(rows, steps, strict=True):
+                if not self._matchers[row].accept(step.token_id) and not any(map(math.isnan, step.flag_probs)):
+                    raise RuntimeError(f"token {step.token_id} was chosen, which the grammar does not allow")
         if self._penalty is not None:
             for i, row in enumerate(rows):
                 self._seen[row] = torch.cat([self._seen[row], tokens[i : i + 1]], dim=-1)
@@ -132,6 +144,18 @@ class Chooser:
             Logprobs(chosen, tuple((i, value) for i, value in zip(ids, values, strict=True) if value > -math.inf))
             for [chosen], ids, values in rows
         ]
+
+    def _refused(self, rows: Sequence[int], vocabulary: int) -> torch.Tensor:
+        """True where a row's grammar does not allow a token, shape `(len(rows), V)`."""
+        allowed = np.zeros((len(rows), vocabulary), dtype=bool)
+        for i, row in enumerate(rows):
+            mask = np.frombuffer(self._matchers[row].mask(), dtype=np.uint8)
+            bits = np.unpackbits(mask, bitorder="little")[:vocabulary]
+            allowed[i, : len(bits)] = bits
+        allowed[:, self._flag_ids.cpu().numpy()] = False
+        if not allowed.any(axis=-1).all():
+            raise RuntimeError("the grammar leaves no token to choose")
+        return torch.from_numpy(~allowed).to(self._flag_ids.device)
 
     def _draw(self, scores: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
         """One token per row by inverting the cumulative distribution, shape `(len(rows), 1)`.

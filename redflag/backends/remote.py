@@ -15,6 +15,7 @@ from typing import Any
 
 from redflag.backends import BusyError, ContextLengthError, Sampling
 from redflag.backends.outbound import proxy_for
+from redflag.backends.remote_guided import guided
 from redflag.backends.remote_link import Link, SyncSteps, aiohttp
 from redflag.backends.remote_wire import MOST_IDS, RefusalError, StreamReader, reason_of, request_body
 from redflag.errors import RedflagError
@@ -169,7 +170,10 @@ class RemoteBackend:
     def _steps(
         self, token_ids: Sequence[int], sampling: Sampling, watch: Sequence[int], link: Link | None
     ) -> AsyncGenerator[Step, None]:
-        return self.answer(token_ids, sampling, measured=watch or self._flag_ids, banned=self._flag_ids, link=link)
+        measured = watch or self._flag_ids
+        if sampling.grammar is not None:
+            return guided(self, token_ids, sampling, measured=measured, banned=self._flag_ids, link=link)
+        return self.answer(token_ids, sampling, measured=measured, banned=self._flag_ids, link=link)
 
     async def answer(
         self,
@@ -178,6 +182,7 @@ class RemoteBackend:
         *,
         measured: Sequence[int],
         banned: Collection[int],
+        allowed: Sequence[int] = (),
         link: Link | None = None,
     ) -> AsyncGenerator[Step, None]:
         """One request: what `stream` and `astream` are made of, for any measured and banned ids.
@@ -187,6 +192,7 @@ class RemoteBackend:
             sampling: How tokens are chosen.
             measured: Ids that are measured.
             banned: Ids that are not chosen.
+            allowed: The only ids that are chosen; empty for all.
             link: The connections to use; those of the running event loop if None.
         """
         loop = asyncio.get_running_loop()
@@ -208,7 +214,7 @@ class RemoteBackend:
                 if not self._asked:
                     await self.identify(link)
                     self._check(prompt, ())
-                response = await self._open(link, self._body(prompt, sampling, measured, banned))
+                response = await self._open(link, self._body(prompt, sampling, measured, banned, allowed))
                 waiting_since = loop.time()
                 while reader.finish is None:
                     data = await response.content.readany()
@@ -311,7 +317,12 @@ class RemoteBackend:
         return list(models)
 
     def _body(
-        self, prompt: list[int], sampling: Sampling, measured: Sequence[int], banned: Collection[int]
+        self,
+        prompt: list[int],
+        sampling: Sampling,
+        measured: Sequence[int],
+        banned: Collection[int],
+        allowed: Sequence[int],
     ) -> dict[str, Any]:
         room = sampling.max_new_tokens
         if self.context_length is not None:
@@ -323,6 +334,7 @@ class RemoteBackend:
             model=self.model or "",
             measured=measured,
             banned=banned,
+            allowed=allowed,
             eos_ids=self._eos_ids,
             upper_bound=self.upper_bound,
         )

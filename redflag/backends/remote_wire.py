@@ -36,6 +36,7 @@ def request_body(
     banned: Collection[int],
     eos_ids: Collection[int],
     upper_bound: bool,
+    allowed: Sequence[int] = (),
 ) -> dict[str, Any]:
     """The body of a request to `/v1/completions`.
 
@@ -50,6 +51,7 @@ def request_body(
         banned: Ids that may not be chosen.
         eos_ids: Ids that end the response.
         upper_bound: Ask for the `TOP` most likely tokens, for a server that knows no `logprob_token_ids`.
+        allowed: The only ids that may be chosen, in vLLM applied after log-probabilities are taken; empty for all.
     """
     body: dict[str, Any] = {
         "model": model,
@@ -73,6 +75,8 @@ def request_body(
         body["seed"] = sampling.seed % (1 << 63)  # vLLM reads -1 as "no seed"
     if not upper_bound:
         body["logprob_token_ids"] = list(dict.fromkeys(measured))
+    if allowed:
+        body["allowed_token_ids"] = list(allowed)
     if banned:
         body["logit_bias"] = {str(token_id): -100.0 for token_id in sorted(banned)}
     return body

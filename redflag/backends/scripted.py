@@ -69,6 +69,8 @@ class ScriptedBackend:
         """Plays the script; see `redflag.backends.Backend.stream`."""
         if not token_ids:
             raise RedflagError("The prompt holds no tokens, so there is nothing to continue; give at least one.")
+        if sampling.grammar is not None:
+            raise RedflagError("A script is played as it stands, so it follows no grammar; leave the grammar out.")
         room = sampling.max_new_tokens
         if self._context_length is not None:
             room = min(room, self._context_length - len(token_ids))

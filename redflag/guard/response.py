@@ -310,7 +310,11 @@ class Response:
             return events + self._finish("length")
         # Another seed: the same draws would come again, at other positions.
         seed = None if self._sampling.seed is None else self._sampling.seed + self._restarts
-        self.request = Stream(tuple(self._context), replace(self._sampling, max_new_tokens=left, seed=seed))
+        sampling = replace(self._sampling, max_new_tokens=left, seed=seed)
+        if sampling.grammar is not None:
+            written = [self._context[start] for start in self._starts]
+            sampling = replace(sampling, grammar=sampling.grammar.after(written))
+        self.request = Stream(tuple(self._context), sampling)
         self._take, self._end = self._answer_step, self._answer_end
         return events
 

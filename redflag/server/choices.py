@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from dataclasses import replace
 
-from redflag.backends import most_logprobs
+from redflag.backends import Grammar, most_logprobs
 from redflag.errors import RedflagError
 from redflag.guard.guard import Guard
 from redflag.guard.response import Response
@@ -37,6 +37,7 @@ def choices_of(guard: Guard, body: Body, caller: Caller, limits: Limits) -> list
     _check_choices(body, limits)
     _check_logprobs(body, limits, guard)
     policy = replace(guard.policy, observe=True) if caller.override is not None else None
+    grammar = _grammar_of(body, guard)
     if caller.alarm_at is not None:
         guard = rehearsing(guard)
     name = f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}"
@@ -46,15 +47,26 @@ def choices_of(guard: Guard, body: Body, caller: Caller, limits: Limits) -> list
         for prompt in body.inputs():
             for _ in range(body.n or 1):
                 index = len(responses)
-                sampling = body.sampling(tokens, index)
+                sampling = replace(body.sampling(tokens, index), grammar=grammar)
                 if caller.alarm_at is not None:
-                    sampling = replace(sampling, stop=())  # a stop text could end it before the alarm
+                    # A stop text could end it before the alarm, and what is rehearsed is a script.
+                    sampling = replace(sampling, stop=(), grammar=None)
                 response = guard.respond(prompt, sampling, policy, thinking)
                 response.trace.id = f"{name}-{index}" if index else name
                 responses.append(response)
     except RedflagError as error:
         raise ApiError(400, str(error), "invalid_value", param="messages" if chat else "prompt") from error
     return responses
+
+
+def _grammar_of(body: Body, guard: Guard) -> Grammar | None:
+    wanted = body.json_schema()
+    if wanted is None:
+        return None
+    try:
+        return guard.grammar(wanted[1])
+    except RedflagError as error:
+        raise ApiError(400, str(error), "invalid_value", param=wanted[0]) from error
 
 
 def _most_tokens(body: Body, limits: Limits) -> int:

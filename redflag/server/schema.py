@@ -6,7 +6,7 @@ Nothing is ignored in silence. Which fields are refused and which are ignored an
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -26,6 +26,7 @@ from pydantic_core import PydanticCustomError
 from redflag.backends import MOST_LOGPROBS, Sampling
 from redflag.server.api_errors import ApiError
 from redflag.server.fields import ignored_fields
+from redflag.server.structured import json_schema
 
 MOST_STOPS = 16
 LONGEST_STOP = 128
@@ -165,6 +166,9 @@ class _Request(BaseModel):
     min_p: Annotated[_Real, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[_Real, Field(gt=0, le=10)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    response_format: Any = None
+    structured_outputs: Any = None
+    guided_json: Any = None
     stop: _Stops | None = None
     n: Annotated[int, Field(ge=1, le=_MOST_CHOICES)] | None = None
     stream: bool | None = None
@@ -188,6 +192,14 @@ class _Request(BaseModel):
     def user_id(self) -> str | None:
         """Who asks, as far as the client says."""
         return self.safety_identifier or self.user
+
+    def json_schema(self) -> tuple[str, Mapping[str, Any]] | None:
+        """The field that says which JSON the answer has to be, and the schema; None where it may be any text.
+
+        Raises:
+            ApiError: 400; it asks for what is not supported.
+        """
+        return json_schema(self.response_format, self.structured_outputs, self.guided_json)
 
     @property
     def wants_usage(self) -> bool:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from redflag.backends import Backend, Sampling
 from redflag.backends.hf import HFBackend
@@ -19,6 +22,7 @@ from redflag.backends.scripted import ScriptedBackend
 from redflag.data.rows import load_rows
 from redflag.errors import RedflagError
 from redflag.flags import Flag, FlagSpec
+from redflag.guard.grammar import Grammars
 from redflag.prompt import render_response
 from redflag.trace import Step
 
@@ -37,6 +41,7 @@ class Engine:
         forget: Empties the engine's caches.
         running: Streams that the engine works on.
         likely: A prompt after which the first flag is likely; None where the engine knows none.
+        words: The model's tokenizer; None where there is none, and no grammar can be followed.
     """
 
     backend: Backend
@@ -44,6 +49,7 @@ class Engine:
     forget: Callable[[], None] = lambda: None
     running: Callable[[], int] = lambda: 0
     likely: list[int] | None = None
+    words: Any = None
 
 
 def scripted() -> Engine:
@@ -91,19 +97,20 @@ def engine(request, built, tokenizer, spec) -> Engine:
         return scripted()
     if request.param not in ("nano", "remote"):
         backend = HFBackend(built[request.param], tokenizer, spec)
-        return Engine(backend, spec.ids, backend.forget)
+        return Engine(backend, spec.ids, backend.forget, words=tokenizer)
     # The nano model, with a second flag among its reserved tokens.
     folder = request.getfixturevalue("nano") / "model"
     harmful = request.getfixturevalue("harmful")
     if request.param == "remote":
         server = request.getfixturevalue("vllm_nano")
         remote = RemoteBackend(server.url, (5, 6), (1,), context_length=64)
-        return Engine(remote, (5, 6), server.forget, lambda: server.running, harmful)
+        words = AutoTokenizer.from_pretrained(folder)
+        return Engine(remote, (5, 6), server.forget, lambda: server.running, harmful, words)
     local, words, _ = load_flagged(folder)
     two = FlagSpec((Flag("harm", "<|reserved_0|>", id=5), Flag("theft", "<|reserved_1|>", id=6)))
     backend = HFBackend(local._model, words, two)
     backend.context_length = 64
-    return Engine(backend, two.ids, backend.forget, likely=harmful)
+    return Engine(backend, two.ids, backend.forget, likely=harmful, words=words)
 
 
 @pytest.fixture
@@ -288,3 +295,49 @@ def test_streams_left_at_any_point_leave_nothing_running(engine):
     del stream, streams
     wait_until(lambda: engine.running() == 0)
     assert threading.active_count() <= threads
+
+
+# Without a place for white space, of which a random model could write any amount.
+SCHEMA = {"anyOf": [{"enum": ["yes", "no", "perhaps"]}, {"type": "integer", "minimum": 10, "maximum": 99}]}
+
+
+def guided(engine, prompt, written=(), **options):
+    """Steps under `SCHEMA`; where the engine follows no grammar, it says so."""
+    if engine.words is None:
+        with pytest.raises(RedflagError, match="grammar"):
+            engine.backend.stream(prompt, Sampling(grammar=object()))
+        pytest.skip("this engine refuses grammars")
+    flags = FlagSpec((Flag("harm", "a", id=engine.flag_ids[0]), Flag("theft", "b", id=engine.flag_ids[1])))
+    grammar = Grammars(engine.words, flags, engine.backend.eos_ids).json(SCHEMA).after(written)
+    return list(engine.backend.stream([*prompt, *written], Sampling(grammar=grammar, **options)))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_grammar_decides_what_is_chosen_and_not_what_is_measured(engine, temperature):
+    """The probabilities are those of the same tokens without a grammar."""
+    whole = 0
+    for prompt, seed in itertools.product([PROMPT, engine.likely or PROMPT[:3]], range(2)):
+        steps = guided(engine, prompt, max_new_tokens=20, temperature=temperature, seed=seed)
+        assert not set(tokens(steps)) & set(engine.flag_ids)
+        for taken, step in enumerate(steps):
+            free = next(iter(engine.backend.stream(prompt + tokens(steps)[:taken], Sampling(max_new_tokens=1))))
+            assert step.flag_probs == pytest.approx(free.flag_probs, abs=1e-4)
+        if steps[-1].token_id in engine.backend.eos_ids:
+            whole += 1
+            found = json.loads(engine.words.decode(tokens(steps)[:-1]))
+            assert found in ("yes", "no", "perhaps") or 10 <= found <= 99
+    assert whole, "no response was finished"
+
+
+def test_a_likely_flag_is_measured_under_a_grammar(engine):
+    if engine.likely is None:
+        pytest.skip("this engine's model has learned nothing")
+    first = guided(engine, engine.likely, max_new_tokens=1, seed=0)[0]
+    assert first.flag_probs[0] > 0.5 and first.token_id not in engine.flag_ids
+
+
+def test_a_grammar_goes_on_behind_what_was_written(engine):
+    whole = guided(engine, PROMPT, max_new_tokens=20, temperature=0.0)
+    for kept in (1, len(whole) - 1):
+        rest = guided(engine, PROMPT, tokens(whole)[:kept], max_new_tokens=20 - kept, temperature=0.0)
+        same(rest, whole[kept:])

@@ -112,6 +112,9 @@ class Upstream:
             if self.heeds_bias:
                 for token_id, bias in body.get("logit_bias", {}).items():
                     logits[int(token_id)] += bias
+            if "allowed_token_ids" in body:
+                allowed = set(body["allowed_token_ids"])
+                logits = [z if i in allowed else -1e9 for i, z in enumerate(logits)]
             greedy = body["temperature"] == 0
             warmed = [z / (body["temperature"] or 1.0) for z in logits]
             token_id = max(range(VOCABULARY), key=logits.__getitem__)

@@ -1,0 +1,106 @@
+"""A grammar kept on a server that must not know of it: the server writes freely, each token is looked at here.
+
+A server that applies a grammar itself (vLLM's structured output) masks the logits before log-probabilities are taken:
+a flag would read -9999 whatever the model thinks. So no grammar is sent. The response is streamed and measured as any
+other; at the first token that the grammar refuses the stream is closed, that one token is drawn again among those
+that are allowed, and the response goes on behind it.
+
+That is rejection sampling: with q the model's distribution and A the allowed tokens, a token x of A is taken with
+probability q(x) + (1 - q(A)) q(x) / q(A) = q(x) / q(A), as if all others had been masked. (Cuts such as `top_p` see the
+free distribution first.) Where A is too large to be sent, the refused tokens are banned instead, one more at each
+try, which draws from the same distribution.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
+from contextlib import aclosing
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from redflag.backends import Matcher, Sampling
+from redflag.trace import Step
+
+if TYPE_CHECKING:
+    from redflag.backends.remote import RemoteBackend
+    from redflag.backends.remote_link import Link
+
+# (most tokens, the only ids allowed or none, banned ids) -> steps from where the response stands
+Ask = Callable[[int, Sequence[int], Collection[int]], AsyncGenerator[Step, None]]
+
+MOST_ALLOWED = 1024  # ids in allowed_token_ids; more would end vLLM's second model runner, not the request
+_BANS = 16  # tries by banning, before the choice is cut down to the ids that can be sent
+
+
+async def guided(
+    backend: RemoteBackend,
+    prompt: Sequence[int],
+    sampling: Sampling,
+    *,
+    measured: Sequence[int],
+    banned: Collection[int],
+    link: Link | None = None,
+) -> AsyncGenerator[Step, None]:
+    """As `RemoteBackend.answer`, for a `sampling` with a grammar."""
+    assert sampling.grammar is not None
+    matcher = sampling.grammar.begin()
+    context, left, requests = list(prompt), sampling.max_new_tokens, 0
+
+    async def ask(most: int, allowed: Sequence[int], bans: Collection[int]) -> AsyncGenerator[Step, None]:
+        nonlocal requests
+        # Another seed each time: the same draw would be refused again.
+        seed = None if sampling.seed is None else sampling.seed + requests
+        requests += 1
+        settings = replace(sampling, max_new_tokens=most, seed=seed, grammar=None)
+        answer = backend.answer(context, settings, measured=measured, banned=bans, allowed=allowed, link=link)
+        async with aclosing(answer):
+            async for step in answer:
+                yield step
+
+    while left > 0 and (backend.context_length is None or len(context) < backend.context_length):
+        refused = None
+        async with aclosing(ask(left, (), banned)) as steps:
+            async for step in steps:
+                if not matcher.accept(step.token_id):
+                    refused = step
+                    break
+                yield step
+                context.append(step.token_id)
+                left -= 1
+        if refused is None:
+            return
+        step = await _again(matcher, refused, ask, banned)
+        yield step
+        if step.token_id in backend.eos_ids or any(map(math.isnan, step.flag_probs)):
+            return
+        context.append(step.token_id)
+        left -= 1
+
+
+async def _again(matcher: Matcher, refused: Step, ask: Ask, banned: Collection[int]) -> Step:
+    """The step in the place of one that the grammar refused."""
+    if any(map(math.isnan, refused.flag_probs)):
+        return refused  # Unjudged, which ends the response.
+    bits = np.unpackbits(np.frombuffer(matcher.mask(), dtype=np.uint8), bitorder="little")
+    allowed = [int(token_id) for token_id in np.flatnonzero(bits) if token_id not in banned]
+    if not allowed:
+        raise RuntimeError("the grammar leaves no token to choose")
+    if len(allowed) == 1:  # Nothing is left to choose; the flags were measured before this very position.
+        matcher.accept(allowed[0])
+        return Step(allowed[0], refused.flag_probs)
+    bans = {*banned, refused.token_id}
+    for tries in range(_BANS + 1):
+        few = allowed[:MOST_ALLOWED] if len(allowed) <= MOST_ALLOWED or tries == _BANS else ()
+        async with aclosing(ask(1, few, banned if few else bans)) as steps:
+            step = await anext(steps, None)
+        if step is None:
+            raise ConnectionError("the server gave no token in the place of one that the grammar refuses")
+        if any(map(math.isnan, step.flag_probs)) or matcher.accept(step.token_id):
+            return step
+        if few:
+            raise ConnectionError(f"the server chose token {step.token_id}, which allowed_token_ids leaves out")
+        bans.add(step.token_id)
+    raise AssertionError("the last try is answered or raises")

@@ -1,0 +1,100 @@
+"""Which JSON a request asks for: `response_format` of OpenAI's, and what vLLM calls the same."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from redflag.server.api_errors import ApiError
+
+_ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
+
+
+def json_schema(
+    response_format: Any, structured_outputs: Any = None, guided_json: Any = None
+) -> tuple[str, Mapping[str, Any]] | None:
+    """The field that counts, and its schema.
+
+    Args:
+        response_format: `{"type": "text" | "json_object" | "json_schema", ...}`.
+        structured_outputs: vLLM's; of its kinds only `{"json": schema}`.
+        guided_json: A schema, as older versions of vLLM take it.
+
+    Raises:
+        ApiError: 400; it is malformed, not supported, or two fields ask for something.
+
+    Example:
+        >>> json_schema({"type": "json_object"})
+        ('response_format', {'type': 'object'})
+    """
+    wanted = [
+        (name, schema)
+        for name, schema in (
+            ("response_format", _of_format(response_format)),
+            ("structured_outputs", _of_outputs(structured_outputs)),
+            ("guided_json", None if guided_json is None else _schema(guided_json, "guided_json")),
+        )
+        if schema is not None
+    ]
+    if len(wanted) > 1:
+        name = wanted[1][0]
+        raise _error(name, f"{name} and {wanted[0][0]} must not be given together. Give one of them.", "invalid_value")
+    return wanted[0] if wanted else None
+
+
+def _of_format(value: Any) -> Mapping[str, Any] | None:
+    if value is None:
+        return None
+    kind = value.get("type") if isinstance(value, dict) else value
+    if kind == "text":
+        return None
+    if kind == "json_object":  # with a schema beside it, as llama.cpp and others take it
+        schema = value.get("schema") if isinstance(value, dict) else None
+        return _ANY_OBJECT if schema is None else _schema(schema, "response_format.schema")
+    if kind != "json_schema":
+        raise _error(
+            "response_format.type",
+            f"response_format.type must be text, json_object or json_schema (got {_short(kind)}).",
+            "invalid_value",
+        )
+    described = value.get("json_schema")
+    if not isinstance(described, dict):
+        raise _error("response_format.json_schema", "response_format.json_schema must be an object.", "invalid_type")
+    schema = described.get("schema")
+    return _ANY_OBJECT if schema is None else _schema(schema, "response_format.json_schema.schema")
+
+
+def _of_outputs(value: Any) -> Mapping[str, Any] | None:
+    if value is None:
+        return None
+    given = {name: item for name, item in value.items() if item is not None} if isinstance(value, dict) else None
+    if given == {"json_object": True}:
+        return _ANY_OBJECT
+    if given is None or set(given) != {"json"}:
+        raise _error(
+            "structured_outputs",
+            f'structured_outputs must be {{"json": SCHEMA}} (got {_short(value)}). Other kinds are not supported.',
+            "unsupported_parameter",
+        )
+    return _schema(given["json"], "structured_outputs.json")
+
+
+def _schema(value: Any, param: str) -> Mapping[str, Any]:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            value = None
+    if not isinstance(value, dict):
+        raise _error(param, f"{param} must be a JSON schema, as an object.", "invalid_type")
+    return value
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 80 else text[:76] + " ..."
+
+
+def _error(param: str, message: str, code: str) -> ApiError:
+    return ApiError(400, message, code, param=param)
