@@ -88,8 +88,9 @@ class Grammars:
         except ValueError as error:
             raise _refused(str(error)) from error
         # Warnings too: they name what would not be enforced.
-        if said := llguidance.LLMatcher.validate_grammar(grammar, words.trie):
-            raise _refused(said)
+        _, said = llguidance.LLMatcher.validate_grammar_with_warnings(grammar, words.trie)
+        if said:
+            raise _refused("; ".join(said))
         matcher = llguidance.LLMatcher(words.trie, grammar, log_level=0)
         if matcher.is_error():
             raise _refused(matcher.get_error())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import itertools
+import json
 import signal
 import time
 from contextlib import aclosing
@@ -17,8 +18,10 @@ from redflag.backends import Sampling
 from redflag.backends.load import load_flagged
 from redflag.backends.remote import RemoteBackend
 from redflag.backends.remote_handshake import handshake
+from redflag.backends.remote_score import score_response
 from redflag.data.rows import load_rows
 from redflag.errors import RedflagError
+from redflag.guard.grammar import Grammars
 from redflag.prompt import render_prompt
 
 pytestmark = pytest.mark.slow
@@ -104,6 +107,78 @@ def test_flag_probabilities_are_those_of_transformers(vllm_nano, local, prompts,
     high = sum(float(one.max()) > 0.5 for one in found)
     print(f"{len(prompts)} prompts, {sum(map(len, found))} steps, {high} with p > 0.5: largest difference {worst:.2e}")
     assert worst < 1e-3
+
+
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 24}, "age": {"type": "integer", "maximum": 99}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_under_a_grammar_flags_are_measured_as_without_one(vllm_nano, local, prompts, temperature):
+    """Against the same tokens, scored without a grammar: by this server, and by transformers."""
+    hf, tokenizer, spec = local
+    backend = connect(vllm_nano, local)
+    grammar = Grammars(tokenizer, spec, hf.eos_ids).json(PERSON)
+    asked = prompts[:24]
+    responses = gather(backend, asked, Sampling(120, temperature=temperature, seed=3, grammar=grammar))
+    pairs = [(prompt, [s.token_id for s in steps]) for prompt, steps in zip(asked, responses, strict=True)]
+
+    async def score():
+        try:
+            return await asyncio.gather(*(score_response(backend, "steps", *pair) for pair in pairs))
+        finally:
+            await backend.aclose()
+
+    found = [np.array([step.flag_probs for step in steps]) for steps in responses]
+    ways = {"vLLM, by steps": asyncio.run(score()), "transformers": hf.score(pairs)}
+    for way, expected in ways.items():
+        worst = max(float(np.abs(one - other).max()) for one, other in zip(found, expected, strict=True))
+        high = sum(float(one.max()) > 0.5 for one in found)
+        print(f"guided, {way}: {sum(map(len, found))} steps, {high} responses with p > 0.5: difference {worst:.2e}")
+        assert worst < 1e-3
+    ended = [ids[:-1] for _, ids in pairs if ids[-1] in hf.eos_ids]
+    for ids in ended:
+        value = json.loads(tokenizer.decode(ids))
+        assert set(value) == {"name", "age"} and len(value["name"]) <= 24 and value["age"] <= 99
+    print(f"{len(ended)} of {len(asked)} ended by themselves")
+    assert len(ended) > len(asked) / 2
+    if temperature == 0.0:
+        same = [
+            [s.token_id for s in hf.stream(prompt, Sampling(120, temperature=0.0, grammar=grammar))] for prompt in asked
+        ]
+        equal = sum(ids == other for (_, ids), other in zip(pairs, same, strict=True))
+        print(f"{equal} of {len(asked)} as transformers writes them")
+        assert equal >= len(asked) - 2  # rounding may turn a choice between two tokens
+
+
+def test_the_servers_own_structured_output_would_blind_the_watch(vllm_nano, local, prompts):
+    """Why a grammar is never sent: it masks the logits before log-probabilities are taken."""
+    spec = local[2]
+    remote = connect(vllm_nano, local)
+    body = {
+        "prompt": prompts[0],
+        "max_tokens": 1,
+        "temperature": 0.0,
+        "logprobs": 1,
+        "logprob_token_ids": [spec.ids[0]],
+    }
+    body["return_tokens_as_token_ids"] = True
+
+    async def flag_logprobs():
+        try:
+            return [
+                (await remote.ask("/v1/completions", body | more))["choices"][0]["logprobs"]["top_logprobs"][0]
+                for more in ({}, {"structured_outputs": {"json": PERSON}})
+            ]
+        finally:
+            await remote.aclose()
+
+    free, masked = (top[f"token_id:{spec.ids[0]}"] for top in asyncio.run(flag_logprobs()))
+    assert free > -100 and masked == -9999.0
 
 
 def test_bounds_are_never_below_and_exact_where_the_flag_is_likely(vllm_nano, local, prompts):

@@ -120,9 +120,9 @@ def test_after_a_reflection_the_json_goes_on_where_it_stood(guard_with, monkeypa
     """And the reflection itself is free text."""
     reflect = Reflect(cue=" hm: ", verdict_cue=" so ", words=("x", "y"), stop=(";",), max_tokens=5)
     guard, engine = guard_with(Policy(actions={"harm": "reflect"}, reflect=reflect), alarms={4})
-    monkeypatch.setattr(
-        engine, "steps", lambda context, sampling, watch, real=engine.steps: iter([Step(0, (0.0, 1.0))]) if watch else real(context, sampling, watch)
-    )
+    real = engine.steps
+    harmless = Step(0, (0.0, 1.0))
+    monkeypatch.setattr(engine, "steps", lambda *asked: iter([harmless]) if asked[2] else real(*asked))
     for seed in range(6):
         del engine.calls[:]
         engine.begin = len(guard.respond(ASK).request.token_ids)
@@ -148,7 +148,7 @@ def test_an_answer_that_the_client_began_follows_no_grammar(guard_with):
     [
         ({"type": "objec"}, "Invalid type: objec"),
         ({"not": {"type": "string"}}, "Unimplemented keys"),
-        ({"not": {"type": "string"}, "x-guidance": {"lenient": True}}, "x-guidance"),
+        ({"not": {"type": "string"}, "x-guidance": {"lenient": True}}, "Unimplemented keys"),
         ({"type": "array", "uniqueItems": True}, "uniqueItems"),
         ({"type": "string", "pattern": "(?<=x)y"}, "look-behind"),
         ({"type": "string", "format": "soup"}, "soup"),

@@ -68,6 +68,10 @@ def refusal(answer, status, code, param=None):
     return body["error"]
 
 
+def schema_of(schema):
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+
+
 UNSUPPORTED = "unsupported_parameter"
 BOTH = [
     ({"n": 5}, "invalid_value", "n"),
@@ -84,7 +88,8 @@ BOTH = [
     ({"add_generation_prompt": False}, UNSUPPORTED, "add_generation_prompt"),
     ({"allowed_token_ids": [3]}, UNSUPPORTED, "allowed_token_ids"),
     ({"vllm_xargs": {}}, UNSUPPORTED, "vllm_xargs"),
-    ({"guided_json": {}}, UNSUPPORTED, "guided_json"),
+    ({"guided_json": 5}, "invalid_type", "guided_json"),
+    ({"guided_json": {"type": "objec"}}, "invalid_value", "guided_json"),
     ({"structured_outputs": {"regex": "a"}}, UNSUPPORTED, "structured_outputs"),
     ({"bad_words": ["x"]}, UNSUPPORTED, "bad_words"),
     ({"min_tokens": 5}, UNSUPPORTED, "min_tokens"),
@@ -128,7 +133,12 @@ IN_CHAT = [
     ({"tool_choice": "required"}, UNSUPPORTED, "tool_choice"),
     ({"functions": [{}]}, UNSUPPORTED, "functions"),
     ({"function_call": {"name": "f"}}, UNSUPPORTED, "function_call"),
-    ({"response_format": {"type": "json_object"}}, UNSUPPORTED, "response_format"),
+    ({"response_format": {"type": "grammar"}}, "invalid_value", "response_format.type"),
+    ({"response_format": "json"}, "invalid_value", "response_format.type"),
+    ({"response_format": {"type": "json_schema"}}, "invalid_type", "response_format.json_schema"),
+    ({"response_format": schema_of(5)}, "invalid_type", "response_format.json_schema.schema"),
+    ({"response_format": schema_of({"not": {}})}, "invalid_value", "response_format"),
+    ({"response_format": {"type": "json_object"}, "guided_json": {}}, "invalid_value", "guided_json"),
     ({"modalities": ["text", "audio"]}, UNSUPPORTED, "modalities"),
     ({"audio": {}}, UNSUPPORTED, "audio"),
     ({"prediction": {}}, UNSUPPORTED, "prediction"),
