@@ -7,9 +7,9 @@ and no policy; what to do about a step is decided in `redflag.watching`.
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from redflag.errors import RedflagError
 from redflag.trace import Step
@@ -50,6 +50,19 @@ class Grammar(Protocol):
 
 
 @dataclass(frozen=True)
+class ChatInput:
+    """A conversation for a server that renders it itself (`RemoteBackend` with `route="chat"`).
+
+    Attributes:
+        messages: The turns, as the client sent them.
+        fields: Further fields of the request that the chat template reads, such as `tools`.
+    """
+
+    messages: tuple[Mapping[str, Any], ...]
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Sampling:
     """How tokens are chosen. None of it touches the flag probabilities, which are measured before.
 
@@ -66,6 +79,8 @@ class Sampling:
             backend whose `most_logprobs` is as much; None asks for none.
         grammar: Which tokens may be chosen at all; None allows all. Flags are measured before it, over all tokens. A
             backend that cannot follow it has to refuse it.
+        chat: The conversation of which the prompt was made, for a server that renders it itself, to the same ids;
+            everything else goes by the ids and may ignore it.
 
     Example:
         >>> Sampling(temperature=0.0).greedy
@@ -82,6 +97,7 @@ class Sampling:
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
     grammar: Grammar | None = None
+    chat: ChatInput | None = None
 
     def __post_init__(self) -> None:
         checks = (

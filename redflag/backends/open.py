@@ -12,10 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from redflag.backends import AsyncBackend, Backend, Sampling
+from redflag.backends import AsyncBackend, Backend, ChatInput, Sampling
 from redflag.backends.outbound import extra_headers, key_in
 from redflag.errors import RedflagError
 from redflag.flags import FILE, FlagSpec, attach
+from redflag.prompt import render_prompt
 
 if TYPE_CHECKING:
     from redflag.backends.hf import HFBackend
@@ -82,7 +83,11 @@ def open_backend(
 
     tokenizer, spec, eos_ids = load_tokenizer(directory)
     backend = RemoteBackend(upstream, spec.ids, eos_ids, **served)
-    handshake(backend)
+    if backend.route == "chat":
+        turns = ({"role": "user", "content": "Hello."},)
+        handshake(backend, chat=(ChatInput(turns), render_prompt(tokenizer, turns, spec)))
+    else:
+        handshake(backend)
     return backend, tokenizer, spec
 
 

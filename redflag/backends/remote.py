@@ -11,10 +11,11 @@ import json
 import random
 import weakref
 from collections.abc import AsyncGenerator, Collection, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from redflag.backends import BusyError, ContextLengthError, Sampling
 from redflag.backends.outbound import proxy_for
+from redflag.backends.remote_chat import ChatReader, chat_body
 from redflag.backends.remote_guided import guided
 from redflag.backends.remote_link import Link, SyncSteps, aiohttp
 from redflag.backends.remote_wire import MOST_IDS, RefusalError, StreamReader, reason_of, request_body
@@ -65,6 +66,7 @@ class RemoteBackend:
         vocab_size: int | None = None,
         context_length: int | None = None,
         headers: Mapping[str, str] | None = None,
+        route: Literal["completions", "chat"] = "completions",
     ) -> None:
         """Sets up; the server is not asked anything yet.
 
@@ -81,6 +83,7 @@ class RemoteBackend:
             vocab_size: Number of ids of the model; a token beyond them is a fault. None does not look.
             context_length: Most tokens of prompt and response together; None asks the server.
             headers: Sent with every request, before all of a gateway in front of the server.
+            route: Who renders conversations; `chat`: the server, wherever `Sampling.chat` is given, to the same ids.
 
         Raises:
             RedflagError: The address is none, or there are no flags or more than a request can measure.
@@ -93,6 +96,9 @@ class RemoteBackend:
         self.url = url.rstrip("/").removesuffix("/v1").rstrip("/")
         self.model = model
         self.upper_bound = upper_bound
+        self.route = route
+        if route == "chat" and upper_bound:
+            raise RedflagError("upper_bound must not be given with the route chat, which needs logprob_token_ids.")
         self.context_length = context_length
         self._flag_ids = tuple(spec_ids)
         self._eos_ids = frozenset(eos_ids) - frozenset(spec_ids)
@@ -198,10 +204,11 @@ class RemoteBackend:
         loop = asyncio.get_running_loop()
         link = link or self.link()
         prompt = [int(token_id) for token_id in token_ids]
+        chat = sampling.chat if self.route == "chat" else None
         pause = _FIRST_PAUSE
         for tries_left in range(self._retries, -1, -1):
             response, begun = None, False
-            reader = StreamReader(
+            reader = (StreamReader if chat is None else ChatReader)(
                 prompt,
                 measured=measured,
                 banned=banned,
@@ -214,7 +221,21 @@ class RemoteBackend:
                 if not self._asked:
                     await self.identify(link)
                     self._check(prompt, ())
-                response = await self._open(link, self._body(prompt, sampling, measured, banned, allowed))
+                body = request_body(
+                    prompt,
+                    sampling,
+                    self._room(prompt, sampling),
+                    model=self.model or "",
+                    measured=measured,
+                    banned=banned,
+                    allowed=allowed,
+                    eos_ids=self._eos_ids,
+                    upper_bound=self.upper_bound,
+                )
+                if chat is None:
+                    response = await self._open(link, "/v1/completions", body)
+                else:
+                    response = await self._open(link, "/v1/chat/completions", chat_body(body, chat))
                 waiting_since = loop.time()
                 while reader.finish is None:
                     data = await response.content.readany()
@@ -316,31 +337,12 @@ class RemoteBackend:
         self._asked = True
         return list(models)
 
-    def _body(
-        self,
-        prompt: list[int],
-        sampling: Sampling,
-        measured: Sequence[int],
-        banned: Collection[int],
-        allowed: Sequence[int],
-    ) -> dict[str, Any]:
+    def _room(self, prompt: Sequence[int], sampling: Sampling) -> int:
         room = sampling.max_new_tokens
-        if self.context_length is not None:
-            room = min(room, self.context_length - len(prompt))
-        return request_body(
-            prompt,
-            sampling,
-            room,
-            model=self.model or "",
-            measured=measured,
-            banned=banned,
-            allowed=allowed,
-            eos_ids=self._eos_ids,
-            upper_bound=self.upper_bound,
-        )
+        return room if self.context_length is None else min(room, self.context_length - len(prompt))
 
-    async def _open(self, link: Link, body: dict[str, Any]) -> aiohttp.ClientResponse:
-        response = await link.session.post(f"{self.url}/v1/completions", json=body, allow_redirects=False)
+    async def _open(self, link: Link, path: str, body: dict[str, Any]) -> aiohttp.ClientResponse:
+        response = await link.session.post(self.url + path, json=body, allow_redirects=False)
         try:
             await self._expect_ok(response)
         except BaseException:

@@ -54,7 +54,8 @@ async def guided(
         # Another seed each time: the same draw would be refused again.
         seed = None if sampling.seed is None else sampling.seed + requests
         requests += 1
-        settings = replace(sampling, max_new_tokens=most, seed=seed, grammar=None)
+        chat = sampling.chat if context == list(prompt) else None  # a server that renders it knows nothing of the rest
+        settings = replace(sampling, max_new_tokens=most, seed=seed, grammar=None, chat=chat)
         answer = backend.answer(context, settings, measured=measured, banned=bans, allowed=allowed, link=link)
         async with aclosing(answer):
             async for step in answer:

@@ -10,8 +10,9 @@ import asyncio
 import math
 from collections.abc import Collection, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 
-from redflag.backends import BusyError, Sampling
+from redflag.backends import BusyError, ChatInput, Sampling
 from redflag.backends.remote import RemoteBackend
 from redflag.backends.remote_link import aiohttp
 from redflag.backends.remote_wire import MOST_IDS, TOP, RefusalError
@@ -23,12 +24,16 @@ _ROUNDS = 3
 _MOST_TOKENS = 2_000_000  # more than any vocabulary
 
 
-def handshake(backend: RemoteBackend, prompt: Sequence[int] = ()) -> None:
-    """As `shake_hands`, where no event loop runs."""
+def handshake(
+    backend: RemoteBackend, prompt: Sequence[int] = (), *, chat: tuple[ChatInput, Sequence[int]] | None = None
+) -> None:
+    """As `shake_hands`, where no event loop runs; then `check_chat` with a conversation and its prompt."""
 
     async def alone() -> None:
         try:
             await shake_hands(backend, prompt)
+            if chat is not None:
+                await check_chat(backend, *chat)
         finally:
             await backend.aclose()
 
@@ -90,6 +95,23 @@ async def shake_hands(backend: RemoteBackend, prompt: Sequence[int] = (), tolera
         if not differences:
             return
     raise _refused(backend, f"does not measure raw probabilities: {differences[0]}", _RAW)
+
+
+async def check_chat(backend: RemoteBackend, chat: ChatInput, prompt: Sequence[int], tolerance: float = 1e-3) -> None:
+    """Whether the server renders a conversation as redflag does, and measures there what it measures by ids.
+
+    Raises:
+        RedflagError: It does not.
+    """
+    flags, first = backend.flag_ids, Sampling(max_new_tokens=1, temperature=0.0)
+    by_ids = await _ask(backend, prompt, first, flags, flags)
+    by_chat = await _ask(backend, prompt, replace(first, chat=chat), flags, flags)
+    if not _same(by_ids[0].flag_probs, by_chat[0].flag_probs, tolerance):
+        raise _refused(
+            backend,
+            f"measures {by_chat[0].flag_probs} by /v1/chat/completions and {by_ids[0].flag_probs} by /v1/completions",
+            "use upstream_route completions",
+        )
 
 
 async def _ask(

@@ -165,7 +165,7 @@ class StreamReader:
             chunk = json.loads(data)
             if chunk.get("error"):
                 self._refused(chunk["error"])
-            for choice in chunk["choices"]:  # none in a chunk that only reports usage
+            for choice in self._choices(chunk):  # none in a chunk that only reports usage
                 self._choice(choice, steps)
         except ConnectionError:
             raise
@@ -177,6 +177,10 @@ class StreamReader:
             raise
         except ValueError as error:
             raise ConnectionError(f"the server sent what is not JSON ({error}): {data[:200]!r}") from error
+
+    def _choices(self, chunk: dict[str, Any]) -> list[dict[str, Any]]:
+        choices: list[dict[str, Any]] = chunk["choices"]
+        return choices
 
     def _choice(self, choice: dict[str, Any], steps: list[Step]) -> None:
         if choice.get("index", 0) != 0:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-from redflag.backends import AsyncBackend, Backend, Grammar, Sampling
+from redflag.backends import AsyncBackend, Backend, ChatInput, Grammar, Sampling
 from redflag.backends.open import open_backend
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
@@ -287,6 +287,7 @@ class Guard:
             policy = self._policy
         else:
             self._check_policy(policy)
+        sampling = sampling if sampling is not None else Sampling()
         if isinstance(messages, str):
             prompt = render_text(self.tokenizer, messages, self._spec)
             messages, continues, marks = [{"role": "user", "content": messages}], True, None
@@ -294,7 +295,7 @@ class Guard:
             messages = [dict(message) for message in messages]
             preface = policy.reflect.system if policy.asks("reflect") else ""
             continues = bool(messages) and messages[-1].get("role") == "assistant"
-            if sampling is not None and sampling.grammar is not None:
+            if sampling.grammar is not None:
                 if continues or thinking:
                     raise RedflagError(
                         "A grammar must not be given with a response that was begun or that is to think first. It "
@@ -304,6 +305,10 @@ class Guard:
             thinks = (self.thinks if thinking is None else thinking) and not continues
             marks = self._marks(policy) if thinks else None
             prompt = render_prompt(self.tokenizer, messages, self._spec, preface, thinks)
+            # What the operator puts before a conversation, and a response that was begun, no server renders alike.
+            if not continues and not preface and getattr(self.backend, "route", "") == "chat":
+                kwargs = {"chat_template_kwargs": {"enable_thinking": thinks}}
+                sampling = replace(sampling, chat=ChatInput(tuple(messages), kwargs))
         return Response(
             self.tokenizer,
             self._spec,
@@ -312,7 +317,7 @@ class Guard:
             self.backend.eos_ids,
             messages,
             prompt,
-            sampling if sampling is not None else Sampling(),
+            sampling,
             continues=continues,
             thought=marks,
         )

@@ -33,6 +33,10 @@ class GuardOptions(UpstreamOptions):
         default=False,
         metadata={"help": "... knows no logprob_token_ids: bound the flags by its 20 most likely tokens."},
     )
+    upstream_route: Literal["completions", "chat"] = field(
+        default="completions",
+        metadata={"help": "... who renders conversations: redflag, or a vLLM (refused where its ids differ)."},
+    )
     threshold: float | None = field(
         default=None, metadata={"help": "One threshold for all categories, in place of thresholds.json."}
     )
@@ -61,7 +65,7 @@ class GuardOptions(UpstreamOptions):
         if self.upstream is None:
             served = {}
         else:
-            served |= {**self.upstream_options(), "upper_bound": self.upper_bound}
+            served |= {**self.upstream_options(), "upper_bound": self.upper_bound, "route": self.upstream_route}
         return Guard.from_pretrained(
             self.model,
             policy,

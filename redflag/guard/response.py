@@ -93,7 +93,7 @@ class Response:
         self._policy = policy
         self._eos_ids = eos_ids
         self._messages = messages
-        self._sampling = sampling
+        self._sampling = replace(sampling, chat=None)  # from the second stream on the prompt is more than the chat
         flag_ids = frozenset(spec.ids)
         self._flag_ids = flag_ids
         self._continued = tuple(prompt) if continues else ()

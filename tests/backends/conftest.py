@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -84,6 +85,38 @@ def built(tokenizer) -> dict[str, Any]:
 @pytest.fixture(params=MODELS)
 def model(request, built):
     return built[request.param]
+
+
+@pytest.fixture(scope="session")
+def spelling(tmp_path_factory) -> tuple[Path, PreTrainedTokenizerFast]:
+    """A model whose tokens are single characters, so that ids and texts are one to one; its chat is the text alone."""
+    names = ["<|pad|>", "<|end|>", *FLAGS, "Ġ", "Ċ", "ĉ", *map(chr, range(33, 127))]
+    characters = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, []))
+    characters.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    characters.decoder = decoders.ByteLevel()
+    characters.add_special_tokens(names[:4])
+    words = PreTrainedTokenizerFast(tokenizer_object=characters, eos_token="<|end|>", pad_token="<|pad|>")
+    words.chat_template = "{{ messages[0]['content'] }}"
+    torch.manual_seed(7)
+    config = LlamaConfig(
+        vocab_size=len(names),
+        hidden_size=64,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,  # of 32 numbers, the least that vLLM takes
+        max_position_embeddings=64,
+        eos_token_id=1,
+        pad_token_id=0,
+        bos_token_id=None,
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(30.0)
+    folder = tmp_path_factory.mktemp("spelling")
+    model.generation_config = GenerationConfig(eos_token_id=1, pad_token_id=0)
+    model.save_pretrained(folder)
+    words.save_pretrained(folder)
+    return folder, words
 
 
 @pytest.fixture

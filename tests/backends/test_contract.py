@@ -8,13 +8,14 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
+from stock_vllm import serve_vllm
 from transformers import AutoTokenizer
 
-from redflag.backends import Backend, Sampling
+from redflag.backends import Backend, ChatInput, Sampling
 from redflag.backends.hf import HFBackend
 from redflag.backends.load import load_flagged
 from redflag.backends.remote import RemoteBackend
@@ -88,13 +89,39 @@ ENGINES = [
     "gemma3-capped",
     "nano",
     pytest.param("remote", marks=pytest.mark.slow),
+    pytest.param("chat", marks=pytest.mark.slow),
 ]
+
+
+class Spelled:
+    """The chat route, given ids: the conversation is the text that they spell."""
+
+    def __init__(self, backend: RemoteBackend, words: Any) -> None:
+        self.backend, self.words = backend, words
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.backend, name)
+
+    def stream(self, token_ids: Sequence[int], sampling: Sampling, watch: Sequence[int] = ()) -> Iterator[Step]:
+        turns = ({"role": "user", "content": self.words.decode(token_ids)},)
+        return self.backend.stream(token_ids, replace(sampling, chat=ChatInput(turns)), watch)
+
+
+@pytest.fixture(scope="module")
+def spelled(spelling) -> Iterator[Engine]:
+    """A vLLM with that model."""
+    folder, words = spelling
+    with serve_vllm(folder, folder, name="spelled") as server:
+        backend = RemoteBackend(server.url, (2, 3), (1,), context_length=64, route="chat")
+        yield Engine(Spelled(backend, words), (2, 3), server.forget, lambda: server.running, words=words)
 
 
 @pytest.fixture(params=ENGINES)
 def engine(request, built, tokenizer, spec) -> Engine:
     if request.param == "scripted":
         return scripted()
+    if request.param == "chat":
+        return request.getfixturevalue("spelled")
     if request.param not in ("nano", "remote"):
         backend = HFBackend(built[request.param], tokenizer, spec)
         return Engine(backend, spec.ids, backend.forget, words=tokenizer)

@@ -9,12 +9,13 @@ import json
 import signal
 import time
 from contextlib import aclosing
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from stock_vllm import CONTEXT, serve_vllm
 
-from redflag.backends import Sampling
+from redflag.backends import ChatInput, Sampling
 from redflag.backends.load import load_flagged
 from redflag.backends.remote import RemoteBackend
 from redflag.backends.remote_handshake import handshake
@@ -179,6 +180,31 @@ def test_the_servers_own_structured_output_would_blind_the_watch(vllm_nano, loca
 
     free, masked = (top[f"token_id:{spec.ids[0]}"] for top in asyncio.run(flag_logprobs()))
     assert free > -100 and masked == -9999.0
+
+
+def test_the_chat_route_gives_the_same_steps_and_refuses_a_forged_prompt(nano, vllm_nano, local):
+    backend, tokenizer, spec = local
+    rows = load_rows(nano / "rows" / "test.jsonl").rows[:12]
+    chat = RemoteBackend(vllm_nano.url, spec.ids, backend.eos_ids, route="chat")
+    turns = ({"role": "user", "content": "Hello."},)
+    handshake(chat, chat=(ChatInput(turns), render_prompt(tokenizer, turns, spec)))
+    worst = 0.0
+    for row in rows:
+        turns = tuple(row.messages[:-1])
+        prompt, sampling = render_prompt(tokenizer, turns, spec), Sampling(max_new_tokens=40, temperature=0.0)
+        by_ids = list(connect(vllm_nano, local).stream(prompt, sampling))
+        by_chat = list(chat.stream(prompt, replace(sampling, chat=ChatInput(turns))))
+        assert [step.token_id for step in by_chat] == [step.token_id for step in by_ids]
+        worst = max(worst, *(abs(a.flag_probs[0] - b.flag_probs[0]) for a, b in zip(by_chat, by_ids, strict=True)))
+    print(f"chat route, {len(rows)} prompts: largest difference {worst:.2e}")
+    assert worst < 1e-3
+    control = [spec.flags[0].token, tokenizer.eos_token, *tokenizer.get_added_vocab()]
+    for forged in dict.fromkeys(control):
+        turns = ({"role": "user", "content": f"well {forged} then"},)
+        prompt = render_prompt(tokenizer, turns, spec)
+        with pytest.raises(RedflagError, match="same prompt here and in the upstream"):
+            list(chat.stream(prompt, Sampling(max_new_tokens=5, chat=ChatInput(turns))))
+        assert list(chat.stream(prompt, Sampling(max_new_tokens=5)))  # by ids it is ordinary text
 
 
 def test_bounds_are_never_below_and_exact_where_the_flag_is_likely(vllm_nano, local, prompts):

@@ -65,6 +65,7 @@ def event(
     return b"data: " + json.dumps({"choices": [whole]}).encode() + b"\n\n"
 
 
+PARTS = ("tokens", "token_logprobs", "top_logprobs")
 DONE = b"data: [DONE]\n\n"
 
 
@@ -79,6 +80,8 @@ class Upstream:
         heeds_bias: Whether `logit_bias` is heeded.
         names_ids: Whether `return_tokens_as_token_ids` and `return_token_ids` are heeded.
         per_chunk: Tokens per event.
+        render: Messages -> the prompt's ids, for `/v1/chat/completions`.
+        hides_prompt: Whether `return_token_ids` is heeded for answers alone.
         most: `--max-logprobs`.
         models: Bodies of `/v1/models`; None answers 404.
         bodies: Every request, in order.
@@ -91,6 +94,10 @@ class Upstream:
     heeds_bias: bool = True
     names_ids: bool = True
     per_chunk: int = 1
+    render: Callable[[list[dict[str, Any]]], list[int]] = lambda messages: [
+        int(i) for i in messages[-1]["content"].split()
+    ]
+    hides_prompt: bool = False
     most: int = 20
     api_key: str | None = None
     models: list[dict[str, Any]] | None = field(default_factory=lambda: [{"id": "tiny", "max_model_len": 64}])
@@ -152,13 +159,40 @@ class Upstream:
                 break
         yield DONE
 
+    def answer_chat(self, body: dict[str, Any]) -> Iterator[Item]:
+        """The same in the shape of a chat; the prompt's ids come first."""
+        prompt = self.render(body["messages"])
+        names = [] if self.hides_prompt else ["prompt_token_ids"]
+        first = {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}]}
+        yield b"data: " + json.dumps(first | dict.fromkeys(names, prompt)).encode() + b"\n\n"
+        for item in self.answer(body | {"prompt": prompt, "logprobs": len(body["logprob_token_ids"])}):
+            if item is DONE or not isinstance(item, bytes):
+                yield item
+                continue
+            (choice,) = json.loads(item[6:])["choices"]
+            logprobs = choice["logprobs"]
+            choice["logprobs"] = {
+                "content": [
+                    {
+                        "token": name,
+                        "logprob": logprob,
+                        "top_logprobs": [dict(token=k, logprob=v) for k, v in top.items()],
+                    }
+                    for name, logprob, top in zip(*(logprobs[part] for part in PARTS), strict=True)
+                ]
+            }
+            del choice["text"]
+            choice.pop("prompt_token_ids", None)
+            yield b"data: " + json.dumps({"choices": [choice | {"delta": {"content": "x"}}]}).encode() + b"\n\n"
+
     async def completions(self, request: web.Request) -> web.StreamResponse:
         self.connections.add(request.transport)
         if self.api_key and request.headers.get("Authorization") != f"Bearer {self.api_key}":
             return web.json_response({"error": "Unauthorized"}, status=401)
         body = await request.json()
         self.bodies.append(body)
-        items = self.answer(body) if self.script is None else self.script(body, len(self.bodies))
+        answer = self.answer_chat if "messages" in body else self.answer
+        items = answer(body) if self.script is None else self.script(body, len(self.bodies))
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         self.open += 1
         try:
@@ -196,6 +230,7 @@ class Upstream:
         loop = asyncio.new_event_loop()
         app = web.Application(client_max_size=1 << 24)
         app.router.add_post("/v1/completions", self.completions)
+        app.router.add_post("/v1/chat/completions", self.completions)
         app.router.add_get("/v1/models", self.list_models)
         app.router.add_post("/inference/v1/generate", self.generate)
         runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=1.0, access_log=None)
