@@ -75,6 +75,7 @@ class Chooser:
         ]
         grammar = sampling.grammar
         self._matchers: list[Matcher] = [] if grammar is None else [grammar.begin() for _ in prompts]
+        self._flags = flag_ids.tolist() if self._matchers else []
         self._penalty = None
         self._seen: list[torch.Tensor] = []
         if sampling.repetition_penalty != 1.0:
@@ -152,7 +153,7 @@ class Chooser:
             mask = np.frombuffer(self._matchers[row].mask(), dtype=np.uint8)
             bits = np.unpackbits(mask, bitorder="little")[:vocabulary]
             allowed[i, : len(bits)] = bits
-        allowed[:, self._flag_ids.cpu().numpy()] = False
+        allowed[:, self._flags] = False
         if not allowed.any(axis=-1).all():
             raise RuntimeError("the grammar leaves no token to choose")
         return torch.from_numpy(~allowed).to(self._flag_ids.device)
