@@ -17,16 +17,13 @@ import math
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 
 from redflag.backends import Matcher, Sampling
+from redflag.backends.remote_link import Link
 from redflag.trace import Step
-
-if TYPE_CHECKING:
-    from redflag.backends.remote import RemoteBackend
-    from redflag.backends.remote_link import Link
 
 # (most tokens, the only ids allowed or none, banned ids) -> steps from where the response stands
 Ask = Callable[[int, Sequence[int], Collection[int]], AsyncGenerator[Step, None]]
@@ -35,8 +32,28 @@ MOST_ALLOWED = 1024  # ids in allowed_token_ids; more would end vLLM's second mo
 _BANS = 16  # tries by banning, before the choice is cut down to the ids that can be sent
 
 
+class Server(Protocol):
+    """What is needed of a `RemoteBackend`."""
+
+    context_length: int | None
+
+    @property
+    def eos_ids(self) -> frozenset[int]: ...
+
+    def answer(
+        self,
+        token_ids: Sequence[int],
+        sampling: Sampling,
+        *,
+        measured: Sequence[int],
+        banned: Collection[int],
+        allowed: Sequence[int],
+        link: Link | None,
+    ) -> AsyncGenerator[Step, None]: ...
+
+
 async def guided(
-    backend: RemoteBackend,
+    backend: Server,
     prompt: Sequence[int],
     sampling: Sampling,
     *,
