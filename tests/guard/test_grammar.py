@@ -136,6 +136,30 @@ def test_after_a_reflection_the_json_goes_on_where_it_stood(guard_with, monkeypa
     raise AssertionError("no answer ended by itself")
 
 
+@pytest.mark.parametrize("action", ["force", "stay"])
+def test_the_json_goes_on_behind_a_flag_that_stands_in_the_context(guard_with, monkeypatch, action):
+    """A forced flag takes back what was not released; a reflection that the response stays with takes back a token."""
+    reflect = Reflect(cue=" hm: ", verdict_cue=" so ", words=("x", "y"), stop=(";",), max_tokens=5, stay=True)
+    policy = Policy(actions={"harm": "force" if action == "force" else "reflect"}, reflect=reflect, hold_back=2)
+    for seed in range(8):
+        guard, engine = guard_with(policy, alarms={4})
+        real, harmless = engine.steps, Step(0, (0.0, 1.0))
+
+        def steps(context, sampling, watch, engine=engine, real=real, harmless=harmless):
+            if len(engine.calls) > 1:
+                engine.alarms = ()  # once
+            return iter([harmless]) if watch else real(context, sampling, watch)
+
+        monkeypatch.setattr(engine, "steps", steps)
+        result = guard.generate(ASK, Sampling(150, seed=seed, grammar=guard.grammar(PERSON)))
+        last, sampling = engine.calls[-1]
+        assert len(engine.calls) > 1 and sampling.grammar is not None and guard.spec.ids[0] in last
+        if isinstance(result.events[-1], Done) and result.events[-1].reason == "stop":
+            assert fits(json.loads(result.text))
+            return
+    raise AssertionError("no answer ended by itself")
+
+
 def test_an_answer_that_the_client_began_follows_no_grammar(guard_with):
     guard, _ = guard_with()
     begun = [*ASK, {"role": "assistant", "content": '{"name":'}]
