@@ -66,7 +66,7 @@ def test_a_message_that_spells_a_control_token_is_refused_and_nothing_shown(stoc
 def test_whatever_is_said_the_server_reads_what_redflag_rendered_or_nothing_is_generated(
     stock, tokenizer, spec, module_folder, pieces
 ):
-    turns = [{"role": "user", "content": "".join(pieces) or "a"}]
+    turns = [{"role": "user", "content": "a" + "".join(pieces)}]
     guard = guarded(module_folder, stock.url, thresholds=1.0)
     own = render_prompt(tokenizer, turns, spec)
     try:
