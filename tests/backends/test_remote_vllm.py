@@ -182,16 +182,17 @@ def test_the_servers_own_structured_output_would_blind_the_watch(vllm_nano, loca
     assert free > -100 and masked == -9999.0
 
 
-def test_the_chat_route_gives_the_same_steps_and_refuses_a_forged_prompt(nano, vllm_nano, local):
+def test_the_chat_route_gives_the_same_steps_also_under_a_grammar_and_refuses_a_forged_prompt(nano, vllm_nano, local):
     backend, tokenizer, spec = local
     rows = load_rows(nano / "rows" / "test.jsonl").rows[:12]
     chat = RemoteBackend(vllm_nano.url, spec.ids, backend.eos_ids, route="chat")
     turns = ({"role": "user", "content": "Hello."},)
     handshake(chat, chat=(ChatInput(turns), render_prompt(tokenizer, turns, spec)))
-    worst = 0.0
-    for row in rows:
+    worst, grammar = 0.0, Grammars(tokenizer, spec, backend.eos_ids).json(PERSON)
+    for number, row in enumerate(rows):
         turns = tuple(row.messages[:-1])
         prompt, sampling = render_prompt(tokenizer, turns, spec), Sampling(max_new_tokens=40, temperature=0.0)
+        sampling = replace(sampling, grammar=grammar if number % 2 else None)
         by_ids = list(connect(vllm_nano, local).stream(prompt, sampling))
         by_chat = list(chat.stream(prompt, replace(sampling, chat=ChatInput(turns))))
         assert [step.token_id for step in by_chat] == [step.token_id for step in by_ids]
