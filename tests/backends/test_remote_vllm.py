@@ -112,7 +112,10 @@ def test_flag_probabilities_are_those_of_transformers(vllm_nano, local, prompts,
 
 PERSON = {
     "type": "object",
-    "properties": {"name": {"type": "string", "maxLength": 24}, "age": {"type": "integer", "maximum": 99}},
+    "properties": {
+        "name": {"type": "string", "maxLength": 24},
+        "age": {"type": "integer", "minimum": 10, "maximum": 99},
+    },
     "required": ["name", "age"],
     "additionalProperties": False,
 }
@@ -124,7 +127,7 @@ def test_under_a_grammar_flags_are_measured_as_without_one(vllm_nano, local, pro
     hf, tokenizer, spec = local
     backend = connect(vllm_nano, local)
     grammar = Grammars(tokenizer, spec, hf.eos_ids).json(PERSON)
-    asked = prompts[:24]
+    asked = prompts[:16]
     responses = gather(backend, asked, Sampling(120, temperature=temperature, seed=3, grammar=grammar))
     pairs = [(prompt, [s.token_id for s in steps]) for prompt, steps in zip(asked, responses, strict=True)]
 
@@ -144,16 +147,17 @@ def test_under_a_grammar_flags_are_measured_as_without_one(vllm_nano, local, pro
     ended = [ids[:-1] for _, ids in pairs if ids[-1] in hf.eos_ids]
     for ids in ended:
         value = json.loads(tokenizer.decode(ids))
-        assert set(value) == {"name", "age"} and len(value["name"]) <= 24 and value["age"] <= 99
+        assert set(value) == {"name", "age"} and len(value["name"]) <= 24 and 10 <= value["age"] <= 99
     print(f"{len(ended)} of {len(asked)} ended by themselves")
     assert len(ended) > len(asked) / 2
     if temperature == 0.0:
         same = [
-            [s.token_id for s in hf.stream(prompt, Sampling(120, temperature=0.0, grammar=grammar))] for prompt in asked
+            [s.token_id for s in hf.stream(prompt, Sampling(120, temperature=0.0, grammar=grammar))]
+            for prompt in asked[:6]
         ]
-        equal = sum(ids == other for (_, ids), other in zip(pairs, same, strict=True))
-        print(f"{equal} of {len(asked)} as transformers writes them")
-        assert equal >= len(asked) - 2  # rounding may turn a choice between two tokens
+        equal = sum(ids == other for (_, ids), other in zip(pairs, same, strict=False))
+        print(f"{equal} of {len(same)} as transformers writes them")
+        assert equal >= len(same) - 1  # rounding may turn a choice between two tokens
 
 
 def test_the_servers_own_structured_output_would_blind_the_watch(vllm_nano, local, prompts):
