@@ -76,6 +76,8 @@ class Grammars:
             text = json.dumps(schema, allow_nan=False)
         except (TypeError, ValueError, RecursionError) as error:
             raise _refused(f"it is not JSON: {error}") from error
+        if not isinstance(schema, Mapping) or "x-guidance" in schema:  # which would have less enforced
+            raise _refused("it must be a JSON object without x-guidance")
         if len(text) > LONGEST_SCHEMA:
             raise _refused(f"it has {len(text)} characters, and {LONGEST_SCHEMA} are allowed")
         with self._making:

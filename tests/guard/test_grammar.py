@@ -172,7 +172,9 @@ def test_an_answer_that_the_client_began_follows_no_grammar(guard_with):
     [
         ({"type": "objec"}, "Invalid type: objec"),
         ({"not": {"type": "string"}}, "Unimplemented keys"),
-        ({"not": {"type": "string"}, "x-guidance": {"lenient": True}}, "Unimplemented keys"),
+        ({"not": {"type": "string"}, "x-guidance": {"lenient": True}}, "x-guidance"),
+        ({"oneOf": [{}, {"type": "string"}], "x-guidance": {"coerce_one_of": True}}, "x-guidance"),
+        ({"oneOf": [{}, {"type": "string"}]}, "oneOf"),
         ({"type": "array", "uniqueItems": True}, "uniqueItems"),
         ({"type": "string", "pattern": "(?<=x)y"}, "look-behind"),
         ({"type": "string", "format": "soup"}, "soup"),
@@ -182,8 +184,8 @@ def test_an_answer_that_the_client_began_follows_no_grammar(guard_with):
         ({"type": "string", "description": "x" * LONGEST_SCHEMA}, "characters"),
         ({"const": math.nan}, "not JSON"),
         ({"const": {1, 2}}, "not JSON"),
-        ([1], "schema"),
-        (True, "schema"),
+        ([1], "must be a JSON object"),
+        (True, "must be a JSON object"),
     ],
 )
 def test_a_schema_that_cannot_be_enforced_is_refused(grammars, schema, named):
