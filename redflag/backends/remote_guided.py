@@ -106,7 +106,8 @@ async def _again(matcher: Matcher, refused: Step, ask: Ask, banned: Collection[i
     allowed = [int(token_id) for token_id in np.flatnonzero(bits) if token_id not in banned]
     if not allowed:
         raise RuntimeError("the grammar leaves no token to choose")
-    if len(allowed) == 1:  # Nothing is left to choose; the flags were measured before this very position.
+    # Nothing is left to choose; the flags were measured before this very position.
+    if len(allowed) == 1 and refused.logprobs is None:
         matcher.accept(allowed[0])
         return Step(allowed[0], refused.flag_probs)
     bans = {*banned, refused.token_id}

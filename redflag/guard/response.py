@@ -312,8 +312,7 @@ class Response:
         seed = None if self._sampling.seed is None else self._sampling.seed + self._restarts
         sampling = replace(self._sampling, max_new_tokens=left, seed=seed)
         if sampling.grammar is not None:
-            written = [self._context[start] for start in self._starts]
-            sampling = replace(sampling, grammar=sampling.grammar.after(written))
+            sampling = replace(sampling, grammar=sampling.grammar.after([self._context[i] for i in self._starts]))
         self.request = Stream(tuple(self._context), sampling)
         self._take, self._end = self._answer_step, self._answer_end
         return events

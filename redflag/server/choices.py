@@ -13,6 +13,7 @@ from redflag.server.access import Caller, Limits
 from redflag.server.api_errors import ApiError
 from redflag.server.rehearsal import rehearsing
 from redflag.server.schema import NO_LIMIT, ChatRequest, CompletionRequest
+from redflag.server.structured import json_schema
 from redflag.server.thinking import thinking_of
 
 Body = ChatRequest | CompletionRequest
@@ -60,7 +61,7 @@ def choices_of(guard: Guard, body: Body, caller: Caller, limits: Limits) -> list
 
 
 def _grammar_of(body: Body, guard: Guard) -> Grammar | None:
-    wanted = body.json_schema()
+    wanted = json_schema(body.response_format, body.structured_outputs, body.guided_json)
     if wanted is None:
         return None
     try:

@@ -6,7 +6,7 @@ Nothing is ignored in silence. Which fields are refused and which are ignored an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -26,7 +26,6 @@ from pydantic_core import PydanticCustomError
 from redflag.backends import MOST_LOGPROBS, Sampling
 from redflag.server.api_errors import ApiError
 from redflag.server.fields import ignored_fields
-from redflag.server.structured import json_schema
 
 MOST_STOPS = 16
 LONGEST_STOP = 128
@@ -48,9 +47,7 @@ def _as_text(value: Any) -> Any:
 
 
 def _as_stops(value: Any) -> Any:
-    if isinstance(value, str):
-        return [value] if value else []
-    return value
+    return ([value] if value else []) if isinstance(value, str) else value
 
 
 def _seed(value: int) -> int:
@@ -192,14 +189,6 @@ class _Request(BaseModel):
     def user_id(self) -> str | None:
         """Who asks, as far as the client says."""
         return self.safety_identifier or self.user
-
-    def json_schema(self) -> tuple[str, Mapping[str, Any]] | None:
-        """The field that says which JSON the answer has to be, and the schema; None where it may be any text.
-
-        Raises:
-            ApiError: 400; it asks for what is not supported.
-        """
-        return json_schema(self.response_format, self.structured_outputs, self.guided_json)
 
     @property
     def wants_usage(self) -> bool:

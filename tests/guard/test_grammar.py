@@ -163,8 +163,9 @@ def test_the_json_goes_on_behind_a_flag_that_stands_in_the_context(guard_with, m
 def test_an_answer_that_the_client_began_follows_no_grammar(guard_with):
     guard, _ = guard_with()
     begun = [*ASK, {"role": "assistant", "content": '{"name":'}]
-    with pytest.raises(RedflagError, match="must be a user's where a grammar is given"):
-        guard.respond(begun, Sampling(grammar=guard.grammar(PERSON)))
+    for messages, thinking in ((begun, None), (ASK, True)):
+        with pytest.raises(RedflagError, match="must not be given with a response that was begun"):
+            guard.respond(messages, Sampling(grammar=guard.grammar(PERSON)), thinking=thinking)
 
 
 @pytest.mark.parametrize(
