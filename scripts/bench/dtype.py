@@ -3,6 +3,7 @@
 
     python scripts/bench/dtype.py --model runs/nano/model --rows runs/nano/rows/test.jsonl
     python scripts/bench/dtype.py --model MODEL --rows rows.jsonl --device cuda --vllm ""    # without vLLM
+    python scripts/bench/dtype.py --model MODEL --scored bfloat16.jsonl float32.jsonl    # of `redflag score`, same rows
 
 The model answers the requests of the rows at temperature 1, once token by token in this process and once behind a stock
 vLLM. The very tokens of each answer are then measured again in batches, as `redflag score` and `redflag calibrate` do.
@@ -39,9 +40,17 @@ class Answer(NamedTuple):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a flagged model's folder, with thresholds.json")
-    parser.add_argument("--rows", required=True, help="conversations whose requests are answered")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--rows", help="conversations whose requests are answered")
+    what.add_argument("--scored", nargs=2, help="compare two files of `redflag score` instead")
     parser.add_argument("--count", type=int, default=500, help="requests")
     parser.add_argument("--tokens", type=int, default=90, help="most tokens of an answer")
+    parser.add_argument(
+        "--begun",
+        type=int,
+        default=0,
+        help="characters of a row's answer that the model goes on from, half of it at most: its own rarely alarm",
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
         "--vllm", default=str(ROOT / ".vllm/bin/python"), help="Python of vLLM's environment; '' = none"
@@ -51,10 +60,13 @@ def main() -> None:
     arguments = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     result: dict[str, Any] = {"model": arguments.model, "count": arguments.count, "seed": arguments.seed, "lines": []}
-    for dtype in DTYPES:
+    if arguments.scored:
+        result["lines"].append(compared_files(arguments))
+        print(table(result["lines"]), file=sys.stderr, flush=True)
+    for dtype in () if arguments.scored else DTYPES:
         result["lines"] += measure(arguments, dtype)
+        print(table(result["lines"]), file=sys.stderr, flush=True)
     print(json.dumps(result))
-    print(table(result["lines"]), file=sys.stderr)
 
 
 def measure(arguments: argparse.Namespace, dtype: str) -> list[dict[str, Any]]:
@@ -67,7 +79,7 @@ def measure(arguments: argparse.Namespace, dtype: str) -> list[dict[str, Any]]:
     thresholds = Thresholds.load(arguments.model)
     backend, tokenizer, spec = load_flagged(arguments.model, arguments.device, dtype)
     rows = load_rows(arguments.rows).rows[: arguments.count]
-    prompts = [render_prompt(tokenizer, row.messages[:-1], spec) for row in rows]
+    prompts = [render_prompt(tokenizer, begun(row.messages, arguments.begun), spec) for row in rows]
     answers = {"token by token": streamed(backend, prompts, arguments)}
     if arguments.vllm:
         answers["vLLM, streamed"] = served(arguments, dtype, spec, backend.eos_ids, prompts)
@@ -84,6 +96,29 @@ def measure(arguments: argparse.Namespace, dtype: str) -> list[dict[str, Any]]:
         pairs = list(zip(batches, reference, strict=True))
         lines.append(compared(f"{dtype} batches / float32 batches", pairs, thresholds))
     return lines
+
+
+def compared_files(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The line for two files of the same rows; rows that one of them lacks are left out."""
+    from redflag.scoring.score import read_scored
+    from redflag.watching.thresholds import Thresholds
+
+    first, second = ({row["id"]: row for row in read_scored(path)} for path in arguments.scored)
+    pairs = []
+    for name in sorted(first.keys() & second.keys()):
+        one, other = first[name], second[name]
+        if one["token_ids"] != other["token_ids"]:
+            sys.exit(f"--scored must hold the same rows (got other tokens for {name})")
+        pairs.append(tuple([*side["flag_probs"], *side["tail_probs"]] for side in (one, other)))
+    name = " / ".join(Path(path).stem for path in arguments.scored)
+    return compared(name, pairs, Thresholds.load(arguments.model))
+
+
+def begun(messages: list[dict[str, Any]], characters: int) -> list[dict[str, Any]]:
+    """A conversation up to its answer, or into it."""
+    answer = messages[-1]["content"]
+    start = answer[: min(characters, len(answer) // 2)]
+    return [*messages[:-1], {"role": "assistant", "content": start}] if start.strip() else messages[:-1]
 
 
 def streamed(backend: Any, prompts: Sequence[list[int]], arguments: argparse.Namespace) -> list[Answer]:

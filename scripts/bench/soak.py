@@ -1,12 +1,12 @@
 """Many clients, some of them rude, for minutes: does `redflag serve` leak, hang, or show what was not judged?
 
     python scripts/bench/soak.py --model runs/nano/model  # 64 clients, 5 minutes, a scripted upstream
-    python scripts/bench/soak.py --model runs/nano/model --vllm .vllm/bin/python
+    python scripts/bench/soak.py --model runs/nano/model --vllm .vllm/bin/python --kills 2
 
 In front of an upstream of its own (`scripts/bench/soak_upstream.py`), which marks every token that must not be shown,
 breaks in several ways, and is killed and started again every 20 seconds. Alarms lead to reflections, so that hidden
-streams and resumed ones are among the traffic. With `--vllm` a stock vLLM takes the upstream's place: no marks and no
-kills there, and what was received is compared with the recorded traces, as it is in both.
+streams and resumed ones are among the traffic. With `--vllm` a stock vLLM takes the upstream's place, killed and
+started again `--kills` times: no marks there, and what was received is compared with the recorded traces, as in both.
 
 Clients stream or not, leave in the middle, read slowly, send bodies that are too long or no UTF-8, conversations of
 10,000 messages, flag text in every role. Every second the server's memory, file descriptors, sockets and threads are
@@ -21,10 +21,8 @@ import asyncio
 import collections
 import contextlib
 import json
-import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -35,15 +33,11 @@ from typing import Any
 import aiohttp
 import psutil
 from soak_report import report, table
+from soak_start import HOLD_BACK, MOST_BODY, free_ports, kill, ready, server_command, start, upstream_command
 from soak_upstream import MARKED, Case, Tongue
 
 from redflag.trace import Halt, Text, read_traces
 
-ROOT = Path(__file__).resolve().parents[2]
-HOLD_BACK = 2
-REQUEST_TIMEOUT = 20.0
-HANG = 45.0
-MOST_BODY = 1 << 20
 ROUTES = ("/v1/chat/completions", "/v1/completions")
 LONG = "10,000 messages"
 KINDS = {
@@ -63,8 +57,9 @@ KINDS = {
 class Soak:
     """The clients, and what they have seen."""
 
-    def __init__(self, url: str, tongue: Tongue, scripted: bool) -> None:
-        self.url, self.tongue, self.scripted = url, tongue, scripted
+    def __init__(self, url: str, tongue: Tongue, arguments: argparse.Namespace) -> None:
+        self.url, self.tongue, self.scripted = url, tongue, arguments.vllm is None
+        self.tokens, self.hang = arguments.tokens, arguments.request_timeout + 25.0
         self.counts: collections.Counter[str] = collections.Counter()
         self.wrong: list[str] = []
         self.received: dict[str, tuple[str, bool]] = {}  # response -> its text, and whether it is all of it
@@ -84,11 +79,11 @@ class Soak:
         number, begun = next(self.numbers), time.monotonic()
         try:
             # A slow reader takes its own time on top.
-            async with asyncio.timeout(HANG + (60 if kind == "slow" else 0)):
+            async with asyncio.timeout(self.hang + (60 if kind == "slow" else 0)):
                 outcome = await self._ask(session, kind, number, begun)
         except TimeoutError:
             outcome = "hang"
-            self.wrong.append(f"{kind} case-{number}: no end within {HANG:g} s")
+            self.wrong.append(f"{kind} case-{number}: no end within {self.hang:g} s")
         except (aiohttp.ClientError, ConnectionError) as error:
             outcome = "cut"
             self.wrong.append(f"{kind} case-{number}: {type(error).__name__}: {error}")
@@ -120,7 +115,7 @@ class Soak:
 
     def _body(self, route: str, kind: str, number: int) -> dict[str, Any]:
         ask = f"please tell case-{number}"
-        fields: dict[str, Any] = {"model": "soak", "max_tokens": 100, "temperature": 1.0, "seed": number}
+        fields: dict[str, Any] = {"model": "soak", "max_tokens": self.tokens, "temperature": 1.0, "seed": number}
         flag = self.tongue.flag_text if kind == "flag text" else ""
         if kind == "refused":
             fields |= random.choice([{"n": 2}, {"logprobs": 5}, {"tools": [{}]}, {"temperature": "hot"}])
@@ -146,7 +141,7 @@ class Soak:
             # Where nothing was sent, what breaks is an error; a full or restarting server says so.
             allowed = {refused} if refused is not None else {429, 503, 504}
             if not self.scripted and kind == LONG:
-                allowed = {400}  # more than the context of a small model
+                allowed |= {400}  # more than the context of a small model
             if response.status not in allowed:
                 self.wrong.append(f"{kind} case-{number}: status {response.status}: {error}")
             return f"status {response.status}"
@@ -189,8 +184,8 @@ class Soak:
         said = last.get("redflag") or {}
         found = {"halted": "halted", "fault": "fault"}.get(said.get("verdict"), "done")
         reason = None if "error" in last else last["choices"][0]["finish_reason"]
-        expected = {"halted": "content_filter", "fault": None}.get(found, "stop" if self.scripted else reason)
-        if reason != expected or ("error" in last) != (found == "fault"):
+        expected = {"halted": ("content_filter",), "fault": (None,)}.get(found, ("stop", "length"))
+        if reason not in expected[: 1 if self.scripted else None] or ("error" in last) != (found == "fault"):
             self.wrong.append(f"{kind} case-{number}: finish_reason {reason} with {said}")
         if self.scripted and not self._disturbed(begun):
             case = Case.of(number)
@@ -218,7 +213,7 @@ async def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         server = await start(
             server_command(arguments, urls[0], ports[1], folder), urls[1] + "/ready", folder / "server.log"
         )
-        soak = Soak(urls[1], tongue, scripted)
+        soak = Soak(urls[1], tongue, arguments)
         samples: list[dict[str, float]] = []
         process = psutil.Process(server.pid)
         fresh = read(process, time.monotonic())
@@ -233,12 +228,12 @@ async def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
             for force_close in (False, True)
         ]
         clients = [asyncio.create_task(soak.client(sessions[i % 2], until)) for i in range(arguments.clients)]
-        while scripted and time.monotonic() < until - 15:
-            await asyncio.sleep(20)
+        pause = 20.0 if scripted else arguments.seconds / (arguments.kills + 1)
+        while time.monotonic() < until - 15 if scripted else len(soak.down) < arguments.kills:
+            await asyncio.sleep(pause)
             since = time.monotonic()
             soak.down.append((since - 0.1, float("inf")))
-            upstream.kill()
-            upstream.wait()
+            kill(upstream)
             await asyncio.sleep(random.uniform(0.2, 2.0))
             upstream = await start(
                 upstream_command(arguments, ports[0]), urls[0] + "/v1/models", folder / "upstream.log"
@@ -260,8 +255,7 @@ async def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 running.send_signal(signal.SIGTERM)
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     running.wait(20)
-                running.kill()
-                running.wait()
+                kill(running)
     compared = compare(soak, folder / "traces.jsonl")
     return report(
         soak.wrong,
@@ -274,6 +268,7 @@ async def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         clients=arguments.clients,
         upstream="scripted" if scripted else "vllm",
         kills=len(soak.down),
+        seconds_away=[round(end - since, 1) for since, end in soak.down],
         responses_compared_with_traces=compared,
     )
 
@@ -316,61 +311,6 @@ def read(process: psutil.Process, begun: float) -> dict[str, float]:
         }
 
 
-def upstream_command(arguments: argparse.Namespace, port: int) -> list[str]:
-    """What starts the upstream."""
-    if arguments.vllm is None:
-        script = str(ROOT / "scripts/bench/soak_upstream.py")
-        return [sys.executable, script, "--model", arguments.model, "--port", str(port), "--step", str(arguments.step)]
-    module = [arguments.vllm, "-m", "vllm.entrypoints.openai.api_server", "--model", arguments.model]
-    sizes = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--disable-uvicorn-access-log"]
-    return [*module, *sizes, "--host", "127.0.0.1", "--port", str(port)]
-
-
-def server_command(arguments: argparse.Namespace, upstream: str, port: int, folder: Path) -> list[str]:
-    """What starts redflag."""
-    serve = [sys.executable, "-m", "redflag.cli", "serve", "--model", arguments.model, "--upstream", upstream]
-    policy = ["--action", "reflect", "--reflect_words", "yes,no", "--hold_back", str(HOLD_BACK), "--threshold", "0.5"]
-    times = ["--request_timeout", str(REQUEST_TIMEOUT), "--step_timeout", "10", "--max_body_bytes", str(MOST_BODY)]
-    files = ["--record", str(folder / "traces.jsonl"), "--audit", str(folder / "audit.jsonl")]
-    return [*serve, "--port", str(port), "--name", "soak", "--closing_text", "", *policy, *times, *files]
-
-
-async def start(command: list[str], url: str, log: Path) -> subprocess.Popen[bytes]:
-    """Starts a process and waits until its address answers."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    # With an arena for each thread, memory that was freed in one is no use to another, and looks as if it were held.
-    environment["MALLOC_ARENA_MAX"] = "1"
-    with open(log, "ab") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
-    async with aiohttp.ClientSession() as session:
-        while process.poll() is None:
-            with contextlib.suppress(aiohttp.ClientError, TimeoutError):
-                async with session.get(url, timeout=aiohttp.ClientTimeout(total=5)) as response:
-                    if response.status == 200:
-                        return process
-            await asyncio.sleep(0.2)
-    raise SystemExit(f"{command[1:4]} ended with {process.returncode}:\n{log.read_text()[-3000:]}")
-
-
-async def ready(url: str) -> None:
-    """Waits until the server trusts its engine."""
-    async with aiohttp.ClientSession() as session:
-        while True:
-            async with session.get(url + "/ready") as response:
-                if response.status == 200:
-                    return
-            await asyncio.sleep(0.3)
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on."""
-    with contextlib.ExitStack() as stack:
-        made = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in made:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in made]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a flagged folder, such as that of `redflag demo --world nano`")
@@ -378,6 +318,11 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--step", type=float, default=0.05, help="seconds per token of the scripted upstream")
     parser.add_argument("--vllm", help="Python of an environment with vLLM: take it as the upstream")
+    parser.add_argument("--kills", type=int, default=0, help="how often a vLLM is killed and started again")
+    parser.add_argument("--dtype", default="float32", help="the type of a vLLM's weights")
+    parser.add_argument("--tokens", type=int, default=100, help="most tokens of an answer")
+    parser.add_argument("--threshold", type=float, default=0.5)
+    parser.add_argument("--request-timeout", type=float, default=20.0, help="seconds until the server gives up")
     parser.add_argument("--folder", help="where logs and traces are kept; default: nowhere")
     arguments = parser.parse_args()
     with contextlib.ExitStack() as stack:

