@@ -49,16 +49,22 @@ def template_text(tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 def apply(
-    tokenizer: PreTrainedTokenizerFast, turns: Sequence[Message], generate: bool, thinking: bool | None = False
+    tokenizer: PreTrainedTokenizerFast,
+    turns: Sequence[Message],
+    generate: bool,
+    thinking: bool | None = False,
+    tools: Sequence[Message] = (),
 ) -> str:
     """The conversation as the template writes it; with `generate`, to be continued.
 
     `thinking` switches on or off what the template has of it; None leaves that to the template.
 
+    `tools` are definitions as `redflag.tool_definitions` has them; not every template shows them.
+
     Raises:
         RedflagError: The template refuses the turns, or does not show what is said in them.
     """
-    return _apply(tokenizer, turns, generate, roles_in_parts(tokenizer), thinking=thinking)
+    return _apply(tokenizer, turns, generate, roles_in_parts(tokenizer), thinking=thinking, tools=tools)
 
 
 def _apply(
@@ -68,6 +74,7 @@ def _apply(
     listed: frozenset[str],
     head: str = "",
     thinking: bool | None = False,
+    tools: Sequence[Message] = (),
 ) -> str:
     import jinja2
 
@@ -83,6 +90,7 @@ def _apply(
     try:
         return tokenizer.apply_chat_template(
             given,
+            tools=list(tools) or None,
             tokenize=False,
             add_generation_prompt=generate,
             chat_template=head + template_text(tokenizer),

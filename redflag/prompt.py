@@ -28,6 +28,7 @@ from redflag.flags import FlagSpec
 from redflag.messages import Message, checked
 from redflag.stand_ins import Conversation, HiddenTextError, StandIn
 from redflag.thoughts import ThoughtMarks, thought_marks
+from redflag.tool_definitions import Tool, checked_tools
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -58,17 +59,21 @@ def render_prompt(
     spec: FlagSpec,
     preface: str = "",
     thinking: bool = False,
+    tools: Sequence[Tool] = (),
 ) -> list[int]:
     """Ids of a conversation up to where the assistant writes on; with `thinking`, to where its thought begins.
 
     A trailing assistant message is a prefill: the ids end with its content, to be continued. `preface` is a text of the
     operator's at the head of the system turn (which is made where there is none); a flag's text in it is the flag.
+    `tools` are definitions that the template shows; where it lets answers begin in a channel (gpt-oss), the ids then
+    end before it, since a call has a channel of its own.
 
     Raises:
         RedflagError: The messages are empty or malformed, or the chat template refuses them, does not show them, or
-            does not end where an answer begins.
+            does not end where an answer begins; or likewise the tools.
     """
     turns = checked(messages)
+    tools = checked_tools(tools)
     prefill: list[int] = []
     if turns[-1]["role"] == "assistant":
         if len(turns) == 1:
@@ -78,8 +83,9 @@ def render_prompt(
         if thinking:
             raise RedflagError("thinking must be off behind a prefill, which is the beginning of an answer")
         prefill = text_ids(tokenizer, _answer(turns.pop()), spec)
+    channel = not tools or bool(prefill)
     if not preface:
-        return _guarded(tokenizer, turns, spec, thinking=thinking) + prefill
+        return _guarded(tokenizer, turns, spec, thinking=thinking, tools=tools, channel=channel) + prefill
     mark = sentinel()
     if turns[0]["role"] == "system":
         turns[0]["content"] = f"{mark}\n\n{turns[0]['content']}"
@@ -89,7 +95,7 @@ def render_prompt(
     inserted: list[int] = []
     for piece in re.split(f"({'|'.join(map(re.escape, sorted(flags, key=len, reverse=True)))})", preface):
         inserted += [flags[piece]] if piece in flags else text_ids(tokenizer, piece, spec)
-    return _guarded(tokenizer, turns, spec, (mark, inserted), thinking) + prefill
+    return _guarded(tokenizer, turns, spec, (mark, inserted), thinking, tools, channel) + prefill
 
 
 def render_text(tokenizer: PreTrainedTokenizerFast, text: str, spec: FlagSpec) -> list[int]:
@@ -204,16 +210,19 @@ def _guarded(
     spec: FlagSpec,
     insert: tuple[str, list[int]] = ("", []),
     thinking: bool = False,
+    tools: Sequence[Tool] = (),
+    channel: bool = True,
 ) -> list[int]:
     """Ids of the conversation in which every control token is the template's own.
 
-    `insert` puts ids of the operator's in the place of a mark; they are left out while the rest is verified.
+    `insert` puts ids of the operator's in the place of a mark; they are left out while the rest is verified. Without
+    `channel` the ids end before the channel in which an answer begins, where there is one.
 
     What the template says by itself is learnt by rendering stand-ins for the contents. Contents that hold a control
     token are tokenised apart; should contents make one only together, or with the template's text, all are.
     """
     control = control_ids(tokenizer, spec)
-    conversation = Conversation(messages, control)
+    conversation = Conversation(messages, control, tools)
     mark, inserted = insert
     try:
         style, skeleton = conversation.skeleton(tokenizer, thinking)
@@ -231,6 +240,8 @@ def _guarded(
         added = marks.opening
     else:
         added = answer_start(tokenizer, skeleton_turns, conversation.pattern, skeleton)
+        if not channel and "<|channel|>" in added:
+            added = ""
     expected = [i for i in tokenise(tokenizer, skeleton + added) if i in control.special]
     if control.flags.intersection(expected):
         raise RedflagError("the chat template itself holds a flag token: give the model a template without it")
@@ -241,11 +252,12 @@ def _guarded(
     for name in conversation.aliases:
         if control.all.intersection(tokenise(tokenizer, name)):
             raise RedflagError(
-                f"the name, id or key {name!r} of a tool call holds a control token, which is never accepted from a "
-                "user: take it out"
+                f"the name, id or key {name!r} of a tool or its call holds a control token, which is never accepted "
+                "from a user: take it out"
             )
     for apart in (dirty, conversation.stand_ins):
-        text = apply(tokenizer, conversation.turns(apart, style), True, thinking) + added
+        filled = conversation.turns(apart, style), conversation.definitions(apart)
+        text = apply(tokenizer, filled[0], True, thinking, filled[1]) + added
         render = partial(_spliced_contents, tokenizer, text, conversation, apart)
         ids = render((mark, []))
         if [i for i in ids if i in control.special] == expected:
@@ -291,7 +303,7 @@ def _spliced_contents(
         if literal:
             ids += _spliced(literal, insert, partial(tokenise, tokenizer))
         core = item.text.strip()
-        if item.kind == "argument":  # It stands in JSON.
+        if item.kind in ("argument", "definition"):  # It stands in JSON, as templates mostly write definitions too.
             core = json.dumps(core, ensure_ascii=False)[1:-1]
         split = partial(content_ids, tokenizer, forbidden=item.forbidden)
         ids += _spliced(before + core + after, insert, lambda part: split(part)[0])  # noqa: B023

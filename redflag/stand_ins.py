@@ -7,13 +7,14 @@ control tokens are the template's own.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from redflag.chat_template import apply, sentinel
 from redflag.control_tokens import Control
 from redflag.errors import RedflagError
 from redflag.messages import Message, fill
+from redflag.tool_definitions import Tool, fill_tools
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -44,7 +45,10 @@ def _stand_in(content: str, mark: str, number: int) -> StandIn | None:
 
 
 class Text(NamedTuple):
-    """A text that somebody put into message `number`; `forbidden` are the ids that it must not become."""
+    """A text that somebody put into message `number`; `forbidden` are the ids that it must not become.
+
+    Texts in definitions of tools have the kind `definition`, and stand in no message.
+    """
 
     number: int
     kind: str
@@ -70,8 +74,9 @@ class Conversation:
     Names, ids and keys are replaced all together, by others (`aliases`): they are never tokenised apart.
     """
 
-    def __init__(self, messages: Sequence[Message], control: Control) -> None:
+    def __init__(self, messages: Sequence[Message], control: Control, tools: Sequence[Tool] = ()) -> None:
         self.messages = messages
+        self.tools = tools
         self.mark = sentinel()
         self.texts: list[Text] = []
         self.aliases: dict[str, str] = {}
@@ -90,7 +95,21 @@ class Conversation:
                 return text
 
             fill(message, note)
+        self._spoken = len(self.texts)
 
+        def note_name(kind: str, text: str) -> str:
+            if kind != "definition" and text:
+                self.aliases.setdefault(text, sentinel())
+            return text
+
+        def note_text(kind: str, text: str) -> str:
+            if kind == "definition" and text not in self.aliases:  # Schemas repeat names, as in `required`.
+                stand_in = _stand_in(text, self.mark, len(self.texts))
+                self.texts.append(Text(-1, kind, text, control.all, stand_in))
+            return text
+
+        for note_each in (note_name, note_text):
+            fill_tools(tools, note_each)
         self.stand_ins = [item.stand_in for item in self.texts]
 
     @property
@@ -106,9 +125,7 @@ class Conversation:
 
     def turns(self, apart: Sequence[StandIn | None], style: Style, aliased: bool = False) -> list[dict[str, Any]]:
         """The turns with stand-ins for some texts, and for all names or none."""
-        texts = iter(
-            [str(stand_in) if stand_in else item.text for item, stand_in in zip(self.texts, apart, strict=True)]
-        )
+        texts = self._filled(apart)
 
         def replace(kind: str, text: str) -> str:
             if kind in ("content", "reasoning", "argument"):
@@ -125,24 +142,44 @@ class Conversation:
                     function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
         return turns
 
-    def _hidden(self, text: str) -> tuple[int, str] | None:
-        """Number of the first message of which something does not appear in a rendering with stand-ins, and what."""
+    def definitions(self, apart: Sequence[StandIn | None], aliased: bool = False) -> list[dict[str, Any]]:
+        """The definitions of tools likewise."""
+        texts = self._filled(apart, self._spoken)
+
+        def replace(kind: str, text: str) -> str:
+            if kind == "definition" and text not in self.aliases:
+                return next(texts)
+            return self.aliases.get(text, text) if aliased else text
+
+        return fill_tools(self.tools, replace)
+
+    def _filled(self, apart: Sequence[StandIn | None], start: int = 0) -> Iterator[str]:
+        pairs = zip(self.texts[start:], apart[start:], strict=True)
+        return (str(stand_in) if stand_in else item.text for item, stand_in in pairs)
+
+    def _hidden(self, text: str) -> str:
+        """What does not appear in a rendering with stand-ins, first of all; "" where everything does."""
         position = 0
         for item in self.texts:
-            if item.stand_in is None or item.kind == "reasoning":
+            if item.stand_in is None or item.kind in ("reasoning", "definition"):
                 continue
             # Some templates put system turns elsewhere than they stood, and arguments in an order of their own.
             ordered = item.kind == "content" and self.messages[item.number]["role"] != "system"
             found = text.find(item.stand_in.name, position if ordered else 0)
             if found < 0:
-                return item.number, "the text" if item.kind == "content" else f"the {item.kind} {item.text!r}"
+                return self._named(
+                    item.number, "the text" if item.kind == "content" else f"the {item.kind} {item.text!r}"
+                )
             position = found if ordered else position
-        calls = ((number, message) for number, message in enumerate(self.messages) if "tool_calls" in message)
-        names = ((number, call["function"]["name"]) for number, message in calls for call in message["tool_calls"])
-        missing = (
-            (number, f"the function {name!r}") for number, name in names if self.aliases.get(name, "") not in text
-        )
-        return next(missing, None)
+        for number, message in enumerate(self.messages):
+            for call in message.get("tool_calls", ()):
+                if self.aliases[call["function"]["name"]] not in text:
+                    return self._named(number, f"the function {call['function']['name']!r}")
+        names = (tool["function"]["name"] for tool in self.tools)
+        return next((f"the tool {name!r}" for name in names if self.aliases[name] not in text), "")
+
+    def _named(self, number: int, what: str) -> str:
+        return f"{what} of message {number} (role {self.messages[number]['role']}) in its place"
 
     def skeleton(self, tokenizer: PreTrainedTokenizerFast, thinking: bool = False) -> tuple[Style, str]:
         """The conversation rendered with stand-ins, in the first style in which all of it appears.
@@ -154,18 +191,17 @@ class Conversation:
         refusal: RedflagError | None = None
         for style in self.styles:
             try:
-                text = apply(tokenizer, self.turns(self.stand_ins, style, aliased=True), True, thinking)
+                tools = self.definitions(self.stand_ins, aliased=True)
+                text = apply(tokenizer, self.turns(self.stand_ins, style, aliased=True), True, thinking, tools)
             except RedflagError as error:
                 refusal = refusal or error
                 continue
             hidden = self._hidden(text)
-            if hidden is None:
+            if not hidden:
                 return style, text
-            number, what = hidden
             refusal = refusal or HiddenTextError(
-                f"the chat template does not show {what} of message {number} (role {self.messages[number]['role']}) in "
-                "its place, so the model would never see it: leave such turns out, or give the model a template that "
-                "shows them"
+                f"the chat template does not show {hidden}, so the model would never see it: leave it out, or give the "
+                "model a template that shows it"
             )
         assert refusal is not None
         raise refusal

@@ -1,0 +1,103 @@
+"""Calls of tools in released text: what of it is content, and which calls it makes.
+
+A reader takes text as it is released and gives back what a user may see. What may belong to a call is held until the
+response has ended by itself: only `finish` makes calls. A response that is halted, or breaks, is never finished, so
+nothing of its calls is sent, not even of those that were complete. Text that is no valid call of an offered function is
+content. Marks (`redflag.tool_prompt.MARK` and a text) never are.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import string
+from collections.abc import Collection, Iterable
+from typing import Any
+
+from redflag.guard.detokenize import TextFilter
+from redflag.server.tool_formats import Call, State, json_values, parser_of
+from redflag.tool_prompt import MARK, ToolUse
+
+_ALPHABET = string.ascii_letters + string.digits
+
+
+class CallReader:
+    """Tells content and calls apart, in any format.
+
+    Attributes:
+        calls: The calls, once the response is over.
+
+    Example:
+        >>> from redflag.tool_prompt import FORMATS
+        >>> add = {"type": "function", "function": {"name": "add"}}
+        >>> reader = CallReader(ToolUse(FORMATS["json"], (add,)))
+        >>> reader.push('{"name": "add", '), reader.push('"arguments": {"a": 1}}'), reader.finish()
+        ('', '', '')
+        >>> [(call.name, call.arguments) for call in reader.calls]
+        [('add', '{"a": 1}')]
+    """
+
+    def __init__(
+        self, use: ToolUse, marks: Collection[str] = (), *, flags: Iterable[str] = (), parallel: bool = True
+    ) -> None:
+        """Starts before the first text.
+
+        Args:
+            use: What may be called, and how calls are written.
+            marks: Those of the format's marks that are tokens: spelled out, they are ordinary text.
+            flags: Flags' texts, which neither content nor a call may hold.
+            parallel: Several calls may be made; else only the first one counts.
+        """
+        self.calls: tuple[Call, ...] = ()
+        self._names = use.names
+        self._flags = tuple(flags)
+        self._parallel = parallel
+        # Templates of Mistral's take no other ids.
+        self._id_prefix, self._id_length = ("", 9) if use.format.name == "mistral" else ("call_", 24)
+        self._marks = re.compile(f"{MARK}(?:{'|'.join(map(re.escape, use.format.marks)) or '(?!)'})")
+        self._unmarked = ""
+        self._filter = TextFilter(remove=self._flags)
+        self._parser = parser_of(use, frozenset(marks), self._call)
+
+    @property
+    def state(self) -> State:
+        """What becomes of the text that came last: it is shown, held until the end, or never shown."""
+        return self._parser.state
+
+    def push(self, text: str) -> str:
+        """What a user may see now."""
+        return self._shown(self._parser.push(text))
+
+    def finish(self) -> str:
+        """What is left for a user to see when the response has ended by itself; `calls` are known then."""
+        items = self._parser.finish()
+        calls = [item for item in items if isinstance(item, Call)]
+        left = "".join(item for item in items if isinstance(item, str))
+        self.calls = tuple(calls if self._parallel else calls[:1])
+        shown = self._shown(left if left.strip() or not calls else "")
+        return shown + self._filter.push(self._marks.sub("", self._unmarked)) + self._filter.flush()
+
+    def _shown(self, text: str) -> str:
+        text = self._unmarked + text
+        cut = text.rfind(MARK)
+        if cut < 0 or self._marks.match(text, cut):
+            cut = len(text)
+        self._unmarked = text[cut:]
+        return self._filter.push(self._marks.sub("", text[:cut]))
+
+    def _call(self, name: Any, arguments: Any) -> Call | None:
+        """A valid call of an offered function; None for everything else."""
+        if isinstance(arguments, str):
+            arguments = next(iter(json_values(arguments) or ()), None)
+        if not isinstance(name, str) or name not in self._names or not isinstance(arguments, dict):
+            return None
+        try:
+            text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+            text.encode()
+        except (ValueError, RecursionError):
+            return None
+        if any(json.dumps(flag, ensure_ascii=False)[1:-1] in text for flag in self._flags):
+            return None
+        identity = "".join(secrets.choice(_ALPHABET) for _ in range(self._id_length))
+        return Call(self._id_prefix + identity, name, text)

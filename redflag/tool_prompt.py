@@ -1,0 +1,249 @@
+"""How a model calls tools, found out from its chat template; prompts with tools, also for templates without any.
+
+Where the template shows tools, calls and results, and writes calls in a format that is known here, it renders them.
+Else they are described in words (`json`): definitions in the system turn, calls as JSON, results in user turns.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from redflag.control_tokens import control_ids, tokenise
+from redflag.errors import RedflagError
+from redflag.flags import FlagSpec
+from redflag.messages import Message, checked
+from redflag.prompt import render_prompt
+from redflag.stand_ins import Conversation
+from redflag.tool_definitions import Tool, checked_tools
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+# Stands before the text of a mark that the model wrote as one token. No decoder gives half of a surrogate pair, so
+# nobody can spell it.
+MARK = "\udfff"
+
+
+class ToolFormat(NamedTuple):
+    """How calls are written.
+
+    Attributes:
+        name: `hermes`, `llama`, `mistral`, `harmony` or `json`.
+        marks: Texts by which the model marks calls; each is one token, where the tokenizer has it.
+        before: What a call begins with, up to the function's name.
+        after: What stands between the name and the arguments.
+    """
+
+    name: str
+    marks: tuple[str, ...]
+    before: str
+    after: str
+
+
+_HARMONY = ("<|start|>", "<|channel|>", "<|message|>", "<|constrain|>", "<|end|>", "<|call|>")
+_MISTRAL = ("[TOOL_CALLS]", "[CALL_ID]", "[ARGS]")
+FORMATS = {
+    "hermes": ToolFormat("hermes", ("<tool_call>", "</tool_call>"), '<tool_call>\n{"name": "', '", "arguments":'),
+    "llama": ToolFormat("llama", ("<|python_tag|>",), '{"name": "', '", "parameters":'),
+    "mistral": ToolFormat("mistral", _MISTRAL, '[TOOL_CALLS][{"name": "', '", "arguments":'),
+    "harmony": ToolFormat("harmony", _HARMONY, " to=functions.", "<|channel|>commentary json<|message|>"),
+    "json": ToolFormat("json", (), '{"name": "', '", "arguments":'),
+}
+_MISTRAL_11 = FORMATS["mistral"]._replace(before="[TOOL_CALLS]", after="[ARGS]")
+# How the call of a function {name} looks in a rendered prompt.
+_WRITTEN = (
+    (FORMATS["harmony"], r"to=functions\.{name}<\|channel\|>commentary"),
+    (_MISTRAL_11, r"\[TOOL_CALLS\]\s*{name}(\[CALL_ID\]\w*)?\[ARGS\]"),
+    (FORMATS["mistral"], r'\[TOOL_CALLS\]\s*\[\s*\{{\s*"name":\s*"{name}"'),
+    (FORMATS["hermes"], r'<tool_call>\s*\{{"name":\s*"{name}",\s*"arguments":'),
+    (FORMATS["llama"], r'\{{"name":\s*"{name}",\s*"parameters":'),
+)
+_PROBE_TOOLS: list[Tool] = checked_tools(
+    [{"type": "function", "function": {"name": "probe", "parameters": {"type": "object", "properties": {"key": {}}}}}]
+)
+_PROBE: list[Message] = checked(
+    [
+        {"role": "user", "content": "question"},
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"id": "abcdefghi", "function": {"name": "probe", "arguments": {"key": "value"}}}],
+        },
+        {"role": "tool", "content": "result", "tool_call_id": "abcdefghi", "name": "probe"},
+    ]
+)
+
+
+@dataclass(frozen=True)
+class ToolUse:
+    """What a response may call.
+
+    Attributes:
+        format: How calls are written.
+        definitions: The tools; none where only earlier turns have to do with tools.
+        forced: The function that has to be called, "" for any of them; None leaves it to the model.
+    """
+
+    format: ToolFormat
+    definitions: tuple[Tool, ...] = ()
+    forced: str | None = None
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Names of the functions."""
+        return frozenset(tool["function"]["name"] for tool in self.definitions)
+
+    @property
+    def opening(self) -> str:
+        """What a forced call begins with, put behind the prompt; "" where no call is forced.
+
+        Example:
+            >>> ToolUse(FORMATS["llama"], forced="add").opening
+            '{"name": "add", "parameters":'
+            >>> ToolUse(FORMATS["llama"], forced="").opening
+            '{"name":'
+        """
+        if self.forced is None:
+            return ""
+        if not self.forced:
+            return self.format.before.rstrip(' "')
+        return self.format.before + self.forced + self.format.after
+
+
+def find_format(tokenizer: PreTrainedTokenizerFast, spec: FlagSpec, asked: str = "auto") -> ToolFormat:
+    """How the model calls tools, as its template shows an earlier call.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        spec: Its flags.
+        asked: One of `FORMATS`, where the operator knows better; "auto" finds out, and is `json` where the template
+            shows no tools, or writes calls in a format that is not known here.
+
+    Raises:
+        RedflagError: The template does not show tools, and the format asked for needs that.
+    """
+    conversation = Conversation(_PROBE, control_ids(tokenizer, spec), _PROBE_TOOLS)
+    try:
+        _, text = conversation.skeleton(tokenizer)
+    except RedflagError as error:
+        if asked not in ("auto", "json"):
+            raise RedflagError(f"tool_format must be auto or json for this model (got {asked}). {error}") from error
+        return FORMATS["json"]
+    name = conversation.aliases["probe"]
+    found = next((form for form, pattern in _WRITTEN if re.search(pattern.format(name=name), text)), FORMATS["json"])
+    return found if asked in ("auto", found.name) else FORMATS[asked]
+
+
+def mark_ids(tokenizer: PreTrainedTokenizerFast, form: ToolFormat) -> dict[int, str]:
+    """The ids of the format's marks that are tokens, each with the text that stands for it in a response."""
+    return {
+        i: MARK + token.content for i, token in tokenizer.added_tokens_decoder.items() if token.content in form.marks
+    }
+
+
+def render_tool_prompt(
+    tokenizer: PreTrainedTokenizerFast,
+    messages: Sequence[Message],
+    spec: FlagSpec,
+    use: ToolUse,
+    preface: str = "",
+) -> list[int]:
+    """Ids of a conversation with tools, up to where the assistant writes on; the opening of a forced call included.
+
+    Other arguments are those of `redflag.prompt.render_prompt`.
+
+    Raises:
+        RedflagError: As `redflag.prompt.render_prompt`.
+    """
+    turns, tools = checked(messages), checked_tools(use.definitions)
+    attempts: list[Callable[[], list[int]]] = []
+    if use.format.name != "json" or not tools:
+        attempts.append(lambda: render_prompt(tokenizer, turns, spec, preface, tools))
+        # Some templates show one call in a turn.
+        attempts.append(lambda: render_prompt(tokenizer, one_call_a_turn(turns), spec, preface, tools))
+    if use.format.name == "json" or not tools:
+        attempts.append(lambda: render_prompt(tokenizer, in_words(turns, tools), spec, preface))
+        # Some templates know no system turn.
+        attempts.append(lambda: render_prompt(tokenizer, in_words(turns, tools, "user"), spec, preface))
+    refusal: RedflagError | None = None
+    for attempt in attempts:
+        try:
+            ids = attempt()
+            break
+        except RedflagError as error:
+            refusal = refusal or error
+    else:
+        assert refusal is not None
+        raise refusal
+    return ids + tokenise(tokenizer, use.opening) if use.opening else ids
+
+
+def one_call_a_turn(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """The same conversation with a turn for each call, its result behind it."""
+    turns: list[dict[str, Any]] = []
+    results: dict[str, list[Message]] = {}
+    for message in messages:
+        if message["role"] == "tool":
+            results.setdefault(message.get("tool_call_id", ""), []).append(message)
+    for message in messages:
+        calls = message.get("tool_calls", ())
+        if message["role"] == "tool" and message.get("tool_call_id", "") not in results:
+            continue  # It stands behind its call.
+        if len(calls) < 2:
+            turns.append(dict(message))
+            continue
+        for number, call in enumerate(calls):
+            content = message["content"] if number == 0 else ""
+            turns.append({**message, "content": content, "tool_calls": [call]})
+            turns += map(dict, results.pop(call.get("id", ""), []))
+    return turns
+
+
+_INSTRUCTIONS = """You can call these functions:
+{tools}
+To call them, answer with nothing but a JSON object for each call: {{"name": "the function", "arguments": {{...}}}}
+Their results come in the next message. Answer in words where no call is needed."""
+
+
+def in_words(messages: Sequence[Message], tools: Sequence[Tool], role: str = "system") -> list[dict[str, Any]]:
+    """The same conversation without anything that a template would have to know of tools.
+
+    Args:
+        messages: Checked messages.
+        tools: Definitions, which are described at the head of the first turn of `role`.
+        role: `system` or `user`; a system turn is made where there is none.
+    """
+    names = {
+        call["id"]: call["function"]["name"]
+        for message in messages
+        for call in message.get("tool_calls", ())
+        if "id" in call
+    }
+    turns: list[dict[str, Any]] = []
+    for message in messages:
+        turn = {"role": message["role"], "content": message["content"]}
+        if "reasoning_content" in message:
+            turn["reasoning_content"] = message["reasoning_content"]
+        if "tool_calls" in message:
+            calls = [json.dumps(call["function"], ensure_ascii=False) for call in message["tool_calls"]]
+            turn["content"] = "\n".join(filter(None, [turn["content"], *calls]))
+        if message["role"] == "tool":
+            name = message.get("name") or names.get(message.get("tool_call_id", ""), "")
+            turn = {"role": "user", "content": f"Result of {name or 'the call'}:\n{turn['content']}"}
+            if turns and turns[-1]["role"] == "user":  # Templates want turns to alternate.
+                turns[-1]["content"] += f"\n\n{turn['content']}"
+                continue
+        turns.append(turn)
+    if not tools:
+        return turns
+    lines = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
+    described = _INSTRUCTIONS.format(tools=lines)
+    first = next((turn for turn in turns if turn["role"] == role), None)
+    if first is not None:
+        first["content"] = f"{described}\n\n{first['content']}"
+        return turns
+    return [{"role": role, "content": described}, *turns]
