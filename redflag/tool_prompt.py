@@ -62,10 +62,10 @@ _WRITTEN = (
     (FORMATS["hermes"], r'<tool_call>\s*\{{"name":\s*"{name}",\s*"arguments":'),
     (FORMATS["llama"], r'\{{"name":\s*"{name}",\s*"parameters":'),
 )
-_PROBE_TOOLS: list[Tool] = checked_tools(
+_PROBE_TOOLS = checked_tools(
     [{"type": "function", "function": {"name": "probe", "parameters": {"type": "object", "properties": {"key": {}}}}}]
 )
-_PROBE: list[Message] = checked(
+_PROBE = checked(
     [
         {"role": "user", "content": "question"},
         {
@@ -96,6 +96,11 @@ class ToolUse:
     def names(self) -> frozenset[str]:
         """Names of the functions."""
         return frozenset(tool["function"]["name"] for tool in self.definitions)
+
+    @property
+    def in_channels(self) -> bool:
+        """Whether the model chooses a channel for what comes first, be it a thought, an answer or a call."""
+        return self.format.name == "harmony" and bool(self.definitions)
 
     @property
     def opening(self) -> str:
@@ -151,6 +156,7 @@ def render_tool_prompt(
     spec: FlagSpec,
     use: ToolUse,
     preface: str = "",
+    thinking: bool = False,
 ) -> list[int]:
     """Ids of a conversation with tools, up to where the assistant writes on; the opening of a forced call included.
 
@@ -162,13 +168,13 @@ def render_tool_prompt(
     turns, tools = checked(messages), checked_tools(use.definitions)
     attempts: list[Callable[[], list[int]]] = []
     if use.format.name != "json" or not tools:
-        attempts.append(lambda: render_prompt(tokenizer, turns, spec, preface, tools))
+        attempts.append(lambda: render_prompt(tokenizer, turns, spec, preface, thinking, tools))
         # Some templates show one call in a turn.
-        attempts.append(lambda: render_prompt(tokenizer, one_call_a_turn(turns), spec, preface, tools))
+        attempts.append(lambda: render_prompt(tokenizer, one_call_a_turn(turns), spec, preface, thinking, tools))
     if use.format.name == "json" or not tools:
-        attempts.append(lambda: render_prompt(tokenizer, in_words(turns, tools), spec, preface))
+        attempts.append(lambda: render_prompt(tokenizer, in_words(turns, tools), spec, preface, thinking))
         # Some templates know no system turn.
-        attempts.append(lambda: render_prompt(tokenizer, in_words(turns, tools, "user"), spec, preface))
+        attempts.append(lambda: render_prompt(tokenizer, in_words(turns, tools, "user"), spec, preface, thinking))
     refusal: RedflagError | None = None
     for attempt in attempts:
         try:

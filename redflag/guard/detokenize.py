@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tokenizers.decoders import DecodeStream
@@ -168,6 +168,7 @@ class ResponseText:
         remove: Iterable[str] = (),
         until: int | None = None,
         skip: str = "",
+        marks: Mapping[int, str] | None = None,
     ) -> None:
         """Starts before the first token.
 
@@ -179,10 +180,14 @@ class ResponseText:
             remove: Flags' texts.
             until: An id from which on there is no text: what ends a thought.
             skip: Characters that are left out as long as there is no other: white space between thought and answer.
+            marks: Ids in place of whose text stands another, also where they have none: for a reader of tool calls
+                (`redflag.tool_prompt.mark_ids`), who takes it out again.
         """
         self._until = until
         self._over = False
         self._skip = skip
+        self._marks = marks or {}
+        self._tokenizer = tokenizer
         self._detokenizer = Detokenizer(tokenizer, context)
         self._filter = TextFilter(stop, remove)
         self._hidden_ids = frozenset(hidden_ids)
@@ -198,6 +203,9 @@ class ResponseText:
         if self._over or token_id in self._hidden_ids:
             return ""
         piece = self._detokenizer.push(token_id)
+        if token_id in self._marks:
+            # What comes with it belongs to the tokens before.
+            piece = piece.removesuffix(self._tokenizer.convert_ids_to_tokens(token_id)) + self._marks[token_id]
         if self._skip and (piece := piece.lstrip(self._skip)):
             self._skip = ""
         return self._filter.push(piece)

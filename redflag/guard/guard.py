@@ -19,6 +19,7 @@ from redflag.judges import Judge
 from redflag.models.named import model_folder
 from redflag.prompt import render_prompt, render_text
 from redflag.thoughts import ThoughtMarks, thinks_by_itself, thought_marks
+from redflag.tool_prompt import ToolUse, mark_ids, render_tool_prompt
 from redflag.trace import Event, Halt, Step, Text, Thought, Trace
 from redflag.watching.monitor import MonitorConfig
 from redflag.watching.policy import Policy
@@ -269,6 +270,7 @@ class Guard:
         sampling: Sampling | None = None,
         policy: Policy | None = None,
         thinking: bool | None = None,
+        tools: ToolUse | None = None,
     ) -> Response:
         """The response to a conversation as a state machine, before its first step; nothing is asked of the engine.
 
@@ -278,6 +280,7 @@ class Guard:
             policy: In place of the guard's own, for this response.
             thinking: Whether the response begins with a thought; None: as the guard has it. Behind a prefill, and in a
                 plain prompt, there is none.
+            tools: What may be called. The response's text holds marks then, for `redflag.server.tool_calls`.
 
         Raises:
             RedflagError: The conversation is empty or malformed, or the policy cannot be carried out, or there is no
@@ -294,7 +297,8 @@ class Guard:
         else:
             messages = [dict(message) for message in messages]
             preface = policy.reflect.system if policy.asks("reflect") else ""
-            continues = bool(messages) and messages[-1].get("role") == "assistant"
+            begun = bool(messages) and messages[-1].get("role") == "assistant"
+            continues = begun or bool(tools and tools.opening)
             if sampling.grammar is not None:
                 if continues or thinking:
                     raise RedflagError(
@@ -302,11 +306,16 @@ class Guard:
                         "describes the response from its first token on."
                     )
                 thinking = False
-            thinks = (self.thinks if thinking is None else thinking) and not continues
+            asked = self.thinks if thinking is None else thinking
+            thinks = asked and not continues and not (tools and tools.in_channels)
             marks = self._marks(policy) if thinks else None
-            prompt = render_prompt(self.tokenizer, messages, self._spec, preface, thinks)
+            if tools is None:
+                prompt = render_prompt(self.tokenizer, messages, self._spec, preface, thinks)
+            else:
+                prompt = render_tool_prompt(self.tokenizer, messages, self._spec, tools, preface, thinks)
             # What the operator puts before a conversation, and a response that was begun, no server renders alike.
-            if not continues and not preface and getattr(self.backend, "route", "") == "chat":
+            plain = tools is None and not continues and not preface
+            if plain and getattr(self.backend, "route", "") == "chat":
                 kwargs = {"chat_template_kwargs": {"enable_thinking": thinks}}
                 sampling = replace(sampling, chat=ChatInput(tuple(messages), kwargs))
         return Response(
@@ -320,6 +329,7 @@ class Guard:
             sampling,
             continues=continues,
             thought=marks,
+            marks=mark_ids(self.tokenizer, tools.format) if tools is not None and tools.definitions else None,
         )
 
     def generate(

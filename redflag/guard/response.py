@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -73,6 +73,7 @@ class Response:
         *,
         continues: bool = False,
         thought: ThoughtMarks | None = None,
+        marks: Mapping[int, str] | None = None,
     ) -> None:
         """Starts before the first step.
 
@@ -87,17 +88,16 @@ class Response:
             sampling: How tokens are chosen.
             continues: The response goes on in the middle of the prompt's last text.
             thought: The prompt ends inside a thought, which ends so; None: where the answer begins.
+            marks: As for `ResponseText`, of the answer.
         """
         self._tokenizer = tokenizer
-        self._spec = spec
-        self._policy = policy
+        self._spec, self._policy = spec, policy
         self._eos_ids = eos_ids
         self._messages = messages
         self._sampling = replace(sampling, chat=None)  # from the second stream on the prompt is more than the chat
-        flag_ids = frozenset(spec.ids)
-        self._flag_ids = flag_ids
+        self._flag_ids = frozenset(spec.ids)
         self._continued = tuple(prompt) if continues else ()
-        self._thought = thought
+        self._thought, self._marks = thought, marks
         self._text = self._new_text(thinks=thought is not None)
         self.session = Session(thresholds, policy, spec.categories, self._text.push, thought=thought is not None)
         # What precedes the next token: the prompt, the response, and reflections that the response stays with; and how
@@ -143,9 +143,8 @@ class Response:
             verdict: What it said; None when it failed or was late: the alarm stands.
             detail: Why there is no verdict.
         """
-        if verdict is None:
-            return self._resume(self.session.answer(None, detail=detail))
-        return self._resume(self.session.answer(verdict.harm, detail=verdict.detail))
+        harm, detail = (None, detail) if verdict is None else (verdict.harm, verdict.detail)
+        return self._resume(self.session.answer(harm, detail=detail))
 
     def _answer_step(self, step: Step) -> list[Event]:
         session = self.session
@@ -203,7 +202,7 @@ class Response:
         self._context.append(token_id)
 
     def _new_text(self, thinks: bool) -> ResponseText:
-        """Of the thought or of the answer: stop texts are the answer's."""
+        """Of the thought or of the answer, whose stop texts and marks are."""
         thought = self._thought
         return ResponseText(
             self._tokenizer,
@@ -213,6 +212,7 @@ class Response:
             remove=tuple(flag.token for flag in self._spec.flags),
             until=thought.end_ids[0] if thinks and thought is not None else None,
             skip=thought.before_answer if not thinks and thought is not None else "",
+            marks=None if thinks else self._marks,
         )
 
     def _review(self, review: Review) -> list[Event]:

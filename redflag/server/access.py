@@ -44,6 +44,8 @@ class Limits:
         closing_text: What a chat's answer ends with that was halted after some of it was shown; "" adds nothing, and
             leaves the text of one that was halted before empty, as OpenAI does.
         test_halt: The operator may ask for an answer that is halted for sure.
+        tool_format: How the model writes calls of tools, one of `redflag.tool_prompt.FORMATS`; `auto` finds out, `off`
+            refuses tools.
         body_timeout: Seconds for a request body to arrive.
         request_timeout: Seconds for a response, all in all.
         send_timeout: Seconds for a client to take what is sent.
@@ -66,6 +68,7 @@ class Limits:
     logprobs: bool = False
     closing_text: str = ""
     test_halt: bool = False
+    tool_format: Literal["auto", "hermes", "llama", "mistral", "harmony", "json", "off"] = "auto"
     body_timeout: float = 30.0
     request_timeout: float = 600.0
     send_timeout: float = 60.0

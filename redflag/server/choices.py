@@ -15,11 +15,14 @@ from redflag.server.rehearsal import rehearsing
 from redflag.server.schema import NO_LIMIT, ChatRequest, CompletionRequest
 from redflag.server.structured import json_schema
 from redflag.server.thinking import thinking_of
+from redflag.tool_prompt import ToolUse
 
 Body = ChatRequest | CompletionRequest
 
 
-def choices_of(guard: Guard, body: Body, caller: Caller, limits: Limits) -> list[Response]:
+def choices_of(
+    guard: Guard, body: Body, caller: Caller, limits: Limits, tools: ToolUse | None = None
+) -> list[Response]:
     """The responses to a request, each watched by itself: `n` for its first prompt, `n` for the next, and so on.
 
     Raises:
@@ -39,6 +42,11 @@ def choices_of(guard: Guard, body: Body, caller: Caller, limits: Limits) -> list
     _check_logprobs(body, limits, guard)
     policy = replace(guard.policy, observe=True) if caller.override is not None else None
     grammar = _grammar_of(body, guard)
+    if tools is not None and tools.definitions:
+        for asked, param in ((grammar is not None, "response_format"), (body.named_tokens is not None, "logprobs")):
+            if asked:
+                why = f"{param} is not supported beside tools; leave one of them out, or set tool_choice to none"
+                raise ApiError(400, why, "unsupported_parameter", param=param)
     if caller.alarm_at is not None:
         guard = rehearsing(guard)
     name = f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}"
@@ -52,7 +60,7 @@ def choices_of(guard: Guard, body: Body, caller: Caller, limits: Limits) -> list
                 if caller.alarm_at is not None:
                     # A stop text could end it before the alarm, and what is rehearsed is a script.
                     sampling = replace(sampling, stop=(), grammar=None)
-                response = guard.respond(prompt, sampling, policy, thinking)
+                response = guard.respond(prompt, sampling, policy, thinking, tools)
                 response.trace.id = f"{name}-{index}" if index else name
                 responses.append(response)
     except RedflagError as error:

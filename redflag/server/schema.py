@@ -26,6 +26,7 @@ from pydantic_core import PydanticCustomError
 from redflag.backends import MOST_LOGPROBS, Sampling
 from redflag.server.api_errors import ApiError
 from redflag.server.fields import ignored_fields
+from redflag.server.tools import ToolFields
 
 MOST_STOPS = 16
 LONGEST_STOP = 128
@@ -66,16 +67,7 @@ _Stops = Annotated[
 ]
 _Named = Annotated[int, Field(ge=0, le=MOST_LOGPROBS)]
 # Of a message: what answers of this and other servers hold beside the text. The prompt does not show it.
-_LEFT_OUT = frozenset(
-    (
-        "annotations",
-        "audio",
-        "parsed",
-        "reasoning",
-        "reasoning_content",
-        "refusal",
-    )
-)
+_LEFT_OUT = frozenset(("annotations", "audio", "parsed", "reasoning", "reasoning_content", "refusal"))
 _MISSING: Any = object()
 
 
@@ -243,7 +235,7 @@ class _TemplateOptions(BaseModel):
     thinking: bool | None = None
 
 
-class ChatRequest(_Request):
+class ChatRequest(_Request, ToolFields):
     """Body of `/v1/chat/completions`."""
 
     messages: Annotated[list[_Message], Field(min_length=1)]
@@ -285,6 +277,7 @@ class ChatRequest(_Request):
     def extra(self) -> Iterator[str]:
         """As for every request; of the messages too."""
         yield from super().extra()
+        yield from self.unused()
         for message in self.messages:
             yield from message.extra()
 

@@ -78,6 +78,10 @@ class ServeArguments(GuardOptions):
     test_halt: bool = field(
         default=False, metadata={"help": "Let the operator ask for a halt: X-Redflag-Test: halt, or halt-at-once."}
     )
+    tool_format: Literal["auto", "hermes", "llama", "mistral", "harmony", "json", "off"] = field(
+        default="auto",
+        metadata={"help": "How the model writes calls of tools; auto asks its chat template; off refuses tools."},
+    )
     body_timeout: float = field(default=30.0, metadata={"help": "Seconds for a request body to arrive.", "above": 0})
     request_timeout: float = field(default=600.0, metadata={"help": "Seconds for a response, all in all.", "above": 0})
     send_timeout: float = field(
@@ -194,6 +198,7 @@ def limits_of(arguments: ServeArguments, environment: Mapping[str, str]) -> Limi
         logprobs=arguments.logprobs,
         closing_text=arguments.closing_text,
         test_halt=arguments.test_halt,
+        tool_format=arguments.tool_format,
         body_timeout=arguments.body_timeout,
         request_timeout=arguments.request_timeout,
         send_timeout=arguments.send_timeout,

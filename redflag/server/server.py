@@ -41,6 +41,7 @@ from redflag.server.rehearsal import Alarmed
 from redflag.server.schema import ChatRequest, CompletionRequest, parse
 from redflag.server.sending import EventStream, Part, close, whole
 from redflag.server.telemetry import Telemetry
+from redflag.server.tools import ToolSupport
 from redflag.server.wire import REFUSAL, Answer
 from redflag.trace import Trace
 
@@ -151,6 +152,7 @@ class Server:
         # Their own threads: those of the event loop may all be waiting for second judges.
         self._clerks = ThreadPoolExecutor(2, "redflag-render")
         self._since = int(time.time())
+        self._tools = ToolSupport(guard, limits.tool_format)
 
     def stop(self) -> None:
         """Ends all responses, each with an error that says so: the server is going down."""
@@ -282,6 +284,7 @@ class Server:
             count=self._count,
             index=index,
             logprobs=logprobs,
+            calls=self._tools.reader(body),
         )
         around = ExitStack()
         around.enter_context(self._metrics.open())
@@ -337,7 +340,7 @@ class Server:
         """The request and the responses to it, one per choice, in a thread."""
         body = parse(kind, content, refuse_unknown=self.limits.unknown_fields == "refuse")
         self._check_model(body.model)
-        responses = choices_of(self.guard, body, caller, self.limits)
+        responses = choices_of(self.guard, body, caller, self.limits, self._tools.use(body))
         if caller.override is not None and self._audit is not None:
             try:
                 for response in responses:

@@ -108,15 +108,19 @@ class _Marked:
 
     def _hermes(self, part: str) -> Iterator[str | Call]:
         body, _, after = part.partition(self._marked["</tool_call>"])
-        yield from calls_of(body, self._as_call) or [body]
-        yield after
+        calls = calls_of(body, self._as_call)
+        yield from calls
+        yield after if calls else body + after
 
     def _mistral(self, part: str) -> Iterator[str | Call]:
         identity, arguments = (re.escape(self._marked[text]) for text in ("[CALL_ID]", "[ARGS]"))
         named = rf"\s*([\w.:/-]+)\s*(?:{identity}\s*\w+\s*)?(?:{arguments})?(\s*\{{.*)"
         match = re.fullmatch(named, part, re.DOTALL)
         if match is None:
-            yield from calls_of(part, self._as_call) or [part]
+            calls = calls_of(part, self._as_call)
+            yield from calls
+            if not calls:
+                yield part
             return
         values = json_values(match[2]) or []
         call = self._as_call(match[1], values[0]) if len(values) == 1 else None
@@ -147,7 +151,8 @@ class _Whole:
         self._held += text
         if self._sure:
             return ""
-        begins = _begins_call(self._bare())
+        bare = self._bare()
+        begins = None if self._tag.startswith(bare) else _begins_call(bare)
         self._sure = begins is True
         if begins is not False:
             return ""
@@ -157,9 +162,8 @@ class _Whole:
     def finish(self) -> list[str | Call]:
         if self._held is None:
             return []
-        return list(calls_of(self._bare(), self._as_call, first=bool(self._opening))) or [
-            self._held[len(self._opening) :]
-        ]
+        calls = calls_of(self._bare(), self._as_call, first=bool(self._opening))
+        return [*calls] if calls else [self._held[len(self._opening) :]]
 
     def _bare(self) -> str:
         text = (self._held or "").lstrip()
@@ -259,7 +263,7 @@ def _begins_call(text: str) -> bool | None:
     fence = re.match(r"```(?:json)?[^\S\n]*\n\s*", text)
     if fence is not None:
         text = text[fence.end() :]
-    elif any(part.startswith(text.rstrip(" \t")) for part in ("```", "```json")):
+    elif re.fullmatch(r"`{0,2}|```(j|js|jso|json)?[^\S\n]*", text):
         return None
     match = re.match(r'(?:\[\s*)?\{\s*"([^"\\]*)"', text)
     if match is not None:
@@ -279,21 +283,28 @@ def calls_of(text: str, as_call: AsCall, *, first: bool = False) -> list[Call]:
     fenced = _FENCE.fullmatch(text.strip())
     values = json_values(fenced[1] if fenced else text, first=first) or []
     calls = []
-    for value in (item for value in values for item in (value if isinstance(value, list) else [value])):
-        value = value if isinstance(value, dict) else {}
-        function = value.get("function")
-        inner = function if isinstance(function, dict) else value
-        call = as_call(inner.get("name", function), inner.get("arguments", inner.get("parameters", {})))
-        if call is None:
-            return []
-        calls.append(call)
+    for value in values:
+        for item in value if isinstance(value, list) else [value]:
+            call = _call_of(item, as_call)
+            if call is None:
+                return []
+            calls.append(call)
     return calls
+
+
+def _call_of(value: Any, as_call: AsCall) -> Call | None:
+    if not isinstance(value, dict):
+        return None
+    function = value.get("function")
+    inner = function if isinstance(function, dict) else value
+    return as_call(inner.get("name", function), inner.get("arguments", inner.get("parameters")))
 
 
 def _refuse(constant: str) -> Any:
     raise ValueError(f"{constant} is no JSON")
 
 
+_SEPARATORS = re.compile(r"[\s,;]*")
 _DECODER = json.JSONDecoder(strict=False, parse_constant=_refuse)
 
 
@@ -317,5 +328,5 @@ def json_values(text: str, *, first: bool = False) -> list[Any] | None:
 
 
 def _behind_separators(text: str, at: int) -> int:
-    match = re.compile(r"[\s,;]*").match(text, at)
+    match = _SEPARATORS.match(text, at)
     return match.end() if match else at

@@ -5,6 +5,7 @@ How a response ends, on both routes:
 | event | `finish_reason` | `redflag`, at the top level of the last chunk with choices or of the body |
 |---|---|---|
 | `Done("stop")` | `stop` | absent |
+| ... of a chat that calls tools | `tool_calls` | absent |
 | `Done("length")` | `length` | absent |
 | `Halt("alarm")` | `content_filter` | `{"verdict": "halted", "reason": "alarm", "category": ...}` |
 | ... with the text of a decoy | `stop` | absent |
@@ -25,6 +26,8 @@ apart `released_tokens` and `hidden_tokens` (held back when it was halted, taken
 Where there was a thought, `reasoning_tokens` are its tokens, shown or not. A replacement counts as generated and
 released. Behind a decoy all tokens count as released, and only those, with a thought that stands before it.
 
+Calls of tools are sent once the response has ended by itself, each in one piece; behind a halt there are none.
+
 An operator who asks for the trace finds it in `redflag` too, whatever the end (`operator_view`). Nobody else reads a
 number here: a probability is an attacker's compass.
 """
@@ -38,6 +41,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from redflag.server.logprobs import ShownLogprobs, Token, in_chat, in_text
+from redflag.server.tool_calls import CallReader
 from redflag.trace import Done, Event, Halt, Text, Thought, Trace
 
 DONE = b"data: [DONE]\n\n"
@@ -49,7 +53,8 @@ class Answer:
 
     Attributes:
         tokens: Response tokens shown, those of a replacement included.
-        finish_reason: `stop`, `length` or `content_filter`; None while the response goes on, and after a fault.
+        finish_reason: `stop`, `length`, `tool_calls` or `content_filter`; None while the response goes on, and after a
+            fault.
         failed: It ended with a fault.
         detail: What `redflag` says about the end; None where it says nothing.
         thought_tokens: Tokens of the thought (`Trace.thought_tokens`), to be set before the end is asked for.
@@ -78,6 +83,7 @@ class Answer:
         count: Callable[[str], int] = lambda text: 0,
         index: int = 0,
         logprobs: ShownLogprobs | None = None,
+        calls: CallReader | None = None,
     ) -> None:
         """Starts before the first event.
 
@@ -93,6 +99,7 @@ class Answer:
             count: Tokens of a text; a replacement counts as written.
             index: Which of the request's choices it is.
             logprobs: Where the log-probabilities of shown tokens come from; None gives none.
+            calls: Reads the calls of tools; None where there are no tools.
         """
         self.tokens = 0
         self.finish_reason: str | None = None
@@ -111,6 +118,8 @@ class Answer:
         self._named: list[Token] = []
         self._sent = 0  # of `_named`, with chunks
         self._generated = 0
+        self._reader = calls
+        self._waiting = 0  # tokens of what may be a call
         self._replaced = 0
         self._disguised = False
         self._pieces: list[str] = []
@@ -139,12 +148,15 @@ class Answer:
             self._thought_shown += len(event.token_ids)
             self.tokens += len(event.token_ids)
         elif isinstance(event, Text):
-            text = event.text
-            self.tokens += len(event.token_ids)
+            text = self._read(event)
             if self._logprobs is not None:
                 self._named += self._logprobs.shown(event)
         elif isinstance(event, Done):
             self.finish_reason = "length" if event.reason == "length" else "stop"
+            if self._reader is not None:
+                text = self._reader.finish()
+                self.tokens += self._waiting
+                self.finish_reason = "tool_calls" if self._reader.calls else self.finish_reason
         elif isinstance(event, Halt):
             text = event.text
             self._replaced = self._count(text) if text else 0
@@ -159,6 +171,17 @@ class Answer:
                 self.detail = {"verdict": "halted", "reason": "alarm", "category": event.category}
         if text:
             self._pieces.append(text)
+        return text
+
+    def _read(self, event: Text) -> str:
+        if self._reader is None:
+            self.tokens += len(event.token_ids)
+            return event.text
+        text = self._reader.push(event.text)
+        self._waiting += len(event.token_ids) if self._reader.state != "hidden" else 0
+        if self._reader.state == "shown":
+            self.tokens += self._waiting
+            self._waiting = 0
         return text
 
     @property
@@ -202,7 +225,7 @@ class Answer:
         return self.last(generated, view) + ending([self])
 
     def last(self, generated: int, view: dict[str, Any] | None = None) -> bytes:
-        """What a choice ends with in a stream: a refusal if there is one, and the final chunk.
+        """What a choice ends with in a stream: a refusal or calls, where there are any, and the final chunk.
 
         Args:
             generated: Tokens that the engine made, hidden ones included (`Trace.generated`).
@@ -212,7 +235,10 @@ class Answer:
         self._generated = generated
         said = {"content": self.refusal} if self._in_words else {}
         refusal = _sse(self._chunk({**said, "refusal": self.refusal})) if self.refusal else b""
-        return refusal + _sse(self._chunk({} if self._chat else "", self.finish_reason) | self.redflag(view))
+        calls = b"".join(
+            _sse(self._chunk({"tool_calls": [{"index": index, **call}]})) for index, call in enumerate(self._calls())
+        )
+        return refusal + calls + _sse(self._chunk({} if self._chat else "", self.finish_reason) | self.redflag(view))
 
     def breaking(self, error: dict[str, Any], view: dict[str, Any] | None = None) -> bytes:
         """What a stream ends with after a fault: `error`, which is an error's body, and `[DONE]`."""
@@ -237,6 +263,8 @@ class Answer:
             text = (self.refusal if self._in_words else None) or self.text
             thought = _reasoning("".join(self._thoughts)) if self._thoughts else {}
             content = {"message": {"role": "assistant", "content": text, "refusal": self.refusal, **thought}}
+            if calls := self._calls():
+                content["message"] |= {"content": self.text or None, "tool_calls": calls}
         logprobs = None if self._logprobs is None else self._shown(self._named)
         return {"index": self._index, **content, "logprobs": logprobs, "finish_reason": self.finish_reason}
 
@@ -246,6 +274,14 @@ class Answer:
         disguised = self.tokens + self.thought_tokens - self._thought_shown
         all_tokens = disguised if self._disguised else self._generated + self._replaced
         return self._prompt_tokens, all_tokens, self.tokens
+
+    def _calls(self) -> list[dict[str, Any]]:
+        if self.finish_reason != "tool_calls" or self._reader is None:
+            return []
+        return [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in self._reader.calls
+        ]
 
     def redflag(self, view: dict[str, Any] | None) -> dict[str, Any]:
         """What `redflag` says about the end, under that name; empty where it says nothing."""
