@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from redflag.control_tokens import control_ids, tokenise
@@ -53,11 +54,11 @@ FORMATS = {
     "harmony": ToolFormat("harmony", _HARMONY, " to=functions.", "<|channel|>commentary json<|message|>"),
     "json": ToolFormat("json", (), '{"name": "', '", "arguments":'),
 }
-_MISTRAL_11 = FORMATS["mistral"]._replace(before="[TOOL_CALLS]", after="[ARGS]")
+MISTRAL_11 = FORMATS["mistral"]._replace(before="[TOOL_CALLS]", after="[ARGS]")
 # How the call of a function {name} looks in a rendered prompt.
 _WRITTEN = (
     (FORMATS["harmony"], r"to=functions\.{name}<\|channel\|>commentary"),
-    (_MISTRAL_11, r"\[TOOL_CALLS\]\s*{name}(\[CALL_ID\]\w*)?\[ARGS\]"),
+    (MISTRAL_11, r"\[TOOL_CALLS\]\s*{name}(\[CALL_ID\]\w*)?\[ARGS\]"),
     (FORMATS["mistral"], r'\[TOOL_CALLS\]\s*\[\s*\{{\s*"name":\s*"{name}"'),
     (FORMATS["hermes"], r'<tool_call>\s*\{{"name":\s*"{name}",\s*"arguments":'),
     (FORMATS["llama"], r'\{{"name":\s*"{name}",\s*"parameters":'),
@@ -166,15 +167,17 @@ def render_tool_prompt(
         RedflagError: As `redflag.prompt.render_prompt`.
     """
     turns, tools = checked(messages), checked_tools(use.definitions)
+    render = partial(render_prompt, tokenizer, spec=spec, preface=preface, thinking=thinking)
     attempts: list[Callable[[], list[int]]] = []
     if use.format.name != "json" or not tools:
-        attempts.append(lambda: render_prompt(tokenizer, turns, spec, preface, thinking, tools))
-        # Some templates show one call in a turn.
-        attempts.append(lambda: render_prompt(tokenizer, one_call_a_turn(turns), spec, preface, thinking, tools))
+        attempts.append(lambda: render(turns, tools=tools))
+        # Some templates show one call in a turn, some no words before it.
+        attempts.append(lambda: render(one_call_a_turn(turns), tools=tools))
+        attempts.append(lambda: render(one_call_a_turn(turns, words=False), tools=tools))
     if use.format.name == "json" or not tools:
-        attempts.append(lambda: render_prompt(tokenizer, in_words(turns, tools), spec, preface, thinking))
+        attempts.append(lambda: render(in_words(turns, tools)))
         # Some templates know no system turn.
-        attempts.append(lambda: render_prompt(tokenizer, in_words(turns, tools, "user"), spec, preface, thinking))
+        attempts.append(lambda: render(in_words(turns, tools, "user")))
     refusal: RedflagError | None = None
     for attempt in attempts:
         try:
@@ -188,8 +191,8 @@ def render_tool_prompt(
     return ids + tokenise(tokenizer, use.opening) if use.opening else ids
 
 
-def one_call_a_turn(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """The same conversation with a turn for each call, its result behind it."""
+def one_call_a_turn(messages: Sequence[Message], words: bool = True) -> list[dict[str, Any]]:
+    """The same conversation with a turn for each call, its result behind it; with `words` what was said before it."""
     turns: list[dict[str, Any]] = []
     results: dict[str, list[Message]] = {}
     for message in messages:
@@ -199,11 +202,10 @@ def one_call_a_turn(messages: Sequence[Message]) -> list[dict[str, Any]]:
         calls = message.get("tool_calls", ())
         if message["role"] == "tool" and message.get("tool_call_id", "") not in results:
             continue  # It stands behind its call.
-        if len(calls) < 2:
+        if not calls:
             turns.append(dict(message))
-            continue
         for number, call in enumerate(calls):
-            content = message["content"] if number == 0 else ""
+            content = message["content"] if number == 0 and words else ""
             turns.append({**message, "content": content, "tool_calls": [call]})
             turns += map(dict, results.pop(call.get("id", ""), []))
     return turns
