@@ -28,7 +28,7 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 def sentinel(length: int = 24) -> str:
     """A text to be found again: random, so that no message holds it; letters only, which normalisers leave alone."""
-    return "".join(secrets.choice(_LETTERS) for _ in range(length))
+    return "".join(_LETTERS[byte % len(_LETTERS)] for byte in secrets.token_bytes(length))
 
 
 def template_text(tokenizer: PreTrainedTokenizerFast) -> str:

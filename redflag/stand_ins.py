@@ -98,8 +98,8 @@ class Conversation:
         self._spoken = len(self.texts)
 
         def note_name(kind: str, text: str) -> str:
-            if kind != "definition" and text:
-                self.aliases.setdefault(text, sentinel())
+            if kind != "definition" and text and text not in self.aliases:
+                self.aliases[text] = sentinel()
             return text
 
         def note_text(kind: str, text: str) -> str:

@@ -232,6 +232,7 @@ def in_words(messages: Sequence[Message], tools: Sequence[Tool], role: str = "sy
         if "id" in call
     }
     turns: list[dict[str, Any]] = []
+    before = ""
     for message in messages:
         turn = {"role": message["role"], "content": message["content"]}
         if "reasoning_content" in message:
@@ -242,10 +243,12 @@ def in_words(messages: Sequence[Message], tools: Sequence[Tool], role: str = "sy
         if message["role"] == "tool":
             name = message.get("name") or names.get(message.get("tool_call_id", ""), "")
             turn = {"role": "user", "content": f"Result of {name or 'the call'}:\n{turn['content']}"}
-            if turns and turns[-1]["role"] == "user":  # Templates want turns to alternate.
-                turns[-1]["content"] += f"\n\n{turn['content']}"
-                continue
-        turns.append(turn)
+        joined = turn["role"] == "user" and "tool" in (message["role"], before)
+        before = message["role"]
+        if joined and turns and turns[-1]["role"] == "user":  # Templates want turns to alternate.
+            turns[-1]["content"] += f"\n\n{turn['content']}"
+        else:
+            turns.append(turn)
     if not tools:
         return turns
     lines = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)

@@ -168,3 +168,18 @@ def test_hidden_ids_have_no_text(tokenizer):
     a, b = encode(tokenizer, "x")[0], encode(tokenizer, "y")[0]
     text = ResponseText(tokenizer, hidden_ids=[a])
     assert [text.push(a), text.push(b), text.flush()] == ["", "y", ""]
+
+
+def test_marks_stand_in_place_of_their_tokens_text_and_behind_what_came_before(tokenizer):
+    end, turn = (tokenizer.convert_tokens_to_ids(token) for token in ("<|end|>", "<|turn|>"))
+    cat = tokenizer(" cat", add_special_tokens=False)["input_ids"]
+    text = ResponseText(tokenizer, hidden_ids=[end], marks={turn: "!turn!", end: "!end!", cat[-1]: "!cat!"})
+    pieces = [text.push(i) for i in [*tokenizer("the", add_special_tokens=False)["input_ids"], turn, *cat, end]]
+    assert "".join(pieces) + text.flush() == "the!turn!" + tokenizer.decode(cat[:-1]) + "!cat!"
+
+
+def test_a_flags_text_that_a_mark_ends_is_still_taken_out(tokenizer):
+    turn = tokenizer.convert_tokens_to_ids("<|turn|>")
+    text = ResponseText(tokenizer, remove=["abX"], marks={turn: "X"})
+    ids = [*tokenizer("ab", add_special_tokens=False)["input_ids"], turn]
+    assert "".join(map(text.push, ids)) + text.flush() == ""

@@ -104,9 +104,17 @@ class World:
         return str(self.tokenizer.decode(self.backend.prompts[-1]))
 
 
+CLIENT = httpx.Client(timeout=20)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _closed() -> Iterator[None]:
+    yield
+    CLIENT.close()
+
+
 def post(server: Running, stream: bool = False, **fields: Any) -> httpx.Response:
-    body = body_of(CHAT, stream=stream, tools=[TOOL], **fields)
-    return httpx.post(server.url + CHAT, json=body, timeout=20)
+    return CLIENT.post(server.url + CHAT, json={**body_of(CHAT, stream=stream), "tools": [TOOL], **fields})
 
 
 def answer_of(response: httpx.Response, stream: bool) -> dict[str, Any]:
