@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from templates import byte_level
 from transformers import AutoTokenizer
 
 from redflag.errors import RedflagError
@@ -170,12 +171,14 @@ def test_hidden_ids_have_no_text(tokenizer):
     assert [text.push(a), text.push(b), text.flush()] == ["", "y", ""]
 
 
-def test_marks_stand_in_place_of_their_tokens_text_and_behind_what_came_before(tokenizer):
-    end, turn = (tokenizer.convert_tokens_to_ids(token) for token in ("<|end|>", "<|turn|>"))
-    cat = tokenizer(" cat", add_special_tokens=False)["input_ids"]
-    text = ResponseText(tokenizer, hidden_ids=[end], marks={turn: "!turn!", end: "!end!", cat[-1]: "!cat!"})
-    pieces = [text.push(i) for i in [*tokenizer("the", add_special_tokens=False)["input_ids"], turn, *cat, end]]
-    assert "".join(pieces) + text.flush() == "the!turn!" + tokenizer.decode(cat[:-1]) + "!cat!"
+def test_marks_stand_in_place_of_their_tokens_text_and_behind_what_came_before():
+    tokenizer = byte_level(["<eos>", "<|turn|>"], ("<call>",), eos_token="<eos>")
+    end, turn, call = (tokenizer.convert_tokens_to_ids(token) for token in ("<eos>", "<|turn|>", "<call>"))
+    text = ResponseText(tokenizer, hidden_ids=[end], marks={turn: "!turn!", end: "!end!", call: "!call!"})
+    euro = tokenizer("€", add_special_tokens=False)["input_ids"]
+    ids = [*tokenizer("the", add_special_tokens=False)["input_ids"], turn, *euro, call, *euro[:1], call, end]
+    assert len(euro) > 1
+    assert "".join(map(text.push, ids)) + text.flush() == "the!turn!€!call!\ufffd!call!"
 
 
 def test_a_flags_text_that_a_mark_ends_is_still_taken_out(tokenizer):
