@@ -75,8 +75,8 @@ class CallReader:
         calls = [item for item in items if isinstance(item, Call)]
         left = "".join(item for item in items if isinstance(item, str))
         self.calls = tuple(calls if self._parallel else calls[:1])
-        shown = self._shown(left if left.strip() or not calls else "")
-        return shown + self._filter.push(self._marks.sub("", self._unmarked)) + self._filter.flush()
+        # A mark that a stop text has cut is none of it.
+        return self._shown(left if left.strip() or not calls else "") + self._filter.flush()
 
     def _shown(self, text: str) -> str:
         text = self._unmarked + text

@@ -247,6 +247,17 @@ def test_what_is_no_valid_call_is_content(stream: bool) -> None:
         assert answer["calls"] == [] and answer["finish"] == "length" and answer["content"] in ADD
 
 
+@pytest.mark.parametrize("stop", ["<tool_call>", "ol_call>", "add"])
+def test_a_stop_text_may_cut_a_mark_or_a_call(stop: str) -> None:
+    made = World("hermes")
+    made.say(f"Well.<tool_call>{ADD}</tool_call>")
+    with made.running() as server:
+        for stream in (False, True):
+            answer = answer_of(post(server, stream, stop=[stop]), stream)
+            assert (answer["calls"], answer["finish"]) == ([], "stop")
+            assert answer["content"] == "Well." + ('{"name": "' if stop == "add" else "")
+
+
 def test_counts_tell_the_tokens_of_a_call_that_was_not_sent_from_those_that_were() -> None:
     made = World("hermes")
     written = f"Well.<tool_call>{ADD}</tool_call>"
