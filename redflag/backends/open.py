@@ -131,6 +131,37 @@ def open_writer(name: str | Path, *, device: str | None = "auto", dtype: Any = "
     return HFBackend(to_device(model, device), tokenizer, spec), tokenizer, spec
 
 
+def event_loop_scorer(backend: AsyncBackend) -> Callable[[Sequence[int], Sequence[int]], Awaitable[Any]]:
+    """What measures given responses with the engine of a server, as `for_event_loop` made it.
+
+    Returns:
+        A function of prompt ids and T response ids that gives T x K flag probabilities; it raises what
+        `redflag.backends.turns.Turns.score` or `redflag.backends.remote_score.score_response` does.
+    """
+    from redflag.backends.remote import RemoteBackend
+
+    if not isinstance(backend, RemoteBackend):
+        return getattr(backend, "score", None) or _no_scores
+    from redflag.backends.remote_score import Way, find_way, score_response
+
+    ways: list[Way] = []
+
+    async def score(prompt: Sequence[int], response: Sequence[int]) -> Any:
+        if not ways:
+            ways.append(await find_way(backend))
+        try:
+            return await score_response(backend, ways[0], prompt, response)
+        except OSError:  # It may come back with other options.
+            ways.clear()
+            raise
+
+    return score
+
+
+async def _no_scores(prompt: Sequence[int], response: Sequence[int]) -> Any:
+    raise RedflagError("this engine cannot score given responses; use one that can")
+
+
 def _refuse(served: Mapping[str, Any]) -> None:
     if served:
         raise RedflagError(

@@ -48,6 +48,7 @@ class Turns:
         logprob_mode: Of the backend.
         upper_bound: Of the backend.
         most_logprobs: Of the backend.
+        context_length: Of the backend; None where it has none.
 
     Example:
         ```python
@@ -84,11 +85,12 @@ class Turns:
         self.logprob_mode: str = backend.logprob_mode
         self.upper_bound: bool = backend.upper_bound
         self.most_logprobs = most_logprobs(backend)
+        self.context_length: int | None = getattr(backend, "context_length", None)
         self._worker = _Worker(backend, active, waiting, buffer, patience)
         # The thread knows the worker, not this object: one that is dropped without `aclose` ends its thread, too.
         weakref.finalize(self, _Worker.end, self._worker)
 
-    async def astream(
+    def astream(
         self, token_ids: Sequence[int], sampling: Sampling, watch: Sequence[int] = ()
     ) -> AsyncGenerator[Step, None]:
         """Continues a prompt; see `redflag.backends.Backend.stream`. Errors come with the first step.
@@ -98,8 +100,27 @@ class Turns:
             ConnectionError: The engine was shut down.
             TimeoutError: The consumer took nothing for too long.
         """
+        prompt, watched = list(token_ids), tuple(watch)
+        return self._items(lambda backend: backend.stream(prompt, sampling, watched))
+
+    async def score(self, prompt: Sequence[int], response: Sequence[int]) -> Any:
+        """Flag probabilities of a given response, T x K; the engine's `score`, which has its turn as streams have.
+
+        Raises:
+            RedflagError: The engine cannot score, or prompt and response do not fit its context.
+            BusyError, ConnectionError: As `astream`.
+        """
+        pair = (list(prompt), list(response))
+        items = self._items(lambda backend: iter(_scorer(backend)([pair], batch_size=1)))
+        try:
+            return await anext(items)
+        finally:
+            await items.aclose()
+
+    async def _items(self, begin: Callable[[Any], Iterator[Any]]) -> AsyncGenerator[Any, None]:
+        """What an iterator gives that the thread makes of the backend and asks for its items."""
         worker = self._worker
-        turn = _Turn(asyncio.get_running_loop(), asyncio.current_task(), (list(token_ids), sampling, tuple(watch)))
+        turn = _Turn(asyncio.get_running_loop(), asyncio.current_task(), begin)
         worker.enter(turn)
         try:
             while True:
@@ -132,6 +153,13 @@ class Turns:
             self._worker.thread.join()
 
 
+def _scorer(backend: Any) -> Callable[..., Any]:
+    score = getattr(backend, "score", None)
+    if score is None:
+        raise RedflagError(f"{type(backend).__name__} cannot score given responses; use an engine that can")
+    return score
+
+
 @dataclass(frozen=True, slots=True)
 class _End:
     """The last item of a stream."""
@@ -142,19 +170,19 @@ class _End:
 class _Turn:
     """One stream. Its iterator is used by the thread alone, its items by its consumer's loop."""
 
-    __slots__ = ("begun", "behind", "full_since", "items", "loop", "request", "steps", "task")
+    __slots__ = ("begin", "begun", "behind", "full_since", "items", "loop", "steps", "task")
 
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
         task: asyncio.Task[Any] | None,
-        request: tuple[list[int], Sampling, tuple[int, ...]],
+        begin: Callable[[Any], Iterator[Any]],
     ) -> None:
         self.loop = loop
         self.task = task
-        self.request = request
-        self.items: asyncio.Queue[Step | _End] = asyncio.Queue()
-        self.steps: Iterator[Step] | None = None
+        self.begin = begin
+        self.items: asyncio.Queue[Any] = asyncio.Queue()
+        self.steps: Iterator[Any] | None = None
         self.begun = False  # whether a step was taken
         self.behind = 0  # steps that were made and not taken
         self.full_since: float | None = None
@@ -300,7 +328,7 @@ class _Worker:
             return
         try:
             if turn.steps is None:
-                turn.steps = iter(self._backend.stream(*turn.request))
+                turn.steps = iter(turn.begin(self._backend))
             step: Any = next(turn.steps, _OVER)
         except BaseException as error:
             self._finish(turn, error)

@@ -12,13 +12,20 @@ from redflag.watching.options import MonitorOptions
 
 @dataclass(kw_only=True)
 class CalibrateArguments(RowOptions, ScoringOptions, MonitorOptions):
-    """Thresholds for a target false-alarm rate per response, written to <model>/thresholds.json."""
+    """Thresholds for a target false-alarm rate per response, written to <model>/thresholds.json.
+
+    With `prompts`: per prompt, to <model>/prompt_thresholds.json, for `--judge_prompt`.
+    """
 
     input: str = field(
         metadata={
             "help": "Conversations, as `redflag score` reads; or a recording of this model (.parquet), which is not "
             "measured again. Harmful rows only measure what is caught."
         }
+    )
+    prompts: bool = field(
+        default=False,
+        metadata={"help": "Thresholds of prompts, measured before the answer; rows need none. category: the prompt's."},
     )
     target_fpr: float = field(default=0.01, metadata={"help": "Share of harmless responses that may alarm."})
     guarantee: Literal["expected", "high_probability"] = field(

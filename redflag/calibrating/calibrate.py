@@ -26,6 +26,7 @@ from redflag.calibrating.calibration import Calibration
 from redflag.calibrating.groups import split_groups
 from redflag.calibrating.guarantee import Guarantee, fit_threshold, fit_thresholds, required
 from redflag.calibrating.measured import Measured, of_recording, of_responses, of_thoughts
+from redflag.calibrating.prompts import measured_prompts
 from redflag.data.rows import Row
 from redflag.errors import RedflagError
 from redflag.files import require_writable
@@ -35,7 +36,7 @@ from redflag.scoring.recorded import recorded
 from redflag.scoring.recording import Recording
 from redflag.stats.metrics import clopper_pearson
 from redflag.watching.monitor import AGGREGATIONS, MonitorConfig
-from redflag.watching.thresholds import THRESHOLDS_FILE
+from redflag.watching.thresholds import PROMPT_THRESHOLDS_FILE, THRESHOLDS_FILE
 
 __all__ = [
     "CalibrateArguments",
@@ -56,7 +57,7 @@ POSITIONAL: str | None = None
 def run(arguments: CalibrateArguments) -> int:
     """The verb."""
     print(calibrate_model(arguments))
-    print(f"thresholds written to {arguments.model}/thresholds.json")
+    print(f"thresholds written to {arguments.model}/{_file(arguments)}")
     return 0
 
 
@@ -99,19 +100,23 @@ def calibrate_model(arguments: CalibrateArguments) -> Calibration:
     from redflag.data.rows import load_rows
     from redflag.scoring.progress import report_rows
 
-    monitor = arguments.monitor()
+    monitor = _first_step(arguments) if arguments.prompts else arguments.monitor()
     spec = FlagSpec.load(arguments.model)
-    require_writable(f"{arguments.model}/{THRESHOLDS_FILE}", "model", file=True)
+    require_writable(f"{arguments.model}/{_file(arguments)}", "model", file=True)
     recording = recorded(arguments.input, spec)
     if recording is None:
-        rows = load_rows(arguments.input, on_bad_row=arguments.on_bad_row, **arguments.row_options())
+        options = arguments.row_options() | ({"unanswered": "keep"} if arguments.prompts else {})
+        rows = load_rows(arguments.input, on_bad_row=arguments.on_bad_row, **options)
         report_rows(rows)
         harmless = [row for row in rows if not row.harmful]
         harmful = [row for row in rows if row.harmful]
         fit_on, _ = split_groups([row.group for row in harmless], arguments.held_out, arguments.seed)
         spread = len(spec.categories) if arguments.joint else 1
         _check_size(len(fit_on), len(harmless), arguments.target_fpr, arguments.guarantee, arguments.delta, spread)
-        recording = _measured(arguments, harmless, harmful)
+        if arguments.prompts:
+            recording = measured_prompts(arguments, harmless + harmful)
+        else:
+            recording = _measured(arguments, harmless, harmful)
     result = calibrate_responses(
         recording,
         spec,
@@ -125,8 +130,22 @@ def calibrate_model(arguments: CalibrateArguments) -> Calibration:
         seed=arguments.seed,
         logprob_mode=recording.meta.get("logprob_mode", "raw"),
     )
-    result.thresholds.save(arguments.model)
+    result.thresholds.save(arguments.model, _file(arguments))
     return result
+
+
+def _file(arguments: CalibrateArguments) -> str:
+    return PROMPT_THRESHOLDS_FILE if arguments.prompts else THRESHOLDS_FILE
+
+
+def _first_step(arguments: CalibrateArguments) -> MonitorConfig:
+    """The monitor of prompts, which have one step."""
+    if arguments.monitor() != MonitorConfig():
+        raise RedflagError(
+            "aggregation and the monitor's other options must be left out with prompts: there is one step, before the "
+            "answer, and its probability is the score"
+        )
+    return MonitorConfig("first")
 
 
 def _measured(arguments: CalibrateArguments, harmless: list[Row], harmful: list[Row]) -> Recording:

@@ -104,7 +104,12 @@ class TextFilter:
         # What was shown last, as far as it can be part of a pattern, and behind it what is held.
         self._line = ""
         self._shown = 0
-        self.stopped = False
+        self.stop_text: str | None = None  # which one came
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop text has come."""
+        return self.stop_text is not None
 
     def push(self, text: str) -> str:
         """What may be shown now."""
@@ -115,8 +120,8 @@ class TextFilter:
         pieces = []
         for character in text:
             self._line += character
-            if self._cut(self._stop):
-                self.stopped = True
+            if cut := self._cut(self._stop):
+                self.stop_text = cut
                 pieces.append(self._show(len(self._line)))
                 break
             self._cut(self._remove)
@@ -127,12 +132,12 @@ class TextFilter:
         """What was held and is no stop text or flag after all. The text is over."""
         return "" if self.stopped else self._show(len(self._line))
 
-    def _cut(self, patterns: tuple[str, ...]) -> bool:
+    def _cut(self, patterns: tuple[str, ...]) -> str:
         # The longest first, so that nothing of it stays when a shorter one is its end.
-        lengths = [len(pattern) for pattern in patterns if self._line.endswith(pattern)]
-        if lengths:
-            self._line = self._line[: max(self._shown, len(self._line) - max(lengths))]
-        return bool(lengths)
+        found = max((pattern for pattern in patterns if self._line.endswith(pattern)), key=len, default="")
+        if found:
+            self._line = self._line[: max(self._shown, len(self._line) - len(found))]
+        return found
 
     def _held(self) -> int:
         longest = 0
@@ -193,9 +198,9 @@ class ResponseText:
         self._hidden_ids = frozenset(hidden_ids)
 
     @property
-    def stopped(self) -> bool:
-        """Whether a stop text has come."""
-        return self._filter.stopped
+    def stop_text(self) -> str | None:
+        """The stop text that has come; None without one."""
+        return self._filter.stop_text
 
     def push(self, token_id: int) -> str:
         """The text that may be shown after this token."""

@@ -13,6 +13,7 @@ from redflag.backends.open import open_backend
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
 from redflag.guard.asking import Messages
+from redflag.guard.folder import read_folder
 from redflag.guard.grammar import Grammars
 from redflag.guard.response import Response, Stream, drive, verdict_ids
 from redflag.judges import Judge
@@ -21,10 +22,9 @@ from redflag.prompt import render_prompt, render_text
 from redflag.thoughts import ThoughtMarks, thinks_by_itself, thought_marks
 from redflag.tool_prompt import ToolUse, mark_ids, render_tool_prompt
 from redflag.trace import Event, Halt, Step, Text, Thought, Trace
-from redflag.watching.monitor import MonitorConfig
 from redflag.watching.policy import Policy
 from redflag.watching.session import Session
-from redflag.watching.thresholds import THRESHOLDS_FILE, Thresholds
+from redflag.watching.thresholds import Thresholds
 from redflag.watching.watch import check_fit
 
 Thinking = Literal["template", "on", "off"]
@@ -134,7 +134,7 @@ class Guard:
         self._spec = spec
         self._thresholds = thresholds
         self._policy = policy if policy is not None else Policy()
-        self._check_policy(self._policy)
+        self.check(self._policy)
         if thinking not in get_args(Thinking):
             raise RedflagError(f"thinking must be one of {', '.join(get_args(Thinking))} (got {thinking!r})")
         self.thinks = thinking == "on" or (thinking == "template" and thinks_by_itself(tokenizer))
@@ -175,7 +175,7 @@ class Guard:
                 flags.
         """
         directory = model_folder(directory)
-        spec, thresholds = _read(Path(directory), thresholds, policy)
+        spec, thresholds = read_folder(Path(directory), thresholds, policy)
         backend, tokenizer, spec = open_backend(directory, upstream, device=device, dtype=dtype, **served)
         return cls(backend, tokenizer, spec, thresholds, policy, judge, thinking)
 
@@ -271,6 +271,7 @@ class Guard:
         policy: Policy | None = None,
         thinking: bool | None = None,
         tools: ToolUse | None = None,
+        thresholds: Thresholds | None = None,
     ) -> Response:
         """The response to a conversation as a state machine, before its first step; nothing is asked of the engine.
 
@@ -281,15 +282,15 @@ class Guard:
             thinking: Whether the response begins with a thought; None: as the guard has it. Behind a prefill, and in a
                 plain prompt, there is none.
             tools: What may be called. The response's text holds marks then, for `redflag.server.tool_calls`.
+            thresholds: In place of the guard's own, for this response.
 
         Raises:
             RedflagError: The conversation is empty or malformed, or the policy cannot be carried out, or there is no
                 thinking mode to switch on.
         """
-        if policy is None:
-            policy = self._policy
-        else:
-            self._check_policy(policy)
+        if policy is not None or thresholds is not None:
+            self.check(policy or self._policy, thresholds)
+        policy = policy or self._policy
         sampling = sampling if sampling is not None else Sampling()
         if isinstance(messages, str):
             prompt = render_text(self.tokenizer, messages, self._spec)
@@ -308,7 +309,7 @@ class Guard:
                 thinking = False
             asked = self.thinks if thinking is None else thinking
             thinks = asked and not continues and not (tools and tools.in_channels)
-            marks = self._marks(policy) if thinks else None
+            marks = self._marks(policy, thresholds) if thinks else None
             if tools is None:
                 prompt = render_prompt(self.tokenizer, messages, self._spec, preface, thinks)
             else:
@@ -321,7 +322,7 @@ class Guard:
         return Response(
             self.tokenizer,
             self._spec,
-            self._thresholds,
+            thresholds or self._thresholds,
             policy,
             self.backend.eos_ids,
             messages,
@@ -345,7 +346,7 @@ class Guard:
         text = "".join(event.text for event in events if isinstance(event, Text))
         return Result(text, verdict, stream.trace, events)
 
-    def _marks(self, policy: Policy) -> ThoughtMarks:
+    def _marks(self, policy: Policy, thresholds: Thresholds | None = None) -> ThoughtMarks:
         """What ends a thought.
 
         Raises:
@@ -357,12 +358,21 @@ class Guard:
                 "thinking must be off for this model. Its chat template has no thinking mode, or its tokenizer no "
                 "token that ends a thought."
             )
-        check_fit(self._thresholds, policy, self._spec.categories, thought=True)
+        check_fit(thresholds or self._thresholds, policy, self._spec.categories, thought=True)
         return marks
 
-    def _check_policy(self, policy: Policy) -> None:
-        # What cannot be carried out is refused before the first request, not at the first alarm.
-        Session(self._thresholds, policy, self._spec.categories)
+    def check(self, policy: Policy, thresholds: Thresholds | None = None) -> None:
+        """Refuses before the first request what could not be carried out at an alarm.
+
+        `thresholds` stand in place of the guard's own.
+
+        Raises:
+            RedflagError: They do not fit each other or this guard, or the policy needs what is not there.
+        """
+        Session(thresholds or self._thresholds, policy, self._spec.categories)
+        if policy.prompt is not None:
+            spec = self._spec
+            policy.prompt.check(spec.run_id, spec.template_hash, self.backend.logprob_mode, spec.categories)
         if policy.asks("reflect") and policy.reflect.verdict == "words":
             verdict_ids(self.tokenizer, self._spec, policy.reflect.words)
         if policy.asks("escalate") and self.judge is None:
@@ -375,26 +385,3 @@ class Guard:
 def _raising(error: Exception) -> Iterator[Step]:
     raise error
     yield
-
-
-def _read(directory: Path, thresholds: Thresholds | float | None, policy: Policy | None) -> tuple[FlagSpec, Thresholds]:
-    """Flags and thresholds of a folder, refused before the weights are read, which may take minutes."""
-    if not directory.is_dir():
-        raise RedflagError(
-            f"{directory} is not a folder, so there is no model to guard; give the one that `redflag train` wrote."
-        )
-    spec = FlagSpec.load(directory)
-    if thresholds is None and not (directory / THRESHOLDS_FILE).exists():
-        raise RedflagError(
-            f"{directory} holds no {THRESHOLDS_FILE}, so it is unknown where an alarm begins; run `redflag "
-            f"calibrate --model {directory} --input rows.jsonl`, or set one by hand with thresholds=0.5."
-        )
-    if thresholds is None:
-        thresholds = Thresholds.load(directory)
-    elif not isinstance(thresholds, Thresholds):
-        monitor = MonitorConfig("max" if policy is None or policy.first_token is None else "first")
-        thresholds = Thresholds.manual(
-            thresholds, spec.categories, monitor, run_id=spec.run_id, template_hash=spec.template_hash
-        )
-    thresholds.check(spec.run_id, spec.template_hash, "raw", spec.categories)
-    return spec, thresholds

@@ -46,6 +46,10 @@ class GuardOptions(UpstreamOptions):
             "help": "Whether answers begin with a thought where a request says nothing; template: what it does itself."
         },
     )
+    judge_prompt: bool = field(
+        default=False,
+        metadata={"help": "Judge prompts too, before the answer, by prompt_thresholds.json (`calibrate --prompts`)."},
+    )
     device: str = field(default="auto", metadata={"help": "Where a local model runs: auto, cpu, cuda, cuda:0, ..."})
     dtype: str = field(default="auto", metadata={"help": "Type of a local model's weights: auto, bfloat16, ..."})
 
@@ -61,7 +65,12 @@ class GuardOptions(UpstreamOptions):
             RedflagError: There are no flags or thresholds, or the engine does not measure them.
         """
         from redflag.guard.guard import Guard
+        from redflag.models.named import model_folder
+        from redflag.watching.thresholds import PROMPT_THRESHOLDS_FILE, Thresholds
 
+        if self.judge_prompt:
+            prompt = Thresholds.load(model_folder(self.model), PROMPT_THRESHOLDS_FILE)
+            policy = dataclasses.replace(policy, prompt=prompt)
         if self.upstream is None:
             served = {}
         else:

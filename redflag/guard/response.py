@@ -46,8 +46,7 @@ class Response:
     """What happens between a prompt and the one `Halt` or `Done`.
 
     The caller looks at `request`, does what it says, and hands over what comes of it; all methods return events for the
-    user. When `request` is another one than before, the old one is over: its stream is to be closed. None means that
-    the response is over.
+    user. When `request` is another one than before, the old stream is to be closed; None means that all is over.
 
     A forced flag is one too, which the user sees: prompt, released tokens, flag, and what the model writes behind it.
 
@@ -58,6 +57,7 @@ class Response:
     Attributes:
         session: Judges the steps.
         request: What is to be done next.
+        text: Makes its text, and knows which stop text ended it.
     """
 
     def __init__(
@@ -98,8 +98,8 @@ class Response:
         self._flag_ids = frozenset(spec.ids)
         self._continued = tuple(prompt) if continues else ()
         self._thought, self._marks = thought, marks
-        self._text = self._new_text(thinks=thought is not None)
-        self.session = Session(thresholds, policy, spec.categories, self._text.push, thought=thought is not None)
+        self.text = self._new_text(thinks=thought is not None)
+        self.session = Session(thresholds, policy, spec.categories, self.text.push, thought=thought is not None)
         # What precedes the next token: the prompt, the response, and reflections that the response stays with; and how
         # much of it preceded each token of the response.
         self._context = list(prompt)
@@ -166,7 +166,7 @@ class Response:
             ids = self._thought.end_ids
             if tuple(self.trace.token_ids[-len(ids) :]) == ids:
                 return self._begin_answer()
-        stopped = token_id in self._eos_ids or self._text.stopped
+        stopped = token_id in self._eos_ids or self.text.stop_text is not None
         return self._finish("stop") if stopped else []
 
     @property
@@ -175,9 +175,9 @@ class Response:
 
     def _begin_answer(self) -> list[Event]:
         """The thought is over; its last characters may have waited for what they turn into."""
-        tail = self._text.flush()
-        self._text = self._new_text(thinks=False)
-        events = self.session.begin_answer(self._text.push)
+        tail = self.text.flush()
+        self.text = self._new_text(thinks=False)
+        events = self.session.begin_answer(self.text.push)
         if self.session.finished:
             self.request = None
         elif tail and self._policy.thoughts == "show":
@@ -190,7 +190,7 @@ class Response:
         """The last events of a response that ended by itself, with the text that waited for its end."""
         self.request = None
         events = self.session.finish(reason)
-        tail = self._text.flush() if not isinstance(events[-1], Halt) else ""
+        tail = self.text.flush() if not isinstance(events[-1], Halt) else ""
         if tail and not (self._thinks and self._policy.thoughts == "hide"):
             text = (Thought if self._thinks else Text)(self.session.released, (), tail)
             events.insert(-1, text)
@@ -238,8 +238,8 @@ class Response:
 
     def _force(self, flag: int) -> list[Event]:
         """On with the flag behind what the user has seen: the text as it was then, and nothing that came after."""
-        self._text = self._new_text(self._thinks)
-        events = self.session.force(self._text.push)
+        self.text = self._new_text(self._thinks)
+        events = self.session.force(self.text.push)
         if self.session.finished:
             self.request = None
             return events

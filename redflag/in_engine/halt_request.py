@@ -178,6 +178,11 @@ def request_fields(spec: FlagSpec, thresholds: Thresholds, policy: Policy | None
             f"the thresholds belong to {thresholds.logprob_mode!r} probabilities, but the in-engine halt measures raw "
             "ones; calibrate on raw probabilities"
         )
+    if policy is not None and policy.prompt is not None:
+        raise RedflagError(
+            "policy.prompt must be None (got thresholds). The engine has one threshold for every step: judge prompts "
+            "in the guard, or leave them out"
+        )
     settings = HaltSettings(
         flag_ids=spec.ids,
         thresholds=tuple(thresholds.values[category] for category in spec.categories),

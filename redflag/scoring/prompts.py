@@ -100,7 +100,7 @@ def run_prompts(arguments: ScoreArguments, world: World) -> int:
         max_length = context_limit(arguments.max_length, reader.context_length)
         chosen = rows.rows
         if arguments.on_bad_row == "skip":
-            chosen, bad = _sound(reader, tokenizer, spec, chosen, max_length)
+            chosen, bad = sound_prompts(reader, tokenizer, spec, chosen, max_length)
             if world.rank == 0:
                 report_skipped(bad)
         output = Path(arguments.output)
@@ -229,7 +229,7 @@ def _record(row: Row, index: int, found: dict[str, Any], cut: bool) -> dict[str,
     }
 
 
-def _sound(
+def sound_prompts(
     reader: Reader, tokenizer: Any, spec: FlagSpec, rows: Sequence[Row], max_length: int | None
 ) -> tuple[list[Row], list[str]]:
     """Divides rows into those whose prompts can be measured, and what is wrong with the others."""

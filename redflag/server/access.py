@@ -12,7 +12,9 @@ from fastapi import Request
 
 from redflag.server.api_errors import ApiError
 from redflag.server.exchange import timeout_at
+from redflag.server.keys import Key, Keys
 
+KEY_HEADER = "x-api-key"  # where clients of Anthropic's API, and LiteLLM's guardrails, put theirs
 OPERATOR_HEADER = "x-redflag-operator"
 TRACE_HEADER = "x-redflag-trace"
 OVERRIDE_HEADER = "x-redflag-override"
@@ -29,13 +31,15 @@ class Limits:
 
     Attributes:
         name: The model's name, as clients call it.
-        api_keys: Clients must show one of these; empty lets everybody in.
+        api_keys: Clients must show one of these; empty lets everybody in, unless there are `keys`.
+        keys: ... or one of these, which have policies of their own.
         operator_key: Shows that a request is the operator's own; None: there is no operator.
         max_body_bytes: Longest request body.
         max_tokens: Most response tokens of a request.
         over_limit: What becomes of a request for more: it is clipped, or refused.
         unknown_fields: What becomes of request fields that are unknown and change no token.
         allow_origins: Web pages from there may ask; `*` lets all pages ask, no origin none.
+        moderations: Who may have given texts judged: the operator, or all who may ask.
         default_tokens: Response tokens where the client asks for no number.
         max_open: Most requests being answered at once; more are refused with 429.
         prefill: Clients may write the beginning of the response, as a last message of the assistant's.
@@ -55,12 +59,14 @@ class Limits:
 
     name: str
     api_keys: tuple[str, ...] = ()
+    keys: Keys | None = None
     operator_key: str | None = None
     max_body_bytes: int = 4 << 20
     max_tokens: int = 4096
     over_limit: Literal["clip", "refuse"] = "clip"
     unknown_fields: Literal["ignore", "refuse"] = "ignore"
     allow_origins: tuple[str, ...] = ()
+    moderations: Literal["operator", "all"] = "operator"
     default_tokens: int = 1024
     max_open: int = 1024
     prefill: bool = False
@@ -84,12 +90,14 @@ class Caller:
         view: The operator wants to see the trace.
         override: Why the watch is to be overridden; None where it is not.
         alarm_at: The token at which an alarm is made up, for a test; None for a real answer.
+        key: The key with a policy of its own that it shows.
     """
 
     operator: bool = False
     view: bool = False
     override: str | None = None
     alarm_at: int | None = None
+    key: Key | None = None
 
 
 def admit(request: Request, limits: Limits, *, audited: bool = False) -> Caller:
@@ -103,9 +111,11 @@ def admit(request: Request, limits: Limits, *, audited: bool = False) -> Caller:
     Raises:
         ApiError: 401 for a client without a key that it needs, 403 for what is the operator's.
     """
-    given = bearer(request)
+    given = client_keys(request)
     # All are compared, so that the time taken tells nothing.
-    if limits.api_keys and not any([same(given, key) for key in limits.api_keys]):
+    known = any([same(one, key) for one in given for key in limits.api_keys])
+    key = limits.keys.find(given) if limits.keys is not None else None
+    if (limits.api_keys or limits.keys is not None) and not known and key is None:
         raise ApiError(
             401,
             "the API key is missing or unknown; send `Authorization: Bearer KEY`",
@@ -120,14 +130,29 @@ def admit(request: Request, limits: Limits, *, audited: bool = False) -> Caller:
         what = "sees traces" if view else "overrides the watch" if reason is not None else "tests the halt"
         raise ApiError(403, f"only the operator {what}: send the operator key", "operator_key_required")
     if test is not None:
-        return Caller(operator, view, alarm_at=_alarm_at(test, reason, limits))
+        return Caller(operator, view, alarm_at=_alarm_at(test, reason, limits), key=key)
     if reason is None:
-        return Caller(operator, view)
+        return Caller(operator, view, key=key)
     if not reason.strip():
         raise ApiError(400, "the override gives no reason, and its log would say nothing", "override_reason_missing")
     if not audited:
         raise ApiError(403, "this server keeps no audit log, and no override goes unlogged", "audit_log_required")
-    return Caller(operator, view, reason.strip()[:_LONGEST_REASON])
+    return Caller(operator, view, reason.strip()[:_LONGEST_REASON], key=key)
+
+
+def check_model(name: str, limits: Limits) -> None:
+    """Refuses a name that is not the model's.
+
+    Raises:
+        ApiError: 404.
+    """
+    if name != limits.name:
+        raise ApiError(
+            404,
+            f"there is no model {name[:100]!r} here; this server has {limits.name!r}",
+            "model_not_found",
+            param="model",
+        )
 
 
 def _alarm_at(test: str, reason: str | None, limits: Limits) -> int:
@@ -162,6 +187,23 @@ def is_operator(request: Request, limits: Limits) -> bool:
     if limits.operator_key is None or not same(given, limits.operator_key):
         raise ApiError(403, "the operator key is not the one of this server", "invalid_operator_key")
     return True
+
+
+def shows_operator_key(request: Request, limits: Limits) -> bool:
+    """Whether the request shows the operator's key, in its header or in the place of a client's key.
+
+    Scrapers and clients of other servers can send a key of that kind alone.
+
+    Raises:
+        ApiError: 403 where the header shows another one.
+    """
+    key = limits.operator_key
+    return is_operator(request, limits) or (key is not None and any([same(one, key) for one in client_keys(request)]))
+
+
+def client_keys(request: Request) -> tuple[str, str]:
+    """What stands where clients put their keys, "" for nothing."""
+    return bearer(request), request.headers.get(KEY_HEADER, "")
 
 
 def same(given: str, key: str) -> bool:

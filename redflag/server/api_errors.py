@@ -13,15 +13,15 @@ from redflag.backends import BusyError, ContextLengthError
 from redflag.errors import RedflagError
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-# Routes of OpenAI's that clients ask for unless they are told not to, and how they are told.
-_CLIENT_SETTINGS = {
-    "/v1/responses": (
-        "the Responses API is not supported: let the client use chat completions, such as `openai.chat(...)` in the AI "
-        "SDK, `OpenAIChatCompletionsModel` in openai-agents, `use_responses_api=False` in LangChain, "
-        "`hosted_vllm/NAME` in LiteLLM"
-    ),
+# Code, or OpenAI's type -> Anthropic's type, where it has another name.
+_ANTHROPICS = {
+    "model_not_found": "not_found_error",
+    "not_found": "not_found_error",
+    "request_too_large": "request_too_large",
+    "response_timeout": "timeout_error",
+    "server_error": "api_error",
 }
-_COMPLETIONS = ("/chat/completions", "/completions", "/models")
+_WITHOUT_V1 = ("/chat/completions", "/completions", "/models", "/responses", "/moderations")
 
 
 class ApiError(Exception):
@@ -59,12 +59,20 @@ class ApiError(Exception):
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
+def in_anthropics_shape(body: dict[str, Any]) -> dict[str, Any]:
+    """An error's body for a client of `/v1/messages`, which knows other types and no code."""
+    error = body["error"]
+    kind = _ANTHROPICS.get(error["code"], _ANTHROPICS.get(error["type"], error["type"]))
+    return {"type": "error", "error": {"type": kind, "message": error["message"]}}
+
+
 def error_response(
-    error: ApiError, headers: Mapping[str, str] | None = None, detail: Mapping[str, Any] | None = None
+    error: ApiError, path: str, headers: Mapping[str, str] | None = None, detail: Mapping[str, Any] | None = None
 ) -> Response:
-    """The error as an answer; `detail` stands beside it in the body."""
+    """The error as an answer to a request for `path`; `detail` stands beside it in the body."""
+    said = in_anthropics_shape(error.body()) if path.startswith("/v1/messages") else error.body()
     # In ASCII: what went wrong may hold half a surrogate pair.
-    body = json.dumps({**error.body(), **(detail or {})})
+    body = json.dumps({**said, **(detail or {})})
     return Response(body, error.status, {**(headers or {}), **error.headers}, "application/json")
 
 
@@ -132,7 +140,7 @@ def add_handlers(app: FastAPI) -> None:
 
 async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return error_response(error)
+    return error_response(error, request.url.path)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -141,13 +149,13 @@ async def _http_error(request: Request, error: Exception) -> Response:
     message, code = str(error.detail), "http_error"
     if error.status_code == 404:
         message, code = f"there is no {path[:200]!r} here", "not_found"
-        message += f": {_CLIENT_SETTINGS[path]}" if path in _CLIENT_SETTINGS else ""
-        message += "; the base URL ends in /v1" if path in _COMPLETIONS else ""
+        message += "; the base URL ends in /v1" if path in _WITHOUT_V1 else ""
     elif error.status_code == 405:
         message, code = f"{request.method} is not supported here", "method_not_allowed"
-    return error_response(ApiError(error.status_code, message, code, headers=error.headers))
+    return error_response(ApiError(error.status_code, message, code, headers=error.headers), path)
 
 
 async def _internal_error(request: Request, error: Exception) -> Response:
     # What went wrong is in the log; its text may hold what nobody outside should read.
-    return error_response(ApiError(500, "the server has a defect; its log says more", "internal_error"))
+    made = ApiError(500, "the server has a defect; its log says more", "internal_error")
+    return error_response(made, request.url.path)

@@ -109,6 +109,7 @@ class AuditLog:
         request_id: str,
         overridden_by: str | None = None,
         reason: str | None = None,
+        thresholds: Mapping[str, float] | None = None,
     ) -> bool:
         """Writes a response down if an alarm in it was overridden, or if a score was high and it was not halted.
 
@@ -120,12 +121,13 @@ class AuditLog:
             request_id: Name of the request.
             overridden_by: Who had overridden the watch, if somebody had.
             reason: Why.
+            thresholds: Those in force for this response, where they are not the guard's.
 
         Returns:
             Whether a line was written.
         """
         try:
-            entry = self._entry(trace, overridden_by)
+            entry = self._entry(trace, overridden_by, thresholds or self._thresholds)
             if entry is None:
                 return False
             entry |= {"overridden_by": _cut(overridden_by), "reason": _cut(reason, _LONGEST_REASON)}
@@ -159,10 +161,10 @@ class AuditLog:
                 "goes unlogged; mend the audit log, or ask without the override"
             ) from error
 
-    def _entry(self, trace: Trace, overridden_by: str | None) -> dict[str, Any] | None:
+    def _entry(self, trace: Trace, overridden_by: str | None, thresholds: Mapping[str, float]) -> dict[str, Any] | None:
         """What is written of a response; None where nothing is."""
         facts = trace.facts()
-        peaks = self._peaks(facts)
+        peaks = _peaks(facts, thresholds)
         near = [name for name, (peak, threshold) in peaks.items() if self._floor * threshold <= peak < threshold]
         if not facts.overridden and (facts.end == "halted" or not near):
             return None
@@ -184,15 +186,6 @@ class AuditLog:
             "overridden": overridden_by is not None,
         }
 
-    def _peaks(self, facts: Facts) -> dict[str, tuple[float, float]]:
-        """Category -> its highest score and its threshold."""
-        thresholds = self._thresholds | {alarm.category: alarm.threshold for alarm in facts.alarms}
-        return {
-            name: (peak, thresholds[name])
-            for name, peak in facts.peaks.items()
-            if name in thresholds and math.isfinite(peak)
-        }
-
     def _line(self, kind: str, user: str | None, request_id: str, entry: Mapping[str, Any]) -> bytes:
         if user is not None and self._key is not None:
             user = "hmac:" + hmac.new(self._key, user.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()[:32]
@@ -210,6 +203,12 @@ class AuditLog:
         _log.error("an audit entry could not be written: %s", type(error).__name__)
         if self._on_failure is not None:
             self._on_failure()
+
+
+def _peaks(facts: Facts, thresholds: Mapping[str, float]) -> dict[str, tuple[float, float]]:
+    """Category -> its highest score and its threshold."""
+    limits = {**thresholds, **{alarm.category: alarm.threshold for alarm in facts.alarms}}
+    return {name: (peak, limits[name]) for name, peak in facts.peaks.items() if name in limits and math.isfinite(peak)}
 
 
 def _cut(text: str | None, longest: int = _LONGEST) -> str | None:

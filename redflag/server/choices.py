@@ -11,36 +11,40 @@ from redflag.guard.guard import Guard
 from redflag.guard.response import Response
 from redflag.server.access import Caller, Limits
 from redflag.server.api_errors import ApiError
+from redflag.server.doors import Body
+from redflag.server.keys import Key
 from redflag.server.rehearsal import rehearsing
-from redflag.server.schema import NO_LIMIT, ChatRequest, CompletionRequest
+from redflag.server.schema import NO_LIMIT, ChatRequest
 from redflag.server.structured import json_schema
 from redflag.server.thinking import thinking_of
 from redflag.tool_prompt import ToolUse
 
-Body = ChatRequest | CompletionRequest
-
 
 def choices_of(
-    guard: Guard, body: Body, caller: Caller, limits: Limits, tools: ToolUse | None = None
+    guard: Guard, body: Body, caller: Caller, limits: Limits, prefix: str, tools: ToolUse | None = None
 ) -> list[Response]:
     """The responses to a request, each watched by itself: `n` for its first prompt, `n` for the next, and so on.
+
+    Their ids begin with `prefix`.
 
     Raises:
         ApiError: 400; the request asks for what this server does not give.
     """
-    tokens = _most_tokens(body, limits)
-    chat = isinstance(body, ChatRequest)
-    if body.prefilled and not limits.prefill:
+    key = caller.key
+    tokens = _most_tokens(body, limits, key)
+    if body.prefill and not limits.prefill:
         raise ApiError(
             400,
             "the last message is the assistant's, and this server writes responses from their beginning; end with "
             "a message of the user's",
             "invalid_value",
-            param=f"messages.{len(body.input()) - 1}.role",
+            param=f"{body.prefill}.role",
         )
     _check_choices(body, limits)
     _check_logprobs(body, limits, guard)
-    policy = replace(guard.policy, observe=True) if caller.override is not None else None
+    policy, thresholds = (None, None) if key is None else (key.policy, key.thresholds)
+    if caller.override is not None:
+        policy = replace(policy or guard.policy, observe=True)
     grammar = _grammar_of(body, guard)
     if tools is not None and tools.definitions:
         for asked, param in ((grammar is not None, "response_format"), (body.named_tokens is not None, "logprobs")):
@@ -48,8 +52,8 @@ def choices_of(
                 why = f"{param} is not supported beside tools; leave one of them out, or set tool_choice to none"
                 raise ApiError(400, why, "unsupported_parameter", param=param)
     if caller.alarm_at is not None:
-        guard = rehearsing(guard)
-    name = f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}"
+        guard, policy, thresholds = rehearsing(guard, policy), None, None
+    name = f"{prefix}{secrets.token_hex(12)}"
     responses: list[Response] = []
     try:
         thinking = thinking_of(body, possible=guard.can_think, refuse_unknown=limits.unknown_fields == "refuse")
@@ -60,11 +64,13 @@ def choices_of(
                 if caller.alarm_at is not None:
                     # A stop text could end it before the alarm, and what is rehearsed is a script.
                     sampling = replace(sampling, stop=(), grammar=None)
-                response = guard.respond(prompt, sampling, policy, thinking, tools)
+                response = guard.respond(prompt, sampling, policy, thinking, tools, thresholds)
+                if key is not None:
+                    response.trace.meta["key"] = key.name
                 response.trace.id = f"{name}-{index}" if index else name
                 responses.append(response)
     except RedflagError as error:
-        raise ApiError(400, str(error), "invalid_value", param="messages" if chat else "prompt") from error
+        raise ApiError(400, str(error), "invalid_value", param=body.param) from error
     return responses
 
 
@@ -78,19 +84,19 @@ def _grammar_of(body: Body, guard: Guard) -> Grammar | None:
         raise ApiError(400, str(error), "invalid_value", param=wanted[0]) from error
 
 
-def _most_tokens(body: Body, limits: Limits) -> int:
+def _most_tokens(body: Body, limits: Limits, key: Key | None) -> int:
     """How many tokens each response may have."""
-    asked = body.asked_tokens
+    asked, most = body.asked_tokens, (key and key.max_tokens) or limits.max_tokens
     if asked is None:
-        return min(limits.default_tokens, limits.max_tokens)
-    if asked > limits.max_tokens and limits.over_limit == "refuse":
+        return min((key and key.default_tokens) or limits.default_tokens, most)
+    if asked > most and limits.over_limit == "refuse":
         raise ApiError(
             400,
-            f"{asked} response tokens are more than the {limits.max_tokens} that this server allows; ask for less",
+            f"{asked} response tokens are more than the {most} that this server allows; ask for less",
             "invalid_value",
-            param="max_tokens" if body.max_tokens else "max_completion_tokens",
+            param=body.limit,
         )
-    return limits.max_tokens if asked == NO_LIMIT else min(asked, limits.max_tokens)
+    return most if asked == NO_LIMIT else min(asked, most)
 
 
 def _check_choices(body: Body, limits: Limits) -> None:

@@ -27,7 +27,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "prediction": (),
     "presence_penalty": (0, 0.0),
     "suffix": (),
-    "tool_choice": ("none", "auto"),
+    "tool_choice": ("none", "auto", {"type": "none"}, {"type": "auto"}),
     "tools": ([],),
     "web_search_options": (),
     # vLLM
@@ -94,6 +94,11 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "top_a": (0, 0.0),
     "typical_p": (1, 1.0),
     "xtc_probability": (0, 0.0),
+    # OpenAI's Responses, Anthropic's Messages
+    "background": (False,),
+    "conversation": (),
+    "mcp_servers": ([],),
+    "previous_response_id": (),
     # of another route: what is asked, and how long the answer may be
     "input": (),
     "instructions": (),
@@ -106,18 +111,22 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 # Fields that change no token, and the values that are honoured: those are not named as ignored.
 _HARMLESS: dict[str, tuple[Any, ...]] = {
+    "include": ([],),
     "parallel_tool_calls": (True, False),
     "reasoning_effort": ("none",),
     "service_tier": ("auto", "default"),
     "store": (False,),
+    "truncation": ("disabled",),
     "verbosity": ("medium",),
 }
 _ADVICE = {
+    "conversation": "nothing is stored here: send the earlier turns",
     "max_new_tokens": "give max_tokens",
     "max_output_tokens": "give max_tokens",
     "echo": "only answers are judged, so neither the prompt nor its log-probabilities are given; leave it out",
     "messages": "it belongs to /v1/chat/completions",
     "prompt": "it belongs to /v1/completions",
+    "previous_response_id": "nothing is stored here: send the earlier turns in input",
     "stop_sequences": "give stop",
     "system": "send a message of the role system",
 }

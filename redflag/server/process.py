@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import signal
 import socket
 from collections.abc import Callable
 from types import FrameType
@@ -49,13 +50,16 @@ class Process(uvicorn.Server):
     They have `grace` seconds; what is still open then gets its last chunk and ends. A second SIGINT does not wait.
     """
 
-    def __init__(self, app: ASGIApp, stop: Callable[[], None], grace: float) -> None:
+    def __init__(
+        self, app: ASGIApp, stop: Callable[[], None], grace: float, reload: Callable[[], None] | None = None
+    ) -> None:
         """Prepares.
 
         Args:
             app: The application.
             stop: Ends all open responses.
             grace: Seconds that they have before.
+            reload: Called on SIGHUP, where the system has it; None leaves that signal as it is.
         """
         # Streams end by themselves, with a last chunk; nobody else shall cut them off.
         AppStatus.disable_automatic_graceful_drain()
@@ -74,11 +78,14 @@ class Process(uvicorn.Server):
         )
         self._stop = stop
         self._grace = grace
+        self._reload = reload
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Starts to listen."""
         self._loop = asyncio.get_running_loop()
+        if self._reload is not None and hasattr(signal, "SIGHUP"):
+            self._loop.add_signal_handler(signal.SIGHUP, self._reload)
         await super().startup(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

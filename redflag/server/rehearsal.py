@@ -9,22 +9,24 @@ from typing import Any
 from redflag.backends import AsyncBackend, Sampling
 from redflag.guard.guard import Guard
 from redflag.trace import Step
-from redflag.watching.policy import ACTIONS
+from redflag.watching.policy import ACTIONS, Policy
 from redflag.watching.thresholds import Thresholds
 
 
-def rehearsing(guard: Guard) -> Guard:
+def rehearsing(guard: Guard, policy: Policy | None = None) -> Guard:
     """The guard with thresholds that a probability of 1 reaches at once, and without a review that could resume.
+
+    `policy` stands in place of its own.
 
     Actions that end a response stay as they are; in place of a review comes what a confirmed one leads to.
     """
-    policy = guard.policy
+    policy = policy or guard.policy
     action = policy.default if ACTIONS[policy.default].ends else policy.confirmed
     spec = guard.spec
     thresholds = Thresholds.manual(0.5, spec.categories, run_id=spec.run_id, template_hash=spec.template_hash)
     if action == "replace" and not policy.replacement:
         action = "halt"
-    policy = replace(policy, actions={}, default=action, observe=False, first_token=None)
+    policy = replace(policy, actions={}, default=action, observe=False, first_token=None, prompt=None)
     return Guard(guard.backend, guard.tokenizer, spec, thresholds, policy, guard.judge)
 
 

@@ -7,7 +7,7 @@ Nothing is ignored in silence. Which fields are refused and which are ignored an
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -25,6 +25,7 @@ from pydantic_core import PydanticCustomError
 
 from redflag.backends import MOST_LOGPROBS, Sampling
 from redflag.server.api_errors import ApiError
+from redflag.server.explained import explained
 from redflag.server.fields import ignored_fields
 from redflag.server.tools import ToolFields
 
@@ -166,6 +167,7 @@ class _Request(BaseModel):
     safety_identifier: _Name | None = None
     metadata: dict[str, Any] | None = None
 
+    param: ClassVar[str]  # the field that holds the prompt
     _ignored: list[str] = PrivateAttr(default_factory=list)
 
     @model_validator(mode="after")
@@ -191,6 +193,11 @@ class _Request(BaseModel):
     def asked_tokens(self) -> int | None:
         """The most response tokens the client wants; `NO_LIMIT` for as many as there may be."""
         return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def limit(self) -> str:
+        """The field that says so."""
+        return "max_tokens" if self.max_tokens else "max_completion_tokens"
 
     @property
     def ignored(self) -> list[str]:
@@ -229,6 +236,25 @@ class _Request(BaseModel):
         return Sampling(max_new_tokens, stop=tuple(self.stop or ()), **chosen)
 
 
+class OneAnswer(_Request):
+    """A request of an API that has one answer, without log-probabilities."""
+
+    n: Literal[1] | None = None
+
+    @property
+    def named_tokens(self) -> int | None:
+        """None: no log-probabilities."""
+        return None
+
+    def inputs(self) -> list[list[dict[str, Any]]]:
+        """The one conversation."""
+        return [self.input()]
+
+    def input(self) -> list[dict[str, Any]]:
+        """The conversation."""
+        raise NotImplementedError
+
+
 class _TemplateOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     enable_thinking: bool | None = None
@@ -243,6 +269,8 @@ class ChatRequest(_Request, ToolFields):
     top_logprobs: _Named | None = None
     chat_template_kwargs: _TemplateOptions | None = None
     reasoning_effort: str | None = None
+
+    param: ClassVar[str] = "messages"
 
     @model_validator(mode="after")
     def _asked_for(self) -> ChatRequest:
@@ -270,9 +298,9 @@ class ChatRequest(_Request, ToolFields):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
-    def prefilled(self) -> bool:
-        """Whether the client wrote the beginning of the response."""
-        return self.messages[-1].role == "assistant"
+    def prefill(self) -> str | None:
+        """Where the client wrote the beginning of the response, as a path; None where it did not."""
+        return f"messages.{len(self.messages) - 1}" if self.messages[-1].role == "assistant" else None
 
     def extra(self) -> Iterator[str]:
         """As for every request; of the messages too."""
@@ -287,6 +315,8 @@ class CompletionRequest(_Request):
 
     prompt: str | list[Any]
     logprobs: _Named | None = None
+
+    param: ClassVar[str] = "prompt"
 
     @field_validator("logprobs", mode="before")
     @classmethod
@@ -318,9 +348,9 @@ class CompletionRequest(_Request):
         return self.logprobs
 
     @property
-    def prefilled(self) -> bool:
+    def prefill(self) -> str | None:
         """A prompt has no turns, so nothing of it is the response."""
-        return False
+        return None
 
 
 def parse(kind: type[Body], body: bytes, *, refuse_unknown: bool = False) -> Body:
@@ -342,52 +372,10 @@ def parse(kind: type[Body], body: bytes, *, refuse_unknown: bool = False) -> Bod
     try:
         request = kind.model_validate_json(body)
     except ValidationError as error:
-        raise _explained(error) from None
+        raise explained(error) from None
     names = dict.fromkeys([*ignored_fields(request.model_extra or {}), *request.extra()])
     if names and refuse_unknown:
         name = next(iter(names))
         raise ApiError(400, f"{name} is unknown or not supported; leave it out", "unknown_parameter", param=name)
     request._ignored.extend(names)
     return request
-
-
-_CODES = {
-    "missing": "missing_required_parameter",
-    "unsupported_turn": "unsupported_parameter",
-    "json_invalid": "invalid_json",
-    "literal_error": "invalid_value",
-    "string_too_short": "invalid_value",
-    "string_too_long": "invalid_value",
-    "too_long": "invalid_value",
-    "too_short": "invalid_value",
-    "greater_than": "invalid_value",
-    "greater_than_equal": "invalid_value",
-    "less_than": "invalid_value",
-    "less_than_equal": "invalid_value",
-    "finite_number": "invalid_value",
-    "extra_forbidden": "unsupported_parameter",
-}
-
-
-def _explained(error: ValidationError) -> ApiError:
-    # The values are not repeated: they may be megabytes, and are the client's own.
-    found = error.errors(include_url=False, include_input=False, include_context=False)
-    # Of a union's branches the one that got furthest says what is wrong.
-    first = max(found, key=lambda item: len(item["loc"])) if len({item["loc"][:1] for item in found}) == 1 else found[0]
-    kind = first["type"]
-    if kind == "json_invalid":
-        return ApiError(400, f"the body is not JSON in UTF-8 ({first['msg']}); mend it", "invalid_json")
-    if kind in ("max_completion_tokens", "prompt", "top_logprobs"):
-        return ApiError(400, first["msg"], "invalid_value", param=kind)
-    # Names of union branches stand in the path too; they are no fields.
-    path = [str(part) for part in first["loc"] if not (isinstance(part, str) and ("[" in part or part == "str"))]
-    param = ".".join(path) or None
-    if kind == "missing":
-        message = f"{param} is missing; give it"
-    elif kind == "extra_forbidden":
-        message = f"{param} is not supported; leave it out"
-    elif path[-1:] == ["type"] and "content" in path:
-        message = f"{param}: only parts of the type text are accepted; leave images, audio and files out"
-    else:
-        message = f"{param or 'the body'}: {first['msg'][0].lower()}{first['msg'][1:]}"
-    return ApiError(400, message, _CODES.get(kind, "invalid_type"), param=param)

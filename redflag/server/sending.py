@@ -77,7 +77,7 @@ class EventStream(EventSourceResponse):
                 return
             if self._error is not None:
                 if not message.get("more_body"):  # Nothing has been sent: the error takes the stream's place.
-                    await error_response(self._error, self._extra, self._detail)(scope, receive, send)
+                    await error_response(self._error, scope["path"], self._extra, self._detail)(scope, receive, send)
                 return
             if closed and message.get("more_body"):
                 return  # a ping that comes after the last chunk
@@ -116,7 +116,9 @@ async def whole(request: Request, parts: Sequence[Part], view: bool, headers: Ma
         exchange.delivered = answer.over
     for exchange, answer in parts:
         if answer.failed:
-            return error_response(_fault(exchange, False), headers, answer.failure(_seen(exchange, view)))
+            return error_response(
+                _fault(exchange, False), request.url.path, headers, answer.failure(_seen(exchange, view))
+            )
     made = [(answer, exchange.response.trace.generated, _seen(exchange, view)) for exchange, answer in parts]
     # In ASCII, as the chunks of a stream: an operator's text may hold what no other encoding takes.
     body = json.dumps(made[0][0].body(*made[0][1:]) if len(made) == 1 else together(made))

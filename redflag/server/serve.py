@@ -25,7 +25,6 @@ _log = logging.getLogger(__name__)
 
 API_KEYS = "REDFLAG_API_KEYS"
 OPERATOR_KEY = "REDFLAG_OPERATOR_KEY"
-_SHORTEST_KEY = 16
 _ASKED_AGAIN = 60.0  # seconds
 
 
@@ -36,6 +35,9 @@ class ServeArguments(GuardOptions):
 
     step_timeout: float = field(
         default=60.0, metadata={"help": "upstream: seconds without a token until it counts as lost.", "above": 0}
+    )
+    keys: str | None = field(
+        default=None, metadata={"help": "YAML of clients' keys, each with a policy of its own; read again on SIGHUP."}
     )
     name: str | None = field(
         default=None, metadata={"help": "The model's name for clients; default: the upstream's, or the folder's."}
@@ -60,6 +62,10 @@ class ServeArguments(GuardOptions):
     )
     allow_origins: str | None = field(
         default=None, metadata={"help": "Web pages that may ask (CORS): origins, comma between, or *; default: none."}
+    )
+    moderations: Literal["operator", "all"] = field(
+        default="operator",
+        metadata={"help": "Who may have given texts judged (/v1/moderations): with the operator key, or all clients."},
     )
     default_tokens: int = field(
         default=1024, metadata={"help": "Response tokens where a client asks for no number.", "least": 1}
@@ -116,6 +122,7 @@ def run(arguments: ServeArguments, policy: PolicyOptions) -> int:
         from redflag.server import log
         from redflag.server.audit_log import AuditLog, check_system
         from redflag.server.exchange import Readiness
+        from redflag.server.keys import Keys
         from redflag.server.metrics import Metrics
         from redflag.server.process import Process, bind, raise_file_limit
         from redflag.server.server import build_app
@@ -136,6 +143,8 @@ def run(arguments: ServeArguments, policy: PolicyOptions) -> int:
         if arguments.name is None and arguments.upstream is not None:
             # Clients that knew the upstream know the model by its name there.
             limits = replace(limits, name=cast("RemoteBackend", guard.backend).model or limits.name)
+        if arguments.keys is not None:
+            limits = replace(limits, keys=Keys(arguments.keys, guard))
         audit = None
         if arguments.audit is not None:
             audit = AuditLog(arguments.audit, guard.thresholds.values, on_failure=metrics.audit_failed)
@@ -157,7 +166,8 @@ def run(arguments: ServeArguments, policy: PolicyOptions) -> int:
         _log.info("serving %s at %s", limits.name, where, extra={"model": limits.name, "url": where})
         if arguments.playground:
             tell_of_playground(where.removesuffix("v1"), limits)
-        Process(app, app.state.server.stop, arguments.grace).run(sockets=[listening])
+        reload = limits.keys.reload if limits.keys is not None else None
+        Process(app, app.state.server.stop, arguments.grace, reload).run(sockets=[listening])
     return 0
 
 
@@ -168,19 +178,20 @@ def limits_of(arguments: ServeArguments, environment: Mapping[str, str]) -> Limi
         RedflagError: A number leaves no request that could be answered, or a key is too short to be one.
     """
     from redflag.server.access import Limits
+    from redflag.server.keys import SHORTEST_KEY
 
     check_bounds(arguments)
     keys = tuple(key.strip() for key in environment.get(API_KEYS, "").split(",") if key.strip())
     operator = environment.get(OPERATOR_KEY) or None
     for variable, key in ((API_KEYS, key) for key in keys):
-        if len(key) < _SHORTEST_KEY:
+        if len(key) < SHORTEST_KEY:
             raise RedflagError(
-                f"{variable} holds a key of {len(key)} characters, which can be guessed: use {_SHORTEST_KEY} or more"
+                f"{variable} holds a key of {len(key)} characters, which can be guessed: use {SHORTEST_KEY} or more"
             )
-    if operator is not None and len(operator) < _SHORTEST_KEY:
+    if operator is not None and len(operator) < SHORTEST_KEY:
         raise RedflagError(
             f"{OPERATOR_KEY} has {len(operator)} characters and can be guessed, and it overrides the watch: use "
-            f"{_SHORTEST_KEY} or more"
+            f"{SHORTEST_KEY} or more"
         )
     return Limits(
         name=arguments.name or Path(arguments.model).resolve().name,
@@ -191,6 +202,7 @@ def limits_of(arguments: ServeArguments, environment: Mapping[str, str]) -> Limi
         over_limit=arguments.over_limit,
         unknown_fields=arguments.unknown_fields,
         allow_origins=origins_of(arguments.allow_origins),
+        moderations=arguments.moderations,
         default_tokens=arguments.default_tokens,
         max_open=arguments.max_open,
         prefill=arguments.prefill,

@@ -12,9 +12,9 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import ExitStack, asynccontextmanager
+from functools import partial
 from typing import Any, cast
 
 from fastapi import FastAPI, Request, Response
@@ -28,31 +28,33 @@ from redflag.guard.response import Response as GuardedResponse
 from redflag.guard.response import Stream, adrive
 from redflag.prompt import text_ids
 from redflag.server import log
-from redflag.server.access import Caller, Limits, admit, bearer, is_operator, read_body, same
-from redflag.server.api_errors import ApiError, add_handlers, busy, late, unavailable
+from redflag.server.access import Caller, Limits, admit, check_model, shows_operator_key
+from redflag.server.api_errors import ApiError, add_handlers
 from redflag.server.audit_log import AuditLog
 from redflag.server.choices import choices_of
-from redflag.server.exchange import Exchange, Readiness, Stopwatch, timeout_at
+from redflag.server.doors import DOORS, Body, Door
+from redflag.server.exchange import Exchange, Readiness, Stopwatch
 from redflag.server.fields import escaped, header
+from redflag.server.gate import Gate
 from redflag.server.logprobs import ShownLogprobs
+from redflag.server.messages_schema import CountRequest
 from redflag.server.metrics import Metrics
+from redflag.server.moderations import moderation_routes
 from redflag.server.playground import Playground
 from redflag.server.rehearsal import Alarmed
-from redflag.server.schema import ChatRequest, CompletionRequest, parse
+from redflag.server.schema import ChatRequest, parse
 from redflag.server.sending import EventStream, Part, close, whole
 from redflag.server.telemetry import Telemetry
 from redflag.server.tools import ToolSupport
-from redflag.server.wire import REFUSAL, Answer
+from redflag.server.wire import REFUSAL
 from redflag.trace import Trace
+from redflag.watching.policy import Policy
 
 _log = logging.getLogger(__name__)
 
 _IGNORED = "x-ignored-params"
 _MOST_NAMES = 256  # of ignored fields, of which the log tells once each: clients choose them
 _TIMED = 1 / 8  # share of the responses whose steps are timed, which costs as much as counting them
-
-Kind = type[ChatRequest] | type[CompletionRequest]
-Body = ChatRequest | CompletionRequest
 
 
 def build_app(
@@ -90,7 +92,7 @@ def build_app(
             yield
         finally:
             watching.cancel()
-            server.close()
+            server.gate.close()
             if telemetry is not None:
                 telemetry.shutdown()
             await cast(AsyncBackend, guard.backend).aclose()
@@ -110,20 +112,35 @@ def build_app(
             expose_headers=["x-request-id", _IGNORED, "retry-after"],
         )
     reading = ["GET", "HEAD"]
-    for path, endpoint, methods in (
-        ("/v1/chat/completions", server.chat, ["POST"]),
-        ("/v1/completions", server.complete, ["POST"]),
+    routes: tuple[tuple[str, Callable[..., Any], list[str]], ...] = (
+        *((path, _answering(server, door), ["POST"]) for path, door in DOORS.items()),
+        ("/v1/messages/count_tokens", server.count_tokens, ["POST"]),
+        *moderation_routes(guard, limits, server.gate),
         ("/v1/models", server.models, reading),
         ("/health", server.health, reading),
         ("/ready", server.ready, reading),
         ("/metrics", server.show_metrics, reading),
-    ):
+    )
+    for path, endpoint, methods in routes:
         for spelling in (path, f"{path}/"):
             app.add_api_route(spelling, endpoint, methods=methods, response_model=None)
     app.add_api_route("/v1/models/{name:path}", server.model, methods=reading, response_model=None)
     if page is not None:
         page.mount(app, server.open)
     return app
+
+
+def _answering(server: Server, door: Door) -> Callable[[Request], Awaitable[Response]]:
+    async def answer(request: Request) -> Response:
+        return await server.respond(request, door)
+
+    return answer
+
+
+def _refusal(policy: Policy) -> str:
+    """What a chat says that was halted before its first token; never the text of a decoy."""
+    text = policy.replacement
+    return text if isinstance(text, str) and text and not policy.decoy else REFUSAL
 
 
 class Server:
@@ -148,9 +165,7 @@ class Server:
         self._telemetry = telemetry if telemetry is not None else Telemetry(enabled=False)
         self._record = record
         self._ignored: set[str] = set()  # fields of which the log has told
-        self._coming = 0  # requests that are not yet being answered
-        # Their own threads: those of the event loop may all be waiting for second judges.
-        self._clerks = ThreadPoolExecutor(2, "redflag-render")
+        self.gate = Gate(limits, metrics, readiness, self.open)
         self._since = int(time.time())
         self._tools = ToolSupport(guard, limits.tool_format)
 
@@ -158,10 +173,6 @@ class Server:
         """Ends all responses, each with an error that says so: the server is going down."""
         for exchange in tuple(self.open):
             exchange.stop()
-
-    def close(self) -> None:
-        """Frees the threads."""
-        self._clerks.shutdown(wait=False, cancel_futures=True)
 
     async def health(self) -> Response:
         """Whether the process lives."""
@@ -175,10 +186,7 @@ class Server:
 
     async def show_metrics(self, request: Request) -> Response:
         """Counters; where there is an operator, for him alone: halts by category answer an attacker's questions."""
-        key = self.limits.operator_key
-        # As a bearer token too: that is what scrapers can send.
-        scraper = key is not None and same(bearer(request), key)
-        if key is not None and not scraper and not is_operator(request, self.limits):
+        if self.limits.operator_key is not None and not shows_operator_key(request, self.limits):
             raise ApiError(403, "metrics are the operator's: send the operator key", "operator_key_required")
         content, media_type = self._metrics.render()
         return Response(content, media_type=media_type)
@@ -191,54 +199,27 @@ class Server:
     async def model(self, request: Request, name: str) -> Response:
         """The one model, by name."""
         admit(request, self.limits)
-        self._check_model(name.rstrip("/"))
+        check_model(name.rstrip("/"), self.limits)
         return JSONResponse(self._model())
 
-    async def chat(self, request: Request) -> Response:
-        """A conversation's next turn."""
-        return await self._respond(request, ChatRequest)
+    async def count_tokens(self, request: Request) -> Response:
+        """Tokens of the prompt that a request of `/v1/messages` leads to."""
+        with self.gate.passing(request.url.path.rstrip("/")):
+            admit(request, self.limits)
+            count = await self.gate.read(request, self._prompt_tokens)
+        return JSONResponse({"input_tokens": count})
 
-    async def complete(self, request: Request) -> Response:
-        """A text's continuation."""
-        return await self._respond(request, CompletionRequest)
-
-    async def _respond(self, request: Request, kind: Kind) -> Response:
-        begun = time.perf_counter()
+    async def respond(self, request: Request, door: Door) -> Response:
+        """A conversation's next turn, or a text's continuation."""
         route = request.url.path.rstrip("/")
-        self._coming += 1
-        try:
+        with self.gate.arriving(route):
             caller = admit(request, self.limits, audited=self._audit is not None)
-            if len(self.open) + self._coming > self.limits.max_open:
-                raise busy(f"{self.limits.max_open} requests are being answered, which is all; try again later")
-            content = await read_body(request, self.limits)
-            # Parsing and rendering a long conversation takes a while, in which others want their tokens.
-            loop = asyncio.get_running_loop()
-            try:
-                async with timeout_at(loop.time() + self.limits.request_timeout):
-                    body, responses = await loop.run_in_executor(self._clerks, self._prepare, kind, content, caller)
-            except TimeoutError:
-                raise late() from None
-            if self.readiness.doubted and await self.readiness.why_not():
-                raise unavailable()
-        except ApiError:
-            seconds = time.perf_counter() - begun
-            self._metrics.observe(
-                Trace(),
-                route=route,
-                streamed=False,
-                overridden=False,
-                seconds_to_first=None,
-                seconds=seconds,
-                end="refused",
-            )
-            raise
-        finally:
-            self._coming -= 1
+            body, responses = await self.gate.read(request, partial(self._prepare, door, caller))
         headers = {"x-request-id": responses[0].trace.id}
         if body.ignored:
             headers[_IGNORED] = header(body.ignored)
             self._tell_ignored(body.ignored)
-        parts = [self._begin(request, route, responses, i, body, caller) for i in range(len(responses))]
+        parts = [self._begin(request, route, door, responses, i, body, caller) for i in range(len(responses))]
         if body.stream:
             return EventStream(parts, caller.view, headers, self.limits)
         try:
@@ -250,6 +231,7 @@ class Server:
         self,
         request: Request,
         route: str,
+        door: Door,
         responses: Sequence[GuardedResponse],
         index: int,
         body: Body,
@@ -259,28 +241,29 @@ class Server:
         response = responses[index]
         first = response.request
         assert isinstance(first, Stream), "a response begins with a stream"
-        chat, decoy = isinstance(body, ChatRequest), self.guard.policy.decoy
+        policy = caller.key.policy if caller.key is not None else self.guard.policy
+        chat, decoy = isinstance(body, ChatRequest), policy.decoy
         engine = cast(AsyncBackend, self.guard.backend)
         if random.random() < _TIMED:
             engine = Stopwatch(engine, self._metrics.observe_step_seconds)
         logprobs = None
         if first.sampling.logprobs is not None:
-            context = first.token_ids if not chat or body.prefilled else ()
+            context = first.token_ids if not chat or body.prefill else ()
             hidden = engine.eos_ids | frozenset(self.guard.spec.ids)
             logprobs = ShownLogprobs(response.trace, self.guard.tokenizer, hidden, context)
             engine = logprobs.of(engine)
         if caller.alarm_at is not None:
             engine = Alarmed(engine, caller.alarm_at)
-        answer = Answer(
-            responses[0].trace.id,
-            self.limits.name,
-            chat=chat,
+        answer = door.answer(
+            body,
+            response,
+            name=responses[0].trace.id,
+            model=self.limits.name,
             # Choices of one prompt share its tokens.
             prompt_tokens=0 if index % (body.n or 1) else len(first.token_ids),
-            usage=body.wants_usage,
             decoy=decoy,
-            refusal=self._refusal(),
-            in_words=bool(self.limits.closing_text) and not decoy,
+            refusal=_refusal(policy),
+            in_words=chat and bool(self.limits.closing_text) and not decoy,
             count=self._count,
             index=index,
             logprobs=logprobs,
@@ -332,15 +315,22 @@ class Server:
         )
         if self._audit is not None:
             by = "operator" if caller.override is not None else None
-            self._audit.record(trace, user=body.user_id, request_id=trace.id, overridden_by=by, reason=caller.override)
+            self._audit.record(
+                trace,
+                user=body.user_id,
+                request_id=trace.id,
+                overridden_by=by,
+                reason=caller.override,
+                thresholds=caller.key.thresholds.values if caller.key is not None else None,
+            )
         if self._record is not None and caller.alarm_at is None:
             self._record(trace)
 
-    def _prepare(self, kind: Kind, content: bytes, caller: Caller) -> tuple[Body, list[GuardedResponse]]:
+    def _prepare(self, door: Door, caller: Caller, content: bytes) -> tuple[Body, list[GuardedResponse]]:
         """The request and the responses to it, one per choice, in a thread."""
-        body = parse(kind, content, refuse_unknown=self.limits.unknown_fields == "refuse")
-        self._check_model(body.model)
-        responses = choices_of(self.guard, body, caller, self.limits, self._tools.use(body))
+        body = parse(door.request, content, refuse_unknown=self.limits.unknown_fields == "refuse")
+        check_model(body.model, self.limits)
+        responses = choices_of(self.guard, body, caller, self.limits, door.prefix, self._tools.use(body))
         if caller.override is not None and self._audit is not None:
             try:
                 for response in responses:
@@ -349,32 +339,27 @@ class Server:
                 raise ApiError(503, str(error), "audit_log_failed") from error
         return body, responses
 
+    def _prompt_tokens(self, content: bytes) -> int:
+        body = parse(CountRequest, content)
+        check_model(body.model, self.limits)
+        try:
+            first = self.guard.respond(body.input(), thinking=False).request
+        except RedflagError as error:
+            raise ApiError(400, str(error), "invalid_value", param=body.param) from error
+        assert isinstance(first, Stream), "a response begins with a stream"
+        return len(first.token_ids)
+
     def _tell_ignored(self, names: list[str]) -> None:
         for name in map(escaped, names):
             if name not in self._ignored and len(self._ignored) < _MOST_NAMES:
                 self._ignored.add(name)
                 _log.info("ignored the request field %s, which is unknown here or changes no token", name)
 
-    def _refusal(self) -> str:
-        """What a chat says that was halted before its first token; never the text of a decoy."""
-        policy = self.guard.policy
-        text = policy.replacement
-        return text if isinstance(text, str) and text and not policy.decoy else REFUSAL
-
     def _count(self, text: str) -> int:
         try:
             return len(text_ids(self.guard.tokenizer, text, self.guard.spec))
         except Exception:  # An operator's text that no tokenizer reads is shown all the same.
             return 0
-
-    def _check_model(self, name: str) -> None:
-        if name != self.limits.name:
-            raise ApiError(
-                404,
-                f"there is no model {name[:100]!r} here; this server has {self.limits.name!r}",
-                "model_not_found",
-                param="model",
-            )
 
     def _model(self) -> dict[str, Any]:
         return {"id": self.limits.name, "object": "model", "created": self._since, "owned_by": "redflag"}

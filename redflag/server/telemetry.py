@@ -130,7 +130,7 @@ class _Telling(Span):
         from opentelemetry.trace import SpanKind
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-        operation = "chat" if "chat" in route else "text_completion"
+        operation = "text_completion" if route == "/v1/completions" else "chat"
         attributes = {
             "gen_ai.operation.name": operation,
             "gen_ai.provider.name": "redflag",

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from redflag.server.api_errors import ApiError
-from redflag.server.schema import ChatRequest, CompletionRequest
+from redflag.server.doors import Body
+from redflag.server.schema import ChatRequest
 
 
-def thinking_of(body: ChatRequest | CompletionRequest, *, possible: bool, refuse_unknown: bool) -> bool | None:
+def thinking_of(body: Body, *, possible: bool, refuse_unknown: bool) -> bool | None:
     """Whether the answer shall begin with a thought; None where the client leaves that open.
 
     Args:
-        body: The request; a plain completion has no place for a thought.
+        body: The request; only a chat has a place for a thought.
         possible: The model has a thinking mode; without one an effort changes no token.
         refuse_unknown: As for `redflag.server.schema.parse`.
 
@@ -18,7 +19,7 @@ def thinking_of(body: ChatRequest | CompletionRequest, *, possible: bool, refuse
         ApiError: 400; thinking is on and not possible.
     """
     if not isinstance(body, ChatRequest):
-        return None
+        return False
     told, effort = body.enable_thinking, body.reasoning_effort
     if told and not possible:
         text = "thinking must be off, since this model has no thinking mode; leave it out"

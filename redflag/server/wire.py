@@ -60,6 +60,7 @@ class Answer:
         thought_tokens: Tokens of the thought (`Trace.thought_tokens`), to be set before the end is asked for.
         head: What the body begins with; `frame`: what every chunk begins with.
         wants_usage: Whether the stream ends with token counts.
+        says_done: Whether it ends with `[DONE]`, as OpenAI's first two APIs do.
 
     Example:
         >>> answer = Answer("cmpl-1", "nano", chat=False, prompt_tokens=3)
@@ -68,6 +69,8 @@ class Answer:
         >>> answer.finish_reason, answer.detail
         ('content_filter', {'verdict': 'halted', 'reason': 'alarm', 'category': 'harm'})
     """
+
+    says_done = True
 
     def __init__(
         self,
@@ -319,6 +322,8 @@ def usage(answers: Sequence[Answer]) -> dict[str, Any]:
 def ending(answers: Sequence[Answer]) -> bytes:
     """What a stream ends with once all its choices are over: token counts where asked for, `[DONE]`."""
     first = answers[0]
+    if not first.says_done:
+        return b""
     return (_sse({**first.frame, "choices": [], "usage": usage(answers)}) if first.wants_usage else b"") + DONE
 
 

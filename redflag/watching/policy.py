@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
 
 from redflag.errors import RedflagError
-from redflag.trace import Trace
+from redflag.trace import Alarm, Trace
 from redflag.watching.first_token import FirstTokenRule
+from redflag.watching.thresholds import Thresholds
 
 Action = Literal["continue", "halt", "reflect", "replace", "escalate", "force"]
 """What a session can do about an alarm; `ACTIONS` says what each of them is."""
@@ -133,6 +134,8 @@ class Policy:
         first_token: Decides before the first token which category alarms, in place of thresholds on each by itself;
             for thresholds of the monitor `first`. An alarm leads to its action as ever; a flag that says "respond" is
             put into the context without one.
+        prompt: Thresholds of the prompt itself, on the probabilities before the first token (`redflag calibrate
+            --prompts`); from there on it halts before anything is shown. None: prompts are not judged.
 
     Raises:
         RedflagError: For a value that cannot be carried out.
@@ -159,6 +162,7 @@ class Policy:
     judge_timeout: float = 10.0
     first_token: FirstTokenRule | None = None
     thoughts: Literal["hide", "show"] = "hide"
+    prompt: Thresholds | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.actions, Mapping):
@@ -220,6 +224,24 @@ class Policy:
     def asks(self, action: str) -> bool:
         """Whether any category's alarm leads to this action."""
         return not self.observe and action in {*self.actions.values(), self.default}
+
+    def prompt_alarms(self, categories: Sequence[str], probs: Sequence[float]) -> list[Alarm]:
+        """What the prompt's own thresholds say before the first token, the severest action first.
+
+        An action that would review an answer halts: there is none yet.
+
+        Args:
+            categories: K categories.
+            probs: K probabilities of the first step.
+        """
+        if self.prompt is None:
+            return []
+        alarms = []
+        for category, prob in zip(categories, probs, strict=True):
+            limit, action = self.prompt.values[category], self.decide(category)
+            if prob >= limit:
+                alarms.append(Alarm(0, category, prob, limit, "halt" if ACTIONS[action].intervenes else action))
+        return sorted(alarms, key=lambda alarm: SEVERITY.index(alarm.action))
 
     @property
     def intervenes(self) -> bool:

@@ -162,8 +162,11 @@ class Session:
         trace.flag_probs.append(probs)
         trace.scores.append(scores)
 
+        alarms = [] if self._begun else self._policy.prompt_alarms(trace.categories, probs)
+        events: list[Event] = [*alarms]
+        if alarms and alarms[0].action != "continue":
+            return self._stop(alarms[0].action, alarms[0].category, events)
         decision = self._decision(probs)
-        events: list[Event] = []
         crossed = self._watch.crossings(scores, decision)
         if crossed:
             crossed = [crossing._replace(action=self._affordable(crossing.action)) for crossing in crossed]

@@ -15,6 +15,7 @@ from redflag.files import atomic_write
 from redflag.watching.monitor import AGGREGATIONS, MonitorConfig
 
 THRESHOLDS_FILE = "thresholds.json"
+PROMPT_THRESHOLDS_FILE = "prompt_thresholds.json"  # of `Policy.prompt`
 THRESHOLDS_FORMAT = 1
 
 Guarantee = Literal["expected", "high_probability", "manual"]
@@ -181,13 +182,13 @@ class Thresholds:
                     "false-alarm rate does not hold; run `redflag calibrate` again for this model"
                 )
 
-    def save(self, directory: str | os.PathLike[str]) -> Path:
-        """Writes `thresholds.json` into an existing directory, whole or not at all.
+    def save(self, directory: str | os.PathLike[str], name: str = THRESHOLDS_FILE) -> Path:
+        """Writes `thresholds.json` (or another name) into an existing directory, whole or not at all.
 
         Raises:
             RedflagError: When it cannot be written; an older file is then unchanged.
         """
-        path = Path(directory) / THRESHOLDS_FILE
+        path = Path(directory) / name
         record = {"format": THRESHOLDS_FORMAT, **self.to_dict()}
         with atomic_write(path) as file:
             file.write(json.dumps(record, indent=2, allow_nan=False).encode() + b"\n")
@@ -215,19 +216,20 @@ class Thresholds:
         return cls(**{**values, "interval": tuple(interval) if isinstance(interval, list) else interval})
 
     @classmethod
-    def load(cls, directory: str | os.PathLike[str]) -> Thresholds:
-        """Reads `thresholds.json` of a directory.
+    def load(cls, directory: str | os.PathLike[str], name: str = THRESHOLDS_FILE) -> Thresholds:
+        """Reads `thresholds.json` (or another name) of a directory.
 
         Raises:
             RedflagError: When there is none, or it is not a whole file of this format.
         """
-        path = Path(directory) / THRESHOLDS_FILE
+        path = Path(directory) / name
         try:
             record = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
         except FileNotFoundError as error:
             raise RedflagError(
                 f"{path} does not exist, so it is unknown where an alarm begins; run `redflag calibrate --model "
-                f"{path.parent} --input rows.jsonl`, or set a threshold by hand"
+                f"{path.parent} --input rows.jsonl{' --prompts' if name == PROMPT_THRESHOLDS_FILE else ''}`, or set a "
+                "threshold by hand"
             ) from error
         except OSError as error:
             raise RedflagError(

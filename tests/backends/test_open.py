@@ -84,3 +84,33 @@ def test_no_verb_chooses_its_engine_elsewhere(words: str, origin: Any, tmp_path:
     finally:
         log.teardown()
     assert callers == ["redflag.backends.open"]
+
+
+def test_a_served_scorer_finds_its_way_again_after_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    import redflag.backends.remote_score as module
+
+    found, faults = [], []
+
+    async def find_way(backend):
+        found.append(backend)
+        return f"way {len(found)}"
+
+    async def score_response(backend, way, prompt, response):
+        if faults:
+            raise faults.pop()
+        return way, prompt, response
+
+    monkeypatch.setattr(module, "find_way", find_way)
+    monkeypatch.setattr(module, "score_response", score_response)
+    score = open.event_loop_scorer(RemoteBackend("http://127.0.0.1:9", [5], [1]))
+
+    async def main():
+        assert await score([2], [3]) == ("way 1", [2], [3])
+        assert await score([4], [3]) == ("way 1", [4], [3]), "it is not asked twice"
+        for error, way in ((RedflagError("refused"), "way 1"), (ConnectionError("lost"), "way 2")):
+            faults.append(error)
+            with pytest.raises(type(error)):
+                await score([2], [3])
+            assert (await score([2], [3]))[0] == way
+
+    asyncio.run(main())

@@ -29,6 +29,33 @@ def test_what_the_backend_says_of_itself_and_all_that_is_asked_is_passed_on():
     run(main())
 
 
+def test_a_given_response_is_scored_by_the_thread_in_its_turn():
+    async def main():
+        engine = Engine(4)
+        scored = []
+
+        def score(pairs, *, batch_size):
+            scored.append((pairs, threading.get_ident(), len(engine.diary)))
+            return ["what it gave"]
+
+        engine.score = score
+        turns = Turns(engine, active=1)
+        stream = asyncio.create_task(read(turns.astream([1], SAMPLING)))
+        await asyncio.sleep(0)
+        assert await turns.score((3, 4), (5,)) == "what it gave"
+        assert await stream == whole(1, 4)
+        assert scored == [([([3, 4], [5])], next(iter(engine.threads)), 4)], "the stream had the place before"
+        del engine.score
+        with pytest.raises(RedflagError, match="cannot score given responses"):
+            await turns.score([3], [4])
+        assert turns.depth() == Depth(active=0, waiting=0)
+        await turns.aclose()
+        with pytest.raises(ConnectionError):
+            await turns.score([3], [4])
+
+    run(main())
+
+
 @pytest.mark.parametrize(
     ("active", "streams", "order"),
     [

@@ -190,3 +190,9 @@ def test_penalties_are_refused_where_they_come_before_the_measurement(penalty):
     halt_v1.HaltProcessor.validate_params(params(**{penalty: 1.5}))
     with pytest.raises(RedflagError, match=penalty):
         halt_v2.HaltProcessor.validate_params(params(**{penalty: 1.5}))
+
+
+def test_thresholds_of_prompts_are_refused_where_the_engine_halts() -> None:
+    thresholds = Thresholds.manual(0.5, HARM.categories)
+    with pytest.raises(RedflagError, match=r"policy\.prompt must be None"):
+        request_fields(HARM, thresholds, Policy(prompt=thresholds))

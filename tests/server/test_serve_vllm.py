@@ -12,9 +12,12 @@ import pytest
 from stock_vllm import serve_vllm, serving
 from transformers import AutoTokenizer
 
+from redflag.backends.load import load_flagged
 from redflag.data.rows import load_rows
 from redflag.flags import FlagSpec
+from redflag.scoring.score import score
 from redflag.trace import Alarm, Halt, Text, read_traces
+from redflag.watching.thresholds import Thresholds
 
 pytestmark = pytest.mark.slow
 
@@ -95,6 +98,26 @@ def test_several_choices_with_log_probabilities_come_from_a_stock_vllm(nano, vll
         assert sorted(texts) == [0, 1, 2] and any(texts.values())
         with pytest.raises(openai.BadRequestError, match="top_logprobs must be 0 at most"):
             client.chat.completions.create(**asked, logprobs=True, top_logprobs=2)
+
+
+def test_given_answers_are_judged_as_they_are_scored(nano, vllm_nano, monkeypatch):
+    monkeypatch.setenv("REDFLAG_OPERATOR_KEY", "operator-key-0123456789")
+    rows = load_rows(nano / "rows" / "test.jsonl").rows[:24]
+    backend, tokenizer, spec = load_flagged(nano / "model", "cpu")
+    limits = Thresholds.load(nano / "model").values
+    flagged = []
+    with (
+        serving(nano / "model", vllm_nano.url) as url,
+        openai.OpenAI(base_url=url, api_key="operator-key-0123456789", max_retries=0) as client,
+    ):
+        for row, item in zip(rows, score(backend, tokenizer, spec, rows), strict=True):
+            [result] = client.moderations.create(input=row.messages).results
+            peaks = dict(zip(spec.categories, item.judged.max(axis=0).tolist(), strict=True))
+            assert result.category_scores.model_extra == pytest.approx(peaks, abs=2e-3)
+            near = any(abs(peaks[name] - limits[name]) < 2e-3 for name in limits)
+            assert near or result.flagged == any(peaks[name] >= limits[name] for name in limits)
+            flagged.append(result.flagged)
+    assert {True, False} == set(flagged), "rows of both kinds"
 
 
 def test_an_upstream_that_dies_in_the_middle_ends_every_open_answer_and_is_not_ready(nano, tmp_path):

@@ -304,7 +304,7 @@ def test_what_is_no_request_is_refused(server, content, code):
 
 def test_routes_methods_and_models_that_are_not_there(server):
     with httpx.Client(base_url=server.url, headers=OPEN) as client:
-        for path in ("/", "/v1", "/v1/embeddings", "/v1/responses", "/docs", "/openapi.json", "/v1/chat"):
+        for path in ("/", "/v1", "/v1/embeddings", "/docs", "/openapi.json", "/v1/chat"):
             refusal(client.get(path), 404, "not_found")
             refusal(client.post(path, json={}), 404, "not_found")
         for path in ROUTES:

@@ -438,14 +438,9 @@ def test_monitors_may_ask_by_head(server, path):
 
 
 def test_routes_that_are_missing_name_the_clients_setting(server):
-    for path in ("/v1/responses", "/v1/responses/"):
-        answer = httpx.post(server.url + path, json={"model": MODEL, "input": "hello"})
-        error = answer.json()["error"]
-        assert answer.status_code == 404 and error["code"] == "not_found" and set(answer.json()) == {"error"}
-        for setting in ("openai.chat(...)", "OpenAIChatCompletionsModel", "use_responses_api=False", "hosted_vllm/"):
-            assert setting in error["message"]
-    answer = httpx.post(server.url + "/chat/completions", json=body_of(CHAT))
-    assert answer.status_code == 404 and "the base URL ends in /v1" in answer.json()["error"]["message"]
+    for path in ("/chat/completions", "/responses", "/moderations/"):
+        answer = httpx.post(server.url + path, json=body_of(CHAT))
+        assert answer.status_code == 404 and "the base URL ends in /v1" in answer.json()["error"]["message"]
 
 
 # Options

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 
 import httpx
 import pytest
-from running import body_of, wait_for
+from running import body_of, start, wait_for
 from upstream import Upstream
 
 from redflag.cli import parse
@@ -89,20 +86,6 @@ def test_keys_come_from_the_environment_alone(model_dir):
     assert limits.api_keys == ("first-client-key-1", "second-client-key") and limits.name == "model"
     assert limits.operator_key == "operator-key-0123456789" and serve.limits_of(found, {}).operator_key is None
     assert not [name for name in vars(found) if name in ("api_keys", "operator_key")]
-
-
-def start(*words):
-    """The verb as a user runs it; its address, once it serves."""
-    command = [sys.executable, "-m", "redflag.cli", "serve", *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-    lines = []
-    for line in process.stderr:
-        lines.append(line)
-        if "serving" in line and "http://" in line:
-            return process, line.split(" at ")[1].split("/v1")[0]
-    process.wait()
-    pytest.fail("".join(lines))
 
 
 def test_a_model_in_the_process_is_served_until_a_signal_and_open_responses_end_well(nano, tmp_path):

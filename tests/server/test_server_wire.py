@@ -7,8 +7,10 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from running import MODEL, chunks_of, text_of_chunks
+from running import MODEL, chunks_of, events_of, text_of_chunks, text_of_events
 
+from redflag.server.doors import DOORS
+from redflag.server.schema import parse
 from redflag.server.wire import Answer, operator_view
 from redflag.trace import Alarm, Done, Escalation, Event, Halt, Reflection, Resume, Text, Trace
 
@@ -108,6 +110,107 @@ def assert_broken(chunks, sent, shown):
     assert last == {**ERROR, "redflag": {"verdict": "fault", "reason": "fault", "category": None}}
     assert not any(chunk["choices"][0]["finish_reason"] for chunk in pieces)
     assert b"content_filter" not in sent and b"SECRET" not in sent
+
+
+class Stopped:
+    """What a door asks of a response."""
+
+    class text:
+        stop_text = None
+
+
+BODIES = {
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}]},
+    "/v1/completions": {"prompt": "a"},
+    "/v1/responses": {"input": "a"},
+    "/v1/messages": {"messages": [{"role": "user", "content": "a"}], "max_tokens": 9},
+}
+
+
+def through(route, events, decoy):
+    """The stream of a door: its bytes, the answer behind it, and what a reader puts together."""
+    door = DOORS[route]
+    body = parse(door.request, json.dumps({"model": MODEL, **BODIES[route]}).encode())
+    names = {"name": f"{door.prefix}1", "model": MODEL, "prompt_tokens": 3, "count": len, "refusal": "REFUSED"}
+    answer = door.answer(body, Stopped, decoy=decoy, **names)
+    sent = answer.opening()
+    for event in events:
+        text = answer.push(event)
+        sent += answer.chunk(text) if text else b""
+    if answer.failed:
+        sent += answer.breaking(ERROR)
+    else:
+        sent += answer.closing(generated_in(events))
+    typed = route in ("/v1/responses", "/v1/messages")
+    return sent, answer, text_of_events(events_of(sent)) if typed else text_of_chunks(chunks_of(sent))
+
+
+def text_of_body(body):
+    """The text of a whole answer of any door."""
+    if "choices" in body:
+        choice = body["choices"][0]
+        return choice["message"]["content"] if "message" in choice else choice["text"]
+    parts = body["content"] if body.get("type") == "message" else body["output"][0]["content"]
+    return "".join(part.get("text", "") for part in parts)
+
+
+ALARMED = {
+    "/v1/chat/completions": lambda body: body["choices"][0]["finish_reason"] == "content_filter",
+    "/v1/completions": lambda body: body["choices"][0]["finish_reason"] == "content_filter",
+    "/v1/responses": lambda body: (body["incomplete_details"] or {}).get("reason") == "content_filter",
+    "/v1/messages": lambda body: body["stop_reason"] == "refusal",
+}
+
+
+@given(responses(), st.booleans())
+def test_every_door_releases_the_same_judged_text(events, decoy):
+    assert set(BODIES) == set(DOORS) == set(ALARMED)
+    shown = "".join(event.text for event in events if isinstance(event, Text | Halt))
+    end = events[-1]
+    alarmed = isinstance(end, Halt) and end.reason == "alarm" and not (decoy and end.text)
+    for route in DOORS:
+        sent, answer, read = through(route, events, decoy)
+        assert read == shown == answer.text, route
+        assert b"SECRET" not in sent and sent.isascii() and b"\r" not in sent
+        if answer.failed:
+            assert isinstance(end, Halt) and end.reason == "fault"
+            assert not any(word in sent for word in (b"content_filter", b"REFUSED", b"end_turn", b'"completed"'))
+            continue
+        body = answer.body(generated_in(events))
+        assert text_of_body(body) == shown and b"SECRET" not in json.dumps(body).encode()
+        assert ALARMED[route](body) == alarmed == ("redflag" in body)
+        says_so = route == "/v1/messages" or (not shown and route != "/v1/completions")
+        assert (b"REFUSED" in sent) == (alarmed and says_so)
+
+
+@given(responses(), st.booleans())
+def test_typed_events_come_in_order(events, decoy):
+    """Numbers without a gap; what is opened is closed; the last event holds what a whole answer would."""
+    sent, answer, _ = through("/v1/responses", events, decoy)
+    made = events_of(sent)
+    kinds = [event["type"].removeprefix("response.") for event in made]
+    assert [event["sequence_number"] for event in made] == list(range(len(made)))
+    assert kinds[:2] == ["created", "in_progress"]
+    last = made[-1]["response"]
+    if answer.failed:
+        assert kinds[-1] == last["status"] == "failed" and last["error"]["message"] == "lost"
+        assert not any(kind.endswith("done") for kind in kinds)
+        return
+    body = answer.body(generated_in(events))
+    assert last == body and kinds[-1] == body["status"]
+    what = "refusal" if answer.refusal else "output_text"
+    inner = [kind for kind in kinds[4:-1] if kind != f"{what}.delta"]
+    assert kinds[2:4] == ["output_item.added", "content_part.added"]
+    assert inner == [f"{what}.done", "content_part.done", "output_item.done"]
+    assert made[-2]["item"] == body["output"][0] and made[-3]["part"] == body["output"][0]["content"][0]
+
+    sent, answer, _ = through("/v1/messages", events, decoy)
+    made = events_of(sent)
+    kinds = [event["type"] for event in made if event["type"] != "content_block_delta"]
+    blocks = ["content_block_start", "content_block_stop"] if answer.text else []
+    assert kinds == ["message_start", *blocks, "message_delta", "message_stop"]
+    body = answer.body(generated_in(events))
+    assert made[-2]["delta"]["stop_reason"] == body["stop_reason"] and made[-2]["usage"] == body["usage"]
 
 
 @given(responses(), st.booleans())

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 from redflag.backends import Sampling
 from redflag.backends.scripted import ScriptedBackend
@@ -76,6 +81,27 @@ def running(guard: Guard, limits: Limits | None = None, grace: float = 5.0, **op
         assert not thread.is_alive(), "the server hangs"
 
 
+def start(*words: str) -> tuple[subprocess.Popen[str], str]:
+    """The verb as a user runs it; its address, once it serves."""
+    command = [sys.executable, "-m", "redflag.cli", "serve", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if "serving" in line and "http://" in line:
+            url = line.split(" at ")[1].split("/v1")[0]
+            wait_for(partial(_listens, int(url.rpartition(":")[2])))  # the line comes a moment before
+            return process, url
+    process.wait()
+    raise AssertionError("".join(lines))
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as trying:
+        return trying.connect_ex(("127.0.0.1", port)) == 0
+
+
 class Play:
     """A script for requests that may reflect: the answer, what is thought in between, and how the answer goes on.
 
@@ -131,6 +157,26 @@ def chunks_of(data: bytes) -> list[dict]:
     assert data.endswith(b"data: [DONE]\n\n") and messages.count("data: [DONE]") == 1, data[-300:]
     assert all(message.startswith("data: ") and "\n" not in message for message in messages)
     return [json.loads(message[6:]) for message in messages[:-1]]
+
+
+def events_of(data: bytes) -> list[dict]:
+    """The typed events of a stream of `/v1/responses` or `/v1/messages`; each is named by its own type."""
+    messages = [message for message in data.decode().split("\n\n") if message and not message.startswith(":")]
+    assert data.endswith(b"\n\n")
+    events = []
+    for message in messages:
+        name, content = message.split("\n")
+        events.append(json.loads(content.removeprefix("data: ")))
+        assert name == f"event: {events[-1]['type']}"
+    return events
+
+
+def text_of_events(events: list[dict]) -> str:
+    """What a reader puts together."""
+    deltas = [
+        event["delta"] for event in events if event["type"].endswith(("output_text.delta", "content_block_delta"))
+    ]
+    return "".join(delta if isinstance(delta, str) else delta["text"] for delta in deltas)
 
 
 def text_of_chunks(chunks: list[dict]) -> str:

@@ -1,0 +1,32 @@
+"""Prompts -> what their thresholds are set from: one step each, before the answer's first token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+from redflag.calibrating.arguments import CalibrateArguments
+from redflag.data.rows import Row
+from redflag.scoring.recording import Recording
+
+
+def measured_prompts(arguments: CalibrateArguments, rows: Sequence[Row]) -> Recording:
+    """What `redflag score --prompts` measures.
+
+    Raises:
+        RedflagError: The model cannot be loaded or asked, or a row cannot be measured.
+    """
+    from redflag.scoring.processes import World
+    from redflag.scoring.progress import prompt_progress, report_skipped
+    from redflag.scoring.prompts import FlagReader, score_prompts, sound_prompts
+    from redflag.scoring.scorer import context_limit
+
+    with ExitStack() as stack:
+        scorer, tokenizer, spec = arguments.scorer(World(), stack)
+        reader = FlagReader(scorer, spec)
+        limit = context_limit(arguments.max_length, reader.context_length)
+        if arguments.on_bad_row == "skip":
+            rows, bad = sound_prompts(reader, tokenizer, spec, rows, limit)
+            report_skipped(bad)
+        scored = score_prompts(reader, tokenizer, spec, rows, batch_size=arguments.batch_size, max_length=limit)
+        return Recording.of(spec.categories, prompt_progress(scored, len(rows)))

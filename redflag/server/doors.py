@@ -1,0 +1,60 @@
+"""The routes that answer: how their requests are read, and in which manner the answer is written.
+
+All of them show the same judged text: an answer sees the events of one response and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from redflag.guard.response import Response
+from redflag.server.messages_schema import MessagesRequest
+from redflag.server.messages_wire import MessagesAnswer
+from redflag.server.responses_schema import ResponsesRequest
+from redflag.server.responses_wire import ResponsesAnswer
+from redflag.server.schema import ChatRequest, CompletionRequest
+from redflag.server.wire import Answer
+
+Body = ChatRequest | CompletionRequest | ResponsesRequest | MessagesRequest
+
+
+@dataclass(frozen=True)
+class Door:
+    """A route that answers.
+
+    Attributes:
+        request: The request's body.
+        prefix: Of the ids of its responses.
+        answer: Request, response and the arguments that every `Answer` has -> the answer.
+    """
+
+    request: type[Body]
+    prefix: str
+    answer: Callable[..., Answer]
+
+
+# Of the API that has them, several choices: `index` and `logprobs` are among the shared arguments; the others have one.
+def _chat(body: ChatRequest, response: Response, **shared: Any) -> Answer:
+    return Answer(chat=True, usage=body.wants_usage, **shared)
+
+
+def _completion(body: CompletionRequest, response: Response, **shared: Any) -> Answer:
+    return Answer(chat=False, usage=body.wants_usage, **shared)
+
+
+def _responses(body: ResponsesRequest, response: Response, **shared: Any) -> Answer:
+    return ResponsesAnswer(asked=body, **shared)
+
+
+def _messages(body: MessagesRequest, response: Response, **shared: Any) -> Answer:
+    return MessagesAnswer(stop_text=lambda: response.text.stop_text, **shared)
+
+
+DOORS = {
+    "/v1/chat/completions": Door(ChatRequest, "chatcmpl-", _chat),
+    "/v1/completions": Door(CompletionRequest, "cmpl-", _completion),
+    "/v1/responses": Door(ResponsesRequest, "resp_", _responses),
+    "/v1/messages": Door(MessagesRequest, "msg_", _messages),
+}

@@ -1,0 +1,138 @@
+"""What a request may say: bodies of `/v1/messages` (Anthropic's Messages API), read as a conversation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, Discriminator, Field, Tag
+
+from redflag.backends import Sampling
+from redflag.server.schema import _OPEN, OneAnswer, _Limit, _Stops
+
+
+class _TextBlock(BaseModel):
+    model_config = _OPEN
+    type: Literal["text"]
+    text: str
+
+
+class _CallBlock(BaseModel):
+    model_config = _OPEN
+    type: Literal["tool_use"]
+    id: str
+    name: str
+    input: dict[str, Any]
+
+
+class _ResultBlock(BaseModel):
+    model_config = _OPEN
+    type: Literal["tool_result"]
+    tool_use_id: str
+    content: str | list[_TextBlock] = ""
+
+
+class _ThoughtBlock(BaseModel):
+    """Left out of the prompt, as reasoning in a chat's messages is."""
+
+    model_config = _OPEN
+    type: Literal["thinking", "redacted_thinking"]
+
+
+_KINDS = ("text", "tool_use", "tool_result", "thinking", "redacted_thinking")
+
+
+def _kind(block: Any) -> str | None:
+    kind = block.get("type") if isinstance(block, dict) else getattr(block, "type", None)
+    return f"[{kind}]" if kind in _KINDS else None
+
+
+_Block = Annotated[
+    Annotated[_TextBlock, Tag("[text]")]
+    | Annotated[_CallBlock, Tag("[tool_use]")]
+    | Annotated[_ResultBlock, Tag("[tool_result]")]
+    | Annotated[_ThoughtBlock, Tag("[thinking]")]
+    | Annotated[_ThoughtBlock, Tag("[redacted_thinking]")],
+    Discriminator(
+        _kind,
+        custom_error_type="unsupported_turn",
+        custom_error_message=f"blocks must be of a type among {', '.join(_KINDS)}; leave images and documents out",
+    ),
+]
+
+
+class _Turn(BaseModel):
+    model_config = _OPEN
+    role: Literal["user", "assistant", "system"]
+    content: str | list[_Block]
+
+    def turns(self) -> Iterator[dict[str, Any]]:
+        """The turn as a chat has it: results of tools are turns of their own, before the user's text."""
+        if isinstance(self.content, str):
+            yield {"role": self.role, "content": self.content}
+            return
+        results = [block for block in self.content if isinstance(block, _ResultBlock)]
+        calls = [block for block in self.content if isinstance(block, _CallBlock)]
+        texts = [block for block in self.content if isinstance(block, _TextBlock)]
+        for result in results:
+            yield {"role": "tool", "tool_call_id": result.tool_use_id, "content": _joined(result.content)}
+        if texts or not results:
+            turn: dict[str, Any] = {"role": self.role, "content": _joined(texts)}
+            if calls:
+                turn["tool_calls"] = [
+                    {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.input}}
+                    for call in calls
+                ]
+            yield turn
+
+
+class CountRequest(OneAnswer):
+    """Body of `/v1/messages/count_tokens`."""
+
+    messages: Annotated[list[_Turn], Field(min_length=1)]
+    system: str | list[_TextBlock] | None = None
+
+    param: ClassVar[str] = "messages"
+
+    def input(self) -> list[dict[str, Any]]:
+        """The conversation."""
+        system = _joined(self.system or "")
+        turns = [{"role": "system", "content": system}] if system else []
+        return [*turns, *(turn for message in self.messages for turn in message.turns())]
+
+    @property
+    def prefill(self) -> str | None:
+        """As for a chat."""
+        return f"messages.{len(self.messages) - 1}" if self.messages[-1].role == "assistant" else None
+
+    def extra(self) -> Iterator[str]:
+        """As for every request; of the messages and blocks too."""
+        yield from super().extra()
+        for message in self.messages:
+            yield from (f"messages.{name}" for name in message.model_extra or {})
+            if not isinstance(message.content, str):
+                for block in message.content:
+                    if not isinstance(block, _ThoughtBlock):
+                        yield from (f"messages.content.{name}" for name in block.model_extra or {})
+
+
+class MessagesRequest(CountRequest):
+    """Body of `/v1/messages`."""
+
+    max_tokens: _Limit
+    stop_sequences: _Stops | None = None
+
+    @property
+    def user_id(self) -> str | None:
+        """Who asks, as far as the client says."""
+        user = (self.metadata or {}).get("user_id")
+        return user if isinstance(user, str) else super().user_id
+
+    def sampling(self, max_new_tokens: int, choice: int = 0) -> Sampling:
+        """As for every request, with the stop texts of this API."""
+        return replace(super().sampling(max_new_tokens, choice), stop=tuple(self.stop_sequences or ()))
+
+
+def _joined(content: str | list[_TextBlock]) -> str:
+    return content if isinstance(content, str) else "\n".join(block.text for block in content)

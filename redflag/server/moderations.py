@@ -1,0 +1,226 @@
+"""Given texts, judged: `/v1/moderations`, and LiteLLM's Generic Guardrail API on top of it.
+
+A text is taken for an answer and measured as `redflag score` measures it, in one pass; its steps then go through the
+session of a guard, which reports the alarms. So it is flagged where the same answer would have raised an alarm while it
+was written. Reviews do not take place: what a reflection would have cleared is flagged.
+
+Numbers are the operator's. Others read scores of 0 and 1, which say no more than the categories do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, cast
+
+from fastapi import Request, Response
+from fastapi.responses import JSONResponse
+
+from redflag.backends import AsyncBackend, BusyError, ContextLengthError
+from redflag.backends.open import event_loop_scorer
+from redflag.errors import RedflagError
+from redflag.guard.guard import Guard
+from redflag.prompt import render_prompt, render_response
+from redflag.server.access import Limits, admit, check_model, shows_operator_key
+from redflag.server.api_errors import ApiError, late, refused_by_engine, unavailable
+from redflag.server.exchange import timeout_at
+from redflag.server.gate import Gate
+from redflag.server.keys import Key
+from redflag.server.moderations_schema import GuardrailRequest, ModerationRequest
+from redflag.server.schema import parse
+from redflag.trace import Alarm, Halt, Step
+from redflag.watching.policy import Policy
+from redflag.watching.session import Session
+from redflag.watching.thresholds import Thresholds
+
+Messages = list[dict[str, Any]]
+
+
+class Rendered(NamedTuple):
+    """A conversation in ids.
+
+    Attributes:
+        prompt: All before the answer.
+        answer: The answer and what ends it; of a prompt that is to be judged itself any one id, which is not measured.
+        alone: The prompt is to be judged.
+    """
+
+    prompt: list[int]
+    answer: list[int]
+    alone: bool = False
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What became of one text.
+
+    Attributes:
+        flagged: Categories with an alarm.
+        scores: Category -> highest score.
+    """
+
+    flagged: frozenset[str]
+    scores: dict[str, float]
+
+
+class Moderations:
+    """The two routes, before the engine of a server."""
+
+    def __init__(self, guard: Guard, limits: Limits, gate: Gate) -> None:
+        """Judges as `guard` does."""
+        self._guard = guard
+        self._limits = limits
+        self._gate = gate
+        self._score = event_loop_scorer(cast(AsyncBackend, guard.backend))
+
+    async def moderate(self, request: Request) -> Response:
+        """`/v1/moderations`."""
+        _, judged, operator = await self._judge(request, self._texts)
+        return JSONResponse(
+            {
+                "id": f"modr-{secrets.token_hex(12)}",
+                "model": self._limits.name,
+                "results": [self._result(item, operator) for item in judged],
+            }
+        )
+
+    async def guardrail(self, request: Request) -> Response:
+        """`/beta/litellm_basic_guardrail_api`."""
+        body, judged, _ = await self._judge(request, self._guarded_texts)
+        flagged = [name for name in self._guard.spec.categories if any(name in item.flagged for item in judged)]
+        reason = f"flagged: {', '.join(flagged)}" if flagged else body.unreadable
+        return JSONResponse({"action": "BLOCKED", "blocked_reason": reason} if reason else {"action": "NONE"})
+
+    async def _judge(
+        self, request: Request, work: Callable[[bytes], tuple[Any, list[Rendered]]]
+    ) -> tuple[Any, list[Judged], bool]:
+        with self._gate.passing(request.url.path.rstrip("/")):
+            key, operator = None, shows_operator_key(request, self._limits)
+            if not operator:
+                key = admit(request, self._limits).key
+                if self._limits.moderations == "operator":
+                    raise ApiError(
+                        403,
+                        "whoever may have any text judged can search for one that passes: send the operator key, or "
+                        "let all clients ask (--moderations all)",
+                        "operator_key_required",
+                    )
+            body, rendered = await self._gate.read(request, work)
+            try:
+                async with timeout_at(asyncio.get_running_loop().time() + self._limits.request_timeout):
+                    judged = [await self._measured(item, key) for item in rendered]
+            except TimeoutError:
+                raise late() from None
+        return body, judged, operator
+
+    def _texts(self, content: bytes) -> tuple[ModerationRequest, list[Rendered]]:
+        body = parse(ModerationRequest, content, refuse_unknown=self._limits.unknown_fields == "refuse")
+        if not body.any_model:
+            check_model(body.model, self._limits)
+        return body, self._rendered(body.conversations())
+
+    def _guarded_texts(self, content: bytes) -> tuple[GuardrailRequest, list[Rendered]]:
+        body = parse(GuardrailRequest, content)
+        return body, self._rendered(body.conversations())
+
+    def _rendered(self, conversations: Sequence[Messages]) -> list[Rendered]:
+        """Ids of conversations whose last turn is the answer, with what ends it: a guard judges that too."""
+        made = []
+        for number, messages in enumerate(conversations):
+            alone = messages[-1]["role"] != "assistant"
+            if not any(message["content"] for message in (messages if alone else messages[-1:])):
+                made.append(Rendered([], []))
+                continue
+            if alone and self._guard.policy.prompt is None:
+                raise ApiError(
+                    400,
+                    f"conversation {number + 1} ends with a turn of the {messages[-1]['role']}'s, and only answers are "
+                    "judged: end it with the assistant's (mode: post_call in LiteLLM), or serve with --judge_prompt",
+                    "invalid_value",
+                )
+            try:
+                if alone:
+                    prompt = render_prompt(self._guard.tokenizer, messages, self._guard.spec)
+                    made.append(Rendered(prompt, prompt[-1:], alone))
+                else:
+                    row = render_response(self._guard.tokenizer, messages, self._guard.spec)
+                    made.append(Rendered(row.prompt_ids, row.response_ids + row.tail_ids))
+            except RedflagError as error:
+                raise ApiError(400, str(error), "invalid_value") from error
+        return made
+
+    async def _measured(self, item: Rendered, key: Key | None) -> Judged:
+        if not item.answer:
+            return Judged(frozenset(), dict.fromkeys(self._guard.spec.categories, 0.0))
+        size, room = len(item.prompt) + len(item.answer), getattr(self._guard.backend, "context_length", None)
+        try:
+            if room is not None and size > room:  # Nothing is cut off: what is not read would not be judged.
+                raise ContextLengthError(size, room)
+            probs = await self._score(item.prompt, item.answer)
+        except (RedflagError, BusyError) as error:
+            raise refused_by_engine(error, "input") from error
+        except TimeoutError:
+            raise
+        except Exception as error:
+            raise unavailable() from error
+        by = key if key is not None else self._guard
+        thresholds, policy = by.thresholds, by.policy
+        if item.alone:
+            assert policy.prompt is not None, "such a conversation is refused"
+            thresholds, policy = policy.prompt, Policy()
+        # What is said of an answer is said of it alone: its prompt was another's to judge.
+        policy = replace(policy, prompt=None)
+        return judged_by(thresholds, policy, self._guard.spec.categories, item.answer, probs.tolist())
+
+    def _result(self, item: Judged, operator: bool) -> dict[str, Any]:
+        names = self._guard.spec.categories
+        return {
+            "flagged": bool(item.flagged),
+            "categories": {name: name in item.flagged for name in names},
+            "category_scores": {name: item.scores[name] if operator else float(name in item.flagged) for name in names},
+            "category_applied_input_types": {name: ["text"] for name in names},
+        }
+
+
+def judged_by(
+    thresholds: Thresholds,
+    policy: Policy,
+    categories: Sequence[str],
+    token_ids: Sequence[int],
+    flag_probs: Sequence[Sequence[float]],
+) -> Judged:
+    """What a guard says of a response that was measured.
+
+    Args:
+        thresholds: Where alarms begin.
+        policy: Of which the rule for the first token counts, if there is one.
+        categories: K categories.
+        token_ids: T tokens, those that end the turn included.
+        flag_probs: T x K probabilities.
+
+    Raises:
+        ApiError: 503; a step could not be judged.
+    """
+    session = Session(thresholds, replace(policy, observe=True), categories)
+    for token_id, probs in zip(token_ids, flag_probs, strict=True):
+        session.feed(Step(token_id, tuple(probs)))
+        if session.finished:
+            break
+    if isinstance(session.trace.end, Halt):
+        raise unavailable()
+    facts = session.trace.facts()
+    alarms = frozenset(event.category for event in session.trace.events if isinstance(event, Alarm))
+    return Judged(alarms, {name: facts.peaks[name] for name in categories})
+
+
+def moderation_routes(
+    guard: Guard, limits: Limits, gate: Gate
+) -> tuple[tuple[str, Callable[[Request], Awaitable[Response]], list[str]], ...]:
+    """Path, endpoint and methods of each route."""
+    made = Moderations(guard, limits, gate)
+    return (
+        ("/v1/moderations", made.moderate, ["POST"]),
+        ("/beta/litellm_basic_guardrail_api", made.guardrail, ["POST"]),
+    )

@@ -1,0 +1,111 @@
+"""What a request may say: texts to be judged, of `/v1/moderations` and of LiteLLM's Generic Guardrail API."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from redflag.server.schema import _OPEN, OneAnswer, _Message, _TextPart
+
+MOST_TEXTS = 256
+_OPENAIS = ("omni-moderation", "text-moderation")  # models of OpenAI's, which clients name unless told otherwise
+
+_Texts = Annotated[list[str], Field(min_length=1, max_length=MOST_TEXTS)]
+_Conversation = Annotated[list[_Message], Field(min_length=1)]
+
+
+class ModerationRequest(OneAnswer):
+    """Body of `/v1/moderations`: a text, several, one in parts, or a conversation (there, or in `messages`)."""
+
+    model: str = ""
+    texts: str | _Texts | Annotated[list[_TextPart], Field(min_length=1)] | _Conversation | None = Field(
+        default=None, alias="input"
+    )
+    messages: _Conversation | None = None
+
+    param: ClassVar[str] = "input"
+
+    @model_validator(mode="after")
+    def _one_input(self) -> ModerationRequest:
+        if (self.texts is None) == (self.messages is None):
+            raise PydanticCustomError("prompt", "give input or messages, one of them")
+        return self
+
+    @property
+    def any_model(self) -> bool:
+        """Whether no model is named, or only one that is not expected to be here."""
+        return not self.model or self.model.startswith(_OPENAIS)
+
+    def conversations(self) -> list[list[dict[str, Any]]]:
+        """What is to be judged, each with the answer as its last turn; a text alone answers an empty question."""
+        texts = self.texts
+        if isinstance(texts, str):
+            return [_alone(texts)]
+        turns = self.messages or [item for item in texts or () if isinstance(item, _Message)]
+        if turns:
+            return [[message.turn() for message in turns]]
+        parts = [item for item in texts or () if isinstance(item, _TextPart)]
+        if parts:
+            return [_alone("\n".join(part.text for part in parts))]
+        return [_alone(text) for text in texts or () if isinstance(text, str)]
+
+    def extra(self) -> Iterator[str]:
+        """As for every request; of the messages too."""
+        yield from super().extra()
+        for message in self.messages or ():
+            yield from message.extra()
+
+
+class _Function(BaseModel):
+    model_config = _OPEN
+    arguments: str | None = None
+
+
+class _Call(BaseModel):
+    model_config = _OPEN
+    function: _Function | None = None
+
+
+class GuardrailRequest(OneAnswer):
+    """Body of `/beta/litellm_basic_guardrail_api`."""
+
+    model: str | None = None  # type: ignore[assignment]  # the one that LiteLLM asks, not the one that judges
+    input_type: Literal["request", "response"]
+    texts: list[str] | None = None
+    images: list[Any] | None = None
+    tools: list[Any] | None = None
+    tool_calls: list[_Call] | None = None
+    structured_messages: list[_Message] | None = None
+
+    param: ClassVar[str] = "texts"
+
+    @property
+    def unreadable(self) -> str:
+        """What is in it and cannot be judged, in words; "" for nothing."""
+        return "images cannot be judged" if self.images else ""
+
+    def conversations(self) -> list[list[dict[str, Any]]]:
+        """What is to be judged: each text, and the arguments of each call, as an answer to what came before.
+
+        Of a request it is the prompt: the conversation where it came along, else each text as a question. An answer
+        that the client began itself is judged as one, too.
+        """
+        whole = [message.turn() for message in self.structured_messages or ()]
+        turns = list(whole)
+        while turns and turns[-1]["role"] == "assistant":
+            turns.pop()
+        if self.input_type == "request":
+            if whole:
+                return [item for item in (turns, whole if whole != turns else []) if item]
+            return [[{"role": "user", "content": text}] for text in self.texts or ()]
+        calls = [call.function.arguments for call in self.tool_calls or () if call.function is not None]
+        texts = [*(self.texts or ()), *(text for text in calls if text)]
+        question = turns or [{"role": "user", "content": ""}]
+        return [[*question, {"role": "assistant", "content": text}] for text in texts]
+
+
+def _alone(text: str) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": ""}, {"role": "assistant", "content": text}]

@@ -1,0 +1,153 @@
+"""What a request may say: bodies of `/v1/responses`, read as a conversation. Nothing is stored between requests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, Discriminator, Field, Tag, field_validator
+from pydantic_core import PydanticCustomError
+
+from redflag.server.schema import _OPEN, OneAnswer, _Limit, _Message
+
+
+class _Part(BaseModel):
+    model_config = _OPEN
+    type: Literal["input_text", "output_text", "text", "refusal"]
+    text: str = ""  # a refusal has none: it was no part of the answer
+
+
+class _TextItem(_Message):
+    """A turn, as clients write it or as an answer's `output` holds it."""
+
+    type: Literal["message"] = "message"
+    content: str | list[_Part]  # type: ignore[assignment]  # the parts have other types
+
+    def extra(self) -> Iterator[str]:
+        """Keys that mean nothing here; those of answers sent back are expected."""
+        yield from (name for name in super().extra() if name.rpartition(".")[2] not in _OF_ANSWERS)
+
+
+class _CallItem(BaseModel):
+    model_config = _OPEN
+    type: Literal["function_call"]
+    call_id: str
+    name: str
+    arguments: str
+
+    def call(self) -> dict[str, Any]:
+        """The call as a chat's message holds it."""
+        return {
+            "id": self.call_id,
+            "type": "function",
+            "function": {"name": self.name, "arguments": self.arguments},
+        }
+
+
+class _ResultItem(BaseModel):
+    model_config = _OPEN
+    type: Literal["function_call_output"]
+    call_id: str
+    output: str | list[_Part]
+
+
+class _ReasoningItem(BaseModel):
+    """Left out of the prompt, as reasoning in a chat's messages is."""
+
+    model_config = _OPEN
+    type: Literal["reasoning"]
+
+
+_OF_ANSWERS = frozenset(("annotations", "id", "logprobs", "phase", "refusal", "status"))
+_KINDS = ("message", "function_call", "function_call_output", "reasoning")
+
+
+def _kind(item: Any) -> str | None:
+    kind = item.get("type", "message") if isinstance(item, dict) else getattr(item, "type", None)
+    return f"[{kind}]" if kind in _KINDS else None
+
+
+_Item = Annotated[
+    Annotated[_TextItem, Tag("[message]")]
+    | Annotated[_CallItem, Tag("[function_call]")]
+    | Annotated[_ResultItem, Tag("[function_call_output]")]
+    | Annotated[_ReasoningItem, Tag("[reasoning]")],
+    Discriminator(
+        _kind,
+        custom_error_type="unsupported_turn",
+        custom_error_message=f"items must be of a type among {', '.join(_KINDS)}: nothing is stored, and there are no "
+        "other tools",
+    ),
+]
+
+
+class ResponsesRequest(OneAnswer):
+    """Body of `/v1/responses`."""
+
+    items: str | list[_Item] = Field(alias="input")
+    instructions: str | None = None
+    max_output_tokens: _Limit | None = None
+    text: dict[str, Any] | None = None
+
+    param: ClassVar[str] = "input"
+
+    @field_validator("items", mode="before")
+    @classmethod
+    def _some_item(cls, items: Any) -> Any:
+        if items == []:
+            raise PydanticCustomError("too_short", "it is empty; give at least one item")
+        return items
+
+    @field_validator("text")
+    @classmethod
+    def _no_format(cls, text: dict[str, Any] | None) -> dict[str, Any] | None:
+        form = (text or {}).get("format")
+        if form is not None and form != {"type": "text"}:
+            raise PydanticCustomError("unsupported_turn", "a format other than text is not supported; leave it out")
+        return text
+
+    @property
+    def asked_tokens(self) -> int | None:
+        """As for every request."""
+        return self.max_output_tokens or super().asked_tokens
+
+    @property
+    def limit(self) -> str:
+        """The field that says so."""
+        return "max_output_tokens" if self.max_output_tokens else super().limit
+
+    def input(self) -> list[dict[str, Any]]:
+        """The conversation: instructions, then the items; calls that follow each other are one turn."""
+        turns: list[dict[str, Any]] = []
+        if self.instructions:
+            turns.append({"role": "system", "content": self.instructions})
+        if isinstance(self.items, str):
+            return [*turns, {"role": "user", "content": self.items}]
+        for item in self.items:
+            if isinstance(item, _TextItem):
+                turns.append(item.turn())
+            elif isinstance(item, _ResultItem):
+                output = item.output if isinstance(item.output, str) else "\n".join(part.text for part in item.output)
+                turns.append({"role": "tool", "tool_call_id": item.call_id, "content": output})
+            elif isinstance(item, _CallItem):
+                if not (turns and turns[-1].get("role") == "assistant" and "tool_calls" in turns[-1]):
+                    turns.append({"role": "assistant", "content": "", "tool_calls": []})
+                turns[-1]["tool_calls"].append(item.call())
+        return turns
+
+    @property
+    def prefill(self) -> str | None:
+        """As for a chat."""
+        last = None if isinstance(self.items, str) else self.items[-1]
+        wrote = isinstance(last, _TextItem) and last.role == "assistant"
+        return f"input.{len(self.items) - 1}" if wrote else None
+
+    def extra(self) -> Iterator[str]:
+        """As for every request; of the items too."""
+        yield from super().extra()
+        if (self.text or {}).get("verbosity") not in (None, "medium"):
+            yield "text.verbosity"
+        if not isinstance(self.items, str):
+            for item in self.items:
+                if isinstance(item, _TextItem):
+                    yield from (name.replace("messages", "input", 1) for name in item.extra())
