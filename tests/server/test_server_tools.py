@@ -373,6 +373,38 @@ def test_a_definition_is_not_held_to_its_schema_and_says_so() -> None:
         assert answer.headers["x-ignored-params"] == "tools.cache_control, tools.function.x, tools.function.strict"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_behind_a_thought(stream: bool) -> None:
+    made = World("hermes")
+    asked = {"chat_template_kwargs": {"enable_thinking": True}}
+    with made.running() as server:
+        made.say(f"<tool_call>{ADD}</tool_call> is a thought.\n</think>\n\nWell.<tool_call>{ADD}</tool_call>")
+        answer = answer_of(post(server, stream, **asked), stream)
+        assert (answer["content"], answer["finish"], len(answer["calls"])) == ("Well.", "tool_calls", 1)
+        assert made.prompt().endswith("<think>\n")
+        made.say(' {"a": 1}}')
+        answer = answer_of(post(server, stream, tool_choice="required", **asked), stream)
+        assert made.prompt().endswith('"arguments":') and len(answer["calls"]) == 1
+
+
+def test_what_does_not_go_with_tools_is_refused_by_name() -> None:
+    with World("json", logprobs=True).running() as server:
+        for fields, param in (
+            ({"response_format": {"type": "json_object"}}, "response_format"),
+            ({"logprobs": True}, "logprobs"),
+        ):
+            error = post(server, **fields)
+            assert (error.status_code, error.json()["error"]["param"]) == (400, param)
+
+
+def test_each_choice_has_its_own_calls() -> None:
+    made = World("json")
+    made.say(ADD)
+    with made.running() as server:
+        choices = post(server, n=2).json()["choices"]
+        assert [len(choice["message"]["tool_calls"]) for choice in choices] == [1, 1]
+
+
 def test_tools_belong_to_chats() -> None:
     with World("json").running() as server:
         answer = httpx.post(server.url + TEXT, json=body_of(TEXT, tools=[TOOL]))
