@@ -46,6 +46,10 @@ def choices_of(
     if caller.override is not None:
         policy = replace(policy or guard.policy, observe=True)
     grammar = _grammar_of(body, guard)
+    first = (policy or guard.policy).first_token is not None
+    if tools is not None and tools.opening and first:  # a key's policy may differ from the server's
+        why = "tool_choice must be auto or none here: the first token decides whether an answer is halted"
+        raise ApiError(400, why, "unsupported_parameter", param="tool_choice")
     if tools is not None and tools.definitions:
         for asked, param in ((grammar is not None, "response_format"), (body.named_tokens is not None, "logprobs")):
             if asked:

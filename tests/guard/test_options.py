@@ -93,7 +93,7 @@ def test_all_of_a_policy_can_be_set():
     fields = {field.name for field in dataclasses.fields(PolicyOptions)}
     renamed = {"default": "action"}
     for field in dataclasses.fields(Policy):
-        assert renamed.get(field.name, field.name) in fields or field.name == "reflect"
+        assert renamed.get(field.name, field.name) in fields or field.name in ("reflect", "prompt")
     for field in dataclasses.fields(Reflect):
         assert f"reflect_{field.name}" in fields or field.name in code_only
 

@@ -102,7 +102,7 @@ def test_the_operators_key_is_asked_for_where_there_is_one(guard, path):
 
 @pytest.mark.parametrize("path", ROUTES)
 def test_an_api_key_is_asked_for_as_everywhere(guard, path):
-    with running(guard(), Limits(MODEL, (API,)), playground=True) as server:
+    with running(guard(), Limits(MODEL, api_keys=(API,)), playground=True) as server:
         assert httpx.get(server.url + path).status_code == 401
         right = httpx.get(server.url + path, headers={"authorization": f"Bearer {API}"})
         assert right.status_code == (200 if path.endswith("guard") else 404)

@@ -118,7 +118,7 @@ def test_hostile_text_does_not_run(serve, visit):
 
 
 def test_the_operators_key_is_asked_for_and_kept_nowhere(serve, visit):
-    server = serve("abc", limits=Limits(MODEL, (API,), OPERATOR))
+    server = serve("abc", limits=Limits(MODEL, api_keys=(API,), operator_key=OPERATOR))
     page = visit(server, ready=False)
     for field, wrong, right in (("#api", "nonsense", API), ("#operator", "nonsense", OPERATOR)):
         for key in (wrong, right):
