@@ -202,3 +202,20 @@ def test_the_tables_show_every_baseline_that_is_recorded(prepared):
     text = (prepared / "results.md").read_text()
     for name in ("all-layer-probe (seed-0)", "own-words (seed-0)"):
         assert text.count(f"| {name} | max | 1.000") == 3  # all rows, reviewed ones, clear ones
+
+
+def test_two_recordings_are_mixed_by_their_log_odds(monkeypatch):
+    monkeypatch.syspath_prepend(str(RECIPE))
+    together = load("together")
+
+    def recorded(probs, tokens=(1, 2)):
+        row = {"id": "a", "category": None, "group": "g", "source": "s", "lang": "en", "onset_source": None}
+        steps = {"flag_probs": [[p] for p in probs], "tail_probs": [], "token_ids": list(tokens)}
+        return Recording.of(["harm"], [{**row, **steps, "onset": None, "turns": 1, "truncated": False}], {})
+
+    flag, probe = recorded([0.2, 0.9]), recorded([0.8, 0.5])
+    assert together.mixed(flag, probe, 0.0).probs[:, 0] == pytest.approx([0.2, 0.9])
+    assert together.mixed(flag, probe, 1.0).probs[:, 0] == pytest.approx([0.8, 0.5])
+    assert together.mixed(flag, probe, 0.5).probs[:, 0] == pytest.approx([0.5, 0.75])
+    with pytest.raises(SystemExit, match="the same responses"):
+        together.mixed(flag, recorded([0.1, 0.1, 0.1], (1, 2, 3)), 0.5)
