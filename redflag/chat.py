@@ -20,8 +20,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from redflag.backends.outbound import proxy_for
 from redflag.errors import RedflagError
+from redflag.outbound import proxy_for
 
 if TYPE_CHECKING:
     import openai

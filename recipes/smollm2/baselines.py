@@ -12,9 +12,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from redflag.backends.precision import Machine
 from redflag.data.rows import load_rows
 from redflag.lab.baselines.run import record_baselines
+from redflag.weights.precision import Machine
 
 BASELINES = ("tfidf", "last-layer probe", "all-layer probe", "mlp probe", "token head", "own words")
 

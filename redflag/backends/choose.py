@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from redflag.backends import Matcher, Sampling
-from redflag.backends.precision import widest
 from redflag.trace import Logprobs, Step
+from redflag.weights.precision import widest
 
 
 def measure(logits: torch.Tensor, flag_ids: torch.Tensor) -> torch.Tensor:

@@ -14,10 +14,10 @@ from transformers import DynamicCache
 from redflag.backends import MOST_LOGPROBS, ContextLengthError, Sampling
 from redflag.backends.choose import Chooser, measure
 from redflag.backends.head import CACHE, backbone, head_agrees, measure_hidden, plain_model
-from redflag.backends.prefix import PrefixSlot
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
 from redflag.trace import Step
+from redflag.weights.prefix import PrefixSlot
 
 
 class HFBackend:

@@ -13,12 +13,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as MULTIMODAL
 from transformers.utils import logging
 
-from redflag.backends.gguf import is_gguf, read_gguf_config, read_gguf_tokenizer, read_gguf_weights
 from redflag.backends.hf import HFBackend, find_eos_ids
-from redflag.backends.precision import inference_device
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
 from redflag.prompt import check_template, template_hash
+from redflag.weights.gguf import is_gguf, read_gguf_config, read_gguf_tokenizer, read_gguf_weights
+from redflag.weights.precision import inference_device
 
 
 def read_model(name: str | Path, dtype: Any = "auto") -> tuple[Any, Any]:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from redflag.backends import AsyncBackend, Backend, ChatInput, Sampling
-from redflag.backends.outbound import extra_headers, key_in
 from redflag.errors import RedflagError
 from redflag.flags import FILE, FlagSpec, attach
+from redflag.outbound import extra_headers, key_in
 from redflag.prompt import render_prompt
 
 if TYPE_CHECKING:

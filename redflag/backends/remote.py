@@ -14,12 +14,12 @@ from collections.abc import AsyncGenerator, Collection, Iterable, Mapping, Seque
 from typing import Any, Literal
 
 from redflag.backends import BusyError, ContextLengthError, Sampling
-from redflag.backends.outbound import proxy_for
 from redflag.backends.remote_chat import ChatReader, chat_body
 from redflag.backends.remote_guided import guided
 from redflag.backends.remote_link import Link, SyncSteps, aiohttp
 from redflag.backends.remote_wire import MOST_IDS, RefusalError, StreamReader, reason_of, request_body
 from redflag.errors import RedflagError
+from redflag.outbound import proxy_for
 from redflag.trace import Step
 
 _RETRIED = {429: BusyError, 502: ConnectionError, 503: BusyError, 504: ConnectionError}

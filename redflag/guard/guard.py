@@ -281,7 +281,7 @@ class Guard:
             policy: In place of the guard's own, for this response.
             thinking: Whether the response begins with a thought; None: as the guard has it. Behind a prefill, and in a
                 plain prompt, there is none.
-            tools: What may be called. The response's text holds marks then, for `redflag.server.tool_calls`.
+            tools: What may be called. The response's text holds marks then, for `redflag.api.tool_calls`.
             thresholds: In place of the guard's own, for this response.
 
         Raises:

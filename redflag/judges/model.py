@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
-from redflag.backends.gguf import is_gguf
 from redflag.backends.head import CACHE
 from redflag.backends.hf import find_eos_ids
 from redflag.backends.load import read_model
-from redflag.backends.precision import inference_device
 from redflag.errors import RedflagError
 from redflag.judges import Messages, UnansweredError, Verdict, exchange
 from redflag.judges.formats import Turns, alternate, find_format
+from redflag.weights.gguf import is_gguf
+from redflag.weights.precision import inference_device
 
 
 class ModelJudge:

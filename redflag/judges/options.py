@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from redflag.backends.outbound import extra_headers, key_in
 from redflag.errors import RedflagError
 from redflag.judges.rubrics import RUBRICS, Rubric
+from redflag.outbound import extra_headers, key_in
 
 if TYPE_CHECKING:
     from redflag.judges import Judge

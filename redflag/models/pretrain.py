@@ -19,8 +19,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from redflag.backends.precision import Machine, choose_precision
 from redflag.errors import RedflagError
+from redflag.weights.precision import Machine, choose_precision
 
 SPECIAL_TOKENS = ("<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
 RESERVED_TOKENS = tuple(f"<|reserved_{i}|>" for i in range(8))

@@ -10,7 +10,7 @@ from typing import Literal
 
 from fastapi import Request
 
-from redflag.server.api_errors import ApiError
+from redflag.api.api_errors import ApiError
 from redflag.server.exchange import timeout_at
 from redflag.server.keys import Key, Keys
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 import secrets
 from dataclasses import replace
 
+from redflag.api.api_errors import ApiError
+from redflag.api.doors import Body
+from redflag.api.schema import NO_LIMIT, ChatRequest
+from redflag.api.structured import json_schema
+from redflag.api.thinking import thinking_of
 from redflag.backends import Grammar, most_logprobs
 from redflag.errors import RedflagError
 from redflag.guard.guard import Guard
+from redflag.guard.rehearsal import rehearsing
 from redflag.guard.response import Response
 from redflag.server.access import Caller, Limits
-from redflag.server.api_errors import ApiError
-from redflag.server.doors import Body
 from redflag.server.keys import Key
-from redflag.server.rehearsal import rehearsing
-from redflag.server.schema import NO_LIMIT, ChatRequest
-from redflag.server.structured import json_schema
-from redflag.server.thinking import thinking_of
 from redflag.tool_prompt import ToolUse
 
 

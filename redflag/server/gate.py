@@ -11,8 +11,8 @@ from typing import TypeVar
 
 from fastapi import Request
 
+from redflag.api.api_errors import ApiError, busy, late, unavailable
 from redflag.server.access import Limits, read_body
-from redflag.server.api_errors import ApiError, busy, late, unavailable
 from redflag.server.exchange import Readiness, timeout_at
 from redflag.server.metrics import Metrics
 from redflag.trace import Trace

@@ -18,18 +18,18 @@ from typing import Any, NamedTuple, cast
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
+from redflag.api.api_errors import ApiError, late, refused_by_engine, unavailable
+from redflag.api.moderations_schema import GuardrailRequest, ModerationRequest
+from redflag.api.schema import parse
 from redflag.backends import AsyncBackend, BusyError, ContextLengthError
 from redflag.backends.open import event_loop_scorer
 from redflag.errors import RedflagError
 from redflag.guard.guard import Guard
 from redflag.prompt import render_prompt, render_response
 from redflag.server.access import Limits, admit, check_model, shows_operator_key
-from redflag.server.api_errors import ApiError, late, refused_by_engine, unavailable
 from redflag.server.exchange import timeout_at
 from redflag.server.gate import Gate
 from redflag.server.keys import Key
-from redflag.server.moderations_schema import GuardrailRequest, ModerationRequest
-from redflag.server.schema import parse
 from redflag.trace import Alarm, Halt, Step
 from redflag.watching.policy import Policy
 from redflag.watching.session import Session

@@ -30,11 +30,11 @@ from urllib.parse import urlsplit
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
+from redflag.api.api_errors import ApiError
 from redflag.errors import RedflagError
 from redflag.guard.detokenize import Detokenizer
 from redflag.guard.guard import Guard
 from redflag.server.access import Limits, admit
-from redflag.server.api_errors import ApiError
 from redflag.server.exchange import Exchange
 from redflag.trace import Forced, Resume, Text, Trace, trace_line
 

@@ -84,8 +84,9 @@ class Process(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Starts to listen."""
         self._loop = asyncio.get_running_loop()
-        if self._reload is not None and hasattr(signal, "SIGHUP"):
-            self._loop.add_signal_handler(signal.SIGHUP, self._reload)
+        hang_up = getattr(signal, "SIGHUP", None)  # not on Windows
+        if self._reload is not None and hang_up is not None:
+            self._loop.add_signal_handler(hang_up, self._reload)
         await super().startup(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

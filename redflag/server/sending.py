@@ -14,11 +14,11 @@ from sse_starlette import EventSourceResponse
 from sse_starlette.sse import SendTimeoutError
 from starlette.types import Message, Receive, Scope, Send
 
+from redflag.api.api_errors import ApiError, error_response, late, refused_by_engine, stopping, unavailable
+from redflag.api.wire import Answer, ending, operator_view, together
 from redflag.errors import RedflagError
 from redflag.server.access import Limits
-from redflag.server.api_errors import ApiError, error_response, late, refused_by_engine, stopping, unavailable
 from redflag.server.exchange import CLOSING, Exchange
-from redflag.server.wire import Answer, ending, operator_view, together
 from redflag.trace import Thought
 
 Part = tuple[Exchange, Answer]

@@ -1,7 +1,7 @@
 """An OpenAI-compatible server in front of a guard: HTTP in, judged text out.
 
 Every way out of here leads through `Answer`, which sees nothing but the events of a response. What a request can end in
-stands in the table of `redflag.server.wire`; where the engine fails before anything was released and sent, the answer
+stands in the table of `redflag.api.wire`; where the engine fails before anything was released and sent, the answer
 is an error (503, or 504 for a time-out) instead, so that a client may simply try again. What of a request is refused,
 clipped or ignored stands in docs/clients.md.
 """
@@ -21,32 +21,32 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.middleware.cors import CORSMiddleware
 
+from redflag.api.api_errors import ApiError, add_handlers
+from redflag.api.doors import DOORS, Body, Door
+from redflag.api.fields import escaped, header
+from redflag.api.logprobs import ShownLogprobs
+from redflag.api.messages_schema import CountRequest
+from redflag.api.schema import ChatRequest, parse
+from redflag.api.tools import ToolSupport
+from redflag.api.wire import REFUSAL
 from redflag.backends import AsyncBackend
 from redflag.errors import RedflagError
 from redflag.guard.guard import Guard
+from redflag.guard.rehearsal import Alarmed
 from redflag.guard.response import Response as GuardedResponse
 from redflag.guard.response import Stream, adrive
 from redflag.prompt import text_ids
 from redflag.server import log
 from redflag.server.access import Caller, Limits, admit, check_model, shows_operator_key
-from redflag.server.api_errors import ApiError, add_handlers
 from redflag.server.audit_log import AuditLog
 from redflag.server.choices import choices_of
-from redflag.server.doors import DOORS, Body, Door
 from redflag.server.exchange import Exchange, Readiness, Stopwatch
-from redflag.server.fields import escaped, header
 from redflag.server.gate import Gate
-from redflag.server.logprobs import ShownLogprobs
-from redflag.server.messages_schema import CountRequest
 from redflag.server.metrics import Metrics
 from redflag.server.moderations import moderation_routes
 from redflag.server.playground import Playground
-from redflag.server.rehearsal import Alarmed
-from redflag.server.schema import ChatRequest, parse
 from redflag.server.sending import EventStream, Part, close, whole
 from redflag.server.telemetry import Telemetry
-from redflag.server.tools import ToolSupport
-from redflag.server.wire import REFUSAL
 from redflag.trace import Trace
 from redflag.watching.policy import Policy
 

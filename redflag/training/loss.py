@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from redflag.backends.precision import widest
+from redflag.weights.precision import widest
 
 # Logits alive at one time, in numbers: 64 MB of float32 per tensor, about four tensors. Smaller chunks would read the
 # head from memory more often than they compute with it.

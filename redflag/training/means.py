@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from redflag.backends.precision import widest
+from redflag.weights.precision import widest
 
 
 def rows_that_count(accelerator: Any, rows: int, batch_size: int) -> int:

@@ -9,11 +9,11 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
-from redflag.backends.gguf import is_gguf
 from redflag.backends.head import plain_model
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
 from redflag.prompt import template_hash
+from redflag.weights.gguf import is_gguf
 
 # Settings of `generation_config.json` without effect unless `num_beams`, `return_dict_in_generate` or `use_cache` is
 # set; transformers saves no configuration that sets one for nothing.

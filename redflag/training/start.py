@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from redflag.backends.precision import widest
 from redflag.flags import FlagSpec
 from redflag.training.adapter import output_head
 from redflag.training.encode import PlacementConfig
 from redflag.training.loss import LOGITS_AT_ONCE, Head
 from redflag.training.states import last_hidden
+from redflag.weights.precision import widest
 
 STARTS = ("fitted", "mean")
 LOG_ODDS = -4.0

@@ -18,7 +18,6 @@ from datasets import Dataset
 from transformers import TrainerCallback, set_seed
 
 from redflag.backends.load import read_model
-from redflag.backends.precision import DTYPES, Machine, choose_precision
 from redflag.bounds import check_bounds
 from redflag.data.options import RowOptions
 from redflag.data.rows import Row, Rows, load_rows
@@ -37,6 +36,7 @@ from redflag.training.sharded import whole_model
 from redflag.training.start import STARTS, fit_flag_rows, may_fit
 from redflag.training.trainer import RedFlagConfig, RedFlagTrainer
 from redflag.versions import versions
+from redflag.weights.precision import DTYPES, Machine, choose_precision
 
 VERSIONS = ("redflag-llm", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers")
 

@@ -21,7 +21,6 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from redflag.backends.precision import Machine, choose_precision
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
 from redflag.kept_states import KeptStates
@@ -32,12 +31,13 @@ from redflag.training.batch import BatchState, Counts, JudgedPositions
 from redflag.training.encode import IGNORE, Collator, Example, PlacementConfig
 from redflag.training.loss import Positions, flag_and_keep_loss
 from redflag.training.means import Means, rows_that_count
-from redflag.training.memory import KeepMemory
 from redflag.training.presto import watched_attention
 from redflag.training.reference import reference_states
 from redflag.training.states import check_head, last_hidden
 from redflag.training.terms import TermsCollator, TermsConfig, check_terms_fit, group_sampler, optional_terms
 from redflag.training.weights import flag_weights, keep_weights, response_weights
+from redflag.weights.memory import KeepMemory
+from redflag.weights.precision import Machine, choose_precision
 
 
 @dataclass

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""`redflag train` on a CPU, with and without what `redflag.training.memory` does: tokens per second and memory.
+"""`redflag train` on a CPU, with and without what `redflag.weights.memory` does: tokens per second and memory.
 
     python scripts/bench/cpu_memory.py    # SmolLM2-135M's shape, bfloat16, LoRA, 200 steps of mixed lengths
     python scripts/bench/cpu_memory.py --steps 40 --kinds off on tcmalloc
@@ -77,8 +77,8 @@ def run_one(arguments: argparse.Namespace) -> dict[str, float]:
     from redflag.models.pretrain import train_tokenizer
     from redflag.training.adapter import lora_config
     from redflag.training.encode import encode
-    from redflag.training.memory import KeepMemory
     from redflag.training.trainer import RedFlagConfig, RedFlagTrainer
+    from redflag.weights.memory import KeepMemory
 
     torch.manual_seed(0)
     words = [f"word{i}" for i in range(500)]
@@ -157,7 +157,7 @@ def run_allocations(arguments: argparse.Namespace) -> dict[str, float]:
 
     import torch
 
-    from redflag.training.memory import KeepMemory
+    from redflag.weights.memory import KeepMemory
 
     torch.set_num_threads(1)
     keeper, settings = KeepMemory(), types.SimpleNamespace(device=torch.device("cpu"))

@@ -11,12 +11,12 @@ from tiny import WORDS, build, make_rows
 from tiny_gguf import write_gguf
 
 from redflag import cli
-from redflag.backends.gguf import is_gguf
 from redflag.backends.load import load_flagged, read_model, read_tokenizer
 from redflag.data.rows import write_rows
 from redflag.errors import RedflagError
 from redflag.lab.baselines.bench import model_stamp
 from redflag.models.pretrain import train_tokenizer
+from redflag.weights.gguf import is_gguf
 
 IDS = torch.arange(3, 20)[None]
 
@@ -105,7 +105,7 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path, words, monkeypatch):
         with pytest.raises(RedflagError, match=r"other.gguf does not load"):
             read(other)
     find = importlib.util.find_spec
-    monkeypatch.setattr("redflag.backends.gguf.find_spec", lambda name: None if name == "gguf" else find(name))
+    monkeypatch.setattr("redflag.weights.gguf.find_spec", lambda name: None if name == "gguf" else find(name))
     with pytest.raises(RedflagError, match=r"needs the package gguf .* pip install gguf"):
         read_model(other)
 

@@ -19,7 +19,6 @@ import pytest
 from upstream import EOS, FLAG, Upstream
 
 from redflag.backends.open import UpstreamOptions
-from redflag.backends.outbound import extra_headers, proxy_for
 from redflag.backends.remote import RemoteBackend
 from redflag.backends.remote_handshake import handshake
 from redflag.calibrating import calibrate
@@ -29,6 +28,7 @@ from redflag.judges.endpoint import EndpointJudge
 from redflag.lab.evaluating import evaluate
 from redflag.lab.synthesis.endpoint import Endpoint
 from redflag.lab.synthesis.questions import Question
+from redflag.outbound import extra_headers, proxy_for
 from redflag.scoring import score
 from redflag.server import serve
 from redflag.terminal import generate

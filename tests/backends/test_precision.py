@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from redflag.backends import precision
-from redflag.backends.precision import Machine, Precision, choose_precision, inference_device, widest
 from redflag.errors import RedflagError
 from redflag.training.trainer import RedFlagConfig
+from redflag.weights import precision
+from redflag.weights.precision import Machine, Precision, choose_precision, inference_device, widest
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 PLAIN, AMX = Machine(), Machine(cpu_bf16=True)

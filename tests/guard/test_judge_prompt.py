@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from running import MODEL, ROUTES, body_of, engine, running
 
+from redflag.api.wire import REFUSAL
 from redflag.backends import Sampling
 from redflag.backends.load import load_flagged
 from redflag.calibrating.calibrate import CalibrateArguments, calibrate_model
@@ -20,7 +21,6 @@ from redflag.errors import RedflagError
 from redflag.guard.guard import Guard
 from redflag.guard.options import GuardOptions
 from redflag.scoring.prompts import FlagReader, prompt_of, score_prompts
-from redflag.server.wire import REFUSAL
 from redflag.trace import Alarm, Done, Halt, Step, Text
 from redflag.watching.policy import Policy, Reflect
 from redflag.watching.session import Session

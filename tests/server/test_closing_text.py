@@ -6,11 +6,11 @@ import httpx
 import pytest
 from running import MODEL, ROUTES, body_of, chunks_of, engine, running, text_of_chunks
 
+from redflag.api.wire import REFUSAL
 from redflag.cli import parse
 from redflag.guard.guard import Guard
 from redflag.server import serve
 from redflag.server.access import Limits
-from redflag.server.wire import REFUSAL
 from redflag.watching.monitor import MonitorConfig
 from redflag.watching.policy import Policy, Reflect
 from redflag.watching.thresholds import Thresholds

@@ -11,9 +11,9 @@ import openai
 import pytest
 from running import MODEL, engine, events_of, running, shown_by, text_of_events
 
+from redflag.api.wire import REFUSAL
 from redflag.guard.guard import Guard
 from redflag.server.access import Limits
-from redflag.server.wire import REFUSAL
 from redflag.watching.policy import Policy
 
 KEY = "client-key-0123456789"

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from running import MODEL, engine, running
 
+from redflag.api.api_errors import ApiError
 from redflag.backends import Sampling
 from redflag.backends.load import load_flagged
 from redflag.backends.turns import Turns
@@ -21,7 +22,6 @@ from redflag.data.rows import load_rows
 from redflag.guard.guard import Guard
 from redflag.scoring.score import score
 from redflag.server.access import Limits
-from redflag.server.api_errors import ApiError
 from redflag.server.moderations import judged_by
 from redflag.trace import Alarm, Halt, Text
 from redflag.watching.monitor import MonitorConfig

@@ -8,8 +8,8 @@ import openai
 import pytest
 from running import MODEL, engine, running
 
+from redflag.api.wire import REFUSAL
 from redflag.guard.guard import Guard
-from redflag.server.wire import REFUSAL
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "clients.md"
 ASK = [{"role": "user", "content": "hello"}]

@@ -14,9 +14,9 @@ import openai
 import pytest
 from running import MODEL, ROUTES, Play, body_of, chunks_of, engine, running, shown_by, text_of_chunks
 
+from redflag.api.wire import REFUSAL, Answer
 from redflag.guard.guard import Guard
 from redflag.server.access import Limits
-from redflag.server.wire import REFUSAL, Answer
 from redflag.trace import Done, Text
 from redflag.watching.policy import Policy, Reflect
 

@@ -12,13 +12,13 @@ import openai
 import pytest
 from running import MODEL, ROUTES, Running, body_of, engine, running
 
+from redflag.api.api_errors import ApiError
+from redflag.api.schema import ChatRequest, CompletionRequest, parse
 from redflag.backends import BusyError
 from redflag.errors import RedflagError
 from redflag.guard.guard import Guard
 from redflag.server.access import Limits
-from redflag.server.api_errors import ApiError
 from redflag.server.audit_log import AuditLog
-from redflag.server.schema import ChatRequest, CompletionRequest, parse
 from redflag.trace import Step
 from redflag.watching.thresholds import Thresholds
 

@@ -17,14 +17,14 @@ from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 from running import MODEL, ROUTES, Running, body_of, engine, running
 
+from redflag.api.fields import UNSUPPORTED, header
+from redflag.api.schema import ChatRequest, CompletionRequest
+from redflag.api.schema import parse as parse_body
 from redflag.cli import parse
 from redflag.errors import RedflagError
 from redflag.guard.guard import Guard
 from redflag.server import serve
 from redflag.server.access import Limits
-from redflag.server.fields import UNSUPPORTED, header
-from redflag.server.schema import ChatRequest, CompletionRequest
-from redflag.server.schema import parse as parse_body
 from redflag.watching.policy import Policy
 from redflag.watching.thresholds import Thresholds
 
@@ -489,7 +489,7 @@ def test_a_halted_answer_of_a_hundred_tokens_counts_them_though_none_was_shown(t
     ],
 )
 def test_an_answer_that_was_halted_before_its_first_token_says_so(tokenizer, spec, script, policy, refusal):
-    from redflag.server.wire import REFUSAL
+    from redflag.api.wire import REFUSAL
 
     with serving(tokenizer, spec, script, Limits(MODEL), policy=policy, high={0: (0.9, 0.0)}) as server:
         message = post(server, body_of(CHAT)).json()["choices"][0]["message"]

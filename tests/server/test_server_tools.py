@@ -14,10 +14,10 @@ import pytest
 from running import MODEL, ROUTES, Running, body_of, chunks_of, engine, running, text_of_chunks
 from test_chat_templates import world
 
+from redflag.api.wire import REFUSAL
 from redflag.errors import RedflagError
 from redflag.guard.guard import Guard
 from redflag.server.access import Limits
-from redflag.server.wire import REFUSAL
 from redflag.trace import Step
 from redflag.watching.monitor import MonitorConfig
 from redflag.watching.policy import Policy

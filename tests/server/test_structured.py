@@ -10,10 +10,10 @@ import pytest
 from pydantic import BaseModel, ConfigDict
 from running import MODEL, running
 
+from redflag.api.schema import ChatRequest, parse
+from redflag.api.structured import json_schema
 from redflag.backends.turns import Turns
 from redflag.guard.guard import Guard
-from redflag.server.schema import ChatRequest, parse
-from redflag.server.structured import json_schema
 
 ASK = [{"role": "user", "content": "hello"}]
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from redflag.server.tool_calls import CallReader
+from redflag.api.tool_calls import CallReader
 from redflag.tool_prompt import FORMATS, MARK, MISTRAL_11, ToolFormat, ToolUse
 
 NAMES = ("add", "get.weather")

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from redflag.training import memory
-from redflag.training.memory import KeepMemory
+from redflag.weights import memory
+from redflag.weights.memory import KeepMemory
 
 glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
 CPU, GPU = SimpleNamespace(device=torch.device("cpu")), SimpleNamespace(device=torch.device("cuda"))
@@ -74,7 +74,7 @@ def test_nothing_is_done_on_a_GPU_or_with_another_allocator(libc, monkeypatch):
 def test_large_tensors_are_not_faulted_in_anew():
     code = """
 import resource, types, torch
-from redflag.training.memory import KeepMemory
+from redflag.weights.memory import KeepMemory
 def faults(steps, count=25_000_000):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(steps):

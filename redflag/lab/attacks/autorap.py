@@ -22,7 +22,6 @@ from transformers import DynamicCache
 from redflag.backends import Sampling
 from redflag.backends.head import CACHE, backbone, plain_model
 from redflag.backends.load import read_model
-from redflag.backends.prefix import PrefixSlot
 from redflag.data.rows import Row
 from redflag.errors import RedflagError
 from redflag.lab.attacks import Attempt, Target, request_of
@@ -30,6 +29,7 @@ from redflag.lab.attacks.rap import searched, start_of
 from redflag.lab.attacks.search import Chooser
 from redflag.lab.attacks.stepping import Looker, weights_of
 from redflag.prompt import render_response, text_ids
+from redflag.weights.prefix import PrefixSlot
 
 HARMFUL, REFUSAL = 1, 0
 

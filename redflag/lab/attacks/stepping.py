@@ -10,9 +10,9 @@ from transformers import DynamicCache
 
 from redflag.backends.choose import measure
 from redflag.backends.head import CACHE, plain_model
-from redflag.backends.prefix import PrefixSlot
 from redflag.errors import RedflagError
 from redflag.lab.attacks import Target
+from redflag.weights.prefix import PrefixSlot
 
 
 class Look(NamedTuple):

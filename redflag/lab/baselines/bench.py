@@ -72,7 +72,7 @@ class Bench:
 
     def __post_init__(self) -> None:
         if self.device == "auto":
-            from redflag.backends.precision import inference_device
+            from redflag.weights.precision import inference_device
 
             object.__setattr__(self, "device", inference_device())
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, pad
 
-from redflag.backends.precision import widest
+from redflag.weights.precision import widest
 
 Reading = Literal["sum", "pooled"]
 

@@ -229,7 +229,7 @@ class Embeddings:
         if self._loaded is None:
             from transformers import AutoModel, AutoTokenizer
 
-            from redflag.backends.precision import inference_device
+            from redflag.weights.precision import inference_device
 
             try:
                 tokenizer = AutoTokenizer.from_pretrained(self.model)

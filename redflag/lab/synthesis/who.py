@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from redflag.backends.outbound import key_in
 from redflag.errors import RedflagError
 from redflag.lab.synthesis.pace import Pace
 from redflag.lab.synthesis.questions import Model
+from redflag.outbound import key_in
 
 
 def writer(

@@ -15,8 +15,8 @@ import string
 from collections.abc import Collection, Iterable
 from typing import Any
 
+from redflag.api.tool_formats import Call, State, json_values, parser_of
 from redflag.guard.detokenize import TextFilter
-from redflag.server.tool_formats import Call, State, json_values, parser_of
 from redflag.tool_prompt import MARK, ToolUse
 
 _ALPHABET = string.ascii_letters + string.digits

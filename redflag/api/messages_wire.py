@@ -1,4 +1,4 @@
-"""Events -> Anthropic's Messages: events of a stream, or one object. `redflag.server.wire` says what ends how.
+"""Events -> Anthropic's Messages: events of a stream, or one object. `redflag.api.wire` says what ends how.
 
 | how it ended | `stop_reason` |
 |---|---|
@@ -18,8 +18,8 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from redflag.server.api_errors import in_anthropics_shape
-from redflag.server.wire import Answer, usage
+from redflag.api.api_errors import in_anthropics_shape
+from redflag.api.wire import Answer, usage
 
 _REASONS = {"stop": "end_turn", "length": "max_tokens", "content_filter": "refusal"}
 

@@ -40,8 +40,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from redflag.server.logprobs import ShownLogprobs, Token, in_chat, in_text
-from redflag.server.tool_calls import CallReader
+from redflag.api.logprobs import ShownLogprobs, Token, in_chat, in_text
+from redflag.api.tool_calls import CallReader
 from redflag.trace import Done, Event, Halt, Text, Thought, Trace
 
 DONE = b"data: [DONE]\n\n"

@@ -1,4 +1,4 @@
-"""Events -> OpenAI's Responses: typed events of a stream, or one object. `redflag.server.wire` says what ends how.
+"""Events -> OpenAI's Responses: typed events of a stream, or one object. `redflag.api.wire` says what ends how.
 
 | how it ended | `status` | besides |
 |---|---|---|
@@ -17,8 +17,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from redflag.server.responses_schema import ResponsesRequest
-from redflag.server.wire import Answer, usage
+from redflag.api.responses_schema import ResponsesRequest
+from redflag.api.wire import Answer, usage
 
 _REASONS = {"length": "max_output_tokens", "content_filter": "content_filter"}
 

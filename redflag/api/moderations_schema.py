@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from redflag.server.schema import _OPEN, OneAnswer, _Message, _TextPart
+from redflag.api.schema import _OPEN, OneAnswer, _Message, _TextPart
 
 MOST_TEXTS = 256
 _OPENAIS = ("omni-moderation", "text-moderation")  # models of OpenAI's, which clients name unless told otherwise

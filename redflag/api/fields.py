@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote
 
-from redflag.server.api_errors import ApiError
+from redflag.api.api_errors import ApiError
 
 # Field -> its values that change nothing; null never does. From the request schemas of OpenAI (openai 3.54) and vLLM
 # (0.32), then what SGLang, llama.cpp and others add.

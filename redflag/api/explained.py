@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import ValidationError
 
-from redflag.server.api_errors import ApiError
+from redflag.api.api_errors import ApiError
 
 _CODES = {
     "missing": "missing_required_parameter",

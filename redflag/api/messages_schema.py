@@ -8,8 +8,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, Discriminator, Field, Tag
 
+from redflag.api.schema import _OPEN, OneAnswer, _Limit, _Stops
 from redflag.backends import Sampling
-from redflag.server.schema import _OPEN, OneAnswer, _Limit, _Stops
 
 
 class _TextBlock(BaseModel):

@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import AfterValidator, BaseModel, ConfigDict
 from pydantic_core import PydanticCustomError
 
+from redflag.api.api_errors import ApiError
+from redflag.api.tool_calls import CallReader
 from redflag.errors import RedflagError
 from redflag.guard.guard import Guard
-from redflag.server.api_errors import ApiError
-from redflag.server.tool_calls import CallReader
 from redflag.tool_definitions import checked_tools
 from redflag.tool_prompt import MARK, ToolUse, find_format, mark_ids
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, Discriminator, Field, Tag, field_validator
 from pydantic_core import PydanticCustomError
 
-from redflag.server.schema import _OPEN, OneAnswer, _Limit, _Message
+from redflag.api.schema import _OPEN, OneAnswer, _Limit, _Message
 
 
 class _Part(BaseModel):

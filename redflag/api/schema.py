@@ -1,7 +1,7 @@
 """What a request may say: bodies of `/v1/chat/completions` and `/v1/completions`.
 
 Nothing is ignored in silence. Which fields are refused and which are ignored and named stands in
-`redflag.server.fields`; messages that an SDK made of an answer may be sent back as they are.
+`redflag.api.fields`; messages that an SDK made of an answer may be sent back as they are.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from redflag.api.api_errors import ApiError
+from redflag.api.explained import explained
+from redflag.api.fields import ignored_fields
+from redflag.api.tools import ToolFields
 from redflag.backends import MOST_LOGPROBS, Sampling
-from redflag.server.api_errors import ApiError
-from redflag.server.explained import explained
-from redflag.server.fields import ignored_fields
-from redflag.server.tools import ToolFields
 
 MOST_STOPS = 16
 LONGEST_STOP = 128
@@ -367,7 +367,7 @@ def parse(kind: type[Body], body: bytes, *, refuse_unknown: bool = False) -> Bod
     Example:
         >>> parse(CompletionRequest, b'{"model": "m", "prompt": "Once", "best_of": 2}')
         Traceback (most recent call last):
-        redflag.server.api_errors.ApiError: best_of is 2, which is not supported; leave it out
+        redflag.api.api_errors.ApiError: best_of is 2, which is not supported; leave it out
     """
     try:
         request = kind.model_validate_json(body)

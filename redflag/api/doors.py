@@ -9,13 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from redflag.api.messages_schema import MessagesRequest
+from redflag.api.messages_wire import MessagesAnswer
+from redflag.api.responses_schema import ResponsesRequest
+from redflag.api.responses_wire import ResponsesAnswer
+from redflag.api.schema import ChatRequest, CompletionRequest
+from redflag.api.wire import Answer
 from redflag.guard.response import Response
-from redflag.server.messages_schema import MessagesRequest
-from redflag.server.messages_wire import MessagesAnswer
-from redflag.server.responses_schema import ResponsesRequest
-from redflag.server.responses_wire import ResponsesAnswer
-from redflag.server.schema import ChatRequest, CompletionRequest
-from redflag.server.wire import Answer
 
 Body = ChatRequest | CompletionRequest | ResponsesRequest | MessagesRequest
 

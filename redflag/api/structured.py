@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from redflag.server.api_errors import ApiError
+from redflag.api.api_errors import ApiError
 
 _ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from redflag.server.api_errors import ApiError
-from redflag.server.doors import Body
-from redflag.server.schema import ChatRequest
+from redflag.api.api_errors import ApiError
+from redflag.api.doors import Body
+from redflag.api.schema import ChatRequest
 
 
 def thinking_of(body: Body, *, possible: bool, refuse_unknown: bool) -> bool | None:
@@ -13,7 +13,7 @@ def thinking_of(body: Body, *, possible: bool, refuse_unknown: bool) -> bool | N
     Args:
         body: The request; only a chat has a place for a thought.
         possible: The model has a thinking mode; without one an effort changes no token.
-        refuse_unknown: As for `redflag.server.schema.parse`.
+        refuse_unknown: As for `redflag.api.schema.parse`.
 
     Raises:
         ApiError: 400; thinking is on and not possible.
