@@ -8,7 +8,7 @@ from tiny import WORDS, build, make_rows
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from redflag.backends import Sampling, precision
+from redflag.backends import Sampling
 from redflag.backends.choose import Chooser
 from redflag.backends.hf import HFBackend
 from redflag.flags import FlagSpec, attach
@@ -16,6 +16,7 @@ from redflag.models.pretrain import train_tokenizer
 from redflag.training.adapter import lora_config
 from redflag.training.encode import encode
 from redflag.training.trainer import RedFlagConfig, RedFlagTrainer
+from redflag.weights import precision
 
 
 class NoFloat64(TorchDispatchMode):

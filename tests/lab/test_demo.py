@@ -126,8 +126,8 @@ def test_the_real_model_completes_halts_and_resumes(cache, monkeypatch):
     ends = []
     stream = Guard.stream
 
-    def noted(guard, messages, sampling):
-        made = stream(guard, messages, sampling)
+    def noted(guard, messages, *given):
+        made = stream(guard, messages, *given)
         ends.append(made.trace)
         return made
 

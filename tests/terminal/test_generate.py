@@ -148,7 +148,7 @@ def test_an_upstream_gets_its_options(model_dir, monkeypatch):
     )
     with pytest.raises(RedflagError, match="enough"):
         generate.run(arguments)
-    options = {"model": "nano", "api_key": "s3cret", "headers": {}, "upper_bound": True}
+    options = {"model": "nano", "api_key": "s3cret", "headers": {}, "upper_bound": True, "route": "completions"}
     assert made == [(("m", Policy(), 0.25, "auto", "auto", None, "http://h:1", "off"), options)]
     monkeypatch.delenv("UP_KEY")
     with pytest.raises(RedflagError, match="UP_KEY"):
