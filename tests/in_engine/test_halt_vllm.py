@@ -229,10 +229,13 @@ def test_a_request_that_could_not_be_kept_is_refused_with_400(url, spec, observe
 def test_requests_that_the_engine_puts_aside_halt_no_later(server, url, spec, observed):
     pairs = [pair for pair in zip(observed, mixed(observed, spec), strict=True) if pair[1]]
     before = server.metric("vllm:num_preemptions_total")
-    with ThreadPoolExecutor(16) as crowd:  # Half of these long responses alone are more than the cache holds.
-        for seen in sorted(observed, key=lambda seen: len(seen.prompt))[:16]:
-            crowd.submit(greedy, url, seen.prompt, max_tokens=350, ignore_eos=True)
-        answers = all_at_once(lambda pair: greedy(url, pair[0].prompt, **request_fields(spec, pair[1])), pairs)
+    for _ in range(3):  # On a busy machine a crowd may come one by one.
+        with ThreadPoolExecutor(16) as crowd:  # Half of these long responses alone are more than the cache holds.
+            for seen in sorted(observed, key=lambda seen: len(seen.prompt))[:16]:
+                crowd.submit(greedy, url, seen.prompt, max_tokens=350, ignore_eos=True)
+            answers = all_at_once(lambda pair: greedy(url, pair[0].prompt, **request_fields(spec, pair[1])), pairs)
+        if server.metric("vllm:num_preemptions_total") > before:
+            break
     assert server.metric("vllm:num_preemptions_total") > before
     for (seen, thresholds), choice in zip(pairs, answers, strict=True):
         at = alarm_step(seen, thresholds)
