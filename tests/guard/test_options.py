@@ -8,7 +8,7 @@ import pytest
 
 from redflag import cli
 from redflag.errors import RedflagError
-from redflag.guard.options import PolicyOptions
+from redflag.guard.options import GuardOptions, PolicyOptions
 from redflag.judges import model
 from redflag.judges.endpoint import EndpointJudge
 from redflag.terminal import generate
@@ -90,10 +90,10 @@ def test_every_option_arrives(tmp_path):
 def test_all_of_a_policy_can_be_set():
     """A new setting needs an option, or a reason here why it has none."""
     code_only = {"stop"}  # texts that end a reflection: a list
-    fields = {field.name for field in dataclasses.fields(PolicyOptions)}
-    renamed = {"default": "action"}
+    fields = {field.name for options in (PolicyOptions, GuardOptions) for field in dataclasses.fields(options)}
+    renamed = {"default": "action", "prompt": "judge_prompt"}
     for field in dataclasses.fields(Policy):
-        assert renamed.get(field.name, field.name) in fields or field.name in ("reflect", "prompt")
+        assert renamed.get(field.name, field.name) in fields or field.name == "reflect"
     for field in dataclasses.fields(Reflect):
         assert f"reflect_{field.name}" in fields or field.name in code_only
 

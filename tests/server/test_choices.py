@@ -26,12 +26,13 @@ HARM, NAN = (0.9, 0.0), (float("nan"), 0.0)
 def serving(tokenizer, spec, thresholds, script):
     """A server whose engine answers by seed, with flags where `high` says: answer -> step -> probabilities."""
 
-    def start(high=None, policy=None, limits=None, lost=None, **options):
+    def start(high=None, policy=None, limits=None, lost=None, pause=0.0, **options):
         def play(prompt, sampling):
             answer = (sampling.seed or 0) % len(ANSWERS)
             for index, step in enumerate(script(ANSWERS[answer], (high or {}).get(answer))):
                 if (answer, index) == lost:
                     raise ConnectionError("lost")
+                time.sleep(pause)
                 yield step
 
         backend, turns = engine(play, tokenizer.eos_token_id, **options)
@@ -84,18 +85,13 @@ def test_each_choice_is_an_answer_of_its_own(route, serving):
 
 @pytest.mark.parametrize("route", ROUTES)
 def test_choices_are_streamed_side_by_side(route, serving):
-    _, server = serving()
+    _, server = serving(pause=0.01)  # no answer is over before the next begins
     with server as server:
         asked = body_of(route, n=3, seed=0, stream=True, stream_options={"include_usage": True})
-        for _ in range(
-            20
-        ):  # The scripted answers are over at once: on a busy machine one may be before the next begins.
-            *chunks, counts = chunks_of(httpx.post(server.url + route, json=asked).content)
-            texts, ends, _ = texts_of(chunks)
-            assert texts == dict(enumerate(ANSWERS[:3])) and ends == dict.fromkeys(range(3), "stop")
-            order = [chunk["choices"][0]["index"] for chunk in chunks]
-            if order != sorted(order):
-                break
+        *chunks, counts = chunks_of(httpx.post(server.url + route, json=asked).content)
+        texts, ends, _ = texts_of(chunks)
+        assert texts == dict(enumerate(ANSWERS[:3])) and ends == dict.fromkeys(range(3), "stop")
+        order = [chunk["choices"][0]["index"] for chunk in chunks]
         assert order != sorted(order), "they take turns"
         assert len({chunk["id"] for chunk in chunks}) == 1
         assert counts["choices"] == [] and counts["usage"]["completion_tokens"] == sum(map(len, ANSWERS[:3])) + 3
