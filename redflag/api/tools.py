@@ -131,9 +131,8 @@ class ToolSupport:
         forced = (choice.name or (names[0] if len(names) == 1 else "")) if choice.mode == "required" else None
         return ToolUse(self._format, tuple(tools), forced)
 
-    def reader(self, body: object) -> CallReader | None:
-        """What tells calls and content apart in the response; None where nothing may be called."""
-        use = self.use(body)
+    def reader(self, use: ToolUse | None, body: object) -> CallReader | None:
+        """What tells calls and content apart in a response with this `use`; None where nothing may be called."""
         if use is None or not use.definitions or not isinstance(body, ToolFields):
             return None
         return CallReader(use, self._marks, flags=self._flags, parallel=body.parallel_tool_calls is not False)

@@ -193,6 +193,11 @@ def limits_of(arguments: ServeArguments, environment: Mapping[str, str]) -> Limi
             f"{OPERATOR_KEY} has {len(operator)} characters and can be guessed, and it overrides the watch: use "
             f"{SHORTEST_KEY} or more"
         )
+    if arguments.playground and operator is None and arguments.host not in ("localhost", "127.0.0.1", "::1"):
+        raise RedflagError(
+            f"host must be 127.0.0.1 where the playground is on and there is no operator key (got {arguments.host!r}). "
+            f"Whoever reaches the page reads flag probabilities. Set {OPERATOR_KEY}."
+        )
     return Limits(
         name=arguments.name or Path(arguments.model).resolve().name,
         api_keys=keys,

@@ -47,6 +47,7 @@ from redflag.server.moderations import moderation_routes
 from redflag.server.playground import Playground
 from redflag.server.sending import EventStream, Part, close, whole
 from redflag.server.telemetry import Telemetry
+from redflag.tool_prompt import ToolUse
 from redflag.trace import Trace
 from redflag.watching.policy import Policy
 
@@ -214,12 +215,12 @@ class Server:
         route = request.url.path.rstrip("/")
         with self.gate.arriving(route):
             caller = admit(request, self.limits, audited=self._audit is not None)
-            body, responses = await self.gate.read(request, partial(self._prepare, door, caller))
+            body, responses, tools = await self.gate.read(request, partial(self._prepare, door, caller))
         headers = {"x-request-id": responses[0].trace.id}
         if body.ignored:
             headers[_IGNORED] = header(body.ignored)
             self._tell_ignored(body.ignored)
-        parts = [self._begin(request, route, door, responses, i, body, caller) for i in range(len(responses))]
+        parts = [self._begin(request, route, door, responses, i, body, caller, tools) for i in range(len(responses))]
         if body.stream:
             return EventStream(parts, caller.view, headers, self.limits)
         try:
@@ -236,6 +237,7 @@ class Server:
         index: int,
         body: Body,
         caller: Caller,
+        tools: ToolUse | None,
     ) -> Part:
         """Starts the clock of one choice and everything that counts."""
         response = responses[index]
@@ -267,7 +269,7 @@ class Server:
             count=self._count,
             index=index,
             logprobs=logprobs,
-            calls=self._tools.reader(body),
+            calls=self._tools.reader(tools, body),
         )
         around = ExitStack()
         around.enter_context(self._metrics.open())
@@ -326,18 +328,21 @@ class Server:
         if self._record is not None and caller.alarm_at is None:
             self._record(trace)
 
-    def _prepare(self, door: Door, caller: Caller, content: bytes) -> tuple[Body, list[GuardedResponse]]:
-        """The request and the responses to it, one per choice, in a thread."""
+    def _prepare(
+        self, door: Door, caller: Caller, content: bytes
+    ) -> tuple[Body, list[GuardedResponse], ToolUse | None]:
+        """The request, the responses to it, one per choice, and what they may call; in a thread."""
         body = parse(door.request, content, refuse_unknown=self.limits.unknown_fields == "refuse")
         check_model(body.model, self.limits)
-        responses = choices_of(self.guard, body, caller, self.limits, door.prefix, self._tools.use(body))
+        tools = self._tools.use(body)
+        responses = choices_of(self.guard, body, caller, self.limits, door.prefix, tools)
         if caller.override is not None and self._audit is not None:
             try:
                 for response in responses:
                     self._audit.begin_override(body.user_id, caller.override, response.trace.id)
             except RedflagError as error:
                 raise ApiError(503, str(error), "audit_log_failed") from error
-        return body, responses
+        return body, responses, tools
 
     def _prompt_tokens(self, content: bytes) -> int:
         body = parse(CountRequest, content)

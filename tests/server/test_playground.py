@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 from running import MODEL, Play, body_of, chunks_of, engine, running, text_of_chunks
 
 from redflag import cli
+from redflag.cli import parse
+from redflag.errors import RedflagError
 from redflag.events import _Event
 from redflag.guard.guard import Guard
 from redflag.server import playground, serve
@@ -305,3 +307,15 @@ def test_the_start_says_where_it_is_and_whether_a_key_protects_it(key, warnings,
     assert "http://127.0.0.1:8080/" in caplog.records[0].getMessage()
     warned = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warned) == warnings and all("REDFLAG_OPERATOR_KEY" in text for text in warned)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.7", "guard.example.org"])
+def test_without_an_operator_key_the_page_is_for_this_machine_alone(host):
+    def limits(*words, key=None):
+        arguments = parse(serve, ["--model", "m", *words], "redflag serve")[0]
+        return serve.limits_of(arguments, {} if key is None else {"REDFLAG_OPERATOR_KEY": key})
+
+    with pytest.raises(RedflagError, match=r"host must be 127\.0\.0\.1 .*REDFLAG_OPERATOR_KEY"):
+        limits("--playground", "--host", host)
+    assert limits("--playground").operator_key is None
+    assert limits("--host", host) and limits("--playground", "--host", host, key=OPERATOR).operator_key == OPERATOR
