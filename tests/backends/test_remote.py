@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import math
-import signal
 import socket
 import threading
 import time
 
 import pytest
+from remote_steps import (
+    FIRST,
+    LAST,
+    PROMPT,
+    SECOND,
+    TOKENS,
+    both_ways,
+    connect,
+    short_pauses,  # noqa: F401# noqa: F401
+    tokens,
+    wait_until,
+)
 from upstream import DONE, EOS, FLAG, VOCABULARY, Abort, Status, Upstream, event, log_softmax, logits_of
 
 from redflag.backends import BusyError, Sampling
@@ -20,40 +30,6 @@ from redflag.backends.remote import RemoteBackend
 from redflag.backends.remote_wire import RefusalError
 from redflag.errors import RedflagError
 from redflag.trace import Step
-
-PROMPT = [20, 30, 40]
-FIRST = event([9], [{9: -1.0, FLAG: -2.0}], prompt_token_ids=PROMPT)
-SECOND = event([8], [{8: -1.0, FLAG: -3.0}])
-LAST = event([EOS], [{EOS: -0.1, FLAG: -4.0}], "stop") + DONE
-TOKENS = [9, 8, EOS]
-
-
-@pytest.fixture(autouse=True)
-def short_pauses(monkeypatch):
-    monkeypatch.setattr(remote_module, "_FIRST_PAUSE", 0.01)
-
-
-def connect(upstream, **options):
-    return RemoteBackend(upstream.url, [FLAG], [EOS], **{"step_timeout": 10.0, **options})
-
-
-def tokens(steps):
-    return [step.token_id for step in steps]
-
-
-def both_ways(backend, prompt=PROMPT, sampling=None):
-    """The steps of a stream, read with and without an event loop."""
-    sampling = sampling or Sampling(max_new_tokens=20, seed=0)
-
-    async def collect():
-        try:
-            return [step async for step in backend.astream(prompt, sampling)]
-        finally:
-            await backend.aclose()
-
-    alone = list(backend.stream(prompt, sampling))
-    assert asyncio.run(collect()) == alone
-    return alone
 
 
 def test_steps_carry_the_raw_probabilities_of_the_flags():
@@ -284,130 +260,3 @@ def test_a_consumer_may_be_slower_than_the_time_out():
             return found
 
         assert asyncio.run(collect()) == TOKENS
-
-
-def wait_until(fact, seconds=5.0):
-    until = time.monotonic() + seconds
-    while not fact():
-        assert time.monotonic() < until
-        time.sleep(0.01)
-
-
-def endless(body, number):
-    yield FIRST
-    while True:
-        yield 0.01
-        yield SECOND
-
-
-@pytest.mark.parametrize("taken", [1, 3])
-def test_closing_a_stream_closes_its_connection(taken):
-    with Upstream(script=endless).serve() as upstream:
-        stream = connect(upstream).stream(PROMPT, Sampling())
-        for _ in range(taken):
-            next(stream)
-        assert upstream.open == 1
-        stream.close()
-        wait_until(lambda: upstream.open == 0)
-        assert list(stream) == []
-
-
-def test_a_stream_that_is_dropped_closes_its_connection():
-    with Upstream(script=endless).serve() as upstream:
-        stream = connect(upstream).stream(PROMPT, Sampling())
-        next(stream)
-        del stream
-        gc.collect()
-        wait_until(lambda: upstream.open == 0)
-
-
-def test_closing_before_the_first_step_asks_nothing():
-    with Upstream(script=endless).serve() as upstream:
-        connect(upstream).stream(PROMPT, Sampling()).close()
-        assert upstream.bodies == []
-
-
-@pytest.mark.parametrize("wait", [0.0, 0.2])
-def test_cancelling_a_task_closes_its_connection(wait):
-    with Upstream(script=lambda body, number: [FIRST, 30.0]).serve() as upstream:
-
-        async def leave():
-            backend = connect(upstream)
-
-            async def read():
-                async for _ in backend.astream(PROMPT, Sampling()):
-                    pass
-
-            task = asyncio.create_task(read())
-            await asyncio.sleep(wait)
-            task.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await task
-            await backend.aclose()
-
-        asyncio.run(leave())
-        wait_until(lambda: upstream.open == 0)
-
-
-def test_an_interrupt_while_a_step_is_waited_for_closes_everything():
-    with Upstream(script=lambda body, number: [FIRST, 30.0]).serve() as upstream:
-        stream = connect(upstream).stream(PROMPT, Sampling())
-        next(stream)
-        main = threading.main_thread().ident
-        timer = threading.Timer(0.2, lambda: signal.pthread_kill(main, signal.SIGINT))
-        timer.start()
-        with pytest.raises(KeyboardInterrupt):
-            next(stream)
-        timer.join()
-        assert list(stream) == []
-        wait_until(lambda: upstream.open == 0)
-
-
-def test_a_running_loop_is_not_made_to_stand_still():
-    with Upstream().serve() as upstream:
-
-        async def wrong():
-            next(connect(upstream).stream(PROMPT, Sampling()))
-
-        with pytest.raises(TypeError, match="astream"):
-            asyncio.run(wrong())
-
-
-def test_many_streams_of_a_loop_share_connections_one_after_the_other_and_run_side_by_side():
-    with Upstream().serve() as upstream:
-
-        async def run():
-            backend = connect(upstream)
-
-            async def one(seed):
-                return [step async for step in backend.astream(PROMPT, Sampling(max_new_tokens=5, seed=seed))]
-
-            for seed in range(5):
-                await one(seed)
-                await asyncio.sleep(0.02)
-            one_after_the_other = len(upstream.connections)
-            together = await asyncio.gather(*(one(seed) for seed in range(50)))
-            await backend.aclose()
-            return one_after_the_other, together
-
-        connections, together = asyncio.run(run())
-        assert connections == 1
-        for seed, steps in enumerate(together):
-            assert steps == list(connect(upstream).stream(PROMPT, Sampling(max_new_tokens=5, seed=seed)))
-
-
-def test_a_stream_left_after_its_last_step_leaves_nothing_behind():
-    with Upstream(script=lambda body, number: [FIRST, LAST.removesuffix(DONE), 30.0]).serve() as upstream:
-
-        async def run():
-            backend = connect(upstream)
-            stream = backend.astream(PROMPT, Sampling())
-            started = time.monotonic()
-            while (await anext(stream)).token_id != EOS:
-                pass
-            await stream.aclose()
-            assert time.monotonic() - started < 1
-            await backend.aclose()
-
-        asyncio.run(run())
-        wait_until(lambda: upstream.open == 0)
