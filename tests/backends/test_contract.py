@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -98,7 +97,7 @@ ENGINES = [
     "nano",
     pytest.param("remote", marks=pytest.mark.slow),
     pytest.param("chat", marks=pytest.mark.slow),
-    *([pytest.param("remote-smollm2", marks=pytest.mark.slow)] if os.environ.get("REDFLAG_SMOLLM2_CONTRACT") else []),
+    pytest.param("remote-smollm2", marks=pytest.mark.slow),
 ]
 
 
