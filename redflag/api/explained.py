@@ -32,7 +32,7 @@ def explained(error: ValidationError) -> ApiError:
     first = max(found, key=lambda item: len(item["loc"])) if len({item["loc"][:1] for item in found}) == 1 else found[0]
     kind = first["type"]
     if kind == "json_invalid":
-        return ApiError(400, f"the body is not JSON in UTF-8 ({first['msg']}); mend it", "invalid_json")
+        return ApiError(400, f"the body is not JSON in UTF-8 ({first['msg']}); fix it", "invalid_json")
     if kind in ("max_completion_tokens", "prompt", "top_logprobs"):
         return ApiError(400, first["msg"], "invalid_value", param=kind)
     # Names of union branches stand in the path too; they are no fields.

@@ -10,8 +10,8 @@ A row is one JSON object:
 The last assistant turn is the response. `category` null or absent means that the response is harmless. `onset` is the
 character of the response where harm begins; absent, a harmful response is harmful from its first character.
 The thought before an answer is that turn's `reasoning_content` (`reasoning` and `thinking` are read too); `<think>` in
-the content is content. It is harmless in a harmless row; in a harmful one nobody knows, unless `thought_onset` says at
-which character of the thought harm begins. `onset` counts in the content all the same.
+the content is content. It is harmless in a harmless row; in a harmful one that is unknown, unless `thought_onset` says
+at which character of the thought harm begins. `onset` counts in the content all the same.
 `lang` and `onset_source` are for measuring: results are given for each language, natural onsets kept apart from
 constructed ones. `forecast` lists `[character, probability of harm from there on]`, where `redflag synthesize` or
 somebody else has looked ahead; a third number says how many continuations that rests on.
@@ -84,7 +84,7 @@ class Row:
             this character turns out harmful. A third number counts the continuations judged.
         forecast_category: Harm of what kind, in a harmless row; a harmful one says it by its category.
         thought_onset: Character offset in the response's thought where harm begins; None in a harmful row means that
-            nobody said whether the thought is harmful.
+            it is unknown whether the thought is harmful.
     """
 
     messages: list[dict[str, Any]]

@@ -103,8 +103,8 @@ class Moderations:
                 if self._limits.moderations == "operator":
                     raise ApiError(
                         403,
-                        "whoever may have any text judged can search for one that passes: send the operator key, or "
-                        "let all clients ask (--moderations all)",
+                        "the operator key must be sent here. A client that may have any text judged can search for one "
+                        "that passes. To let all clients ask, start with --moderations all",
                         "operator_key_required",
                     )
             body, rendered = await self._gate.read(request, work)

@@ -7,8 +7,8 @@
 | `/playground/traces/ID` | JSON lines: steps and events of a response as they come, then its whole trace | the same |
 
 The page is a client like any other: what it shows as the answer is what `/v1/chat/completions` sends. Probabilities
-come by the two other routes alone, which ask for the operator key where there is one. Without one they answer whoever
-may use the server, but no page of another origin: see `own_page`.
+come by the two other routes alone, which ask for the operator key where there is one. Without one they answer every
+client of the server, but no page of another origin: see `own_page`.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Playground:
 
         Args:
             app: The application.
-            open_exchanges: The requests being answered; read whenever somebody asks.
+            open_exchanges: The requests being answered; read at each request.
         """
         self._open = open_exchanges
         app.add_api_route("/", self.page, methods=["GET", "HEAD"], response_model=None)

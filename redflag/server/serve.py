@@ -229,7 +229,7 @@ def tell_of_playground(where: str, limits: Limits) -> None:
     if limits.operator_key is None:
         _log.warning(
             "the playground shows flag probabilities and thresholds to everybody who can reach %s, since there is no "
-            "operator key; set %s, or let nobody else reach it",
+            "operator key; set %s, or keep others from reaching it",
             where,
             OPERATOR_KEY,
         )

@@ -56,6 +56,15 @@ def endless(server, local):
     return RemoteBackend(server.url, (*spec.ids, *backend.eos_ids), ())
 
 
+def how_it_ended(stream):
+    """`whole`: all tokens that fit into the context came; `failed`: the stream says that the server failed."""
+    try:
+        taken = 5 + len(list(stream))
+    except ConnectionError as error:
+        return "failed" if "failed" in str(error) else str(error)
+    return "whole" if taken > CONTEXT // 2 else f"{taken} tokens and no error"
+
+
 def gather(backend, prompts, sampling):
     """Responses to all prompts, `TOGETHER` at a time, on one event loop."""
     gate = asyncio.Semaphore(TOGETHER)
@@ -311,12 +320,14 @@ def test_a_server_that_measures_after_the_ban_is_refused_and_one_that_dies_is_an
         assert [step.token_id for step in steps] == [step.token_id for step in expected]
         assert all(step.flag_probs[0] < 1e-20 for step in steps)
 
-        stream = endless(server, local).stream(prompts[0], LONG)
-        assert len(list(itertools.islice(stream, 5))) == 5
+        # One answer of this small model may be over before the reader gets to kill the server; sixteen are not.
+        backend = endless(server, local)
+        streams = [backend.stream(prompt, LONG) for prompt in prompts[:16]]
+        assert all(len(list(itertools.islice(stream, 5))) == 5 for stream in streams)
         server.stop(signal.SIGKILL)
-        with pytest.raises(ConnectionError, match="failed"):
-            list(stream)
-        assert list(stream) == []
+        ended = {how_it_ended(stream) for stream in streams}
+        assert "failed" in ended and ended <= {"failed", "whole"}
+        assert all(list(stream) == [] for stream in streams)
         with pytest.raises(ConnectionError, match="failed"):
             list(connect(server, local, model="nano", context_length=CONTEXT).stream(prompts[0], LONG))
         with pytest.raises(RedflagError, match="does not answer"):
