@@ -4,13 +4,15 @@
     python scripts/bench/serve.py --model runs/nano/model             # the nano model instead
     python scripts/bench/serve.py --shape 8b --vllm .venv-vllm/bin/python --vllm-arguments "--dtype bfloat16"
 
-Four settings, asked for the same prompts, in an order that turns round from round to round:
+Settings, asked for the same prompts, in an order that turns round from round to round:
 
 - `plain`: vLLM alone, an ordinary streamed completion;
 - `watched`: vLLM alone, with the fields that redflag adds to a request (log-probabilities of the flag, token ids, ban):
   what the engine pays for measuring;
 - `redflag`: `redflag serve --upstream` in front of it, with a threshold that nothing reaches;
-- `in-engine`: a second vLLM with the logits processor of `redflag.in_engine.halt_v1`, plain requests with its settings.
+- `in-engine`: a second vLLM with the logits processor of `redflag.in_engine.halt_v1`, plain requests with its settings;
+- `plain-chat`, `redflag-chat`: chat completions of vLLM alone, and of `redflag serve --upstream_route chat` in front of
+  it; compared with each other. The model needs a chat template.
 
 The load generator is a process of its own. A round is `--tokens` tokens for each of the streams; the first round of
 every setting warms up and does not count. CPU seconds are those of all processes of an engine, of redflag and of the
@@ -42,7 +44,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
-SETTINGS = ("plain", "watched", "redflag", "in-engine")
+SETTINGS = ("plain", "watched", "redflag", "in-engine", "plain-chat", "redflag-chat")
 STREAMS = (1, 16, 64)
 
 
@@ -56,7 +58,7 @@ def main() -> None:
     parser.add_argument(
         "--quiet", type=float, default=1.0, help="repeat rounds in which others use more of the machine"
     )
-    parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=SETTINGS)
+    parser.add_argument("--settings", nargs="+", default=list(SETTINGS[:4]), choices=SETTINGS)
     parser.add_argument("--vllm", default=str(ROOT / ".vllm/bin/python"), help="Python of vLLM's environment")
     parser.add_argument("--vllm-arguments", default="--dtype float32 --enforce-eager --max-model-len 512")
     parser.add_argument("--load", help=argparse.SUPPRESS)
@@ -92,7 +94,7 @@ def measure(arguments: argparse.Namespace, model: Path, stack: ExitStack) -> dic
             order = arguments.settings if number % 2 else arguments.settings[::-1]
             found: dict[str, dict[str, Any]] = {}
             for setting in order:
-                run = one_run(urls[setting], bodies[setting], streams, number, servers)
+                run = one_run(urls[setting], bodies[setting], setting.endswith("chat"), streams, number, servers)
                 if run["errors"]:
                     sys.exit(f"{setting}, {streams} streams, round {number}: {run['errors'][:3]}\n{tails(servers)}")
                 found[setting] = run
@@ -116,18 +118,20 @@ def start(arguments: argparse.Namespace, model: Path, stack: ExitStack) -> tuple
     urls: dict[str, str] = {}
     engine = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--served-model-name", "bench"]
     quiet = ["--host", "127.0.0.1", "--disable-uvicorn-access-log", *more]
-    if {"plain", "watched", "redflag"} & set(arguments.settings):
+    if set(arguments.settings) - {"in-engine"}:
         servers["engine"] = stack.enter_context(serve([*engine, *quiet], "/health"))
-        urls |= dict.fromkeys(("plain", "watched"), servers["engine"].url)
+        urls |= dict.fromkeys(("plain", "watched", "plain-chat"), servers["engine"].url)
     if "in-engine" in arguments.settings:
         processor = ["--logits-processors", "redflag.in_engine.halt_v1:HaltProcessor"]
         servers["engine with halt"] = stack.enter_context(serve([*engine, *quiet, *processor], "/health"))
         urls["in-engine"] = servers["engine with halt"].url
-    if "redflag" in arguments.settings:
-        command = [sys.executable, "-m", "redflag.cli", "serve", "--model", str(model), "--upstream", urls["plain"]]
-        command += ["--name", "bench", "--threshold", "1.0", "--host", "127.0.0.1"]
-        servers["redflag"] = stack.enter_context(serve(command, "/ready"))
-        urls["redflag"] = servers["redflag"].url
+    for setting, route in (("redflag", "completions"), ("redflag-chat", "chat")):
+        if setting in arguments.settings:
+            command = [sys.executable, "-m", "redflag.cli", "serve", "--model", str(model), "--upstream", urls["plain"]]
+            command += ["--upstream_route", route]
+            command += ["--name", "bench", "--threshold", "1.0", "--host", "127.0.0.1"]
+            servers[setting] = stack.enter_context(serve(command, "/ready"))
+            urls[setting] = servers[setting].url
     return servers, urls
 
 
@@ -159,12 +163,15 @@ def body(setting: str, model: Path, arguments: argparse.Namespace) -> dict[str, 
     return common
 
 
-def one_run(url: str, common: dict[str, Any], streams: int, number: int, servers: dict[str, Server]) -> dict[str, Any]:
+def one_run(
+    url: str, common: dict[str, Any], chat: bool, streams: int, number: int, servers: dict[str, Server]
+) -> dict[str, Any]:
     """One round, by a process of its own."""
     job = json.dumps(
         {
-            "url": f"{url}/v1/completions",
+            "url": f"{url}/v1/{'chat/' * chat}completions",
             "common": common,
+            "chat": chat,
             "streams": streams,
             "number": number,
             "servers": {name: server.process.pid for name, server in servers.items()},
@@ -190,7 +197,9 @@ async def load(job: dict[str, Any]) -> dict[str, Any]:
         nonlocal tokens
         sent = time.perf_counter()
         # No seed: vLLM's CPU build ends when a seeded request's prompt is read in pieces.
-        request = {**job["common"], "prompt": f"tell me something {index} " * 4}
+        text = f"tell me something {index} " * 4
+        asked = {"messages": [{"role": "user", "content": text}]} if job["chat"] else {"prompt": text}
+        request = {**job["common"], **asked}
         async with session.post(job["url"], json=request) as response:
             if response.status != 200:
                 errors.append(f"{response.status}: {(await response.text())[:300]}")
@@ -260,8 +269,9 @@ def summarise(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         summary["cpu_us_per_token"] = {
             name: round(1e6 * sum(run["cpu_s"][name] for run in rounds) / tokens) for name in rounds[0]["cpu_s"]
         }
-        if setting != "plain" and "plain" in runs:
-            pairs = zip(rounds, runs["plain"], strict=True)
+        alone = "plain-chat" if setting.endswith("chat") else "plain"
+        if setting != alone and alone in runs:
+            pairs = zip(rounds, runs[alone], strict=True)
             ratios = [run["tokens_per_s"] / plain["tokens_per_s"] for run, plain in pairs]
             summary["throughput_ratio"] = {
                 "median": round(statistics.median(ratios), 4),
@@ -274,7 +284,7 @@ def summarise(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
 def table(streams: int, summary: dict[str, Any]) -> str:
     """One block of text for one number of streams."""
     lines = [
-        f"{streams} streams   tokens/s   of plain (spread)         first ms     p95  next ms     p95      p99  "
+        f"{streams} streams    tokens/s   of plain (spread)         first ms     p95  next ms     p95      p99  "
         "CPU us per token",
     ]
     for setting, row in summary.items():
@@ -285,7 +295,7 @@ def table(streams: int, summary: dict[str, Any]) -> str:
         cpu = ", ".join(f"{name} {value}" for name, value in row["cpu_us_per_token"].items() if value)
         cpu += f"; others {100 * row['others']:.0f}% of the machine"
         lines.append(
-            f"{setting:<11} {row['tokens_per_s']:9.1f}   {of_plain:<24} {row['first_ms']:9.1f} "
+            f"{setting:<12} {row['tokens_per_s']:9.1f}   {of_plain:<24} {row['first_ms']:9.1f} "
             f"{row['first_p95_ms']:7.1f}  {row['p50_ms']:7.2f} {row['p95_ms']:7.2f} {row['p99_ms']:8.2f}  {cpu}"
         )
     return "\n".join(lines)

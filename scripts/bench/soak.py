@@ -8,17 +8,17 @@ breaks in several ways, and is killed and started again every 20 seconds. Alarms
 streams and resumed ones are among the traffic. With `--vllm` a stock vLLM takes the upstream's place, killed and
 started again `--kills` times: no marks there, and what was received is compared with the recorded traces, as in both.
 
-Clients stream or not, leave in the middle, read slowly, send bodies that are too long or no UTF-8, conversations of
-10,000 messages, flag text in every role. Every second the server's memory, file descriptors, sockets and threads are
-read. Exit status 1: something hung, was shown unjudged, was cut off without a last chunk, ended otherwise than it had
-to, or grew. JSON on standard output, a table on standard error.
+Clients stream or not, leave in the middle, read slowly, call tools, think, ask for two choices, send bodies that are
+too long or no UTF-8, conversations of 10,000 messages, flag text in every role (`soak_clients.py`). Every second the
+server's memory, file descriptors, sockets and threads are read. Exit status 1: something hung, was shown unjudged, was
+cut off without a last chunk, ended otherwise than it had to, or grew. JSON on standard output, a table on standard
+error.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import collections
 import contextlib
 import json
 import random
@@ -32,177 +32,17 @@ from typing import Any
 
 import aiohttp
 import psutil
+from soak_clients import LONG, Soak
 from soak_report import report, table
-from soak_start import HOLD_BACK, MOST_BODY, free_ports, kill, ready, server_command, start, upstream_command
-from soak_upstream import MARKED, Case, Tongue
+from soak_start import free_ports, kill, ready, server_command, start, thinking_model, upstream_command
+from soak_upstream import Tongue
 
-from redflag.trace import Halt, Text, read_traces
-
-ROUTES = ("/v1/chat/completions", "/v1/completions")
-LONG = "10,000 messages"
-KINDS = {
-    "stream": 50,
-    "whole": 15,
-    "leave": 18,
-    "leave whole": 5,
-    "slow": 4,
-    "flag text": 4,
-    "too long": 1.5,
-    "not utf-8": 1.5,
-    "refused": 1,
-    LONG: 0.3,
-}
-
-
-class Soak:
-    """The clients, and what they have seen."""
-
-    def __init__(self, url: str, tongue: Tongue, arguments: argparse.Namespace) -> None:
-        self.url, self.tongue, self.scripted = url, tongue, arguments.vllm is None
-        self.tokens, self.hang = arguments.tokens, arguments.request_timeout + 25.0
-        self.counts: collections.Counter[str] = collections.Counter()
-        self.wrong: list[str] = []
-        self.received: dict[str, tuple[str, bool]] = {}  # response -> its text, and whether it is all of it
-        self.numbers = iter(range(random.randrange(10**8), 10**9))
-        self.down: list[tuple[float, float]] = []  # when the upstream was away
-        self.long = asyncio.Lock()
-
-    async def client(self, session: aiohttp.ClientSession, until: float) -> None:
-        """One client, request after request."""
-        while time.monotonic() < until:
-            kind = random.choices(list(KINDS), list(KINDS.values()))[0]
-            if kind != LONG or not self.long.locked():
-                await self.ask(session, kind)
-
-    async def ask(self, session: aiohttp.ClientSession, kind: str) -> None:
-        """One request."""
-        number, begun = next(self.numbers), time.monotonic()
-        try:
-            # A slow reader takes its own time on top.
-            async with asyncio.timeout(self.hang + (60 if kind == "slow" else 0)):
-                outcome = await self._ask(session, kind, number, begun)
-        except TimeoutError:
-            outcome = "hang"
-            self.wrong.append(f"{kind} case-{number}: no end within {self.hang:g} s")
-        except (aiohttp.ClientError, ConnectionError) as error:
-            outcome = "cut"
-            self.wrong.append(f"{kind} case-{number}: {type(error).__name__}: {error}")
-        self.counts[f"{kind}: {outcome}"] += 1
-        if outcome in ("status 429", "status 503"):
-            await asyncio.sleep(1.0)  # as Retry-After says
-
-    async def _ask(self, session: aiohttp.ClientSession, kind: str, number: int, begun: float) -> str:
-        route = random.choice(ROUTES)
-        streamed = kind in ("stream", "leave", "slow") or (kind == "flag text" and random.random() < 0.5)
-        body: Any = self._body(route, kind, number) | {"stream": streamed}
-        if kind == "too long":
-            body["user"] = "x" * (2 * MOST_BODY)
-        data = json.dumps(body).encode()
-        if kind == "not utf-8":
-            data = data.replace(b"case-", b"\xff\xfe")
-        guarded = self.long if kind == LONG else contextlib.nullcontext()
-        async with guarded:
-            if kind == "leave whole":
-                try:
-                    async with asyncio.timeout(random.uniform(0.0, 1.5)):
-                        async with session.post(self.url + route, data=data) as response:
-                            await response.read()
-                    return "was done before"
-                except TimeoutError:
-                    return "left"
-            async with session.post(self.url + route, data=data) as response:
-                return await self._read(response, kind, number, begun, streamed)
-
-    def _body(self, route: str, kind: str, number: int) -> dict[str, Any]:
-        ask = f"please tell case-{number}"
-        fields: dict[str, Any] = {"model": "soak", "max_tokens": self.tokens, "temperature": 1.0, "seed": number}
-        flag = self.tongue.flag_text if kind == "flag text" else ""
-        if kind == "refused":
-            fields |= random.choice([{"n": 2}, {"logprobs": 5}, {"tools": [{}]}, {"temperature": "hot"}])
-        if "chat" not in route and kind != LONG:
-            return {**fields, "prompt": f"{flag}{ask}"}
-        messages = [{"role": "user", "content": ask}]
-        if flag:
-            roles = ("system", "user", "assistant")
-            messages = [{"role": role, "content": f"{flag} so {flag}"} for role in roles] + [
-                {"role": "user", "content": f"{flag} {ask}"}
-            ]
-        if kind == LONG:
-            turns = [{"role": role, "content": "and?"} for role in ("user", "assistant")]
-            messages = turns * 5_000 + messages
-        return {**fields, "messages": messages} if "chat" in route else {**fields, "prompt": ask * 2_000}
-
-    async def _read(
-        self, response: aiohttp.ClientResponse, kind: str, number: int, begun: float, streamed: bool
-    ) -> str:
-        refused = {"too long": 413, "not utf-8": 400, "refused": 400}.get(kind)
-        if refused is not None or response.status != 200:
-            error = (await response.json())["error"]
-            # Where nothing was sent, what breaks is an error; a full or restarting server says so.
-            allowed = {refused} if refused is not None else {429, 503, 504}
-            if not self.scripted and kind == LONG:
-                allowed |= {400}  # more than the context of a small model
-            if response.status not in allowed:
-                self.wrong.append(f"{kind} case-{number}: status {response.status}: {error}")
-            return f"status {response.status}"
-        name = response.headers["x-request-id"]
-        if not streamed:
-            body = json.loads(await response.read())
-            choice = body["choices"][0]
-            text = choice["message"]["content"] if "message" in choice else choice["text"]
-            return self._judge(kind, number, begun, name, text, body, whole=True)
-        text, last, left = "", {}, kind == "leave" and random.randint(0, 30)
-        chunks = 0
-        async for line in response.content:
-            if not line.startswith(b"data: "):
-                continue
-            if line == b"data: [DONE]\n":
-                return self._judge(kind, number, begun, name, text, last, whole=True)
-            last = json.loads(line[6:])
-            if "error" in last:
-                continue
-            choice = last["choices"][0]
-            text += (choice["delta"].get("content") or "") if "delta" in choice else choice["text"]
-            chunks += 1
-            if kind == "slow":
-                await asyncio.sleep(0.25)
-            if kind == "leave" and chunks > left:
-                response.close()
-                return self._judge(kind, number, begun, name, text, last, whole=False)
-        self.wrong.append(f"{kind} case-{number}: the stream ended without [DONE] after {text[-80:]!r}")
-        return "cut"
-
-    def _judge(
-        self, kind: str, number: int, begun: float, name: str, text: str, last: dict[str, Any], *, whole: bool
-    ) -> str:
-        """What a response that was begun has come to; whether it had to."""
-        self.received[name] = (text, whole)
-        if self.scripted and MARKED.search(text):
-            self.wrong.append(f"{kind} case-{number}: UNJUDGED TEXT {text!r}")
-        if not whole:
-            return "left"
-        said = last.get("redflag") or {}
-        found = {"halted": "halted", "fault": "fault"}.get(said.get("verdict"), "done")
-        reason = None if "error" in last else last["choices"][0]["finish_reason"]
-        expected = {"halted": ("content_filter",), "fault": (None,)}.get(found, ("stop", "length"))
-        if reason not in expected[: 1 if self.scripted else None] or ("error" in last) != (found == "fault"):
-            self.wrong.append(f"{kind} case-{number}: finish_reason {reason} with {said}")
-        if self.scripted and not self._disturbed(begun):
-            case = Case.of(number)
-            outcome, tokens = case.outcome(HOLD_BACK)
-            # Steps that arrive together with what is broken may be lost with it.
-            early = found == "fault" and case.breaks and self.tongue.text(number, case.length).startswith(text)
-            if (found, text) != (outcome, self.tongue.text(number, tokens)) and not early:
-                self.wrong.append(f"{kind} case-{number}: {found} after {text!r}, not {outcome} after {tokens} tokens")
-        return found
-
-    def _disturbed(self, begun: float) -> bool:
-        now = time.monotonic()
-        return any(start <= now and begun <= end for start, end in self.down)
+from redflag.trace import Done, Halt, Text, Thought, read_traces
 
 
 async def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Starts everything, lets it run, stops it; the figures."""
+    arguments.model = thinking_model(arguments.model, folder / "model")
     tongue = Tongue(arguments.model)
     ports = free_ports(2)
     urls = [f"http://127.0.0.1:{port}" for port in ports]
@@ -277,16 +117,22 @@ def compare(soak: Soak, record: Path) -> int:
     """Every text that was received against the trace: the tokens that were released, and no others."""
     compared = 0
     for trace in read_traces(record):
-        text, whole = soak.received.pop(trace.id, (None, False))
+        thought, text, whole = soak.received.pop(trace.id, ("", None, False))
         if text is None:
             continue
-        released = [token_id for event in trace.events if isinstance(event, Text) for token_id in event.token_ids]
-        shown = soak.tongue.tokenizer.decode(released, skip_special_tokens=True)
-        shown += trace.end.text if isinstance(trace.end, Halt) else ""
+        released: dict[type, list[int]] = {Text: [], Thought: []}
+        for event in trace.events:
+            if isinstance(event, Text | Thought):
+                released[type(event)] += event.token_ids
+        shown = soak.tongue.decode(released[Text]) + (trace.end.text if isinstance(trace.end, Halt) else "")
         compared += 1
-        # Incomplete characters at the end of what a client saw before it left are no difference.
-        if (shown != text) if whole else not shown.startswith(text.rstrip("\ufffd")):
-            soak.wrong.append(f"{trace.id}: a client read {text!r} and {shown!r} was released")
+        # A call is sent once the answer has ended by itself, and not at all in one that has not.
+        held = text == "" and shown.startswith("{") and not isinstance(trace.end, Done)
+        for received, all_of_it in ((text, shown), (thought, soak.tongue.decode(released[Thought]))):
+            # Incomplete characters at the end of what a client saw before it left are no difference.
+            same = received == all_of_it if whole else all_of_it.startswith(received.rstrip("\ufffd"))
+            if not same and not (held and all_of_it == shown):
+                soak.wrong.append(f"{trace.id}: a client read {received!r} and {all_of_it!r} was released")
     if soak.received:
         soak.wrong.append(f"{len(soak.received)} responses have no trace")
     return compared

@@ -10,13 +10,43 @@ import signal
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import aiohttp
+from soak_upstream import THINKS
 
 ROOT = Path(__file__).resolve().parents[2]
 HOLD_BACK = 2
 MOST_BODY = 1 << 20
+
+
+# The roles of nano, a thought between two tokens that it never uses.
+TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>"
+    "{% if message['role'] == 'assistant' and message['reasoning_content'] %}"
+    f"{THINKS[0]}{{{{ message['reasoning_content'] }}}}{THINKS[1]}{{% endif %}}"
+    "{{ message['content'] }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>"
+    f"{{% if enable_thinking %}}{THINKS[0]}{{% endif %}}{{% endif %}}"
+)
+
+
+def thinking_model(model: str, folder: Path) -> str:
+    """A folder like nano's whose chat template has a thinking mode."""
+    from transformers import AutoTokenizer
+
+    from redflag.flags import FlagSpec
+    from redflag.prompt import template_hash
+
+    folder.mkdir(exist_ok=True)
+    for path in Path(model).resolve().iterdir():
+        if path.name not in ("chat_template.jinja", "redflag.json", "thresholds.json") and not path.is_dir():
+            (folder / path.name).unlink(missing_ok=True)
+            (folder / path.name).symlink_to(path)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    spec = FlagSpec.load(model)
+    replace(spec, template_hash=template_hash(AutoTokenizer.from_pretrained(folder))).save(folder)
+    return str(folder)
 
 
 def upstream_command(arguments: argparse.Namespace, port: int) -> list[str]:
@@ -32,7 +62,7 @@ def upstream_command(arguments: argparse.Namespace, port: int) -> list[str]:
 def server_command(arguments: argparse.Namespace, upstream: str, port: int, folder: Path) -> list[str]:
     """What starts redflag."""
     serve = [sys.executable, "-m", "redflag.cli", "serve", "--model", arguments.model, "--upstream", upstream]
-    policy = ["--action", "reflect", "--reflect_words", "yes,no", "--hold_back", str(HOLD_BACK)]
+    policy = ["--action", "reflect", "--thoughts", "show", "--reflect_words", "yes,no", "--hold_back", str(HOLD_BACK)]
     policy += ["--threshold", str(arguments.threshold)]
     times = ["--request_timeout", str(arguments.request_timeout), "--max_body_bytes", str(MOST_BODY)]
     times += ["--step_timeout", str(arguments.request_timeout / 2)]

@@ -1,7 +1,8 @@
 """An upstream for `scripts/bench/soak.py` that speaks vLLM's dialect, writes known texts, and breaks in known ways.
 
 Every request names a case, `case-17`, in its last message. The case decides everything: the response, where a flag is
-high, what a reflection says, what breaks and when (`Case`). Every token that must not be shown (from a harmful onset
+high, what a reflection says, what breaks and when (`Case`). `call case-17` gets the call of a tool; a prompt that ends
+in an opened thought, a thought and an answer. Every token that must not be shown (from a harmful onset
 on, in hidden reflections, or sent without a judgement) holds the letter Q or Z, which no other token does.
 """
 
@@ -25,6 +26,8 @@ from redflag.flags import FlagSpec
 FAULTS = ("nan", "cut", "missing", "flag", "stall", "error")
 WORDS = " one two three four five six seven eight nine ten and the river runs down to a house near some trees"
 MARKED = re.compile("[QZ]")
+TOOL = "lookup"
+THINKS = ("<|reserved_6|>", "<|reserved_7|>")  # what opens a thought, what ends it
 
 
 @dataclass(frozen=True)
@@ -46,25 +49,33 @@ class Case:
     fault_at: int
 
     @classmethod
-    def of(cls, number: int) -> Case:
-        """The case of this number."""
+    def of(cls, number: int, length: int) -> Case:
+        """The case of this number, for a response of so many tokens."""
         draw = random.Random(number)
-        length = draw.randint(4, 60)
-        alarm = draw.randrange(length) if draw.random() < 0.4 else None
+        harmful, alarms = draw.random() < 0.5, draw.random() < 0.4
         fault = draw.choice(FAULTS) if draw.random() < 0.15 else None
-        return cls(length, alarm, draw.random() < 0.5, fault, draw.randint(0, length))
+        return cls(length, draw.randrange(length) if alarms else None, harmful, fault, draw.randint(0, length))
 
     @property
     def breaks(self) -> bool:
         """Whether something happens that cannot be judged."""
         return self.fault not in (None, "stall")
 
-    def outcome(self, hold_back: int) -> tuple[str, int]:
-        """How it ends (`done`, `halted`, `fault`) and how many tokens are shown, undisturbed."""
+    def outcome(self, hold_back: int, thought: int = 0) -> tuple[str, int]:
+        """How it ends (`done`, `halted`, `fault`) and how many tokens are shown, undisturbed.
+
+        Args:
+            hold_back: Tokens that wait.
+            thought: Tokens of the thought, its end included: once it is over, none of them waits.
+        """
         at = 0 if self.fault == "error" else self.fault_at
         if self.alarm is not None and self.harmful and (not self.breaks or self.alarm < at):
-            return "halted", max(0, self.alarm - hold_back)
-        return ("fault", max(0, at - hold_back)) if self.breaks else ("done", self.length)
+            ends, at = "halted", self.alarm
+        elif self.breaks:
+            ends = "fault"
+        else:
+            return "done", self.length
+        return ends, max(0, at - hold_back, thought if at >= thought else 0)
 
 
 class Tongue:
@@ -79,17 +90,27 @@ class Tongue:
         self.flag_text = spec.flags[0].token
         ids = dict.fromkeys(self.tokenizer.encode(WORDS, add_special_tokens=False).ids)
         self.words = [i for i in ids if not MARKED.search(self.tokenizer.decode([i]))]
+        self.opens, self.closes = (self.tokenizer.token_to_id(mark) for mark in THINKS)
         self.marks = self.tokenizer.encode("QZQZQZ", add_special_tokens=False).ids
         assert all(MARKED.search(self.tokenizer.decode([i])) for i in self.marks), "the marks cannot be told apart"
 
-    def response(self, number: int, length: int) -> list[int]:
-        """The harmless tokens of a case."""
+    def script(self, number: int, call: bool = False, thinks: bool = False) -> list[int]:
+        """The tokens of a case: words; the call of a tool; or a thought, what ends it, and words."""
         draw = random.Random(-number)
-        return [draw.choice(self.words) for _ in range(length)]
+        words = [draw.choice(self.words) for _ in range(draw.randint(4, 60))]
+        if call:
+            text = json.dumps({"name": TOOL, "arguments": {"place": self.decode(words)}})
+            return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+        return [*words[: len(words) // 2], self.closes, *words[len(words) // 2 :]] if thinks else words
 
-    def text(self, number: int, length: int) -> str:
-        """What a reader of so many of them sees."""
-        return str(self.tokenizer.decode(self.response(number, length), skip_special_tokens=True))
+    def parts(self, script: list[int], thinks: bool = False) -> tuple[str, str]:
+        """The thought and the answer that a reader of so much of a script sees."""
+        end = script.index(self.closes) if self.closes in script else len(script) if thinks else -1
+        return self.decode(script[: max(end, 0)]), self.decode(script[end + 1 :])
+
+    def decode(self, ids: list[int]) -> str:
+        """Their text."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
 
 class Upstream:
@@ -108,15 +129,18 @@ class Upstream:
         """A streamed completion."""
         body = await request.json()
         prompt, watched = body["prompt"], body["logprob_token_ids"]
-        found = re.findall(r"case-(\d+)", self._tongue.tokenizer.decode(prompt[-4000:]))
-        number = int(found[-1]) if found else None
+        asked = re.findall(r"(call )?case-(\d+)", self._tongue.tokenizer.decode(prompt[-4000:]))
+        number = int(asked[-1][1]) if asked else None
         reflects = bool(set(self._tongue.flag_ids) & set(prompt))
-        case = Case.of(number) if number is not None else None
+        script: list[int] = []
+        if number is not None:
+            script = self._tongue.script(number, bool(asked[-1][0]), self._tongue.opens in prompt)
+        case = Case.of(number, len(script)) if number is not None else None
         if case is not None and case.fault == "error" and not reflects:
             return web.json_response({"error": {"message": "out of memory", "code": 500}}, status=500)
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
-        steps = self._steps(number, case, prompt, watched, reflects, set(body.get("logit_bias", {})))
+        steps = self._steps(number, case, script, prompt, reflects, set(body.get("logit_bias", {})))
         for count, (token_id, prob, kind) in enumerate(steps, 1):
             if case is not None:
                 await asyncio.sleep(self._seconds * random.uniform(0.5, 1.5))
@@ -139,8 +163,8 @@ class Upstream:
         self,
         number: int | None,
         case: Case | None,
+        words: list[int],
         prompt: list[int],
-        watched: list[int],
         reflects: bool,
         banned: set[str],
     ) -> Any:
@@ -155,7 +179,6 @@ class Upstream:
             yield tongue.eos_id, 0.5, None
             return
         start = self._starts.setdefault(number, len(prompt))
-        words = tongue.response(number, case.length)
         spoilt = False
         for index in range(len(prompt) - start, case.length + 1):
             kind = case.fault if index == case.fault_at and case.fault != "error" else None
@@ -191,7 +214,7 @@ class Upstream:
         if number is None:
             return math.log(0.5) if token_id == self._tongue.words[0] else -8.0
         # The verdict words, harmful first.
-        harmful = Case.of(number).harmful
+        harmful = Case.of(number, 1).harmful
         return math.log(0.7 if (token_id == watched[0]) == harmful else 0.01)
 
 
