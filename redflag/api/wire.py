@@ -28,21 +28,20 @@ released. Behind a decoy all tokens count as released, and only those, with a th
 
 Calls of tools are sent once the response has ended by itself, each in one piece; behind a halt there are none.
 
-An operator who asks for the trace finds it in `redflag` too, whatever the end (`operator_view`). Nobody else reads a
-number here: a probability is an attacker's compass.
+An operator who asks for the trace finds it in `redflag` too, whatever the end (`redflag.api.operator_view`). Nobody
+else reads a number here: a probability is an attacker's compass.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from redflag.api.logprobs import ShownLogprobs, Token, in_chat, in_text
 from redflag.api.tool_calls import CallReader
-from redflag.trace import Done, Event, Halt, Text, Thought, Trace
+from redflag.trace import Done, Event, Halt, Text, Thought
 
 DONE = b"data: [DONE]\n\n"
 REFUSAL = "The response was stopped by a safety check before any of it was shown."
@@ -343,41 +342,6 @@ def together(parts: Sequence[tuple[Answer, int, dict[str, Any] | None]]) -> dict
     return {**answers[0].head, "choices": choices, "usage": usage(answers), **(halted[0] if halted else {})}
 
 
-def operator_view(trace: Trace) -> dict[str, Any]:
-    """What an operator sees at the end of a response, and nobody else: numbers, and what stayed hidden.
-
-    `alarms`, `reflections`, `escalations` in order; `peak`: category -> highest score; `waited`: hidden tokens;
-    `thought`: tokens and peaks of the thought, if there was one (`peak` is then the answer's);
-    `detail`: what went wrong, for a fault; `end`: how it really ended, also behind a decoy.
-    """
-    facts, end = trace.facts(), trace.end
-    return {
-        "end": {"kind": type(end).__name__.lower(), "reason": end.reason} if end is not None else None,
-        "detail": facts.detail,
-        "peak": {name: _number(facts.step_peaks.get(name, 0.0)) for name in trace.categories},
-        "waited": facts.waited,
-        **({"thought": _thought(trace)} if facts.thought_tokens else {}),
-        "alarms": [
-            {
-                "position": event.position,
-                "category": event.category,
-                "score": _number(event.score),
-                "threshold": _number(event.threshold),
-                "action": event.action,
-            }
-            for event in facts.alarms
-        ],
-        "reflections": [
-            {"position": event.position, "verdict": event.verdict, "harm": _number(event.harm), "text": event.text}
-            for event in facts.reflections
-        ],
-        "escalations": [
-            {"position": event.position, "verdict": event.verdict, "harm": _number(event.harm), "detail": event.detail}
-            for event in facts.escalations
-        ],
-    }
-
-
 # Letters that stand for the text of a chunk while the chunk is made.
 _HOLE = "%the text%"
 
@@ -388,12 +352,3 @@ def _sse(payload: dict[str, Any]) -> bytes:
 
 def _reasoning(text: str) -> dict[str, str]:
     return {"reasoning_content": text, "reasoning": text}
-
-
-def _thought(trace: Trace) -> dict[str, Any]:
-    facts = trace.facts()
-    return {"tokens": facts.thought_tokens, "peak": {k: _number(peak) for k, peak in facts.thought_peaks.items()}}
-
-
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None  # JSON knows no others

@@ -15,7 +15,8 @@ from sse_starlette.sse import SendTimeoutError
 from starlette.types import Message, Receive, Scope, Send
 
 from redflag.api.api_errors import ApiError, error_response, late, refused_by_engine, stopping, unavailable
-from redflag.api.wire import Answer, ending, operator_view, together
+from redflag.api.operator_view import operator_view
+from redflag.api.wire import Answer, ending, together
 from redflag.errors import RedflagError
 from redflag.server.access import Limits
 from redflag.server.exchange import CLOSING, Exchange

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from running import MODEL, chunks_of, events_of, text_of_chunks, text_of_events
 
 from redflag.api.doors import DOORS
+from redflag.api.operator_view import operator_view
 from redflag.api.schema import parse
-from redflag.api.wire import Answer, operator_view
+from redflag.api.wire import Answer
 from redflag.trace import Alarm, Done, Escalation, Event, Halt, Reflection, Resume, Text, Trace
 
 TEXTS = st.text(max_size=8) | st.sampled_from(
