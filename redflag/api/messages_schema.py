@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, Discriminator, Field, Tag
 
 from redflag.api.schema import _OPEN, OneAnswer, _Limit, _Stops
+from redflag.api.structured import json_schema
+from redflag.api.thinking import AskedThinking
+from redflag.api.tool_fields import MessagesTools
 from redflag.backends import Sampling
 
 
@@ -87,11 +90,24 @@ class _Turn(BaseModel):
             yield turn
 
 
-class CountRequest(OneAnswer):
+class _Thinking(BaseModel):
+    model_config = _OPEN
+    type: Literal["enabled", "disabled", "adaptive"]
+    budget_tokens: int | None = None  # how much is thought is the model's affair
+
+
+class _OutputConfig(BaseModel):
+    model_config = _OPEN
+    format: Any = None
+
+
+class CountRequest(OneAnswer, MessagesTools):
     """Body of `/v1/messages/count_tokens`."""
 
     messages: Annotated[list[_Turn], Field(min_length=1)]
     system: str | list[_TextBlock] | None = None
+    thinking: _Thinking | None = None
+    output_config: _OutputConfig | None = None
 
     param: ClassVar[str] = "messages"
 
@@ -101,6 +117,17 @@ class CountRequest(OneAnswer):
         turns = [{"role": "system", "content": system}] if system else []
         return [*turns, *(turn for message in self.messages for turn in message.turns())]
 
+    def asked_schema(self) -> tuple[str, Mapping[str, Any]] | None:
+        """As for every request."""
+        form = ("output_config.format", self.output_config.format if self.output_config else None)
+        return json_schema(self.response_format, self.structured_outputs, self.guided_json, flat=form)
+
+    def asked_thinking(self) -> AskedThinking:
+        """As for every request; with `adaptive` the model thinks if it can."""
+        kind = self.thinking.type if self.thinking else None
+        told = {"enabled": True, "disabled": False}.get(kind or "")
+        return AskedThinking(told, kind, "thinking", "thinking")
+
     @property
     def prefill(self) -> str | None:
         """As for a chat."""
@@ -109,6 +136,9 @@ class CountRequest(OneAnswer):
     def extra(self) -> Iterator[str]:
         """As for every request; of the messages and blocks too."""
         yield from super().extra()
+        yield from self.unused()
+        for name, part in (("thinking", self.thinking), ("output_config", self.output_config)):
+            yield from (f"{name}.{key}" for key in (part and part.model_extra) or {})
         for message in self.messages:
             yield from (f"messages.{name}" for name in message.model_extra or {})
             if not isinstance(message.content, str):

@@ -3,11 +3,16 @@
 | how it ended | `stop_reason` |
 |---|---|
 | by itself | `end_turn`, or `stop_sequence` with the text in `stop_sequence` |
+| ... with calls of tools | `tool_use` |
 | at its limit | `max_tokens` |
 | an alarm | `refusal`; the reason in words in `stop_details` |
 | a fault, in a stream | none, but the event `error` |
 
 A fault is a 5xx where nothing was sent yet, and for a whole answer.
+
+`content` holds a `thinking` block where a thought was shown (its signature is empty, since nothing is signed here), a
+`text` block where there is text, and a `tool_use` block for each call. Calls are sent once the response has ended by
+itself.
 
 `redflag` stands beside `delta` in the event `message_delta`, or in the body.
 """
@@ -16,16 +21,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from redflag.api.api_errors import in_anthropics_shape
+from redflag.api.tool_formats import Call
 from redflag.api.wire import Answer, usage
 
-_REASONS = {"stop": "end_turn", "length": "max_tokens", "content_filter": "refusal"}
+_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use", "content_filter": "refusal"}
 
 
 class MessagesAnswer(Answer):
-    """One response in the manner of `/v1/messages`, without its thought; otherwise as `Answer`."""
+    """One response in the manner of `/v1/messages`; otherwise as `Answer`."""
 
     says_done = False
 
@@ -40,7 +46,7 @@ class MessagesAnswer(Answer):
         """
         super().__init__(name, model, chat=True, **shared)
         self._stop_text = stop_text
-        self._begun = False
+        self._open: Literal["", "thinking", "text"] = ""  # the block that is being sent
 
     def opening(self) -> bytes:
         """What a stream starts with."""
@@ -48,22 +54,20 @@ class MessagesAnswer(Answer):
 
     def chunk(self, text: str) -> bytes:
         """One piece of text."""
-        begin = b""
-        if not self._begun:
-            self._begun = True
-            begin = _event("content_block_start", index=0, content_block={"type": "text", "text": ""})
-        return begin + _event("content_block_delta", index=0, delta={"type": "text_delta", "text": text})
+        return self._begin("text") + self._delta({"type": "text_delta", "text": text})
 
     def thought_chunk(self, text: str) -> bytes:
-        """Nothing: thoughts are not signed here, and clients send only signed ones back."""
-        return b""
+        """One piece of a thought's text."""
+        return self._begin("thinking") + self._delta({"type": "thinking_delta", "thinking": text})
 
     def last(self, generated: int, view: dict[str, Any] | None = None) -> bytes:
         """What a stream ends with; arguments as for `Answer.last`."""
-        stop = _event("content_block_stop", index=0) if self._begun else b""
+        stop = self._stop()
+        before = int(bool(self.thought)) + int(bool(self.text))
+        calls = b"".join(_whole_call(before + number, call) for number, call in enumerate(self.calls))
         self._generated = generated
         delta = _event("message_delta", delta=self._end(), usage=self._usage(), **self.redflag(view))
-        return stop + delta + _event("message_stop")
+        return stop + calls + delta + _event("message_stop")
 
     def breaking(self, error: dict[str, Any], view: dict[str, Any] | None = None) -> bytes:
         """What a stream ends with after a fault; arguments as for `Answer.breaking`."""
@@ -72,9 +76,32 @@ class MessagesAnswer(Answer):
 
     def body(self, generated: int, view: dict[str, Any] | None = None) -> dict[str, Any]:
         """The whole response; arguments as for `Answer.body`."""
-        content = [{"type": "text", "text": self.text}] if self.text else []
+        thought = [{"type": "thinking", "thinking": self.thought, "signature": ""}] if self.thought else []
+        text = [{"type": "text", "text": self.text}] if self.text else []
+        content = [*thought, *text, *(_call_block(call, json.loads(call.arguments)) for call in self.calls)]
         self._generated = generated
         return {**self._message(content, self._end()), **self.redflag(view)}
+
+    def _begin(self, kind: Literal["thinking", "text"]) -> bytes:
+        """A block, before what is in it; the block before it ends."""
+        if self._open == kind:
+            return b""
+        before = self._stop()
+        self._open = kind
+        block = {"type": kind, kind: "", **({"signature": ""} if kind == "thinking" else {})}
+        return before + _event("content_block_start", index=self._index_of_open, content_block=block)
+
+    def _delta(self, delta: dict[str, str]) -> bytes:
+        return _event("content_block_delta", index=self._index_of_open, delta=delta)
+
+    def _stop(self) -> bytes:
+        stop = _event("content_block_stop", index=self._index_of_open) if self._open else b""
+        self._open = ""
+        return stop
+
+    @property
+    def _index_of_open(self) -> int:
+        return int(self._open == "text" and bool(self.thought))
 
     def _end(self) -> dict[str, Any]:
         assert self.finish_reason is not None, "the response goes on"
@@ -107,6 +134,19 @@ class MessagesAnswer(Answer):
             "output_tokens": counts["completion_tokens"],
             "output_tokens_details": {"thinking_tokens": self.thought_tokens, **counts["completion_tokens_details"]},
         }
+
+
+def _call_block(call: Call, given: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "tool_use", "id": call.id, "name": call.name, "input": given}
+
+
+def _whole_call(index: int, call: Call) -> bytes:
+    """A call, which comes at once."""
+    return (
+        _event("content_block_start", index=index, content_block=_call_block(call, {}))
+        + _event("content_block_delta", index=index, delta={"type": "input_json_delta", "partial_json": call.arguments})
+        + _event("content_block_stop", index=index)
+    )
 
 
 def _event(kind: str, **content: Any) -> bytes:

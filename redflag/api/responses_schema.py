@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, Discriminator, Field, Tag, field_validator
 from pydantic_core import PydanticCustomError
 
 from redflag.api.schema import _OPEN, OneAnswer, _Limit, _Message
+from redflag.api.structured import json_schema
+from redflag.api.thinking import AskedThinking
+from redflag.api.tool_fields import ResponsesTools
 
 
 class _Part(BaseModel):
@@ -81,13 +84,19 @@ _Item = Annotated[
 ]
 
 
-class ResponsesRequest(OneAnswer):
+class _Reasoning(BaseModel):
+    model_config = _OPEN
+    effort: str | None = None
+
+
+class ResponsesRequest(OneAnswer, ResponsesTools):
     """Body of `/v1/responses`."""
 
     items: str | list[_Item] = Field(alias="input")
     instructions: str | None = None
     max_output_tokens: _Limit | None = None
     text: dict[str, Any] | None = None
+    reasoning: _Reasoning | None = None
 
     param: ClassVar[str] = "input"
 
@@ -97,14 +106,6 @@ class ResponsesRequest(OneAnswer):
         if items == []:
             raise PydanticCustomError("too_short", "it is empty; give at least one item")
         return items
-
-    @field_validator("text")
-    @classmethod
-    def _no_format(cls, text: dict[str, Any] | None) -> dict[str, Any] | None:
-        form = (text or {}).get("format")
-        if form is not None and form != {"type": "text"}:
-            raise PydanticCustomError("unsupported_turn", "a format other than text is not supported; leave it out")
-        return text
 
     @property
     def asked_tokens(self) -> int | None:
@@ -116,8 +117,17 @@ class ResponsesRequest(OneAnswer):
         """The field that says so."""
         return "max_output_tokens" if self.max_output_tokens else super().limit
 
+    def asked_schema(self) -> tuple[str, Mapping[str, Any]] | None:
+        """As for every request."""
+        form = ("text.format", (self.text or {}).get("format"))
+        return json_schema(self.response_format, self.structured_outputs, self.guided_json, flat=form)
+
+    def asked_thinking(self) -> AskedThinking:
+        """As for every request."""
+        return AskedThinking(None, self.reasoning.effort if self.reasoning else None, "", "reasoning.effort")
+
     def input(self) -> list[dict[str, Any]]:
-        """The conversation: instructions, then the items; calls that follow each other are one turn."""
+        """The conversation: instructions, then the items; what the assistant says and then calls is one turn."""
         turns: list[dict[str, Any]] = []
         if self.instructions:
             turns.append({"role": "system", "content": self.instructions})
@@ -130,9 +140,9 @@ class ResponsesRequest(OneAnswer):
                 output = item.output if isinstance(item.output, str) else "\n".join(part.text for part in item.output)
                 turns.append({"role": "tool", "tool_call_id": item.call_id, "content": output})
             elif isinstance(item, _CallItem):
-                if not (turns and turns[-1].get("role") == "assistant" and "tool_calls" in turns[-1]):
-                    turns.append({"role": "assistant", "content": "", "tool_calls": []})
-                turns[-1]["tool_calls"].append(item.call())
+                if not (turns and turns[-1]["role"] == "assistant"):
+                    turns.append({"role": "assistant", "content": ""})
+                turns[-1].setdefault("tool_calls", []).append(item.call())
         return turns
 
     @property
@@ -145,6 +155,10 @@ class ResponsesRequest(OneAnswer):
     def extra(self) -> Iterator[str]:
         """As for every request; of the items too."""
         yield from super().extra()
+        yield from self.unused()
+        for name, value in ((self.reasoning and self.reasoning.model_extra) or {}).items():
+            if value is not None:
+                yield f"reasoning.{name}"
         if (self.text or {}).get("verbosity") not in (None, "medium"):
             yield "text.verbosity"
         if not isinstance(self.items, str):

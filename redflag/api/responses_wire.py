@@ -2,12 +2,15 @@
 
 | how it ended | `status` | besides |
 |---|---|---|
-| by itself | `completed` | |
+| by itself, with calls of tools or without | `completed` | |
 | at its limit | `incomplete` | `incomplete_details.reason`: `max_output_tokens` |
 | an alarm | `incomplete` | `incomplete_details.reason`: `content_filter`; a `refusal` where no text was shown |
 | a fault, in a stream | `failed`, by `response.failed` | `error` |
 
 A fault is a 5xx where nothing was sent yet, and for a whole answer.
+
+`output` holds a `reasoning` item where a thought was shown, a `message` but where there are calls alone, and a
+`function_call` for each call. Calls are sent once the response has ended by itself.
 
 `redflag` stands in the response object of the last event, or in the body.
 """
@@ -15,16 +18,17 @@ A fault is a 5xx where nothing was sent yet, and for a whole answer.
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, Literal
 
 from redflag.api.responses_schema import ResponsesRequest
+from redflag.api.tool_formats import Call
 from redflag.api.wire import Answer, usage
 
 _REASONS = {"length": "max_output_tokens", "content_filter": "content_filter"}
 
 
 class ResponsesAnswer(Answer):
-    """One response in the manner of `/v1/responses`, without its thought; otherwise as `Answer`."""
+    """One response in the manner of `/v1/responses`; otherwise as `Answer`."""
 
     says_done = False
 
@@ -39,9 +43,7 @@ class ResponsesAnswer(Answer):
         """
         super().__init__(name, model, chat=True, **shared)
         self._asked = asked
-        self._item = name.replace("resp", "msg", 1)
-        self._place = {"item_id": self._item, "output_index": 0, "content_index": 0}
-        self._begun = False
+        self._open: Literal["", "reasoning", "message"] = ""  # the item that is being sent
         self._sent = 0
 
     @property
@@ -56,23 +58,17 @@ class ResponsesAnswer(Answer):
 
     def chunk(self, text: str) -> bytes:
         """One piece of text."""
-        return self._begin() + self._event("response.output_text.delta", **self._place, delta=text, logprobs=[])
+        return self._begin("message") + self._inside("response.output_text.delta", delta=text, logprobs=[])
 
     def thought_chunk(self, text: str) -> bytes:
-        """Nothing: thoughts have no place here."""
-        return b""
+        """One piece of a thought's text."""
+        return self._begin("reasoning") + self._inside("response.reasoning_text.delta", delta=text)
 
     def last(self, generated: int, view: dict[str, Any] | None = None) -> bytes:
         """What a stream ends with; arguments as for `Answer.last`."""
-        part, item = self._part(), self._message()
-        sent = self._begin()
-        if self.refusal:
-            sent += self._event("response.refusal.delta", **self._place, delta=self.refusal)
-            sent += self._event("response.refusal.done", **self._place, refusal=self.refusal)
-        else:
-            sent += self._event("response.output_text.done", **self._place, text=self.text, logprobs=[])
-        sent += self._event("response.content_part.done", **self._place, part=part)
-        sent += self._event("response.output_item.done", output_index=0, item=item)
+        sent = (self._begin("message") if self._has_message else b"") + self._end()
+        before = int(bool(self.thought)) + int(self._has_message)
+        sent += b"".join(self._whole_call(before + number, call) for number, call in enumerate(self.calls))
         body = self.body(generated, view)
         return sent + self._event(f"response.{body['status']}", response=body)
 
@@ -80,7 +76,7 @@ class ResponsesAnswer(Answer):
         """What a stream ends with after a fault; arguments as for `Answer.breaking`."""
         assert self.failed, "nothing has failed"
         said = {"code": "server_error", "message": error["error"]["message"]}
-        made = self._response("failed", [self._message()] if self._begun else [], error=said)
+        made = self._response("failed", self._output(), error=said)
         return self._event("response.failed", response={**made, **self.redflag(view)})
 
     def body(self, generated: int, view: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -88,37 +84,94 @@ class ResponsesAnswer(Answer):
         assert self.finish_reason is not None, "the response goes on"
         self._generated = generated
         reason = _REASONS.get(self.finish_reason)
-        made = self._response("incomplete" if reason else "completed", [self._message()], over=True)
+        made = self._response("incomplete" if reason else "completed", self._output(), over=True)
         return {**made, "incomplete_details": {"reason": reason} if reason else None, **self.redflag(view)}
 
-    def _begin(self) -> bytes:
-        """The item and its one part, before what is in it."""
-        if self._begun:
+    def _begin(self, kind: Literal["reasoning", "message"]) -> bytes:
+        """An item and its one part, before what is in it; the item before it ends."""
+        if self._open == kind:
             return b""
-        self._begun = True
-        part = {"type": "refusal", "refusal": ""} if self.refusal else _text_part("")
-        item = {**self._message(), "status": "in_progress", "content": []}
-        return self._event("response.output_item.added", output_index=0, item=item) + self._event(
-            "response.content_part.added", **self._place, part=part
+        before = self._end()
+        self._open = kind
+        item = self._item(kind)
+        part = item["content"][0]
+        text = "refusal" if part["type"] == "refusal" else "text"
+        return (
+            before
+            + self._event(
+                "response.output_item.added",
+                output_index=self._place["output_index"],
+                item={**item, "status": "in_progress", "content": []},
+            )
+            + self._inside("response.content_part.added", part={**part, text: ""})
         )
 
-    def _part(self) -> dict[str, Any]:
-        return {"type": "refusal", "refusal": self.refusal} if self.refusal else _text_part(self.text)
+    def _end(self) -> bytes:
+        """What the item that is being sent ends with."""
+        if not self._open:
+            return b""
+        item = self._item(self._open)
+        part = item["content"][0]
+        if part["type"] == "refusal":
+            sent = self._inside("response.refusal.delta", delta=self.refusal)
+            sent += self._inside("response.refusal.done", refusal=self.refusal)
+        elif part["type"] == "reasoning_text":
+            sent = self._inside("response.reasoning_text.done", text=self.thought)
+        else:
+            sent = self._inside("response.output_text.done", text=self.text, logprobs=[])
+        sent += self._inside("response.content_part.done", part=part)
+        sent += self._event("response.output_item.done", output_index=self._place["output_index"], item=item)
+        self._open = ""
+        return sent
 
-    def _message(self) -> dict[str, Any]:
+    def _whole_call(self, index: int, call: Call) -> bytes:
+        """A call, which comes at once."""
+        item = _call_item(call)
+        place = {"item_id": item["id"], "output_index": index}
+        begun = {**item, "status": "in_progress", "arguments": ""}
+        return (
+            self._event("response.output_item.added", output_index=index, item=begun)
+            + self._event("response.function_call_arguments.delta", **place, delta=call.arguments)
+            + self._event("response.function_call_arguments.done", **place, name=call.name, arguments=call.arguments)
+            + self._event("response.output_item.done", output_index=index, item=item)
+        )
+
+    @property
+    def _has_message(self) -> bool:
+        return bool(self.text) or not (self.failed or self.calls)
+
+    def _output(self) -> list[dict[str, Any]]:
+        thought = [self._item("reasoning")] if self.thought else []
+        message = [self._item("message")] if self._has_message else []
+        return [*thought, *message, *map(_call_item, self.calls)]
+
+    def _item(self, kind: Literal["reasoning", "message"]) -> dict[str, Any]:
         whole = self.finish_reason is not None and self.finish_reason not in _REASONS
-        return {
-            "id": self._item,
-            "type": "message",
-            "role": "assistant",
-            "status": "completed" if whole else "incomplete",
-            "content": [self._part()],
-        }
+        if kind == "reasoning":
+            status = "completed" if whole or self.text else "incomplete"  # Text comes behind the whole thought.
+            content = [{"type": "reasoning_text", "text": self.thought}]
+            return {"id": self._id("rs"), "type": kind, "status": status, "summary": [], "content": content}
+        part: dict[str, Any] = {"type": "refusal", "refusal": self.refusal}
+        if not self.refusal:
+            part = {"type": "output_text", "text": self.text, "annotations": [], "logprobs": []}
+        status = "completed" if whole else "incomplete"
+        return {"id": self._id("msg"), "type": kind, "role": "assistant", "status": status, "content": [part]}
+
+    def _id(self, prefix: str) -> str:
+        return str(self.head["id"]).replace("resp", prefix, 1)
+
+    @property
+    def _place(self) -> dict[str, Any]:
+        """Where the part is that is being sent."""
+        if self._open == "reasoning":
+            return {"item_id": self._id("rs"), "output_index": 0, "content_index": 0}
+        return {"item_id": self._id("msg"), "output_index": int(bool(self.thought)), "content_index": 0}
 
     def _response(
         self, status: str, output: list[dict[str, Any]], *, over: bool = False, error: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         asked = self._asked
+        choice, named = asked.choice, {"type": "function", "name": asked.choice.name}
         return {
             "id": self.head["id"],
             "object": "response",
@@ -132,14 +185,14 @@ class ResponsesAnswer(Answer):
             "metadata": asked.metadata or {},
             "model": self.head["model"],
             "output": output,
-            "parallel_tool_calls": True,
+            "parallel_tool_calls": choice.parallel,
             "previous_response_id": None,
-            "reasoning": {"effort": None, "summary": None},
+            "reasoning": {"effort": asked.reasoning.effort if asked.reasoning else None, "summary": None},
             "store": False,
             "temperature": 1.0 if asked.temperature is None else asked.temperature,
-            "text": {"format": {"type": "text"}},
-            "tool_choice": "auto",
-            "tools": [],
+            "text": {"format": {"type": "text"}, **(asked.text or {})},
+            "tool_choice": named if choice.name else choice.mode,
+            "tools": [tool.model_dump() for tool in asked.tools or ()],
             "top_p": 1.0 if asked.top_p is None else asked.top_p,
             "truncation": "disabled",
             "usage": self._usage() if over else None,
@@ -155,11 +208,21 @@ class ResponsesAnswer(Answer):
             "total_tokens": counts["total_tokens"],
         }
 
+    def _inside(self, kind: str, **content: Any) -> bytes:
+        return self._event(kind, **self._place, **content)
+
     def _event(self, kind: str, **content: Any) -> bytes:
         self._sent += 1
         data = json.dumps({"type": kind, "sequence_number": self._sent - 1, **content}, separators=(",", ":"))
         return f"event: {kind}\ndata: {data}\n\n".encode()
 
 
-def _text_part(text: str) -> dict[str, Any]:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+def _call_item(call: Call) -> dict[str, Any]:
+    return {
+        "id": f"fc_{call.id}",
+        "type": "function_call",
+        "call_id": call.id,
+        "name": call.name,
+        "arguments": call.arguments,
+        "status": "completed",
+    }

@@ -6,7 +6,7 @@ Nothing is ignored in silence. Which fields are refused and which are ignored an
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
@@ -26,7 +26,9 @@ from pydantic_core import PydanticCustomError
 from redflag.api.api_errors import ApiError
 from redflag.api.explained import explained
 from redflag.api.fields import ignored_fields
-from redflag.api.tools import ToolFields
+from redflag.api.structured import json_schema
+from redflag.api.thinking import AskedThinking
+from redflag.api.tool_fields import ChatTools
 from redflag.backends import MOST_LOGPROBS, Sampling
 
 MOST_STOPS = 16
@@ -211,6 +213,14 @@ class _Request(BaseModel):
                 if value not in (None, False):
                     yield f"stream_options.{name}"
 
+    def asked_schema(self) -> tuple[str, Mapping[str, Any]] | None:
+        """The field that asks for JSON, and the schema; None without one. Errors as `redflag.api.structured`."""
+        return json_schema(self.response_format, self.structured_outputs, self.guided_json)
+
+    def asked_thinking(self) -> AskedThinking | None:
+        """What the request says of thoughts; None where there is no place for one."""
+        return None
+
     @property
     def named_tokens(self) -> int | None:
         """How many likely tokens the client wants named beside each of the answer's; None: no log-probabilities."""
@@ -261,7 +271,7 @@ class _TemplateOptions(BaseModel):
     thinking: bool | None = None
 
 
-class ChatRequest(_Request, ToolFields):
+class ChatRequest(_Request, ChatTools):
     """Body of `/v1/chat/completions`."""
 
     messages: Annotated[list[_Message], Field(min_length=1)]
@@ -278,11 +288,11 @@ class ChatRequest(_Request, ToolFields):
             raise PydanticCustomError("top_logprobs", "top_logprobs must come with logprobs: true; give both or none")
         return self
 
-    @property
-    def enable_thinking(self) -> bool | None:
-        """What the client tells the chat template."""
+    def asked_thinking(self) -> AskedThinking:
+        """As for every request."""
         options = self.chat_template_kwargs or _TemplateOptions()
-        return options.enable_thinking if options.enable_thinking is not None else options.thinking
+        told = options.enable_thinking if options.enable_thinking is not None else options.thinking
+        return AskedThinking(told, self.reasoning_effort, "chat_template_kwargs", "reasoning_effort")
 
     def inputs(self) -> list[list[dict[str, Any]]]:
         """The one conversation."""

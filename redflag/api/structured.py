@@ -1,4 +1,4 @@
-"""Which JSON a request asks for: `response_format` of OpenAI's, and what vLLM calls the same."""
+"""Which JSON a request asks for: OpenAI's `response_format` and `text.format`, Anthropic's, and vLLM's fields."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 
 
 def json_schema(
-    response_format: Any, structured_outputs: Any = None, guided_json: Any = None
+    response_format: Any, structured_outputs: Any = None, guided_json: Any = None, *, flat: tuple[str, Any] = ("", None)
 ) -> tuple[str, Mapping[str, Any]] | None:
     """The field that counts, and its schema.
 
@@ -20,6 +20,7 @@ def json_schema(
         response_format: `{"type": "text" | "json_object" | "json_schema", ...}`.
         structured_outputs: vLLM's; of its kinds only `{"json": schema}`.
         guided_json: A schema, as older versions of vLLM take it.
+        flat: Name and value of the field that other APIs have for `response_format`, with the schema itself in it.
 
     Raises:
         ApiError: 400; it is malformed, not supported, or two fields ask for something.
@@ -31,7 +32,8 @@ def json_schema(
     wanted = [
         (name, schema)
         for name, schema in (
-            ("response_format", _of_format(response_format)),
+            ("response_format", _of_format(response_format, "response_format")),
+            (flat[0], _of_format(flat[1], flat[0], flat=True)),
             ("structured_outputs", _of_outputs(structured_outputs)),
             ("guided_json", None if guided_json is None else _schema(guided_json, "guided_json")),
         )
@@ -43,7 +45,7 @@ def json_schema(
     return wanted[0] if wanted else None
 
 
-def _of_format(value: Any) -> Mapping[str, Any] | None:
+def _of_format(value: Any, name: str, *, flat: bool = False) -> Mapping[str, Any] | None:
     if value is None:
         return None
     kind = value.get("type") if isinstance(value, dict) else value
@@ -51,18 +53,20 @@ def _of_format(value: Any) -> Mapping[str, Any] | None:
         return None
     if kind == "json_object":  # with a schema beside it, as llama.cpp and others take it
         schema = value.get("schema") if isinstance(value, dict) else None
-        return _ANY_OBJECT if schema is None else _schema(schema, "response_format.schema")
+        return _ANY_OBJECT if schema is None else _schema(schema, f"{name}.schema")
     if kind != "json_schema":
         raise _error(
-            "response_format.type",
-            f"response_format.type must be text, json_object or json_schema (got {_short(kind)}).",
+            f"{name}.type",
+            f"{name}.type must be text, json_object or json_schema (got {_short(kind)}).",
             "invalid_value",
         )
-    described = value.get("json_schema")
-    if not isinstance(described, dict):
-        raise _error("response_format.json_schema", "response_format.json_schema must be an object.", "invalid_type")
-    schema = described.get("schema")
-    return _ANY_OBJECT if schema is None else _schema(schema, "response_format.json_schema.schema")
+    if not flat:
+        name = f"{name}.json_schema"
+        value = value.get("json_schema") if isinstance(value, dict) else None
+    if not isinstance(value, dict):
+        raise _error(name, f"{name} must be an object.", "invalid_type")
+    schema = value.get("schema")
+    return _ANY_OBJECT if schema is None else _schema(schema, f"{name}.schema")
 
 
 def _of_outputs(value: Any) -> Mapping[str, Any] | None:

@@ -41,6 +41,7 @@ from typing import Any
 
 from redflag.api.logprobs import ShownLogprobs, Token, in_chat, in_text
 from redflag.api.tool_calls import CallReader
+from redflag.api.tool_formats import Call
 from redflag.trace import Done, Event, Halt, Text, Thought
 
 DONE = b"data: [DONE]\n\n"
@@ -207,6 +208,16 @@ class Answer:
         """All text so far."""
         return "".join(self._pieces)
 
+    @property
+    def thought(self) -> str:
+        """All of the thought that was shown so far."""
+        return "".join(self._thoughts)
+
+    @property
+    def calls(self) -> tuple[Call, ...]:
+        """The calls of tools; none while the response goes on, nor behind a halt or a fault."""
+        return self._reader.calls if self._reader is not None and self.finish_reason == "tool_calls" else ()
+
     def opening(self) -> bytes:
         """What a stream starts with: in a chat, who speaks."""
         return _sse(self._chunk({"role": "assistant", "content": "", "refusal": None})) if self._chat else b""
@@ -263,7 +274,7 @@ class Answer:
         content: dict[str, Any] = {"text": self.text}
         if self._chat:
             text = (self.refusal if self._in_words else None) or self.text
-            thought = _reasoning("".join(self._thoughts)) if self._thoughts else {}
+            thought = _reasoning(self.thought) if self._thoughts else {}
             content = {"message": {"role": "assistant", "content": text, "refusal": self.refusal, **thought}}
             if calls := self._calls():
                 content["message"] |= {"content": self.text or None, "tool_calls": calls}
@@ -278,11 +289,9 @@ class Answer:
         return self._prompt_tokens, all_tokens, self.tokens
 
     def _calls(self) -> list[dict[str, Any]]:
-        if self.finish_reason != "tool_calls" or self._reader is None:
-            return []
         return [
             {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-            for call in self._reader.calls
+            for call in self.calls
         ]
 
     def redflag(self, view: dict[str, Any] | None) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from dataclasses import replace
 from redflag.api.api_errors import ApiError
 from redflag.api.doors import Body
 from redflag.api.schema import NO_LIMIT, ChatRequest
-from redflag.api.structured import json_schema
 from redflag.api.thinking import thinking_of
 from redflag.backends import Grammar, most_logprobs
 from redflag.errors import RedflagError
@@ -45,13 +44,13 @@ def choices_of(
     policy, thresholds = (None, None) if key is None else (key.policy, key.thresholds)
     if caller.override is not None:
         policy = replace(policy or guard.policy, observe=True)
-    grammar = _grammar_of(body, guard)
+    schema_field, grammar = _grammar_of(body, guard)
     first = (policy or guard.policy).first_token is not None
     if tools is not None and tools.opening and first:  # a key's policy may differ from the server's
         why = "tool_choice must be auto or none here: the first token decides whether an answer is halted"
         raise ApiError(400, why, "unsupported_parameter", param="tool_choice")
     if tools is not None and tools.definitions:
-        for asked, param in ((grammar is not None, "response_format"), (body.named_tokens is not None, "logprobs")):
+        for asked, param in ((grammar is not None, schema_field), (body.named_tokens is not None, "logprobs")):
             if asked:
                 why = f"{param} is not supported beside tools; leave one of them out, or set tool_choice to none"
                 raise ApiError(400, why, "unsupported_parameter", param=param)
@@ -60,7 +59,12 @@ def choices_of(
     name = f"{prefix}{secrets.token_hex(12)}"
     responses: list[Response] = []
     try:
-        thinking = thinking_of(body, possible=guard.can_think, refuse_unknown=limits.unknown_fields == "refuse")
+        thinking = thinking_of(
+            body.asked_thinking(),
+            body.ignored,
+            possible=guard.can_think,
+            refuse_unknown=limits.unknown_fields == "refuse",
+        )
         for prompt in body.inputs():
             for _ in range(body.n or 1):
                 index = len(responses)
@@ -78,12 +82,13 @@ def choices_of(
     return responses
 
 
-def _grammar_of(body: Body, guard: Guard) -> Grammar | None:
-    wanted = json_schema(body.response_format, body.structured_outputs, body.guided_json)
+def _grammar_of(body: Body, guard: Guard) -> tuple[str, Grammar | None]:
+    """The field that asks for JSON, and what makes the answer follow it."""
+    wanted = body.asked_schema()
     if wanted is None:
-        return None
+        return "", None
     try:
-        return guard.grammar(wanted[1])
+        return wanted[0], guard.grammar(wanted[1])
     except RedflagError as error:
         raise ApiError(400, str(error), "invalid_value", param=wanted[0]) from error
 

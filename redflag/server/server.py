@@ -27,6 +27,7 @@ from redflag.api.fields import escaped, header
 from redflag.api.logprobs import ShownLogprobs
 from redflag.api.messages_schema import CountRequest
 from redflag.api.schema import ChatRequest, parse
+from redflag.api.thinking import thinking_of
 from redflag.api.tools import ToolSupport
 from redflag.api.wire import REFUSAL
 from redflag.backends import AsyncBackend
@@ -347,8 +348,11 @@ class Server:
     def _prompt_tokens(self, content: bytes) -> int:
         body = parse(CountRequest, content)
         check_model(body.model, self.limits)
+        tools = self._tools.use(body)
+        asked, possible = body.asked_thinking(), self.guard.can_think
+        thinking = thinking_of(asked, [], possible=possible, refuse_unknown=False)
         try:
-            first = self.guard.respond(body.input(), thinking=False).request
+            first = self.guard.respond(body.input(), thinking=thinking, tools=tools).request
         except RedflagError as error:
             raise ApiError(400, str(error), "invalid_value", param=body.param) from error
         assert isinstance(first, Stream), "a response begins with a stream"

@@ -238,9 +238,15 @@ def test_an_answer_may_be_sent_back(serve):
     [
         ({"previous_response_id": "resp_1"}, "previous_response_id", "nothing is stored here"),
         ({"conversation": "conv_1"}, "conversation", "nothing is stored here"),
-        ({"tools": [{"type": "function", "name": "f"}]}, "tools", "not supported"),
+        ({"tools": [{"type": "web_search"}]}, "tools.0.type", "web_search are not supported"),
+        ({"tools": [{"type": "mcp", "server_label": "a"}]}, "tools.0.type", "mcp are not supported"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools.0.name", "missing"),
+        ({"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": []}}, "tool_choice", "not supported"),
+        ({"tool_choice": {"type": "function", "name": "f"}}, "tool_choice", "tools has none"),
         ({"background": True}, "background", "not supported"),
-        ({"text": {"format": {"type": "json_object"}}}, "text", "not supported"),
+        ({"text": {"format": {"type": "grammar"}}}, "text.format.type", "json_schema"),
+        ({"text": {"format": {"type": "json_schema", "name": "a", "schema": 5}}}, "text.format.schema", "JSON schema"),
+        ({"reasoning": {"effort": 3}}, "reasoning.effort", "string"),
         ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input.0", "nothing is stored"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input.0.content.0.type", "type text"),
         ({"input": [*ASK, {"role": "assistant", "content": "I"}]}, "input.1.role", "the assistant's"),
@@ -259,7 +265,8 @@ def test_what_responses_refuse_is_named(fields, param, words, serve):
 
 
 def test_what_changes_no_token_is_ignored_and_named(serve):
-    fields = {"store": True, "include": ["reasoning.encrypted_content"], "reasoning": {"effort": "low"},
+    fields = {"store": True, "include": ["reasoning.encrypted_content"],
+              "reasoning": {"effort": "low", "summary": "auto"},
               "text": {"verbosity": "low", "format": {"type": "text"}}, "truncation": "disabled", "tools": [],
               "tool_choice": "auto", "parallel_tool_calls": True}  # fmt: skip
     with serve() as server:
@@ -267,7 +274,7 @@ def test_what_changes_no_token_is_ignored_and_named(serve):
         answer = httpx.post(server.url + "/v1/responses", json=body, headers=HEADERS)
         assert answer.status_code == 200 and answer.json()["store"] is False
         named = set(answer.headers["x-ignored-params"].split(", "))
-        assert named == {"store", "include", "reasoning", "text.verbosity"}
+        assert named == {"store", "include", "reasoning.effort", "reasoning.summary", "text.verbosity"}
 
 
 @pytest.mark.parametrize(
@@ -275,7 +282,14 @@ def test_what_changes_no_token_is_ignored_and_named(serve):
     [
         ({"max_tokens": None}, 400, "invalid_request_error", "max_tokens"),
         ({"model": "claude"}, 404, "not_found_error", "there is no model"),
-        ({"tools": [{"name": "f", "input_schema": {}}]}, 400, "invalid_request_error", "tools"),
+        ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, 400, "invalid_request_error", "bash_20250124 are not"),
+        ({"tools": [{"name": "f"}]}, 400, "invalid_request_error", "tools.0.input_schema is missing"),
+        ({"tool_choice": "auto"}, 400, "invalid_request_error", "tool_choice: it must be"),
+        ({"tool_choice": {"type": "any"}}, 400, "invalid_request_error", "tools has none"),
+        ({"tool_choice": {"type": "tool"}}, 400, "invalid_request_error", "tool_choice: it must be"),
+        ({"thinking": {"type": "enabled", "budget_tokens": 9}}, 400, "invalid_request_error", "no thinking mode"),
+        ({"thinking": {"type": "between_tools"}}, 400, "invalid_request_error", "thinking.type"),
+        ({"output_config": {"format": {"type": "x"}}}, 400, "invalid_request_error", "output_config.format.type"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, 400, "invalid_request_error", "images"),
         ({"messages": [{"role": "tool", "content": "x"}]}, 400, "invalid_request_error", "role"),
     ],

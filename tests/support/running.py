@@ -176,7 +176,7 @@ def text_of_events(events: list[dict]) -> str:
     deltas = [
         event["delta"] for event in events if event["type"].endswith(("output_text.delta", "content_block_delta"))
     ]
-    return "".join(delta if isinstance(delta, str) else delta["text"] for delta in deltas)
+    return "".join(delta if isinstance(delta, str) else delta.get("text", "") for delta in deltas)
 
 
 def text_of_chunks(chunks: list[dict]) -> str:
