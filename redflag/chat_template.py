@@ -23,6 +23,13 @@ FALLBACK_TEMPLATE = (
 # Conversations that a template is tried with; some refuse a system turn, or a second one of the user's.
 PROBES = (("system", "user", "assistant", "user"), ("user", "assistant", "user"), ("user",))
 
+# Read by templates with a thinking mode, the first by Qwen3's, the second by DeepSeek V3.1's; others ignore both.
+SWITCHES: dict[bool | None, dict[str, bool]] = {
+    None: {},
+    False: {"enable_thinking": False},
+    True: {"enable_thinking": True, "thinking": True},
+}
+
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -78,9 +85,6 @@ def _apply(
 ) -> str:
     import jinja2
 
-    # Read by templates with a thinking mode, the first by Qwen3's, the second by DeepSeek V3.1's; others ignore both.
-    switches = {None: {}, False: {"enable_thinking": False}, True: {"enable_thinking": True, "thinking": True}}
-
     given = [
         {**turn, "content": [{"type": "text", "text": turn["content"]}]}
         if turn["role"] in listed and turn["content"] is not None
@@ -94,7 +98,7 @@ def _apply(
             tokenize=False,
             add_generation_prompt=generate,
             chat_template=head + template_text(tokenizer),
-            **switches[thinking],
+            **SWITCHES[thinking],
         )
     except (jinja2.TemplateError, AttributeError, LookupError, TypeError, ValueError) as error:
         roles = [turn["role"] for turn in turns]

@@ -10,7 +10,6 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from redflag.control_tokens import control_ids, tokenise
@@ -151,6 +150,20 @@ def mark_ids(tokenizer: PreTrainedTokenizerFast, form: ToolFormat) -> dict[int, 
     }
 
 
+class ToolPrompt(NamedTuple):
+    """A conversation, perhaps with tools, and what was rendered of it.
+
+    Attributes:
+        ids: Up to where the assistant writes on; the opening of a forced call included.
+        turns: What the template was given.
+        tools: The definitions that it was given; none where the turns describe them in words.
+    """
+
+    ids: list[int]
+    turns: Sequence[Message]
+    tools: Sequence[Tool] = ()
+
+
 def render_tool_prompt(
     tokenizer: PreTrainedTokenizerFast,
     messages: Sequence[Message],
@@ -158,8 +171,8 @@ def render_tool_prompt(
     use: ToolUse,
     preface: str = "",
     thinking: bool = False,
-) -> list[int]:
-    """Ids of a conversation with tools, up to where the assistant writes on; the opening of a forced call included.
+) -> ToolPrompt:
+    """Renders a conversation with tools in the first way in which the template shows all of it.
 
     Other arguments are those of `redflag.prompt.render_prompt`.
 
@@ -167,28 +180,27 @@ def render_tool_prompt(
         RedflagError: As `redflag.prompt.render_prompt`.
     """
     turns, tools = checked(messages), checked_tools(use.definitions)
-    render = partial(render_prompt, tokenizer, spec=spec, preface=preface, thinking=thinking)
-    attempts: list[Callable[[], list[int]]] = []
+    attempts: list[tuple[Callable[[], list[dict[str, Any]]], Sequence[Tool]]] = []
     if use.format.name != "json" or not tools:
-        attempts.append(lambda: render(turns, tools=tools))
+        attempts.append((lambda: turns, tools))
         # Some templates show one call in a turn, some no words before it.
-        attempts.append(lambda: render(one_call_a_turn(turns), tools=tools))
-        attempts.append(lambda: render(one_call_a_turn(turns, words=False), tools=tools))
+        attempts.append((lambda: one_call_a_turn(turns), tools))
+        attempts.append((lambda: one_call_a_turn(turns, words=False), tools))
     if use.format.name == "json" or not tools:
-        attempts.append(lambda: render(in_words(turns, tools)))
+        attempts.append((lambda: in_words(turns, tools), ()))
         # Some templates know no system turn.
-        attempts.append(lambda: render(in_words(turns, tools, "user")))
+        attempts.append((lambda: in_words(turns, tools, "user"), ()))
     refusal: RedflagError | None = None
-    for attempt in attempts:
+    for make, shown in attempts:
+        made = make()
         try:
-            ids = attempt()
-            break
+            ids = render_prompt(tokenizer, made, spec, preface, thinking, shown)
         except RedflagError as error:
             refusal = refusal or error
-    else:
-        assert refusal is not None
-        raise refusal
-    return ids + tokenise(tokenizer, use.opening) if use.opening else ids
+            continue
+        return ToolPrompt(ids + tokenise(tokenizer, use.opening) if use.opening else ids, made, shown)
+    assert refusal is not None
+    raise refusal
 
 
 def one_call_a_turn(messages: Sequence[Message], words: bool = True) -> list[dict[str, Any]]:

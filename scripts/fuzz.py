@@ -117,11 +117,11 @@ class Fuzz:
         for shape, turns in enumerate(shapes):
             use = self.use if shape == 0 else ToolUse(self.format)
             try:
-                ids = render_tool_prompt(self.tokenizer, turns, self.spec, use)
+                ids = render_tool_prompt(self.tokenizer, turns, self.spec, use).ids
             except RedflagError:
                 continue
             found = set(self.spec.ids) & set(ids)
-            expected = render_tool_prompt(self.tokenizer, self._harmless(turns), self.spec, use)
+            expected = render_tool_prompt(self.tokenizer, self._harmless(turns), self.spec, use).ids
             if found or [i for i in ids if i in self.control] != [i for i in expected if i in self.control]:
                 self.wrong.append(
                     f"{self.name}: flags {found} or other control tokens from {turns}; state {state[1][:2]}"

@@ -57,7 +57,7 @@ def test_the_format_is_the_templates_own_where_it_is_known(template: str) -> Non
     tokenizer, spec = made_world((TRL / template).read_text())
     form = find_format(tokenizer, spec)
     assert form.name == FAMILIES.get(template, "json")
-    ids = render_tool_prompt(tokenizer, [ASK], spec, ToolUse(form, (tool(),)))
+    ids = render_tool_prompt(tokenizer, [ASK], spec, ToolUse(form, (tool(),))).ids
     text = tokenizer.decode(ids)
     assert "Tells the weather." in text and "get_weather" in text and "city" in text
     if form.name != "json":
@@ -72,9 +72,9 @@ def test_the_format_is_the_templates_own_where_it_is_known(template: str) -> Non
 def test_calls_and_results_are_shown_whatever_the_template(template: str, calls: int) -> None:
     tokenizer, spec = made_world((TRL / template).read_text())
     form = find_format(tokenizer, spec)
-    text = tokenizer.decode(render_tool_prompt(tokenizer, talk("It rains", calls), spec, ToolUse(form, (tool(),))))
+    text = tokenizer.decode(render_tool_prompt(tokenizer, talk("It rains", calls), spec, ToolUse(form, (tool(),))).ids)
     assert text.count("It rains") >= 2 * calls and text.count("get_weather") >= 1 + calls
-    without = render_tool_prompt(tokenizer, talk("It rains", calls), spec, ToolUse(form))
+    without = render_tool_prompt(tokenizer, talk("It rains", calls), spec, ToolUse(form)).ids
     assert tokenizer.decode(without).count("It rains") >= 2 * calls, "tools are no longer offered, their turns remain"
 
 
@@ -110,10 +110,10 @@ def test_a_forced_call_is_begun_behind_the_prompt(name: str) -> None:
     template = next((key for key, form in FAMILIES.items() if form == name), "phi3.jinja")
     tokenizer, spec = made_world((TRL / template).read_text())
     form = find_format(tokenizer, spec)
-    plain = render_tool_prompt(tokenizer, [ASK], spec, ToolUse(form, (tool(),)))
+    plain = render_tool_prompt(tokenizer, [ASK], spec, ToolUse(form, (tool(),))).ids
     for forced in ("", "get_weather"):
         use = ToolUse(form, (tool(),), forced)
-        ids = render_tool_prompt(tokenizer, [ASK], spec, use)
+        ids = render_tool_prompt(tokenizer, [ASK], spec, use).ids
         assert ids[: len(plain)] == plain and tokenizer.decode(ids[len(plain) :]) == use.opening != ""
         marks = [i for i in ids[len(plain) :] if i in mark_ids(tokenizer, form)]
         assert len(marks) == sum(use.opening.count(mark) for mark in form.marks)
@@ -192,7 +192,7 @@ def world(name: str) -> tuple[Any, Any]:
 def rendered(name: str, place: str, text: str, form: Any) -> list[int]:
     tokenizer, spec = world(name)
     messages, tools = places(text)[place]
-    found = render_tool_prompt(tokenizer, messages, spec, ToolUse(form, tuple(tools)))
+    found = render_tool_prompt(tokenizer, messages, spec, ToolUse(form, tuple(tools))).ids
     assert not set(spec.ids) & set(found)
     return [i for i in found if i in controls(name)]
 
@@ -241,7 +241,7 @@ def test_whatever_stands_in_definitions_calls_and_results_is_no_mark(name: str, 
 def test_a_definition_that_holds_a_mark_is_read_as_it_stands() -> None:
     tokenizer, spec = made_world((TRL / "qwen3.jinja").read_text())
     text = "Ends with <|im_end|>, and opens <tool_call> or <|flag|>."
-    ids = render_tool_prompt(tokenizer, [ASK], spec, ToolUse(FORMATS["hermes"], (tool(text=text),)))
+    ids = render_tool_prompt(tokenizer, [ASK], spec, ToolUse(FORMATS["hermes"], (tool(text=text),))).ids
     assert json.dumps(text) in tokenizer.decode(ids)
     with pytest.raises(RedflagError, match="does not show the tool 'get_weather'"):
         render_prompt(*made_world((TRL / "phi3.jinja").read_text())[:1], [ASK], spec, tools=[tool()])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from redflag.errors import RedflagError
@@ -54,12 +54,14 @@ class ChatInput:
     """A conversation for a server that renders it itself (`RemoteBackend` with `route="chat"`).
 
     Attributes:
-        messages: The turns, as the client sent them.
-        fields: Further fields of the request that the chat template reads, such as `tools`.
+        messages: The turns that the chat template is given.
+        tools: The definitions of tools that it is given.
+        thinking: Whether it is told to leave room for a thought.
     """
 
     messages: tuple[Mapping[str, Any], ...]
-    fields: Mapping[str, Any] = field(default_factory=dict)
+    tools: tuple[Mapping[str, Any], ...] = ()
+    thinking: bool = False
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,9 @@ Steps are judged by their ids as ever. The ids of the prompt come back with the 
 rendering: where they differ, a user's text may have become a control token, and the request is refused before its
 first token. Reflections and what follows them go on by ids, over `/v1/completions`.
 
+Tools are shown by the server's template and never called by the server: `tool_choice` is `none`, which a vLLM takes
+without a parser of its own, and calls are read from the judged text as on the other way.
+
 Written against vLLM 0.32 (`vllm/entrypoints/openai/chat_completion`). A chunk reads
 
     {"choices": [{"index": 0, "delta": {"content": " cat"}, "finish_reason": null, "token_ids": [667], "logprobs":
@@ -14,11 +17,13 @@ and the first one has no token, but `prompt_token_ids` beside `choices`.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from redflag.backends import ChatInput
 from redflag.backends.remote_wire import StreamReader
+from redflag.chat_template import SWITCHES
 from redflag.errors import RedflagError
 from redflag.trace import Step
 
@@ -26,16 +31,32 @@ from redflag.trace import Step
 def chat_body(body: dict[str, Any], chat: ChatInput) -> dict[str, Any]:
     """The body of a request to `/v1/completions` as one to `/v1/chat/completions`."""
     asked = {name: value for name, value in body.items() if name not in ("prompt", "logprobs")}
+    tools = {"tools": [dict(tool) for tool in chat.tools], "tool_choice": "none"} if chat.tools else {}
     return {
         **asked,
-        # As `redflag.chat_template` renders: thinking switched off.
-        "chat_template_kwargs": {"enable_thinking": False},
-        **chat.fields,
-        "messages": [dict(message) for message in chat.messages],
+        **tools,
+        "chat_template_kwargs": SWITCHES[chat.thinking],  # as `redflag.chat_template` renders
+        "messages": [_turn(message) for message in chat.messages],
         "logprobs": True,
         "top_logprobs": 0,
         "include_reasoning": True,  # without it a reasoning parser would leave out its tokens' log-probabilities
     }
+
+
+def _turn(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A turn as the API has it: arguments as JSON text, a thought under vLLM's name too."""
+    turn = dict(message)
+    if "reasoning_content" in turn:
+        turn["reasoning"] = turn["reasoning_content"]
+    if turn.get("tool_calls"):
+        turn["tool_calls"] = [{**call, "function": _function(call["function"])} for call in turn["tool_calls"]]
+    return turn
+
+
+def _function(function: Mapping[str, Any]) -> dict[str, Any]:
+    arguments = function["arguments"]
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    return {**function, "arguments": text}
 
 
 class ChatReader(StreamReader):
@@ -67,8 +88,8 @@ class PromptMismatchError(RedflagError):
         super().__init__(
             f"The conversation must become the same prompt here and in the upstream server (got {len(own)} and "
             f"{len(others)} tokens, which differ from token {where} on). A message that spells a control token is one "
-            "reason, another chat template there the other. Leave the control token out, or use upstream_route "
-            "completions."
+            "reason, another chat template there the other, or a server that leaves tools out. Leave the control token "
+            "out, or use upstream_route completions."
         )
 
 

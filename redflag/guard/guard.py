@@ -20,7 +20,7 @@ from redflag.judges import Judge
 from redflag.models.named import model_folder
 from redflag.prompt import render_prompt, render_text
 from redflag.thoughts import ThoughtMarks, thinks_by_itself, thought_marks
-from redflag.tool_prompt import ToolUse, mark_ids, render_tool_prompt
+from redflag.tool_prompt import ToolPrompt, ToolUse, mark_ids, render_tool_prompt
 from redflag.trace import Event, Halt, Step, Text, Thought, Trace
 from redflag.watching.policy import Policy
 from redflag.watching.session import Session
@@ -311,14 +311,15 @@ class Guard:
             thinks = asked and not continues and not (tools and tools.in_channels)
             marks = self._marks(policy, thresholds) if thinks else None
             if tools is None:
-                prompt = render_prompt(self.tokenizer, messages, self._spec, preface, thinks)
+                made = ToolPrompt(render_prompt(self.tokenizer, messages, self._spec, preface, thinks), messages)
             else:
-                prompt = render_tool_prompt(self.tokenizer, messages, self._spec, tools, preface, thinks)
-            # What the operator puts before a conversation, and a response that was begun, no server renders alike.
-            plain = tools is None and not continues and not preface
+                made = render_tool_prompt(self.tokenizer, messages, self._spec, tools, preface, thinks)
+            prompt = made.ids
+            # What the operator puts before a conversation, and a thought or an answer that is begun in the prompt, no
+            # server renders alike.
+            plain = not continues and not preface and not (marks and marks.opening)
             if plain and getattr(self.backend, "route", "") == "chat":
-                kwargs = {"chat_template_kwargs": {"enable_thinking": thinks}}
-                sampling = replace(sampling, chat=ChatInput(tuple(messages), kwargs))
+                sampling = replace(sampling, chat=ChatInput(tuple(made.turns), tuple(made.tools), thinks))
         return Response(
             self.tokenizer,
             self._spec,

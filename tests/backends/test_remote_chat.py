@@ -72,7 +72,7 @@ def test_without_a_conversation_it_goes_by_ids():
 
 @pytest.mark.parametrize("rendered", [[20, 30], [20, 30, 40, 50], [20, FLAG, 40], [21, 30, 40], []])
 def test_another_prompt_is_refused_before_the_first_step(rendered):
-    with Upstream(render=lambda messages: rendered).serve() as upstream:
+    with Upstream(render=lambda body: rendered).serve() as upstream:
         steps = []
         with pytest.raises(PromptMismatchError, match="same prompt here and in the upstream"):
             steps.extend(connect(upstream).stream(PROMPT, Sampling(max_new_tokens=5, seed=0, chat=CHAT)))

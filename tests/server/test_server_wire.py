@@ -13,7 +13,7 @@ from redflag.api.doors import DOORS
 from redflag.api.operator_view import operator_view
 from redflag.api.schema import parse
 from redflag.api.wire import Answer
-from redflag.trace import Alarm, Done, Escalation, Event, Halt, Reflection, Resume, Text, Trace
+from redflag.trace import Alarm, Done, Escalation, Event, Halt, Reflection, Resume, Text, Thought, Trace
 
 TEXTS = st.text(max_size=8) | st.sampled_from(
     ["\n\n", "data: [DONE]\n\n", "\r\n", "\u2028", '"\\', "%the text%", "\x00"]
@@ -137,6 +137,8 @@ def through(route, events, decoy):
     sent = answer.opening()
     for event in events:
         text = answer.push(event)
+        if isinstance(event, Thought) and event.text:
+            sent += answer.thought_chunk(event.text)
         sent += answer.chunk(text) if text else b""
     if answer.failed:
         sent += answer.breaking(ERROR)
@@ -212,6 +214,42 @@ def test_typed_events_come_in_order(events, decoy):
     assert kinds == ["message_start", *blocks, "message_delta", "message_stop"]
     body = answer.body(generated_in(events))
     assert made[-2]["delta"]["stop_reason"] == body["stop_reason"] and made[-2]["usage"] == body["usage"]
+
+
+THOUGHTS = st.lists(st.builds(Thought, st.just(0), st.just((1,)), TEXTS), min_size=1, max_size=3)
+
+
+@given(THOUGHTS, responses(), st.booleans())
+def test_a_thought_is_an_item_of_its_own_that_ends_before_the_next_begins(thoughts, events, decoy):
+    thought = "".join(event.text for event in thoughts)
+    shown = "".join(event.text for event in events if isinstance(event, Text | Halt))
+    for route, begin, delta, end, place in (
+        ("/v1/responses", "response.output_item.added", "text.delta", "response.output_item.done", "output_index"),
+        ("/v1/messages", "content_block_start", "content_block_delta", "content_block_stop", "index"),
+    ):
+        sent, answer, read = through(route, [*thoughts, *events], decoy)
+        found, begun, current = "", 0, None
+        for event in events_of(sent):
+            if event["type"] == begin:
+                assert current is None and event[place] == begun
+                begun, current = begun + 1, begun
+            elif event["type"].endswith(delta):
+                assert event[place] == current
+                if "reasoning" in event["type"]:
+                    found += event["delta"]
+                elif route == "/v1/messages":
+                    found += event["delta"].get("thinking", "")
+            elif event["type"] == end:
+                assert event[place] == current
+                current = None
+        assert (found, read) == (thought, shown) and (current is None or answer.failed)
+        if not answer.failed:
+            body = answer.body(generated_in(events))
+            items = body["output"] if route == "/v1/responses" else body["content"]
+            kinds = [item["type"] for item in items]
+            assert len(kinds) == begun and [kind in ("reasoning", "thinking") for kind in kinds[:1]] == (
+                [bool(thought)] * bool(kinds)
+            )
 
 
 @given(responses(), st.booleans())

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from typing import Literal
 
+import anthropic
 import openai
 import pytest
 from pydantic import BaseModel, ConfigDict
 from running import MODEL, running
 
+from redflag.api.doors import DOORS
 from redflag.api.schema import ChatRequest, parse
-from redflag.api.structured import json_schema
 from redflag.backends.turns import Turns
 from redflag.guard.guard import Guard
 
@@ -91,6 +92,38 @@ def test_completions_take_it_too(client_of):
         assert json.loads(answer.choices[0].text) in ("yes", "no")
 
 
+FORMAT = {"type": "json_schema", "name": "a", "schema": Answer.model_json_schema()}
+
+
+def test_the_other_doors_give_the_object_of_the_schema(client_of):
+    with (
+        client_of() as server,
+        openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as one,
+        anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0) as other,
+    ):
+        common = {"model": MODEL}
+        ended = []
+        for seed in range(5):
+            fields = {**common, "extra_body": {"seed": seed}}
+            answer = one.responses.create(input=ASK, max_output_tokens=100, text={"format": FORMAT}, **fields)
+            said = other.messages.create(messages=ASK, max_tokens=100, output_config={"format": FORMAT}, **fields)
+            assert said.content[0].text == answer.output_text, "the same seed"
+            assert (said.stop_reason == "end_turn") == (answer.status == "completed")
+            if answer.status == "completed":
+                assert Answer.model_validate_json(answer.output_text)
+                ended.append(fields)
+        parsed = one.responses.parse(input=ASK, max_output_tokens=100, text_format=Answer, **ended[0])
+        assert parsed.output_parsed.kind in ("cat", "dog")
+        parsed = other.messages.parse(messages=ASK, max_tokens=100, output_format=Answer, **ended[0])
+        assert parsed.parsed_output.kind in ("cat", "dog")
+        refused = {"type": "json_schema", "name": "a", "schema": {"not": {}}}
+        with pytest.raises(openai.BadRequestError, match="Unimplemented") as wrong:
+            one.responses.create(input=ASK, text={"format": refused}, **common)
+        assert wrong.value.param == "text.format"
+        with pytest.raises(anthropic.BadRequestError, match="Unimplemented"):
+            other.messages.create(messages=ASK, max_tokens=9, output_config={"format": refused}, **common)
+
+
 def test_a_halt_leaves_half_of_the_json_and_says_so(client_of):
     """A threshold that the first step reaches at the latest: a random model thinks of everything a little."""
     with (
@@ -135,6 +168,24 @@ def test_a_schema_that_cannot_be_enforced_is_refused_in_words(client_of, schema,
 )
 def test_how_a_schema_is_asked_for(fields, schema):
     body = parse(ChatRequest, json.dumps(asked(**fields)).encode())
-    found = json_schema(body.response_format, body.structured_outputs, body.guided_json)
+    found = body.asked_schema()
     assert (found and found[1]) == schema and not body.ignored
     assert found is None or found[0] in fields
+
+
+@pytest.mark.parametrize(
+    ("form", "schema"),
+    [
+        (None, None),
+        ({"type": "text"}, None),
+        ({"type": "json_object"}, {"type": "object"}),
+        ({"type": "json_schema", "name": "a", "schema": {"enum": [1]}, "strict": True}, {"enum": [1]}),
+    ],
+)
+def test_how_a_schema_is_asked_for_at_the_other_doors(form, schema):
+    for route, name, fields in (
+        ("/v1/responses", "text.format", {"input": "a", "text": {"format": form}}),
+        ("/v1/messages", "output_config.format", {"output_config": {"format": form}, "messages": ASK, "max_tokens": 9}),
+    ):
+        body = parse(DOORS[route].request, json.dumps({"model": MODEL, **fields}).encode())
+        assert body.asked_schema() == (None if schema is None else (name, schema)) and not body.ignored

@@ -21,8 +21,8 @@ CHAT, TEXT = ROUTES
 def stock(tokenizer):
     """A server that renders as vLLM does: the template, and the tokenizer with all its control tokens."""
 
-    def render(messages):
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
+    def render(body):
+        ids = tokenizer.apply_chat_template(body["messages"], add_generation_prompt=True, tokenize=True)
         return list(ids["input_ids"] if hasattr(ids, "keys") else ids)
 
     with Upstream(models=[{"id": "tiny", "max_model_len": 4096}], render=render).serve() as made:
@@ -72,9 +72,9 @@ def test_whatever_is_said_the_server_reads_what_redflag_rendered_or_nothing_is_g
     try:
         result = guard.generate(turns)
     except RedflagError as error:
-        assert "same prompt" in str(error) and stock.render(turns) != own
+        assert "same prompt" in str(error) and stock.render({"messages": turns}) != own
         return
-    assert result.verdict == "completed" and stock.render(turns) == own
+    assert result.verdict == "completed" and stock.render({"messages": turns}) == own
 
 
 @pytest.fixture(scope="module")
@@ -100,5 +100,5 @@ def test_reflections_and_what_follows_go_by_ids(stock, model_dir):
 
 
 def test_an_upstream_with_another_template_is_refused_at_start(model_dir):
-    with Upstream(render=lambda messages: [7, 8, 9]).serve() as other, pytest.raises(RedflagError, match="same prompt"):
+    with Upstream(render=lambda body: [7, 8, 9]).serve() as other, pytest.raises(RedflagError, match="same prompt"):
         guarded(model_dir, other.url)

@@ -80,7 +80,7 @@ class Upstream:
         heeds_bias: Whether `logit_bias` is heeded.
         names_ids: Whether `return_tokens_as_token_ids` and `return_token_ids` are heeded.
         per_chunk: Tokens per event.
-        render: Messages -> the prompt's ids, for `/v1/chat/completions`.
+        render: A request's body -> the prompt's ids, for `/v1/chat/completions`.
         hides_prompt: Whether `return_token_ids` is heeded for answers alone.
         most: `--max-logprobs`.
         models: Bodies of `/v1/models`; None answers 404.
@@ -94,8 +94,8 @@ class Upstream:
     heeds_bias: bool = True
     names_ids: bool = True
     per_chunk: int = 1
-    render: Callable[[list[dict[str, Any]]], list[int]] = lambda messages: [
-        int(i) for i in messages[-1]["content"].split()
+    render: Callable[[dict[str, Any]], list[int]] = lambda body: [
+        int(i) for i in body["messages"][-1]["content"].split()
     ]
     hides_prompt: bool = False
     most: int = 20
@@ -161,7 +161,7 @@ class Upstream:
 
     def answer_chat(self, body: dict[str, Any]) -> Iterator[Item]:
         """The same in the shape of a chat; the prompt's ids come first."""
-        prompt = self.render(body["messages"])
+        prompt = self.render(body)
         names = [] if self.hides_prompt else ["prompt_token_ids"]
         first = {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}]}
         yield b"data: " + json.dumps(first | dict.fromkeys(names, prompt)).encode() + b"\n\n"
