@@ -64,6 +64,29 @@ def test_steps_are_those_of_the_other_route(per_chunk, temperature):
         assert {name: chat[name] for name in same} == {name: ids[name] for name in same}
 
 
+def test_tools_and_thoughts_are_the_servers_to_show_and_never_to_call():
+    tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+    call = {"id": "c", "type": "function", "function": {"name": "add", "arguments": {"a": "é", "b": [1]}}}
+    turns = (
+        {"role": "user", "content": "hello"},
+        {"role": "assistant", "content": "", "tool_calls": [call], "reasoning_content": "hm"},
+        {"role": "tool", "tool_call_id": "c", "content": "20 30 40"},
+    )
+    with Upstream().serve() as upstream:
+        for chat in (ChatInput(turns, (tool,), thinking=True), CHAT):
+            assert list(connect(upstream).stream(PROMPT, Sampling(max_new_tokens=5, seed=0, chat=chat)))
+    shown, plain = upstream.bodies
+    assert shown["tools"] == [tool] and shown["tool_choice"] == "none"
+    assert shown["chat_template_kwargs"] == {"enable_thinking": True, "thinking": True}
+    assert shown["messages"][0] == turns[0] and shown["messages"][2] == turns[2]
+    assert shown["messages"][1]["reasoning"] == "hm", "as vLLM reads it"
+    (sent,) = shown["messages"][1]["tool_calls"]
+    assert sent == {**call, "function": {"name": "add", "arguments": '{"a": "é", "b": [1]}'}}
+    assert call["function"]["arguments"] == {"a": "é", "b": [1]}, "the caller's own stays"
+    assert plain["chat_template_kwargs"] == {"enable_thinking": False}
+    assert "tools" not in plain and "tool_choice" not in plain, "vLLM refuses an empty list"
+
+
 def test_without_a_conversation_it_goes_by_ids():
     with Upstream().serve() as upstream:
         assert list(connect(upstream).stream(PROMPT, Sampling(max_new_tokens=3, seed=0)))
