@@ -3,12 +3,13 @@
 # ruff: noqa: F811
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import anthropic
 import openai
 import pytest
-from running import MODEL
+from running import MODEL, Running
 from tool_doors import ALONE, DOORS, NO_THOUGHT, THINK, TOOLS, ask, choice, read, result, turns
 from tool_server import ADD, ASK, CLIENT, FAMILIES, World, _closed, family  # noqa: F401
 
@@ -28,28 +29,29 @@ def test_a_call_is_read_in_the_format_of_the_models_family(family: Any, door: st
     assert "Adds two numbers." in made.prompt()
 
 
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("hold_back", [0, 3])
-@pytest.mark.parametrize("door", DOORS)
-@pytest.mark.parametrize("name", FAMILIES)
-def test_a_halt_or_a_fault_at_any_token_leaves_no_call_at_any_door(
-    name: str, door: str, hold_back: int, stream: bool
-) -> None:
+@pytest.fixture(scope="module", params=[(name, hold_back) for name in FAMILIES for hold_back in (0, 3)], ids=str)
+def guarded(request: pytest.FixtureRequest) -> Iterator[tuple[World, Running, str, str]]:
+    name, hold_back = request.param
     made = World(name, Policy(hold_back=hold_back))
-    _, written, shown = FAMILIES[name]
-    ids = made.say(written)
     with made.running() as server:
-        for position in range(hold_back, len(ids), 5):
-            for how, said in (("halted", {"alarm": position}), ("fault", {"lost": position})):
-                made.say(written, **said)
-                response = ask(server, door, stream)
-                answer = read(door, response, stream)
-                assert (answer.calls, answer.how) == ([], how)
-                assert shown.startswith(answer.text)
-                # Not even a part of one: nothing that a client could run, whatever it thinks of the end.
-                said = response.text.replace('"tools":', "").replace('"parallel_tool_calls":', "")
-                assert not any(f'"type":"{kind}"' in said.replace(" ", "") for kind in ("function_call", "tool_use"))
-                assert '"tool_calls"' not in said and '"arguments"' not in said and "partial_json" not in said
+        yield made, server, *FAMILIES[name][1:]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("door", DOORS)
+def test_a_halt_or_a_fault_at_any_token_leaves_no_call_at_any_door(guarded: Any, door: str, stream: bool) -> None:
+    made, server, written, shown = guarded
+    for position in range(0, len(made.say(written)), 5):
+        for how, happens in (("halted", {"alarm": position}), ("fault", {"lost": position})):
+            made.say(written, **happens)
+            response = ask(server, door, stream)
+            answer = read(door, response, stream)
+            assert (answer.calls, answer.how) == ([], how)
+            assert shown.startswith(answer.text)
+            # Not even a part of one: nothing that a client could run, whatever it thinks of the end.
+            said = response.text.replace(" ", "")
+            assert not any(f'"type":"{kind}"' in said for kind in ("function_call", "tool_use", "input_json_delta"))
+            assert '"tool_calls"' not in said and '"arguments"' not in said
 
 
 @pytest.mark.parametrize("door", DOORS)
