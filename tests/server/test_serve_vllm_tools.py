@@ -38,7 +38,7 @@ OPERATOR = "operator-key-0123456789"
 
 def taught(model: Any, pairs: list[tuple[list[int], list[int]]]) -> None:
     """Until it says these answers to these prompts, and nothing else, when asked for the likeliest tokens."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(300):
         total = 0.0
         for prompt, answer in pairs:
@@ -49,7 +49,7 @@ def taught(model: Any, pairs: list[tuple[list[int], list[int]]]) -> None:
             total += loss.item()
         optimizer.step()
         optimizer.zero_grad()
-        if total < 0.01:
+        if total < 0.02:
             return
     raise AssertionError(f"the loss is still {total}")
 

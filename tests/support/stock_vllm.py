@@ -155,13 +155,16 @@ def serving(model: Path, upstream: str, *options: str) -> Iterator[str]:
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     try:
-        for _ in range(240):
+        until = time.monotonic() + START
+        while True:
             if process.poll() is not None:
                 pytest.fail(process.stderr.read())
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=5).close()
                 break
             except (urllib.error.URLError, ConnectionError):
+                if time.monotonic() > until:
+                    pytest.fail(f"redflag serve was not ready within {START:g} seconds")
                 time.sleep(0.25)
         yield f"http://127.0.0.1:{port}/v1"
     finally:
