@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import hmac
 import zlib
 from dataclasses import dataclass
@@ -48,6 +49,9 @@ class Limits:
         closing_text: What a chat's answer ends with that was halted after some of it was shown; "" adds nothing, and
             leaves the text of one that was halted before empty, as OpenAI does.
         test_halt: The operator may ask for an answer that is halted for sure.
+        halts_allowed: Halted answers after which a conversation is not served any more (`redflag.server.strikes`);
+            None: any number.
+        halts_forgotten: Seconds without a further halt after which they are forgotten.
         tool_format: How the model writes calls of tools, one of `redflag.tool_prompt.FORMATS`; `auto` finds out, `off`
             refuses tools.
         body_timeout: Seconds for a request body to arrive.
@@ -74,6 +78,8 @@ class Limits:
     logprobs: bool = False
     closing_text: str = ""
     test_halt: bool = False
+    halts_allowed: int | None = None
+    halts_forgotten: float = 3600.0
     tool_format: Literal["auto", "hermes", "llama", "mistral", "harmony", "json", "off"] = "auto"
     body_timeout: float = 30.0
     request_timeout: float = 600.0
@@ -91,6 +97,7 @@ class Caller:
         override: Why the watch is to be overridden; None where it is not.
         alarm_at: The token at which an alarm is made up, for a test; None for a real answer.
         key: The key with a policy of its own that it shows.
+        client: A digest of the client's key; "" without one.
     """
 
     operator: bool = False
@@ -98,6 +105,7 @@ class Caller:
     override: str | None = None
     alarm_at: int | None = None
     key: Key | None = None
+    client: str = ""
 
 
 def admit(request: Request, limits: Limits, *, audited: bool = False) -> Caller:
@@ -129,15 +137,16 @@ def admit(request: Request, limits: Limits, *, audited: bool = False) -> Caller:
     if not operator and (view or reason is not None or test is not None):
         what = "sees traces" if view else "overrides the watch" if reason is not None else "tests the halt"
         raise ApiError(403, f"only the operator {what}: send the operator key", "operator_key_required")
+    client = hashlib.sha256("\0".join(given).encode()).hexdigest() if any(given) else ""
     if test is not None:
-        return Caller(operator, view, alarm_at=_alarm_at(test, reason, limits), key=key)
+        return Caller(operator, view, alarm_at=_alarm_at(test, reason, limits), key=key, client=client)
     if reason is None:
-        return Caller(operator, view, key=key)
+        return Caller(operator, view, key=key, client=client)
     if not reason.strip():
         raise ApiError(400, "the override gives no reason, and its log would say nothing", "override_reason_missing")
     if not audited:
         raise ApiError(403, "this server keeps no audit log, and no override goes unlogged", "audit_log_required")
-    return Caller(operator, view, reason.strip()[:_LONGEST_REASON], key=key)
+    return Caller(operator, view, reason.strip()[:_LONGEST_REASON], key=key, client=client)
 
 
 def check_model(name: str, limits: Limits) -> None:

@@ -84,6 +84,17 @@ class ServeArguments(GuardOptions):
     test_halt: bool = field(
         default=False, metadata={"help": "Let the operator ask for a halt: X-Redflag-Test: halt, or halt-at-once."}
     )
+    halts_allowed: int | None = field(
+        default=None,
+        metadata={
+            "help": "Halted answers after which a conversation, or the end user that a request names, is not served "
+            "any more (403); default: any number.",
+            "least": 1,
+        },
+    )
+    halts_forgotten: float = field(
+        default=3600.0, metadata={"help": "Seconds without a further halt after which --halts_allowed starts anew."}
+    )
     tool_format: Literal["auto", "hermes", "llama", "mistral", "harmony", "json", "off"] = field(
         default="auto",
         metadata={"help": "How the model writes calls of tools; auto asks its chat template; off refuses tools."},
@@ -215,6 +226,8 @@ def limits_of(arguments: ServeArguments, environment: Mapping[str, str]) -> Limi
         logprobs=arguments.logprobs,
         closing_text=arguments.closing_text,
         test_halt=arguments.test_halt,
+        halts_allowed=arguments.halts_allowed,
+        halts_forgotten=arguments.halts_forgotten,
         tool_format=arguments.tool_format,
         body_timeout=arguments.body_timeout,
         request_timeout=arguments.request_timeout,

@@ -47,6 +47,7 @@ from redflag.server.metrics import Metrics
 from redflag.server.moderations import moderation_routes
 from redflag.server.playground import Playground
 from redflag.server.sending import EventStream, Part, close, whole
+from redflag.server.strikes import Strikes, conversation_name
 from redflag.server.telemetry import Telemetry
 from redflag.tool_prompt import ToolUse
 from redflag.trace import Trace
@@ -145,6 +146,10 @@ def _refusal(policy: Policy) -> str:
     return text if isinstance(text, str) and text and not policy.decoy else REFUSAL
 
 
+def _conversation(body: Body, caller: Caller) -> str:
+    return conversation_name(caller.client, body.user_id, body.inputs()[0])
+
+
 class Server:
     """What all requests share."""
 
@@ -170,6 +175,8 @@ class Server:
         self.gate = Gate(limits, metrics, readiness, self.open)
         self._since = int(time.time())
         self._tools = ToolSupport(guard, limits.tool_format)
+        most = limits.halts_allowed
+        self._strikes = None if most is None else Strikes(most, limits.halts_forgotten)
 
     def stop(self) -> None:
         """Ends all responses, each with an error that says so: the server is going down."""
@@ -302,6 +309,10 @@ class Server:
             seconds=exchange.seconds,
             end=end,
         )
+        real = caller.override is None and caller.alarm_at is None
+        # Whether the client stayed to read the end does not matter.
+        if self._strikes is not None and real and trace.facts().end == "halted":
+            self._strikes.count(_conversation(body, caller))
         if end == "fault":
             self.readiness.doubt()
         elif end in ("done", "halted"):
@@ -335,6 +346,8 @@ class Server:
         """The request, the responses to it, one per choice, and what they may call; in a thread."""
         body = parse(door.request, content, refuse_unknown=self.limits.unknown_fields == "refuse")
         check_model(body.model, self.limits)
+        if self._strikes is not None and caller.override is None:
+            self._strikes.check(_conversation(body, caller))
         tools = self._tools.use(body)
         responses = choices_of(self.guard, body, caller, self.limits, door.prefix, tools)
         if caller.override is not None and self._audit is not None:

@@ -1,0 +1,91 @@
+"""Halts counted over a conversation: after some of them it is not served any more.
+
+One response knows nothing of the one before, so an attacker who goes back after each halt and tries another way (RAP,
+`redflag.lab.attacks.rap`) has as many tries as wanted. Halts are counted here for the end user that a request names
+(`safety_identifier`, `user`), beside the client's key; where it names none, for the conversation's first turns, which
+stay the same when later ones are changed. Whoever changes those begins anew: only an identifier that the operator's own
+application sets stops a person.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+
+from redflag.api.api_errors import ApiError
+
+_MOST = 100_000  # conversations that are remembered, about 20 MB; the ones without a halt for longest are dropped first
+
+
+class Strikes:
+    """Halts per conversation, in this process's memory.
+
+    Example:
+        >>> strikes = Strikes(2, 3600.0)
+        >>> strikes.count("a"), strikes.check("a"), strikes.count("a")
+        (None, None, None)
+        >>> strikes.check("a")
+        Traceback (most recent call last):
+        redflag.api.api_errors.ApiError: this conversation is not served any more, ...
+    """
+
+    def __init__(self, most: int, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        """Remembers nothing yet.
+
+        Args:
+            most: Halts after which a conversation is over.
+            seconds: After so long without a further halt they are forgotten.
+            clock: Seconds.
+        """
+        self._most, self._seconds, self._clock = most, seconds, clock
+        self._halts: OrderedDict[str, tuple[int, float]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def check(self, name: str) -> None:
+        """Refuses a conversation that is over.
+
+        Raises:
+            ApiError: 403.
+        """
+        with self._lock:
+            if self._current(name) >= self._most:
+                raise ApiError(
+                    403,
+                    f"this conversation is not served any more, since {self._most} of its answers were halted; start "
+                    "another one",
+                    "conversation_stopped",
+                )
+
+    def count(self, name: str) -> None:
+        """One more halt."""
+        with self._lock:
+            self._halts[name] = (self._current(name) + 1, self._clock())
+            self._halts.move_to_end(name)
+            while len(self._halts) > _MOST:
+                self._halts.popitem(last=False)
+
+    def _current(self, name: str) -> int:
+        halts, last = self._halts.get(name, (0, 0.0))
+        return halts if self._clock() - last < self._seconds else 0
+
+
+def conversation_name(key: str, user: str | None, messages: Sequence[Mapping[str, object]] | str) -> str:
+    """What a conversation is known by, as a digest: no text is kept.
+
+    Args:
+        key: The client's key; "" without one.
+        user: The end user as the client names them.
+        messages: The turns, or the text to be continued.
+    """
+    if user:
+        what: object = ["user", user]
+    elif isinstance(messages, str):
+        what = ["text", messages[:200]]
+    else:
+        first = next((i for i, turn in enumerate(messages) if turn.get("role") == "user"), 0)
+        what = ["turns", *messages[: first + 1]]
+    return hashlib.sha256(json.dumps([key, what], sort_keys=True, default=str).encode()).hexdigest()
