@@ -10,7 +10,7 @@
 
   // Share of full heat of a probability: nothing below one in ten thousand, all above 1 - 1e-4.
   const heat = (p) => Math.min(1, Math.max(0, (Math.log(Math.max(p, 1e-12) / Math.max(1 - p, 1e-12)) + 9.2) / 18.4));
-  const spell = (p) => (p < 1e-3 ? p.toExponential(1) : p > 0.999 ? `1 − ${(1 - p).toExponential(1)}` : p.toPrecision(3));
+  const spell = (p) => (p === 1 ? "1" : p < 1e-3 ? p.toExponential(1) : p > 0.999 ? `1 − ${(1 - p).toExponential(1)}` : p.toPrecision(3));
   redflag.spell = (x) => (x === Infinity ? "never" : axis.words === "in nats" ? x.toFixed(2) : spell(x));
 
   function facts(i) {
