@@ -9,6 +9,7 @@ show how late alarms come, and with that how long tokens should be held back (`r
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -32,6 +33,7 @@ from redflag.errors import RedflagError
 from redflag.files import require_writable
 from redflag.flags import FlagSpec
 from redflag.models.named import model_folder
+from redflag.progress import track
 from redflag.scoring.recorded import recorded
 from redflag.scoring.recording import Recording
 from redflag.stats.metrics import clopper_pearson
@@ -98,7 +100,7 @@ def calibrate_model(arguments: CalibrateArguments) -> Calibration:
     check_bounds(arguments)
     arguments = replace(arguments, model=model_folder(arguments.model))
     from redflag.data.rows import load_rows
-    from redflag.scoring.progress import report_rows
+    from redflag.data.summary import report_rows
 
     monitor = _first_step(arguments) if arguments.prompts else arguments.monitor()
     spec = FlagSpec.load(arguments.model)
@@ -150,8 +152,10 @@ def _first_step(arguments: CalibrateArguments) -> MonitorConfig:
 
 def _measured(arguments: CalibrateArguments, harmless: list[Row], harmful: list[Row]) -> Recording:
     """Rows measured by the model in this process or by the servers that serve it."""
+    from redflag.data.summary import report_skipped
+    from redflag.scoring.fitting import report_cut
     from redflag.scoring.processes import World
-    from redflag.scoring.score import context_limit, progress, renderable, report_skipped, score
+    from redflag.scoring.score import context_limit, renderable, score
 
     with ExitStack() as stack:
         scorer, tokenizer, spec = arguments.scorer(World(), stack)
@@ -163,7 +167,9 @@ def _measured(arguments: CalibrateArguments, harmless: list[Row], harmful: list[
         ordered = harmless + harmful
         scored = score(scorer, tokenizer, spec, ordered, batch_size=arguments.batch_size, max_length=limit)
         measured = []
-        for item in progress(scored, total=len(ordered), what="measured"):
+        cut: Counter[str] = Counter()
+        for item in track(scored, "measuring", len(ordered), "rows"):
+            cut.update(response=item.truncated, prompt=item.prompt_truncated)
             # A harmful row without an onset counts as harmful from its first token, but nobody marked that.
             known = item.row.onset is not None
             measured.append(
@@ -178,6 +184,7 @@ def _measured(arguments: CalibrateArguments, harmless: list[Row], harmful: list[
                     "thought_tokens": item.thought or None,
                 }
             )
+        report_cut(cut)
     return Recording.of(spec.categories, measured)
 
 

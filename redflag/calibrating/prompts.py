@@ -7,6 +7,7 @@ from contextlib import ExitStack
 
 from redflag.calibrating.arguments import CalibrateArguments
 from redflag.data.rows import Row
+from redflag.progress import track
 from redflag.scoring.recording import Recording
 
 
@@ -16,8 +17,9 @@ def measured_prompts(arguments: CalibrateArguments, rows: Sequence[Row]) -> Reco
     Raises:
         RedflagError: The model cannot be loaded or asked, or a row cannot be measured.
     """
+    from redflag.data.summary import report_skipped
+    from redflag.scoring.fitting import report_cut
     from redflag.scoring.processes import World
-    from redflag.scoring.progress import prompt_progress, report_skipped
     from redflag.scoring.prompts import FlagReader, score_prompts, sound_prompts
     from redflag.scoring.scorer import context_limit
 
@@ -29,4 +31,6 @@ def measured_prompts(arguments: CalibrateArguments, rows: Sequence[Row]) -> Reco
             rows, bad = sound_prompts(reader, tokenizer, spec, rows, limit)
             report_skipped(bad)
         scored = score_prompts(reader, tokenizer, spec, rows, batch_size=arguments.batch_size, max_length=limit)
-        return Recording.of(spec.categories, prompt_progress(scored, len(rows)))
+        measured = list(track(scored, "measuring", len(rows), "prompts"))
+        report_cut({"prompt": sum(item["prompt_truncated"] for item in measured)})
+        return Recording.of(spec.categories, measured)

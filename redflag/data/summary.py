@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from redflag.data.rows import Rows
 
@@ -75,3 +77,18 @@ def label_warnings(rows: int, harmful: int, decided_by: Mapping[str, int], ignor
 def warnings_about(rows: Rows) -> list[str]:
     """`label_warnings` of what `load_rows` gave."""
     return label_warnings(len(rows), sum(row.harmful for row in rows), rows.decided_by, rows.ignored)
+
+
+def report_rows(rows: Rows) -> None:
+    """Says on stderr which rows were left out, and what is doubtful about the labels of the others."""
+    report_skipped(rows.skipped)
+    for line in warnings_about(rows):
+        print(line, file=sys.stderr)
+
+
+def report_skipped(skipped: Sequence[Any]) -> None:
+    """Names the rows left out on stderr: all of a few, the first of many."""
+    for bad in skipped[:5]:
+        print(f"skipped {bad}", file=sys.stderr)
+    if len(skipped) > 5:
+        print(f"... and {len(skipped) - 5} more; {len(skipped)} rows skipped in all", file=sys.stderr)

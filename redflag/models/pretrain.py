@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from redflag.errors import RedflagError
+from redflag.progress import Progress
 from redflag.weights.precision import Machine, choose_precision
 
 SPECIAL_TOKENS = ("<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
@@ -151,37 +152,35 @@ def pretrain(
             step, elapsed, losses = state["step"], state["elapsed"], state["losses"]
     start = saved = time.monotonic()
     limit = math.inf if max_minutes is None else 60.0 * max_minutes
-    while step < steps:
-        spent = elapsed + time.monotonic() - start
-        # Progress is what is nearer its end, the token budget or the clock, so the schedule always reaches zero.
-        progress = max(step / steps, spent / limit)
-        if progress >= 1.0:
-            break
-        for group in optimizer.param_groups:
-            group["lr"] = (
-                learning_rate * min(1.0, (step + 1) / (0.03 * steps + 1)) * 0.5 * (1 + math.cos(math.pi * progress))
-            )
-        batch = blocks[_batch(step, count, batch_size, seed)]
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            logits = model(input_ids=batch[:, :-1], use_cache=False).logits
-        targets = batch[:, 1:].masked_fill(torch.isin(batch[:, 1:], unlearnt), -100)
-        loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        step += 1
-        losses.append(loss.item())
-        if step % 20 == 0 or step == steps:
-            rate = step * batch_size * sequence_length / max(1e-9, elapsed + time.monotonic() - start)
-            recent = sum(losses[-20:]) / len(losses[-20:])
-            print(f"base model: step {step}/{steps}  loss {recent:.3f}  {rate:,.0f} tokens/s", flush=True)
-        if time.monotonic() - saved > 120:
-            saved = time.monotonic()
-            state = {"settings": settings, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            state |= {"step": step, "elapsed": elapsed + saved - start, "losses": losses}
-            torch.save(state, checkpoint.with_suffix(".tmp"))
-            os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
+    with Progress("base model", steps, "steps", step) as shown:
+        while step < steps:
+            spent = elapsed + time.monotonic() - start
+            # Progress is what is nearer its end, the token budget or the clock, so the schedule always reaches zero.
+            progress = max(step / steps, spent / limit)
+            if progress >= 1.0:
+                break
+            for group in optimizer.param_groups:
+                group["lr"] = (
+                    learning_rate * min(1.0, (step + 1) / (0.03 * steps + 1)) * 0.5 * (1 + math.cos(math.pi * progress))
+                )
+            batch = blocks[_batch(step, count, batch_size, seed)]
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+                logits = model(input_ids=batch[:, :-1], use_cache=False).logits
+            targets = batch[:, 1:].masked_fill(torch.isin(batch[:, 1:], unlearnt), -100)
+            loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+            losses.append(loss.item())
+            shown(step, f"loss {sum(losses[-20:]) / len(losses[-20:]):.3f}")
+            if time.monotonic() - saved > 120:
+                saved = time.monotonic()
+                state = {"settings": settings, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+                state |= {"step": step, "elapsed": elapsed + saved - start, "losses": losses}
+                torch.save(state, checkpoint.with_suffix(".tmp"))
+                os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
     model.eval().save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
     result: dict[str, Any] = {

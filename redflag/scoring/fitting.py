@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,3 +71,14 @@ def renderable(tokenizer: Any, spec: FlagSpec, rows: Sequence[Row]) -> tuple[lis
 def row_name(row: Row, index: int) -> str:
     """What errors call a row: its id, or where it stands (`index` from 0)."""
     return f"row {row.id!r}" if row.id is not None else f"row {index + 1}"
+
+
+def report_cut(cut: Mapping[str, int], by: str = "") -> None:
+    """Says on stderr how many rows were cut, by what was cut (`response` or `prompt`), with `by` in front."""
+    lines = {
+        "response": "responses did not fit the context and were cut at its end (`truncated`)",
+        "prompt": "prompts did not fit the context and lost their oldest turns (`prompt_truncated`)",
+    }
+    for what, line in lines.items():
+        if cut.get(what):
+            print(f"{by}{cut[what]} {line}", file=sys.stderr)

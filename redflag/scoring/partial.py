@@ -11,6 +11,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from redflag.progress import Progress
+
 Lines = Callable[[int, int], Iterator[str]]
 """The lines, without their ends, of rows `start` to `stop`: one per row."""
 
@@ -28,10 +30,11 @@ def append_lines(output: Path, partial: Path, total: int, lines: Lines, chunk: i
     """
     try:
         done = resume(partial, fingerprint, total, chunk)
-        with partial.open("a", encoding="utf-8") as file:
+        with partial.open("a", encoding="utf-8") as file, Progress("scoring", total, "rows", done) as progress:
             for line in lines(done, total):
                 file.write(line + "\n")
                 file.flush()
+                progress(done := done + 1)
             os.fsync(file.fileno())
         os.replace(partial, output)
         side_of(partial).unlink(missing_ok=True)

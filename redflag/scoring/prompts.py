@@ -12,6 +12,7 @@ nothing was chosen yet, and `tokens` holds the text of the prompt's last turn, w
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,12 +21,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from redflag.data.rows import Row, load_rows
+from redflag.data.summary import report_skipped
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
 from redflag.prompt import render_prompt
-from redflag.scoring.fitting import row_name
+from redflag.scoring.fitting import report_cut, row_name
 from redflag.scoring.processes import World
-from redflag.scoring.progress import prompt_progress, report_skipped
 from redflag.scoring.scorer import (
     BATCHES,
     Scorer,
@@ -106,6 +107,7 @@ def run_prompts(arguments: ScoreArguments, world: World) -> int:
         output = Path(arguments.output)
         check_batch(arguments.batch_size)
         key = {"prompts": True, "rows": rows.fingerprint, "count": len(chosen), "max_length": max_length, **reader.key}
+        cut: Counter[str] = Counter()
         alone, chunk, fingerprint = plan(reader.source, key, output, world, arguments.batch_size)
 
         def lines(start: int, stop: int) -> Iterator[str]:
@@ -118,10 +120,13 @@ def run_prompts(arguments: ScoreArguments, world: World) -> int:
                 max_length=max_length,
                 first=start,
             )
-            for item in prompt_progress(found, stop - start) if alone else found:
+            for item in found:
+                cut.update(prompt=item["prompt_truncated"])
                 yield json.dumps(item, ensure_ascii=False, allow_nan=False)
 
-        if write_lines(output, len(chosen), lines, chunk=chunk, fingerprint=fingerprint, world=world):
+        written = write_lines(output, len(chosen), lines, chunk=chunk, fingerprint=fingerprint, world=world)
+        report_cut(cut, "" if alone else f"process {world.rank}: ")
+        if written:
             print(f"{len(chosen)} prompts scored: {output}")
     return 0
 

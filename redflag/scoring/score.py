@@ -14,7 +14,6 @@ servers may measure in place of a model in this process (`upstream`, see `redfla
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -24,13 +23,13 @@ from typing import Any
 import numpy as np
 
 from redflag.data.rows import Row, load_rows
+from redflag.data.summary import report_rows, report_skipped
 from redflag.errors import RedflagError
 from redflag.files import require_writable
 from redflag.flags import FlagSpec
 from redflag.scoring.arguments import ScoreArguments
-from redflag.scoring.fitting import fit, renderable, row_name
+from redflag.scoring.fitting import fit, renderable, report_cut, row_name
 from redflag.scoring.processes import World
-from redflag.scoring.progress import cut_lines, progress, report_rows, report_skipped
 from redflag.scoring.scored import Probs, Scored, as_json, read_scored
 from redflag.scoring.scorer import (
     BATCHES,
@@ -49,10 +48,8 @@ __all__ = [
     "as_json",
     "context_limit",
     "plan",
-    "progress",
     "read_scored",
     "renderable",
-    "report_skipped",
     "run",
     "score",
     "score_rows",
@@ -165,14 +162,12 @@ def score_to_file(
         scored = score(
             scorer, tokenizer, spec, rows[start:stop], batch_size=batch_size, max_length=max_length, first=start
         )
-        for item in progress(scored, total=stop - start, what="scored") if alone else scored:
+        for item in scored:
             cut.update(response=item.truncated, prompt=item.prompt_truncated)
             yield json.dumps({**as_json(item, tokenizer), **bounds}, ensure_ascii=False, allow_nan=False)
 
     written = write_lines(output, len(rows), lines, chunk=chunk, fingerprint=fingerprint, world=world)
-    if not alone:
-        for line in cut_lines(cut):
-            print(f"process {world.rank}: {line}", file=sys.stderr)
+    report_cut(cut, "" if alone else f"process {world.rank}: ")
     return written
 
 

@@ -30,6 +30,7 @@ from pathlib import Path
 
 from redflag.errors import RedflagError
 from redflag.files import atomic_write
+from redflag.progress import Progress
 from redflag.scoring.partial import Lines, append_lines, read_json, resume, side_of
 from redflag.scoring.processes import World
 
@@ -165,8 +166,7 @@ class _Together:
             self._adopt()
         for gone in self.folder.parent.glob(f".{self.folder.name}.*"):  # of a run that was killed at its very end
             shutil.rmtree(gone, ignore_errors=True)
-        done = self.total - sum(len(self._span(c)) for c in self._missing())
-        if done:
+        if done := self._there():
             print(f"continuing {self.folder}: {done} of {self.total} rows are there", file=sys.stderr)
         self.launch = uuid.uuid4().hex
         with atomic_write(self.folder / "run.json") as file:
@@ -275,19 +275,20 @@ class _Together:
 
     def _work(self) -> None:
         """Works on whatever nobody else works on, until all chunks are there."""
-        said = time.monotonic()
-        while missing := self._missing():
-            worked = False
-            for number in missing:
-                if self.world.rank:
-                    self._greet()
-                worked |= self._try(number)
-                if self.world.rank == 0 and (now := time.monotonic()) - said > _SAY / 2:
-                    said = now
-                    there = self.total - sum(len(self._span(c)) for c in self._missing())
-                    print(f"scored {there}/{self.total} rows, {self.world.size} processes", file=sys.stderr)
-            if not worked:
-                time.sleep(_POLL)
+        with Progress("scoring", self.total, "rows", self._there()) as progress:
+            while missing := self._missing():
+                worked = False
+                for number in missing:
+                    if self.world.rank:
+                        self._greet()
+                    worked |= self._try(number)
+                    if self.world.rank == 0:
+                        progress(self._there(), f"{self.world.size} processes")
+                if not worked:
+                    time.sleep(_POLL)
+
+    def _there(self) -> int:
+        return self.total - sum(len(self._span(number)) for number in self._missing())
 
     def _try(self, number: int) -> bool:
         """Makes a chunk, unless it is there or another process is at it."""

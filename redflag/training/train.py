@@ -8,6 +8,7 @@ import os
 import platform
 import random
 import signal
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback, set_seed
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 
 from redflag.backends.load import read_model
 from redflag.bounds import check_bounds
@@ -26,6 +27,7 @@ from redflag.errors import RedflagError
 from redflag.files import require_writable
 from redflag.flags import FlagSpec, attach
 from redflag.models.named import model_folder
+from redflag.progress import Progress, on_terminal
 from redflag.prompt import check_template, template_hash
 from redflag.training.adapter import lora_config
 from redflag.training.encode import build_dataset
@@ -164,6 +166,13 @@ def run(arguments: TrainArguments, config: RedFlagConfig) -> dict[str, Any]:
         peft_config,
         callbacks=[interrupt, EpochOrder()],
     )
+    # On a terminal a bar takes the place of the trainer's lines; a log needs their figures, and no bar.
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    shown = _ShowProgress()
+    trainer.add_callback(shown)
+    if not on_terminal():
+        trainer.add_callback(PrinterCallback)
     try_saving(trainer.accelerator.unwrap_model(trainer.model), tokenizer, spec, output, arguments.merge)
     try_evaluation(trainer, eval_set)
     try:
@@ -174,6 +183,7 @@ def run(arguments: TrainArguments, config: RedFlagConfig) -> dict[str, Any]:
         ) from error
     finally:
         interrupt.restore()
+        shown.close()
     if interrupt.caught:
         raise KeyboardInterrupt(f"stopped at step {trainer.state.global_step}; go on with --resume")
     metrics = trainer.evaluate() if len(eval_set) else {}
@@ -283,6 +293,55 @@ def _changed(config: RedFlagConfig) -> Mapping[str, Any]:
     defaults = {f.name: f.default for f in dataclasses.fields(config)}
     own = {f.name for f in dataclasses.fields(RedFlagConfig) if f.name in RedFlagConfig.__annotations__}
     return {k: v for k, v in config.to_dict().items() if k in own or (k in defaults and v != defaults[k])}
+
+
+class _ShowProgress(TrainerCallback):
+    """How far training and evaluation are, with the newest loss."""
+
+    def __init__(self) -> None:
+        self.training: Progress | None = None
+        self.evaluation: Progress | None = None
+        self.batches = 0
+        self.note = ""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.training = Progress("training", state.max_steps, "steps", begin=state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.training is not None:
+            self.training(state.global_step, self.note)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if "loss" in (logs or {}):
+            self.note = f"loss {float(logs['loss']):.4g}"
+
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            if self.evaluation is None:
+                self.evaluation, self.batches = Progress("evaluating", len(eval_dataloader), "batches"), 0
+            self.batches += 1
+            self.evaluation(self.batches)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        if self.evaluation is not None:
+            self.evaluation.close()
+            self.evaluation = None
+            if on_terminal():
+                figures = {name.removeprefix("eval_"): value for name, value in (metrics or {}).items()}
+                shown = [f"{name} {value:.4g}" for name, value in figures.items() if isinstance(value, float)]
+                print(f"held-out rows at step {state.global_step}: {', '.join(shown)}", file=sys.stderr)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Takes the bars away, however training ended."""
+        for progress in (self.evaluation, self.training):
+            if progress is not None:
+                progress.close(finished=False)
 
 
 class _StopAtInterrupt(TrainerCallback):

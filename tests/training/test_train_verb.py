@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from screen import terminal
 from tiny import build, make_rows
 from transformers import AutoModelForCausalLM
 
 import redflag
-from redflag import cli
+from redflag import cli, progress
 from redflag.backends.load import load_flagged
 from redflag.data.rows import write_rows
 from redflag.flags import FlagSpec
@@ -66,6 +67,21 @@ def test_a_run_leaves_a_model_that_stock_tools_load(world):
     assert {"eval_flag_loss", "eval_keep_kl", "eval_perplexity_ratio", "eval_auroc"} <= set(record["metrics"])
     assert AutoModelForCausalLM.from_pretrained(folder).get_input_embeddings().weight.shape[0] > max(spec.ids)
     assert not (folder / ".saving").exists()
+
+
+def test_a_log_gets_the_figures_of_every_step(world, capsys):
+    assert cli.main(options(world, "out", max_steps=3, save_strategy="no")) == 0
+    assert capsys.readouterr().out.count("'loss'") == 3
+
+
+def test_on_a_terminal_a_bar_takes_the_place_of_the_figures(world, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "_AFTER", 0.0)
+    monkeypatch.setattr(progress, "_REDRAWN", 0.0)
+    screen = terminal(monkeypatch)
+    assert cli.main(options(world, "out", max_steps=3, save_strategy="no", disable_tqdm=False)) == 0
+    assert "'loss'" not in capsys.readouterr().out + screen.getvalue()
+    assert "training: 2/3 steps" in screen.getvalue() and "left, loss " in screen.getvalue()
+    assert "held-out rows at step 3: " in screen.getvalue()
 
 
 def test_python_trains_as_the_command_line_does(world):

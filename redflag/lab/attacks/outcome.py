@@ -26,6 +26,7 @@ from redflag.data.rows import Row
 from redflag.errors import RedflagError
 from redflag.judges import Judge, UnansweredError, as_verdict
 from redflag.lab.attacks import Attack, Attempt, Messages, Target, request_of
+from redflag.progress import track
 from redflag.stats.metrics import clopper_pearson
 from redflag.trace import Alarm, Step
 from redflag.watching.policy import Policy
@@ -127,10 +128,11 @@ def judge_attempts(
         alarmed = None if text is None else alarm is not None or attempt.detail.get("alarms", 0) > 0
         return Judged(attempt, produced, released, text, alarmed, alarm, peak, onset, tokens)
 
+    what = f"judging {attack.name}"
     if workers <= 1:
-        return [one(attempt) for attempt in attempts]
+        return [one(attempt) for attempt in track(attempts, what, len(attempts), "attempts")]
     with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(one, attempts))
+        return list(track(pool.map(one, attempts), what, len(attempts), "attempts"))
 
 
 def summarise(

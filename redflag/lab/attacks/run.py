@@ -32,6 +32,7 @@ from redflag.lab.attacks.rap import RAP, follow_oracle
 from redflag.lab.attacks.sampling import Plain, RepeatedSampling
 from redflag.lab.attacks.suppress import LogitBias, SuppressByWords
 from redflag.lab.attacks.wrappers import NANO_WRAPPERS, Wrappers
+from redflag.progress import Progress
 
 FORMAT = 1
 # Attacks that need no outside model, in the order of the table. Their names in results are these.
@@ -216,17 +217,25 @@ def record(
     seconds = float(json.loads(clock.read_text(encoding="utf-8"))["seconds"]) if done and clock.exists() else 0.0
     if done == len(units):
         return attempts, seconds
-    with open(path, "r+b" if end else "wb") as file:
+    with (
+        open(path, "r+b" if end else "wb") as file,
+        Progress(attack.name, len(rows), "rows", sum(map(len, units[:done]))) as progress,
+    ):
         file.truncate(end)
         file.seek(end)
         if not end:
             _write(file, head)
         for number in range(done, len(units)):
             began = time.perf_counter()
+            attacked: set[str] = set()
             try:
                 for attempt in _run(target, attack, units[number], seed):
                     _write(file, vars(attempt))
                     attempts.append(attempt)
+                    attacked.add(attempt.request)
+                    # The rows of an attempt may have more of them to come, so the unit ends with its last line alone.
+                    seen = min(number * size + len(attacked), len(rows) - 1)
+                    progress(seen, f"{len(attempts)} attempts")
             except RedflagError as error:
                 if attempts or isinstance(error, NotPossibleError):
                     raise
@@ -236,6 +245,7 @@ def record(
                 told.write(json.dumps({"seconds": seconds}).encode())
             _write(file, {"unit": number, "rows": len(units[number])})
             os.fsync(file.fileno())
+            progress(sum(map(len, units[: number + 1])), f"{len(attempts)} attempts")
     return attempts, seconds
 
 

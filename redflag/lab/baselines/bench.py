@@ -17,6 +17,7 @@ import numpy.typing as npt
 from redflag.data.rows import Row
 from redflag.errors import RedflagError
 from redflag.flags import FILE, Flag, FlagSpec
+from redflag.progress import track
 from redflag.scoring.recording import Recording
 from redflag.scoring.score import score
 
@@ -225,6 +226,18 @@ def thinned(rows: Sequence[Row], most: int | None, seed: int) -> list[Row]:
         side = [i for i, row in enumerate(rows) if row.harmful == harmful]
         kept += draw.sample(side, min(len(side), max(1, round(most * len(side) / len(rows)))))
     return [rows[i] for i in sorted(kept)]
+
+
+def score_pairs(backend: Any, pairs: Sequence[tuple[list[int], list[int]]], batch_size: int, what: str) -> list[Any]:
+    """Flag probabilities of given responses, in the batches that `HFBackend.score` would make of all of them."""
+    order = sorted(range(len(pairs)), key=lambda i: sum(map(len, pairs[i])))
+    found: list[Any] = [None] * len(pairs)
+    starts = range(0, len(order), batch_size)
+    for start in track(starts, what, len(starts), "batches"):
+        picks = order[start : start + batch_size]
+        for i, probs in zip(picks, backend.score([pairs[i] for i in picks], batch_size=batch_size), strict=True):
+            found[i] = probs
+    return found
 
 
 class _Listener:

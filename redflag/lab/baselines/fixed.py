@@ -17,7 +17,7 @@ from redflag.data.rows import Row, write_rows
 from redflag.errors import RedflagError
 from redflag.files import keep_json, kept_json
 from redflag.lab.baselines import Cost
-from redflag.lab.baselines.bench import Bench, digest, model_stamp, thinned
+from redflag.lab.baselines.bench import Bench, digest, model_stamp, score_pairs, thinned
 from redflag.scoring.recording import Recording
 
 # As the demo trains its flags; a folder's own settings go into `options`.
@@ -107,7 +107,7 @@ class FixedPosition:
         reads = self._bench.read(rows)
         pairs = [(read.prompt_ids, read.judged_ids[:1]) for read in reads]
         begun = time.perf_counter()
-        first = backend.score(pairs, batch_size=self._bench.batch_size)
+        first = score_pairs(backend, pairs, self._bench.batch_size, f"scoring {self.name}")
         self._seconds += time.perf_counter() - begun
         self._steps += sum(len(read.judged_ids) for read in reads)
         probs = [np.repeat(one[0, 0], len(read.judged_ids)) for one, read in zip(first, reads, strict=True)]

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from redflag.errors import RedflagError
 from redflag.files import keep_json, kept_json
 from redflag.lab.baselines.bench import Bench, Read, digest, model_stamp
-from redflag.scoring.progress import Countdown
+from redflag.progress import Progress
 
 # Bytes of disk for all probes of one comparison: every layer of every step if they fit, else half of it for each view.
 MOST_DISK = 2_000_000_000
@@ -149,20 +149,21 @@ def passing(
     batches = _batches(lengths, max(1, _AT_ONCE // (layers * width)), bench.batch_size)
     order = [i for picks in batches for i in picks][begin:]
     left = set(order)
-    progress, done = Countdown(what, sum(lengths[i] for i in order), "tokens"), 0
-    for picks in batches:
-        if left.isdisjoint(picks):
-            continue
-        with torch.autocast(torch.device(bench.device).type, torch.bfloat16, enabled=bench.bf16):
-            # The last token is never read from: nothing is predicted after it.
-            found = last_layers(model, [(reads[i].prompt_ids + reads[i].judged_ids)[:-1] for i in picks])
-        halves = found.float().clamp(-_HALF_MAX, _HALF_MAX).half().cpu().numpy()
-        for i, one in zip(picks, halves, strict=True):
-            if i in left:
-                first = len(reads[i].prompt_ids) - 1
-                yield i, one[first : first + len(reads[i].judged_ids)]
-                done += lengths[i]
-        progress(done)
+    done, total = 0, sum(lengths[i] for i in order)
+    with Progress(what, total, "tokens") as progress:
+        for picks in batches:
+            if left.isdisjoint(picks):
+                continue
+            with torch.autocast(torch.device(bench.device).type, torch.bfloat16, enabled=bench.bf16):
+                # The last token is never read from: nothing is predicted after it.
+                found = last_layers(model, [(reads[i].prompt_ids + reads[i].judged_ids)[:-1] for i in picks])
+            halves = found.float().clamp(-_HALF_MAX, _HALF_MAX).half().cpu().numpy()
+            for i, one in zip(picks, halves, strict=True):
+                if i in left:
+                    first = len(reads[i].prompt_ids) - 1
+                    yield i, one[first : first + len(reads[i].judged_ids)]
+                    done += lengths[i]
+            progress(done)
 
 
 def last_layers(model: Any, rows: Sequence[Sequence[int]]) -> Any:

@@ -15,7 +15,7 @@ from redflag.errors import RedflagError
 from redflag.lab.baselines import Cost
 from redflag.lab.baselines.bench import Bench, Floats, Read
 from redflag.lab.baselines.texts import growing_text
-from redflag.scoring.progress import Countdown
+from redflag.progress import Progress
 from redflag.scoring.recording import Recording
 from redflag.watching.sentences import Sentences
 
@@ -69,18 +69,18 @@ class OwnWords:
         model = model.to(bench.device).eval()
         self._weights = sum(p.numel() for name, p in model.named_parameters() if "embed" not in name)
         probs: list[Floats] = []
-        done = 0
+        done, total = 0, sum(len(read.judged_ids) for read in reads)
         begun = time.perf_counter()
-        progress = Countdown(f"scoring {self.name}", sum(len(read.judged_ids) for read in reads), "response tokens")
-        for read in reads:
-            whole = whole_sentences(bench.tokenizer, read)
-            ends = sorted(set(whole) - {0})
-            with torch.autocast(torch.device(bench.device).type, torch.bfloat16, enabled=bench.bf16):
-                verdicts = dict(zip(ends, _asked(model, read, ends, question, words), strict=True))
-            probs.append(np.array([verdicts.get(end, 0.0) for end in whole], dtype=np.float32))
-            self._read += len(ends) * len(question)
-            done += len(whole)
-            progress(done)
+        with Progress(f"scoring {self.name}", total, "response tokens") as progress:
+            for read in reads:
+                whole = whole_sentences(bench.tokenizer, read)
+                ends = sorted(set(whole) - {0})
+                with torch.autocast(torch.device(bench.device).type, torch.bfloat16, enabled=bench.bf16):
+                    verdicts = dict(zip(ends, _asked(model, read, ends, question, words), strict=True))
+                probs.append(np.array([verdicts.get(end, 0.0) for end in whole], dtype=np.float32))
+                self._read += len(ends) * len(question)
+                done += len(whole)
+                progress(done)
         self._seconds, self._steps = self._seconds + time.perf_counter() - begun, self._steps + done
         return bench.record(reads, probs, self.name)
 

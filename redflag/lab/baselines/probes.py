@@ -29,7 +29,7 @@ from redflag.lab.baselines.probe_losses import (
     token_bce,
     towards_maximum,
 )
-from redflag.scoring.progress import Countdown
+from redflag.progress import Progress
 from redflag.scoring.recording import Recording
 
 # Numbers: a gigabyte of float32.
@@ -149,7 +149,7 @@ class Probe:
             self.net.parameters(), max_iter=self.fitting.lbfgs, line_search_fn="strong_wolfe"
         )  # fmt: skip
         # The line search may take a quarter more evaluations than there are iterations, as torch has it.
-        progress, done = Countdown(f"fitting {self.name}", self.fitting.lbfgs * 5 // 4, "evaluations at most"), 0
+        progress, done = Progress(f"fitting {self.name}", self.fitting.lbfgs * 5 // 4, "evaluations at most"), 0
 
         def closure() -> float:
             nonlocal done
@@ -166,8 +166,8 @@ class Probe:
                 value += float(loss.detach())
             return value
 
-        optimizer.step(closure)
-        progress(self.fitting.lbfgs * 5 // 4)
+        with progress:
+            optimizer.step(closure)
 
     def _descend(
         self, reads: Sequence[Read], hidden: Hidden, balance: tuple[float, float], generator: torch.Generator
@@ -182,20 +182,21 @@ class Probe:
         )
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         best: tuple[float, dict[str, Tensor]] | None = None
-        progress, done = Countdown(f"fitting {self.name}", steps, "steps"), 0
-        for _ in range(self.fitting.passes):
-            for picks in drawn_batches(reads, kept, self.fitting.rows, generator):
-                batch = self._batch(reads, hidden, picks, balance)
-                optimizer.zero_grad()
-                self.loss(self.net(batch.inputs)[..., 0], batch, done / steps).backward()
-                optimizer.step()
-                schedule.step()
-                done += 1
-                progress(done)
-            if held_out:
-                loss = self._mean_loss(reads, hidden, held_out, balance)
-                if best is None or loss < best[0]:
-                    best = loss, {name: value.clone() for name, value in self.net.state_dict().items()}
+        done = 0
+        with Progress(f"fitting {self.name}", steps, "steps") as progress:
+            for _ in range(self.fitting.passes):
+                for picks in drawn_batches(reads, kept, self.fitting.rows, generator):
+                    batch = self._batch(reads, hidden, picks, balance)
+                    optimizer.zero_grad()
+                    self.loss(self.net(batch.inputs)[..., 0], batch, done / steps).backward()
+                    optimizer.step()
+                    schedule.step()
+                    done += 1
+                    progress(done)
+                if held_out:
+                    loss = self._mean_loss(reads, hidden, held_out, balance)
+                    if best is None or loss < best[0]:
+                        best = loss, {name: value.clone() for name, value in self.net.state_dict().items()}
         if best is not None:
             self.net.load_state_dict(best[1])
         return kept

@@ -20,7 +20,7 @@ from redflag.data.rows import Row
 from redflag.files import keep_json, kept_json
 from redflag.flags import Flag, FlagSpec, attach
 from redflag.lab.baselines import Cost
-from redflag.lab.baselines.bench import Bench, Read, digest, model_stamp, thinned
+from redflag.lab.baselines.bench import Bench, Read, digest, model_stamp, score_pairs, thinned
 from redflag.lab.baselines.tuning import IGNORE, Example, Tuning, fine_tune
 from redflag.scoring.recording import Recording
 from redflag.truncation import fit_prompt
@@ -109,7 +109,7 @@ class RefusalBaseline:
         # Asked once, a response needs no token to be run.
         pairs = [(read.prompt_ids, read.judged_ids[:1] if self.at_first else read.judged_ids) for read in reads]
         begun = time.perf_counter()
-        probs = self._backend.score(pairs, batch_size=self.bench.batch_size)
+        probs = score_pairs(self._backend, pairs, self.bench.batch_size, f"scoring {self.name}")
         self._seconds += time.perf_counter() - begun
         self._steps += sum(len(read.judged_ids) for read in reads)
         totals = [np.minimum(one.sum(axis=1), 1.0).astype(np.float32) for one in probs]

@@ -18,6 +18,7 @@ from redflag.lab.baselines import Cost
 from redflag.lab.baselines.bench import Bench, Floats, thinned
 from redflag.lab.baselines.probe_losses import token_bce, towards_maximum
 from redflag.lab.baselines.tuning import IGNORE, Tuning, fine_tune, hidden_of, language_loss
+from redflag.progress import track
 from redflag.scoring.recording import Recording
 
 
@@ -121,7 +122,8 @@ class TokenClassifier:
         probs: list[Floats] = [np.zeros(0, np.float32)] * len(reads)
         order = sorted(range(len(reads)), key=lambda i: len(reads[i].prompt_ids) + len(reads[i].judged_ids))
         begun = time.perf_counter()
-        for first in range(0, len(order), self._bench.batch_size):
+        starts = range(0, len(order), self._bench.batch_size)
+        for first in track(starts, f"scoring {self.name}", len(starts), "batches"):
             picks = order[first : first + self._bench.batch_size]
             hidden = hidden_of(self._model, [(reads[i].prompt_ids + reads[i].judged_ids)[:-1] for i in picks])
             scores = torch.sigmoid(self._head(hidden)[..., 0].float()).cpu().numpy()

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from redflag.backends.head import backbone, head_logits
+from redflag.progress import track
 
 IGNORE = -100
 # Models up to this size have all their weights trained unless something else is asked for.
@@ -87,7 +88,7 @@ def fine_tune(
     for number in range(tuning.passes):
         batches = _batches(draw(number), tuning.rows, generator)
         steps = steps or tuning.passes * len(batches)
-        for batch in batches:
+        for batch in track(batches, f"fine-tuning, pass {number + 1} of {tuning.passes}", len(batches), "steps"):
             share = min(done / steps, 1.0)
             for group in optimizer.param_groups:
                 group["lr"] = rate * min(1.0, 20 * (share + 1 / steps)) * (0.5 + 0.5 * math.cos(math.pi * share))

@@ -16,6 +16,7 @@ from redflag.backends.head import backbone, head_agrees, head_logits, plain_mode
 from redflag.data.rows import Row
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
+from redflag.progress import track
 from redflag.prompt import render_response
 
 LOGITS_AT_ONCE = 8_388_608  # numbers alive at one time, of each of the two models
@@ -75,7 +76,8 @@ def language_change(
     tokens = sum(len(response) for _, response in pairs)
     pairs.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
     size = batch_size if apart else 1
-    for start in range(0, len(pairs), size):
+    starts = range(0, len(pairs), size)
+    for start in track(starts, "language", len(starts), "batches"):
         hidden = [states_before(model, pairs[start : start + size], device, apart) for model in models]
         chosen = torch.tensor([t for _, response in pairs[start : start + size] for t in response], device=device)
         for part in range(0, len(chosen), step := max(1, LOGITS_AT_ONCE // words[1])):

@@ -24,6 +24,7 @@ from redflag.lab.nano.phrases import ACTS
 from redflag.lab.nano.reflect import nano_reflections
 from redflag.lab.nano.rows import NANO_CATEGORIES, nano_pretraining_rows, nano_rows
 from redflag.lab.stages import Stages, quiet
+from redflag.progress import track
 from redflag.terminal.paint import BOLD, DIM, RESET, legend, printable, wants_colour
 from redflag.trace import Text, Trace
 
@@ -164,7 +165,8 @@ def streams(output: Path, coloured: bool, tries: int = 40) -> None:
     ):
         found = None
         candidates = [row for row in rows if row.source == source][:tries]
-        for tried, row in enumerate(candidates, 1):
+        looking = f"looking for an answer that is {wanted}"
+        for tried, row in enumerate(track(candidates, looking, len(candidates), "prompts"), 1):
             sampling = Sampling(max_new_tokens=90, temperature=0.6, seed=tried)
             result = guard.generate(row.messages[:-1], sampling)
             if result.verdict == wanted and telling(result.text):

@@ -22,7 +22,7 @@ from redflag.bounds import check_bounds
 from redflag.data.options import RowOptions
 from redflag.data.rows import RecordReader, Row
 from redflag.data.sources import Provenance
-from redflag.data.summary import label_warnings
+from redflag.data.summary import label_warnings, report_skipped
 from redflag.errors import RedflagError
 from redflag.files import atomic_write, require_writable
 from redflag.lab.refusals import PhraseClassifier, RefusalClassifier, Taxonomy, audit_page, load_taxonomy
@@ -30,7 +30,7 @@ from redflag.lab.refusals.audit_counts import Audit, Finding
 from redflag.lab.refusals.features import is_folder
 from redflag.lab.refusals.pairs import read_labelled, read_rows
 from redflag.lab.report import page
-from redflag.scoring.score import report_skipped
+from redflag.progress import Progress
 from redflag.versions import versions
 
 
@@ -215,17 +215,16 @@ def _audit(arguments: AuditArguments, classifier: RefusalClassifier | PhraseClas
     skipped, held, harmful = [], 0, 0
     with ExitStack() as stack:
         write = _writer(stack, arguments.write_rows)
+        progress = stack.enter_context(Progress("judging", None, "rows"))
         for pairs, bad in chunks:
             findings = audit.feed([pair for pair, _ in pairs], classifier.judge([pair for pair, _ in pairs]))
             skipped += bad
             harmful += sum(row.harmful for _, row in pairs)
             held += write([row for _, row in pairs], findings)
-            _say(f"{audit.rows:,} rows, {audit.refusals:,} refusals, {audit.rows / (time.monotonic() - begun):,.0f}/s")
+            progress(audit.rows, f"{audit.refusals:,} refusals, {audit.rows / (time.monotonic() - begun):,.0f} rows/s")
         if audit.rows == 0:
             why = f"all {len(skipped)} were left out (first: {skipped[0]})" if skipped else "it is empty"
             raise RedflagError(f"no usable row in {arguments.input}: {why}; give a file of rows")
-    if sys.stderr.isatty():
-        print(file=sys.stderr)
     report_skipped(skipped)
     for line in label_warnings(audit.rows, harmful, reader.decided_by, reader.ignored):
         print(line, file=sys.stderr)
@@ -288,15 +287,3 @@ def _writer(stack: ExitStack, path: str | None) -> Callable[[list[Row], list[Fin
 
 def _files(provenance: Provenance) -> Iterable[tuple[str, str]]:
     return zip(provenance.files, provenance.digests, strict=False)
-
-
-_said = 0.0
-
-
-def _say(line: str) -> None:
-    """On a terminal one changing line, elsewhere one now and then."""
-    global _said
-    terminal, now = sys.stderr.isatty(), time.monotonic()
-    if now - _said > (0.2 if terminal else 15.0):
-        _said = now
-        print(f"\r{line}" if terminal else line, end="" if terminal else "\n", file=sys.stderr, flush=True)

@@ -51,7 +51,7 @@ def forecast(
     max_tokens: int = 128,
     seed: int = 0,
     workers: int = 8,
-    said: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> list[list[Point]]:
     """Forecasts along the rows' responses.
 
@@ -65,7 +65,7 @@ def forecast(
         max_tokens: Most tokens of a continuation.
         seed: Same seed, same draws.
         workers: Threads that ask the judge.
-        said: Told how many continuations are there, after each.
+        on_progress: Callback that gets the step, how many continuations are done, and of how many.
 
     Returns:
         For each row its points in order. A place none of whose continuations has a verdict is left out.
@@ -85,7 +85,7 @@ def forecast(
             # Seeds of one prefix follow each other, so that a local model continues them in one batch.
             base = _seed(f"{seed} {json.dumps(turns)}")
             questions += [Question(tuple(turns), temperature, max_tokens, base + i) for i in range(samples)]
-    replies = model.ask(questions, said)
+    replies = model.ask(questions, lambda done, total: on_progress("continuations", done, total))
 
     def judged(index: int) -> float | None:
         (number, character), reply = places[index // samples], replies[index]
@@ -97,8 +97,11 @@ def forecast(
         except UnansweredError:
             return None
 
+    verdicts = []
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        verdicts = list(pool.map(judged, range(len(questions))))
+        for verdict in pool.map(judged, range(len(questions))):
+            verdicts.append(verdict)
+            on_progress("continuations judged", len(verdicts), len(questions))
     points: list[list[Point]] = [[] for _ in rows]
     for place, (number, character) in enumerate(places):
         harms = [harm for harm in verdicts[place * samples : (place + 1) * samples] if harm is not None]

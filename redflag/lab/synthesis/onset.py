@@ -165,7 +165,7 @@ def find_onsets(
     *,
     search: Search = "first",
     workers: int = 8,
-    said: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Onset | None]:
     """The onsets of rows' responses.
 
@@ -174,7 +174,7 @@ def find_onsets(
         rows: Conversations that end in the response.
         search: As in `find_onset`.
         workers: Threads.
-        said: Told how many of the rows are done, after each.
+        on_progress: Callback that gets how many of the rows are done, after each.
 
     Returns:
         For each row what was found; None where a verdict was needed and not given, which is not the same as harmless.
@@ -191,7 +191,7 @@ def find_onsets(
         try:
             for onset in pool.map(find, rows):
                 found.append(onset)
-                said(len(found), len(rows))
+                on_progress(len(found), len(rows))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

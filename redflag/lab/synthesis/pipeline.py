@@ -22,7 +22,7 @@ from redflag.lab.synthesis.questions import KeptAnswers, Question
 from redflag.lab.synthesis.requests import Request, find_requests
 from redflag.lab.synthesis.wording import answer_question, paraphrase_question, translate_question
 
-Said = Callable[[str, int, int], None]
+OnProgress = Callable[[str, int, int], None]
 
 _BLOCK = 16  # requests that are answered at one temperature, so that a local model can answer them side by side
 _SEEDS = 1_000_000  # of one answer round
@@ -109,7 +109,7 @@ def synthesize(
     model: KeptAnswers,
     judge: Judge | None,
     settings: Settings = Settings(),
-    said: Said = lambda what, done, total: None,
+    on_progress: OnProgress = lambda what, done, total: None,
 ) -> Result:
     """Makes rows.
 
@@ -119,7 +119,7 @@ def synthesize(
         judge: Checks that answers belong to their side, and finds onsets. None: neither is done, and harmful rows have
             no onset, which means that they count as harmful from the first character.
         settings: How many of what.
-        said: Told how far which step is.
+        on_progress: Callback that gets the step, how many are done, and of how many.
 
     Raises:
         RedflagError: The model cannot be asked any further, or nothing was left.
@@ -133,20 +133,20 @@ def synthesize(
         near=settings.near,
         seed=settings.seed,
         dropped=dropped,
-        said=lambda done, total: said("requests", done, total),
+        on_progress=lambda done, total: on_progress("requests", done, total),
     )
-    rows = _answered(constitution, requests, model, settings, dropped, said)
-    rows = _checked(rows, judge, settings, dropped, said)
+    rows = _answered(constitution, requests, model, settings, dropped, on_progress)
+    rows = _checked(rows, judge, settings, dropped, on_progress)
     rows = _distinct(rows, constitution, settings, dropped)
-    rows = _with_onsets(rows, judge, settings, said)
+    rows = _with_onsets(rows, judge, settings, on_progress)
     more = [
-        *_paraphrased(rows, model, settings, dropped, said),
+        *_paraphrased(rows, model, settings, dropped, on_progress),
         *_disguised(rows, constitution, settings),
         *_with_onsets(
-            _checked(_translated(rows, model, settings, dropped, said), judge, settings, dropped, said),
+            _checked(_translated(rows, model, settings, dropped, on_progress), judge, settings, dropped, on_progress),
             judge,
             settings,
-            said,
+            on_progress,
         ),
     ]
     rows = _once([*rows, *more], dropped)
@@ -168,7 +168,7 @@ def _answered(
     model: KeptAnswers,
     settings: Settings,
     dropped: Counter[str],
-    said: Said,
+    on_progress: OnProgress,
 ) -> list[Row]:
     classes = {kind.name: number for number, kind in enumerate(constitution.classes)}
     spots = [(request, again) for again in range(settings.answers) for request in requests]
@@ -179,7 +179,7 @@ def _answered(
         temperature = settings.temperatures[(again + request.number // _BLOCK) % len(settings.temperatures)]
         turns = answer_question(request.kind, request.text)
         questions.append(Question(turns, temperature, settings.max_tokens, seed))
-    replies = model.ask(questions, lambda done, total: said("answers", done, total))
+    replies = model.ask(questions, lambda done, total: on_progress("answers", done, total))
     rows = []
     for (request, again), reply in zip(spots, replies, strict=True):
         kind, text = request.kind, usable(reply)
@@ -202,7 +202,7 @@ def _answered(
 
 
 def _checked(
-    rows: Sequence[Row], judge: Judge | None, settings: Settings, dropped: Counter[str], said: Said
+    rows: Sequence[Row], judge: Judge | None, settings: Settings, dropped: Counter[str], on_progress: OnProgress
 ) -> list[Row]:
     """The rows whose answers the judge puts on their side."""
     if judge is None or not rows:
@@ -218,7 +218,7 @@ def _checked(
     with ThreadPoolExecutor(settings.workers) as pool:
         try:
             for number, (row, harmful) in enumerate(zip(rows, pool.map(verdict, rows), strict=True), 1):
-                said("checked", number, len(rows))
+                on_progress("checked", number, len(rows))
                 if harmful == row.harmful:
                     kept.append(row)
                 else:
@@ -239,7 +239,7 @@ def _distinct(rows: Sequence[Row], constitution: Constitution, settings: Setting
     return left
 
 
-def _with_onsets(rows: Sequence[Row], judge: Judge | None, settings: Settings, said: Said) -> list[Row]:
+def _with_onsets(rows: Sequence[Row], judge: Judge | None, settings: Settings, on_progress: OnProgress) -> list[Row]:
     harmful = [row for row in rows if row.harmful]
     if judge is None or not harmful:
         return list(rows)
@@ -248,21 +248,21 @@ def _with_onsets(rows: Sequence[Row], judge: Judge | None, settings: Settings, s
         harmful,
         search=settings.search,
         workers=settings.workers,
-        said=lambda done, total: said("onsets", done, total),
+        on_progress=lambda done, total: on_progress("onsets", done, total),
     )
     labelled = iter(with_onsets(harmful, found))
     return [next(labelled) if row.harmful else row for row in rows]
 
 
 def _paraphrased(
-    rows: Sequence[Row], model: KeptAnswers, settings: Settings, dropped: Counter[str], said: Said
+    rows: Sequence[Row], model: KeptAnswers, settings: Settings, dropped: Counter[str], on_progress: OnProgress
 ) -> list[Row]:
     spots = [(row, again) for row in rows for again in range(settings.paraphrases)]
     questions = [
         Question(paraphrase_question(_request(row)), 1.0, settings.max_tokens, settings.seed + again)
         for row, again in spots
     ]
-    replies = model.ask(questions, lambda done, total: said("paraphrases", done, total)) if questions else []
+    replies = model.ask(questions, lambda done, total: on_progress("paraphrases", done, total)) if questions else []
     found = []
     for (row, again), reply in zip(spots, replies, strict=True):
         text = reply.text.strip()
@@ -285,7 +285,7 @@ def _disguised(rows: Sequence[Row], constitution: Constitution, settings: Settin
 
 
 def _translated(
-    rows: Sequence[Row], model: KeptAnswers, settings: Settings, dropped: Counter[str], said: Said
+    rows: Sequence[Row], model: KeptAnswers, settings: Settings, dropped: Counter[str], on_progress: OnProgress
 ) -> list[Row]:
     spots = [(row, language) for language in settings.languages for row in rows]
     most = 2 * settings.max_tokens
@@ -294,7 +294,7 @@ def _translated(
         for row, language in spots
         for text in (_request(row), row.response)
     ]
-    replies = model.ask(questions, lambda done, total: said("translations", done, total)) if questions else []
+    replies = model.ask(questions, lambda done, total: on_progress("translations", done, total)) if questions else []
     found = []
     for i, (row, language) in enumerate(spots):
         request, answer = replies[2 * i], replies[2 * i + 1]

@@ -110,13 +110,13 @@ class KeptAnswers:
         return len(self._kept)
 
     def ask(
-        self, questions: Sequence[Question], said: Callable[[int, int], None] = lambda done, total: None
+        self, questions: Sequence[Question], on_progress: Callable[[int, int], None] = lambda done, total: None
     ) -> list[Reply]:
         """Answers in the order of the questions, kept ones and new ones.
 
         Args:
             questions: What is asked.
-            said: Told how many of the questions have answers, after each.
+            on_progress: Callback that gets how many of the questions have answers, after each.
 
         Raises:
             RedflagError: The model cannot be asked any further. What it answered is kept.
@@ -134,7 +134,7 @@ class KeptAnswers:
                 self.tokens_in += reply.tokens_in
                 self.tokens_out += reply.tokens_out
                 done += 1
-                said(done, len(first))
+                on_progress(done, len(first))
 
         if open_keys:
             self._model.ask([first[key] for key in open_keys], keep)

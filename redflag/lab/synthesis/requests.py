@@ -52,7 +52,7 @@ def find_requests(
     near: float = 0.8,
     seed: int = 0,
     dropped: Counter[str] | None = None,
-    said: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Request]:
     """Requests of all classes, class by class; a class may get fewer than its share where the model repeats itself.
 
@@ -65,7 +65,7 @@ def find_requests(
             equal ones are dropped.
         seed: Same seed, same requests.
         dropped: Told why requests were left out.
-        said: Told how many questions have answers.
+        on_progress: Callback that gets how many questions have answers.
     """
     dropped = Counter() if dropped is None else dropped
     shares = constitution.shares(count)
@@ -76,7 +76,7 @@ def find_requests(
             wanted = requests_question(constitution, kind, style, PER_QUESTION)
             temperature = temperatures[i % len(temperatures)]
             asked.append((number, Question(wanted, temperature, _TOKENS, seed + 1_000 * number + i)))
-    replies = model.ask([question for _, question in asked], said) if asked else []
+    replies = model.ask([question for _, question in asked], on_progress) if asked else []
     requests: list[Request] = []
     for number, (kind, share) in enumerate(zip(constitution.classes, shares, strict=True)):
         if kind.templates:

@@ -10,9 +10,9 @@ import dataclasses
 import hashlib
 import json
 import sys
-import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -29,9 +29,10 @@ from redflag.lab.synthesis.constitution import load_constitution
 from redflag.lab.synthesis.cost import allow, estimate
 from redflag.lab.synthesis.forecast import forecast, write_forecasts
 from redflag.lab.synthesis.onset import agreement, find_onsets, with_onsets
-from redflag.lab.synthesis.pipeline import Settings, is_held_out, synthesize
+from redflag.lab.synthesis.pipeline import OnProgress, Settings, is_held_out, synthesize
 from redflag.lab.synthesis.questions import KeptAnswers
 from redflag.lab.synthesis.who import writer
+from redflag.progress import Progress
 
 
 @dataclass(kw_only=True)
@@ -136,7 +137,8 @@ def _make(arguments: SynthesizeArguments, output: Path) -> None:
     model = _writer(arguments, output)
     if len(model):
         print(f"{len(model)} answers are kept from before", file=sys.stderr)
-    result = synthesize(constitution, model, judge, settings, Progress())
+    with _progress() as on_progress:
+        result = synthesize(constitution, model, judge, settings, on_progress)
     held_out = [row for row in result.rows if is_held_out(row, arguments.held_out)]
     training = [row for row in result.rows if not is_held_out(row, arguments.held_out)]
     files = {}
@@ -187,14 +189,9 @@ def _label(arguments: SynthesizeArguments, output: Path) -> None:
     ).open_judge(device=arguments.device)
     # A verdict on harmless rows is needed where two judges are compared, and nowhere else.
     chosen = rows if second is not None else [row for row in rows if row.harmful]
-    progress = Progress()
-    found = find_onsets(
-        judge,
-        chosen,
-        search=arguments.search,
-        workers=arguments.workers,
-        said=lambda done, total: progress("onsets", done, total),
-    )
+    asking: dict[str, Any] = {"search": arguments.search, "workers": arguments.workers}
+    with Progress("onsets", len(chosen), "rows") as progress:
+        found = find_onsets(judge, chosen, **asking, on_progress=lambda done, total: progress(done))
     labelled = iter(with_onsets(chosen, found))
     kept = {id(row) for row in chosen}
     write_rows(output / "rows.jsonl", [next(labelled) if id(row) in kept else row for row in rows])
@@ -210,13 +207,9 @@ def _label(arguments: SynthesizeArguments, output: Path) -> None:
         "questions": sum(onset.questions for onset in found if onset is not None),
     }
     if second is not None:
-        other = find_onsets(
-            CachedJudge(second, output / "verdicts.jsonl"),
-            chosen,
-            search=arguments.search,
-            workers=arguments.workers,
-            said=lambda done, total: progress("onsets of the second judge", done, total),
-        )
+        cached = CachedJudge(second, output / "verdicts.jsonl")
+        with Progress("onsets of the second judge", len(chosen), "rows") as progress:
+            other = find_onsets(cached, chosen, **asking, on_progress=lambda done, total: progress(done))
         report["second_judge"] = getattr(second, "identity", None)
         report["agreement"] = dataclasses.asdict(agreement(found, other))
     _write_json(output / "onsets.json", report)
@@ -240,41 +233,41 @@ def _forecast(arguments: SynthesizeArguments, output: Path) -> None:
     judge = _judge(arguments, output)
     if judge is None:
         raise RedflagError("forecasts are made by a judge, and none is named: give --judge")
-    progress = Progress()
-    points = forecast(
-        rows,
-        _writer(arguments, output),
-        judge,
-        samples=arguments.samples,
-        positions=arguments.positions,
-        temperature=arguments.temperatures[-1] if arguments.temperatures else 1.0,
-        max_tokens=arguments.max_tokens,
-        seed=arguments.seed,
-        workers=arguments.workers,
-        said=lambda done, total: progress("continuations", done, total),
-    )
+    with _progress() as on_progress:
+        points = forecast(
+            rows,
+            _writer(arguments, output),
+            judge,
+            samples=arguments.samples,
+            positions=arguments.positions,
+            temperature=arguments.temperatures[-1] if arguments.temperatures else 1.0,
+            max_tokens=arguments.max_tokens,
+            seed=arguments.seed,
+            workers=arguments.workers,
+            on_progress=on_progress,
+        )
     path = write_forecasts(output / "forecasts.jsonl", rows, points)
     print(f"{sum(map(len, points))} forecasts along {len(rows)} rows: {path}")
 
 
-class Progress:
-    """Says on stderr how far a step is: in one changing line on a terminal, now and then elsewhere."""
+@contextmanager
+def _progress() -> Iterator[OnProgress]:
+    """Shows how far a step is; the next one begins when it is named."""
+    step: Progress | None = None
 
-    def __init__(self) -> None:
-        """Begins."""
-        self._what, self._first = "", 0
-        self._start = self._told = time.monotonic()
+    def on_progress(what: str, done: int, total: int) -> None:
+        nonlocal step
+        if step is None or step.what != what:
+            if step is not None:
+                step.close()
+            step = Progress(what, total, "done", begin=done - 1)
+        step(done)
 
-    def __call__(self, what: str, done: int, total: int) -> None:
-        """Takes in how far it is."""
-        now, terminal = time.monotonic(), sys.stderr.isatty()
-        if what != self._what:
-            self._what, self._start, self._told, self._first = what, now, now, done
-        if done == total or now - self._told > (0.2 if terminal else 15.0):
-            self._told = now
-            line = f"{what} {done}/{total}, {(done - self._first) / max(now - self._start, 1e-3):,.1f}/s"
-            end = "\n" if done == total or not terminal else ""
-            print(f"\r{line}" if terminal else line, end=end, file=sys.stderr, flush=True)
+    try:
+        yield on_progress
+    finally:
+        if step is not None:
+            step.close()
 
 
 def _settings(arguments: SynthesizeArguments) -> Settings:
