@@ -7,13 +7,16 @@ what other libraries say at most the beginning of the first line.
 
 from __future__ import annotations
 
-import json as jsonlib
 import logging
 import sys
 import traceback
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TextIO
+
+from structlog.processors import JSONRenderer
+from structlog.stdlib import ExtraAdder, ProcessorFormatter
+from structlog.types import EventDict, Processor
 
 from redflag.errors import RedflagError
 from redflag.server.faults import fault_class
@@ -74,7 +77,9 @@ def setup(json: bool = False, level: int | str = "INFO", *, scores: bool = False
         raise RedflagError(f"log level is {level!r}, which there is not; use debug, info, warning or error")
     teardown()
     handler = logging.StreamHandler(stream if stream is not None else sys.stderr)
-    handler.setFormatter(_Json(scores) if json else _Plain(scores))
+    attached = [*FIELDS, "detail", *(["redflag_scores"] if scores else [])]
+    form: list[Processor] = [_machine, JSONRenderer(default=str)] if json else [_people]
+    handler.setFormatter(ProcessorFormatter(foreign_pre_chain=[ExtraAdder(attached)], processors=[_allowed, *form]))
     setattr(handler, _MARK, True)
     root = logging.getLogger()
     root.addHandler(handler)
@@ -143,52 +148,38 @@ def request(
     _requests.log(level, "request", extra={**fields, "redflag_scores": peaks})
 
 
-class _Formatter(logging.Formatter):
-    def __init__(self, scores: bool) -> None:
-        super().__init__()
-        self._scores = scores
-
-    def fields(self, record: logging.LogRecord) -> dict[str, Any]:
-        found = {name: value for name in FIELDS if (value := record.__dict__.get(name)) is not None}
-        if self._scores and (peaks := record.__dict__.get("redflag_scores")):
-            found["scores"] = {name: round(value, 6) for name, value in peaks.items()}
-        if detail := record.__dict__.get("detail"):
-            found.setdefault("fault", fault_class(str(detail)))
-        if record.exc_info and record.exc_info[1] is not None:
-            error = record.exc_info[1]
-            found["error"] = type(error).__name__
-            frames = traceback.extract_tb(error.__traceback__)[-4:]
-            found["where"] = [f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames]
-        return found
-
-    def message(self, record: logging.LogRecord) -> str:
-        text = record.getMessage()
-        if not record.name.startswith("redflag"):
-            text = text.partition("\n")[0]
-            text = text if len(text) <= _LONGEST else text[:_LONGEST] + "…"
-        return text
-
-    def time(self, record: logging.LogRecord) -> datetime:
-        return datetime.fromtimestamp(record.created, timezone.utc)
+def _allowed(logger: Any, method: str, event: EventDict) -> EventDict:
+    """The keys of a line in their order: what `FIELDS` names, and what can be said of an exception without its text."""
+    record: logging.LogRecord = event["_record"]
+    text = str(event["event"])
+    if not record.name.startswith("redflag"):
+        text = text.partition("\n")[0]
+        text = text if len(text) <= _LONGEST else text[:_LONGEST] + "…"
+    line = {"time": record.created, "level": record.levelname, "logger": record.name, "message": text}
+    line |= {name: event[name] for name in FIELDS if event.get(name) is not None}
+    if peaks := event.get("redflag_scores"):
+        line["scores"] = {name: round(value, 6) for name, value in peaks.items()}
+    if detail := event.get("detail"):
+        line.setdefault("fault", fault_class(str(detail)))
+    if (error := event.get("exc_info", (None, None))[1]) is not None:
+        line["error"] = type(error).__name__
+        frames = traceback.extract_tb(error.__traceback__)[-4:]
+        line["where"] = [f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames]
+    return line
 
 
-class _Json(_Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        line = {
-            "time": self.time(record).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": self.message(record),
-            **self.fields(record),
-        }
-        return jsonlib.dumps(line, default=str)
+def _machine(logger: Any, method: str, line: EventDict) -> EventDict:
+    time = datetime.fromtimestamp(line["time"], timezone.utc).isoformat(timespec="milliseconds")
+    return {**line, "time": time.replace("+00:00", "Z"), "level": line["level"].lower()}
 
 
-class _Plain(_Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        head = f"{self.time(record):%H:%M:%S} {record.levelname:<7} {self.message(record)}"
-        fields = (f"{name}={_plain(value)}" for name, value in self.fields(record).items())
-        return _one_line(" ".join([head, *fields]))
+def _people(logger: Any, method: str, line: EventDict) -> str:
+    time = datetime.fromtimestamp(line.pop("time"), timezone.utc)
+    head = f"{time:%H:%M:%S} {line.pop('level'):<7} {line.pop('message')}"
+    del line["logger"]
+    text = " ".join([head, *(f"{name}={_plain(value)}" for name, value in line.items())])
+    # No client can write lines of their own through a field, or steer the terminal.
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
 def _plain(value: Any) -> str:
@@ -197,8 +188,3 @@ def _plain(value: Any) -> str:
     if isinstance(value, list):
         return " < ".join(map(str, reversed(value)))
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _one_line(text: str) -> str:
-    """Nobody who chooses a field can write lines of his own, or steer the terminal."""
-    return "".join(c if c.isprintable() else "\ufffd" for c in text)
