@@ -288,7 +288,7 @@ class Server:
         def tell(exchange: Exchange) -> None:
             self.open.discard(exchange)
             with around:
-                span.finish(response.trace, exchange.end)
+                span.finish(response.trace, exchange.end, input_tokens=len(first.token_ids))
             self._tell(route, exchange, body, caller)
 
         events = adrive(response, engine, self.guard.judge)

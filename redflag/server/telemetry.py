@@ -22,6 +22,9 @@ discussed) is `redflag.*`:
 The events `redflag.alarm`, `.reflection`, `.escalation`, `.resume` and `.halt` stand on the span with their position,
 category, action and verdict. No text is ever told, and scores only on demand.
 
+OpenTelemetry's own instrumentation of FastAPI has one span per HTTP request (a request may ask for several responses)
+and puts addresses, queries and the texts of exceptions on it, so it is not used.
+
 Needs `pip install redflag-llm[otel]`; where spans go is set by the environment (`OTEL_EXPORTER_OTLP_ENDPOINT`, ...).
 """
 
@@ -34,7 +37,7 @@ from typing import Any
 
 from redflag.errors import RedflagError
 from redflag.server.faults import fault_class
-from redflag.trace import Done, Event, Halt, Text, Thought, Trace
+from redflag.trace import Event, Halt, Trace
 
 _FAILED = ("fault", "timeout")  # ends that are errors of the server
 # Fields of an event that are told, where it has them: none that may quote a response; the others only on demand.
@@ -43,19 +46,52 @@ _SCORES = ("score", "threshold", "harm")
 
 
 class Span:
-    """The span of one request; this one tells nobody."""
+    """The span of one request; without OpenTelemetry's it does nothing."""
 
-    def event(self, event: Event) -> None:
-        """Tells of an event as it comes; without this, `finish` tells of all at once."""
+    def __init__(self, span: Any = None, scores: bool = False) -> None:
+        self._span, self._scores = span, scores
+        self.finished = span is None
 
     def finish(self, trace: Trace, end: str, *, input_tokens: int | None = None) -> None:
-        """Tells how it ended. Without effect the second time.
+        """Sets what became of the request. Without effect the second time.
 
         Args:
             trace: The response.
             end: `done`, `halted`, `fault`, `disconnected`, `refused` or `timeout`.
             input_tokens: Tokens of the prompt.
         """
+        if self.finished:
+            return
+        self.finished = True
+        facts = trace.facts()
+        for event in facts.decisions:
+            self._span.add_event(f"redflag.{type(event).__name__.lower()}", _told(event, self._scores))
+        halt = {} if facts.halt is None else _told(facts.halt, False)
+        reason = {"alarm": "content_filter", "fault": "error"}.get(facts.reason or "", facts.reason)
+        attributes = {
+            "redflag.end": end,
+            "gen_ai.response.finish_reasons": None if reason is None else [reason],
+            "gen_ai.usage.input_tokens": input_tokens,
+            "gen_ai.usage.output_tokens": len(trace.token_ids),
+            "redflag.tokens.released": facts.released,
+            "redflag.tokens.waited": facts.waited,
+            "redflag.alarms": len(facts.alarms),
+            "redflag.reflections": len(facts.reflections),
+            "redflag.escalations": len(facts.escalations),
+            "redflag.resumes": facts.resumes,
+            **{f"redflag.halt.{name}": halt.get(f"redflag.{name}") for name in ("reason", "category", "fault")},
+        }
+        self._span.set_attributes({name: value for name, value in attributes.items() if value is not None})
+        if end in _FAILED:
+            fault = fault_class(facts.detail) if facts.halt is not None else end
+            self.fail("timeout" if end == "timeout" else fault)
+
+    def fail(self, kind: str) -> None:
+        """Marks it as an error of that kind."""
+        from opentelemetry.trace import Status, StatusCode
+
+        self._span.set_attribute("error.type", kind)
+        self._span.set_status(Status(StatusCode.ERROR))
 
 
 class Telemetry:
@@ -64,7 +100,7 @@ class Telemetry:
     Example:
         >>> telemetry = Telemetry(enabled=False)
         >>> with telemetry.span("r-1", "/v1/chat/completions", "nano") as span:
-        ...     span.finish(Trace(events=[Done(0, "stop")]), "done")
+        ...     span.finish(Trace(), "disconnected")
     """
 
     def __init__(
@@ -103,14 +139,32 @@ class Telemetry:
         if self._tracer is None:
             yield Span()
             return
-        span = _Telling(self._tracer, request_id, route, model, headers or {}, self._scores)
+        from opentelemetry.trace import SpanKind
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+        operation = "text_completion" if route == "/v1/completions" else "chat"
+        # It is never made the current one: a response is asked for by several tasks, and a current span belongs to one.
+        inner = self._tracer.start_span(
+            f"{operation} {model}",
+            context=TraceContextTextMapPropagator().extract(headers or {}),
+            kind=SpanKind.SERVER,
+            attributes={
+                "gen_ai.operation.name": operation,
+                "gen_ai.provider.name": "redflag",
+                "gen_ai.request.model": model,
+                "gen_ai.response.id": request_id,
+                "http.route": route,
+            },
+        )
+        span = Span(inner, self._scores)
         try:
             yield span
         except BaseException as error:
-            span.failed(error)
+            if not span.finished:
+                span.fail(type(error).__name__)  # Its text may quote a request.
             raise
         finally:
-            span.end()
+            inner.end()
 
     def shutdown(self) -> None:
         """Sends what has not been sent yet. A provider of the caller's own is left alone."""
@@ -118,101 +172,14 @@ class Telemetry:
             self._provider.shutdown()
 
 
-class _Telling(Span):
-    """A span that somebody hears of.
-
-    It is never made the current one: a response is asked for by several tasks, and a current span belongs to one.
-    """
-
-    def __init__(
-        self, tracer: Any, request_id: str, route: str, model: str, headers: Mapping[str, str], scores: bool
-    ) -> None:
-        from opentelemetry.trace import SpanKind
-        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
-
-        operation = "text_completion" if route == "/v1/completions" else "chat"
-        attributes = {
-            "gen_ai.operation.name": operation,
-            "gen_ai.provider.name": "redflag",
-            "gen_ai.request.model": model,
-            "gen_ai.response.id": request_id,
-            "http.route": route,
-        }
-        self._span = tracer.start_span(
-            f"{operation} {model}",
-            context=TraceContextTextMapPropagator().extract(headers),
-            kind=SpanKind.SERVER,
-            attributes=attributes,
-        )
-        self._scores = scores
-        self._told = 0
-        self._finished = False
-
-    def event(self, event: Event) -> None:
-        if isinstance(event, Text | Thought | Done):
-            return
-        self._told += 1
-        names = (*_NAMES, *(_SCORES if self._scores else ()))
-        told = {name: getattr(event, name, None) for name in ("position", *names)}
-        attributes = {f"redflag.{name}": value for name, value in told.items() if value is not None}
-        if event.counts_as:
-            attributes[f"redflag.tokens.{event.counts_as}"] = event.tokens(event.counts_as)
-        if isinstance(event, Halt):
-            attributes |= _halt(event)
-        self._span.add_event(f"redflag.{type(event).__name__.lower()}", attributes)
-
-    def finish(self, trace: Trace, end: str, *, input_tokens: int | None = None) -> None:
-        if self._finished:
-            return
-        self._finished = True
-        facts = trace.facts()
-        for event in facts.decisions[self._told :]:
-            self.event(event)
-        attributes: dict[str, Any] = {
-            "redflag.end": end,
-            "gen_ai.usage.output_tokens": len(trace.token_ids),
-            "redflag.tokens.released": facts.released,
-            "redflag.tokens.waited": facts.waited,
-            "redflag.alarms": len(facts.alarms),
-            "redflag.reflections": len(facts.reflections),
-            "redflag.escalations": len(facts.escalations),
-            "redflag.resumes": facts.resumes,
-        }
-        if input_tokens is not None:
-            attributes["gen_ai.usage.input_tokens"] = input_tokens
-        if facts.halt is not None:
-            attributes |= {f"redflag.halt.{name.split('.')[1]}": value for name, value in _halt(facts.halt).items()}
-        if facts.reason is not None:
-            reason = {"alarm": "content_filter", "fault": "error"}.get(facts.reason, facts.reason)
-            attributes["gen_ai.response.finish_reasons"] = [reason]
-        self._span.set_attributes(attributes)
-        if end in _FAILED:
-            fault = fault_class(facts.detail) if facts.halt is not None else end
-            self._error("timeout" if end == "timeout" else fault)
-
-    def failed(self, error: BaseException) -> None:
-        """Something was raised through the span. Its text may quote a request: only its type is told."""
-        if not self._finished:
-            self._error(type(error).__name__)
-
-    def end(self) -> None:
-        """Sends it on its way."""
-        self._span.end()
-
-    def _error(self, kind: str) -> None:
-        from opentelemetry.trace import Status, StatusCode
-
-        self._span.set_attribute("error.type", kind)
-        self._span.set_status(Status(StatusCode.ERROR))
-
-
-def _halt(halt: Halt) -> dict[str, Any]:
-    # `detail` may quote a response: its class is told in its place.
-    attributes = {"redflag.reason": halt.reason}
-    if halt.category is not None:
-        attributes["redflag.category"] = halt.category
-    if halt.reason == "fault":
-        attributes["redflag.fault"] = fault_class(halt.detail)
+def _told(event: Event, scores: bool) -> dict[str, Any]:
+    """An event's attributes. Its `detail` may quote a response: of a fault the class is told in its place."""
+    names = ("position", *_NAMES, *(_SCORES if scores else ()))
+    attributes = {f"redflag.{name}": value for name in names if (value := getattr(event, name, None)) is not None}
+    if event.counts_as:
+        attributes[f"redflag.tokens.{event.counts_as}"] = event.tokens(event.counts_as)
+    if isinstance(event, Halt) and event.reason == "fault":
+        attributes["redflag.fault"] = fault_class(event.detail)
     return attributes
 
 

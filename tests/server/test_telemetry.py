@@ -5,13 +5,16 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import httpx
 import pytest
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
+from running import ROUTES, Play, body_of, engine, running
 
 from redflag.errors import RedflagError
+from redflag.guard.guard import Guard
 from redflag.server.telemetry import Telemetry
 from redflag.trace import Alarm, Done, Escalation, Halt, Reflection, Resume, Text, Trace
 
@@ -158,15 +161,10 @@ def test_an_error_that_passes_through_is_told_by_its_type_and_the_span_ends(tele
     assert second.status.status_code == StatusCode.UNSET
 
 
-def test_events_told_as_they_come_are_not_told_again(telemetry, exporter):
-    response = trace(tokens=5)
+def test_a_span_is_finished_once(telemetry, exporter):
     with telemetry.span(*CHAT) as span:
-        for event in REVIEWED[:4]:
-            response.events.append(event)
-            span.event(event)
-        response.events += REVIEWED[4:]
-        span.finish(response, "halted")
-        span.finish(response, "done")
+        span.finish(trace(*REVIEWED, tokens=5), "halted")
+        span.finish(trace(*REVIEWED, tokens=5), "done")
     (told,) = exporter.get_finished_spans()
     assert [event.name for event in told.events] == [
         f"redflag.{name}" for name in ("alarm", "reflection", "resume", "alarm", "escalation", "halt")
@@ -196,6 +194,22 @@ def test_many_requests_at_once_do_not_become_each_others_parents(telemetry, expo
     assert all(span.parent is None for span in told) and len({span.context.trace_id for span in told}) == 3
 
 
+@pytest.mark.parametrize("route", ROUTES)
+def test_the_span_of_a_stream_ends_with_the_stream(telemetry, exporter, tokenizer, spec, thresholds, script, route):
+    """A span for each answer of the request, open as long as its text is on the way."""
+    _, turns = engine(Play(script("abcdefghij"), pause=(5, 0.3)), tokenizer.eos_token_id)
+    with running(Guard(turns, tokenizer, spec, thresholds), telemetry=telemetry) as server:
+        body = body_of(route, stream=True, n=2)
+        text = httpx.post(f"{server.url}{route}", json=body, timeout=20).content
+    assert text.endswith(b"data: [DONE]\n\n")
+    told = exporter.get_finished_spans()
+    assert [span.attributes["redflag.end"] for span in told] == ["done", "done"]
+    assert max(span.end_time - span.start_time for span in told) > 0.3e9
+    assert all(span.attributes["http.route"] == route for span in told)
+    first, second = (span.attributes["gen_ai.usage.input_tokens"] for span in told)
+    assert first == second > 0
+
+
 def test_switched_off_it_imports_nothing_and_says_nothing():
     code = """
 import sys
@@ -203,7 +217,6 @@ from redflag.server.telemetry import Telemetry
 from redflag.trace import Trace, Done
 telemetry = Telemetry(enabled=False)
 with telemetry.span("r", "/v1/completions", "nano") as span:
-    span.event(Done(0, "stop"))
     span.finish(Trace(), "done")
 telemetry.shutdown()
 print([name for name in sys.modules if name.startswith("opentelemetry")])
