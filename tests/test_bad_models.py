@@ -184,7 +184,7 @@ def test_a_disk_full_while_scoring_keeps_the_older_result_and_the_work(here, mon
         assert cli.main(command("score")) == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("redflag score: scored.jsonl cannot be written (No space left on device)")
-    assert "kept in scored.jsonl.partial" in error and "same command again" in error
+    assert "kept in scored.jsonl.parts" in error and "same command again" in error
     assert Path("scored.jsonl").read_text() == "an older result\n"
     assert cli.main(command("score")) == 0
     assert "48 of 48 rows are there" in capsys.readouterr().err and len(read_scored("scored.jsonl")) == 48
@@ -225,15 +225,15 @@ def test_ctrl_c_while_scoring_loses_nothing(here, monkeypatch, capsys):
         patch.setattr(HFBackend, "score", interrupted)
         assert cli.main(one_by_one) == 130
     assert capsys.readouterr().err.endswith(
-        "redflag score: interrupted; the same command goes on from what is kept in scored.jsonl.partial\n"
+        "redflag score: interrupted; the same command goes on from what is kept in scored.jsonl.parts\n"
     )
     assert Path("scored.jsonl").read_text() == "an older result\n"
-    assert len(read_scored("scored.jsonl.partial")) == 16
+    assert sum(len(read_scored(path)) for path in Path("scored.jsonl.parts").glob("?????-*")) == 16
     assert cli.main(one_by_one) == 0
     assert "16 of 48 rows are there" in capsys.readouterr().err
     resumed = Path("scored.jsonl").read_bytes()
     assert cli.main(one_by_one) == 0
-    assert Path("scored.jsonl").read_bytes() == resumed and not list(here.glob("*.partial*"))
+    assert Path("scored.jsonl").read_bytes() == resumed and not list(here.glob("*.parts*"))
 
 
 def test_an_output_in_a_missing_folder_is_made(here):

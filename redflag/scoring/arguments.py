@@ -13,9 +13,7 @@ class ScoreArguments(RowOptions, ScoringOptions):
     """Flag probabilities of given conversations, one JSON row per input row."""
 
     input: str = field(metadata={"help": "Conversations: JSONL, JSON, CSV, Parquet, a folder, or a hub data set."})
-    output: str = field(
-        metadata={"help": "JSONL to write; an interrupted run is continued from <output>.partial or .parts."}
-    )
+    output: str = field(metadata={"help": "JSONL to write; an interrupted run is continued from <output>.parts."})
     prompts: bool = field(
         default=False, metadata={"help": "Measure before the answer only; rows need none, and one there is ignored."}
     )

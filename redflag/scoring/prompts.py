@@ -108,7 +108,7 @@ def run_prompts(arguments: ScoreArguments, world: World) -> int:
         check_batch(arguments.batch_size)
         key = {"prompts": True, "rows": rows.fingerprint, "count": len(chosen), "max_length": max_length, **reader.key}
         cut: Counter[str] = Counter()
-        alone, chunk, fingerprint = plan(reader.source, key, output, world, arguments.batch_size)
+        chunk, fingerprint = plan(reader.source, key, world, arguments.batch_size)
 
         def lines(start: int, stop: int) -> Iterator[str]:
             found = score_prompts(
@@ -125,7 +125,7 @@ def run_prompts(arguments: ScoreArguments, world: World) -> int:
                 yield json.dumps(item, ensure_ascii=False, allow_nan=False)
 
         written = write_lines(output, len(chosen), lines, chunk=chunk, fingerprint=fingerprint, world=world)
-        report_cut(cut, "" if alone else f"process {world.rank}: ")
+        report_cut(cut, "" if world.size == 1 else f"process {world.rank}: ")
         if written:
             print(f"{len(chosen)} prompts scored: {output}")
     return 0

@@ -155,7 +155,7 @@ def score_to_file(
         "max_length": max_length,
     }
     bounds: dict[str, Any] = {"upper_bound": True} if getattr(scorer, "upper_bound", False) else {}
-    alone, chunk, fingerprint = plan(scorer, key, output, world, batch_size)
+    chunk, fingerprint = plan(scorer, key, world, batch_size)
     cut: Counter[str] = Counter()
 
     def lines(start: int, stop: int) -> Iterator[str]:
@@ -167,7 +167,7 @@ def score_to_file(
             yield json.dumps({**as_json(item, tokenizer), **bounds}, ensure_ascii=False, allow_nan=False)
 
     written = write_lines(output, len(rows), lines, chunk=chunk, fingerprint=fingerprint, world=world)
-    report_cut(cut, "" if alone else f"process {world.rank}: ")
+    report_cut(cut, "" if world.size == 1 else f"process {world.rank}: ")
     return written
 
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 from redflag.errors import RedflagError
 from redflag.scoring.processes import World
 from redflag.scoring.scored import Probs
-from redflag.scoring.shards import kept_in
 
 BATCHES = 8  # that are put in order of length together, and kept or lost as one
 
@@ -23,20 +21,19 @@ class Scorer(Protocol):
         """T x K flag probabilities of each (prompt ids, response ids), in this order."""
 
 
-def plan(scorer: object, key: dict[str, Any], output: Path, world: World, batch_size: int) -> tuple[bool, int, str]:
+def plan(scorer: object, key: dict[str, Any], world: World, batch_size: int) -> tuple[int, str]:
     """How a file of rows is worked out.
 
     Returns:
-        Whether one process does it alone, how many rows are kept or lost as one, and the fingerprint of all that the
-        lines depend on (`key`, and who measures).
+        How many rows are kept or lost as one, and the fingerprint of all that the lines depend on (`key`, and who
+        measures).
     """
-    alone = kept_in(output, world).suffix == ".partial"
     chunk = batch_size * BATCHES
     if served(scorer):
         # Servers batch as they like, so no rows belong together; what they measure differs in the last digits.
         key = {**key, "served": "bounds" if getattr(scorer, "upper_bound", False) else "exact"}
-        chunk = 1 if alone else chunk
-    return alone, chunk, hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+        chunk = batch_size if world.size == 1 else chunk
+    return chunk, hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
 
 
 def served(scorer: object) -> bool:

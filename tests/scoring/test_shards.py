@@ -115,32 +115,28 @@ def test_no_kill_loses_a_chunk_or_has_one_done_twice(launches: list[list[int]]) 
     done: set[int] = set()
     for kills in launches:  # drawn before: which of two processes is the faster one is not hypothesis's to decide
         works = [Work(kill_at=row) for row in kills]
-        before = chunks_there(output, len(works))
+        before = chunks_there(output)
         assert done <= before, "a chunk that was done is gone"
         launch(output, works, patience=0.3)
         for work in works:
             assert not {row // CHUNK for row in work.rows} & before, "a chunk that was there was done again"
         if output.exists():
             break
-        done = chunks_there(output, len(works))
+        done = chunks_there(output)
     if not output.exists():
         assert launch(output, [Work(), Work()]) == [True, False]
     alone_there(output)
     shutil.rmtree(folder)
 
 
-def chunks_there(output: Path, size: int) -> set[int]:
-    kept = kept_in(output, World(0, size))
-    partial = output.with_name("out.partial")
-    there = {int(path.name[:5]) for path in kept.glob("?????-*")} if kept.is_dir() else set()
-    lines = partial.read_bytes().count(b"\n") if partial.exists() and not there else 0
-    return there | set(range(CHUNKS if lines == TOTAL else lines // CHUNK))
+def chunks_there(output: Path) -> set[int]:
+    return {int(path.name[:5]) for path in kept_in(output).glob("?????-*")}
 
 
 def stopped(output: Path) -> Path:
     """A folder as a killed launch leaves it: two chunks are there."""
     with pytest.raises(KilledError):
-        write(output, Work(kill_at=2 * CHUNK + 1), 0, 2)
+        write(output, Work(kill_at=2 * CHUNK + 1))
     return output.with_name("out.parts")
 
 
@@ -166,11 +162,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], int]] = {  # what happened, and 
     "a chunk cut at a line": (to_a_line, TOTAL - CHUNK),
     "a chunk is gone": (lambda folder: part(folder, 1).unlink(), TOTAL - CHUNK),
     "a half written file": (lambda folder: (folder / ".00002-x.1.2.tmp").write_text("{"), TOTAL - 2 * CHUNK),  # type: ignore[dict-item,return-value]
-    "claims of the dead": (lambda folder: (folder / "00003.claim").touch(), TOTAL - 2 * CHUNK),
-    "greetings of the dead": (lambda folder: (folder / "here-1").write_text("old"), TOTAL - 2 * CHUNK),  # type: ignore[dict-item,return-value]
+    "locks of the dead": (lambda folder: (folder / "process-1").touch(), TOTAL - 2 * CHUNK),
     "half a merged file": (lambda folder: (folder / "merged").write_text("{"), TOTAL - 2 * CHUNK),  # type: ignore[dict-item,return-value]
-    "no word on what it is": (lambda folder: (folder / "run.json").unlink(), TOTAL - 2 * CHUNK),
-    "half a word on what it is": (lambda folder: (folder / "run.json").write_text("{"), TOTAL - 2 * CHUNK),  # type: ignore[dict-item,return-value]
     "all is gone": (shutil.rmtree, TOTAL),
 }
 
@@ -188,18 +181,26 @@ def test_whatever_a_kill_leaves_is_mended_and_what_is_sound_is_kept(tmp_path: Pa
 
 @pytest.mark.parametrize(("kept", "chunks"), [(0, 0), (3, 0), (4, 1), (11, 2), (23, 6)])
 def test_several_processes_take_over_what_one_has_kept(tmp_path: Path, kept: int, chunks: int) -> None:
-    with pytest.raises(KilledError):
-        write(tmp_path / "out", Work(kill_at=kept) if kept < TOTAL else KilledAtTheEnd())
+    if kept < TOTAL:
+        with pytest.raises(KilledError):
+            write(tmp_path / "out", Work(kill_at=kept))
+    else:
+        killed_at_the_end(tmp_path / "out")
     works = [Work(), Work()]
     launch(tmp_path / "out", works)
     alone_there(tmp_path / "out")
     assert sum(len(work.rows) for work in works) == max(0, TOTAL - chunks * CHUNK)
 
 
-class KilledAtTheEnd(Work):
-    def __call__(self, start: int, stop: int) -> Iterator[str]:
-        yield from super().__call__(start, stop)
+def killed_at_the_end(output: Path) -> None:
+    """All chunks are there, and nobody has put them together."""
+
+    def killed(run: Any) -> bool:
         raise KilledError
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KilledError):
+        patch.setattr(shards._Run, "_damaged", killed)
+        write(output, Work())
 
 
 def test_other_settings_begin_anew_and_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -219,9 +220,12 @@ def test_another_batch_size_goes_on_with_the_chunks_that_were_begun(tmp_path: Pa
     assert len(work.rows) == TOTAL - 2 * CHUNK
 
 
-def test_a_process_that_comes_late_finds_its_launch(tmp_path: Path) -> None:
-    """All is done long before it comes; it must neither begin anew nor wait."""
+@pytest.mark.parametrize("there", [0, TOTAL])
+def test_a_process_that_comes_late_finds_its_launch(tmp_path: Path, there: int) -> None:
+    """Its share waits for it; where all was done before, it must neither begin anew nor wait."""
     output, results = tmp_path / "out", []
+    if there:
+        killed_at_the_end(output)
     first = threading.Thread(target=lambda: results.append(write(output, Work(), 0, 2)))
     first.start()
     time.sleep(0.5)
@@ -229,8 +233,34 @@ def test_a_process_that_comes_late_finds_its_launch(tmp_path: Path) -> None:
     late = Work()
     assert write(output, late, 1, 2) is False
     first.join()
-    assert late.rows == [] and results == [True]
+    assert {row // CHUNK for row in late.rows} == (set() if there else {1, 3, 5}) and results == [True]
     alone_there(output)
+
+
+def test_the_rows_of_a_process_that_died_are_done_by_process_0(tmp_path: Path) -> None:
+    works = [Work(pause=0.1), Work(kill_at=CHUNK + 1)]
+    first, killed = launch(tmp_path / "out", works)
+    assert first is True and isinstance(killed, KilledError)
+    assert {row // CHUNK for row in works[0].rows} == {0, 2, 3, 4, 5}
+    alone_there(tmp_path / "out")
+
+
+def test_what_several_processes_left_one_goes_on_with(tmp_path: Path) -> None:
+    launch(tmp_path / "out", [Work(kill_at=2 * CHUNK), Work(kill_at=CHUNK)], patience=0.3)
+    done = chunks_there(tmp_path / "out")
+    assert {0, 1, 2} <= done
+    work = Work()
+    assert write(tmp_path / "out", work) is True
+    assert {row // CHUNK for row in work.rows} == set(range(CHUNKS)) - done
+    alone_there(tmp_path / "out")
+
+
+def test_one_process_needs_no_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "LOCKS", False)
+    assert write(tmp_path / "out", Work()) is True
+    alone_there(tmp_path / "out")
+    with pytest.raises(RedflagError, match="use one process"):
+        write(tmp_path / "more", Work(), 0, 2)
 
 
 def test_one_that_never_comes_is_not_waited_for_for_ever(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -387,7 +417,8 @@ def test_the_verb_killed_at_random_moments_again_and_again_gives_the_same_bytes(
     rows = write_some(tmp_path / "rows.jsonl", conversation, kills * 128)
     one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
     run(ScoreArguments(model=str(model_folder), input=str(rows), output=str(one), batch_size=2))
-    (tmp_path / "two.jsonl.partial").write_text("of something else")
+    (tmp_path / "two.jsonl.parts").mkdir()
+    (tmp_path / "two.jsonl.parts" / "00000-16-0123456789ab").write_text("of something else")
     killer = [sys.executable, "-c", KILLER, str(model_folder), str(rows), str(two), str(kills)]
     done = subprocess.run(killer, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -229,13 +229,15 @@ def test_S0_4_an_interrupted_run_goes_on_and_writes_the_same_bytes(plain, tmp_pa
     batches.clear()
     stop = 16  # in the third window
     assert call(plain, again, *options) == 130
-    assert len((tmp_path / "again.jsonl.partial").read_text().splitlines()) == 12
+    parts = tmp_path / "again.jsonl.parts"
+    assert sum(len(path.read_text().splitlines()) for path in parts.glob("?????-*")) == 12
     batches.clear()
     stop = 0
     assert call(plain, again, *options) == 0 and len(batches) == 15
     assert again.read_bytes() == whole.read_bytes()
     # Another marker is another file, not the rest of this one.
-    (tmp_path / "again.jsonl.partial").write_bytes(whole.read_bytes()[:2000])
+    parts.mkdir()
+    (parts / "00000-6-0123456789ab").write_bytes(whole.read_bytes()[:2000])
     batches.clear()
     assert call(plain, again, "--prompts", "--marker", "SORRYDAVE", "--batch_size", 2) == 0 and len(batches) == 14
 
