@@ -22,6 +22,7 @@ from redflag.errors import RedflagError
 from redflag.lab.baselines import Cost
 from redflag.lab.baselines.bench import Bench, Floats, Read
 from redflag.lab.baselines.texts import growing_text
+from redflag.progress import track
 from redflag.scoring.recording import Recording
 
 
@@ -106,7 +107,7 @@ class StreamGuard:
         """Scores one response after the other; see `Baseline.score`."""
         reads = self._bench.read(rows)
         begun = time.perf_counter()
-        probs = [self._judged(read) for read in reads]
+        probs = [self._judged(read) for read in track(reads, f"scoring {self.name}", len(reads), "rows")]
         self._seconds += time.perf_counter() - begun
         self._steps += sum(map(len, probs))
         return self._bench.record(reads, probs, self.name)

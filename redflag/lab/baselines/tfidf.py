@@ -15,6 +15,7 @@ from redflag.errors import RedflagError
 from redflag.lab.baselines import Cost
 from redflag.lab.baselines.bench import Bench, Floats
 from redflag.lab.baselines.texts import growing_text
+from redflag.progress import track
 from redflag.scoring.recording import Recording
 
 _WORD = r"(?u)\b\w+\b"
@@ -83,7 +84,7 @@ class TfidfBaseline:
         """Scores; see `Baseline.score`. Before the first token the probability is 0: there is no text to judge."""
         reads = self._bench.read(rows)
         probs: list[Floats] = []
-        for read in reads:
+        for read in track(reads, f"scoring {self.name}", len(reads), "rows"):
             begun = time.perf_counter()
             pieces = growing_text(self._bench.tokenizer, read.judged_ids[:-1])
             logits = self.logits(pieces)

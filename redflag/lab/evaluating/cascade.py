@@ -37,6 +37,7 @@ from redflag.judges.cache import CachedJudge
 from redflag.lab.baselines import Cost
 from redflag.lab.baselines.bench import forward_flops
 from redflag.lab.evaluating.cost import of_cascade
+from redflag.progress import track
 from redflag.scoring.recording import Recording
 from redflag.stats.intervals import rate_interval, unit_of
 from redflag.trace import Step
@@ -85,7 +86,8 @@ def cascade(first: Recording, thresholds: Thresholds, second: SecondJudge, polic
     verdicts = np.zeros((len(first.probs), 1), dtype=np.float32)
     calls, read = np.zeros((2, len(first)), dtype=np.int64)
     limits = [thresholds.values[category] for category in first.categories]
-    for i in np.flatnonzero(replay.alarms(thresholds.monitor, first, limits) >= 0).tolist():
+    alarmed = np.flatnonzero(replay.alarms(thresholds.monitor, first, limits) >= 0).tolist()
+    for i in track(alarmed, "asking the second stage", len(alarmed), "responses"):
         session = Session(thresholds, policy, first.categories)
         for step, probs in enumerate(first.steps(i).tolist()):
             session.feed(Step(0, tuple(probs)))

@@ -14,6 +14,7 @@ from redflag.lab.refusals.classifier import RefusalClassifier, Stage
 from redflag.lab.refusals.features import Features
 from redflag.lab.refusals.pairs import Pair
 from redflag.lab.refusals.taxonomy import Level, Taxonomy
+from redflag.progress import track
 
 Counts = npt.NDArray[np.int64]
 RESAMPLES = 1000
@@ -185,7 +186,7 @@ def _held_out(
     fold = divide(groups, folds, seed)
     truth = np.array([list(classes).index(label) for _, label in labelled])
     guess = np.zeros(len(labelled), np.int64)
-    for part in range(folds):
+    for part in track(range(folds), "figures on held-out requests", folds, "folds"):
         stage = fresh()
         learnt = np.flatnonzero(fold != part).tolist()
         stage.fit([labelled[i][0] for i in learnt], [labelled[i][1] for i in learnt], c=c, seed=seed)
