@@ -7,8 +7,6 @@ never a word of a prompt or a response. `redflag audit-log FILE` reads it.
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import json
 import logging
 import math
@@ -25,6 +23,7 @@ from redflag.trace import Facts, Trace
 AUDIT_FORMAT = 1
 
 _log = logging.getLogger(__name__)
+_FLOOR = 0.5  # the share of its threshold from which a score below it is near
 _LONGEST = 256  # characters of a user id or a request id, which a client may choose
 _LONGEST_REASON = 1000
 
@@ -63,8 +62,6 @@ class AuditLog:
         path: str | os.PathLike[str],
         thresholds: Mapping[str, float],
         *,
-        floor: float = 0.5,
-        hash_key: str | bytes | None = None,
         on_failure: Callable[[], object] | None = None,
     ) -> None:
         """Opens the log; the file is made if there is none, for its owner alone.
@@ -72,33 +69,21 @@ class AuditLog:
         Args:
             path: The file. Its folder must exist.
             thresholds: Category -> threshold, those of the guard (`guard.thresholds.values`).
-            floor: Below its threshold, a score that reached this share of it is high.
-            hash_key: Write users as keyed hashes (HMAC-SHA256), which tell them apart and do not name them. Keep the
-                key from log to log, or the same user gets another name.
             on_failure: Called when a line could not be written (`Metrics.audit_failed`).
 
         Raises:
-            RedflagError: The file cannot be written, the system has no file locks, or an option has no meaning.
+            RedflagError: The file cannot be written, or the system has no file locks.
         """
         check_system()
-        if not isinstance(floor, int | float) or not 0 < floor <= 1:
-            raise RedflagError(
-                f"floor is {floor!r}, but it is the share of a threshold from which a response is written down; give a "
-                "number above 0 and at most 1"
-            )
-        if hash_key is not None and not hash_key:
-            raise RedflagError("hash_key is empty, so anybody could find the users behind the hashes; give a secret")
         self._path = Path(path)
         self._thresholds = {name: float(value) for name, value in thresholds.items()}
-        self._floor = floor
-        self._key = hash_key.encode() if isinstance(hash_key, str) else hash_key
         self._on_failure = on_failure
         try:
             append_line(self._path, b"", lock=True)
         except OSError as error:
             raise RedflagError(
                 f"the audit log {self._path} cannot be written ({error.strerror or error}), and alarms that went on "
-                "would be forgotten; mend the path or its permissions"
+                "would be forgotten; fix the path or its permissions"
             ) from error
 
     def record(
@@ -119,7 +104,7 @@ class AuditLog:
             trace: The response, whole or as far as it came.
             user: Who asked, as the caller calls them.
             request_id: Name of the request.
-            overridden_by: Who had overridden the watch, if somebody had.
+            overridden_by: Who had overridden the watch; None: it was not overridden.
             reason: Why.
             thresholds: Those in force for this response, where they are not the guard's.
 
@@ -131,7 +116,7 @@ class AuditLog:
             if entry is None:
                 return False
             entry |= {"overridden_by": _cut(overridden_by), "reason": _cut(reason, _LONGEST_REASON)}
-            append_line(self._path, self._line("response", user, request_id, entry), lock=True)
+            self._append("response", user, request_id, entry)
         except Exception as error:  # The server has other responses to care for.
             self._failed(error)
             return False
@@ -153,19 +138,19 @@ class AuditLog:
             raise RedflagError("the override gives no reason, and its log would say nothing; give one")
         entry = {"overridden_by": _cut(by), "reason": _cut(reason.strip(), _LONGEST_REASON)}
         try:
-            append_line(self._path, self._line("override", user, request_id, entry), lock=True, sync=True)
+            self._append("override", user, request_id, entry, sync=True)
         except OSError as error:
             self._failed(error)
             raise RedflagError(
                 f"the override of request {request_id} could not be written down ({error.strerror or error}), and none "
-                "goes unlogged; mend the audit log, or ask without the override"
+                "goes unlogged; fix the audit log, or ask without the override"
             ) from error
 
     def _entry(self, trace: Trace, overridden_by: str | None, thresholds: Mapping[str, float]) -> dict[str, Any] | None:
         """What is written of a response; None where nothing is."""
         facts = trace.facts()
         peaks = _peaks(facts, thresholds)
-        near = [name for name, (peak, threshold) in peaks.items() if self._floor * threshold <= peak < threshold]
+        near = [name for name, (peak, threshold) in peaks.items() if _FLOOR * threshold <= peak < threshold]
         if not facts.overridden and (facts.end == "halted" or not near):
             return None
         return {
@@ -186,9 +171,9 @@ class AuditLog:
             "overridden": overridden_by is not None,
         }
 
-    def _line(self, kind: str, user: str | None, request_id: str, entry: Mapping[str, Any]) -> bytes:
-        if user is not None and self._key is not None:
-            user = "hmac:" + hmac.new(self._key, user.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()[:32]
+    def _append(
+        self, kind: str, user: str | None, request_id: str, entry: Mapping[str, Any], *, sync: bool = False
+    ) -> None:
         record = {
             "format": AUDIT_FORMAT,
             "kind": kind,
@@ -197,7 +182,8 @@ class AuditLog:
             "user": _cut(user),
             **entry,
         }
-        return json.dumps(record, allow_nan=False, separators=(",", ":")).encode() + b"\n"
+        line = json.dumps(record, allow_nan=False, separators=(",", ":")).encode() + b"\n"
+        append_line(self._path, line, lock=True, sync=sync)
 
     def _failed(self, error: Exception) -> None:
         _log.error("an audit entry could not be written: %s", type(error).__name__)

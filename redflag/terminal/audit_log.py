@@ -91,14 +91,14 @@ def run(arguments: AuditLogArguments) -> int:
     since = _moment(arguments.since)
     if not arguments.min_ratio >= 0:
         raise RedflagError(f"min_ratio is {arguments.min_ratio}, but it is a share of a threshold: give 0 or above")
-    reading = Reading()
-    users = by_user(reading.entries(_files(arguments.file)), arguments.user, since, arguments.min_ratio)
+    unreadable: list[str] = []
+    users = by_user(read(_files(arguments.file), unreadable), arguments.user, since, arguments.min_ratio)
     if arguments.json:
-        record = {"users": [{"user": name, **vars(user)} for name, user in users], "unreadable": reading.unreadable}
+        record = {"users": [{"user": name, **vars(user)} for name, user in users], "unreadable": unreadable}
         print(json.dumps(record, indent=2))
     else:
         print("\n".join(table(users)))
-    for where in reading.unreadable:
+    for where in unreadable:
         print(f"{printable(where)} cannot be read and is not counted", file=sys.stderr)
     return 0
 
@@ -159,40 +159,33 @@ def table(users: list[tuple[str | None, User]]) -> list[str]:
     ]
 
 
-class Reading:
-    """Reads logs and remembers what could not be read.
+def read(files: Iterable[Path], unreadable: list[str]) -> Iterator[dict[str, Any]]:
+    """Entries of all files, in their order.
 
-    Attributes:
-        unreadable: Places of lines that are no entries: a process that was killed leaves half a line behind.
+    Args:
+        files: Audit logs.
+        unreadable: Gets the places of lines that are no entries: a process that was killed leaves half a line behind.
+
+    Raises:
+        RedflagError: A file cannot be opened, or was written by another version.
     """
-
-    def __init__(self) -> None:
-        """Nothing read yet."""
-        self.unreadable: list[str] = []
-
-    def entries(self, files: Iterable[Path]) -> Iterator[dict[str, Any]]:
-        """Entries of all files, in their order.
-
-        Raises:
-            RedflagError: A file cannot be opened, or was written by another version.
-        """
-        for file in files:
-            number = 0
-            try:
-                with gzip.open(file, "rb") if file.suffix == ".gz" else open(file, "rb") as lines:
-                    for line in cast(BinaryIO, lines):
-                        number += 1
-                        entry = _entry(line, f"{file}:{number}")
-                        if entry is not None:
-                            yield entry
-                        elif line.strip():
-                            self.unreadable.append(f"{file}:{number}")
-            except (EOFError, zlib.error):  # compressed while it was being written
-                self.unreadable.append(f"{file}:{number + 1}")
-            except OSError as error:
-                raise RedflagError(
-                    f"the audit log {file} cannot be read ({error.strerror or error}): check its name and permissions"
-                ) from error
+    for file in files:
+        number = 0
+        try:
+            with gzip.open(file, "rb") if file.suffix == ".gz" else open(file, "rb") as lines:
+                for line in cast(BinaryIO, lines):
+                    number += 1
+                    entry = _entry(line, f"{file}:{number}")
+                    if entry is not None:
+                        yield entry
+                    elif line.strip():
+                        unreadable.append(f"{file}:{number}")
+        except (EOFError, zlib.error):  # compressed while it was being written
+            unreadable.append(f"{file}:{number + 1}")
+        except OSError as error:
+            raise RedflagError(
+                f"the audit log {file} cannot be read ({error.strerror or error}): check its name and permissions"
+            ) from error
 
 
 def _entry(line: bytes, where: str) -> dict[str, Any] | None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 import threading
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TextIO
+
+from rich.cells import cell_len
 
 from redflag.backends import Sampling
 from redflag.events import verdict
@@ -316,20 +318,13 @@ def _peak(values: Sequence[float]) -> tuple[float, int]:
 
 
 def _column(text: str, column: int) -> int:
-    """The terminal column behind a text that starts in one; escape sequences take no room."""
+    """The terminal column behind a text that starts in one; the escape sequences that colour it take no room."""
     width = max(1, shutil.get_terminal_size().columns)
-    escape = False
-    for c in text:
-        if escape:
-            escape = c != "m"
-        elif c == "\x1b":
-            escape = True
-        elif c == "\n":
-            column = 0
-        elif c == "\t":
-            column = (column // 8 + 1) * 8
-        elif not unicodedata.combining(c):
-            column += 2 if unicodedata.east_asian_width(c) in "WF" else 1
-        if column > width:
-            column -= width
-    return column
+    line = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    if "\n" in line:
+        line, column = line.rpartition("\n")[2], 0
+    first, *others = line.split("\t")
+    column += cell_len(first)
+    for piece in others:
+        column = (column // 8 + 1) * 8 + cell_len(piece)
+    return (column - 1) % width + 1 if column else 0

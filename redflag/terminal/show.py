@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
-import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from typing import Any, Literal
 
 from redflag.data.options import RowOptions
 from redflag.data.rows import Row, load_rows
+from redflag.data.summary import report_skipped
 from redflag.errors import RedflagError
 from redflag.terminal.paint import BOLD, DIM, RESET, legend, paint, printable, wants_colour
 from redflag.trace import Alarm, Done, Halt, Reflection, Text, Thought, Trace, read_traces
@@ -84,10 +84,7 @@ def run(arguments: ShowArguments, token_view: TokenView | None = None) -> int:
                 raise RedflagError("the token view is not available here: leave out --model")
             view = token_view(arguments.model)
         rows = load_rows(arguments.file, on_bad_row="skip", **arguments.row_options())
-        for bad in rows.skipped[:5]:
-            print(f"skipped {bad}", file=sys.stderr)
-        if len(rows.skipped) > 5:
-            print(f"... and {len(rows.skipped) - 5} more of {len(rows.skipped)} skipped", file=sys.stderr)
+        report_skipped(rows.skipped)
         entries = (
             show_row(row, coloured, view(row) if view else None) for row in rows if _wanted(row.harmful, arguments.only)
         )

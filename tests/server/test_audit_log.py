@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import threading
 from datetime import datetime, timedelta, timezone
 
@@ -132,27 +131,6 @@ def test_an_entry_holds_numbers_and_names_and_not_a_word_of_the_response(log, pa
     assert os.stat(path).st_mode & 0o777 == 0o600
 
 
-@pytest.mark.parametrize(("floor", "written"), [(0.25, True), (0.5, True), (0.6, False), (1.0, False)])
-def test_the_floor_decides_what_is_near(path, floor, written):
-    log = AuditLog(path, THRESHOLDS, floor=floor)
-    assert log.record(trace(SHOWN, DONE, scores=((0.4, 0.0),)), user="u", request_id="r") == written
-
-
-def test_users_may_be_told_apart_without_being_named(path):
-    def written(key, user):
-        AuditLog(path, THRESHOLDS, hash_key=key).record(
-            trace(alarm("continue"), DONE, scores=HIGH), user=user, request_id="r"
-        )
-        return lines(path)[-1]["user"]
-
-    first = written("key", "alice@example.org")
-    assert re.fullmatch(r"hmac:[0-9a-f]{32}", first)
-    assert first == written(b"key", "alice@example.org") == written("key", "alice@example.org")
-    assert len({first, written("other", "alice@example.org"), written("key", "bob"), written("key", "\ud800")}) == 4
-    assert written("key", None) is None and written(None, "alice") == "alice"
-    assert "example" not in path.read_text()
-
-
 def test_a_line_that_was_cut_off_does_not_swallow_the_next(log, path):
     log.record(trace(alarm("continue"), DONE, scores=HIGH), user="one", request_id="r")
     whole = path.read_bytes()
@@ -245,14 +223,6 @@ def test_what_a_client_chooses_is_cut_and_cannot_write_lines(log, path):
     log.begin_override("x\n" * 5000, "y\n" * 5000, "z\n" * 5000)
     (entry,) = lines(path)
     assert max(map(len, (entry["user"], entry["request"], entry["reason"]))) <= 1001
-
-
-@pytest.mark.parametrize(
-    ("options", "named"), [({"floor": 0}, "floor"), ({"floor": 1.5}, "floor"), ({"hash_key": ""}, "hash_key")]
-)
-def test_options_without_a_meaning_are_refused(path, options, named):
-    with pytest.raises(RedflagError, match=named):
-        AuditLog(path, THRESHOLDS, **options)
 
 
 def test_a_log_that_cannot_be_written_is_refused_at_the_start(tmp_path):
