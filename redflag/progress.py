@@ -100,7 +100,7 @@ class Progress:
                 # Results that go to a file or a pipe must not end on the screen.
                 redirect_stdout=sys.stdout.isatty(),
             )
-            self._bar.add_task("", total=self._total)
+            self._bar.add_task(self._line(), total=self._total, completed=self._done)
             self._bar.start()
         self._bar.update(self._bar.task_ids[0], completed=self._done, description=self._line(), refresh=True)
 

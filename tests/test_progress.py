@@ -93,3 +93,19 @@ def test_a_bar_that_is_broken_off_gives_the_cursor_back(clock, monkeypatch):
         shown(5)
         raise KeyboardInterrupt
     assert screen.getvalue().rstrip().endswith("\x1b[?25h") and sys.stderr is screen
+
+
+def test_a_stage_inside_another_has_a_bar_of_its_own(clock, monkeypatch):
+    screen = terminal(monkeypatch)
+    with progress.Progress("training", 3, "steps") as outer:
+        for step in (1, 2, 3):
+            clock[0] += 5.0
+            outer(step)
+            if step == 1:
+                with progress.Progress("evaluating", 2, "batches") as inner:
+                    for batch in (1, 2):
+                        clock[0] += 5.0
+                        inner(batch)
+    shown = screen.getvalue()
+    assert "evaluating: 1/2 batches, 5 s left" in shown and "training: 2/3 steps" in shown
+    assert shown.index("evaluating: 1/2") < shown.rindex("training: 3/3 steps") and sys.stderr is screen

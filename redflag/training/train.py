@@ -329,10 +329,8 @@ class _ShowProgress(TrainerCallback):
         if self.evaluation is not None:
             self.evaluation.close()
             self.evaluation = None
-            if on_terminal():
-                figures = {name.removeprefix("eval_"): value for name, value in (metrics or {}).items()}
-                shown = [f"{name} {value:.4g}" for name, value in figures.items() if isinstance(value, float)]
-                print(f"held-out rows at step {state.global_step}: {', '.join(shown)}", file=sys.stderr)
+            if on_terminal() and "eval_loss" in (metrics or {}):
+                print(f"held-out rows at step {state.global_step}: loss {metrics['eval_loss']:.4g}", file=sys.stderr)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()
