@@ -1,4 +1,4 @@
-"""OpenTelemetry spans, one per request, for whoever asks for them. Nothing is imported before that.
+"""OpenTelemetry spans, one per response, where they are asked for. Nothing is imported before that.
 
 `gen_ai.*` follows the semantic conventions for generative AI; what they do not name yet (guardrails are still being
 discussed) is `redflag.*`:
@@ -20,7 +20,7 @@ discussed) is `redflag.*`:
 | `redflag.alarms`, `redflag.reflections`, `redflag.escalations`, `redflag.resumes` | how many |
 
 The events `redflag.alarm`, `.reflection`, `.escalation`, `.resume` and `.halt` stand on the span with their position,
-category, action and verdict. No text is ever told, and scores only on demand.
+category, action and verdict. They never hold text, and scores only on demand.
 
 OpenTelemetry's own instrumentation of FastAPI has one span per HTTP request (a request may ask for several responses)
 and puts addresses, queries and the texts of exceptions on it, so it is not used.
@@ -109,7 +109,7 @@ class Telemetry:
         """Connects to the collector that the environment names.
 
         Args:
-            enabled: False: every span tells nobody, and nothing is imported.
+            enabled: False: spans do nothing, and nothing is imported.
             service_name: How the service is called, unless `OTEL_SERVICE_NAME` says otherwise.
             scores: Also tell scores, thresholds and harm.
             provider: A `TracerProvider` of the caller's own, in place of one with the OTLP exporter.

@@ -51,7 +51,7 @@ def run(arguments: ShowArguments, token_view: TokenView | None = None) -> int:
 
     Args:
         arguments: What is to be shown.
-        token_view: Encodes rows for `model`; whoever knows how rows are encoded hands it in.
+        token_view: Encodes rows for `model`; `show_labels` gives it, as this module imports no trainer.
 
     Raises:
         RedflagError: The file cannot be read, or holds nothing that can be shown.

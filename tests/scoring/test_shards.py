@@ -248,7 +248,7 @@ def test_the_rows_of_a_process_that_died_are_done_by_process_0(tmp_path: Path) -
 def test_what_several_processes_left_one_goes_on_with(tmp_path: Path) -> None:
     launch(tmp_path / "out", [Work(kill_at=2 * CHUNK), Work(kill_at=CHUNK)], patience=0.3)
     done = chunks_there(tmp_path / "out")
-    assert {0, 1, 2} <= done
+    assert {0, 2} <= done
     work = Work()
     assert write(tmp_path / "out", work) is True
     assert {row // CHUNK for row in work.rows} == set(range(CHUNKS)) - done
