@@ -298,10 +298,13 @@ def test_a_bad_row_is_everybodys_error_and_nothing_is_lost(tmp_path: Path) -> No
 
     results = launch(tmp_path / "out", [lines, lines], patience=0.5)  # type: ignore[list-item]
     assert {type(result) for result in results} == {RedflagError}
+    # Process 1 may have had no time for its chunk before process 0 met the bad row.
+    kept = sum(path.read_bytes().count(b"\n") for path in (tmp_path / "out.parts").glob("0*"))
+    assert kept in (4, 8)
     works = [Work(), Work()]
     launch(tmp_path / "out", works)
     alone_there(tmp_path / "out")
-    assert sum(len(work.rows) for work in works) == TOTAL - 8
+    assert sum(len(work.rows) for work in works) == TOTAL - kept
 
 
 @pytest.mark.parametrize(
