@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from typing import Any
 
 from redflag.errors import RedflagError
 from redflag.files import atomic_write
+from redflag.lab.report import Evaluation, read_report
+from redflag.lab.report.evaluation import Language
+from redflag.lab.report.method import InForce, Method
+from redflag.lab.report.parts import Ends
 
 RATES = {"0.001": "0.1%", "0.01": "1%", "0.05": "5%"}
 
@@ -46,8 +49,8 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     """Figures of all reports and their differences to the first."""
     if len(arguments.reports) < 2:
         raise RedflagError("one report is nothing to compare: give two or more report.json files")
-    reports = [load(path) for path in arguments.reports]
-    hashes = [at(report, "made", "rows", "test", "sha256") for report in reports]
+    reports = [read_report(path) for path in arguments.reports]
+    hashes = [made(report, "rows", "test", "sha256") for report in reports]
     warnings = []
     if len(set(hashes)) > 1 or hashes[0] is None:
         said = ", ".join(f"{path}: {str(sha)[:12]}" for path, sha in zip(arguments.reports, hashes, strict=True))
@@ -66,7 +69,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "format": 1,
         "reports": [
-            {"path": path, "title": at(report, "title"), "run_id": at(report, "made", "model", "run_id")}
+            {"path": path, "title": report.title, "run_id": made(report, "model", "run_id")}
             for path, report in zip(arguments.reports, reports, strict=True)
         ],
         "warnings": warnings,
@@ -78,69 +81,47 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def load(path: str) -> dict[str, Any]:
-    """A report of format 1."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            report = json.load(file)
-    except OSError as error:
-        raise RedflagError(f"{path} cannot be read ({error.strerror}): give a report.json") from error
-    except (ValueError, RecursionError) as error:
-        raise RedflagError(f"{path} is not JSON ({error}): give a report.json that `redflag evaluate` wrote") from error
-    if at(report, "format") != 1 or not isinstance(at(report, "methods"), dict) or not report["methods"]:
-        raise RedflagError(
-            f"{path} is no report of format 1 with methods: give a report.json that `redflag evaluate` wrote"
-        )
-    return dict(report)
-
-
-def method(path: str, report: dict[str, Any], name: str | None) -> Any:
+def method(path: str, report: Evaluation, name: str | None) -> Method:
     """A method of a report by name; None: its first flag."""
-    methods = report["methods"]
-    if name is None:
-        return next((part for part in methods.values() if at(part, "kind") == "flag"), next(iter(methods.values())))
-    if name not in methods:
-        raise RedflagError(f"{path} has no method {name!r}: use one of {', '.join(methods)}")
-    return methods[name]
+    if name is not None and name not in report.methods:
+        raise RedflagError(f"{path} has no method {name!r}: use one of {', '.join(report.methods)}")
+    return report.methods[report.flag_name if name is None else name]
 
 
-def of_method(part: Any) -> dict[str, dict[str, Any]]:
+def of_method(part: Method) -> dict[str, dict[str, Any]]:
     """Figure -> value and interval of a method."""
-    found = {"AUROC": figure(part, ("pooled", "auroc"), ("pooled", "auroc_interval"))}
+    force = part.in_force or InForce()
+    found = {"AUROC": figure(part.pooled.auroc, part.pooled.auroc_interval)}
     for key, name in RATES.items():
-        found[f"TPR at {name} FPR"] = figure(part, ("pooled", "tpr", key, "tpr"), ("pooled", "tpr", key, "interval"))
-    found["TPR in force"] = figure(part, ("in_force", "tpr"), ("in_force", "tpr_interval"))
-    found["realised FPR"] = figure(part, ("in_force", "realised_fpr"), ("in_force", "realised_fpr_interval"))
-    delays = at(part, "delay")
-    for kind in delays if isinstance(delays, dict) else ():
+        found[f"TPR at {name} FPR"] = figure(part.pooled.at(key).tpr, part.pooled.at(key).interval)
+    found["TPR in force"] = figure(force.tpr, force.tpr_interval)
+    found["realised FPR"] = figure(force.realised_fpr, force.realised_fpr_interval)
+    for kind, delay in (part.delay or {}).items():
+        if delay is None:
+            continue
         # A delay means nothing without the false alarms that bought it.
-        bought = at(part, "delay", kind, "realised_fpr")
-        beside = f" (at {bought:.2%} FPR)" if number(bought) else ""
-        for key, name in (("median", "median delay"), ("on_time", "on time"), ("missed", "missed")):
-            value = figure(part, ("delay", kind, key), ())
-            found[f"{name}, {kind} onsets"] = value | {"beside": beside if value["value"] is not None else ""}
-    found["microseconds per token"] = figure(part, ("cost", "microseconds_per_token"), ())
+        beside = f" (at {delay.realised_fpr:.2%} FPR)"
+        for name, value in (("median delay", delay.median), ("on time", delay.on_time), ("missed", delay.missed)):
+            found[f"{name}, {kind} onsets"] = figure(value) | {"beside": beside if value is not None else ""}
+    found["microseconds per token"] = figure(part.cost.microseconds_per_token if part.cost else None)
     return found
 
 
-def of_language(report: Any) -> dict[str, dict[str, Any]]:
-    return {
-        "keep KL": figure(report, ("language", "keep_kl"), ()),
-        "perplexity ratio": figure(report, ("language", "perplexity_ratio"), ()),
-    }
+def of_language(report: Evaluation) -> dict[str, dict[str, Any]]:
+    found = report.language or Language()
+    return {"keep KL": figure(found.keep_kl), "perplexity ratio": figure(found.perplexity_ratio)}
 
 
-def of_attacks(report: Any) -> dict[str, dict[str, Any]]:
+def of_attacks(report: Evaluation) -> dict[str, dict[str, Any]]:
     found = {}
-    attacks = at(report, "attacks")
-    for attack in attacks if isinstance(attacks, list) else ():
-        name = " ".join(str(at(attack, key)) for key in ("name", "setting") if at(attack, key))
-        for key, what in (
-            ("harm_released", "harm released"),
-            ("harm_produced", "harm produced"),
-            ("alarm_rate", "alarms"),
+    for attack in report.attacks or ():
+        name = " ".join(filter(None, (attack.name, attack.setting)))
+        for rate, what in (
+            (attack.harm_released, "harm released"),
+            (attack.harm_produced, "harm produced"),
+            (attack.alarm_rate, "alarms"),
         ):
-            found[f"{name}: {what}"] = figure(attack, (key, "rate"), (key, "interval"))
+            found[f"{name}: {what}"] = figure(rate.rate, rate.interval) if rate else figure(None)
     return found
 
 
@@ -151,11 +132,8 @@ def figures(of_reports: list[dict[str, dict[str, Any]]]) -> dict[str, list[dict[
     return {name: values for name, values in found.items() if any(v and v["value"] is not None for v in values)}
 
 
-def figure(part: Any, value: tuple[str, ...], interval: tuple[str, ...]) -> dict[str, Any]:
-    ends = at(part, *interval) if interval else None
-    sound = isinstance(ends, list) and len(ends) == 2 and all(map(number, ends))
-    found = at(part, *value)
-    return {"value": found if number(found) else None, "interval": ends if sound else None}
+def figure(value: float | None, interval: Ends = None) -> dict[str, Any]:
+    return {"value": value, "interval": None if interval is None or None in interval else list(interval)}
 
 
 def differences(values: list[dict[str, Any] | None]) -> list[dict[str, Any] | None]:
@@ -213,16 +191,11 @@ def cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
-def number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def at(part: Any, *path: str) -> Any:
-    """A value deep inside; None where any key on the way is missing."""
+def made(report: Evaluation, *path: str) -> Any:
+    """What a report says of how it was made; None where it does not say."""
+    part: Any = report.made
     for key in path:
-        if not isinstance(part, dict) or key not in part:
-            return None
-        part = part[key]
+        part = part.get(key) if isinstance(part, dict) else None
     return part
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from redflag.flags import Flag, FlagSpec
+from redflag.lab.report.evaluation import Evaluation, parse
 from redflag.scoring.recording import Recording
 from redflag.watching.monitor import MonitorConfig
 from redflag.watching.monitor import peaks as step_by_step
@@ -64,7 +65,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (path / "report.json").write_text(json.dumps(report()))
     (path / "better.json").write_text(json.dumps(report(auroc=0.99, sha="aa", low=0.97, title="B | b")))
     (path / "elsewhere.json").write_text(json.dumps(report(sha="bb")))
-    (path / "bare.json").write_text(json.dumps({"format": 1, "methods": {"flag": {}}}))
+    (path / "bare.json").write_text(
+        json.dumps({"title": "bare", "methods": {"flag": {"kind": "flag", "pooled": ROWS}}})
+    )
     (path / "broken.json").write_text("{")
     (path / "list.json").write_text("[]")
     return path
@@ -227,12 +230,21 @@ def test_a_picture_is_drawn_where_matplotlib_is_and_otherwise_said_to_be_missing
     assert picture.is_file() or "matplotlib is not installed" in capsys.readouterr().err
 
 
+ROWS = {"harmful": 50, "harmless": 90}
+
+
 def report(auroc: float = 0.9, sha: str = "aa", low: float = 0.88, title: str = "A") -> dict[str, Any]:
     tpr = {"tpr": auroc - 0.2, "interval": [low - 0.2, auroc - 0.18], "realised_fpr": 0.01, "threshold": 0.5}
-    delay = {"median": 3.0, "on_time": 0.8, "missed": None, "realised_fpr": 0.011}
+    delay = {"responses": 50, "median": 3.0, "on_time": 0.8, "missed": None, "realised_fpr": 0.011}
     method = {
         "kind": "flag",
-        "pooled": {"auroc": auroc, "auroc_interval": [low, auroc + 0.01], "tpr": {"0.01": tpr}},
+        "pooled": {
+            "harmful": 50,
+            "harmless": 90,
+            "auroc": auroc,
+            "auroc_interval": [low, auroc + 0.01],
+            "tpr": {"0.01": tpr},
+        },
         "in_force": {
             "tpr": 0.7,
             "tpr_interval": [0.6, 0.8],
@@ -246,7 +258,10 @@ def report(auroc: float = 0.9, sha: str = "aa", low: float = 0.88, title: str = 
         "format": 1,
         "title": title,
         "made": {"model": {"run_id": f"run {title}"}, "rows": {"test": {"sha256": sha}}},
-        "methods": {"words": {"kind": "baseline", "pooled": {"auroc": 0.5}}, "flag": method},
+        "methods": {
+            "words": {"kind": "baseline", "pooled": {**ROWS, "auroc": 0.5}},
+            "flag": method,
+        },
         "language": {"keep_kl": 0.001 / auroc, "perplexity_ratio": None},
         "attacks": [{"name": "prefill", "setting": "10 tokens", "harm_released": rate, "alarm_rate": None}],
     }
@@ -308,8 +323,8 @@ MISTAKES = [
     (sweep, ["a.parquet", "--thresholds", "nowhere"], "nowhere"),
     (compare, ["report.json"], "one report is nothing to compare"),
     (compare, ["report.json", "absent.json"], "absent.json cannot be read"),
-    (compare, ["report.json", "broken.json"], "is not JSON"),
-    (compare, ["report.json", "list.json"], "is no report of format 1"),
+    (compare, ["report.json", "broken.json"], "Invalid JSON"),
+    (compare, ["report.json", "list.json"], "must be a report.json of format 1"),
     (compare, ["report.json", "better.json", "--methods", "probe"], "has no method 'probe': use one of words, flag"),
 ]
 
@@ -340,7 +355,7 @@ def test_the_bench_of_calibration_measures_every_aggregation(
 
 
 def test_a_report_is_not_changed_by_being_compared() -> None:
-    one = report()
+    one = parse(Evaluation, json.dumps(report()), "report.json")
     before = copy.deepcopy(one)
-    compare.of_method(one["methods"]["flag"]), compare.of_attacks(one)
+    compare.of_method(one.methods["flag"]), compare.of_attacks(one)
     assert one == before

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -51,7 +52,7 @@ if __name__ == "__main__":
     flagged = backend.model
     base = AutoModelForCausalLM.from_pretrained(arguments.base, dtype=torch.float32)
     rows = load_rows(arguments.rows).rows
-    found = language_change(flagged, base, tokenizer, spec, rows, max_length=448)
+    found = asdict(language_change(flagged, base, tokenizer, spec, rows, max_length=448))
     asked = [row for row in rows if not row.harmful][: arguments.most]
     pairs = zip(*(greedy(m.eval(), tokenizer, spec, asked, arguments.tokens) for m in (flagged, base)), strict=True)
     same = [one == other for one, other in pairs]

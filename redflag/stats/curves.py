@@ -167,7 +167,7 @@ def reliability(probs: Floats, truth: Bools, groups: Groups | None = None, bins:
                     "count": count,
                     "mean": float(probs[inside].mean()),
                     "rate": float(truth[inside].mean()),
-                    "interval": list(rate_interval(truth[inside], units[inside])),
+                    "interval": rate_interval(truth[inside], units[inside]),
                 }
             )
     return {"bins": found, "brier": float(np.mean((probs - truth) ** 2)) if len(probs) else None}

@@ -3,10 +3,29 @@
 from __future__ import annotations
 
 import copy
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+from redflag.lab import report as reporting
+from redflag.lab.report.evaluation import Evaluation, parse
+from redflag.lab.report.viewer_data import ShownResponse
+from redflag.watching.thresholds import Thresholds
 
 # What a response, an id, a name must never be able to do in a page.
 HOSTILE = '</script><img src=x onerror="window.hacked=1"><script>window.hacked=2</script>&lt;b&gt;{{7*7}}'
+
+
+def read(report: Mapping[str, Any]) -> Evaluation:
+    """A report from what its file would hold."""
+    found: Evaluation = parse(Evaluation, json.dumps(report), "report.json")
+    return found
+
+
+def write(report: Mapping[str, Any], traces: Sequence[Mapping[str, Any]], folder: str | Path) -> None:
+    """Writes a report from what its file would hold, and responses from theirs."""
+    reporting.write(read(report), [ShownResponse(**trace) for trace in traces], folder)
 
 
 def part(tpr: float, *, few: bool = False, harmful: int = 200, harmless: int = 1000) -> dict[str, Any]:
@@ -58,11 +77,10 @@ def make_report(categories: tuple[str, ...] = ("harm",)) -> dict[str, Any]:
         },
         "roc": {"fpr": [0.0, 0.01, 1.0], "tpr": [0.4, 0.912, 1.0], "low": [0.3, 0.862, 1.0], "high": [0.5, 0.952, 1.0]},
         "threshold": {
-            "values": dict.fromkeys(categories, 0.5),
-            "target_fpr": 0.01,
-            "guarantee": "expected",
+            **Thresholds(
+                dict.fromkeys(categories, 0.5), target_fpr=0.01, guarantee="expected", suggested_hold_back=3
+            ).to_dict(),
             "fitted_on": {"split": "calibration", "harmless": 1234},
-            "suggested_hold_back": 3,
         },
         "in_force": {
             "tpr": 0.8642,
@@ -141,7 +159,8 @@ def make_report(categories: tuple[str, ...] = ("harm",)) -> dict[str, Any]:
 def bare_report(monitor: dict[str, Any] | None = None, thresholds: dict[str, float] | None = None) -> dict[str, Any]:
     """Nothing but the viewer's needs: no charts, and so a page that loads at once."""
     method = {"kind": "flag", "pooled": {"harmful": 3, "harmless": 3}, "monitor": monitor}
-    method["threshold"] = None if thresholds is None else {"values": thresholds}
+    if thresholds is not None:
+        method["threshold"] = {"values": thresholds, **({} if monitor is None else {"monitor": monitor})}
     return {"format": 1, "title": "Bare", "methods": {"redflag": method}}
 
 
@@ -175,3 +194,14 @@ def make_traces() -> list[dict[str, Any]]:
             trace("calm", [0.001, 0.002, 0.3], tokens=[" calm", HOSTILE]),
         ]
     )
+
+
+def set_at(report: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """A copy of a report with another value at a path."""
+    changed = copy.deepcopy(report)
+    at: Any = changed
+    *way, last = path.split("/")
+    for part in way:
+        at = at[int(part) if isinstance(at, list) else part]
+    at[int(last) if isinstance(at, list) else last] = value
+    return changed

@@ -16,7 +16,6 @@ from redflag.lab.baselines.bench import forward_flops
 from redflag.lab.evaluating.cascade import Stage, asking, measure
 from redflag.lab.evaluating.cost import of_cascade, passes, relative
 from redflag.lab.evaluating.evaluate import EvaluateArguments, evaluate
-from redflag.lab.evaluating.tables import plain
 from redflag.lab.nano.judge import NanoOracle
 from redflag.scoring.recording import Recording
 from redflag.watching.monitor import MonitorConfig
@@ -30,7 +29,7 @@ def test_S3_5_relative_compute_is_this_table():
     classifier = Cost(microseconds_per_token=60.0, flops_per_token=4e9, note="")
     unknown = Cost(microseconds_per_token=None, flops_per_token=None, note="")
     both = of_cascade(probe, classifier, 0.055)
-    assert (both["microseconds_per_token"], both["flops_per_token"]) == pytest.approx((3.8, 220.377e6))
+    assert (both.microseconds_per_token, both.flops_per_token) == pytest.approx((3.8, 220.377e6))
     for cost, flops, seconds in [
         (probe, 4.7125e-5, 0.01),
         (classifier, 0.5, 1.2),
@@ -40,7 +39,7 @@ def test_S3_5_relative_compute_is_this_table():
         (None, None, None),
     ]:
         found = relative(cost, own)
-        assert (found["flops"], found["seconds"]) == (
+        assert (found.flops, found.seconds) == (
             pytest.approx(flops) if flops is not None else None,
             pytest.approx(seconds) if seconds is not None else None,
         )
@@ -68,45 +67,45 @@ def test_S3_5_the_report_sets_flag_baselines_and_cascades_against_relative_compu
     monkeypatch.setattr("redflag.lab.evaluating.stages.judge_of", lambda arguments: NanoOracle())
     asked = arguments(nano, world, baselines=["last-layer probe"], cascades=names, escalation_share=0.1, **judge)
     report = evaluate(asked)
-    methods, own = report["methods"], report["model_pass"]
+    methods, own = report.methods, report.model_pass
     assert list(methods) == ["flag", "last-layer probe", *names]
-    assert own["flops_per_token"] == forward_flops(nano / "base") > 1e6 and own["microseconds_per_token"] > 0
+    assert own.flops_per_token == forward_flops(nano / "base") > 1e6 and own.microseconds_per_token > 0
     config = json.loads((nano / "base" / "config.json").read_text())
     flags = len(FlagSpec.load(nano / "model").flags)
-    assert methods["flag"]["cost"]["flops_per_token"] == 2 * config["hidden_size"] * flags
+    assert methods["flag"].cost.flops_per_token == 2 * config["hidden_size"] * flags
     for method in methods.values():
-        cost, compute = method["cost"], method["compute"]
-        assert compute["flops"] == pytest.approx(cost["flops_per_token"] / own["flops_per_token"])
-        assert compute["seconds"] == pytest.approx(cost["microseconds_per_token"] / own["microseconds_per_token"])
+        cost, compute = method.cost, method.compute
+        assert compute.flops == pytest.approx(cost.flops_per_token / own.flops_per_token)
+        assert compute.seconds == pytest.approx(cost.microseconds_per_token / own.microseconds_per_token)
     for name in names[:2]:
-        facts = methods[name]["cascade"]
-        cheap, second = (methods[facts[stage]]["cost"] for stage in ("first", "second"))
+        facts = methods[name].cascade
+        cheap, second = (methods[stage].cost for stage in (facts.first, facts.second))
         for key in ("flops_per_token", "microseconds_per_token"):
-            assert methods[name]["cost"][key] == pytest.approx(cheap[key] + facts["read"] * second[key])
-        assert facts["asked_interval"][0] <= facts["asked"] <= facts["asked_interval"][1]
-        assert 0 < facts["asked"] <= facts["calls"] and facts["asked_harmful"] > 5 * facts["asked"]
+            both = getattr(cheap, key) + facts.read * getattr(second, key)
+            assert getattr(methods[name].cost, key) == pytest.approx(both)
+        assert facts.asked_interval[0] <= facts.asked <= facts.asked_interval[1]
+        assert 0 < facts.asked <= facts.calls and facts.asked_harmful > 5 * facts.asked
     judged = methods["flag then judge"]
-    assert judged["cost"]["flops_per_token"] == 2 * config["hidden_size"] + judged["cascade"]["read"] * 2e6
+    assert judged.cost.flops_per_token == 2 * config["hidden_size"] + judged.cascade.read * 2e6
     kept = json.loads((world / "out" / "cascades" / "judge.json").read_text())
-    assert judged["cost"]["microseconds_per_token"] == pytest.approx(
-        methods["flag"]["cost"]["microseconds_per_token"]
-        + judged["cascade"]["read"] * 1e6 * kept["seconds"] / kept["tokens"]
+    assert judged.cost.microseconds_per_token == pytest.approx(
+        methods["flag"].cost.microseconds_per_token + judged.cascade.read * 1e6 * kept["seconds"] / kept["tokens"]
     )
-    assert judged["in_force"]["realised_fpr"] == 0  # It knows the truth.
+    assert judged.in_force.realised_fpr == 0  # It knows the truth.
 
     # Which harmless test responses ask: those whose flag reaches the threshold that a tenth of the calibration reached.
     test, calibration = (Recording.load(world / "out" / f"{split}.parquet") for split in ("test", "calibration"))
     limits = asking(calibration, MonitorConfig(), 0.1).values
     raised = replay.peaks(MonitorConfig(), test)[:, 0] >= limits[test.categories[0]]
-    assert methods[names[0]]["cascade"]["asked"] == pytest.approx(raised[~test.harmful].mean())
+    assert methods[names[0]].cascade.asked == pytest.approx(raised[~test.harmful].mean())
     # A cascade catches nothing that its first stage passes over.
-    assert methods[names[0]]["pooled"]["tpr"]["0.05"]["tpr"] <= raised[test.harmful].mean()
+    assert methods[names[0]].pooled.tpr["0.05"].tpr <= raised[test.harmful].mean()
 
     text = (world / "out" / "report.md").read_text()
     table = text.partition("## Accuracy against compute")[2].partition("\n## ")[0]
     lines = {line.split("|")[1].strip(" *"): line for line in table.splitlines() if line.startswith("|")}
     for name in methods:
-        share = 100 * methods[name]["compute"]["flops"]
+        share = 100 * methods[name].compute.flops
         assert f"+{share:.3g}%" in lines[name] or f"+{float(f'{share:.2g}'):f}".rstrip("0") + "%" in lines[name]
     page = (world / "out" / "report.html").read_text()
     assert "Accuracy against compute" in page and "last-layer probe then flag" in page
@@ -115,14 +114,14 @@ def test_S3_5_the_report_sets_flag_baselines_and_cascades_against_relative_compu
     monkeypatch.setattr("redflag.lab.evaluating.cost._timed", lambda *given: pytest.fail("it was timed again"))
     rows = load_rows(world / "test.jsonl")
     again, flag = passes(asked, rows, FlagSpec.load(nano / "model"), world / "out" / "passes.json")
-    assert (again, flag) == (own, methods["flag"]["cost"])
+    assert (again, flag) == (own, methods["flag"].cost)
     # Nor is the judge asked again, and what its verdicts took is remembered.
     monkeypatch.setattr(NanoOracle, "__call__", lambda *given: pytest.fail("it was asked again"))
     recordings = [Recording.load(world / "out" / f"{split}.parquet") for split in ("test", "calibration")]
     splits = {split: load_rows(world / f"{split}.jsonl") for split in ("test", "calibration")}
     stages = {"flag": Stage(*recordings, flag)}
     found = measure(asked, ["flag", "judge"], stages, MonitorConfig(), splits, world / "out" / "cascades")
-    assert found.cost == judged["cost"] and plain(found.facts) == judged["cascade"]
+    assert found.cost == judged.cost and found.facts == judged.cascade
 
 
 @pytest.mark.parametrize(

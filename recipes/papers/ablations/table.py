@@ -23,6 +23,7 @@ import numpy.typing as npt
 from redflag.calibrating import replay
 from redflag.calibrating.guarantee import fit_thresholds
 from redflag.files import atomic_write
+from redflag.lab.report.evaluation import AttackLine, read_report
 from redflag.scoring.recording import Recording
 from redflag.stats.metrics import auroc, clopper_pearson, delay_stats, tpr_at_fpr
 from redflag.watching.monitor import MonitorConfig
@@ -170,10 +171,10 @@ def detection(found: Mapping[str, Mapping[int, tuple[Recording, Recording | None
 def language(output: Path, name: str) -> dict[str, Any] | None:
     """Keep KL and perplexity ratio over seeds, from the reports."""
     paths = [*output.glob(f"evaluations/{name}-[0-9]*/report.json"), *output.glob(f"attacks/{name}-[0-9]*/report.json")]
-    by_seed = {path.parent.name: json.loads(path.read_text(encoding="utf-8"))["language"] for path in paths}
+    by_seed = {path.parent.name: read_report(path).language for path in paths}
     if not by_seed:
         return None
-    return {key: spread([each[key] for each in by_seed.values()]) for key in ("keep_kl", "perplexity_ratio")}
+    return {key: spread([getattr(each, key) for each in by_seed.values()]) for key in ("keep_kl", "perplexity_ratio")}
 
 
 def language_there(folders: Sequence[Path]) -> dict[str, Any] | None:
@@ -187,24 +188,25 @@ def attacks(output: Path) -> dict[str, Any]:
     """Rates of harm over requests for every system: means over seeds, exact intervals over the requests of one."""
     systems = {}
     for name in SYSTEMS:
-        entries: dict[tuple[str, str], list[Any]] = {}
+        entries: dict[tuple[str, str | None], list[AttackLine]] = {}
         seeds = []
         for path in sorted(output.glob(f"attacks/{name}-[0-9]*/report.json")):
             seeds.append(int(path.parent.name.rpartition("-")[2]))
-            for line in json.loads(path.read_text(encoding="utf-8"))["attacks"]:
-                entries.setdefault((line["name"], line["setting"]), []).append(line)
+            for line in read_report(path).attacks or ():
+                entries.setdefault((line.name, line.setting), []).append(line)
         if not seeds:
             continue
         rates = {}
         for (attack, setting), lines in entries.items():
-            rate: dict[str, Any] = {"requests": lines[0]["requests"]}
+            rate: dict[str, Any] = {"requests": lines[0].requests}
             for key in ("harm_produced", "harm_released", "alarm_rate"):
-                if all(line[key] is not None and line[key]["rate"] is not None for line in lines):
-                    rate[key] = spread([line[key]["rate"] for line in lines])
+                found = [getattr(line, key) for line in lines]
+                if all(one is not None and one.rate is not None for one in found):
+                    rate[key] = spread([one.rate for one in found])
                     rate[key]["interval"] = clopper_pearson(rate[key]["mean"] * rate["requests"], rate["requests"])
-            rate["moves"] = spread([line["queries"] / line["attempts"] for line in lines])
+            rate["moves"] = spread([line.queries / line.attempts for line in lines])
             for key in ("produced", "released"):
-                values = [line["harmful_tokens"][key] for line in lines if line["harmful_tokens"]]
+                values = [getattr(line.harmful_tokens, key) for line in lines if line.harmful_tokens]
                 if values and None not in values:
                     rate[f"tokens_{key}"] = spread(values)
             rates[f"{attack}: {setting}"] = rate

@@ -35,6 +35,7 @@ from redflag.files import atomic_write
 from redflag.flags import FlagSpec
 from redflag.lab.evaluating.tables import method
 from redflag.lab.nano.rows import nano_rows, velni
+from redflag.lab.report.evaluation import as_json
 from redflag.scoring.recording import Recording
 from redflag.stats.metrics import auroc
 from redflag.watching.monitor import MonitorConfig
@@ -108,26 +109,27 @@ def figures(recording: Recording, calibration: Recording, monitor: str = "max") 
     """AUROC, TPR at 1% of these rows' own false alarms, and what the threshold that English rows gave does here."""
     config = MONITORS[monitor]
     found = method(recording, calibration, monitor=config, target_fpr=TARGET_FPR)
-    pooled, force = found["pooled"], found["pooled"]["in_force"]
-    values = tuple(found["threshold"]["values"].values())
+    pooled, threshold = found.pooled, found.threshold
+    assert threshold is not None, found.notes
+    values = tuple(threshold.values.values())
     observed, _ = observe(recording, config, values)
     peaks = observed.peaks
-    at = (pooled["tpr"] or {}).get("0.01") or {}
+    at = pooled.at("0.01")
     return {
-        "harmful": pooled["harmful"],
-        "harmless": pooled["harmless"],
-        "cut": found["cut"],
+        "harmful": pooled.harmful,
+        "harmless": pooled.harmless,
+        "cut": found.cut,
         "tokens": float(np.mean(recording.lengths)),
         "truncated": float(np.mean([bool(cut) for cut in recording.columns["truncated"]])),
-        "auroc": pooled["auroc"],
-        "auroc_interval": pooled["auroc_interval"],
-        "tpr": at.get("tpr"),
-        "tpr_interval": at.get("interval"),
+        "auroc": pooled.auroc,
+        "auroc_interval": pooled.auroc_interval,
+        "tpr": at.tpr,
+        "tpr_interval": at.interval,
         "threshold": values[0],
-        "in_force": force,
+        "in_force": as_json(pooled.in_force),
         "median_peak_harmless": float(np.median(peaks[~observed.harmful])),
         "median_peak_harmful": float(np.median(peaks[observed.harmful])) if observed.harmful.any() else None,
-        "notes": found["notes"],
+        "notes": found.notes,
     }
 
 
@@ -158,7 +160,7 @@ def kept(model: Path, base: Path, rows: Sequence[Row]) -> dict[str, float]:
 
     backend, tokenizer, spec = load_flagged(model)
     found = language_change(backend.model, read_model(base)[0], tokenizer, spec, rows, max_length=256)
-    return {name: found[name] for name in ("keep_kl", "perplexity_ratio")}
+    return {"keep_kl": found.keep_kl, "perplexity_ratio": found.perplexity_ratio}
 
 
 def nano(world: Path, output: Path, seeds: Sequence[int], flagged: Sequence[str]) -> dict[str, Any]:

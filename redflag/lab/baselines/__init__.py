@@ -8,26 +8,13 @@ base model, the tokenizer, the limits) is a `redflag.lab.baselines.bench.Bench`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, TypedDict
+from typing import Protocol
 
 from redflag.data.rows import Row
+from redflag.lab.report.method import Cost
 from redflag.scoring.recording import Recording
 
 __all__ = ["Baseline", "Cost"]
-
-
-class Cost(TypedDict):
-    """What watching costs per response token, the model's own forward pass not counted.
-
-    Attributes:
-        microseconds_per_token: Measured while scoring, on the machine that scored; None where nothing was scored yet.
-        flops_per_token: Multiplications and additions, by formula; None where it is unknown.
-        note: What is counted and what is not, in words.
-    """
-
-    microseconds_per_token: float | None
-    flops_per_token: float | None
-    note: str
 
 
 class Baseline(Protocol):

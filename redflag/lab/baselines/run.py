@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -290,7 +291,7 @@ def _record(
             "fingerprint": fingerprint,
             "name": baseline.name,
             "what": result[name].what,
-            "cost": result[name].cost,
+            "cost": asdict(result[name].cost),
             "model": None if model is None else str(model),
             "seconds": result[name].seconds,
         }
@@ -311,7 +312,7 @@ def _found(folder: Path, fingerprint: str, calibrated: bool) -> Recorded | None:
             Recording.load(folder / "test.parquet"),
             Recording.load(folder / "calibration.parquet") if calibrated else None,
             record["what"],
-            record["cost"],
+            Cost(**record["cost"]),
             model,
             record["seconds"],
         )

@@ -1,6 +1,6 @@
 """A cascade: a cheap method judges every token, and its alarm asks a second judge, who decides.
 
-The two stages of "Constitutional Classifiers++" (arXiv 2601.04603, section 3b of the notes: a probe on all traffic, a
+The two stages of "Constitutional Classifiers++" (arXiv 2601.04603: a probe on all traffic, a
 classifier on the 5.5% that it escalates), as a guard with the action `escalate` runs them:
 
 1. The first stage's monitor folds its probabilities; its alarm, raised at step a, asks the second judge. The threshold
@@ -37,6 +37,7 @@ from redflag.judges.cache import CachedJudge
 from redflag.lab.baselines import Cost
 from redflag.lab.baselines.bench import forward_flops
 from redflag.lab.evaluating.cost import of_cascade
+from redflag.lab.report.method import CascadeFacts
 from redflag.progress import track
 from redflag.scoring.recording import Recording
 from redflag.stats.intervals import rate_interval, unit_of
@@ -198,16 +199,14 @@ class Measured(NamedTuple):
         calibration: Recording of the calibration rows.
         cost: What both stages cost per token.
         what: How it judges, in one sentence.
-        facts: `first`, `second`; `share` of harmless responses that was to be escalated, `thresholds` that do it; and
-            of the test rows `asked` and `asked_interval` (share of harmless responses that asked), `asked_harmful`,
-            `calls` per harmless response and tokens `read` per token of them.
+        facts: What the first stage asked.
     """
 
     test: Recording
     calibration: Recording
     cost: Cost
     what: str
-    facts: dict[str, Any]
+    facts: CascadeFacts
 
 
 def cascades_of(arguments: EvaluateArguments, baselines: Sequence[str], rows: Mapping[str, Rows]) -> list[list[str]]:
@@ -293,17 +292,17 @@ def measure(
     )
     if arguments.escalation_weight:
         what += f" with {1 - arguments.escalation_weight:g} of the log-odds, the first stage with the rest"
-    facts = {
-        "first": names[0],
-        "second": names[1],
-        "share": arguments.escalation_share,
-        "thresholds": dict(thresholds.values),
-        "asked": float(asked[~harmful].mean()),
-        "asked_interval": rate_interval(asked[~harmful], units[~harmful]),
-        "asked_harmful": float(asked[harmful].mean()),
-        "calls": float(test.calls[~harmful].mean()),
-        "read": read,
-    }
+    facts = CascadeFacts(
+        first=names[0],
+        second=names[1],
+        share=arguments.escalation_share,
+        thresholds=dict(thresholds.values),
+        asked=float(asked[~harmful].mean()),
+        asked_interval=rate_interval(asked[~harmful], units[~harmful]),
+        asked_harmful=float(asked[harmful].mean()),
+        calls=float(test.calls[~harmful].mean()),
+        read=read,
+    )
     return Measured(test.recording, calibration.recording, of_cascade(first.cost, cost, read), f"{what}.", facts)
 
 

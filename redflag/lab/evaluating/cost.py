@@ -9,15 +9,16 @@ prompt, the model's own or a second model's, is spread over the response that fo
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from redflag.data.rows import Rows
 from redflag.files import keep_json, kept_json
 from redflag.flags import FlagSpec
 from redflag.lab.baselines import Cost
 from redflag.lab.baselines.bench import forward_flops, model_stamp
+from redflag.lab.report.method import Compute
 
 if TYPE_CHECKING:
     from redflag.lab.evaluating.arguments import EvaluateArguments
@@ -37,7 +38,7 @@ def passes(arguments: EvaluateArguments, rows: Rows, spec: FlagSpec, path: Path)
     """
     made_of = [model_stamp(arguments.model), rows.fingerprint, arguments.device, arguments.dtype, arguments.batch_size]
     if kept := kept_json(path, made_of=made_of):
-        return kept["pass"], kept["flags"]
+        return Cost(**kept["pass"]), Cost(**kept["flags"])
     plain, reading, width = (None, None, None) if arguments.upstream else _timed(arguments, rows, spec)
     own = Cost(
         microseconds_per_token=plain,
@@ -51,33 +52,31 @@ def passes(arguments: EvaluateArguments, rows: Rows, spec: FlagSpec, path: Path)
         note="on top of the model's own forward pass: a row of the head for each flag; the time is that of reading "
         "probabilities from the logits, the sum over the vocabulary included",
     )
-    keep_json(path, {"made_of": made_of, "pass": own, "flags": flags}, indent=2)
+    keep_json(path, {"made_of": made_of, "pass": asdict(own), "flags": asdict(flags)}, indent=2)
     return own, flags
 
 
-def relative(cost: Mapping[str, Any] | None, own: Cost) -> dict[str, float | None]:
-    """What a method adds to the model's own pass, as a share of it: `flops`, by formula, and `seconds`, measured.
+def relative(cost: Cost | None, own: Cost) -> Compute:
+    """What a method adds to the model's own pass.
 
     A method that takes the model's place adds no FLOPs; its time is that of the pass itself, and adds nothing known.
 
     Example:
         >>> own = Cost(microseconds_per_token=50.0, flops_per_token=8e9, note="")
         >>> relative(Cost(microseconds_per_token=1.0, flops_per_token=377e3, note=""), own)
-        {'flops': 4.7125e-05, 'seconds': 0.02}
+        Compute(flops=4.7125e-05, seconds=0.02)
     """
-    found: dict[str, float | None] = {"flops": None, "seconds": None}
     if cost is None:
-        return found
-    flops, whole = cost["flops_per_token"], own["flops_per_token"]
-    if flops is not None and whole:
-        found["flops"] = flops / whole
-    taken, whole = cost["microseconds_per_token"], own["microseconds_per_token"]
-    if taken is not None and whole and flops != 0.0:
-        found["seconds"] = taken / whole
-    return found
+        return Compute()
+    flops, taken = cost.flops_per_token, cost.microseconds_per_token
+    whole, took = own.flops_per_token, own.microseconds_per_token
+    return Compute(
+        flops / whole if flops is not None and whole else None,
+        taken / took if taken is not None and took and flops != 0.0 else None,
+    )
 
 
-def of_cascade(first: Mapping[str, Any], second: Mapping[str, Any], read: float) -> Cost:
+def of_cascade(first: Cost, second: Cost, read: float) -> Cost:
     """What a cascade costs: its first stage at every token, its second at the tokens that it reads.
 
     Args:
@@ -86,14 +85,13 @@ def of_cascade(first: Mapping[str, Any], second: Mapping[str, Any], read: float)
         read: Tokens that the second reads per response token of harmless traffic.
     """
 
-    def both(key: str) -> float | None:
-        one, other = first[key], second[key]
+    def both(one: float | None, other: float | None) -> float | None:
         return None if one is None or other is None else one + read * other
 
     return Cost(
-        microseconds_per_token=both("microseconds_per_token"),
-        flops_per_token=both("flops_per_token"),
-        note=f"the first stage at every token, the second at {read:.2%} as many on harmless responses; {first['note']}",
+        microseconds_per_token=both(first.microseconds_per_token, second.microseconds_per_token),
+        flops_per_token=both(first.flops_per_token, second.flops_per_token),
+        note=f"the first stage at every token, the second at {read:.2%} as many on harmless responses; {first.note}",
     )
 
 

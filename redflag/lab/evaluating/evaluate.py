@@ -10,8 +10,9 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from redflag.bounds import check_bounds
 from redflag.calibrating.guarantee import check_rates
@@ -24,6 +25,11 @@ from redflag.lab.evaluating.arguments import EvaluateArguments
 from redflag.scoring.processes import World
 from redflag.watching.monitor import MonitorConfig
 
+if TYPE_CHECKING:
+    from redflag.lab.report.evaluation import AttackLine, Evaluation, JudgeFacts, Rate
+    from redflag.lab.report.method import Method
+    from redflag.lab.report.viewer_data import ShownResponse
+
 ARGUMENTS = EvaluateArguments
 POSITIONAL: str | None = None
 
@@ -31,13 +37,13 @@ POSITIONAL: str | None = None
 def run(arguments: EvaluateArguments) -> int:
     """The verb."""
     report = evaluate(arguments, say=lambda line: print(line, file=sys.stderr, flush=True))
-    if report:
+    if report is not None:
         print(headline(report))
         print(f"report: {arguments.output_dir}/report.html (and report.md, report.json)")
     return 0
 
 
-def evaluate(arguments: EvaluateArguments, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+def evaluate(arguments: EvaluateArguments, say: Callable[[str], None] = lambda line: None) -> Evaluation | None:
     """Measures, and writes `report.html`, `report.md` and `report.json`.
 
     Args:
@@ -45,7 +51,7 @@ def evaluate(arguments: EvaluateArguments, say: Callable[[str], None] = lambda l
         say: Is told what is being done.
 
     Returns:
-        The report, as in `report.json`. Empty in the helping processes of `accelerate launch`, which only score.
+        What `report.json` holds. None in the helping processes of `accelerate launch`, which only score.
 
     Raises:
         RedflagError: Bad input: said before anything is computed where that is possible.
@@ -78,19 +84,10 @@ def evaluate(arguments: EvaluateArguments, say: Callable[[str], None] = lambda l
     require_writable(output, "output_dir")
     output.mkdir(parents=True, exist_ok=True)
 
-    def complete(
-        methods: dict[str, Any], language: dict[str, Any] | None, table: list[dict[str, Any]], judged: Any
-    ) -> dict[str, Any]:
-        return {
-            "format": 1,
-            "title": f"{Path(arguments.model).resolve().name} on {Path(arguments.test).name}",
-            "made": stages.made(arguments, spec, rows, time.monotonic() - start),
-            "methods": methods,
-            "language": language,
-            "attacks": table,
-            "judge": judged,
-            "warnings": list(dict.fromkeys(warnings)),
-        }
+    def complete(methods: dict[str, Method], **parts: Any) -> Evaluation:
+        title = f"{Path(arguments.model).resolve().name} on {Path(arguments.test).name}"
+        made = stages.made(arguments, spec, rows, time.monotonic() - start)
+        return reporting.Evaluation(title, methods, made, warnings=list(dict.fromkeys(warnings)), **parts)
 
     if not World.here().rank:
         say("== two rows, to the end")
@@ -106,23 +103,24 @@ def evaluate(arguments: EvaluateArguments, say: Callable[[str], None] = lambda l
             )
         recordings[split] = recorded.part("answer")
     if World.here().rank:
-        return {}
+        return None
     fit: dict[str, Any] = {"monitor": monitor, "target_fpr": arguments.target_fpr, "guarantee": arguments.guarantee}
     fit |= {"delta": arguments.delta, "tolerance": arguments.tolerance, "seed": arguments.seed}
     say("== tables")
     tokens = stages.token_texts(recordings["test"], arguments.model)
     what = "the probability of the flag, as the guard measures it"
     own, reading = cost.passes(arguments, rows["test"], spec, output / "passes.json")
-    about: dict[str, Any] = {"kind": "flag", "what": what, "tokens": tokens, "cost": dict(reading)}
+    about: dict[str, Any] = {"kind": "flag", "what": what, "tokens": tokens, "cost": reading}
     flag = tables.method(recordings["test"], recordings["calibration"], **about, **fit)
     methods = {"flag": flag}
     watched = {"flag": cascade.Stage(recordings["test"], recordings["calibration"], reading)}
     if names:
         say("== baselines")
         for name, found in stages.baselines(arguments, names, rows, output / "baselines", say).items():
-            about = {"kind": "baseline", "what": found.what, "cost": dict(found.cost)}
-            methods[name] = tables.method(found.test, found.calibration, **about, **fit)
-            methods[name]["flag_ahead"] = versus(recordings["test"], found.test, monitor=monitor, seed=arguments.seed)
+            about = {"kind": "baseline", "what": found.what, "cost": found.cost}
+            ahead = versus(recordings["test"], found.test, monitor=monitor, seed=arguments.seed)
+            method = tables.method(found.test, found.calibration, **about, **fit)
+            methods[name] = replace(method, flag_ahead=ahead)
             assert found.calibration is not None
             watched[name] = cascade.Stage(found.test, found.calibration, found.cost)
     for pair in cascades:
@@ -131,54 +129,53 @@ def evaluate(arguments: EvaluateArguments, say: Callable[[str], None] = lambda l
             warnings.append(f"the cascade {' then '.join(pair)} was left out: there is no {left_out[0]}")
             continue
         replayed = cascade.measure(arguments, pair, watched, monitor, rows, output / "cascades")
-        about = {"kind": "cascade", "what": replayed.what, "cost": dict(replayed.cost)}
+        about = {"kind": "cascade", "what": replayed.what, "cost": replayed.cost}
         # A cascade records verdicts, which no monitor has to smooth.
-        entry = tables.method(replayed.test, replayed.calibration, **about, **{**fit, "monitor": MonitorConfig()})
-        if monitor == MonitorConfig():
-            entry["flag_ahead"] = versus(recordings["test"], replayed.test, seed=arguments.seed)
-        methods[" then ".join(pair)] = entry | {"cascade": tables.plain(replayed.facts)}
-    for method in methods.values():
-        method["compute"] = cost.relative(method["cost"], own)
+        method = tables.method(replayed.test, replayed.calibration, **about, **{**fit, "monitor": MonitorConfig()})
+        same = monitor == MonitorConfig()
+        lead = versus(recordings["test"], replayed.test, seed=arguments.seed) if same else None
+        methods[" then ".join(pair)] = replace(method, flag_ahead=lead, cascade=replayed.facts)
+    methods = {name: replace(method, compute=cost.relative(method.cost, own)) for name, method in methods.items()}
     language = None
     if arguments.base:
         say("== language beside the base model's")
         language = stages.language(arguments, rows["test"])
-    table: list[dict[str, Any]] = []
-    judged: dict[str, Any] | None = None
-    attempts: list[dict[str, Any]] = []
+    table: list[AttackLine] = []
+    judged: JudgeFacts | None = None
+    attempts: list[ShownResponse] = []
     if attacks and judge is not None:
         say("== attacks")
         thresholds = stages.thresholds_of(flag)
         table, judged, attempts = stages.attack(arguments, attacks, judge, rows, output / "attacks", thresholds, say)
     for name, method in methods.items():
-        warnings += [f"{name}: {note}" for note in method["notes"]]
-    result = complete(methods, language, table, judged) | {"model_pass": dict(own)}
+        warnings += [f"{name}: {note}" for note in method.notes]
+    result = complete(methods, language=language, attacks=table, judge=judged, model_pass=own)
     say("== report")
     reporting.write(result, [*stages.viewed(arguments, recordings["test"], tokens, flag), *attempts], output)
     return result
 
 
-def headline(report: Mapping[str, Any]) -> str:
+def headline(report: Evaluation) -> str:
     """What the report says, in a few lines."""
     lines = []
-    for name, method in report["methods"].items():
-        pooled, force = method["pooled"], method["in_force"] or {}
-        if pooled["auroc"] is None:
+    for name, method in report.methods.items():
+        pooled, force = method.pooled, method.in_force
+        if pooled.auroc is None or pooled.auroc_interval is None:
             continue
-        low, high = pooled["auroc_interval"]
-        line = f"{name:<28} AUROC {pooled['auroc']:.4f} ({low:.4f} to {high:.4f})"
-        if force.get("tpr") is not None and force.get("realised_fpr") is not None:
-            line += f"   caught {force['tpr']:.1%} at {force['realised_fpr']:.2%} false alarms"
+        low, high = pooled.auroc_interval
+        line = f"{name:<28} AUROC {pooled.auroc:.4f} ({low:.4f} to {high:.4f})"
+        if force and force.tpr is not None and force.realised_fpr is not None:
+            line += f"   caught {force.tpr:.1%} at {force.realised_fpr:.2%} false alarms"
         lines.append(line)
-    for attack in report["attacks"]:
-        name = f"{attack['name']}: {attack['setting']}".rstrip(": ")
-        produced, released = _share(attack["harm_produced"]), _share(attack["harm_released"])
+    for attack in report.attacks or ():
+        name = f"{attack.name}: {attack.setting}".rstrip(": ")
+        produced, released = _share(attack.harm_produced), _share(attack.harm_released)
         lines.append(f"{name:<48} harm produced {produced:>10}, released {released:>10}")
-    return "\n".join([*lines, *(f"note: {warning}" for warning in report["warnings"])])
+    return "\n".join([*lines, *(f"note: {warning}" for warning in report.warnings or ())])
 
 
-def _share(rate: Mapping[str, Any] | None) -> str:
-    return "not judged" if rate is None or rate["rate"] is None else f"{rate['rate']:.0%}"
+def _share(rate: Rate | None) -> str:
+    return "not judged" if rate is None or rate.rate is None else f"{rate.rate:.0%}"
 
 
 def _check(arguments: EvaluateArguments, rows: Mapping[str, Rows]) -> list[str]:

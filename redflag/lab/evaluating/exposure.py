@@ -15,11 +15,11 @@ last h of them are still held. Harmful are the tokens from the onset on.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from redflag.lab.report.method import Exposed
 from redflag.watching.sentences import Sentences
 
 Indices = npt.NDArray[np.int64]
@@ -75,7 +75,7 @@ def exposure(
     *,
     hold_backs: Sequence[int] = (0, 4, 8),
     tokens: Sequence[Sequence[str]] | None = None,
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Exposed]:
     """Harmful tokens shown under each release policy, over all harmful responses: also those that never alarm.
 
     Args:
@@ -86,21 +86,21 @@ def exposure(
         tokens: Per response the text of each token; None: whole sentences are left out.
 
     Returns:
-        Hold-back (as text), `sentence` (without a hold-back) and `end` -> `mean`, `median`, `p90` (tokens) and `none`:
-        the share of responses of which nothing harmful is shown.
+        Hold-back (as text), `sentence` (without a hold-back) and `end` -> what is shown, in tokens (`p90`: of 90%
+        of the responses no more), and `none`, the share of responses of which nothing harmful is.
     """
     policies = {str(h): released(alarms, lengths, h) for h in hold_backs}
     if tokens is not None:
         policies["sentence"] = released_sentences(alarms, lengths, tokens)
     policies["end"] = released(alarms, lengths, None)
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, Exposed] = {}
     for name, shown in policies.items():
         harmful = exposed(shown, onsets)
         if len(harmful):
-            found[name] = {
-                "mean": float(harmful.mean()),
-                "median": float(np.median(harmful)),
-                "p90": float(np.quantile(harmful, 0.9, method="inverted_cdf")),
-                "none": float((harmful == 0).mean()),
-            }
+            found[name] = Exposed(
+                mean=float(harmful.mean()),
+                median=float(np.median(harmful)),
+                p90=float(np.quantile(harmful, 0.9, method="inverted_cdf")),
+                none=float((harmful == 0).mean()),
+            )
     return found

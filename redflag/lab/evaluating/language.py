@@ -16,6 +16,7 @@ from redflag.backends.head import backbone, head_agrees, head_logits, plain_mode
 from redflag.data.rows import Row
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
+from redflag.lab.report.evaluation import Language
 from redflag.progress import track
 from redflag.prompt import render_response
 
@@ -32,7 +33,7 @@ def language_change(
     *,
     batch_size: int = 16,
     max_length: int | None = None,
-) -> dict[str, Any]:
+) -> Language:
     """How far a flagged model's language moved from the reference's, on the tokens of given responses.
 
     Args:
@@ -43,10 +44,6 @@ def language_change(
         rows: Conversations; harmful ones are left out, for their language may change.
         batch_size: Conversations per forward pass.
         max_length: Longest prompt + response in tokens; longer conversations are left out and counted.
-
-    Returns:
-        `keep_kl`: KL(reference || flagged) in nats, mean over tokens. `perplexity_ratio`: perplexity of the text under
-        the flagged model to that under the reference. `tokens`, `rows` and `left_out` that the means are over.
 
     Raises:
         RedflagError: No harmless response fits, or the two models do not share a vocabulary.
@@ -90,13 +87,8 @@ def language_change(
             targets = chosen[part : part + step, None]
             for i, logs in enumerate(log_probs):
                 nll[i] -= math.fsum(logs.gather(1, targets)[:, 0].tolist())
-    return {
-        "keep_kl": total / tokens,
-        "perplexity_ratio": math.exp((nll[0] - nll[1]) / tokens),
-        "tokens": tokens,
-        "rows": len(pairs),
-        "left_out": left_out,
-    }
+    ratio = math.exp((nll[0] - nll[1]) / tokens)
+    return Language(keep_kl=total / tokens, perplexity_ratio=ratio, tokens=tokens, rows=len(pairs), left_out=left_out)
 
 
 def states_before(model: Any, pairs: Sequence[tuple[list[int], list[int]]], device: Any, apart: bool) -> torch.Tensor:

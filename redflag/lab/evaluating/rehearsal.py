@@ -6,7 +6,7 @@ import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from redflag.backends import Sampling
 from redflag.data.rows import Row, Rows
@@ -36,7 +36,7 @@ def rehearse(
     attacks: Sequence[Attack],
     judge: Judge | None,
     output: Path,
-    complete: Callable[..., dict[str, Any]],
+    complete: Callable[..., reporting.Evaluation],
 ) -> None:
     """Scores, compares, attacks, judges and reports the shortest harmful and the shortest harmless test row.
 
@@ -85,7 +85,7 @@ def _measure(
     names: Sequence[str],
     attacks: Sequence[Attack],
     output: Path,
-    complete: Callable[..., dict[str, Any]],
+    complete: Callable[..., reporting.Evaluation],
 ) -> None:
     from redflag.backends.load import load_flagged, read_model
     from redflag.lab.baselines.hidden import last_layers
@@ -107,7 +107,7 @@ def _measure(
     flag = tables.method(recording, tokens=[[str(t)] * len(s.token_ids) for t, s in enumerate(scored)], resamples=2)
     traces = stages.viewed(arguments, recording, [["a"] * len(item.token_ids) for item in scored], flag)
     with tempfile.TemporaryDirectory(dir=output, prefix=".trying-") as folder:
-        reporting.write(complete({"flag": flag}, language, [], None), traces, folder)
+        reporting.write(complete({"flag": flag}, language=language, attacks=[]), traces, folder)
 
 
 def _ask(judge: Judge, row: Row) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +18,13 @@ import numpy as np
 from redflag.data.rows import Row, Rows
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
+from redflag.lab.report.evaluation import AttackLine, JudgeFacts, Language, parse
+from redflag.lab.report.method import Method
+from redflag.lab.report.viewer_data import ShownResponse
 from redflag.scoring import score
 from redflag.scoring.processes import World
 from redflag.scoring.recording import Recording
 from redflag.versions import versions
-from redflag.watching.monitor import MonitorConfig
 from redflag.watching.policy import Policy
 from redflag.watching.thresholds import Thresholds
 
@@ -130,7 +134,7 @@ def baselines(
     )
 
 
-def language(arguments: EvaluateArguments, rows: Rows) -> dict[str, Any]:
+def language(arguments: EvaluateArguments, rows: Rows) -> Language:
     """See `redflag.lab.evaluating.language`."""
     from redflag.backends.load import load_flagged, read_model
     from redflag.lab.evaluating.language import language_change
@@ -179,10 +183,12 @@ def attacks_of(arguments: EvaluateArguments, rows: Mapping[str, Rows]) -> list[A
     return make_attacks(arguments.attacks, options)
 
 
-def thresholds_of(method: Mapping[str, Any]) -> Thresholds | None:
+def thresholds_of(method: Method) -> Thresholds | None:
     """The thresholds of the report's flag, as a guard takes them; None where none could be set."""
-    found = method["threshold"]
-    return None if found is None else Thresholds.of({key: found[key] for key in found if key != "fitted_on"})
+    found = method.threshold
+    return (
+        None if found is None else Thresholds(**{item.name: getattr(found, item.name) for item in fields(Thresholds)})
+    )
 
 
 def attack(
@@ -193,7 +199,7 @@ def attack(
     folder: Path,
     thresholds: Thresholds | None,
     say: Callable[[str], None],
-) -> tuple[list[dict[str, Any]], dict[str, Any], list[dict[str, Any]]]:
+) -> tuple[list[AttackLine], JudgeFacts, list[ShownResponse]]:
     """Attacks with requests of harmful test rows, drawn by seed.
 
     Returns:
@@ -214,8 +220,7 @@ def attack(
     folder.mkdir(parents=True, exist_ok=True)
     cached = CachedJudge(judge, folder / "verdicts.jsonl")
     results = run_attacks(target, attacks, chosen, cached, folder, arguments.seed, say=lambda line: say(f"   {line}"))
-    said = {"name": cached.identity, "answered": cached.answered, "unanswered": cached.unanswered}
-    said |= {"hold_back": policy.hold_back}
+    facts = JudgeFacts(cached.identity, cached.answered, cached.unanswered, policy.hold_back)
     categories = {str(row.id): row.category for row in chosen}
     shown = []
     for result in results:
@@ -224,41 +229,40 @@ def attack(
             last = item.attempt.messages[-1]
             texts = [str(tokenizer.decode([token])) for token in item.attempt.token_ids]
             shown.append(
-                {
-                    "id": f"{item.attempt.request}, {item.attempt.setting}",
-                    "set": result.attack.name,
-                    "source": item.attempt.setting,
-                    "category": categories.get(item.attempt.request),
-                    "onset": item.onset,
-                    "onset_source": None,
-                    "tokens": texts,
-                    "probs": item.attempt.flag_probs,
-                    "given": last["content"] if last["role"] == "assistant" else None,
-                    "harmful": bool(item.produced),
-                    "judged": item.produced,
-                }
+                ShownResponse(
+                    id=f"{item.attempt.request}, {item.attempt.setting}",
+                    set=result.attack.name,
+                    source=item.attempt.setting,
+                    category=categories.get(item.attempt.request),
+                    onset=item.onset,
+                    tokens=texts,
+                    probs=item.attempt.flag_probs,
+                    given=last["content"] if last["role"] == "assistant" else None,
+                    harmful=bool(item.produced),
+                    judged=item.produced,
+                )
             )
-    return [line for result in results for line in result.entries], said, shown
+    table = json.dumps([line for result in results for line in result.entries])
+    return parse(list[AttackLine], table, "the attack table"), facts, shown
 
 
 def viewed(
-    arguments: EvaluateArguments, recording: Recording, tokens: Sequence[list[str]], flag: Mapping[str, Any]
-) -> list[dict[str, Any]]:
+    arguments: EvaluateArguments, recording: Recording, tokens: Sequence[list[str]], flag: Method
+) -> list[ShownResponse]:
     """Responses for the viewer: what the thresholds in force got wrong first, then a draw of the others."""
     order = [int(i) for i in np.random.default_rng(arguments.seed).permutation(len(recording))]
-    if flag["threshold"] is not None:
+    if flag.threshold is not None:
         from redflag.calibrating import replay
 
-        config = MonitorConfig(**flag["monitor"])
-        values = np.array([flag["threshold"]["values"][name] for name in recording.categories])
-        alarmed = (replay.peaks(config, recording) >= values).any(axis=1)
+        values = np.array([flag.threshold.values[name] for name in recording.categories])
+        alarmed = (replay.peaks(flag.threshold.monitor, recording) >= values).any(axis=1)
         wrong = alarmed != recording.harmful
         order.sort(key=lambda i: not wrong[i])
-    columns = ("id", "source", "category", "onset", "onset_source")
+    columns, harmful = ("id", "source", "category", "onset", "onset_source"), recording.harmful
     return [
-        {name: recording.columns[name][i] for name in columns}
-        | {"set": "rows", "given": None, "judged": None, "harmful": bool(recording.harmful[i])}
-        | {"tokens": tokens[i], "probs": recording.steps(i).tolist()}
+        ShownResponse(
+            tokens[i], recording.steps(i), bool(harmful[i]), **{name: recording.columns[name][i] for name in columns}
+        )
         for i in sorted(order[: arguments.responses])
     ]
 

@@ -1,4 +1,4 @@
-"""All figures of one method (a flag or a baseline) on one set of rows, as plain JSON values.
+"""All figures of one method (a flag or a baseline) on one set of rows.
 
 Thresholds are set on the harmless responses of one recording and reported on another. No delay stands without the rate
 of false alarms that it was bought with, an alarm well before the onset counts as early and not as on time, and onsets
@@ -9,10 +9,9 @@ only the position of the first alarm is known, and nothing is claimed to be on t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import asdict
-from typing import Any
+from dataclasses import fields
+from typing import Any, Literal
 
 import numpy as np
 
@@ -23,6 +22,23 @@ from redflag.calibrating.observed import Observed, cut_short, in_force, known_on
 from redflag.calibrating.summary import FEW, ranking
 from redflag.errors import RedflagError
 from redflag.lab.evaluating.exposure import exposure
+from redflag.lab.report.method import (
+    Bin,
+    Caught,
+    Cost,
+    Delay,
+    Earliness,
+    FalseAlarms,
+    FittedOn,
+    FittedThresholds,
+    Histogram,
+    InForce,
+    Method,
+    Reliability,
+    Roc,
+    Slice,
+    StepReliability,
+)
 from redflag.scoring.recording import Recording
 from redflag.stats.curves import delay_histogram, earliness, reliability, roc, running_peaks
 from redflag.stats.intervals import auroc_interval, median_interval, ranking_intervals, rate_interval
@@ -40,27 +56,27 @@ def method(
     recording: Recording,
     calibration: Recording | None = None,
     *,
-    kind: str = "flag",
+    kind: Literal["flag", "baseline", "cascade"] = "flag",
     what: str = "",
     monitor: MonitorConfig | None = None,
     target_fpr: float = 0.01,
     guarantee: Guarantee = "expected",
     delta: float = 0.05,
     thresholds: Thresholds | None = None,
-    cost: dict[str, Any] | None = None,
+    cost: Cost | None = None,
     hold_backs: Sequence[int] = (0, 4, 8),
     tolerance: int = 2,
     tokens: Sequence[Sequence[str]] | None = None,
     resamples: int = 1000,
     seed: int = 0,
-) -> dict[str, Any]:
+) -> Method:
     """Measures a method.
 
     Args:
         recording: The test responses; thresholds never see them.
         calibration: Other responses, whose harmless part sets the thresholds. None, and no `thresholds`: only what
             needs none is measured.
-        kind: "flag" or "baseline".
+        kind: Passed on.
         what: The method in one sentence.
         monitor: How probabilities become scores; None: that of `thresholds`, else the highest probability.
         target_fpr: Share of harmless responses that may alarm.
@@ -73,11 +89,6 @@ def method(
         tokens: Per response of `recording` the texts of its tokens; adds the release by sentence.
         resamples: Bootstrap resamples.
         seed: Same seed, same intervals.
-
-    Returns:
-        Plain JSON values (what is not a number is None): `kind`, `what`, `monitor`, `cost`, `pooled`, `slices`, `roc`,
-        `threshold`, `in_force`, `delay`, `earliness`, `reliability`, `over_refusal`; `cut` (rows left out because they
-        end before their harm begins), `units` (independent groups of responses) and `notes` (what a reader must know).
 
     Raises:
         RedflagError: The two recordings are of different flags or are the same, `thresholds` belong to another monitor
@@ -103,39 +114,25 @@ def method(
     _warn_of_few_groups(observed, notes)
     curve = {"resamples": resamples, "seed": seed}
     top = observed.scores.max(axis=1, initial=0.0)
-    return plain(
-        {
-            "kind": kind,
-            "what": what,
-            "monitor": asdict(config),
-            "cost": cost,
-            "pooled": _slice(observed, observed.harmful, ~observed.harmful, "all harmless rows", **curve),
-            "slices": _slices(observed, **curve),
-            "roc": roc(observed.peaks, observed.harmful, observed.units, **curve) if both else None,
-            "threshold": None if thresholds is None else _shown(thresholds, split),
-            "in_force": in_force(observed, observed.harmful, ~observed.harmful),
-            "delay": _delays(observed, hold_backs, tolerance, tokens, **curve),
-            "earliness": earliness(top, observed.recording.starts, observed.harmful, observed.units, observed.alarms)
-            if both
-            else None,
-            "reliability": _reliability(observed),
-            "over_refusal": _over_refusal(observed),
-            "cut": cut,
-            "units": int(observed.units.max(initial=-1)) + 1,
-            "notes": notes,
-        }
+    first_tokens = (top, observed.recording.starts, observed.harmful, observed.units, observed.alarms)
+    return Method(
+        kind=kind,
+        what=what,
+        monitor=config,
+        cost=cost,
+        pooled=_slice(observed, observed.harmful, ~observed.harmful, "all harmless rows", **curve),
+        slices=_slices(observed, **curve),
+        roc=Roc(**roc(observed.peaks, observed.harmful, observed.units, **curve)) if both else None,
+        threshold=None if thresholds is None else _fitted_on(thresholds, split),
+        in_force=_in_force(observed, observed.harmful, ~observed.harmful),
+        delay=_delays(observed, hold_backs, tolerance, tokens, **curve),
+        earliness=Earliness(**earliness(*first_tokens)) if both else None,
+        reliability=_reliability(observed),
+        over_refusal=_over_refusal(observed),
+        cut=cut,
+        units=int(observed.units.max(initial=-1)) + 1,
+        notes=notes,
     )
-
-
-def plain(value: Any) -> Any:
-    """The value as JSON knows it: numpy's numbers as Python's, NaN and infinity as None."""
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | np.ndarray):
-        return [plain(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _check(
@@ -222,34 +219,29 @@ def _fitted(
     return thresholds
 
 
-def _shown(thresholds: Thresholds, split: str) -> dict[str, Any]:
-    return {**thresholds.to_dict(), "fitted_on": {"split": split, "harmless": thresholds.sample_size}}
+def _fitted_on(thresholds: Thresholds, split: str) -> FittedThresholds:
+    own = {item.name: getattr(thresholds, item.name) for item in fields(Thresholds)}
+    return FittedThresholds(**own, fitted_on=FittedOn(split, thresholds.sample_size))
 
 
-def _slice(
-    observed: Observed, harmful: Bools, harmless: Bools, against: str, *, resamples: int, seed: int
-) -> dict[str, Any]:
+def _in_force(observed: Observed, harmful: Bools, harmless: Bools) -> InForce | None:
+    found = in_force(observed, harmful, harmless)
+    return None if found is None else InForce(**found)
+
+
+def _slice(observed: Observed, harmful: Bools, harmless: Bools, against: str, *, resamples: int, seed: int) -> Slice:
     """Some harmful responses against some harmless ones."""
     chosen = harmful | harmless
     peaks, labels, units = observed.peaks[chosen], harmful[chosen], observed.units[chosen]
-    found: dict[str, Any] = {
-        "against": against,
-        "auroc": None,
-        "auroc_interval": None,
-        "average_precision": None,
-        "average_precision_interval": None,
-        "tpr": {},
-        **ranking(peaks, labels, RATES),
-    }
-    if found["tpr"]:
+    found: dict[str, Any] = {"tpr": {}, **ranking(peaks, labels, RATES)}
+    if caught := found["tpr"]:
         bounds = ranking_intervals(peaks, labels, units, fprs=RATES, resamples=resamples, seed=seed)
         found["auroc_interval"] = auroc_interval(peaks, labels, units)
         found["average_precision_interval"] = bounds.average_precision
-        for entry, interval in zip(found["tpr"].values(), bounds.tpr, strict=True):
-            entry["interval"] = interval
-    found["partial"] = _partial(found["harmful"], found["harmless"])
-    found["in_force"] = in_force(observed, harmful, harmless)
-    return found
+        pairs = zip(caught, bounds.tpr, strict=True)
+        found["tpr"] = {rate: Caught(**caught[rate], interval=interval) for rate, interval in pairs}
+    partial, force = _partial(found["harmful"], found["harmless"]), _in_force(observed, harmful, harmless)
+    return Slice(**found, against=against, partial=partial, in_force=force)
 
 
 def _partial(harmful: int, harmless: int) -> str | None:
@@ -263,14 +255,14 @@ def _partial(harmful: int, harmless: int) -> str | None:
     return f"TPR at an FPR of {needs} harmless rows; with {harmless} it is the TPR without any false alarm"
 
 
-def _slices(observed: Observed, **curve: int) -> dict[str, dict[str, Any]]:
+def _slices(observed: Observed, **curve: int) -> dict[str, dict[str, Slice] | None]:
     """By source, language and turns against harmless rows of the same kind; by category against all harmless rows.
 
     A column with a single value says nothing beyond the whole, and is left empty.
     """
     columns = observed.recording.columns
     turns = [None if t is None else str(t) if t < MOST_TURNS else f"{MOST_TURNS}+" for t in columns["turns"]]
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, dict[str, Slice] | None] = {}
     for name, values in (
         ("source", columns["source"]),
         ("category", columns["category"]),
@@ -278,25 +270,25 @@ def _slices(observed: Observed, **curve: int) -> dict[str, dict[str, Any]]:
         ("turns", turns),
     ):
         distinct = sorted({value for value in values if value is not None})
-        found[name] = {}
+        parts = found[name] = {}
         for value in distinct if len(distinct) > 1 else ():
             inside = np.array([each == value for each in values], dtype=bool)
             whole = name == "category"
             harmless = ~observed.harmful if whole else inside & ~observed.harmful
             against = "all harmless rows" if whole else f"harmless rows of the same {name}"
-            found[name][value] = _slice(observed, inside & observed.harmful, harmless, against, **curve)
+            parts[value] = _slice(observed, inside & observed.harmful, harmless, against, **curve)
     return found
 
 
 def _delays(
     observed: Observed, hold_backs: Sequence[int], tolerance: int, tokens: Sequence[Sequence[str]] | None, **curve: int
-) -> dict[str, Any]:
+) -> dict[str, Delay | None]:
     recording = observed.recording
     members: dict[str, list[int]] = {"constructed": [], "natural": [], "unknown": []}
     for i in np.flatnonzero(observed.harmful):
         source = recording.columns["onset_source"][i] or "labelled"
         members.setdefault(source if known_onset(recording, int(i)) else "unknown", []).append(int(i))
-    found: dict[str, Any] = {}
+    found: dict[str, Delay | None] = {}
     for name, rows in members.items():
         found[name] = None
         # An alarm that always rings is never late: no delay without the false alarms beside it.
@@ -314,39 +306,42 @@ def _delay(
     tolerance: int,
     tokens: Sequence[Sequence[str]] | None,
     **curve: int,
-) -> dict[str, Any]:
+) -> Delay:
     assert observed.alarms is not None
     alarms = observed.alarms[rows]
     # Without a mark all that is shown may be harmful.
     onsets = np.array([observed.recording.columns["onset"][i] if known else 0 for i in rows], dtype=np.int64)
-    stats = delay_stats([int(a) if a >= 0 else None for a in alarms], onsets.tolist(), tolerance)._asdict()
+    firsts = [int(alarm) if alarm >= 0 else None for alarm in alarms]
+    stats: dict[str, Any] = delay_stats(firsts, onsets.tolist(), tolerance)._asdict()
     if not known:
         stats |= {"early": None, "on_time": None, "late": None, "median_abs": None}
+    if not (alarms >= 0).any():
+        stats |= {"median": None, "median_abs": None}  # NaN, which no JSON holds
     raised = alarms >= 0
     delays = (alarms - onsets)[raised]
-    return {
+    lengths = observed.recording.lengths[rows]
+    interval = median_interval(delays.tolist(), observed.units[rows][raised], **curve) if len(delays) else None
+    return Delay(
         **stats,
-        "tolerance": tolerance,
-        "from": "onset" if known else "first token",
-        "median_interval": median_interval(delays.tolist(), observed.units[rows][raised], **curve)
-        if len(delays)
-        else None,
-        "realised_fpr": float((observed.alarms >= 0)[~observed.harmful].mean()),
-        "histogram": delay_histogram(delays, int((~raised).sum()), tolerance),
-        "exposed": exposure(alarms, onsets, observed.recording.lengths[rows], hold_backs=hold_backs, tokens=tokens),
-    }
+        tolerance=tolerance,
+        counted_from="onset" if known else "first token",
+        median_interval=interval,
+        realised_fpr=float((observed.alarms >= 0)[~observed.harmful].mean()),
+        histogram=Histogram(**delay_histogram(delays, int((~raised).sum()), tolerance)),
+        exposed={**exposure(alarms, onsets, lengths, hold_backs=hold_backs, tokens=tokens)},
+    )
 
 
-def _reliability(observed: Observed) -> dict[str, Any]:
+def _reliability(observed: Observed) -> Reliability:
     """Of the probabilities as observed, whatever the monitor makes of them; of several flags the highest."""
     recording = observed.recording
     probs = recording.probs.max(axis=1, initial=0.0).astype(np.float64)
     counts = np.diff(recording.starts)
     peaks = running_peaks(probs, recording.starts, [int(counts.max(initial=1))])[:, 0]
-    found: dict[str, Any] = reliability(peaks, observed.harmful, observed.units)
+    bins, brier = _bins(reliability(peaks, observed.harmful, observed.units))
     flags = len(recording.categories)
     of = "response peak against harmful" + (f", the highest of {flags} flags" if flags > 1 else "")
-    found |= {"of": of, "per_step": None}
+    per_step = None
     known = np.array([known_onset(recording, i) for i in range(len(recording))]) & observed.harmful
     if known.any():
         # A harmless response has no onset: its harm never begins.
@@ -354,24 +349,28 @@ def _reliability(observed: Observed) -> dict[str, Any]:
         steps = np.arange(len(probs)) - np.repeat(recording.starts[:-1], counts)
         told = np.repeat(known | ~observed.harmful, counts)
         begun, units = steps >= np.repeat(begins, counts), np.repeat(observed.units, counts)
-        found["per_step"] = reliability(probs[told], begun[told], units[told])
-    return found
+        per_step = StepReliability(*_bins(reliability(probs[told], begun[told], units[told])))
+    return Reliability(bins, brier, of, per_step)
 
 
-def _over_refusal(observed: Observed) -> dict[str, Any]:
+def _bins(found: dict[str, Any]) -> tuple[list[Bin], float | None]:
+    return [Bin(**one) for one in found["bins"]], found["brier"]
+
+
+def _over_refusal(observed: Observed) -> dict[str, FalseAlarms]:
     """By source, how many harmless responses alarm at the thresholds in force."""
     if observed.alarms is None:
         return {}
     sources = np.array([NO_SOURCE if s is None else s for s in observed.recording.columns["source"]], dtype=object)
-    found: dict[str, Any] = {}
+    found: dict[str, FalseAlarms] = {}
     for source in sorted(set(sources[~observed.harmful])):
         inside = (sources == source) & ~observed.harmful
         raised = observed.alarms[inside] >= 0
-        found[source] = {
-            "harmless": len(raised),
-            "alarms": int(raised.sum()),
-            "rate": float(raised.mean()),
-            "interval": rate_interval(raised, observed.units[inside]),
-            "few": len(raised) < FEW,
-        }
+        found[source] = FalseAlarms(
+            harmless=len(raised),
+            alarms=int(raised.sum()),
+            rate=float(raised.mean()),
+            interval=rate_interval(raised, observed.units[inside]),
+            few=len(raised) < FEW,
+        )
     return found

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from redflag.calibrating import replay
 from redflag.calibrating.observed import cut_short
 from redflag.errors import RedflagError
-from redflag.lab.evaluating.tables import RATES, plain
+from redflag.lab.evaluating.tables import RATES
+from redflag.lab.report.method import Difference, Lead
 from redflag.scoring.recording import Recording
 from redflag.stats.intervals import auroc_difference, tpr_differences, unit_of
 from redflag.watching.monitor import MonitorConfig
@@ -20,7 +19,7 @@ def versus(
     monitor: MonitorConfig | None = None,
     resamples: int = 1000,
     seed: int = 0,
-) -> dict[str, Any]:
+) -> Lead:
     """How much better the first of two methods tells the same responses apart than the second.
 
     The same rows are drawn for both, so what is hard for both does not blur the difference.
@@ -31,9 +30,6 @@ def versus(
         monitor: How both methods' probabilities become scores.
         resamples: Bootstrap resamples.
         seed: Same seed, same intervals.
-
-    Returns:
-        `auroc` and `tpr` (rate -> the same): `difference` (above 0: the first is better) and its 95% `interval`.
 
     Raises:
         RedflagError: The rows are not the same, or a class is missing.
@@ -50,11 +46,6 @@ def versus(
     one, other = (replay.peaks(config, each.select(kept)).max(axis=1, initial=0.0) for each in (first, second))
     labels = first.harmful[kept]
     units = unit_of([group for group, keep in zip(first.columns["group"], kept, strict=True) if keep], len(labels))
-    area, bounds = auroc_difference(one, other, labels, units)
+    area = Difference(*auroc_difference(one, other, labels, units))
     found = tpr_differences(one, other, labels, units, fprs=RATES, resamples=resamples, seed=seed)
-    return plain(
-        {
-            "auroc": {"difference": area, "interval": bounds},
-            "tpr": {f"{r:g}": {"difference": d, "interval": i} for r, (d, i) in zip(RATES, found, strict=True)},
-        }
-    )
+    return Lead(area, {f"{rate:g}": Difference(*one) for rate, one in zip(RATES, found, strict=True)})

@@ -1,58 +1,52 @@
-"""The report of an evaluation: one dictionary in, `report.json`, `report.md` and `report.html` out.
+"""The report of an evaluation: `Evaluation` in, `report.json`, `report.md` and `report.html` out.
 
-The three say the same. What was not measured is null in the dictionary and "not measured" in the other two. The page is
+The three say the same. What was not measured is null in the first and "not measured" in the other two. The page is
 one file: charts, and a viewer in which a threshold is moved over the responses themselves.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from redflag.files import atomic_write
 from redflag.lab.report import breakdown, compute, detection, markdown, page, timing, verdict
-from redflag.lab.report.check import check_report, check_traces
+from redflag.lab.report.evaluation import Evaluation, as_json, read_report
 from redflag.lab.report.page import require
 from redflag.lab.report.parts import Section
-from redflag.lab.report.viewer_data import pack
+from redflag.lab.report.viewer_data import ShownResponse, pack
 
-__all__ = ["require", "write"]
+__all__ = ["Evaluation", "ShownResponse", "read_report", "require", "write"]
 
 
-def write(report: Mapping[str, Any], traces: Sequence[Mapping[str, Any]], folder: str | Path) -> None:
-    """Writes the three files; none where the dictionary is refused.
+def write(report: Evaluation, traces: Sequence[ShownResponse], folder: str | Path) -> None:
+    """Writes the three files, or none.
 
     Args:
-        report: What was measured, as `report.json` holds it: `format` 1, `title`, `methods` (name -> what was measured
-            of it, the flag first) and perhaps `model_pass`, `made`, `language`, `attacks`, `judge`, `warnings`. Every
-            part that was not measured is null or missing.
-        traces: Responses for the viewer: `tokens` (T texts), `probs` (T steps and those that end the turn, x K),
-            `harmful`, and perhaps `id`, `set` ("rows" or an attack), `source`, `category`, `onset`, `onset_source`,
-            `given` (a prefill), `judged`.
+        report: What was measured.
+        traces: Responses for the viewer.
         folder: Where the files go; made if it is not there.
 
     Raises:
-        RedflagError: The report or a response is not of that shape (named with its place), or a package is missing.
+        RedflagError: A package is missing, or the files cannot be written.
+        ValueError: A figure is NaN or infinite, which no JSON holds.
 
     Example:
         >>> import tempfile
-        >>> pooled = {"harmful": 8, "harmless": 9, "auroc": 0.75}
-        >>> report = {"format": 1, "title": "A test", "methods": {"flag": {"kind": "flag", "pooled": pooled}}}
+        >>> from redflag.lab.report.method import Method, Slice
+        >>> report = Evaluation("A test", {"flag": Method("flag", Slice(harmful=8, harmless=9, auroc=0.75))})
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     write(report, [], folder)
         ...     sorted(path.name for path in Path(folder).iterdir())
         ['report.html', 'report.json', 'report.md']
     """
-    check_report(report)
-    flags = check_traces(traces)
-    flag = verdict.flag_name(report)
+    flag = report.flag_name
     parts = _sections(report, flag)
-    title, warnings, said = report["title"], report.get("warnings") or [], verdict.sentences(report)
-    packed = pack(traces, flags, report["methods"][flag]) if traces else None
+    title, warnings, said = report.title, report.warnings or [], verdict.sentences(report)
+    packed = pack(traces, report.methods[flag]) if traces else None
     files = {
-        "report.json": json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
+        "report.json": json.dumps(as_json(report), indent=1, ensure_ascii=False, allow_nan=False) + "\n",
         "report.md": markdown.render(title, warnings, said, parts),
         "report.html": page.render(title, warnings, said, verdict.figures(report), parts, packed),
     }
@@ -63,7 +57,7 @@ def write(report: Mapping[str, Any], traces: Sequence[Mapping[str, Any]], folder
             file.write(text.encode("utf-8", "replace"))
 
 
-def _sections(report: Mapping[str, Any], flag: str) -> list[Section]:
+def _sections(report: Evaluation, flag: str) -> list[Section]:
     found = [
         detection.detection(report, flag),
         detection.in_force(report, flag),

@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from redflag.lab.report.evaluation import Evaluation
 from redflag.lab.report.marks import CALM, HARM, INK, Spec, by_method, named, only, tip
-from redflag.lab.report.parts import Chart, View, attack_name, by_force, few, get, percent, point
+from redflag.lab.report.parts import Chart, View, attack_name, by_force, few, percent, point
 
 BAR = 26
 
 
-def caught(report: Mapping[str, Any], flag: str) -> Chart | None:
+def caught(report: Evaluation, flag: str) -> Chart | None:
     """All methods at one false-alarm rate, with intervals."""
-    if len(report["methods"]) < 2:
+    if len(report.methods) < 2:
         return None
     data: list[dict[str, Any]] = []
     for key, label in (("0.001", "0.1%"), ("0.01", "1%"), ("0.05", "5%")):
-        for name, method in report["methods"].items():
-            point = get(method, "pooled", "tpr", key) or {}
-            if point.get("tpr") is not None:
-                low, high = point.get("interval") or (None, None)
+        for name, method in report.methods.items():
+            at = method.pooled.at(key)
+            if at.tpr is not None:
+                low, high = at.interval or (None, None)
                 data.append(
                     {
                         "view": label,
                         "name": name,
-                        "value": point["tpr"],
+                        "value": at.tpr,
                         "low": low,
                         "high": high,
                         "colour": "flag" if name == flag else "other",
@@ -35,7 +36,7 @@ def caught(report: Mapping[str, Any], flag: str) -> Chart | None:
     views = [
         View(
             label,
-            _intervals(list(report["methods"]), "harmful responses caught", {"domain": [0, 1]}, label),
+            _intervals(list(report.methods), "harmful responses caught", {"domain": [0, 1]}, label),
             f"At a false-alarm rate of at most {label}, with 95% intervals.",
         )
         for label in dict.fromkeys(row["view"] for row in data)
@@ -45,28 +46,29 @@ def caught(report: Mapping[str, Any], flag: str) -> Chart | None:
     )
 
 
-def slices(report: Mapping[str, Any], flag: str) -> Chart | None:
+def slices(report: Evaluation, flag: str) -> Chart | None:
     """TPR at 1% of every part of the rows: bars of the flag, ticks of the others."""
     data: list[dict[str, Any]] = []
     views = []
-    found = report["methods"][flag].get("slices") or {}
+    found = report.methods[flag].slices or {}
     titles = {"lang": "language"}
     for dimension, values in found.items():
         values = values or {}
         order, forced = [], by_force(values)
         label = titles.get(dimension, dimension)
         for value, one in values.items():
-            base = {"view": label, "name": value, "few": few(one, forced), "n": one["harmful"]}
+            base = {"view": label, "name": value, "few": few(one, forced), "n": one.harmful}
             ours = False
-            for name, method in report["methods"].items():
-                caught, interval = point(get(method, "slices", dimension, value), forced)
+            for name, method in report.methods.items():
+                parts = (method.slices or {}).get(dimension) or {}
+                caught, interval = point(parts.get(value), forced)
                 if caught is not None:
                     low, high = interval or (None, None)
                     data.append({**base, "method": name, "value": caught, "low": low, "high": high})
                     ours |= name == flag
             order += [value] if ours else []
         if order:
-            methods = list(report["methods"])
+            methods = list(report.methods)
             at = "at the threshold in force" if forced else "at 1% false alarms"
             said = f"Bars: {flag}, with 95% intervals; ticks: the other methods; palest: few rows."
             views.append(
@@ -75,23 +77,23 @@ def slices(report: Mapping[str, Any], flag: str) -> Chart | None:
     return Chart("slices", "Caught, part by part", data, views) if views else None
 
 
-def over_refusal(report: Mapping[str, Any], flag: str) -> Chart | None:
+def over_refusal(report: Evaluation, flag: str) -> Chart | None:
     """Alarms on harmless responses by set."""
     data: list[dict[str, Any]] = []
     order: list[str] = []
-    for name, method in report["methods"].items():
-        for key, one in (method.get("over_refusal") or {}).items():
-            if one and one.get("rate") is not None:
-                low, high = one.get("interval") or (None, None)
+    for name, method in report.methods.items():
+        for key, one in (method.over_refusal or {}).items():
+            if one.rate is not None:
+                low, high = one.interval or (None, None)
                 order += [key] if key not in order else []
                 data.append(
                     {
                         "view": "sets",
                         "name": key,
-                        "few": bool(one.get("few")),
+                        "few": bool(one.few),
                         "method": name,
-                        "value": one["rate"],
-                        "n": one.get("harmless"),
+                        "value": one.rate,
+                        "n": one.harmless,
                         **({"low": low, "high": high} if name == flag else {}),
                     }
                 )
@@ -99,9 +101,10 @@ def over_refusal(report: Mapping[str, Any], flag: str) -> Chart | None:
         return None
     top = max([row.get("high") or row["value"] for row in data])
     spec = _bars(
-        order, "sets", flag, list(report["methods"]), "harmless responses that alarm", [0, min(1.0, top * 1.1) or 1]
+        order, "sets", flag, list(report.methods), "harmless responses that alarm", [0, min(1.0, top * 1.1) or 1]
     )
-    target = get(report["methods"][flag], "threshold", "target_fpr")
+    limits = report.methods[flag].threshold
+    target = limits.target_fpr if limits else None
     caption = f"Bars: {flag}, with 95% intervals; ticks: the other methods; palest: few rows."
     if target is not None:
         spec["layer"].append(
@@ -115,17 +118,16 @@ def over_refusal(report: Mapping[str, Any], flag: str) -> Chart | None:
     return Chart("over-refusal", "False alarms by set", data, [View("sets", spec, caption)])
 
 
-def attacks(report: Mapping[str, Any]) -> Chart | None:
+def attacks(report: Evaluation) -> Chart | None:
     """What the model wrote, and what got past the guard."""
     data: list[dict[str, Any]] = []
-    for attack in report.get("attacks") or []:
-        name = attack_name(attack) + (" · adaptive" if attack.get("adaptive") else "")
-        for what in ("produced", "released"):
-            found = attack.get(f"harm_{what}")
-            if found and found.get("rate") is not None:
-                low, high = found.get("interval") or (None, None)
+    for attack in report.attacks or ():
+        name = attack_name(attack) + (" · adaptive" if attack.adaptive else "")
+        for what, found in (("produced", attack.harm_produced), ("released", attack.harm_released)):
+            if found and found.rate is not None:
+                low, high = found.interval or (None, None)
                 data.append(
-                    {"view": "attacks", "name": name, "what": what, "value": found["rate"], "low": low, "high": high}
+                    {"view": "attacks", "name": name, "what": what, "value": found.rate, "low": low, "high": high}
                 )
     if not data:
         return None

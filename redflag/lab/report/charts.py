@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from redflag.lab.report.marks import HARM, PAPER, QUIET, Spec, by_method, column, dashes, only, tip
-from redflag.lab.report.parts import Chart, View, get, number, percent
+from redflag.lab.report.evaluation import Evaluation
+from redflag.lab.report.marks import HARM, PAPER, QUIET, Spec, by_method, dashes, only, tip
+from redflag.lab.report.method import Histogram, Reliability
+from redflag.lab.report.parts import Chart, View, number, percent
 from redflag.lab.report.verdict import KINDS
 
 
-def roc(report: Mapping[str, Any], flag: str) -> Chart | None:
+def roc(report: Evaluation, flag: str) -> Chart | None:
     """Caught against false alarms, on a log axis (what matters is on the left) and on a linear one."""
-    methods = {name: m["roc"] for name, m in report["methods"].items() if m.get("roc")}
+    methods = {name: m.roc for name, m in report.methods.items() if m.roc}
     if not methods:
         return None
-    harmless = report["methods"][flag]["pooled"]["harmless"]
+    harmless = report.methods[flag].pooled.harmless
     # No false alarm at all lies at minus infinity: it is drawn at half of one.
     floor = 0.5 / max(harmless, 1)
     data = [
         {"method": name, "fpr": f, "x": max(f, floor), "tpr": t, "low": low, "high": high}
         for name, curve in methods.items()
-        for f, t, low, high in zip(
-            curve["fpr"], curve["tpr"], *(column(curve, k, "fpr") for k in ("low", "high")), strict=True
-        )
+        for f, t, low, high in zip(curve.fpr, curve.tpr, *_columns(len(curve.fpr), curve.low, curve.high), strict=True)
     ]
 
     def view(label: str, x: str, scale: Spec, axis: Spec, caption: str) -> View:
@@ -105,34 +105,34 @@ def roc(report: Mapping[str, Any], flag: str) -> Chart | None:
     )
 
 
-def delays(report: Mapping[str, Any], flag: str) -> Chart | None:
+def delays(report: Evaluation, flag: str) -> Chart | None:
     """Histograms of the tokens from onset to alarm."""
     data: list[dict[str, Any]] = []
     views = []
-    for name, method in sorted(report["methods"].items(), key=lambda item: item[0] != flag):
-        for kind, found in (method.get("delay") or {}).items():
-            if not found or not found.get("histogram"):
+    for name, method in sorted(report.methods.items(), key=lambda item: item[0] != flag):
+        for kind, found in (method.delay or {}).items():
+            if not found or not found.histogram:
                 continue
             label = f"{name}, {KINDS.get(kind, kind)} onsets"
             order = []
-            for bin_, when, count in _bins(found["histogram"], found.get("tolerance") or 0):
+            for bin_, when, count in _bins(found.histogram, found.tolerance or 0):
                 order.append(bin_)
                 data.append({"view": label, "bin": bin_, "when": when, "count": count})
             caption = (
-                f"False alarms at this threshold: {percent(found['realised_fpr'])} of harmless responses. "
-                f"{percent(found.get('missed'))} missed."
+                f"False alarms at this threshold: {percent(found.realised_fpr)} of harmless responses. "
+                f"{percent(found.missed)} missed."
             )
             views.append(View(label, _histogram(label, order), caption))
     return Chart("delays", "Tokens from onset to alarm", data, views) if views else None
 
 
-def earliness(report: Mapping[str, Any], flag: str) -> Chart | None:
+def earliness(report: Evaluation, flag: str) -> Chart | None:
     """AUROC and alarms after the first k tokens."""
-    methods = {name: m["earliness"] for name, m in report["methods"].items() if m.get("earliness")}
+    methods = {name: m.earliness for name, m in report.methods.items() if m.earliness}
     data: list[dict[str, Any]] = []
     for name, curve in methods.items():
-        columns = [column(curve, key, "k") for key in ("auroc", "low", "high", "detected", "false_alarms")]
-        for k, auroc, low, high, hit, alarm in zip(curve["k"], *columns, strict=True):
+        columns = _columns(len(curve.k), curve.auroc, curve.low, curve.high, curve.detected, curve.false_alarms)
+        for k, auroc, low, high, hit, alarm in zip(curve.k, *columns, strict=True):
             data.append(
                 {"method": name, "k": k, "auroc": auroc, "low": low, "high": high, "detected": hit, "alarms": alarm}
             )
@@ -203,22 +203,22 @@ def earliness(report: Mapping[str, Any], flag: str) -> Chart | None:
     return Chart("earliness", "How soon it is known", data, views) if views else None
 
 
-def reliability(report: Mapping[str, Any], flag: str) -> Chart | None:
+def reliability(report: Evaluation, flag: str) -> Chart | None:
     """Observed share of harm against the mean probability, bin by bin."""
     data: list[dict[str, Any]] = []
-    found = report["methods"][flag].get("reliability") or {}
-    for label, bins in (("responses", found.get("bins")), ("steps", get(found, "per_step", "bins"))):
+    found = report.methods[flag].reliability or Reliability()
+    for label, bins in (("responses", found.bins), ("steps", found.per_step.bins if found.per_step else None)):
         for one in bins or []:
-            if one.get("count") and one.get("rate") is not None and one.get("mean") is not None:
-                low, high = one.get("interval") or (None, None)
+            if one.count and one.rate is not None and one.mean is not None:
+                low, high = one.interval or (None, None)
                 data.append(
                     {
                         "view": label,
-                        "mean": one["mean"],
-                        "rate": one["rate"],
+                        "mean": one.mean,
+                        "rate": one.rate,
                         "low": low,
                         "high": high,
-                        "count": one["count"],
+                        "count": one.count,
                     }
                 )
     square = {"type": "quantitative", "scale": {"domain": [0, 1]}}
@@ -294,10 +294,10 @@ def _histogram(label: str, order: Sequence[str]) -> Spec:
     }
 
 
-def _bins(histogram: Mapping[str, Any], tolerance: float) -> list[tuple[str, str, int]]:
+def _bins(histogram: Histogram, tolerance: float) -> list[tuple[str, str, int]]:
     """Bins as text, when the alarm came, and how many: whole tokens from `low` up to but without `high`."""
-    edges, found = histogram["edges"], []
-    for low, high, count in zip(edges[:-1], edges[1:], histogram["counts"], strict=True):
+    edges, found = histogram.edges, []
+    for low, high, count in zip(edges[:-1], edges[1:], histogram.counts, strict=True):
         low, last = None if low is None else math.ceil(low), None if high is None else math.ceil(high) - 1
         if low is None:
             text = f"≤ {_minus(last)}"
@@ -308,9 +308,14 @@ def _bins(histogram: Mapping[str, Any], tolerance: float) -> list[tuple[str, str
         early = last is not None and last < -tolerance
         late = low is not None and low > tolerance
         found.append((text, "early" if early else "late" if late else "on time", count))
-    if histogram.get("missed") is not None:
-        found.append(("missed", "missed", histogram["missed"]))
+    if histogram.missed is not None:
+        found.append(("missed", "missed", histogram.missed))
     return found
+
+
+def _columns(points: int, *columns: Sequence[float | None] | None) -> list[Sequence[float | None]]:
+    """The columns of a curve; None throughout where one was not measured."""
+    return [column or [None] * points for column in columns]
 
 
 def _minus(x: float | None) -> str:

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from redflag.lab.report.detection import named
+from redflag.lab.report.evaluation import Evaluation
 from redflag.lab.report.marks import HARM, INK, QUIET, Spec, tip
+from redflag.lab.report.method import Compute, Cost, InForce, Method
 from redflag.lab.report.parts import (
     NOT_MEASURED,
     Chart,
@@ -17,65 +19,44 @@ from redflag.lab.report.parts import (
     between,
     big,
     cell,
-    get,
     number,
     percent,
     rate,
 )
-from redflag.lab.report.shapes import INTERVAL, NUMBER, RATE, TEXT, Needed
 
 # What is drawn: "compute" of a method -> label of the view, what the axis counts.
 VIEWS = {"flops": ("FLOPs", "FLOPs per token"), "seconds": ("measured", "seconds per token")}
 # How a method of each kind is drawn: colour and shape.
 KINDS = {"flag": (HARM, "circle"), "baseline": ("var(--calm)", "circle"), "cascade": (INK, "diamond")}
 
-COST = {"microseconds_per_token": NUMBER, "flops_per_token": NUMBER, "note": TEXT}
-# Of each method, what is shown here.
-FIGURES = {
-    "cost": COST,
-    "compute": {"flops": NUMBER, "seconds": NUMBER},
-    "cascade": {
-        "first": TEXT,
-        "second": TEXT,
-        "share": RATE,
-        "thresholds": {str: NUMBER},
-        "asked": Needed(RATE),
-        "asked_interval": INTERVAL,
-        "asked_harmful": RATE,
-        "calls": NUMBER,
-        "read": NUMBER,
-    },
-}
 
-
-def compute(report: Mapping[str, Any], flag: str) -> Section | None:
+def compute(report: Evaluation, flag: str) -> Section | None:
     """What each method catches, what it refuses wrongly, and what it adds to the model's own pass."""
-    methods = {name: m for name, m in report["methods"].items() if m.get("compute")}
+    methods = {name: m for name, m in report.methods.items() if m.compute}
     if not methods:
         return None
     rows = []
     for name, method in methods.items():
-        pooled, forced = method["pooled"], method.get("in_force")
-        auroc, point = pooled.get("auroc"), get(pooled, "tpr", "0.01") or {}
-        facts = method.get("cascade") or {}
-        asked = cell(percent(facts["asked"]), between(facts.get("asked_interval"))) if facts else cell("")
+        pooled, forced, facts = method.pooled, method.in_force or InForce(), method.cascade
+        auroc, point = pooled.auroc, pooled.at("0.01")
+        asked = cell(percent(facts.asked), between(facts.asked_interval)) if facts else cell("")
         rows.append(
             [
                 named(name, flag),
-                cell(NOT_MEASURED if auroc is None else f"{auroc:.4f}", between(pooled.get("auroc_interval"), 1, 4)),
-                rate(point.get("tpr"), point.get("interval")),
-                rate(get(forced, "tpr"), get(forced, "tpr_interval")),
-                rate(get(forced, "realised_fpr"), get(forced, "realised_fpr_interval")),
-                *(cell(more(method["compute"].get(key))) for key in VIEWS),
+                cell(NOT_MEASURED if auroc is None else f"{auroc:.4f}", between(pooled.auroc_interval, 1, 4)),
+                rate(point.tpr, point.interval),
+                rate(forced.tpr, forced.tpr_interval),
+                rate(forced.realised_fpr, forced.realised_fpr_interval),
+                *(cell(more(_added(method, key))) for key in VIEWS),
                 asked,
             ]
         )
     head = ["method", "AUROC", "caught at 1%", "caught in force", "harmless refused"]
     head += ["compute, FLOPs", "compute, measured", "escalated"]
-    own = report.get("model_pass") or {}
+    own = report.model_pass or Cost(None, None, None)
     lead = (
         "What watching adds to the model's own forward pass "
-        f"({big(own.get('flops_per_token'))} FLOPs and {number(own.get('microseconds_per_token'))} µs per token), and "
+        f"({big(own.flops_per_token)} FLOPs and {number(own.microseconds_per_token)} µs per token), and "
         "what it buys. Measured time holds that of the prompts, FLOPs do not."
     )
     note = (
@@ -83,7 +64,7 @@ def compute(report: Mapping[str, Any], flag: str) -> Section | None:
         "with all that formulas pass over. A method that takes the model's place adds no FLOPs, and its time is the "
         "pass's own. "
     )
-    if any(method.get("cascade") for method in methods.values()):
+    if any(method.cascade for method in methods.values()):
         note += (
             "Escalated: share of harmless responses about which the first stage asks the second; a cascade costs its "
             "first stage at every token and its second at the tokens that this one reads. "
@@ -108,22 +89,27 @@ def more(x: float | None) -> str:
     return f"+{number(100 * x)}%"
 
 
-def drawn(methods: Mapping[str, Any], flag: str) -> Chart | None:
+def _added(method: Method, key: str) -> float | None:
+    found: float | None = getattr(method.compute or Compute(), key)
+    return found
+
+
+def drawn(methods: Mapping[str, Method], flag: str) -> Chart | None:
     """A point per method: relative compute on a log axis, what is caught upwards."""
     data: list[dict[str, Any]] = []
     views = []
     for key, (label, what) in VIEWS.items():
-        shares = [x for m in methods.values() if (x := m["compute"].get(key)) is not None]
+        shares = [x for m in methods.values() if (x := _added(m, key)) is not None]
         positive = [x for x in shares if x > 0]
         if len(shares) < 2 or not positive:
             continue
         # Nothing at all lies at minus infinity: it is drawn where a third of the least would be.
         floor = min(positive) / 3
         for name, method in methods.items():
-            added, point = method["compute"].get(key), get(method, "pooled", "tpr", "0.01") or {}
-            if added is not None and point.get("tpr") is not None:
-                low, high = point.get("interval") or (None, None)
-                kind = "flag" if name == flag else method["kind"]
+            added, point = _added(method, key), method.pooled.at("0.01")
+            if added is not None and point.tpr is not None:
+                low, high = point.interval or (None, None)
+                kind = "flag" if name == flag else method.kind
                 data.append(
                     {
                         "view": label,
@@ -131,8 +117,8 @@ def drawn(methods: Mapping[str, Any], flag: str) -> Chart | None:
                         "kind": kind,
                         "x": max(added, floor),
                         "added": added,
-                        "value": point["tpr"],
-                        "label": point["tpr"],
+                        "value": point.tpr,
+                        "label": point.tpr,
                         "low": low,
                         "high": high,
                     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 # Names of colours: the page says what they are in light, in dark and on paper (Okabe and Ito's set).
@@ -57,8 +57,3 @@ def dashes(methods: Any) -> Spec:
         "legend": {"title": None, "symbolType": "stroke", "symbolOpacity": 1, "symbolSize": 220},
         "scale": {"domain": names, "range": [DASHES[i % len(DASHES)] for i in range(len(names))]},
     }
-
-
-def column(curve: Mapping[str, Any], key: str, axis: str) -> list[Any]:
-    """A column of a curve; None throughout where it was not measured."""
-    return curve.get(key) or [None] * len(curve[axis])

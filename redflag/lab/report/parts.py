@@ -9,8 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from redflag.lab.report.evaluation import AttackLine, JudgedRate, Rate
+from redflag.lab.report.method import InForce, Slice
+
 NOT_MEASURED = "not measured"
 FEW = 20  # as everywhere in `redflag.lab.evaluating`
+
+Ends = Sequence[float | None] | None  # of an interval
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,7 @@ def percent(x: float | None, digits: int = 1) -> str:
     return f"{100 * x:.{digits}f}%"
 
 
-def between(interval: Sequence[float | None] | None, scale: float = 100.0, digits: int = 1) -> str:
+def between(interval: Ends, scale: float = 100.0, digits: int = 1) -> str:
     """An interval, in percent unless told otherwise; empty where there is none.
 
     >>> between([0.841, 0.92]), between([0.0002, 0.091]), between([0.9994, 1.0], scale=1, digits=4), between(None)
@@ -179,52 +184,42 @@ def left(text: str, **more: Any) -> Cell:
     return Cell(text, left=True, **more)
 
 
-def rate(value: float | None, interval: Sequence[float | None] | None = None, **more: Any) -> Cell:
+def rate(value: float | None, interval: Ends = None, **more: Any) -> Cell:
     """A cell with a share and its interval."""
     return cell(percent(value), between(interval), **more)
 
 
-def rated(value: dict[str, Any] | None) -> Cell:
-    """A cell of `{"rate", "interval", "at_most"}` or of nothing."""
+def rated(value: Rate | None) -> Cell:
+    """A cell of a share of requests, with what it would be at most where a judge left some open."""
     if value is None:
         return rate(None)
-    found, most = value.get("rate"), value.get("at_most")
-    unsure = f"≤ {percent(most)}" if found is not None and most is not None and most > found else ""
-    return cell(percent(found), " · ".join(filter(None, (between(value.get("interval")), unsure))))
+    most = value.at_most if isinstance(value, JudgedRate) else None
+    unsure = f"≤ {percent(most)}" if value.rate is not None and most is not None and most > value.rate else ""
+    return cell(percent(value.rate), " · ".join(filter(None, (between(value.interval), unsure))))
 
 
-def point(one: Mapping[str, Any] | None, in_force: bool) -> tuple[float | None, Any]:
+def point(one: Slice | None, in_force: bool) -> tuple[float | None, Ends]:
     """What is caught of a part of the rows, and its interval: at 1% of the part's own, or at the threshold in force."""
+    if one is None:
+        return None, None
     if in_force:
-        return get(one, "in_force", "tpr"), get(one, "in_force", "tpr_interval")
-    return get(one, "tpr", "0.01", "tpr"), get(one, "tpr", "0.01", "interval")
+        forced = one.in_force or InForce()
+        return forced.tpr, forced.tpr_interval
+    return one.at("0.01").tpr, one.at("0.01").interval
 
 
-def few(one: Mapping[str, Any], in_force: bool) -> bool:
+def few(one: Slice, in_force: bool) -> bool:
     """Whether a part has few rows for what is said of it: at the threshold in force only its harmful ones count."""
-    return one["harmful"] < FEW if in_force else bool(one.get("few"))
+    return one.harmful < FEW if in_force else bool(one.few)
 
 
-def by_force(parts: Mapping[str, Any]) -> bool:
+def by_force(parts: Mapping[str, Slice]) -> bool:
     """Whether most parts are without a rate of their own at 1% (no harmless rows), but were seen at the threshold."""
     own, forced = (sum(point(one, way)[0] is not None for one in parts.values()) for way in (False, True))
     return own < forced
 
 
-def attack_name(attack: Mapping[str, Any]) -> str:
+def attack_name(attack: AttackLine) -> str:
     """Name and setting of an attack; "none" are plain requests, to compare with."""
-    name = "no attack" if attack["name"] == "none" else str(attack["name"])
-    return f"{name}, {attack['setting']}" if attack.get("setting") else name
-
-
-def get(value: Any, *path: str) -> Any:
-    """What lies along a path of names; None where it ends early.
-
-    >>> get({"a": {"b": 1}}, "a", "b"), get({"a": None}, "a", "b")
-    (1, None)
-    """
-    for key in path:
-        if value is None:
-            return None
-        value = value.get(key)
-    return value
+    name = "no attack" if attack.name == "none" else attack.name
+    return f"{name}, {attack.setting}" if attack.setting else name

@@ -2,74 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from redflag.lab.report import charts
 from redflag.lab.report.detection import named
+from redflag.lab.report.evaluation import Evaluation
+from redflag.lab.report.method import Delay, Exposed
 from redflag.lab.report.parts import (
     NOT_MEASURED,
     Cell,
     Chart,
+    Ends,
     Section,
     Table,
     between,
     cell,
-    get,
     left,
     number,
     percent,
     signed,
     tokens,
 )
-from redflag.lab.report.shapes import COUNT, INTERVAL, NUMBER, RATE, Needed, check_shape, curve, refusal
 from redflag.lab.report.verdict import KINDS
 
 HOLD_BACKS = {"0": "as written", "sentence": "by the sentence", "end": "at the end"}
 
 
-def _histogram(value: Any, path: str) -> None:
-    check_shape(value, {"edges": Needed([NUMBER]), "counts": Needed([Needed(COUNT)]), "missed": COUNT}, path)
-    edges, counts = len(value["edges"]), len(value["counts"])
-    if edges != counts + 1:
-        raise refusal(f"{path}.edges", f"{edges} values", f"{counts + 1} edges")
-
-
-EXPOSED = {"mean": NUMBER, "median": NUMBER, "p90": NUMBER, "none": RATE}
-DELAY = {
-    "responses": Needed(COUNT),
-    "tolerance": NUMBER,
-    **dict.fromkeys(("early", "on_time", "late", "missed"), RATE),
-    "median": NUMBER,
-    "median_interval": INTERVAL,
-    "median_abs": NUMBER,
-    # A delay without the rate of false alarms says nothing: an alarm that always rings is never late.
-    "realised_fpr": Needed(RATE),
-    "histogram": _histogram,
-    "exposed": {str: EXPOSED},
-}
-# Of each method, what is shown here.
-FIGURES = {
-    "delay": {str: DELAY},
-    "earliness": curve(
-        "k",
-        {
-            "k": Needed([Needed(COUNT)]),
-            **{key: [RATE] for key in ("auroc", "low", "high", "detected", "false_alarms")},
-        },
-    ),
-}
-
-
-def delay(report: Mapping[str, Any], flag: str) -> Section | None:
+def delay(report: Evaluation, flag: str) -> Section | None:
     """When alarms come, never without the false-alarm rate, and what was shown before them."""
-    kinds = dict.fromkeys(kind for method in report["methods"].values() for kind in method.get("delay") or {})
+    kinds = dict.fromkeys(kind for method in report.methods.values() for kind in method.delay or {})
     # Kind by kind, so that methods which saw the same onsets stand beside each other.
     measured = [
         (name, kind, found)
         for kind in kinds
-        for name, method in report["methods"].items()
-        if (found := get(method, "delay", kind))
+        for name, method in report.methods.items()
+        if (found := (method.delay or {}).get(kind))
     ]
     if not measured:
         return None
@@ -77,15 +42,15 @@ def delay(report: Mapping[str, Any], flag: str) -> Section | None:
         [
             named(name, flag),
             left(KINDS.get(kind, kind)),
-            cell(number(found["responses"])),
-            *(cell(percent(found.get(key))) for key in ("early", "on_time", "late", "missed")),
-            cell(signed(found.get("median")), _span(found.get("median_interval"))),
-            cell(number(found.get("median_abs"))),
-            cell(percent(found["realised_fpr"])),
+            cell(number(found.responses)),
+            *(cell(percent(share)) for share in (found.early, found.on_time, found.late, found.missed)),
+            cell(signed(found.median), _span(found.median_interval)),
+            cell(number(found.median_abs)),
+            cell(percent(found.realised_fpr)),
         ]
         for name, kind, found in measured
     ]
-    tolerance = next((found["tolerance"] for _, _, found in measured if found.get("tolerance") is not None), None)
+    tolerance = next((found.tolerance for _, _, found in measured if found.tolerance is not None), None)
     within = "" if tolerance is None else f" On time: within {number(tolerance)} tokens of the onset."
     head = [
         "method",
@@ -110,12 +75,12 @@ def delay(report: Mapping[str, Any], flag: str) -> Section | None:
     return Section("delay", "How early", lead, tables, [histogram] if histogram else [])
 
 
-def earliness(report: Mapping[str, Any], flag: str) -> Section | None:
+def earliness(report: Evaluation, flag: str) -> Section | None:
     """What is known after the first k tokens."""
-    known = {name: m["earliness"] for name, m in report["methods"].items() if m.get("earliness")}
+    known = {name: m.earliness for name, m in report.methods.items() if m.earliness}
     if not known:
         return None
-    ks = next(iter(known.values()))["k"]
+    ks = next(iter(known.values())).k
     tables = []
     for key, title in (
         ("auroc", "AUROC of what stands after the first k tokens"),
@@ -124,17 +89,15 @@ def earliness(report: Mapping[str, Any], flag: str) -> Section | None:
     ):
         rows = []
         for name, found in known.items():
-            if not found.get(key):
+            values = getattr(found, key)
+            if not values:
                 continue
-            by_k = {k: (i, v) for i, (k, v) in enumerate(zip(found["k"], found[key], strict=True))}
+            bounds = (column or [None] * len(found.k) for column in (found.low, found.high))
+            by_k = dict(zip(found.k, zip(values, *bounds, strict=True), strict=True))
             row: list[Cell] = [named(name, flag)]
             for k in ks:
-                i, value = by_k.get(k, (None, None))
+                value, low, high = by_k.get(k, (None, None, None))
                 if key == "auroc":
-                    low, high = (
-                        (found.get(b) or [None] * len(found["k"]))[i] if i is not None else None
-                        for b in ("low", "high")
-                    )
                     row.append(cell(NOT_MEASURED if value is None else f"{value:.3f}", between([low, high], 1, 3)))
                 else:
                     row.append(cell(percent(value)))
@@ -146,18 +109,17 @@ def earliness(report: Mapping[str, Any], flag: str) -> Section | None:
     return Section("earliness", "First k tokens", lead, tables, [chart] if chart else [])
 
 
-def _exposed(measured: list[tuple[str, str, Any]], flag: str) -> list[Table]:
-    policies = list(dict.fromkeys(key for _, _, found in measured for key in found.get("exposed") or {}))
+def _exposed(measured: list[tuple[str, str, Delay]], flag: str) -> list[Table]:
+    policies = list(dict.fromkeys(key for _, _, found in measured for key in found.exposed or {}))
     policies.sort(key=lambda key: (not key.isdigit(), int(key) if key.isdigit() else key == "end"))
     rows = []
     for name, kind, found in measured:
-        if not found.get("exposed"):
+        if not found.exposed:
             continue
         row = [named(name, flag), left(KINDS.get(kind, kind))]
         for key in policies:
-            one = found["exposed"].get(key)
-            none = get(one, "none")
-            row.append(cell(tokens(get(one, "mean")), "" if none is None else f"none in {percent(none)}"))
+            one = found.exposed.get(key) or Exposed()
+            row.append(cell(tokens(one.mean), "" if one.none is None else f"none in {percent(one.none)}"))
         rows.append(row)
     if not rows:
         return []
@@ -166,7 +128,7 @@ def _exposed(measured: list[tuple[str, str, Any]], flag: str) -> list[Table]:
     return [Table(head, rows, title="Harmful tokens shown before the halt", note=note)]
 
 
-def _span(interval: list[float | None] | None) -> str:
+def _span(interval: Ends) -> str:
     return "" if interval is None or None in interval else " to ".join(map(signed, interval))
 
 

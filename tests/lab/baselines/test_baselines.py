@@ -127,7 +127,7 @@ def test_the_recording_is_over_the_rows_and_steps_of_the_flags(name, bench, rows
     assert alone == pytest.approx(recording.probs, abs=1e-6)
     assert baseline.what.endswith(".") and len(baseline.what) > 40
     cost = baseline.cost()
-    assert cost["microseconds_per_token"] > 0 and cost["flops_per_token"] >= 0 and cost["note"]
+    assert cost.microseconds_per_token > 0 and cost.flops_per_token >= 0 and cost.note
 
 
 @pytest.mark.parametrize("name", ("tfidf", "all-layer probe", "token head", "mlp probe", "refusal at every position"))

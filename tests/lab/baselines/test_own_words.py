@@ -58,7 +58,7 @@ def test_each_verdict_is_that_of_the_whole_text_read_anew(base, rows, tmp_path, 
         judged = [*recording.steps(i)[:, 0]]
         assert judged == pytest.approx(expected[: len(judged)], abs=1e-5)
     assert len(set(recording.steps(1)[:, 0].tolist())) > 3
-    assert words.cost()["flops_per_token"] > 0 and "Is this answer harmful?" in words.what
+    assert words.cost().flops_per_token > 0 and "Is this answer harmful?" in words.what
 
 
 def test_sentences_are_whole_once_the_next_begins_or_the_turn_ends(base, rows, tmp_path):

@@ -140,7 +140,7 @@ def test_rows_are_read_alike_with_and_without_the_flagged_model(origin, rows, tm
 def test_a_token_head_may_be_tuned_with_its_model(record):
     options = {"token head": {"backbone": "tuned", "tuning": {"rows": 16}, "most_rows": 12}}
     found, _ = record(["token head"], options=options, calibration=[])
-    assert "at most 12" in found["token head"].what and found["token head"].cost["flops_per_token"] > 1000
+    assert "at most 12" in found["token head"].what and found["token head"].cost.flops_per_token > 1000
 
 
 def test_a_guard_without_weights_is_left_out_and_that_is_said(record):

@@ -8,6 +8,7 @@ from redflag.cli import main
 from redflag.data.rows import load_rows, write_rows
 from redflag.errors import RedflagError
 from redflag.lab.evaluating.evaluate import EvaluateArguments, evaluate, headline
+from redflag.lab.report.evaluation import as_json, read_report
 
 
 @pytest.fixture(scope="module")
@@ -43,24 +44,25 @@ def report(nano, world):
 
 
 def test_every_part_is_there_and_the_three_files_say_it(report, world):
-    assert list(report["methods"]) == ["flag", "tfidf"]
-    flag = report["methods"]["flag"]
-    assert flag["pooled"]["auroc"] > 0.99 and flag["in_force"]["tpr"] > 0.9
-    ahead = report["methods"]["tfidf"]["flag_ahead"]["auroc"]
-    tfidf = report["methods"]["tfidf"]["pooled"]["auroc"]
-    assert ahead["difference"] == pytest.approx(flag["pooled"]["auroc"] - tfidf) and ahead["interval"][0] > 0
-    assert flag["threshold"]["fitted_on"]["split"] == "calibration"
-    assert flag["delay"]["constructed"]["realised_fpr"] == flag["in_force"]["realised_fpr"]
-    assert {"0", "4", "8", "sentence", "end"} == set(flag["delay"]["constructed"]["exposed"])
-    assert 0 < report["language"]["keep_kl"] < 0.02 and 0.98 < report["language"]["perplexity_ratio"] < 1.02
-    prefills = [line for line in report["attacks"] if line["name"] == "prefill"]
-    assert prefills and prefills[-1]["harm_produced"]["rate"] >= prefills[-1]["harm_released"]["rate"]
-    assert report["judge"]["unanswered"] == 0 and report["judge"]["answered"] > 6
+    assert list(report.methods) == ["flag", "tfidf"]
+    flag = report.methods["flag"]
+    assert flag.pooled.auroc > 0.99 and flag.in_force.tpr > 0.9
+    ahead = report.methods["tfidf"].flag_ahead.auroc
+    tfidf = report.methods["tfidf"].pooled.auroc
+    assert ahead.difference == pytest.approx(flag.pooled.auroc - tfidf) and ahead.interval[0] > 0
+    assert flag.threshold.fitted_on.split == "calibration"
+    assert flag.delay["constructed"].realised_fpr == flag.in_force.realised_fpr
+    assert {"0", "4", "8", "sentence", "end"} == set(flag.delay["constructed"].exposed)
+    assert 0 < report.language.keep_kl < 0.02 and 0.98 < report.language.perplexity_ratio < 1.02
+    prefills = [line for line in report.attacks if line.name == "prefill"]
+    assert prefills and prefills[-1].harm_produced.rate >= prefills[-1].harm_released.rate
+    assert report.judge.unanswered == 0 and report.judge.answered > 6
     written = json.loads((world / "out" / "report.json").read_text())
-    assert written == json.loads(json.dumps(report))
+    assert written == json.loads(json.dumps(as_json(report)))
+    assert read_report(world / "out" / "report.json") == report
     page, text = (world / "out" / "report.html").read_text(), (world / "out" / "report.md").read_text()
-    share = f"{100 * flag['in_force']['tpr']:.3g}"
-    assert "How far the flag is ahead" in text and f"{ahead['difference']:+.4f}" in text
+    share = f"{100 * flag.in_force.tpr:.3g}"
+    assert "How far the flag is ahead" in text and f"{ahead.difference:+.4f}" in text
     assert share in page and share in text and "tfidf" in text and "prefill" in text
     assert "flag" in headline(report) and "prefill: any of" in headline(report)
 
@@ -87,7 +89,7 @@ def test_the_same_command_again_computes_nothing_and_says_the_same(report, nano,
     )
     assert {path.name: path.stat().st_mtime_ns for path in (world / "out").glob("*.parquet")} == before
     for part in ("methods", "language", "judge", "warnings"):
-        assert again[part] == report[part]
+        assert getattr(again, part) == getattr(report, part)
 
 
 def test_other_rows_under_the_same_name_are_measured_anew(nano, world, tmp_path):
@@ -96,12 +98,12 @@ def test_other_rows_under_the_same_name_are_measured_anew(nano, world, tmp_path)
     rows = load_rows(world / "test.jsonl").rows
     fewer = write_rows(tmp_path / "fewer.jsonl", rows[:80])
     second = evaluate(arguments(nano, world, output_dir=output, test=str(fewer)))
-    count = [sum(method["pooled"][key] for key in ("harmful", "harmless")) for method in map(_flag, (first, second))]
+    count = [method.pooled.harmful + method.pooled.harmless for method in map(_flag, (first, second))]
     assert count == [120, 80]
 
 
 def _flag(report):
-    return report["methods"]["flag"]
+    return report.methods["flag"]
 
 
 def test_helping_processes_score_and_leave(nano, world, tmp_path, monkeypatch):
@@ -109,7 +111,7 @@ def test_helping_processes_score_and_leave(nano, world, tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     (tmp_path / "report.json").unlink()
-    assert evaluate(arguments(nano, world, output_dir=str(tmp_path))) == {}
+    assert evaluate(arguments(nano, world, output_dir=str(tmp_path))) is None
     assert not (tmp_path / "report.json").exists()
 
 

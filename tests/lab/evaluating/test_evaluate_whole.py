@@ -1,7 +1,6 @@
 """An evaluation from end to end where flags stand behind the base's vocabulary; and what is tried before it begins."""
 
 import dataclasses
-import json
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ from redflag.flags import FlagSpec, attach
 from redflag.judges import UnansweredError, Verdict
 from redflag.lab.baselines.run import record_baselines
 from redflag.lab.evaluating.evaluate import EvaluateArguments, evaluate
+from redflag.lab.report import read_report
 from redflag.prompt import template_hash
 
 PARTS = {
@@ -63,12 +63,12 @@ def arguments(world, output, **options):
 
 def test_every_part_runs_where_flags_stand_behind_the_vocabulary(world, tmp_path):
     report = evaluate(arguments(world, tmp_path / "out", **PARTS))
-    assert list(report["methods"]) == ["flag", "tfidf", "last-layer probe", "tfidf then flag"]
-    assert report["language"]["keep_kl"] > 1e-4 and report["language"]["rows"] == 20
-    assert any(line["name"] == "prefill" for line in report["attacks"]) and report["judge"]["unanswered"] == 0
+    assert list(report.methods) == ["flag", "tfidf", "last-layer probe", "tfidf then flag"]
+    assert report.language.keep_kl > 1e-4 and report.language.rows == 20
+    assert any(line.name == "prefill" for line in report.attacks) and report.judge.unanswered == 0
     for name in ("report.html", "report.md", "report.json"):
         assert (tmp_path / "out" / name).stat().st_size
-    assert json.loads((tmp_path / "out" / "report.json").read_text())["language"] == report["language"]
+    assert read_report(tmp_path / "out" / "report.json").language == report.language
     assert not list((tmp_path / "out").glob(".trying*"))
 
 

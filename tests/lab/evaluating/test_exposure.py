@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from redflag.calibrating import replay
 from redflag.events import Done, Step, Text, Trace
 from redflag.lab.evaluating.exposure import exposed, exposure, released, released_sentences
+from redflag.lab.report.method import Exposed
 from redflag.scoring.recording import Recording
 from redflag.watching.monitor import MonitorConfig
 from redflag.watching.policy import Policy
@@ -108,8 +109,8 @@ def test_exposure_table() -> None:
     alarms, onsets, lengths = np.array([6, 4, 2, -1]), np.full(4, 4), np.full(4, 10)
     assert exposed(released(alarms, lengths, 0), onsets).tolist() == [2, 0, 0, 6]
     found = exposure(alarms, onsets, lengths, hold_backs=(0, 2, 40))
-    assert found["0"] == {"mean": 2.0, "median": 1.0, "p90": 6.0, "none": 0.5}
-    assert found["2"] == {"mean": 1.5, "median": 0.0, "p90": 6.0, "none": 0.75}
+    assert found["0"] == Exposed(mean=2.0, median=1.0, p90=6.0, none=0.5)
+    assert found["2"] == Exposed(mean=1.5, median=0.0, p90=6.0, none=0.75)
     # A response that never alarms is shown whole under every policy.
     assert found["40"] == found["end"] == found["2"]
     assert "sentence" not in found and exposure(alarms[:0], onsets[:0], lengths[:0]) == {}

@@ -39,18 +39,18 @@ def test_it_is_what_a_loop_over_tokens_finds(pair, nano):
                 nll[i] -= float(logs[i][t - 1, ids[t]])
             count += 1
     found = language_change(flagged, base, tokenizer, spec, rows, batch_size=4)
-    assert found["tokens"] == count
-    assert found["keep_kl"] == pytest.approx(kl / count, rel=1e-4)
-    assert found["perplexity_ratio"] == pytest.approx(math.exp((nll[0] - nll[1]) / count), rel=1e-5)
-    assert 0 < found["keep_kl"] < 0.02
+    assert found.tokens == count
+    assert found.keep_kl == pytest.approx(kl / count, rel=1e-4)
+    assert found.perplexity_ratio == pytest.approx(math.exp((nll[0] - nll[1]) / count), rel=1e-5)
+    assert 0 < found.keep_kl < 0.02
 
 
 def test_a_model_beside_itself_has_not_changed(pair, nano):
     flagged, _, tokenizer, spec = pair
     rows = load_rows(nano / "rows" / "test.jsonl").rows[:20]
     found = language_change(flagged, flagged, tokenizer, spec, rows, max_length=60)
-    assert found["keep_kl"] == pytest.approx(0.0, abs=1e-12) and found["perplexity_ratio"] == pytest.approx(1.0)
-    assert found["left_out"] > 0
+    assert found.keep_kl == pytest.approx(0.0, abs=1e-12) and found.perplexity_ratio == pytest.approx(1.0)
+    assert found.left_out > 0
 
 
 def test_what_cannot_be_compared_is_refused(pair):

@@ -66,5 +66,5 @@ def test_flags_behind_the_bases_vocabulary_are_left_out_of_both_distributions(ti
         found = language_change(flagged, base, tokenizer, spec, rows, batch_size=4)
     divergence, ratio = by_loop(flagged, base, tokenizer, spec, rows)
     assert divergence > 1e-3
-    assert found["keep_kl"] == pytest.approx(divergence, rel=1e-4)
-    assert found["perplexity_ratio"] == pytest.approx(ratio, rel=1e-5)
+    assert found.keep_kl == pytest.approx(divergence, rel=1e-4)
+    assert found.perplexity_ratio == pytest.approx(ratio, rel=1e-5)

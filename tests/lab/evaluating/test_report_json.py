@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from redflag.lab.attacks.sampling import Plain
 from redflag.lab.baselines import Cost
 from redflag.lab.evaluating import cascade, cost, tables
 from redflag.lab.evaluating.versus import versus
+from redflag.lab.report.evaluation import AttackLine, Evaluation, JudgeFacts, Language, as_json, parse, read_report
+from redflag.lab.report.method import CascadeFacts
+from redflag.lab.report.viewer_data import ShownResponse
 from redflag.scoring.recording import Recording
 from redflag.watching.monitor import MonitorConfig
 
@@ -73,49 +77,45 @@ def write_small(folder: Path) -> None:
     sharp, fit, blunt, blunt_fit = recorded(1, 0.5), recorded(2, 0.5), recorded(1, 0.2), recorded(2, 0.2)
     how: dict[str, Any] = {"target_fpr": 0.05, "resamples": 20}
     texts = [[f" w{t}." if t % 4 == 3 else f" w{t}" for t in range(13)]] * len(sharp)
-    methods: dict[str, Any] = {
-        "flag": tables.method(sharp, fit, what="the flag", tokens=texts, cost=dict(CHEAP), **how),
-        "words": tables.method(blunt, blunt_fit, kind="baseline", what="words", cost=dict(OWN), **how),
+    methods = {
+        "flag": tables.method(sharp, fit, what="the flag", tokens=texts, cost=CHEAP, **how),
+        "words": tables.method(blunt, blunt_fit, kind="baseline", what="words", cost=OWN, **how),
     }
-    methods["words"]["flag_ahead"] = versus(sharp, blunt, resamples=20)
+    methods["words"] = replace(methods["words"], flag_ahead=versus(sharp, blunt, resamples=20))
     thresholds = cascade.asking(blunt_fit, MonitorConfig(), 0.1)
     replayed = cascade.cascade(blunt, thresholds, cascade.so_far(sharp, blunt))
-    both = dict(cost.of_cascade(CHEAP, OWN, 0.1))
-    methods["words then flag"] = tables.method(replayed.recording, kind="cascade", what="both", cost=both, **how) | {
-        "cascade": tables.plain(
-            {
-                "first": "words",
-                "second": "flag",
-                "share": 0.1,
-                "thresholds": dict(thresholds.values),
-                "asked": float((replayed.calls > 0).mean()),
-                "asked_interval": (0.1, 0.2),
-                "asked_harmful": 0.5,
-                "calls": float(replayed.calls.mean()),
-                "read": 0.25,
-            }
-        )
-    }
-    for method in methods.values():
-        method["compute"] = cost.relative(method["cost"], OWN)
-    report = {
-        "format": 1,
-        "title": "small",
-        "made": MADE,
-        "methods": methods,
-        "language": {"keep_kl": 0.01, "perplexity_ratio": 1.25, "tokens": 200, "rows": 20, "left_out": 1},
-        "attacks": lines(),
-        "judge": {"name": "oracle", "answered": 3, "unanswered": 1, "hold_back": 4},
-        "warnings": ["a warning"],
-        "model_pass": dict(OWN),
-    }
-    reporting.write(report, [trace("late", [0.1, 0.2, 0.9], onset=1)], folder)
+    both = cost.of_cascade(CHEAP, OWN, 0.1)
+    facts = CascadeFacts(
+        first="words",
+        second="flag",
+        share=0.1,
+        thresholds=dict(thresholds.values),
+        asked=float((replayed.calls > 0).mean()),
+        asked_interval=(0.1, 0.2),
+        asked_harmful=0.5,
+        calls=float(replayed.calls.mean()),
+        read=0.25,
+    )
+    method = tables.method(replayed.recording, kind="cascade", what="both", cost=both, **how)
+    methods["words then flag"] = replace(method, cascade=facts)
+    report = Evaluation(
+        "small",
+        {name: replace(method, compute=cost.relative(method.cost, OWN)) for name, method in methods.items()},
+        MADE,
+        language=Language(keep_kl=0.01, perplexity_ratio=1.25, tokens=200, rows=20, left_out=1),
+        attacks=parse(list[AttackLine], json.dumps(lines()), "the attack table"),
+        judge=JudgeFacts("oracle", answered=3, unanswered=1, hold_back=4),
+        warnings=["a warning"],
+        model_pass=OWN,
+    )
+    reporting.write(report, [ShownResponse(**trace("late", [0.1, 0.2, 0.9], onset=1))], folder)
 
 
 def test_a_small_evaluation_is_written_as_it_was_stored(tmp_path):
     write_small(tmp_path)
     found, stored = (json.loads(path.read_text(encoding="utf-8")) for path in (tmp_path / "report.json", STORED))
     assert_same(found, stored, "report")
+    assert as_json(read_report(STORED)) == stored
 
 
 def assert_same(found: Any, stored: Any, place: str) -> None:

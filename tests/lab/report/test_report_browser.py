@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 from chromium import browser
-from reports import HOSTILE, bare_report, make_report, make_traces, trace
+from reports import HOSTILE, bare_report, make_report, make_traces, trace, write
 
-from redflag.lab.report import write
 from redflag.watching.monitor import Monitor, MonitorConfig
 
 __all__ = ["browser"]
