@@ -1,7 +1,7 @@
 """How well a score tells harmful responses from harmless ones, and how soon.
 
-numpy and the standard library only. Scores rise with harm; labels are 1 (harmful) or 0 (harmless). An alarm is
-`score >= threshold` everywhere, so ties with a threshold always count as alarms.
+Scores rise with harm; labels are 1 (harmful) or 0 (harmless). An alarm is `score >= threshold` everywhere, so ties with
+a threshold always count as alarms. scikit-learn and SciPy are imported where they are called: they take a second.
 """
 
 from __future__ import annotations
@@ -58,21 +58,19 @@ def auroc(scores: Sequence[float] | Floats, labels: Sequence[int] | Bools) -> fl
     >>> auroc([0.1, 0.4, 0.4, 0.9], [0, 0, 1, 1])
     0.875
     """
-    harmful, harmless = split_classes(scores, labels)
-    ordered = np.sort(harmless)
-    below = np.searchsorted(ordered, harmful, side="left")
-    not_above = np.searchsorted(ordered, harmful, side="right")
-    return float((below + not_above).sum() / (2.0 * len(harmful) * len(harmless)))
+    from sklearn.metrics import roc_auc_score
+
+    split_classes(scores, labels)
+    return float(roc_auc_score(np.asarray(labels), np.asarray(scores)))
 
 
 def average_precision(scores: Sequence[float] | Floats, labels: Sequence[int] | Bools) -> float:
     """Precision averaged over the recall gained at each distinct score, from the highest down (no interpolation)."""
-    harmful, harmless = split_classes(scores, labels)
-    thresholds = np.unique(harmful)[::-1]
-    caught = len(harmful) - np.searchsorted(np.sort(harmful), thresholds, side="left")
-    alarms = caught + len(harmless) - np.searchsorted(np.sort(harmless), thresholds, side="left")
-    gained = np.diff(caught, prepend=0) / len(harmful)
-    return min(1.0, float((gained * caught / alarms).sum()))  # A sum of rounded shares can exceed 1 by a hair.
+    from sklearn.metrics import average_precision_score
+
+    split_classes(scores, labels)
+    found = float(average_precision_score(np.asarray(labels), np.asarray(scores)))
+    return min(1.0, found)  # A sum of rounded shares can exceed 1 by a hair.
 
 
 def tpr_at_fpr(scores: Sequence[float] | Floats, labels: Sequence[int] | Bools, fpr: float) -> TprAtFpr:
@@ -95,12 +93,10 @@ def tpr_at_fpr(scores: Sequence[float] | Floats, labels: Sequence[int] | Bools, 
 
 
 def binomial_cdf(k: int, n: int, p: float) -> float:
-    """P(Binomial(n, p) <= k), through the regularised incomplete beta function; good to about 1e-9 up to n = 1e6."""
-    if k < 0:
-        return 0.0
-    if k >= n:
-        return 1.0
-    return _incomplete_beta(n - k, k + 1, p)
+    """P(Binomial(n, p) <= k)."""
+    from scipy.special import bdtr
+
+    return 0.0 if k < 0 else 1.0 if k >= n else float(bdtr(k, n, p))
 
 
 def clopper_pearson(k: float, n: float, level: float = 0.95) -> tuple[float, float]:
@@ -114,13 +110,11 @@ def clopper_pearson(k: float, n: float, level: float = 0.95) -> tuple[float, flo
     """
     if n <= 0 or not 0 <= k <= n:
         raise RedflagError(f"{k} of {n} is not a rate: an interval needs 0 <= k <= n and n >= 1")
+    from scipy.special import betaincinv
+
     tail = (1.0 - level) / 2.0
-    if k == 0:
-        return 0.0, -math.expm1(math.log(tail) / n)
-    if k == n:
-        return math.exp(math.log(tail) / n), 1.0
-    # Low end: P(X >= k) = tail; high end: P(X <= k) = tail. Both cdfs fall as p rises.
-    return _solve(k - 1, n, 1.0 - tail), _solve(k, n, tail)
+    low = float(betaincinv(k, n - k + 1, tail)) if k > 0 else 0.0
+    return low, float(betaincinv(k + 1, n - k, 1.0 - tail)) if k < n else 1.0
 
 
 def first_alarm(
@@ -201,50 +195,3 @@ def split_classes(scores: Sequence[float] | Floats, labels: Sequence[int] | Bool
             "measured only with at least one of each"
         )
     return values[truth], values[~truth]
-
-
-def _solve(k: float, n: float, value: float) -> float:
-    """The p at which P(Binomial(n, p) <= k) = value."""
-    low, high = 0.0, 1.0
-    while True:
-        middle = (low + high) / 2.0
-        if middle in (low, high) or high - low < 1e-13 * high:
-            return middle
-        if _incomplete_beta(n - k, k + 1.0, middle) > value:
-            low = middle
-        else:
-            high = middle
-
-
-def _incomplete_beta(a: float, b: float, q: float) -> float:
-    """I_{1-q}(a, b) by Lentz's continued fraction (Numerical Recipes, 6.4); takes q so that tiny rates keep digits."""
-    if q <= 0.0:
-        return 1.0
-    if q >= 1.0:
-        return 0.0
-    front = math.exp(
-        math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log1p(-q) + b * math.log(q)
-    )  # fmt: skip
-    # The fraction converges fast left of the mean only; right of it the mirrored function is used.
-    if 1.0 - q < (a + 1.0) / (a + b + 2.0):
-        return front * _beta_fraction(a, b, 1.0 - q) / a
-    return 1.0 - front * _beta_fraction(b, a, q) / b
-
-
-def _beta_fraction(a: float, b: float, x: float) -> float:
-    tiny = 1e-300
-    c, d = 1.0, 1.0 - (a + b) * x / (a + 1.0)
-    d = 1.0 / (d if abs(d) > tiny else tiny)
-    result = d
-    for m in range(1, 100_000):
-        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
-        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
-        for term in (even, odd):
-            d = 1.0 + term * d
-            d = 1.0 / (d if abs(d) > tiny else tiny)
-            c = 1.0 + term / c
-            c = c if abs(c) > tiny else tiny
-            result *= c * d
-        if abs(c * d - 1.0) < 1e-15:
-            break
-    return result

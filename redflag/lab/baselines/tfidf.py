@@ -50,13 +50,9 @@ class TfidfBaseline:
 
     def fit(self, train: Sequence[Row]) -> None:
         """Trains; see `Baseline.fit`."""
-        try:
-            from sklearn.feature_extraction.text import TfidfVectorizer
-            from sklearn.linear_model import LogisticRegression
-        except ImportError:
-            raise RedflagError(
-                "the baseline 'tfidf' needs scikit-learn, which is not there: pip install 'redflag-llm[report]'"
-            ) from None
+        from sklearn.feature_extraction.text import TfidfVectorizer
+        from sklearn.linear_model import LogisticRegression
+
         draw = random.Random(self._bench.seed)
         texts, labels = [], []
         for read in self._bench.read(train):

@@ -71,14 +71,10 @@ class Stage:
             seed: Seeds the solver.
 
         Raises:
-            RedflagError: scikit-learn is not there, or all pairs are of one class.
+            RedflagError: All pairs are of one class.
         """
-        try:
-            from sklearn.linear_model import LogisticRegression
-        except ImportError:
-            raise RedflagError(
-                "to train a classifier needs scikit-learn, which is not there: pip install 'redflag-llm[report]'"
-            ) from None
+        from sklearn.linear_model import LogisticRegression
+
         if len(found := sorted(set(labels))) < 2:
             raise RedflagError(
                 f"all {len(labels)} rows to learn from are of the class {found[0] if found else '(none)'!r}, so there "

@@ -94,12 +94,8 @@ class Ngrams:
 
     def transform(self, texts: Sequence[str]) -> Any:
         """A SciPy CSR matrix, N x F; the row of a text without a known feature is empty."""
-        try:
-            from scipy.sparse import csr_matrix
-        except ImportError:
-            raise RedflagError(
-                "n-grams need SciPy, which comes with scikit-learn and is not there: pip install 'redflag-llm[report]'"
-            ) from None
+        from scipy.sparse import csr_matrix
+
         indices, ends = array("i"), array("q", [0])
         known, pairs = self._known, self._pairs
         for text in texts:
