@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +17,21 @@ from redflag.errors import RedflagError
 from redflag.files import keep_json, kept_json
 from redflag.lab.baselines import Cost
 from redflag.lab.baselines.bench import Bench, digest, model_stamp, score_pairs, thinned
+from redflag.scoring.processes import World
 from redflag.scoring.recording import Recording
 
 # As the demo trains its flags; a folder's own settings go into `options`.
-SETTINGS = {
-    "learning_rate": "5e-3",
-    "keep_coef": "4.0",
-    "per_device_train_batch_size": "8",
+SETTINGS: dict[str, Any] = {
+    "learning_rate": 5e-3,
+    "keep_coef": 4.0,
+    "per_device_train_batch_size": 8,
     "train_sampling_strategy": "group_by_length",
-    "logging_steps": "50",
+    "logging_steps": 50,
 }
 
 
 class FixedPosition:
-    """A flag trained by `redflag train --placement first`; its probability at position 0 holds for the whole response.
+    """A flag trained with `--placement first`; its probability at position 0 holds for the whole response.
 
     Attributes:
         name: As it stands in tables.
@@ -58,44 +58,47 @@ class FixedPosition:
         )
         self.model = model
         self._bench, self._most_rows = bench, most_rows
-        self._settings = SETTINGS if settings is None else {key: str(value) for key, value in settings.items()}
+        self._settings = SETTINGS if settings is None else settings
         self._seconds, self._steps = 0.0, 0
 
     def fit(self, train: Sequence[Row]) -> None:
-        """Trains in a process of its own, or takes what an earlier run trained; see `Baseline.fit`."""
+        """Trains, or takes what an earlier run trained; see `Baseline.fit`."""
+        from redflag.training.train import train as train_flag
+
         rows = thinned(train, self._most_rows, self._bench.seed)
         stamp = [self._settings, self._bench.seed, self._bench.limit, model_stamp(self._bench.base)]
         key = digest([stamp, [row.to_dict() for row in rows]])
         done = self.model / "trained.json"
         if kept_json(done, fingerprint=key):
             return
+        if (size := World.here().size) > 1:
+            raise RedflagError(
+                f"the fixed-position flag must be trained by one process (got {size}). The others have left when rows "
+                "are scored. Give the same command again without `accelerate launch`: it goes on from there."
+            )
         shutil.rmtree(self.model, ignore_errors=True)
         path = write_rows(self.model / "rows.jsonl", rows)
         # Categories are many and the flag is one: it stands for all of them.
-        options = {
-            "model": str(self._bench.base),
-            "input": str(path),
-            "output_dir": str(self.model),
+        options: dict[str, Any] = {
             "placement": "first",
-            "categories": "harm",
-            "eval_share": "0",
-            "seed": str(self._bench.seed),
+            "categories": ["harm"],
+            "eval_share": 0.0,
+            "seed": self._bench.seed,
             "save_strategy": "no",
             "report_to": "none",
-            "disable_tqdm": "true",
-            **({"max_length": str(self._bench.limit)} if self._bench.limit else {}),
+            "disable_tqdm": True,
+            "use_cpu": self._bench.device == "cpu",
+            **({"max_length": self._bench.limit} if self._bench.limit else {}),
             **self._settings,
         }
-        words = [part for name, value in options.items() for part in (f"--{name}", value)]
-        command = [sys.executable, "-m", "redflag.cli", "train", *words]
-        environment = {"OMP_NUM_THREADS": str(_threads()), **os.environ}
-        ended = subprocess.run(command, capture_output=True, text=True, env=environment)
-        if ended.returncode:
-            said = (ended.stderr.strip() or ended.stdout.strip()).splitlines()
+        try:
+            with redirect_stdout(sys.stderr):  # where training says how it goes
+                train_flag(self._bench.base, rows=path, output_dir=self.model, **options)
+        except (TypeError, ValueError) as error:
             raise RedflagError(
-                f"the fixed-position flag could not be trained ({said[-1] if said else ended.returncode}): mend that "
-                f"and repeat; the command was `redflag train {' '.join(words)}`"
-            )
+                f"the fixed-position flag must be trained with options of `redflag train` (got {self._settings}: "
+                f"{error}). Give other settings."
+            ) from error
         path.unlink()
         keep_json(done, {"fingerprint": key})
 
@@ -121,9 +124,3 @@ class FixedPosition:
             note="takes the place of the model: one probability of its own softmax, read once per response; the time "
             "is that of the pass over the prompts, batched, spread over the response's tokens",
         )
-
-
-def _threads() -> int:
-    import torch
-
-    return torch.get_num_threads()

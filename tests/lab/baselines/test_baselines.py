@@ -1,13 +1,11 @@
 """Every baseline: judged before each token from those before it, in the rows' order, the same for the same seed."""
 
 import dataclasses
-import subprocess
 
 import numpy as np
 import pytest
 from stand_in_guard import InWords, Streaming
 
-from redflag import cli
 from redflag.backends.load import load_flagged
 from redflag.errors import RedflagError
 from redflag.lab.baselines import fixed, probes, refusing
@@ -32,7 +30,7 @@ class WholeWords(InWords):
 
 def make(name, bench, folder):
     if name == "fixed position":
-        return fixed.FixedPosition(bench, folder, settings={"learning_rate": "1e-2", "num_train_epochs": "2"})
+        return fixed.FixedPosition(bench, folder, settings={"learning_rate": 1e-2, "num_train_epochs": 2})
     if name in ("refusal tokens", "deep alignment", "refusal at every position"):
         builder = {
             "refusal tokens": refusing.refusal_tokens,
@@ -75,22 +73,8 @@ ALL = (
 )
 
 
-@pytest.fixture
-def in_process(monkeypatch):
-    """`redflag train` in this process: another one would spend seconds on loading."""
-
-    elsewhere = subprocess.run
-
-    def run(command, **options):
-        if command[1:3] != ["-m", "redflag.cli"]:
-            return elsewhere(command, **options)
-        return subprocess.CompletedProcess(command, cli.main(command[3:]), "", "")
-
-    monkeypatch.setattr(subprocess, "run", run)
-
-
 @pytest.mark.parametrize("name", ALL)
-def test_no_score_depends_on_its_own_token_or_a_later_one(name, bench, rows, parting, tmp_path, in_process):
+def test_no_score_depends_on_its_own_token_or_a_later_one(name, bench, rows, parting, tmp_path):
     baseline = make(name, bench, tmp_path / "model")
     baseline.fit(rows)
     moved = 0
@@ -107,7 +91,7 @@ def test_no_score_depends_on_its_own_token_or_a_later_one(name, bench, rows, par
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_the_recording_is_over_the_rows_and_steps_of_the_flags(name, bench, rows, origin, tmp_path, in_process):
+def test_the_recording_is_over_the_rows_and_steps_of_the_flags(name, bench, rows, origin, tmp_path):
     baseline = make(name, bench, tmp_path / "model")
     baseline.fit(rows)
     some = [rows[i] for i in (7, 3, 30, 4, 12)]
@@ -138,6 +122,13 @@ def test_the_same_rows_and_seed_give_the_same_scores(name, bench, rows, tmp_path
         baseline.fit(rows)
         recordings.append(baseline.score(rows))
     assert np.array_equal(recordings[0].probs, recordings[1].probs)
+
+
+@pytest.mark.parametrize("settings", [{"learning_rate": -1.0}, {"learn_rate": 1e-2}, {"placement": "nowhere"}])
+def test_settings_that_no_training_takes_are_named(settings, bench, rows, tmp_path):
+    (name,) = settings
+    with pytest.raises(RedflagError, match=f"options of `redflag train` .*{name}"):
+        fixed.FixedPosition(bench, tmp_path / "model", settings=settings).fit(rows)
 
 
 @pytest.mark.parametrize("name", ("last-layer probe", "tfidf"))
