@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from redflag.flags import FlagSpec
 from redflag.scoring.arguments import ScoreArguments
 from redflag.scoring.fitting import fit, renderable, report_cut, row_name
 from redflag.scoring.processes import World
-from redflag.scoring.scored import Probs, Scored, as_json, read_scored
+from redflag.scoring.scored import Probs, Scored, as_json, as_recorded, read_scored
 from redflag.scoring.scorer import (
     BATCHES,
     Scorer,
@@ -46,6 +46,7 @@ __all__ = [
     "Scored",
     "Scorer",
     "as_json",
+    "as_recorded",
     "context_limit",
     "plan",
     "read_scored",
@@ -120,6 +121,7 @@ def score_to_file(
     batch_size: int = 16,
     max_length: int | None = None,
     world: World | None = None,
+    on_scored: Callable[[int, Scored], None] = lambda number, item: None,
 ) -> bool:
     """Writes `scored.jsonl`, alone or together with other processes; goes on where an interrupted call has stopped.
 
@@ -136,6 +138,7 @@ def score_to_file(
         batch_size: Conversations per forward pass.
         max_length: As for `score`.
         world: This process and the others; None asks the environment (`accelerate launch`).
+        on_scored: Is given the number and the measurement of each row that this call scores in this process.
 
     Returns:
         Whether this process has written the file. False in all but the first of several processes: they have done
@@ -162,7 +165,8 @@ def score_to_file(
         scored = score(
             scorer, tokenizer, spec, rows[start:stop], batch_size=batch_size, max_length=max_length, first=start
         )
-        for item in scored:
+        for number, item in enumerate(scored, start):
+            on_scored(number, item)
             cut.update(response=item.truncated, prompt=item.prompt_truncated)
             yield json.dumps({**as_json(item, tokenizer), **bounds}, ensure_ascii=False, allow_nan=False)
 

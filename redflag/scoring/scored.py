@@ -58,15 +58,13 @@ class Scored:
         return np.concatenate([self.flag_probs, self.tail_probs])
 
 
-def as_json(item: Scored, tokenizer: Any) -> dict[str, Any]:
-    """The row of `scored.jsonl`; probabilities are written in full, so that replaying them gives the same scores."""
+def as_recorded(item: Scored) -> dict[str, Any]:
+    """What a `redflag.scoring.recording.Recording` holds of it."""
     return {
         "id": item.row.id,
         "token_ids": item.token_ids,
-        "tokens": _texts(item.token_ids, tokenizer),
-        "flag_probs": item.flag_probs.tolist(),
-        "tail_probs": item.tail_probs.tolist(),
-        "peak": item.peak,
+        "flag_probs": item.flag_probs,
+        "tail_probs": item.tail_probs,
         "onset": item.onset,
         "category": item.row.category,
         "group": item.row.group,
@@ -75,9 +73,18 @@ def as_json(item: Scored, tokenizer: Any) -> dict[str, Any]:
         "onset_source": item.row.onset_source,
         "turns": sum(turn["role"] == "user" for turn in item.row.messages),
         "truncated": item.truncated,
-        "prompt_truncated": item.prompt_truncated,
-        **({"thought_tokens": item.thought, "thought_peak": item.thought_peak} if item.thought else {}),
+        "thought_tokens": item.thought or None,
     }
+
+
+def as_json(item: Scored, tokenizer: Any) -> dict[str, Any]:
+    """The row of `scored.jsonl`; probabilities are written in full, so that replaying them gives the same scores."""
+    first = {"id": item.row.id, "token_ids": item.token_ids, "tokens": _texts(item.token_ids, tokenizer)}
+    probs = {"flag_probs": item.flag_probs.tolist(), "tail_probs": item.tail_probs.tolist()}
+    record = {**first, **probs, "peak": item.peak} | as_recorded(item) | probs
+    del record["thought_tokens"]
+    record["prompt_truncated"] = item.prompt_truncated
+    return record | ({"thought_tokens": item.thought, "thought_peak": item.thought_peak} if item.thought else {})
 
 
 def read_scored(path: str | Path) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from redflag.lab.baselines.bench import forward_flops
 from redflag.lab.evaluating.cascade import Stage, asking, measure
 from redflag.lab.evaluating.cost import of_cascade, passes, relative
 from redflag.lab.evaluating.evaluate import EvaluateArguments, evaluate
+from redflag.lab.evaluating.stages import Models
 from redflag.lab.nano.judge import NanoOracle
 from redflag.scoring.recording import Recording
 from redflag.watching.monitor import MonitorConfig
@@ -113,7 +114,7 @@ def test_S3_5_the_report_sets_flag_baselines_and_cascades_against_relative_compu
     # The pass is timed once: the same command says the same.
     monkeypatch.setattr("redflag.lab.evaluating.cost._timed", lambda *given: pytest.fail("it was timed again"))
     rows = load_rows(world / "test.jsonl")
-    again, flag = passes(asked, rows, FlagSpec.load(nano / "model"), world / "out" / "passes.json")
+    again, flag = passes(asked, Models(asked), rows, FlagSpec.load(nano / "model"), world / "out" / "passes.json")
     assert (again, flag) == (own, methods["flag"].cost)
     # Nor is the judge asked again, and what its verdicts took is remembered.
     monkeypatch.setattr(NanoOracle, "__call__", lambda *given: pytest.fail("it was asked again"))
@@ -139,6 +140,6 @@ def test_S3_5_the_report_sets_flag_baselines_and_cascades_against_relative_compu
 def test_S3_5_a_cascade_that_cannot_be_measured_is_refused_before_anything_is_computed(
     nano, world, tmp_path, monkeypatch, options, words
 ):
-    monkeypatch.setattr("redflag.scoring.score.run", lambda arguments: pytest.fail("it was begun"))
+    monkeypatch.setattr("redflag.scoring.score.score_to_file", lambda *a, **k: pytest.fail("it was begun"))
     with pytest.raises(RedflagError, match=words):
         evaluate(arguments(nano, world, baselines=["tfidf"], output_dir=str(tmp_path), **options))

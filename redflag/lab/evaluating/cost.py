@@ -22,16 +22,18 @@ from redflag.lab.report.method import Compute
 
 if TYPE_CHECKING:
     from redflag.lab.evaluating.arguments import EvaluateArguments
+    from redflag.lab.evaluating.stages import Models
 
 # Conversations that the pass is timed on, and rounds, the quickest of which counts.
 _ROWS, _ROUNDS = 64, 3
 
 
-def passes(arguments: EvaluateArguments, rows: Rows, spec: FlagSpec, path: Path) -> tuple[Cost, Cost]:
+def passes(arguments: EvaluateArguments, models: Models, rows: Rows, spec: FlagSpec, path: Path) -> tuple[Cost, Cost]:
     """The model's own forward pass, and what reading the flags adds to it; measured once and kept.
 
     Args:
         arguments: Of the evaluation.
+        models: Its models.
         rows: The test rows, the first of which the pass is timed on.
         spec: The model's flags.
         path: Where the measurement is kept.
@@ -39,7 +41,7 @@ def passes(arguments: EvaluateArguments, rows: Rows, spec: FlagSpec, path: Path)
     made_of = [model_stamp(arguments.model), rows.fingerprint, arguments.device, arguments.dtype, arguments.batch_size]
     if kept := kept_json(path, made_of=made_of):
         return Cost(**kept["pass"]), Cost(**kept["flags"])
-    plain, reading, width = (None, None, None) if arguments.upstream else _timed(arguments, rows, spec)
+    plain, reading, width = (None, None, None) if arguments.upstream else _timed(models, rows, arguments.batch_size)
     own = Cost(
         microseconds_per_token=plain,
         flops_per_token=forward_flops(arguments.base or arguments.model),
@@ -95,27 +97,24 @@ def of_cascade(first: Cost, second: Cost, read: float) -> Cost:
     )
 
 
-def _timed(arguments: EvaluateArguments, rows: Rows, spec: FlagSpec) -> tuple[float, float, int]:
+def _timed(models: Models, rows: Rows, batch_size: int) -> tuple[float, float, int]:
     """Microseconds per judged token of the pass, and of reading the flags; and the width of the hidden states."""
     import torch
 
     from redflag.backends.choose import measure
     from redflag.backends.head import head_agrees, head_logits, plain_model
-    from redflag.backends.load import load_flagged
     from redflag.lab.evaluating.language import LOGITS_AT_ONCE, states_before
     from redflag.scoring.fitting import fit
-    from redflag.scoring.scorer import context_limit
 
-    backend, tokenizer, _ = load_flagged(arguments.model, arguments.device, arguments.dtype)
-    limit = context_limit(arguments.max_length, backend.context_length)
-    fitted = [fit(tokenizer, spec, row, i, limit) for i, row in enumerate(rows.rows[:_ROWS])]
+    backend, tokenizer, spec = models.flagged
+    fitted = [fit(tokenizer, spec, row, i, models.limit) for i, row in enumerate(rows.rows[:_ROWS])]
     pairs = [(one.prompt_ids, [*one.response_ids, *one.tail_ids]) for one in fitted]
     pairs.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
     model = plain_model(backend.model).eval()
     flag_ids = torch.tensor(spec.ids, device=model.device)
     apart = head_agrees(model, torch.tensor([pairs[0][0][:4]], device=model.device))
     words, width = model.get_output_embeddings().weight.shape
-    size = arguments.batch_size if apart else 1
+    size = batch_size if apart else 1
 
     def now() -> float:
         if model.device.type == "cuda":

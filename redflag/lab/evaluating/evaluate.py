@@ -89,13 +89,14 @@ def evaluate(arguments: EvaluateArguments, say: Callable[[str], None] = lambda l
         made = stages.made(arguments, spec, rows, time.monotonic() - start)
         return reporting.Evaluation(title, methods, made, warnings=list(dict.fromkeys(warnings)), **parts)
 
+    models = stages.Models(arguments)
     if not World.here().rank:
         say("== two rows, to the end")
-        rehearse(arguments, spec, rows, names, attacks, judge, output, complete)
+        rehearse(arguments, models, spec, rows, names, attacks, judge, output, complete)
     recordings = {}
     for split in ("test", "calibration"):
         say(f"== flag probabilities of the {split} rows")
-        recorded = stages.record(arguments, str(paths[split]), rows[split], output / split, spec)
+        recorded = stages.record(arguments, models, rows[split], output / split, spec)
         if (counts := recorded.thoughts).any():
             warnings.append(
                 f"{int((counts > 0).sum())} of {len(recorded)} {split} responses begin with a thought ({counts.sum()} "
@@ -109,7 +110,7 @@ def evaluate(arguments: EvaluateArguments, say: Callable[[str], None] = lambda l
     say("== tables")
     tokens = stages.token_texts(recordings["test"], arguments.model)
     what = "the probability of the flag, as the guard measures it"
-    own, reading = cost.passes(arguments, rows["test"], spec, output / "passes.json")
+    own, reading = cost.passes(arguments, models, rows["test"], spec, output / "passes.json")
     about: dict[str, Any] = {"kind": "flag", "what": what, "tokens": tokens, "cost": reading}
     flag = tables.method(recordings["test"], recordings["calibration"], **about, **fit)
     methods = {"flag": flag}
@@ -139,14 +140,16 @@ def evaluate(arguments: EvaluateArguments, say: Callable[[str], None] = lambda l
     language = None
     if arguments.base:
         say("== language beside the base model's")
-        language = stages.language(arguments, rows["test"])
+        language = stages.language(models, rows["test"].rows, arguments.batch_size)
     table: list[AttackLine] = []
     judged: JudgeFacts | None = None
     attempts: list[ShownResponse] = []
     if attacks and judge is not None:
         say("== attacks")
         thresholds = stages.thresholds_of(flag)
-        table, judged, attempts = stages.attack(arguments, attacks, judge, rows, output / "attacks", thresholds, say)
+        table, judged, attempts = stages.attack(
+            arguments, models, attacks, judge, rows, output / "attacks", thresholds, say
+        )
     for name, method in methods.items():
         warnings += [f"{name}: {note}" for note in method.notes]
     result = complete(methods, language=language, attacks=table, judge=judged, model_pass=own)

@@ -30,6 +30,7 @@ PROBES = ("last-layer probe", "all-layer probe", "token head", "mlp probe")
 
 def rehearse(
     arguments: EvaluateArguments,
+    models: stages.Models,
     spec: FlagSpec,
     rows: Mapping[str, Rows],
     names: Sequence[str],
@@ -45,6 +46,7 @@ def rehearse(
 
     Args:
         arguments: Of the evaluation.
+        models: Its models.
         spec: The model's flags.
         rows: By split.
         names: Baselines that are asked for.
@@ -74,33 +76,30 @@ def rehearse(
     if judge is not None:
         _ask(judge, two[0])
     if arguments.base or attacks or not arguments.upstream:
-        _measure(arguments, two, names, attacks, output, complete)
+        _measure(arguments, models, two, names, attacks, output, complete)
     with atomic_write(record) as file:
         file.write(made_of.encode())
 
 
 def _measure(
     arguments: EvaluateArguments,
+    models: stages.Models,
     two: list[Row],
     names: Sequence[str],
     attacks: Sequence[Attack],
     output: Path,
     complete: Callable[..., reporting.Evaluation],
 ) -> None:
-    from redflag.backends.load import load_flagged, read_model
     from redflag.lab.baselines.hidden import last_layers
-    from redflag.lab.evaluating.language import language_change
 
-    backend, tokenizer, spec = load_flagged(arguments.model, arguments.device, arguments.dtype)
-    limit = score.context_limit(arguments.max_length, backend.context_length)
-    scored = list(score.score(backend, tokenizer, spec, two, batch_size=2, max_length=limit))
-    recording = Recording.of(spec.categories, [score.as_json(item, tokenizer) for item in scored])
+    backend, tokenizer, spec = models.flagged
+    scored = list(score.score(backend, tokenizer, spec, two, batch_size=2, max_length=models.limit))
+    recording = Recording.of(spec.categories, map(score.as_recorded, scored))
     language = None
     if arguments.base:
-        reference, _ = read_model(arguments.base, arguments.dtype)
-        language = language_change(backend.model, reference, tokenizer, spec, two, max_length=limit)
+        language = stages.language(models, two, arguments.batch_size)
         if any(name in PROBES for name in names):
-            last_layers(reference, [item.token_ids for item in scored])
+            last_layers(models.reference, [item.token_ids for item in scored])
     if attacks:
         target = Target(backend, tokenizer, spec, model=backend.model)
         backend.complete([target.prompt_ids(request_of(two[0]))], Sampling(max_new_tokens=2, temperature=0.0))

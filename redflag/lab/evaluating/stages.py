@@ -8,14 +8,17 @@ import platform
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import fields
 from datetime import datetime, timezone
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from redflag.data.rows import Row, Rows
+from redflag.data.summary import report_skipped
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
 from redflag.lab.report.evaluation import AttackLine, JudgeFacts, Language, parse
@@ -29,6 +32,7 @@ from redflag.watching.policy import Policy
 from redflag.watching.thresholds import Thresholds
 
 if TYPE_CHECKING:
+    from redflag.backends.hf import HFBackend
     from redflag.judges import Judge
     from redflag.lab.attacks import Attack
     from redflag.lab.baselines.run import Recorded
@@ -38,8 +42,35 @@ if TYPE_CHECKING:
 SHOWN = 12
 
 
-def record(arguments: EvaluateArguments, source: str, rows: Rows, path: Path, spec: FlagSpec) -> Recording:
-    """The flag's recording of the rows of a file, made once; `path` without its ending."""
+class Models:
+    """The models of an evaluation: each is opened once, and only if something is to be read with it."""
+
+    def __init__(self, arguments: EvaluateArguments) -> None:
+        self._arguments = arguments
+
+    @cached_property
+    def flagged(self) -> tuple[HFBackend, Any, FlagSpec]:
+        """The flagged model in this process, its tokenizer and its flags."""
+        from redflag.backends.load import load_flagged
+
+        device = World.here().device(self._arguments.device)
+        return load_flagged(self._arguments.model, device, self._arguments.dtype)
+
+    @cached_property
+    def reference(self) -> Any:
+        """The model before training."""
+        from redflag.backends.load import read_model
+
+        return read_model(str(self._arguments.base), self._arguments.dtype)[0]
+
+    @property
+    def limit(self) -> int | None:
+        """Most tokens of a prompt and a response."""
+        return score.context_limit(self._arguments.max_length, self.flagged[0].context_length)
+
+
+def record(arguments: EvaluateArguments, models: Models, rows: Rows, path: Path, spec: FlagSpec) -> Recording:
+    """The flag's recording of some rows, made once; `path` without its ending."""
     kept, scored = path.with_suffix(".parquet"), path.with_suffix(".scored.jsonl")
     meta = {
         "rows": rows.fingerprint,
@@ -54,24 +85,31 @@ def record(arguments: EvaluateArguments, source: str, rows: Rows, path: Path, sp
         recording = Recording.load(kept)
         if recording.meta == meta:
             return recording
-    score.run(
-        score.ScoreArguments(
-            model=arguments.model,
-            input=source,
-            output=str(scored),
-            **arguments.row_options(),
-            upstream=list(arguments.upstream),
-            upstream_model=arguments.upstream_model,
-            upstream_key_env=arguments.upstream_key_env,
-            upstream_headers=arguments.upstream_headers,
+    # What is not among them was scored by an earlier call or another process, and is read from the file.
+    fresh: dict[int, score.Scored] = {}
+    with ExitStack() as stack:
+        scorer, tokenizer, _ = arguments.scorer(World.here(), stack) if arguments.upstream else models.flagged
+        chosen, skipped = rows.rows, [str(row) for row in rows.skipped]
+        if arguments.on_bad_row == "skip":
+            chosen, bad = score.renderable(tokenizer, spec, chosen)
+            skipped += bad
+        if not World.here().rank:
+            report_skipped(skipped)
+        score.score_to_file(
+            scorer,
+            tokenizer,
+            spec,
+            chosen,
+            scored,
+            rows_sha256=rows.fingerprint,
             batch_size=arguments.batch_size,
-            max_length=arguments.max_length,
-            on_bad_row=arguments.on_bad_row,
-            device=arguments.device,
-            dtype=arguments.dtype,
+            max_length=score.context_limit(arguments.max_length, scorer.context_length),
+            on_scored=fresh.__setitem__,
         )
-    )
-    recording = Recording.of(spec.categories, score.read_scored(scored), meta)
+    responses: Sequence[Mapping[str, Any]] = []
+    if len(fresh) == len(chosen):
+        responses = [score.as_recorded(fresh[number]) for number in range(len(chosen))]
+    recording = Recording.of(spec.categories, responses or score.read_scored(scored), meta)
     if not World.here().rank:
         recording.save(kept)
     return recording
@@ -134,16 +172,13 @@ def baselines(
     )
 
 
-def language(arguments: EvaluateArguments, rows: Rows) -> Language:
+def language(models: Models, rows: Sequence[Row], batch_size: int) -> Language:
     """See `redflag.lab.evaluating.language`."""
-    from redflag.backends.load import load_flagged, read_model
     from redflag.lab.evaluating.language import language_change
 
-    backend, tokenizer, spec = load_flagged(arguments.model, arguments.device, arguments.dtype)
-    reference, _ = read_model(str(arguments.base), arguments.dtype)
-    limit = score.context_limit(arguments.max_length, backend.context_length)
+    backend, tokenizer, spec = models.flagged
     return language_change(
-        backend.model, reference, tokenizer, spec, rows.rows, batch_size=arguments.batch_size, max_length=limit
+        backend.model, models.reference, tokenizer, spec, rows, batch_size=batch_size, max_length=models.limit
     )
 
 
@@ -193,6 +228,7 @@ def thresholds_of(method: Method) -> Thresholds | None:
 
 def attack(
     arguments: EvaluateArguments,
+    models: Models,
     attacks: Sequence[Attack],
     judge: Judge,
     rows: Mapping[str, Rows],
@@ -205,7 +241,6 @@ def attack(
     Returns:
         The attack table, what the judge did, and a few attempts of each attack for the viewer.
     """
-    from redflag.backends.load import load_flagged
     from redflag.judges.cache import CachedJudge
     from redflag.lab.attacks import Target
     from redflag.lab.attacks.run import run_attacks
@@ -213,7 +248,7 @@ def attack(
     harmful = [row for row in rows["test"] if row.harmful]
     drawn = np.random.default_rng(arguments.seed).permutation(len(harmful))[: arguments.requests]
     chosen: list[Row] = [harmful[i] for i in sorted(drawn)]
-    backend, tokenizer, spec = load_flagged(arguments.model, arguments.device, arguments.dtype)
+    backend, tokenizer, spec = models.flagged
     suggested = thresholds.suggested_hold_back if thresholds is not None else None
     policy = Policy(hold_back=(suggested or 0) if arguments.hold_back is None else arguments.hold_back)
     target = Target(backend, tokenizer, spec, thresholds, policy, backend.model, batch_size=2 * arguments.batch_size)

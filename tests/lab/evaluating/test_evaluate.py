@@ -2,13 +2,22 @@
 
 import json
 
+import numpy as np
 import pytest
 
+from redflag.backends import load
+from redflag.backends.load import read_model
 from redflag.cli import main
 from redflag.data.rows import load_rows, write_rows
 from redflag.errors import RedflagError
+from redflag.flags import FlagSpec
 from redflag.lab.evaluating.evaluate import EvaluateArguments, evaluate, headline
+from redflag.lab.evaluating.stages import Models, record
 from redflag.lab.report.evaluation import as_json, read_report
+from redflag.scoring import score
+from redflag.scoring.recording import Recording
+from redflag.scoring.score import read_scored
+from redflag.scoring.score import score as score_rows
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +80,7 @@ def test_the_same_command_again_computes_nothing_and_says_the_same(report, nano,
     def never(*arguments, **options):
         raise AssertionError("this was done before")
 
-    monkeypatch.setattr("redflag.scoring.score.run", never)
+    monkeypatch.setattr("redflag.scoring.score.score_to_file", never)
     monkeypatch.setattr("redflag.lab.attacks.Target.answers", never)
     before = {path.name: path.stat().st_mtime_ns for path in (world / "out").glob("*.parquet")}
     again = evaluate(
@@ -90,6 +99,51 @@ def test_the_same_command_again_computes_nothing_and_says_the_same(report, nano,
     assert {path.name: path.stat().st_mtime_ns for path in (world / "out").glob("*.parquet")} == before
     for part in ("methods", "language", "judge", "warnings"):
         assert getattr(again, part) == getattr(report, part)
+
+
+def test_the_flagged_model_and_its_base_are_opened_once(nano, world, tmp_path, monkeypatch):
+    opened = []
+
+    def opening(directory, *how):
+        opened.append(str(directory))
+        return read_model(directory, *how)
+
+    monkeypatch.setattr(load, "read_model", opening)
+    options = {"base": str(nano / "base"), "attacks": ["none"], "judge": "oracle", "requests": 1}
+    assert evaluate(arguments(nano, world, output_dir=str(tmp_path), **options)).attacks
+    assert opened == [str(nano / "model"), str(nano / "base")]
+
+
+def test_rows_that_were_scored_before_a_kill_are_not_scored_again_and_the_recording_is_the_same(
+    nano, world, tmp_path, monkeypatch
+):
+    asked = arguments(nano, world, batch_size=2)
+    models, rows, spec = Models(asked), load_rows(world / "test.jsonl"), FlagSpec.load(nano / "model")
+    measured = []
+
+    def killed_behind(count):
+        def scored(*given, **how):
+            for item in score_rows(*given, **how):
+                if len(measured) == count:
+                    raise KeyboardInterrupt
+                measured.append(item.row.id)
+                yield item
+
+        monkeypatch.setattr(score, "score", scored)
+
+    whole = record(asked, models, rows, tmp_path / "whole", spec)
+    killed_behind(45)
+    with pytest.raises(KeyboardInterrupt):
+        record(asked, models, rows, tmp_path / "killed", spec)
+    killed_behind(-1)
+    measured.clear()
+    again = record(asked, models, rows, tmp_path / "killed", spec)
+    assert measured == [row.id for row in rows][32:]  # Chunks of eight batches of two are kept as one.
+    assert np.array_equal(again.probs, whole.probs) and again.columns == whole.columns
+    assert np.array_equal(again.token_ids, whole.token_ids) and again.meta == whole.meta
+    kept, file = Recording.load(tmp_path / "whole.parquet"), read_scored(tmp_path / "whole.scored.jsonl")
+    for other in (kept, Recording.of(spec.categories, file, whole.meta)):
+        assert np.array_equal(other.probs, whole.probs) and other.columns == whole.columns
 
 
 def test_other_rows_under_the_same_name_are_measured_anew(nano, world, tmp_path):
@@ -133,7 +187,7 @@ def test_helping_processes_score_and_leave(nano, world, tmp_path, monkeypatch):
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_computed(nano, world, tmp_path, monkeypatch, options, words):
-    monkeypatch.setattr("redflag.scoring.score.run", lambda arguments: pytest.fail("it was begun"))
+    monkeypatch.setattr("redflag.scoring.score.score_to_file", lambda *a, **k: pytest.fail("it was begun"))
     places = {"test": world / "test.jsonl", "train": world / "train.jsonl", "base": nano / "base"}
     options = {k: str(places[v]) if isinstance(v, str) and v in places else v for k, v in options.items()}
     with pytest.raises(RedflagError, match=words):

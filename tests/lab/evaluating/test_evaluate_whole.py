@@ -87,7 +87,7 @@ LAST_PARTS = {
 
 @pytest.mark.parametrize("part", LAST_PARTS)
 def test_what_comes_last_is_tried_before_the_rows_are_scored(world, tmp_path, monkeypatch, part):
-    monkeypatch.setattr("redflag.scoring.score.run", lambda arguments: pytest.fail("rows were scored"))
+    monkeypatch.setattr("redflag.scoring.score.score_to_file", lambda *a, **k: pytest.fail("rows were scored"))
     monkeypatch.setattr(LAST_PARTS[part], broken)
     with pytest.raises(RuntimeError, match="this part breaks"):
         evaluate(arguments(world, tmp_path / "out", **PARTS))
@@ -95,7 +95,7 @@ def test_what_comes_last_is_tried_before_the_rows_are_scored(world, tmp_path, mo
 
 
 def test_an_option_that_a_baseline_does_not_take_is_found_before_the_rows_are_scored(world, tmp_path, monkeypatch):
-    monkeypatch.setattr("redflag.scoring.score.run", lambda arguments: pytest.fail("rows were scored"))
+    monkeypatch.setattr("redflag.scoring.score.score_to_file", lambda *a, **k: pytest.fail("rows were scored"))
     options = {"refusal tokens": {"tunning": {}}}
     with pytest.raises(RedflagError, match="do not fit the baseline 'refusal tokens'"):
         evaluate(arguments(world, tmp_path / "out", baselines=["refusal tokens"], baseline_options=options))
@@ -105,7 +105,7 @@ def test_a_judge_that_does_not_answer_is_found_before_the_rows_are_scored(world,
     def silent(messages, answer):
         raise UnansweredError("connection refused")
 
-    monkeypatch.setattr("redflag.scoring.score.run", lambda arguments: pytest.fail("rows were scored"))
+    monkeypatch.setattr("redflag.scoring.score.score_to_file", lambda *a, **k: pytest.fail("rows were scored"))
     monkeypatch.setattr("redflag.lab.evaluating.stages.judge_of", lambda arguments: silent)
     with pytest.raises(RedflagError, match=r"must answer \(got UnansweredError: connection refused"):
         evaluate(arguments(world, tmp_path / "out", **PARTS))
@@ -121,11 +121,11 @@ def test_what_was_tried_is_not_tried_again_unless_it_changed(world, tmp_path, mo
     class Begun(Exception):
         pass
 
-    def begun(arguments):
+    def begun(*arguments, **options):
         raise Begun
 
     monkeypatch.setattr("redflag.lab.evaluating.stages.judge_of", lambda arguments: judge)
-    monkeypatch.setattr("redflag.scoring.score.run", begun)
+    monkeypatch.setattr("redflag.scoring.score.score_to_file", begun)
     for baselines, times in ((["tfidf"], 1), (["tfidf"], 1), ([], 2)):
         with pytest.raises(Begun):
             evaluate(arguments(world, tmp_path / "out", attacks=["none"], baselines=baselines))
