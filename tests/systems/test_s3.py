@@ -22,7 +22,7 @@ from redflag.lab.baselines import probes
 from redflag.lab.baselines.bench import Bench
 from redflag.lab.baselines.hidden import hidden_states
 from redflag.lab.baselines.probe_losses import ema, softmax_weighted, swim, token_bce, towards_maximum
-from redflag.lab.evaluating.cascade import Reader, asking, cascade, so_far, weighted
+from redflag.lab.evaluating.cascade import TextReader, asking, cascade, so_far, weighted
 from redflag.scoring.recording import Recording
 from redflag.trace import Escalation, Halt, Step, Text
 from redflag.watching.monitor import MonitorConfig
@@ -277,13 +277,13 @@ def test_S3_4_a_judge_of_texts_reads_up_to_the_alarm_is_asked_once_and_without_a
             raise TimeoutError
         return Verdict(0.25)
 
-    reader = Reader(CachedJudge(judge, tmp_path / "verdicts.jsonl", "a judge"), rows, first, tokenizer)
+    reader = TextReader(CachedJudge(judge, tmp_path / "verdicts.jsonl", "a judge"), rows, first, tokenizer)
     found = cascade(first, Thresholds.manual(0.5, ["harm"]), reader)
     assert asked == [
         (row.messages[0]["content"], tokenizer.decode(one[:5])) for row, one in zip(rows, ids, strict=True)
     ]
     assert found.recording.probs[spans[:-1] + 4, 0].tolist() == [0.25, 1.0, 0.25]
     assert reader.tokens == 15 and reader.seconds > 0
-    again = Reader(CachedJudge(judge, tmp_path / "verdicts.jsonl", "a judge"), rows, first, tokenizer)
+    again = TextReader(CachedJudge(judge, tmp_path / "verdicts.jsonl", "a judge"), rows, first, tokenizer)
     cascade(first, Thresholds.manual(0.5, ["harm"]), again)
     assert len(asked) == 4 and again.tokens == 5  # Only what had no verdict is asked again.

@@ -13,7 +13,7 @@ from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
 from redflag.lab.baselines import Cost
 from redflag.lab.baselines.bench import forward_flops
-from redflag.lab.evaluating.cascade import Stage, asking, measure
+from redflag.lab.evaluating.cascade import CascadeStage, asking, measure
 from redflag.lab.evaluating.cost import of_cascade, passes, relative
 from redflag.lab.evaluating.evaluate import EvaluateArguments, evaluate
 from redflag.lab.evaluating.stages import Models
@@ -120,7 +120,7 @@ def test_S3_5_the_report_sets_flag_baselines_and_cascades_against_relative_compu
     monkeypatch.setattr(NanoOracle, "__call__", lambda *given: pytest.fail("it was asked again"))
     recordings = [Recording.load(world / "out" / f"{split}.parquet") for split in ("test", "calibration")]
     splits = {split: load_rows(world / f"{split}.jsonl") for split in ("test", "calibration")}
-    stages = {"flag": Stage(*recordings, flag)}
+    stages = {"flag": CascadeStage(*recordings, flag)}
     found = measure(asked, ["flag", "judge"], stages, MonitorConfig(), splits, world / "out" / "cascades")
     assert found.cost == judged.cost and found.facts == judged.cascade
 

@@ -18,7 +18,7 @@ from redflag.backends.head import CACHE, plain_model
 from redflag.data.rows import Row
 from redflag.errors import RedflagError
 from redflag.lab.attacks import Attempt, Target, request_of
-from redflag.lab.attacks.gcg import Scorer
+from redflag.lab.attacks.gcg import SuffixScorer
 from redflag.lab.attacks.objective import Harm, Parts, embed, fitting
 from redflag.lab.attacks.stepping import look_at, room_for, weights_of
 from redflag.prompt import text_ids
@@ -90,7 +90,7 @@ class EmbeddingAttack:
 
     def _search(self, model: Any, target: Target, harm: Harm) -> tuple[torch.Tensor, Parts, Parts]:
         """The attacked suffix, shape `(n, H)`, and the objective's parts before and after."""
-        scorer = Scorer(model, target, harm)
+        scorer = SuffixScorer(model, target, harm)
         start = embed(model, harm.suffix)
         moved = torch.zeros_like(start)
         best, best_total = moved, float("inf")

@@ -100,7 +100,7 @@ class GCG:
         self, model: Any, target: Target, harm: Harm, allowed: torch.Tensor, seed: int
     ) -> tuple[list[int], Parts, Parts]:
         """The search against response and flag: suffix ids, and the objective's parts before and after."""
-        scorer = Scorer(model, target, harm)
+        scorer = SuffixScorer(model, target, harm)
         generator = torch.Generator().manual_seed(seed)
         ids = torch.tensor(harm.suffix)
         first = best = scorer.parts(ids[None])
@@ -159,7 +159,7 @@ class GCG:
                 result = attack.run(messages, target.tokenizer.decode(harm.target))
         finally:
             gc.unfreeze()
-        scorer = Scorer(model, target, harm)
+        scorer = SuffixScorer(model, target, harm)
         first = scorer.parts(torch.tensor([harm.suffix]))
         for _, suffix in sorted(zip(result.losses, result.strings, strict=True)):
             ids = text_ids(target.tokenizer, suffix, target.spec)
@@ -168,7 +168,7 @@ class GCG:
         return harm.suffix, first, first
 
 
-class Scorer:
+class SuffixScorer:
     """The objective's parts for suffixes of one request."""
 
     def __init__(self, model: Any, target: Target, harm: Harm) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from redflag.data.rows import Row
 from redflag.lab.attacks import Attempt, Messages, Target, request_of
-from redflag.lab.attacks.search import Chooser, Found, Guard, search, shown
+from redflag.lab.attacks.search import Chooser, Found, GuardInLoop, search, shown
 from redflag.lab.attacks.stepping import Looker, room_for
 from redflag.lab.nano.chooser import nano_chooser
 from redflag.prompt import text_ids
@@ -117,11 +117,11 @@ class RAP:
                 )
 
 
-def guard_of(target: Target) -> Guard | None:
+def guard_of(target: Target) -> GuardInLoop | None:
     """The target's guard; None where it has no thresholds."""
     if target.thresholds is None:
         return None
-    return Guard(target.thresholds, target.policy, target.spec.categories)
+    return GuardInLoop(target.thresholds, target.policy, target.spec.categories)
 
 
 def searched(
@@ -163,7 +163,7 @@ def searched(
 def _attempt(
     target: Target,
     found: Found,
-    guard: Guard | None,
+    guard: GuardInLoop | None,
     messages: Messages,
     row: Row,
     setting: str,

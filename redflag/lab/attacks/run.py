@@ -95,7 +95,7 @@ def make_attacks(
 
 
 @dataclass(frozen=True)
-class Result:
+class AttackResult:
     """What one attack gave.
 
     Attributes:
@@ -122,7 +122,7 @@ def run_attacks(
     unit: int = 64,
     workers: int = 1,
     say: Callable[[str], None] = lambda line: None,
-) -> list[Result]:
+) -> list[AttackResult]:
     """Runs the attacks one after the other.
 
     The attempts of each stand in a file of their own, `<attack>.jsonl`: what it was made with, then the attempts as
@@ -164,14 +164,14 @@ def run_attacks(
             attempts, seconds = record(target, attack, rows, path, seed, unit=unit)
         except NotPossibleError as error:
             say(f"{attack.name}: did not run: {error}")
-            results.append(Result(attack, [], [not_run(attack, rows, str(error))], 0.0))
+            results.append(AttackResult(attack, [], [not_run(attack, rows, str(error))], 0.0))
             continue
         judged = judge_attempts(
             attack, attempts, rows, cached, target, target.thresholds, target.policy, workers=workers
         )
         table = entries(attack, judged, rows, seconds=seconds)
         say(f"{attack.name}: {len(attempts)} attempts in {seconds:.1f} s")
-        results.append(Result(attack, judged, table, seconds))
+        results.append(AttackResult(attack, judged, table, seconds))
     return results
 
 

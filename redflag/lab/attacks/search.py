@@ -70,7 +70,7 @@ class Found:
 
 
 @dataclass
-class Guard:
+class GuardInLoop:
     """What the operator of a rank-assisted interface does: measures the branch at hand at every position.
 
     At an alarm that leads to anything but `continue`, nothing more is shown behind that position.
@@ -119,7 +119,7 @@ def search(
     budget: int,
     max_new_tokens: int,
     eos_ids: frozenset[int],
-    guard: Guard | None = None,
+    guard: GuardInLoop | None = None,
     exhaust: bool = False,
     strikes: int | None = None,
 ) -> Found:

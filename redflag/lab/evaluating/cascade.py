@@ -72,7 +72,6 @@ def cascade(first: Recording, thresholds: Thresholds, second: SecondJudge, polic
     """Replays a cascade over recorded responses.
 
     Args:
-        first: What the first stage recorded.
         thresholds: At which its alarms ask; their monitor folds the probabilities.
         second: The second judge.
         policy: How alarms are muted and how often may be asked; its action must be `escalate`.
@@ -148,7 +147,7 @@ def weighted(second: SecondJudge, first: Recording, share: float) -> SecondJudge
 
 
 @dataclass
-class Reader:
+class TextReader:
     """A judge of texts as second judge. One that gives no verdict leaves the alarm standing.
 
     Attributes:
@@ -183,7 +182,7 @@ class Reader:
         return harm
 
 
-class Stage(NamedTuple):
+class CascadeStage(NamedTuple):
     """A method of an evaluation, as a stage of a cascade: its recordings of the test and calibration rows, its cost."""
 
     test: Recording
@@ -252,7 +251,7 @@ def cascades_of(arguments: EvaluateArguments, baselines: Sequence[str], rows: Ma
 def measure(
     arguments: EvaluateArguments,
     names: Sequence[str],
-    stages: Mapping[str, Stage],
+    stages: Mapping[str, CascadeStage],
     monitor: MonitorConfig,
     rows: Mapping[str, Rows],
     folder: Path,
@@ -264,12 +263,11 @@ def measure(
         names: The first and the second stage; "judge": the evaluation's judge reads the text.
         stages: Name -> what was recorded.
         monitor: The first stage's.
-        rows: The rows, for a judge of texts.
         folder: Where a judge's verdicts are kept.
     """
     first = stages[names[0]]
     thresholds = asking(first.calibration, monitor, arguments.escalation_share)
-    readers: list[Reader] = []
+    readers: list[TextReader] = []
 
     def second(split: str, recording: Recording) -> SecondJudge:
         if names[1] == "judge":
@@ -310,15 +308,15 @@ def _policy(arguments: EvaluateArguments) -> Policy:
     return Policy(default="escalate", mute_limit=arguments.mute_limit, max_interventions=arguments.max_interventions)
 
 
-def _reader(arguments: EvaluateArguments, rows: Rows, first: Recording, folder: Path) -> Reader:
+def _reader(arguments: EvaluateArguments, rows: Rows, first: Recording, folder: Path) -> TextReader:
     from redflag.backends.load import load_tokenizer
     from redflag.lab.evaluating.stages import judge_of
 
     tokenizer, _, _ = load_tokenizer(arguments.model)
-    return Reader(CachedJudge(judge_of(arguments), folder / "verdicts.jsonl"), rows.rows, first, tokenizer)
+    return TextReader(CachedJudge(judge_of(arguments), folder / "verdicts.jsonl"), rows.rows, first, tokenizer)
 
 
-def _cost_of_judge(arguments: EvaluateArguments, readers: Sequence[Reader], folder: Path) -> Cost:
+def _cost_of_judge(arguments: EvaluateArguments, readers: Sequence[TextReader], folder: Path) -> Cost:
     """Per token of the answers that it reads: its time as measured when the verdicts were given, its FLOPs as given."""
     path = folder / "judge.json"
     identity = readers[0].judge.identity

@@ -114,7 +114,7 @@ def evaluate(arguments: EvaluateArguments, say: Callable[[str], None] = lambda l
     about: dict[str, Any] = {"kind": "flag", "what": what, "tokens": tokens, "cost": reading}
     flag = tables.method(recordings["test"], recordings["calibration"], **about, **fit)
     methods = {"flag": flag}
-    watched = {"flag": cascade.Stage(recordings["test"], recordings["calibration"], reading)}
+    watched = {"flag": cascade.CascadeStage(recordings["test"], recordings["calibration"], reading)}
     if names:
         say("== baselines")
         for name, found in stages.baselines(arguments, names, rows, output / "baselines", say).items():
@@ -123,7 +123,7 @@ def evaluate(arguments: EvaluateArguments, say: Callable[[str], None] = lambda l
             method = tables.method(found.test, found.calibration, **about, **fit)
             methods[name] = replace(method, flag_ahead=ahead)
             assert found.calibration is not None
-            watched[name] = cascade.Stage(found.test, found.calibration, found.cost)
+            watched[name] = cascade.CascadeStage(found.test, found.calibration, found.cost)
     for pair in cascades:
         say(f"== cascade: {' then '.join(pair)}")
         if left_out := [name for name in pair if name not in (*watched, "judge")]:

@@ -44,7 +44,7 @@ class Judged(NamedTuple):
 
 
 @dataclass
-class Stage:
+class Regression:
     """One regression.
 
     Attributes:
@@ -117,7 +117,7 @@ class RefusalClassifier:
 
     taxonomy: Taxonomy
     level: Level = "category"
-    stages: dict[str, Stage] = field(default_factory=dict)
+    stages: dict[str, Regression] = field(default_factory=dict)
     threshold: float = 0.5
     made: dict[str, Any] = field(default_factory=dict)
 
@@ -235,7 +235,7 @@ def features_maker(embedding: str | None, batch_size: int = 32) -> Callable[[], 
     return Embeddings(embedding, batch_size=batch_size).again
 
 
-def _stage(name: str, record: Mapping[str, Any], arrays: Mapping[str, npt.NDArray[Any]]) -> Stage:
+def _stage(name: str, record: Mapping[str, Any], arrays: Mapping[str, npt.NDArray[Any]]) -> Regression:
     features: list[Features] = []
     for i, one in enumerate(record["features"]):
         start = f"{name}.{i}."
@@ -248,4 +248,4 @@ def _stage(name: str, record: Mapping[str, Any], arrays: Mapping[str, npt.NDArra
         raise ValueError(f"weights of shape {weights.shape} for {len(classes)} classes and {width} features")
     if len(reads) != len(features) or not set(reads) <= set(READ):
         raise ValueError(f"the stage {name} reads {reads}")
-    return Stage(classes, reads, features, weights.astype(np.float64), intercepts.astype(np.float64))
+    return Regression(classes, reads, features, weights.astype(np.float64), intercepts.astype(np.float64))

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from redflag.errors import RedflagError
-from redflag.lab.refusals.classifier import RefusalClassifier, Stage
+from redflag.lab.refusals.classifier import RefusalClassifier, Regression
 from redflag.lab.refusals.features import Features
 from redflag.lab.refusals.pairs import Pair
 from redflag.lab.refusals.taxonomy import Level, Taxonomy
@@ -85,8 +85,8 @@ def train(
             continue
         begun = time.monotonic()
 
-        def fresh(classes: tuple[str, ...] = classes, reads: tuple[str, ...] = reads) -> Stage:
-            return Stage(classes, reads, [features() for _ in reads])
+        def fresh(classes: tuple[str, ...] = classes, reads: tuple[str, ...] = reads) -> Regression:
+            return Regression(classes, reads, [features() for _ in reads])
 
         stage = fresh()
         stage.fit([pair for pair, _ in labelled], [label for _, label in labelled], c=c, seed=seed)
@@ -177,7 +177,7 @@ def divide(groups: Sequence[str], folds: int, seed: int) -> Counts:
 def _held_out(
     labelled: Sequence[tuple[Pair, str]],
     classes: Sequence[str],
-    fresh: Callable[[], Stage],
+    fresh: Callable[[], Regression],
     c: float,
     folds: int,
     seed: int,

@@ -90,7 +90,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Result:
+class Synthesized:
     """What came of it.
 
     Attributes:
@@ -110,7 +110,7 @@ def synthesize(
     judge: Judge | None,
     settings: Settings = Settings(),
     on_progress: OnProgress = lambda what, done, total: None,
-) -> Result:
+) -> Synthesized:
     """Makes rows.
 
     Args:
@@ -153,7 +153,7 @@ def synthesize(
     if not rows:
         reasons = ", ".join(f"{reason} {count}" for reason, count in dropped.most_common(3))
         raise RedflagError(f"no row is left ({reasons or 'there was no request'}): look at what the model answers")
-    return Result(rows, +dropped, sum(row.harmful and row.onset is None for row in rows))
+    return Synthesized(rows, +dropped, sum(row.harmful and row.onset is None for row in rows))
 
 
 def is_held_out(row: Row, share: float) -> bool:

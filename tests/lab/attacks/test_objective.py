@@ -9,7 +9,7 @@ import torch
 from tiny_target import harmful_row, tiny_target
 
 from redflag.errors import RedflagError
-from redflag.lab.attacks.gcg import Scorer
+from redflag.lab.attacks.gcg import SuffixScorer
 from redflag.lab.attacks.objective import GOAL, Harm, Parts, embed, parts, target_logits
 
 
@@ -55,7 +55,7 @@ def test_the_gradient_is_that_of_finite_differences(weight):
 def test_a_tokens_gradient_is_its_embeddings_part_in_it():
     target = tiny_target()
     harm = Harm(target, harmful_row(), " x x", 3)
-    scorer = Scorer(target.model, target, harm)
+    scorer = SuffixScorer(target.model, target, harm)
     ids = torch.tensor(harm.suffix)
     scores = scorer.token_gradient(ids, 0.5)
     embeds = embed(target.model, harm.suffix).requires_grad_()
@@ -67,7 +67,7 @@ def test_a_tokens_gradient_is_its_embeddings_part_in_it():
 def test_candidates_side_by_side_score_as_alone():
     target = tiny_target(batch_size=2)
     harm = Harm(target, harmful_row(), " x x", 3)
-    scorer = Scorer(target.model, target, harm)
+    scorer = SuffixScorer(target.model, target, harm)
     tried = torch.tensor([harm.suffix, [*harm.suffix[:-1], 9], [*harm.suffix[:-1], 11]])
     together = scorer.parts(tried)
     for i, row in enumerate(tried):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from redflag.lab.attacks.search import Found, Guard, Path, harmful_tokens, search, shown
+from redflag.lab.attacks.search import Found, GuardInLoop, Path, harmful_tokens, search, shown
 from redflag.lab.attacks.stepping import Look
 from redflag.trace import Step
 from redflag.watching.monitor import MonitorConfig
@@ -45,7 +45,7 @@ class Wants:
 
 
 def guard(threshold=0.5, monitor=None, **policy):
-    return Guard(Thresholds.manual(threshold, ["harm"], monitor), Policy(**policy), ["harm"])
+    return GuardInLoop(Thresholds.manual(threshold, ["harm"], monitor), Policy(**policy), ["harm"])
 
 
 def walk(script, chooser, budget=20, longest=4, **more):
