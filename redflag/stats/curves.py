@@ -36,8 +36,6 @@ def roc(
         scores: N scores, one per response.
         labels: 1 harmful, 0 harmless.
         groups: Per response its group (None: by itself); None: no groups.
-        resamples: Bootstrap resamples; the threshold is derived anew in each.
-        seed: Same seed, same intervals.
 
     Returns:
         `fpr`, `tpr` (both from 0 to 1, never falling), `low`, `high` (around `tpr`).

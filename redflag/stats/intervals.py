@@ -64,7 +64,6 @@ def auroc_interval(
         scores: N scores, one per response.
         labels: 1 harmful, 0 harmless.
         groups: Per response its group (None: by itself); None: no groups.
-        level: The coverage aimed at.
 
     Raises:
         RedflagError: A class is empty, or a score is NaN.
@@ -99,7 +98,6 @@ def auroc_difference(
         second: N scores of another.
         labels: 1 harmful, 0 harmless.
         groups: Per response its group (None: by itself); None: no groups.
-        level: The coverage aimed at.
 
     Raises:
         RedflagError: A class is empty, or a score is NaN.
@@ -163,8 +161,6 @@ def ranking_intervals(
         groups: Per response its group (None: by itself); None: no groups.
         fprs: False-positive rates that must not be exceeded.
         level: Share of the resamples inside an interval.
-        resamples: How many are drawn.
-        seed: Same seed, same intervals.
 
     Raises:
         RedflagError: A class is empty, or a score is NaN.
@@ -224,8 +220,6 @@ def median_interval(
         values: N finite numbers.
         groups: Per number its group (None: by itself); None: no groups.
         level: Share of the resamples inside the interval.
-        resamples: How many are drawn.
-        seed: Same seed, same interval.
 
     Raises:
         RedflagError: There is no number.

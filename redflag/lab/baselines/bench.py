@@ -18,8 +18,9 @@ from redflag.data.rows import Row
 from redflag.errors import RedflagError
 from redflag.flags import FILE, Flag, FlagSpec
 from redflag.progress import track
+from redflag.scoring.fitting import fit
 from redflag.scoring.recording import Recording
-from redflag.scoring.score import score
+from redflag.scoring.scored import Scored, as_recorded
 
 Floats = npt.NDArray[np.float32]
 HiddenFrom = Literal["reference", "flagged"]
@@ -140,12 +141,13 @@ class Bench:
         Raises:
             RedflagError: A row cannot be rendered.
         """
-        listener = _Listener(len(self.spec.categories))
-        scored = score(listener, self.tokenizer, self.spec, rows, batch_size=64, max_length=self.limit)
-        return [
-            Read(item.row, pair[0], pair[1], len(item.token_ids), item.onset, item.truncated)
-            for item, pair in zip(scored, listener.pairs, strict=False)
-        ]
+        found = []
+        for number, row in enumerate(rows):
+            fitted = fit(self.tokenizer, self.spec, row, number, self.limit)
+            judged = fitted.response_ids + fitted.tail_ids
+            tokens = len(fitted.response_ids)
+            found.append(Read(row, fitted.prompt_ids, judged, tokens, fitted.onset, fitted.truncated))
+        return found
 
     def record(self, reads: Sequence[Read], probs: Sequence[Floats], name: str) -> Recording:
         """A recording with one flag, "harm".
@@ -159,22 +161,9 @@ class Bench:
         for read, judged in zip(reads, probs, strict=True):
             assert judged.shape == (len(read.judged_ids),), (judged.shape, len(read.judged_ids))
             column = judged.astype(np.float32)[:, None]
-            responses.append(
-                {
-                    "flag_probs": column[: read.tokens],
-                    "tail_probs": column[read.tokens :],
-                    "token_ids": read.judged_ids[: read.tokens],
-                    "id": read.row.id,
-                    "category": read.row.category,
-                    "onset": read.onset,
-                    "onset_source": read.row.onset_source,
-                    "group": read.row.group,
-                    "source": read.row.source,
-                    "lang": read.row.lang,
-                    "turns": sum(turn["role"] == "user" for turn in read.row.messages),
-                    "truncated": read.truncated,
-                }
-            )
+            probs_of = column[: read.tokens], column[read.tokens :]
+            scored = Scored(read.row, read.judged_ids[: read.tokens], *probs_of, read.onset, read.truncated)
+            responses.append(as_recorded(scored))
         return Recording.of(["harm"], responses, {"baseline": name, "seed": self.seed})
 
 
@@ -238,15 +227,3 @@ def score_pairs(backend: Any, pairs: Sequence[tuple[list[int], list[int]]], batc
         for i, probs in zip(picks, backend.score([pairs[i] for i in picks], batch_size=batch_size), strict=True):
             found[i] = probs
     return found
-
-
-class _Listener:
-    """Stands where a model does when rows are scored, and keeps what it would have been given."""
-
-    def __init__(self, flags: int) -> None:
-        self.flags = flags
-        self.pairs: list[tuple[list[int], list[int]]] = []
-
-    def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, batch_size: int) -> list[Any]:
-        self.pairs += [(list(prompt), list(response)) for prompt, response in pairs]
-        return [np.zeros((len(response), self.flags), dtype=np.float32) for _, response in pairs]

@@ -34,8 +34,6 @@ class FixedPosition:
     """A flag trained with `--placement first`; its probability at position 0 holds for the whole response.
 
     Attributes:
-        name: As it stands in tables.
-        what: How it judges.
         model: Folder of the flagged model.
     """
 
@@ -45,7 +43,6 @@ class FixedPosition:
         """Sets it up.
 
         Args:
-            bench: Base model, seed, limits.
             model: Folder to train into.
             most_rows: Most training rows; None: all.
             settings: Options of `redflag train` -> value, in place of `SETTINGS`.

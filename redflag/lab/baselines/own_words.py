@@ -29,10 +29,6 @@ class OwnWords:
 
     The prompt and the answer are read once; each question is read behind as much of their keys and values as had been
     written by then. Between two sentence ends the last verdict holds; before the first it is 0.
-
-    Attributes:
-        name: As it stands in tables.
-        what: How it judges.
     """
 
     def __init__(self, bench: Bench, *, question: str = QUESTION) -> None:

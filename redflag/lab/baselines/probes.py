@@ -83,9 +83,6 @@ class Probe:
     """A probe of any kind; see the functions below for those there are.
 
     Attributes:
-        name: As it stands in tables.
-        what: How it judges and what it was trained on.
-        bench: Base model, tokenizer, seed.
         layers: Which hidden states are read, 0 the embedding's output.
         width: Units of the hidden layer; 0: the probe is linear.
         loss: Loss of (logits B x T, batch, share of the training done).

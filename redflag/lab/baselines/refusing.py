@@ -42,9 +42,6 @@ class RefusalBaseline:
     """A base model trained to refuse, and the probability of that.
 
     Attributes:
-        name: As it stands in tables.
-        what: How it judges and what it was trained on.
-        bench: Base model, tokenizer, seed.
         model: Folder of the trained model, an ordinary one that attacks can be run against.
         examples: (rows, draw, ids of the marks) -> training examples of one pass.
         watched: Ids whose probabilities, added up, are the score; empty: that of the mark [refuse].

@@ -182,12 +182,7 @@ def check_baselines(
 
     Args:
         names: As in `record_baselines`, like the others.
-        base_dir: The base model.
-        model_dir: The flagged model.
         folder: Nothing is written there.
-        device: Where models would run.
-        most_rows: Most rows of those that train a model.
-        options: By name.
 
     Raises:
         RedflagError: An option is unknown, or a folder lacks something.

@@ -72,10 +72,6 @@ class StreamGuard:
 
     A guard with another tokenizer is given whole words, each once the next one has begun (the last one when the turn
     ends); between two verdicts the last one holds.
-
-    Attributes:
-        name: As it stands in tables.
-        what: How it judges.
     """
 
     def __init__(self, bench: Bench, model: Any, tokenizer: Any, called: str, strict: bool = True) -> None:

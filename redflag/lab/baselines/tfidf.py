@@ -22,18 +22,12 @@ _WORD = r"(?u)\b\w+\b"
 
 
 class TfidfBaseline:
-    """TF-IDF + logistic regression (scikit-learn) on the response so far, the prompt left out.
-
-    Attributes:
-        name: As it stands in tables.
-        what: How it judges.
-    """
+    """TF-IDF + logistic regression (scikit-learn) on the response so far, the prompt left out."""
 
     def __init__(self, bench: Bench, *, c: float = 3.0, beginnings: int = 2, min_df: int = 3) -> None:
         """Sets it up.
 
         Args:
-            bench: Tokenizer and seed.
             c: Inverse strength of the regression's penalty.
             beginnings: Random beginnings of each response that are trained on besides the whole.
             min_df: Texts that a word or pair must be in.

@@ -33,12 +33,7 @@ class _Judged(NamedTuple):
 
 
 class TokenClassifier:
-    """The base model fine-tuned together with a token head: language loss and cross-entropy at every step.
-
-    Attributes:
-        name: As it stands in tables.
-        what: How it judges.
-    """
+    """The base model fine-tuned together with a token head: language loss and cross-entropy at every step."""
 
     def __init__(
         self,
@@ -51,7 +46,6 @@ class TokenClassifier:
         """Sets it up.
 
         Args:
-            bench: Base model, tokenizer, seed.
             language: Weight of the next-token loss on the responses, a regulariser.
             most_rows: Most training rows; None: all.
             tuning: How it is trained; `lora_r` as there.

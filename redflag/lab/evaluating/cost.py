@@ -29,15 +29,7 @@ _ROWS, _ROUNDS = 64, 3
 
 
 def passes(arguments: EvaluateArguments, models: Models, rows: Rows, spec: FlagSpec, path: Path) -> tuple[Cost, Cost]:
-    """The model's own forward pass, and what reading the flags adds to it; measured once and kept.
-
-    Args:
-        arguments: Of the evaluation.
-        models: Its models.
-        rows: The test rows, the first of which the pass is timed on.
-        spec: The model's flags.
-        path: Where the measurement is kept.
-    """
+    """The model's own forward pass, and what reading the flags adds to it; measured on a few rows, once, and kept."""
     made_of = [model_stamp(arguments.model), rows.fingerprint, arguments.device, arguments.dtype, arguments.batch_size]
     if kept := kept_json(path, made_of=made_of):
         return Cost(**kept["pass"]), Cost(**kept["flags"])
@@ -82,8 +74,6 @@ def of_cascade(first: Cost, second: Cost, read: float) -> Cost:
     """What a cascade costs: its first stage at every token, its second at the tokens that it reads.
 
     Args:
-        first: Cost of the first stage.
-        second: Cost of the second, per token that it reads.
         read: Tokens that the second reads per response token of harmless traffic.
     """
 

@@ -37,12 +37,8 @@ def language_change(
     """How far a flagged model's language moved from the reference's, on the tokens of given responses.
 
     Args:
-        flagged: The model with flags.
         reference: The model before training; its vocabulary may lack rows that were added for the flags.
-        tokenizer: The flagged model's tokenizer.
-        spec: Its flags.
         rows: Conversations; harmful ones are left out, for their language may change.
-        batch_size: Conversations per forward pass.
         max_length: Longest prompt + response in tokens; longer conversations are left out and counted.
 
     Raises:

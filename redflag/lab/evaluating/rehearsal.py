@@ -44,17 +44,6 @@ def rehearse(
     What an attack or a baseline does beyond that is not tried: it takes as long for two rows as for many. Done once for
     a folder, unless models, rows or what is asked for change.
 
-    Args:
-        arguments: Of the evaluation.
-        models: Its models.
-        spec: The model's flags.
-        rows: By split.
-        names: Baselines that are asked for.
-        attacks: Attacks that are asked for.
-        judge: Of the attacks; None where there are none.
-        output: The evaluation's folder.
-        complete: Makes the report of its parts: methods, language, table of attacks, judge.
-
     Raises:
         RedflagError: Something does not fit, or the judge does not answer.
     """

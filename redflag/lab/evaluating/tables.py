@@ -76,19 +76,13 @@ def method(
         recording: The test responses; thresholds never see them.
         calibration: Other responses, whose harmless part sets the thresholds. None, and no `thresholds`: only what
             needs none is measured.
-        kind: Passed on.
-        what: The method in one sentence.
         monitor: How probabilities become scores; None: that of `thresholds`, else the highest probability.
         target_fpr: Share of harmless responses that may alarm.
         guarantee: "expected" or "high_probability"; see `redflag.calibrating.guarantee`.
         delta: Probability with which "high_probability" may fail.
         thresholds: Thresholds that were set elsewhere, in place of those that `calibration` would give.
-        cost: What the method costs per token; passed on.
-        hold_backs: Hold-backs for which exposed tokens are reported.
         tolerance: Tokens by which an alarm may miss the onset and still be on time.
         tokens: Per response of `recording` the texts of its tokens; adds the release by sentence.
-        resamples: Bootstrap resamples.
-        seed: Same seed, same intervals.
 
     Raises:
         RedflagError: The two recordings are of different flags or are the same, `thresholds` belong to another monitor

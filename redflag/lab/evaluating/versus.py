@@ -25,11 +25,7 @@ def versus(
     The same rows are drawn for both, so what is hard for both does not blur the difference.
 
     Args:
-        first: What one method recorded.
         second: What the other recorded on the same rows in the same order.
-        monitor: How both methods' probabilities become scores.
-        resamples: Bootstrap resamples.
-        seed: Same seed, same intervals.
 
     Raises:
         RedflagError: The rows are not the same, or a class is missing.

@@ -24,8 +24,6 @@ def write(report: Evaluation, traces: Sequence[ShownResponse], folder: str | Pat
     """Writes the three files, or none.
 
     Args:
-        report: What was measured.
-        traces: Responses for the viewer.
         folder: Where the files go; made if it is not there.
 
     Raises:

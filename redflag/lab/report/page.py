@@ -32,11 +32,7 @@ def render(
     """All of it as one text.
 
     Args:
-        title: Heading.
-        warnings: Said before anything else.
-        verdict: Sentences.
         figures: Headline numbers: value, what it is, small print.
-        sections: In the order in which they stand.
         traces: Packed responses; None: no viewer.
 
     Raises:

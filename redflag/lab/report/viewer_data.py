@@ -20,36 +20,19 @@ ROWS = "rows"  # the set of the responses that are no attack
 
 @dataclass(frozen=True)
 class ShownResponse:
-    """A response that the viewer shows.
+    """A response that the viewer shows; refused if a step has no probability."""
 
-    Attributes:
-        tokens: T texts.
-        probs: T steps and those that end the turn, x K flag probabilities.
-        harmful: Whether it is; of an answer to an attack what a judge said, False without a verdict.
-        id: Its name.
-        set: `ROWS`, or the attack.
-        source: Of a row its source, of an attempt its setting.
-        category: Of its harm.
-        onset: Index of the first harmful token.
-        onset_source: Where that comes from.
-        given: A prefill.
-        judged: What a judge said of an answer to an attack.
-
-    Raises:
-        RedflagError: There are steps without a probability.
-    """
-
-    tokens: Sequence[str]
-    probs: Any
-    harmful: bool
+    tokens: Sequence[str]  # T texts
+    probs: Any  # K flag probabilities at each of T steps and those that end the turn
+    harmful: bool  # of an answer to an attack: by a judge, False without a verdict
     id: str | None = None
-    set: str = ROWS
-    source: str | None = None
+    set: str = ROWS  # or the attack
+    source: str | None = None  # of an attempt its setting
     category: str | None = None
-    onset: int | None = None
+    onset: int | None = None  # index of the first harmful token
     onset_source: str | None = None
-    given: str | None = None
-    judged: bool | None = None
+    given: str | None = None  # a prefill
+    judged: bool | None = None  # what a judge said of an answer to an attack
 
     def __post_init__(self) -> None:
         table = np.asarray(self.probs, dtype="<f4")
