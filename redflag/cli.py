@@ -27,7 +27,7 @@ VERBS = {
     "audit-log": ("redflag.terminal.audit_log", "who overrode the watch, or came near its thresholds, by user"),
     "audit": ("redflag.lab.refusals.audit", "refusals in a file of rows: how many, which kind, what looks wrong"),
     "synthesize": (
-        "redflag.lab.synthesis.run",
+        "redflag.lab.synthesis.synthesize",
         "a constitution in words -> rows with onsets; or onsets for rows",
     ),
     "show": ("redflag.terminal.show_labels", "rows, encoded examples or traces in colour"),

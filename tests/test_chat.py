@@ -181,7 +181,7 @@ def test_a_missing_package_is_one_sentence_that_names_the_extra(monkeypatch):
 def test_openai_is_imported_when_somebody_is_asked_and_not_before():
     program = """
 import json, sys
-import redflag, redflag.cli, redflag.judges.endpoint, redflag.lab.synthesis.endpoint, redflag.lab.attacks.pair
+import redflag, redflag.cli, redflag.judges.endpoint, redflag.lab.synthesis.remote_writer, redflag.lab.attacks.pair
 print(json.dumps([name for name in ("openai",) if name in sys.modules]))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

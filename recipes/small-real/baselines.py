@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from redflag.data.rows import load_rows
-from redflag.lab.baselines.run import record_baselines
+from redflag.lab.baselines.record_baselines import record_baselines
 
 MAX_LENGTH = 256  # As flags are scored.
 BASELINES = ("tfidf", "last-layer probe", "all-layer probe", "token head", "mlp probe")

@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 
 from redflag.data.rows import load_rows
-from redflag.lab.baselines.run import record_baselines
+from redflag.lab.baselines.record_baselines import record_baselines
 from redflag.weights.precision import Machine
 
 BASELINES = ("tfidf", "last-layer probe", "all-layer probe", "mlp probe", "token head", "own words")

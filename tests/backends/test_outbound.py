@@ -26,8 +26,8 @@ from redflag.cli import parse
 from redflag.errors import RedflagError
 from redflag.judges.endpoint import EndpointJudge
 from redflag.lab.evaluating import evaluate
-from redflag.lab.synthesis.endpoint import Endpoint
 from redflag.lab.synthesis.questions import Question
+from redflag.lab.synthesis.remote_writer import Endpoint
 from redflag.outbound import extra_headers, proxy_for
 from redflag.scoring import score
 from redflag.server import serve

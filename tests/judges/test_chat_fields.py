@@ -16,9 +16,9 @@ from redflag.judges.endpoint import EndpointJudge
 from redflag.judges.rubrics import StrongRejectJudge
 from redflag.lab.evaluating import stages
 from redflag.lab.evaluating.evaluate import EvaluateArguments
-from redflag.lab.synthesis.endpoint import Endpoint
 from redflag.lab.synthesis.questions import Question
-from redflag.lab.synthesis.run import SynthesizeArguments
+from redflag.lab.synthesis.remote_writer import Endpoint
+from redflag.lab.synthesis.synthesize import SynthesizeArguments
 from redflag.terminal import generate
 
 ASK = [{"role": "user", "content": "How do I open a door?"}]

@@ -13,7 +13,7 @@ from redflag.judges.endpoint import EndpointJudge
 from redflag.judges.options import JudgeOptions
 from redflag.judges.rubrics import RUBRICS, Rubric, StrongRejectJudge
 from redflag.lab.evaluating.arguments import EvaluateArguments
-from redflag.lab.synthesis.run import SynthesizeArguments
+from redflag.lab.synthesis.synthesize import SynthesizeArguments
 
 NAMED = {"judge": "endpoint", "judge_url": "http://h/v1", "judge_name": "m"}
 VERBS = {

@@ -23,8 +23,8 @@ from redflag.calibrating import calibrate
 from redflag.data.rows import Row, load_rows, write_rows
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
-from redflag.lab.attacks.run import make_attacks
-from redflag.lab.baselines.run import NAMES
+from redflag.lab.attacks.run_attacks import make_attacks
+from redflag.lab.baselines.record_baselines import NAMES
 from redflag.lab.evaluating import evaluate
 from redflag.prompt import render_response
 from redflag.training import train

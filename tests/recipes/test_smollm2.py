@@ -15,7 +15,7 @@ import yaml
 
 from redflag.calibrating.calibrate import CalibrateArguments
 from redflag.data.rows import load_rows
-from redflag.lab.baselines.run import NAMES
+from redflag.lab.baselines.record_baselines import NAMES
 from redflag.scoring.recording import Recording
 from redflag.training.train import TrainArguments
 from redflag.training.trainer import RedFlagConfig

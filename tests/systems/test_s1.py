@@ -24,7 +24,7 @@ from redflag.guard.guard import Guard
 from redflag.judges import Verdict
 from redflag.lab.attacks import Target
 from redflag.lab.attacks.finetune import FineTune
-from redflag.lab.attacks.run import make_attacks, run_attacks
+from redflag.lab.attacks.run_attacks import make_attacks, run_attacks
 from redflag.lab.attacks.wrappers import Wrappers, translation
 from redflag.lab.baselines.bench import Bench
 from redflag.lab.baselines.fixed import FixedPosition

@@ -23,7 +23,7 @@ from redflag.data.rows import load_rows
 from redflag.files import atomic_write
 from redflag.lab.attacks import Target
 from redflag.lab.attacks.rap import RAP, follow_oracle
-from redflag.lab.attacks.run import run_attacks
+from redflag.lab.attacks.run_attacks import run_attacks
 from redflag.lab.nano.judge import NanoOracle
 from redflag.scoring.recording import Recording
 from redflag.stats.metrics import clopper_pearson

@@ -1,8 +1,8 @@
 """Baselines: other ways to watch a response as it is written, trained on the rows that a flag is trained on.
 
 A baseline records as a flag does, so that it stands in the same tables, under the same monitors and thresholds:
-`redflag.lab.baselines.run.record_baselines` trains any of them and keeps their recordings. What they share (the
-base model, the tokenizer, the limits) is a `redflag.lab.baselines.bench.Bench`.
+`record_baselines` of the module of that name trains any of them and keeps their recordings. What they share (the base
+model, the tokenizer, the limits) is a `redflag.lab.baselines.bench.Bench`.
 """
 
 from __future__ import annotations

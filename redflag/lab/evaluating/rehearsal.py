@@ -15,7 +15,7 @@ from redflag.files import atomic_write
 from redflag.flags import FlagSpec
 from redflag.lab import report as reporting
 from redflag.lab.attacks import Attack, Target, request_of
-from redflag.lab.baselines.run import check_baselines
+from redflag.lab.baselines.record_baselines import check_baselines
 from redflag.lab.evaluating import stages, tables
 from redflag.scoring import score
 from redflag.scoring.recording import Recording

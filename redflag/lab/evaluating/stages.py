@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from redflag.backends.hf import HFBackend
     from redflag.judges import Judge
     from redflag.lab.attacks import Attack
-    from redflag.lab.baselines.run import Recorded
+    from redflag.lab.baselines.record_baselines import Recorded
     from redflag.lab.evaluating.arguments import EvaluateArguments
 
 # Attempts of each attack that stand in the report's viewer.
@@ -135,7 +135,7 @@ def baselines_of(arguments: EvaluateArguments) -> list[str]:
     Raises:
         RedflagError: A name is unknown.
     """
-    from redflag.lab.baselines.run import NAMES
+    from redflag.lab.baselines.record_baselines import NAMES
 
     names = [name for given in arguments.baselines for name in (NAMES if given == "all" else (given,))]
     for name in (*names, *arguments.baseline_options):
@@ -152,7 +152,7 @@ def baselines(
     say: Callable[[str], None],
 ) -> dict[str, Recorded]:
     """Trains and records them, or reads what an earlier run left."""
-    from redflag.lab.baselines.run import record_baselines
+    from redflag.lab.baselines.record_baselines import record_baselines
 
     return record_baselines(
         names,
@@ -203,7 +203,7 @@ def attacks_of(arguments: EvaluateArguments, rows: Mapping[str, Rows]) -> list[A
     Raises:
         RedflagError: A name or an option is unknown.
     """
-    from redflag.lab.attacks.run import NANO_OPTIONS, make_attacks
+    from redflag.lab.attacks.run_attacks import NANO_OPTIONS, make_attacks
 
     options: dict[str, Any] = {}
     if arguments.judge == "oracle":
@@ -243,7 +243,7 @@ def attack(
     """
     from redflag.judges.cache import CachedJudge
     from redflag.lab.attacks import Target
-    from redflag.lab.attacks.run import run_attacks
+    from redflag.lab.attacks.run_attacks import run_attacks
 
     harmful = [row for row in rows["test"] if row.harmful]
     drawn = np.random.default_rng(arguments.seed).permutation(len(harmful))[: arguments.requests]

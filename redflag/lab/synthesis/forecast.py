@@ -57,7 +57,7 @@ def forecast(
 
     Args:
         rows: Conversations that end in the response.
-        model: Continues the prefixes; it must be one that can (`redflag.lab.synthesis.endpoint`).
+        model: Continues the prefixes; it must be one that can (`redflag.lab.synthesis.remote_writer`).
         judge: Reads prefix and continuation; from several threads at once.
         samples: Continuations of each prefix.
         positions: Most places in a response: beginnings of sentences, the first among them, evenly spread.

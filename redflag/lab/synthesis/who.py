@@ -49,7 +49,7 @@ def writer(
         from redflag.lab.synthesis.local import load_local
 
         return load_local(model, device=device, dtype=dtype, batch_size=batch_size)
-    from redflag.lab.synthesis.endpoint import Endpoint
+    from redflag.lab.synthesis.remote_writer import Endpoint
 
     return Endpoint(
         url,

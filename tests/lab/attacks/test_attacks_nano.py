@@ -7,7 +7,7 @@ import pytest
 from redflag.backends.load import load_flagged
 from redflag.data.rows import load_rows
 from redflag.lab.attacks import Target
-from redflag.lab.attacks.run import NANO_OPTIONS, make_attacks, run_attacks
+from redflag.lab.attacks.run_attacks import NANO_OPTIONS, make_attacks, run_attacks
 from redflag.lab.nano.judge import NanoOracle
 from redflag.watching.policy import Policy
 from redflag.watching.thresholds import Thresholds

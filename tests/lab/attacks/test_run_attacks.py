@@ -11,7 +11,7 @@ from attacking import HARM, alarm_at, make_row, make_target
 from redflag.errors import RedflagError
 from redflag.lab.attacks.outcome import summarise
 from redflag.lab.attacks.prefill import Prefill
-from redflag.lab.attacks.run import (
+from redflag.lab.attacks.run_attacks import (
     ATTACKS,
     NANO_OPTIONS,
     OUTSIDE,
@@ -62,7 +62,7 @@ def sampled():
 
 @pytest.mark.parametrize("kills", [(0,), (1,), (3, 0, 4), (5, 5), (13,)])
 def test_a_killed_run_ends_with_the_bytes_of_one_that_was_not(tmp_path, kills, monkeypatch):
-    monkeypatch.setattr("redflag.lab.attacks.run._head", lambda *a: {"format": 1})
+    monkeypatch.setattr("redflag.lab.attacks.run_attacks._head", lambda *a: {"format": 1})
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
     expected, _ = record(target(), sampled(), ROWS, whole, 1, unit=2)
     for left in kills:

@@ -13,7 +13,7 @@ from redflag.data.rows import load_rows, write_rows
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec, attach
 from redflag.judges import UnansweredError, Verdict
-from redflag.lab.baselines.run import record_baselines
+from redflag.lab.baselines.record_baselines import record_baselines
 from redflag.lab.evaluating.evaluate import EvaluateArguments, evaluate
 from redflag.lab.report import read_report
 from redflag.prompt import template_hash

@@ -6,7 +6,7 @@ import pytest
 
 from redflag.errors import RedflagError
 from redflag.lab.nano.judge import LabJudgeOptions
-from redflag.lab.synthesis import run as verb
+from redflag.lab.synthesis import synthesize as verb
 from redflag.lab.synthesis.local import load_local
 from redflag.lab.synthesis.questions import Question, Reply
 from redflag.lab.synthesis.who import writer

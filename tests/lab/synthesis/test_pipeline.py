@@ -16,7 +16,7 @@ from redflag.data.rows import load_rows
 from redflag.errors import RedflagError
 from redflag.judges import UnansweredError, Verdict
 from redflag.lab.nano.phrases import words
-from redflag.lab.synthesis import run as verb
+from redflag.lab.synthesis import synthesize as verb
 from redflag.lab.synthesis.augment import WRAPPERS, with_typos, wrapped
 from redflag.lab.synthesis.constitution import Class, parse_constitution
 from redflag.lab.synthesis.cost import allow, estimate

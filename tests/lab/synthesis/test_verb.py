@@ -24,7 +24,7 @@ NANO = Path(__file__).parents[3] / "recipes" / "papers" / "constitution" / "nano
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    monkeypatch.setitem(cli.VERBS, "synthesize", ("redflag.lab.synthesis.run", ""))
+    monkeypatch.setitem(cli.VERBS, "synthesize", ("redflag.lab.synthesis.synthesize", ""))
 
     def run(*words):
         status = cli.main(["synthesize", *map(str, words)])
@@ -40,7 +40,7 @@ def test_S3_1_a_process_that_is_killed_loses_nothing_that_was_answered(tmp_path)
 
     def start(name):
         code = (
-            "from redflag.lab.synthesis.run import SynthesizeArguments, run; "
+            "from redflag.lab.synthesis.synthesize import SynthesizeArguments, run; "
             f"run(SynthesizeArguments(output_dir={str(tmp_path / name)!r}, constitution={str(NANO)!r}, model='m', "
             f"url={server.url!r}, requests=60, concurrency=1, near=1.0, yes=True))"
         )

@@ -12,9 +12,9 @@ import pytest
 from chat_server import chat_server
 
 from redflag.errors import RedflagError
-from redflag.lab.synthesis.endpoint import Endpoint
 from redflag.lab.synthesis.pace import Pace
 from redflag.lab.synthesis.questions import KeptAnswers, Question, Reply
+from redflag.lab.synthesis.remote_writer import Endpoint
 
 
 class Clock:

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from redflag.errors import RedflagError
-from redflag.lab.baselines import hidden, probes, run
+from redflag.lab.baselines import hidden, probes
 from redflag.lab.baselines.bench import Bench
 from redflag.lab.baselines.hidden import hidden_states
 from redflag.lab.baselines.probes import Fitting
-from redflag.lab.baselines.run import record_baselines
+from redflag.lab.baselines.record_baselines import record_baselines
 
 NAMES = ["tfidf", "last-layer probe", "mlp probe"]
 
@@ -40,7 +40,9 @@ class Stub:
 @pytest.fixture
 def stubs(monkeypatch):
     Stub.calls, Stub.fail = [], None
-    monkeypatch.setattr(run, "_build", lambda name, bench, options, folder: Stub(name, bench))
+    monkeypatch.setattr(
+        "redflag.lab.baselines.record_baselines._build", lambda name, bench, options, folder: Stub(name, bench)
+    )
     return Stub
 
 
