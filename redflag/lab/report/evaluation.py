@@ -135,7 +135,7 @@ def as_json(part: Any) -> Any:
     return [as_json(value) for value in part] if isinstance(part, list | tuple) else part
 
 
-_reader = functools.cache(TypeAdapter)  # is made for a third of a second
+_reader = functools.cache(TypeAdapter)  # to make one takes a third of a second
 
 
 def read_report(path: str | Path) -> Evaluation:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from redflag.errors import RedflagError
-from redflag.lab.baselines import hidden, probes
+from redflag.lab.baselines import Cost, hidden, probes
 from redflag.lab.baselines.bench import Bench
 from redflag.lab.baselines.hidden import hidden_states
 from redflag.lab.baselines.probes import Fitting
@@ -34,7 +34,7 @@ class Stub:
         return self.bench.record(reads, [np.full(len(r.judged_ids), 0.5, np.float32) for r in reads], self.name)
 
     def cost(self):
-        return {"microseconds_per_token": 1.0, "flops_per_token": 2.0, "note": "none"}
+        return Cost(1.0, 2.0, "none")
 
 
 @pytest.fixture
