@@ -63,7 +63,7 @@ BAD_MODELS = {
     "later format": (edit("redflag.json", format=9), "has format 9", "use the version that wrote it"),
     "unknown key": (edit("redflag.json", secret=1), "secret", "redflag.json"),
     "no flags": (edit("redflag.json", flags=[]), "has no list of flags", "restore it"),
-    "flags of another model": (another_flag_id, "has id 77", "restore both from one training run"),
+    "flags of another model": (another_flag_id, "has id 77", "Restore both from one training run"),
     "no config": (lambda m: (m / "config.json").unlink(), "model does not load", "redflag train"),
     "damaged config": (text("config.json", "{"), "model does not load", "redflag train"),
     "config of another model": (edit("config.json", hidden_size=64), "model does not load", "redflag train"),
@@ -86,7 +86,7 @@ def test_a_bad_model_folder_is_named(refused, here, name, verb):
 BAD_THRESHOLDS = {
     "none": (lambda m: (m / "thresholds.json").unlink(), "holds no thresholds.json", "thresholds=0.5"),
     "damaged": (text("thresholds.json", '{"format": 1,'), "is not JSON"),
-    "no object": (text("thresholds.json", "[]"), "holds no object"),
+    "no object": (text("thresholds.json", "[]"), "is not an object"),
     "NaN": (text("thresholds.json", '{"format": 1, "values": {"harm": NaN}}'), "NaN is not JSON"),
     "later format": (edit("thresholds.json", format=9), "has format 9"),
     "unknown key": (edit("thresholds.json", mood=1), "has unknown keys ['mood']"),
@@ -112,9 +112,9 @@ def test_rows_that_do_not_fit_the_flags_are_named(refused, here):
     train = command("train", "--categories", "harm", "fraud", "--eval_share", "0", rows="mine.jsonl")
     refused(train, "row r9: no flag stands for the category 'arson'", "add a flag for it")
     write_rows("mine.jsonl", [row for row in rows if not row.harmful])
-    refused(command("train", "--eval_share", "0", rows="mine.jsonl"), "none of the 8 training rows is harmful", "add")
+    refused(command("train", "--eval_share", "0", rows="mine.jsonl"), "got 8 rows, none of them harmful", "Add")
     write_rows("mine.jsonl", [row for row in rows if row.harmful])
-    refused(command("train", "--eval_share", "0", rows="mine.jsonl"), "none of the 4 training rows is harmless", "add")
+    refused(command("train", "--eval_share", "0", rows="mine.jsonl"), "got 4 rows, none of them harmless", "Add")
     refused(command("calibrate", rows="mine.jsonl"), "0 harmless responses are too few", "add harmless rows")
 
 

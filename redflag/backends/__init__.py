@@ -29,12 +29,12 @@ class Matcher(Protocol):
         ...
 
     def accept(self, token_id: int) -> bool:
-        """Takes the next token; False, and without effect, where it is not allowed."""
+        """Accepts the next token; returns False and does nothing if it is not allowed."""
         ...
 
 
 class Grammar(Protocol):
-    """What a response has to look like (`redflag.guard.grammar` makes one of a JSON schema). Immutable."""
+    """The form of a response (`redflag.guard.grammar` makes one from a JSON schema). Immutable."""
 
     def begin(self) -> Matcher:
         """A matcher before the response's next token."""
@@ -44,7 +44,7 @@ class Grammar(Protocol):
         """The grammar of what may follow these tokens of a response.
 
         Raises:
-            RuntimeError: It does not allow them.
+            RuntimeError: The grammar does not allow them.
         """
         ...
 
@@ -66,23 +66,23 @@ class ChatInput:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen. None of it touches the flag probabilities, which are measured before.
+    """How tokens are chosen. It does not affect the flag probabilities, which are measured first.
 
     Attributes:
-        max_new_tokens: Most response tokens, the end-of-sequence token included.
+        max_new_tokens: Maximum number of response tokens, including the end-of-sequence token.
         temperature: Divides the logits; 0 takes the most likely token each time.
         top_p: Keep the smallest set of tokens with at least this much probability; 1 keeps all.
         top_k: Keep this many of the most likely tokens; 0 keeps all.
         min_p: Keep tokens at least this fraction as likely as the most likely one; 0 keeps all.
-        repetition_penalty: Above 1 makes tokens that already stand in prompt or response less likely.
-        seed: Draws are reproducible with a seed; without one torch's global generator is used.
-        stop: Texts that end the response and are not part of it. Backends ignore them: `redflag.guard.guard` looks.
-        logprobs: Steps carry log-probabilities: the chosen token's and those of so many of the most likely ones, for a
-            backend whose `most_logprobs` is as much; None asks for none.
-        grammar: Which tokens may be chosen at all; None allows all. Flags are measured before it, over all tokens. A
-            backend that cannot follow it has to refuse it.
-        chat: The conversation of which the prompt was made, for a server that renders it itself, to the same ids;
-            everything else goes by the ids and may ignore it.
+        repetition_penalty: Above 1 makes tokens that already occur in prompt or response less likely.
+        seed: Makes sampling reproducible; without one torch's global generator is used.
+        stop: Texts that end the response and are not part of it. Backends ignore them: `redflag.guard.guard` checks.
+        logprobs: Steps carry the log-probability of the chosen token and of this many of the most likely ones, at most
+            the backend's `most_logprobs`; None = no log-probabilities.
+        grammar: Which tokens may be chosen; None allows all. Flags are measured first, over all tokens. A backend that
+            does not support grammars must refuse it.
+        chat: The conversation that the prompt was rendered from, for a server that renders it itself, to the same ids.
+            All other backends use the ids and may ignore it.
 
     Example:
         >>> Sampling(temperature=0.0).greedy
@@ -120,18 +120,16 @@ class Sampling:
         )
         for name, value, valid, rule in checks:
             if not valid:
-                raise RedflagError(
-                    f"Sampling option {name} is {value!r}, with which no token can be drawn as asked; make it {rule}."
-                )
+                raise RedflagError(f"{name} must be {rule} (got {value!r}).")
 
     @property
     def greedy(self) -> bool:
-        """Whether the most likely token is taken each time."""
+        """Whether the most likely token is always chosen."""
         return self.temperature == 0.0
 
 
 class BusyError(RedflagError):
-    """The engine has as much work as it takes: the same request may succeed later."""
+    """The engine is at capacity; the same request may succeed later."""
 
 
 class ContextLengthError(RedflagError):
@@ -139,7 +137,7 @@ class ContextLengthError(RedflagError):
 
     Attributes:
         prompt_tokens: Tokens of the prompt.
-        context_length: Most tokens of prompt and response together.
+        context_length: Maximum number of tokens of prompt and response together.
     """
 
     def __init__(self, prompt_tokens: int, context_length: int, whose: str = "model") -> None:
@@ -155,7 +153,7 @@ MOST_LOGPROBS = 20  # of the most likely tokens, as at OpenAI and vLLM
 
 
 def most_logprobs(engine: object) -> int | None:
-    """How many of the most likely tokens a backend names beside the chosen one; None where it gives no log-probability.
+    """For how many of the most likely tokens a backend gives log-probabilities; None if it gives none at all.
 
     Example:
         >>> most_logprobs(object()) is None
@@ -165,7 +163,7 @@ def most_logprobs(engine: object) -> int | None:
 
 
 class Engine(Protocol):
-    """What all backends say about themselves. One that gives log-probabilities also has `most_logprobs`."""
+    """Properties of all backends. A backend that gives log-probabilities also has `most_logprobs`."""
 
     @property
     def eos_ids(self) -> frozenset[int]:
@@ -174,29 +172,29 @@ class Engine(Protocol):
 
     @property
     def logprob_mode(self) -> str:
-        """What the probabilities are taken from: `raw` logits, before temperature, bias and penalties."""
+        """Source of the probabilities: `raw` logits, before temperature, bias and penalties."""
         ...
 
     @property
     def upper_bound(self) -> bool:
-        """Whether the probabilities are upper bounds: alarms may then be false more often, and none is missed."""
+        """Whether the probabilities are upper bounds: false alarms may then be more frequent, but none is missed."""
         ...
 
 
 class Backend(Engine, Protocol):
-    """The seam. Everything that can produce steps is a backend; `tests/backends/test_contract.py` is its contract."""
+    """Anything that can produce steps; `tests/backends/test_contract.py` is the contract."""
 
     def stream(self, token_ids: Sequence[int], sampling: Sampling, watch: Sequence[int] = ()) -> Iterator[Step]:
         """Continues a prompt, one step at a time.
 
-        The end-of-sequence token is yielded as the last step when it is chosen; a stream that ends without one has
+        If the end-of-sequence token is chosen, it is yielded as the last step; a stream that ends without one has
         reached a length limit. An engine that is lost, late or cut off raises. A step that could not be judged carries
-        NaN. Closing the iterator, at any point, leaves nothing running.
+        NaN. Closing the iterator, at any point, stops the engine's work on the stream.
 
         Args:
             token_ids: The prompt, as ids of the model's vocabulary.
             sampling: How tokens are chosen.
-            watch: Ids that are measured in place of the flags. Flags are never chosen all the same.
+            watch: Ids that are measured in place of the flags. Flags are still never chosen.
 
         Yields:
             Steps, each with K flag probabilities (or those of `watch`) measured before its token was chosen.
@@ -208,12 +206,12 @@ class Backend(Engine, Protocol):
 
 
 class AsyncBackend(Engine, Protocol):
-    """The same seam for an event loop, which holds many streams without a thread for each."""
+    """The same for an event loop, which runs many streams without a thread for each."""
 
     def astream(self, token_ids: Sequence[int], sampling: Sampling, watch: Sequence[int] = ()) -> AsyncIterator[Step]:
-        """As `Backend.stream`; what it returns has `aclose`, whose cleanup does not wait for anything."""
+        """As `Backend.stream`; the iterator has `aclose`, which cleans up without waiting for anything."""
         ...
 
     async def aclose(self) -> None:
-        """Ends all streams and frees what they share."""
+        """Ends all streams and frees their shared resources."""
         ...

@@ -1,4 +1,4 @@
-"""From logits to a step: measure the flags, hide them, draw a token. The order of these three is the whole point."""
+"""From logits to a step: measure the flags, hide them, sample a token. The order matters."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def measure(logits: torch.Tensor, flag_ids: torch.Tensor) -> torch.Tensor:
 
 
 class Chooser:
-    """Draws the tokens of B responses that are decoded side by side.
+    """Samples the tokens of B responses that are decoded in one batch.
 
-    transformers' own processors do the work, in the order in which `generate` applies them. Row i draws from its own
-    generator, seeded with `seed + i`: a row's draws do not depend on the rows beside it.
+    transformers' own processors do the work, in the order in which `generate` applies them. Row i has its own
+    generator, seeded with `seed + i`, so its samples do not depend on the rows beside it.
     """
 
     def __init__(
@@ -60,9 +60,9 @@ class Chooser:
 
         Args:
             sampling: How tokens are chosen.
-            prompts: B prompts; only a repetition penalty looks at them.
+            prompts: B prompts; only a repetition penalty reads them.
             flag_ids: The K flag ids, on `device`.
-            device: Where the logits will lie.
+            device: Device of the logits.
             watch: Ids that are measured in place of the flags.
         """
         self._flag_ids = flag_ids
@@ -102,8 +102,7 @@ class Chooser:
             rows: For each row of `logits`, which of the B responses it belongs to.
 
         Returns:
-            One step per row. A row whose logits cannot be normalised has NaN probabilities and a token without
-            meaning.
+            One step per row. A row whose logits cannot be normalised has NaN probabilities and an arbitrary token.
 
         Raises:
             RuntimeError: The grammar leaves no token to choose.
@@ -115,7 +114,7 @@ class Chooser:
         if self._matchers:
             scores.masked_fill_(self._refused(rows, scores.shape[-1]), -math.inf)
         if self._penalty is not None:
-            # Row by row: responses differ in length, and the penalty takes ids as a rectangle.
+            # Row by row: responses differ in length, and the penalty needs a rectangular tensor of ids.
             scores = torch.cat([self._penalty(self._seen[row], scores[i : i + 1]) for i, row in enumerate(rows)])
         if self._greedy:
             tokens = scores.argmax(dim=-1, keepdim=True)
@@ -140,7 +139,7 @@ class Chooser:
         """Log-probabilities of the chosen tokens, shape `(B, 1)`, and of the most likely ones."""
         most = language.topk(min(self._logprobs or 0, language.shape[-1]), dim=-1)
         rows = zip(language.gather(-1, tokens).tolist(), most.indices.tolist(), most.values.tolist(), strict=True)
-        # What is impossible is not named: flags above all.
+        # Impossible tokens are left out, above all the flags.
         return [
             Logprobs(chosen, tuple((i, value) for i, value in zip(ids, values, strict=True) if value > -math.inf))
             for [chosen], ids, values in rows
@@ -161,10 +160,10 @@ class Chooser:
     def _draw(self, scores: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
         """One token per row by inverting the cumulative distribution, shape `(len(rows), 1)`.
 
-        `torch.multinomial` draws V random numbers where one will do, and on a GPU its check for NaN is an assertion
-        that takes the process down. A token of probability 0 is never found: the running sum does not grow at it, and
-        the drawn point lies below the whole sum even after rounding. In single precision neither is sure, where a
-        device adds in another order: then the likeliest token takes the place of an impossible one.
+        `torch.multinomial` needs V random numbers instead of one, and on a GPU its check for NaN is an assertion that
+        kills the process. A token of probability 0 is never sampled: the cumulative sum does not grow at it, and the
+        sampled point lies below the total even after rounding. In single precision neither is certain if a device adds
+        in another order; then the likeliest token replaces an impossible one.
         """
         wide = widest(scores.device)
         probs = torch.softmax(scores, dim=-1)

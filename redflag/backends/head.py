@@ -1,7 +1,7 @@
-"""The output head, applied where it is needed: hidden states in, logits of some positions out.
+"""The output head, applied only where needed: hidden states in, logits of some positions out.
 
-A response of T tokens over V = 151,936 words is 0.6 MB of float32 logits per token. Scoring needs K numbers per token,
-so the backbone runs once and the head runs over the positions that count, a few at a time.
+With V = 151,936, float32 logits take 0.6 MB per token. Scoring needs K numbers per token, so the backbone runs once and
+the head runs over the positions that are scored, a few at a time.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from packaging import version
 
 from redflag.backends.choose import measure
 
-# What transformers calls the keys and values so far; since 5.24 the old name warns, and 5.40 will not know it.
+# transformers' name for the key-value cache; since 5.24 the old name warns, and 5.40 will not accept it.
 CACHE = "cache" if version.parse(transformers.__version__).release >= (5, 24) else "past_key_values"
-# Logits alive at one time while scoring, in numbers: 64 MB of float32.
+# Logits in memory at one time while scoring, in elements: 64 MB of float32.
 _LOGITS_AT_ONCE = 16_777_216
 
 
@@ -31,11 +31,11 @@ def backbone(model: Any) -> Any:
 
 
 def logit_finish(model: Any) -> tuple[float, float | None]:
-    """What a model does to its logits after the matrix: a factor, then a soft cap (None: none).
+    """A model's changes to its logits after the matrix: a factor, then a soft cap (None = no cap).
 
-    Cohere, Granite, Falcon-H1, MiniCPM and others multiply or divide by a number of their configuration, Gemma caps
-    with `cap * tanh(logits / cap)` (section 2 of the Gemma 2 report). Families that do something else are found out by
-    `head_agrees`.
+    Cohere, Granite, Falcon-H1, MiniCPM and others multiply or divide by a number of their configuration; Gemma caps
+    with `cap * tanh(logits / cap)` (section 2 of the Gemma 2 report). `head_agrees` detects families that do something
+    else.
     """
     config = plain_model(model).config.get_text_config()
     factor, cap = 1.0, None
@@ -44,7 +44,7 @@ def logit_finish(model: Any) -> tuple[float, float | None]:
         factor *= value if isinstance(value, (int, float)) else 1.0
     scaling = getattr(config, "logits_scaling", None)
     if isinstance(scaling, (int, float)):
-        # One configuration key, two meanings.
+        # The same configuration key is a factor in some families and a divisor in others.
         factor = factor * scaling if config.model_type.startswith("hyperclovax") else factor / scaling
     for name in ("final_logit_softcapping", "logits_soft_cap"):
         cap = getattr(config, name, None) or cap
@@ -52,10 +52,10 @@ def logit_finish(model: Any) -> tuple[float, float | None]:
 
 
 def head_logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """What the model's own forward makes of last hidden states.
+    """Logits of last hidden states, as the model's own forward computes them.
 
     Args:
-        model: A causal language model, PEFT-wrapped or not.
+        model: A causal language model, with or without PEFT.
         hidden: Last hidden states, shape `(N, H)`, in the model's dtype.
 
     Returns:
@@ -70,11 +70,11 @@ def head_logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
 
 @torch.inference_mode()
 def head_agrees(model: Any, token_ids: torch.Tensor) -> bool:
-    """Whether backbone and head apart give the logits of the whole model.
+    """Whether backbone and head, applied separately, give the logits of the whole model.
 
     Args:
         model: A causal language model.
-        token_ids: Any few ids, shape `(1, T)`, on the model's device.
+        token_ids: A few arbitrary ids, shape `(1, T)`, on the model's device.
     """
     try:
         hidden = backbone(model)(input_ids=token_ids, use_cache=False).last_hidden_state[0]

@@ -1,4 +1,4 @@
-"""transformers as a backend: own stepping over a key-value cache, flags measured from raw logits at every step."""
+"""transformers as a backend: a decoding loop over a key-value cache that measures the flags from raw logits."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from redflag.weights.prefix import PrefixSlot
 
 
 class HFBackend:
-    """Runs a causal language model of transformers (PEFT-wrapped or not), on whatever device it lies.
+    """Runs a causal language model of transformers, with or without PEFT, on the device where it lies.
 
-    The model is put into evaluation mode. A stream may be started while another is running; each has its own cache.
+    The model is put into evaluation mode. Several streams may be open at a time; each has its own cache.
 
     Attributes:
         context_length: Most tokens of prompt and response together; None when the model states no limit.
         logprob_mode: `raw`.
         upper_bound: False: the probabilities are exact.
-        most_logprobs: Of so many likely tokens `Sampling.logprobs` may ask for log-probabilities.
+        most_logprobs: Largest allowed `Sampling.logprobs`.
 
     Example:
         ```python
@@ -46,8 +46,8 @@ class HFBackend:
             model: The model, with the flags attached.
             tokenizer: Its tokenizer; only the end-of-sequence id is read from it.
             spec: The flags, with ids.
-            reuse_prefix: Keep the last stream's keys and values for a prompt that begins alike. Logits then agree with
-                those of a fresh run up to rounding; False makes seeded draws equal bit by bit.
+            reuse_prefix: Cache the last stream's keys and values for a prompt with the same beginning. Logits then
+                equal those of a fresh run up to rounding; set False for seeded sampling that is equal bit by bit.
 
         Raises:
             RedflagError: A flag id lies outside the model's vocabulary.
@@ -65,8 +65,8 @@ class HFBackend:
         outside = [flag_id for flag_id in spec.ids if not 0 <= flag_id < vocabulary]
         if outside:
             raise RedflagError(
-                f"Flag id {outside[0]} is not among the model's {vocabulary} ids, so its probability cannot be "
-                "measured; load the model that the flags were attached to."
+                f"flag ids must be below the model's vocabulary size, {vocabulary} (got {outside[0]}). Load the model "
+                "that the flags were attached to."
             )
         self._flag_ids = torch.tensor(spec.ids, dtype=torch.long, device=self._device)
         self._eos_ids = _eos_ids(plain, tokenizer) - frozenset(spec.ids)
@@ -90,19 +90,18 @@ class HFBackend:
     def stream(self, token_ids: Sequence[int], sampling: Sampling, watch: Sequence[int] = ()) -> Iterator[Step]:
         """Continues a prompt; see `redflag.backends.Backend.stream`.
 
-        A response that reaches the end of the context stops there, as one that reaches `max_new_tokens`. A step with
-        NaN probabilities is the last one.
+        A response stops at the end of the context as it does at `max_new_tokens`. A step with NaN probabilities is the
+        last one.
         """
         outside = [i for i in watch if not 0 <= i < self._vocabulary]
         if outside:
             raise RedflagError(
-                f"Id {outside[0]} is not among the model's {self._vocabulary} ids, so its probability cannot be "
-                "measured; watch ids of this model's tokenizer."
+                f"watched ids must be below the model's vocabulary size, {self._vocabulary} (got {outside[0]})."
             )
         return self._steps(list(token_ids), sampling, self._room(token_ids, sampling), watch)
 
     def forget(self) -> None:
-        """Frees the keys and values kept for the next prompt."""
+        """Frees the keys and values cached for the next prompt."""
         if self._slot is not None:
             self._slot.clear()
 
@@ -112,9 +111,9 @@ class HFBackend:
         """Continues many prompts at once.
 
         Args:
-            prompts: Prompts as ids; they need not be of one length.
-            sampling: How tokens are chosen. Prompt i draws with `seed + i`.
-            batch_size: Most prompts that run side by side.
+            prompts: Prompts as ids, of any lengths.
+            sampling: How tokens are chosen. Prompt i uses `seed + i`.
+            batch_size: Maximum number of prompts in a batch.
 
         Returns:
             For each prompt the steps that `stream` yields for it (up to rounding), in the order given.
@@ -138,7 +137,7 @@ class HFBackend:
 
         Args:
             pairs: `(prompt_ids, response_ids)` for each response.
-            batch_size: Most responses in one forward pass; those of like length go together.
+            batch_size: Maximum number of responses in one forward pass; responses are sorted by length.
 
         Returns:
             For each pair an array of shape `(T, K)`, float32, T being the length of its response. Row t equals the
@@ -157,7 +156,7 @@ class HFBackend:
         if order and self._head_apart is None:
             sample = torch.tensor([list(pairs[order[0]][0])[:4]], device=self._device)
             self._head_apart = head_agrees(self._model, sample)
-        # A model whose head cannot be applied apart is run row by row, so that only one row's logits are alive.
+        # A model whose head cannot be applied separately runs row by row, so that only one row's logits are in memory.
         size = batch_size if self._head_apart else 1
         for start in range(0, len(order), size):
             rows = order[start : start + size]
@@ -169,7 +168,7 @@ class HFBackend:
 
     def _room(self, token_ids: Sequence[int], sampling: Sampling) -> int:
         if not token_ids:
-            raise RedflagError("The prompt holds no tokens, so there is nothing to continue; give at least one.")
+            raise RedflagError("the prompt must hold at least one token (got none).")
         if self.context_length is None:
             return sampling.max_new_tokens
         room = self.context_length - len(token_ids)
@@ -180,21 +179,21 @@ class HFBackend:
     def _check_pair(self, index: int, prompt: int, response: int) -> None:
         if not prompt:
             raise RedflagError(
-                f"Prompt {index} holds no tokens, so there is no position before its response's first token; give at "
-                "least one."
+                f"prompt {index} must hold at least one token (got none). Nothing else precedes its response's first "
+                "token."
             )
         if self.context_length is not None and prompt + response > self.context_length:
             raise RedflagError(
-                f"Conversation {index} has {prompt + response} tokens and the model's context holds "
-                f"{self.context_length}, beyond which its probabilities mean nothing; shorten or leave out this row."
+                f"conversation {index} must have at most {self.context_length} tokens, the model's context (got "
+                f"{prompt + response}). Shorten or leave out this row."
             )
 
     def _steps(self, prompt: list[int], sampling: Sampling, room: int, watch: Sequence[int]) -> Iterator[Step]:
-        taken = self._slot.take(prompt) if self._slot is not None else None
-        cache, held = taken if taken is not None else (DynamicCache(config=self._config), 0)
+        cached = self._slot.take(prompt) if self._slot is not None else None
+        cache, held = cached if cached is not None else (DynamicCache(config=self._config), 0)
         chooser = Chooser(sampling, [prompt], self._flag_ids, self._device, watch)
         cached_ids, pending = prompt[:held], prompt[held:]
-        # False while the cache may be half written or hold NaN: it is dropped then, not kept for another prompt.
+        # False while the cache may be half written or hold NaN; then it is dropped instead of reused.
         sound = False
         try:
             for _ in range(room):
@@ -252,9 +251,9 @@ class HFBackend:
             if not running:
                 return
             if len(running) < len(rows):
-                kept = torch.tensor(running, device=self._device)
-                cache.reorder_cache(kept)
-                pads, rows = pads[kept], [rows[index] for index in running]
+                still_running = torch.tensor(running, device=self._device)
+                cache.reorder_cache(still_running)
+                pads, rows = pads[still_running], [rows[index] for index in running]
             input_ids = torch.tensor([[steps[index].token_id] for index in running], device=self._device)
 
     def _score_batch(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> torch.Tensor:
@@ -280,10 +279,10 @@ def _eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
 
 
 def find_eos_ids(*sources: Any) -> frozenset[int]:
-    """End-of-sequence ids of everything that may name one: configurations, tokenizer."""
-    found: set[int] = set()
+    """End-of-sequence ids from all given configurations and tokenizers."""
+    eos_ids: set[int] = set()
     for source in sources:
         ids = getattr(source, "eos_token_id", None)
         if ids is not None:
-            found.update([ids] if isinstance(ids, int) else ids)
-    return frozenset(found)
+            eos_ids.update([ids] if isinstance(ids, int) else ids)
+    return frozenset(eos_ids)

@@ -1,4 +1,4 @@
-"""A model from its folder, refused unless all of it is there and belongs together."""
+"""Loads a model from its folder; incomplete or mismatched files are refused."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ def read_model(name: str | Path, dtype: Any = "auto") -> tuple[Any, Any]:
     """A causal language model and its tokenizer, from a folder, a GGUF file or the hub.
 
     Raises:
-        RedflagError: They do not load, or the files lack weights (transformers would draw random ones).
+        RedflagError: They do not load, or the files lack weights (transformers would initialise them randomly).
     """
     try:
         tokenizer = plain_tokenizer(name)
         model, lacking = _read_weights(name, dtype)
     except RedflagError:
         raise
-    except Exception as error:  # A damaged file shows itself in a dozen ways: JSON, safetensors, shapes, missing keys.
+    except Exception as error:  # Damaged files raise a dozen types: JSON, safetensors, shapes, missing keys.
         reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
         raise RedflagError(
-            f"{name} does not load as a model with its tokenizer ({reason}): give the folder of a complete model, "
-            "such as `redflag train` writes, a hub name, or a GGUF file of a kind that transformers reads"
+            f"{name} does not load as a model with its tokenizer ({reason}). Give the folder of a complete model, such "
+            "as `redflag train` writes, a hub name, or a GGUF file of a kind that transformers reads."
         ) from error
     tied = model.get_output_embeddings() is not None and model.config.get_text_config().tie_word_embeddings
-    # The flag rows of a tied head are those of the embedding, and lie in an adapter's file only once.
+    # A tied head shares the flag rows of the embedding, so an adapter's file holds them only once.
     missing = sorted(key for key in lacking if not (tied and ".token_adapter." in key))
     if missing:
         raise RedflagError(
-            f"{name} lacks {len(missing)} of the model's weights ({missing[0]}, ...), which would be random numbers: "
-            "restore the files or train again"
+            f"{name} must hold all of the model's weights ({len(missing)} are missing: {missing[0]}, ...). They would "
+            "be random numbers. Restore the files or train again."
         )
     return model, tokenizer
 
@@ -55,7 +55,7 @@ def _read_weights(name: str | Path, dtype: Any) -> tuple[Any, set[str]]:
     if not config.is_file():
         return _read_whole(name, dtype)
     model, lacking = read_base(name, dtype)
-    # transformers reports weights that a tied head has no need of; what is really missing is refused by the caller.
+    # transformers also reports weights that a tied head does not need; the caller refuses those really missing.
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -68,7 +68,7 @@ def read_base(folder: str | Path, dtype: Any = "auto") -> tuple[Any, set[str]]:
     """The model that an adapter's folder names, with room for its flags, and the weights that its files lack."""
     adapter = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
     model, lacking = _read_whole(adapter["base_model_name_or_path"], dtype)
-    # The base has no rows for flags that were put behind its vocabulary; the adapter holds them, and needs the place.
+    # The base has no rows for flags that were added behind its vocabulary; the adapter's rows need the space.
     trained = adapter.get("trainable_token_indices") or []
     ids = [i for part in (trained.values() if isinstance(trained, dict) else [trained]) for i in part]
     if ids and max(ids) >= model.get_input_embeddings().num_embeddings:
@@ -79,8 +79,8 @@ def read_base(folder: str | Path, dtype: Any = "auto") -> tuple[Any, set[str]]:
 def _read_whole(name: str | Path, dtype: Any) -> tuple[Any, set[str]]:
     if is_gguf(name):
         return read_gguf_weights(name, dtype)
-    model, found = _auto_class(name).from_pretrained(name, dtype=dtype, output_loading_info=True)
-    return model, set(found["missing_keys"])
+    model, loading_info = _auto_class(name).from_pretrained(name, dtype=dtype, output_loading_info=True)
+    return model, set(loading_info["missing_keys"])
 
 
 def plain_tokenizer(name: str | Path) -> Any:
@@ -89,10 +89,10 @@ def plain_tokenizer(name: str | Path) -> Any:
 
 
 def _auto_class(name: str | Path) -> Any:
-    """What loads a model as the class that its files name.
+    """The auto class that loads a model as the class that its files name.
 
-    Of a multimodal model such as Qwen3.5 `AutoModelForCausalLM` gives the text part, whose class and weights have other
-    names when it is saved, which engines do not load. (Of Gemma 3 it gives the whole.)
+    For a multimodal model such as Qwen3.5 `AutoModelForCausalLM` returns the text part, whose class and weights are
+    saved under other names, which engines do not load. (For Gemma 3 it returns the whole model.)
     """
     config = AutoConfig.from_pretrained(name)
     kind = config.model_type
@@ -103,11 +103,11 @@ def _auto_class(name: str | Path) -> Any:
 def load_flagged(
     directory: str | Path, device: str | None = "auto", dtype: Any = "auto"
 ) -> tuple[HFBackend, Any, FlagSpec]:
-    """A flagged model, ready to measure.
+    """Loads a flagged model, ready to measure.
 
     Args:
-        directory: What `redflag train` wrote.
-        device: Where the model shall run; "auto" is the first GPU where there is one; None stays on the CPU.
+        directory: Folder written by `redflag train`.
+        device: Device; "auto" is the first GPU, if there is one; None is the CPU.
         dtype: The weights' type; "auto" takes the saved one.
 
     Returns:
@@ -120,7 +120,7 @@ def load_flagged(
     model, tokenizer = read_model(directory, dtype)
     _check(directory, tokenizer, spec)
     if getattr(model, "_hf_peft_config_loaded", False) and model.dtype == torch.float32:
-        # Half of the time of a step otherwise; in 16 bits the weights would lose a part of what was learnt.
+        # A step with an unmerged adapter takes twice as long. In 16 bits merging would lose a part of what was learnt.
         for module in model.modules():
             if isinstance(module, BaseTunerLayer):
                 module.merge()
@@ -128,10 +128,10 @@ def load_flagged(
 
 
 def to_device(model: Any, device: str | None) -> Any:
-    """The model on a device; "auto" is the first GPU where there is one, None leaves it where it is.
+    """Moves the model to a device; "auto" is the first GPU, if there is one, None leaves it where it is.
 
     Raises:
-        RedflagError: It cannot run there.
+        RedflagError: The device is unknown or unusable.
     """
     if device == "auto":
         device = inference_device()
@@ -139,15 +139,15 @@ def to_device(model: Any, device: str | None) -> Any:
         return model
     try:
         return model.to(device)
-    except (AssertionError, RuntimeError) as error:  # PyTorch without CUDA answers with an assertion.
+    except (AssertionError, RuntimeError) as error:  # PyTorch without CUDA raises an AssertionError.
         reason = str(error).strip().partition("\n")[0]
         raise RedflagError(
-            f"the model cannot run on device {device!r} ({reason}): give cpu, or a device that this machine has"
+            f"device must be one that this machine has (got {device!r}: {reason}). For example cpu."
         ) from error
 
 
 def load_tokenizer(directory: str | Path) -> tuple[Any, FlagSpec, frozenset[int]]:
-    """What a flagged model's folder says without its weights: for a model that another process serves.
+    """Loads everything of a flagged model but its weights: for a model that another process serves.
 
     Returns:
         Tokenizer, flags, and the ids that end a response.
@@ -175,12 +175,12 @@ def read_tokenizer(directory: str | Path) -> tuple[Any, frozenset[int]]:
     except Exception as error:  # As in `read_model`.
         reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
         raise RedflagError(
-            f"{directory} does not load as a tokenizer with its model configuration ({reason}): give the folder of the "
-            "model that the server runs, such as `redflag train` writes"
+            f"{directory} does not load as a tokenizer with its model configuration ({reason}). Give the folder of the "
+            "model that the server runs, such as `redflag train` writes."
         ) from error
     try:
         generation: Any = None if is_gguf(directory) else GenerationConfig.from_pretrained(directory)
-    except OSError:  # A model need not have one.
+    except OSError:  # The file is optional.
         generation = None
     return tokenizer, find_eos_ids(generation, configuration, configuration.get_text_config(), tokenizer)
 
@@ -188,13 +188,13 @@ def read_tokenizer(directory: str | Path) -> tuple[Any, frozenset[int]]:
 def _check(directory: str | Path, tokenizer: Any, spec: FlagSpec) -> None:
     if spec.template_hash and spec.template_hash != template_hash(tokenizer):
         raise RedflagError(
-            f"the prompt template in {directory} is not the one that its flags were trained with, so their "
-            "probabilities would mean nothing: restore the tokenizer that `redflag train` saved, or train again"
+            f"the prompt template in {directory} must be the one that its flags were trained with. Under another one "
+            "their probabilities are meaningless. Restore the tokenizer that `redflag train` saved, or train again."
         )
     check_template(tokenizer)
     for flag in spec.flags:
-        if (known := tokenizer.convert_tokens_to_ids(flag.token)) != flag.id:
+        if (token_id := tokenizer.convert_tokens_to_ids(flag.token)) != flag.id:
             raise RedflagError(
-                f"the flag {flag.token!r} has id {flag.id} in {directory}/redflag.json and {known} in the tokenizer, "
-                "so another token would be watched in its place: restore both from one training run"
+                f"the id of the flag {flag.token!r} must be the same in {directory}/redflag.json and the tokenizer "
+                f"(got {flag.id} and {token_id}). Restore both from one training run."
             )

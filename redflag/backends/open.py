@@ -1,7 +1,7 @@
-"""Which engine measures the flags: a model in this process, or servers. The only module that chooses.
+"""Chooses the engine that measures the flags: a model in this process, or servers. No other module chooses.
 
-Verbs and `Guard` come here with a folder and perhaps addresses. What a further engine needs besides its own module is a
-branch here, and its options.
+Verbs and `Guard` call it with a folder and optional addresses. A further engine needs its own module, a branch here and
+its options.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class UpstreamOptions:
-    """How the servers of an option `upstream` are asked; several verbs share it."""
+    """Options for requests to the servers given as `upstream`; several verbs share them."""
 
     upstream_model: str | None = field(
         default=None, metadata={"help": "upstream: the model's name there; default: its first."}
@@ -38,10 +38,10 @@ class UpstreamOptions:
     )
 
     def upstream_options(self) -> dict[str, Any]:
-        """As arguments of `redflag.backends.remote.RemoteBackend`.
+        """The options as arguments of `redflag.backends.remote.RemoteBackend`.
 
         Raises:
-            RedflagError: An environment variable is not set, or a header cannot be sent.
+            RedflagError: An environment variable is not set, or a header is invalid.
         """
         return {
             "model": self.upstream_model,
@@ -58,20 +58,20 @@ def open_backend(
     dtype: Any = "auto",
     **served: Any,
 ) -> tuple[Backend, Any, FlagSpec]:
-    """What streams a flagged model's responses, proved to measure.
+    """Opens a backend that streams a flagged model's responses, and checks that it measures the flags.
 
     Args:
-        directory: What `redflag train` wrote; with `upstream` no weights are read.
-        upstream: The server that runs the model; None: this process.
-        device: Where a model in this process runs.
+        directory: Folder written by `redflag train`; with `upstream` no weights are read.
+        upstream: The server that runs the model; None = this process.
+        device: Device of a model in this process.
         dtype: The type of its weights.
-        **served: Of `redflag.backends.remote.RemoteBackend`.
+        **served: Options of `redflag.backends.remote.RemoteBackend`.
 
     Returns:
         Backend, tokenizer and flags.
 
     Raises:
-        RedflagError: Something is missing, or does not belong together, or the server does not measure the flags.
+        RedflagError: Files are missing or do not match, or the server does not measure the flags.
     """
     from redflag.backends.load import load_flagged, load_tokenizer
 
@@ -99,9 +99,9 @@ def open_scorer(
     dtype: Any = "auto",
     **served: Any,
 ) -> tuple[HFBackend | Upstreams, Any, FlagSpec]:
-    """What measures given responses: a model in this process, or any number of servers, to be closed.
+    """Opens a scorer of given responses: a model in this process, or any number of servers, to be closed.
 
-    Arguments, errors and what is returned as in `open_backend`.
+    Arguments, result and errors are those of `open_backend`.
     """
     from redflag.backends.load import load_flagged, load_tokenizer
 
@@ -115,10 +115,10 @@ def open_scorer(
 
 
 def open_writer(name: str | Path, *, device: str | None = "auto", dtype: Any = "auto") -> tuple[Backend, Any, FlagSpec]:
-    """What completes texts: a model from a folder or the hub, flagged or not.
+    """Opens a backend that completes texts: a model from a folder or the hub, flagged or not.
 
     Raises:
-        RedflagError: It does not load, or cannot run there.
+        RedflagError: The model does not load, or the device cannot be used.
     """
     from redflag.backends.hf import HFBackend
     from redflag.backends.load import load_flagged, read_model, to_device
@@ -126,13 +126,13 @@ def open_writer(name: str | Path, *, device: str | None = "auto", dtype: Any = "
     if (Path(name) / FILE).exists():
         return load_flagged(name, device, dtype)
     model, tokenizer = read_model(name, dtype)
-    # The backend's contract wants a flag; this one was never trained, and is never chosen.
+    # The backend's contract requires a flag; this one is untrained, and never chosen.
     spec = attach(model, tokenizer, FlagSpec.of("harm"))
     return HFBackend(to_device(model, device), tokenizer, spec), tokenizer, spec
 
 
 def event_loop_scorer(backend: AsyncBackend) -> Callable[[Sequence[int], Sequence[int]], Awaitable[Any]]:
-    """What measures given responses with the engine of a server, as `for_event_loop` made it.
+    """A function that scores given responses with a server's engine, as made by `for_event_loop`.
 
     Returns:
         A function of prompt ids and T response ids that gives T x K flag probabilities; it raises what
@@ -151,7 +151,7 @@ def event_loop_scorer(backend: AsyncBackend) -> Callable[[Sequence[int], Sequenc
             ways.append(await find_way(backend))
         try:
             return await score_response(backend, ways[0], prompt, response)
-        except OSError:  # It may come back with other options.
+        except OSError:  # The server may come back with other options.
             ways.clear()
             raise
 
@@ -159,24 +159,24 @@ def event_loop_scorer(backend: AsyncBackend) -> Callable[[Sequence[int], Sequenc
 
 
 async def _no_scores(prompt: Sequence[int], response: Sequence[int]) -> Any:
-    raise RedflagError("this engine cannot score given responses; use one that can")
+    raise RedflagError("scoring given responses is not supported by this engine.")
 
 
 def _refuse(served: Mapping[str, Any]) -> None:
     if served:
         raise RedflagError(
-            f"{', '.join(served)} must come with upstream. They say how a server is asked, and the model runs in this "
-            "process: give the server's address, or leave them out"
+            f"{', '.join(served)} must come with upstream. They are options of requests to a server. Give the server's "
+            "address, or leave them out."
         )
 
 
 def for_event_loop(backend: Backend, active: int, waiting: int) -> tuple[AsyncBackend, Callable[[], Awaitable[None]]]:
-    """A backend as a server drives it, and what proves again, later, that it measures.
+    """A backend for a server's event loop, and a function that checks again, later, that it measures.
 
     Args:
-        backend: As `open_backend` gives it.
-        active: Streams that an engine in this process works on at once, in turns.
-        waiting: Streams that wait for it.
+        backend: Result of `open_backend`.
+        active: Maximum number of streams that an engine in this process works on at a time, in turns.
+        waiting: Maximum number of streams that wait for it.
     """
     from redflag.backends.remote import RemoteBackend
     from redflag.backends.turns import Turns

@@ -1,7 +1,7 @@
-"""Any OpenAI-compatible server that returns log-probabilities as a backend; first of all a stock vLLM.
+"""An OpenAI-compatible server that returns log-probabilities, such as a stock vLLM, as a backend.
 
-Written for an event loop, where thousands of streams cost no thread each. `RemoteBackend.stream` runs the very same
-code on a loop of its own.
+Written for an event loop, where thousands of streams need no threads. `RemoteBackend.stream` runs the same code on a
+loop of its own.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from redflag.outbound import proxy_for
 from redflag.trace import Step
 
 _RETRIED = {429: BusyError, 502: ConnectionError, 503: BusyError, 504: ConnectionError}
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0  # seconds between two tries; tripled from try to try
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0  # seconds between two tries; tripled after each
 
 
 class RemoteBackend:
-    """A completion server behind the seam: `astream` for event loops, `stream` for everything else.
+    """A completion server as a backend: `astream` for event loops, `stream` for everything else.
 
-    One stream is one request; the server measures the flags and bans them. What it was started with is not known until
-    `redflag.backends.remote_handshake` has asked: let it, before the first user does.
+    One stream is one request; the server measures the flags and bans them. Whether it was started with the right
+    options is unknown until `redflag.backends.remote_handshake` has checked; run that before the first user's request.
 
     Attributes:
         url: Address of the server, without `/v1`.
-        model: Name of the served model; the server's first one unless it was given.
-        context_length: Most tokens of prompt and response together; None until the server was asked, and where it does
-            not say.
+        model: Name of the served model; by default the server's first one.
+        context_length: Maximum number of tokens of prompt and response together; None before the first request, and if
+            the server does not report it.
         upper_bound: Whether the probability of a flag that is not among the server's 20 most likely tokens is replaced
             by the twentieth's, which it cannot exceed.
 
@@ -68,7 +68,7 @@ class RemoteBackend:
         headers: Mapping[str, str] | None = None,
         route: Literal["completions", "chat"] = "completions",
     ) -> None:
-        """Sets up; the server is not asked anything yet.
+        """Makes no request yet.
 
         Args:
             url: Address, with or without `/v1`.
@@ -76,22 +76,21 @@ class RemoteBackend:
             eos_ids: Ids that end a response.
             model: Name of the served model; None takes the server's first one.
             api_key: Sent as a bearer token.
-            upper_bound: For servers that know no `logprob_token_ids`: take the 20 most likely tokens instead.
+            upper_bound: For servers without `logprob_token_ids`: use the 20 most likely tokens instead.
             connect_timeout: Seconds for a connection to be made.
-            step_timeout: Seconds without a step, the first one included, after which a stream fails.
-            retries: Further tries where the server cannot be reached or is busy; before the first step only.
-            vocab_size: Number of ids of the model; a token beyond them is a fault. None does not look.
-            context_length: Most tokens of prompt and response together; None asks the server.
-            headers: Sent with every request, before all of a gateway in front of the server.
-            route: Who renders conversations; `chat`: the server, wherever `Sampling.chat` is given, to the same ids.
+            step_timeout: Seconds without a step, including the first, after which a stream fails.
+            retries: Further tries if the server cannot be reached or is busy; only before the first step.
+            vocab_size: Number of ids of the model; a token beyond them is a fault. None = no check.
+            context_length: Maximum number of tokens of prompt and response together; None asks the server.
+            headers: Sent with every request, for example for a gateway in front of the server.
+            route: `chat` lets the server render conversations if `Sampling.chat` is given, to the same ids.
 
         Raises:
-            RedflagError: The address is none, or there are no flags or more than a request can measure.
+            RedflagError: The address is invalid, or there are no flags or more than a request can measure.
         """
         if not url.startswith(("http://", "https://")):
             raise RedflagError(
-                f"The server's address {url!r} names no protocol, so it is not known how to ask; write "
-                "http://HOST:PORT."
+                f"the server's address must begin with http:// or https:// (got {url!r}). Write http://HOST:PORT."
             )
         self.url = url.rstrip("/").removesuffix("/v1").rstrip("/")
         self.model = model
@@ -120,7 +119,7 @@ class RemoteBackend:
 
     @property
     def most_logprobs(self) -> int | None:
-        """0: beside the chosen token the server names the flags or the likeliest tokens, not both. None with bounds."""
+        """0: besides the chosen token the server names either the flags or the likeliest tokens. None with bounds."""
         return None if self.upper_bound else 0
 
     @property
@@ -132,9 +131,9 @@ class RemoteBackend:
         """Continues a prompt; see `redflag.backends.Backend.stream`. Not for a thread in which an event loop runs.
 
         Raises:
-            RedflagError: As every backend; at the first step also where the server refuses the request, in its words.
+            RedflagError: As every backend; at the first step also if the server refuses the request, with its message.
             BusyError: The server was busy at every try.
-            ConnectionError: The server cannot be reached, is lost, or sends what cannot be judged.
+            ConnectionError: The server cannot be reached, is lost, or sends a response that cannot be judged.
             TimeoutError: No step came for `step_timeout` seconds.
         """
         self._check(token_ids, watch)
@@ -143,19 +142,19 @@ class RemoteBackend:
     def astream(
         self, token_ids: Sequence[int], sampling: Sampling, watch: Sequence[int] = ()
     ) -> AsyncGenerator[Step, None]:
-        """Continues a prompt on the running event loop; as `stream`. Close with `aclose`, which waits for nothing."""
+        """Continues a prompt on the running event loop. Close it with `aclose`, which does not wait."""
         self._check(token_ids, watch)
         return self._steps(token_ids, sampling, watch, None)
 
     async def aclose(self) -> None:
-        """Closes the connections of the running event loop; streams that are still open there fail."""
+        """Closes the connections of the running event loop; streams still open on it fail."""
         link = self._links.pop(asyncio.get_running_loop(), None)
         if link is not None:
             await link.close()
 
     def _check(self, token_ids: Sequence[int], watch: Sequence[int]) -> None:
         if not token_ids:
-            raise RedflagError("The prompt holds no tokens, so there is nothing to continue; give at least one.")
+            raise RedflagError("the prompt must hold at least one token (got none).")
         if watch:
             self._check_ids(watch, "watched")
         if self.context_length is not None and len(token_ids) >= self.context_length:
@@ -163,14 +162,11 @@ class RemoteBackend:
 
     def _check_ids(self, ids: Sequence[int], kind: str) -> None:
         if not 1 <= len(ids) <= MOST_IDS:
-            raise RedflagError(
-                f"There are {len(ids)} {kind} ids and a request can measure 1 to {MOST_IDS}; give as many as that."
-            )
+            raise RedflagError(f"the number of {kind} ids must be at least 1 and at most {MOST_IDS} (got {len(ids)}).")
         outside = [i for i in ids if i < 0 or (self._vocab_size is not None and i >= self._vocab_size)]
         if outside:
             raise RedflagError(
-                f"The {kind} id {outside[0]} is not among the model's {self._vocab_size} ids, so its probability "
-                "cannot be measured; name ids of the model that is served."
+                f"{kind} ids must be below the model's vocabulary size, {self._vocab_size} (got {outside[0]})."
             )
 
     def _steps(
@@ -191,21 +187,23 @@ class RemoteBackend:
         allowed: Sequence[int] = (),
         link: Link | None = None,
     ) -> AsyncGenerator[Step, None]:
-        """One request: what `stream` and `astream` are made of, for any measured and banned ids.
+        """One request, for any measured and banned ids; `stream` and `astream` use it.
 
         Args:
             token_ids: The prompt.
             sampling: How tokens are chosen.
             measured: Ids that are measured.
-            banned: Ids that are not chosen.
-            allowed: The only ids that are chosen; empty for all.
-            link: The connections to use; those of the running event loop if None.
+            banned: Ids that are never chosen.
+            allowed: The only ids that may be chosen; empty allows all.
+            link: The connections to use; None = those of the running event loop.
         """
         loop = asyncio.get_running_loop()
         link = link or self.link()
         prompt = [int(token_id) for token_id in token_ids]
         chat = sampling.chat if self.route == "chat" else None
         pause = _FIRST_PAUSE
+        # Each try has a reader of its own. A try after the first step would repeat steps that were yielded already, so
+        # it fails instead.
         for tries_left in range(self._retries, -1, -1):
             response, begun = None, False
             reader = (StreamReader if chat is None else ChatReader)(
@@ -240,18 +238,19 @@ class RemoteBackend:
                 while reader.finish is None:
                     data = await response.content.readany()
                     if not data:
-                        raise _Failure("it ended the stream without saying that the response is over")
+                        raise _Failure("it ended the stream without a finish_reason")
                     steps = reader.feed(data)
                     for step in steps:
                         begun = True
                         yield step
-                    # Empty events keep a connection alive and are no answer, so the socket's time-out is not enough.
+                    # Empty events keep the connection alive without any step, so the socket's time-out is not enough.
                     if steps:
                         waiting_since = loop.time()
                     elif loop.time() - waiting_since > self._step_timeout:
                         raise asyncio.TimeoutError
                 return
             except (_Failure, aiohttp.ClientError, asyncio.TimeoutError) as error:
+                # A server that accepted the request and is silent is not asked again: it may still be working on it.
                 if isinstance(error, asyncio.TimeoutError) and not isinstance(error, aiohttp.ConnectionTimeoutError):
                     raise TimeoutError(f"the server {self.url} gave no step for {self._step_timeout:g} s") from error
                 failure = error if isinstance(error, _Failure) else _Failure(str(error) or type(error).__name__)
@@ -259,23 +258,24 @@ class RemoteBackend:
                     raise failure.kind(f"the server {self.url} failed: {failure}") from error
                 pause = pause if failure.pause is None else failure.pause
             finally:
+                # Also when the consumer closes the generator: leaving an unfinished response stops the engine.
                 if response is not None:
                     link.leave(response, over=reader.finish in ("stop", "length"))
             await asyncio.sleep(min(pause, _LONGEST_PAUSE) * random.uniform(0.75, 1.25))
             pause *= 3
 
     async def ask(self, path: str, body: dict[str, Any]) -> Any:
-        """One request whose answer comes whole; tried again like a stream.
+        """One request that is not streamed; retried like a stream.
 
         Args:
-            path: Where, such as `/v1/completions`.
-            body: What, without `model`, which is added.
+            path: Such as `/v1/completions`.
+            body: The request without `model`, which is added.
 
         Returns:
-            The answer's JSON; None where it is none.
+            The answer's JSON; None if it is not JSON.
 
         Raises:
-            RedflagError: The server refuses the request, in its words.
+            RedflagError: The server refuses the request; with its message.
             BusyError: The server was busy at every try.
             ConnectionError: The server cannot be reached or is lost.
             TimeoutError: No answer came for `step_timeout` seconds.
@@ -308,10 +308,10 @@ class RemoteBackend:
         return self._links[loop]
 
     async def identify(self, link: Link) -> list[str]:
-        """Asks the server for its models; sets `model` and `context_length` where they are not known.
+        """Asks the server for its models; sets `model` and `context_length` if they are unknown.
 
         Returns:
-            The names of the models; empty where the server does not say.
+            The names of the models; empty if the server does not list them.
 
         Raises:
             RedflagError: The server refuses, or names no model and none was given.
@@ -327,8 +327,8 @@ class RemoteBackend:
         if self.model is None:
             if not models:
                 raise RedflagError(
-                    f"The server {self.url} does not say at /v1/models what it serves, and a request must name the "
-                    "model; name it."
+                    f"model must be given: the server {self.url} lists no models at /v1/models, and a request must "
+                    "name one."
                 )
             self.model = next(iter(models))
         length = models.get(self.model, {}).get("max_model_len")
@@ -355,12 +355,12 @@ class RemoteBackend:
             return
         body = await response.content.read(1 << 16)
         reason = reason_of(_json(body) or body.decode(errors="replace"))
-        said = f"it answered {response.status}: {reason}"
+        message = f"it responded with {response.status}: {reason}"
         if response.status in _RETRIED:
-            raise _Failure(said, _RETRIED[response.status], _seconds(response.headers.get("Retry-After")))
+            raise _Failure(message, _RETRIED[response.status], _seconds(response.headers.get("Retry-After")))
         if 400 <= response.status < 500 and response.status != 408:
             raise RefusalError(response.status, reason)
-        raise ConnectionError(f"the server {self.url} failed: {said}")
+        raise ConnectionError(f"the server {self.url} failed: {message}")
 
     def _new_link(self) -> Link:
         return Link(
@@ -372,7 +372,7 @@ class RemoteBackend:
 
 
 class _Failure(ConnectionError):
-    """What another try may mend. `kind` is raised if none is left; `pause` is in seconds, None if not asked for."""
+    """A failure that is worth another try; `kind` is raised after the last one. `pause` is the server's, in seconds."""
 
     def __init__(self, what: str, kind: type[Exception] = ConnectionError, pause: float | None = None) -> None:
         super().__init__(what)

@@ -1,14 +1,14 @@
-"""A grammar kept on a server that must not know of it: the server writes freely, each token is looked at here.
+"""A grammar enforced on the client: the server generates freely, and each token is checked here.
 
 A server that applies a grammar itself (vLLM's structured output) masks the logits before log-probabilities are taken:
-a flag would read -9999 whatever the model thinks. So no grammar is sent. The response is streamed and measured as any
-other; at the first token that the grammar refuses the stream is closed, that one token is drawn again among those
-that are allowed, and the response goes on behind it.
+a flag would read -9999 whatever the model computed. So no grammar is sent. The response is streamed and measured as any
+other; at the first token that the grammar refuses the stream is closed, that one token is sampled again among those
+that are allowed, and the response continues behind it.
 
-That is rejection sampling: with q the model's distribution and A the allowed tokens, a token x of A is taken with
+This is rejection sampling: with q the model's distribution and A the allowed tokens, a token x of A is chosen with
 probability q(x) + (1 - q(A)) q(x) / q(A) = q(x) / q(A), as if all others had been masked. (Cuts such as `top_p` see the
-free distribution first.) Where A is too large to be sent, the refused tokens are banned instead, one more at each
-try, which draws from the same distribution.
+free distribution first.) If A is too large to be sent, the refused tokens are banned instead, one more at each try,
+which samples from the same distribution.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from redflag.backends import Matcher, Sampling
 from redflag.backends.remote_link import Link
 from redflag.trace import Step
 
-# (most tokens, the only ids allowed or none, banned ids) -> steps from where the response stands
+# (maximum tokens, the only ids allowed or none, banned ids) -> steps that continue the response so far
 Ask = Callable[[int, Sequence[int], Collection[int]], AsyncGenerator[Step, None]]
 
-MOST_ALLOWED = 1024  # ids in allowed_token_ids; more would end vLLM's second model runner, not the request
-_BANS = 16  # tries by banning, before the choice is cut down to the ids that can be sent
+MOST_ALLOWED = 1024  # ids in allowed_token_ids; more would crash vLLM's second model runner, not just the request
+_BANS = 16  # tries by banning, before only the first MOST_ALLOWED ids are allowed
 
 
 class Server(Protocol):
-    """What is needed of a `RemoteBackend`."""
+    """The part of a `RemoteBackend` that is used here."""
 
     context_length: int | None
 
@@ -68,16 +68,18 @@ async def guided(
 
     async def ask(most: int, allowed: Sequence[int], bans: Collection[int]) -> AsyncGenerator[Step, None]:
         nonlocal requests
-        # Another seed each time: the same draw would be refused again.
+        # Another seed each time: with the same one, the same refused token would be sampled again.
         seed = None if sampling.seed is None else sampling.seed + requests
         requests += 1
-        chat = sampling.chat if context == list(prompt) else None  # a server that renders it knows nothing of the rest
+        # A server that renders the conversation cannot continue a response, so all requests but the first send ids.
+        chat = sampling.chat if context == list(prompt) else None
         settings = replace(sampling, max_new_tokens=most, seed=seed, grammar=None, chat=chat)
         answer = backend.answer(context, settings, measured=measured, banned=bans, allowed=allowed, link=link)
         async with aclosing(answer):
             async for step in answer:
                 yield step
 
+    # One pass per refused token: stream until the grammar refuses one, replace that token, go on behind it.
     while left > 0 and (backend.context_length is None or len(context) < backend.context_length):
         refused = None
         async with aclosing(ask(left, (), banned)) as steps:
@@ -99,14 +101,14 @@ async def guided(
 
 
 async def _again(matcher: Matcher, refused: Step, ask: Ask, banned: Collection[int]) -> Step:
-    """The step in the place of one that the grammar refused."""
+    """The step that replaces one that the grammar refused."""
     if any(map(math.isnan, refused.flag_probs)):
-        return refused  # Unjudged, which ends the response.
+        return refused  # An unjudged step ends the response.
     bits = np.unpackbits(np.frombuffer(matcher.mask(), dtype=np.uint8), bitorder="little")
     allowed = [int(token_id) for token_id in np.flatnonzero(bits) if token_id not in banned]
     if not allowed:
         raise RuntimeError("the grammar leaves no token to choose")
-    # Nothing is left to choose; the flags were measured before this very position.
+    # With one allowed token no request is needed: the flags were measured at this very position.
     if len(allowed) == 1 and refused.logprobs is None:
         matcher.accept(allowed[0])
         return Step(allowed[0], refused.flag_probs)
@@ -116,10 +118,10 @@ async def _again(matcher: Matcher, refused: Step, ask: Ask, banned: Collection[i
         async with aclosing(ask(1, few, banned if few else bans)) as steps:
             step = await anext(steps, None)
         if step is None:
-            raise ConnectionError("the server gave no token in the place of one that the grammar refuses")
+            raise ConnectionError("the server gave no token to replace one that the grammar refuses")
         if any(map(math.isnan, step.flag_probs)) or matcher.accept(step.token_id):
             return step
         if few:
-            raise ConnectionError(f"the server chose token {step.token_id}, which allowed_token_ids leaves out")
+            raise ConnectionError(f"the server chose token {step.token_id}, which is not in allowed_token_ids")
         bans.add(step.token_id)
     raise AssertionError("the last try is answered or raises")

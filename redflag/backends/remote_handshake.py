@@ -1,7 +1,7 @@
-"""Whether a server measures what it is asked to: a few short requests, before the first user makes one.
+"""Checks with a few short requests that a server measures as asked, before the first user's request.
 
 A server that measures after the ban or after temperature, that ignores `logprob_token_ids`, or that answers with text
-instead of ids would leave the watch blind without any error. Each is found here, and named with what mends it.
+instead of ids would blind the guard without any error. The handshake detects each of these and names the fix.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from redflag.trace import Step
 
 _TOKENS = 4
 _ROUNDS = 3
-_MOST_TOKENS = 2_000_000  # more than any vocabulary
+_MOST_TOKENS = 2_000_000  # larger than any vocabulary
 
 
 def handshake(
     backend: RemoteBackend, prompt: Sequence[int] = (), *, chat: tuple[ChatInput, Sequence[int]] | None = None
 ) -> None:
-    """As `shake_hands`, where no event loop runs; then `check_chat` with a conversation and its prompt."""
+    """Runs `shake_hands` without an event loop; then `check_chat`, given a conversation and its prompt."""
 
     async def alone() -> None:
         try:
@@ -41,32 +41,33 @@ def handshake(
 
 
 async def shake_hands(backend: RemoteBackend, prompt: Sequence[int] = (), tolerance: float = 1e-4) -> None:
-    """Asks, compares, and raises where something is wrong.
+    """Compares probabilities of several requests, and raises if they are not raw.
 
-    The most likely token of the first position, x, is looked for without any ban. Then the flags and x are measured
-    while all of them are banned, at three temperatures. Raw probabilities are the same each time; taken after the ban,
-    x's would be 0, and taken after temperature, they would differ between the three. x is needed because the flags' own
-    probabilities may be too small to show anything.
+    The first request finds the most likely token of the first position, x, without any ban. Then the flags and x are
+    measured while all of them are banned, at three temperatures. Raw probabilities are equal each time; after the ban,
+    x's would be 0, and after temperature, they would differ between the three. x is needed because the flags' own
+    probabilities may be too small to show a difference.
 
     Args:
-        backend: The server, and what is asked of it.
-        prompt: What to ask with, as ids; a few ids that are no flags, if empty.
-        tolerance: Greatest difference between two probabilities that are the same. In half precision a neighbour in the
-            batch moves them by more now and then, so a difference counts if it is there in three rounds.
+        backend: The server.
+        prompt: Prompt ids; if empty, a few ids that are not flags.
+        tolerance: Largest difference between two probabilities that count as equal. In half precision other requests in
+            the batch sometimes change them by more, so a difference counts only if it occurs in three rounds.
 
     Raises:
-        RedflagError: With the server option, version or address to mend.
+        RedflagError: Names the server option, version or address to fix.
     """
     try:
         listed = await backend.identify(backend.link())
     except RefusalError as error:
-        advice = _BY_STATUS.get(error.status, "see what it logs")
+        advice = _BY_STATUS.get(error.status, "see its log")
         raise _refused(backend, f"refuses to name its models ({error.status}: {error.reason})", advice) from error
     except (OSError, asyncio.TimeoutError, aiohttp.ClientError) as error:
-        advice = next((advice for kind, advice in _BY_ERROR if isinstance(error, kind)), "start it or mend the address")
+        advice = next((advice for kind, advice in _BY_ERROR if isinstance(error, kind)), "start it or fix the address")
         raise _refused(backend, f"does not answer ({error or type(error).__name__})", advice) from error
     if listed and backend.model not in listed:
         raise _refused(backend, f"serves {listed} and not {backend.model!r}", "name one of those")
+    # Round 0: which token is the most likely one, and does the server measure at all?
     flags = backend.flag_ids
     prompt = prompt or _some_ids(set(flags) | backend.eos_ids)
     first = await _ask(backend, prompt, Sampling(max_new_tokens=1, temperature=0.0), flags, ())
@@ -89,16 +90,17 @@ async def shake_hands(backend: RemoteBackend, prompt: Sequence[int] = (), tolera
             )
             if not _same(one[0].flag_probs, other[0].flag_probs, tolerance)
         ]
-        # The most likely of V tokens has at least 1 / V; less is no probability but, say, a logit.
+        # The most likely of V tokens has at least probability 1 / V; a smaller value must be something else, say a
+        # logit.
         if (most := free[0].flag_probs[measured.index(likely)]) < 1 / _MOST_TOKENS:
-            raise _refused(backend, f"measures {most:.3g} for its most likely token, which is no probability", _RAW)
+            raise _refused(backend, f"measures {most:.3g} for its most likely token, which is not a probability", _RAW)
         if not differences:
             return
     raise _refused(backend, f"does not measure raw probabilities: {differences[0]}", _RAW)
 
 
 async def check_chat(backend: RemoteBackend, chat: ChatInput, prompt: Sequence[int], tolerance: float = 1e-3) -> None:
-    """Whether the server renders a conversation as redflag does, and measures there what it measures by ids.
+    """Checks that a conversation rendered by the server measures the same as the ids rendered by redflag.
 
     Raises:
         RedflagError: It does not.
@@ -121,32 +123,32 @@ async def _ask(
         async with aclosing(backend.answer(prompt, sampling, measured=measured, banned=banned)) as stream:
             steps = [step async for step in stream]
     except TimeoutError as error:
-        raise _refused(backend, f"is too slow: {error}", "see whether it is stuck, or give it longer") from error
+        raise _refused(backend, f"is too slow: {error}", "check whether it is stuck, or allow more time") from error
     except RefusalError as error:
         advice = _BY_STATUS.get(error.status) or _advice(error.reason)
         raise _refused(backend, f"refuses to measure ({error.status}: {error.reason})", advice) from error
     except (ConnectionError, BusyError) as error:
         raise _refused(backend, f"cannot be used: {error}", _advice(str(error))) from error
     if not steps:
-        raise _refused(backend, "answers without a token", "see what it logs")
+        raise _refused(backend, "answers without a token", "see its log")
     if any(math.isnan(prob) for step in steps for prob in step.flag_probs):
-        raise _refused(backend, "measures NaN", "see whether the model's weights and precision are sound")
+        raise _refused(backend, "measures NaN", "check the model's weights and precision")
     return steps
 
 
-def _advice(said: str) -> str:
-    """What to do about a fault, by the words in which `StreamReader` or vLLM tells of it."""
-    return next((advice for words, advice in _BY_WORDS if words in said), "see what it logs")
+def _advice(message: str) -> str:
+    """The fix for a fault, looked up by words of the message from `StreamReader` or vLLM."""
+    return next((advice for words, advice in _BY_WORDS if words in message), "see its log")
 
 
 _RAW = "start it with --logprobs-mode raw_logprobs (vLLM), and without what changes logits before they are measured"
 _TOO_OLD = (
-    "it is too old for logprob_token_ids: use vLLM 0.32 or later, or upper_bound=True, which makes do with the "
+    "it is too old for logprob_token_ids: use vLLM 0.32 or later, or upper_bound=True, which needs only the "
     f"{TOP} most likely tokens"
 )
 
 
-_PROXY = "mend HTTP_PROXY or HTTPS_PROXY, or name the server in NO_PROXY"
+_PROXY = "fix HTTP_PROXY or HTTPS_PROXY, or name the server in NO_PROXY"
 _BY_ERROR = (
     (aiohttp.ClientProxyConnectionError, _PROXY),
     (aiohttp.ClientHttpProxyError, _PROXY),
@@ -159,24 +161,22 @@ _BY_STATUS = {
 }
 _BY_WORDS = (
     ("greater than max allowed", f"start it with --max-logprobs {TOP} or more"),
-    (f"not the {TOP} greatest", f"start it with --max-logprobs {TOP} or more, and let it have no other clients"),
+    (f"not the {TOP} largest", f"start it with --max-logprobs {TOP} or more, and let it have no other clients"),
     ("out-of-vocab", "serve the model that the flags were attached to"),
     ("no log-probability of", _TOO_OLD),
     ("logprob_token_ids", _TOO_OLD),
     ("without log-probabilities", "use a server whose /v1/completions streams log-probabilities"),
-    ("is no log-probability", _RAW),
+    ("is not a log-probability", _RAW),
     ("its id is not certain", "use a server that knows return_tokens_as_token_ids, as vLLM does"),
     ("instead of its id", "use a server that knows return_tokens_as_token_ids, as vLLM does"),
     ("of another token", "use a server that gives every token its own log-probabilities, as vLLM does"),
-    ("which logit_bias bans", "use a server that heeds logit_bias, as vLLM does: a flag must never be chosen"),
+    ("which logit_bias bans", "use a server that applies logit_bias, as vLLM does: a flag must never be chosen"),
     ("end-of-sequence ids", "give both sides the same generation_config.json"),
 )
 
 
 def _refused(backend: RemoteBackend, what: str, advice: str) -> RedflagError:
-    return RedflagError(
-        f"The upstream server {backend.url} {what}; its responses could not be judged, so it is not used: {advice}."
-    )
+    return RedflagError(f"The upstream server {backend.url} {what}. Its responses could not be judged. Fix: {advice}.")
 
 
 def _same(one: Sequence[float], other: Sequence[float], tolerance: float) -> bool:

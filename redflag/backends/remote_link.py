@@ -1,4 +1,4 @@
-"""Connections of one event loop, and an asynchronous stream driven without one."""
+"""Connections of one event loop, and a synchronous iterator over an asynchronous stream."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from redflag.errors import RedflagError
 from redflag.trace import Step
 
 try:
-    import aiohttp as aiohttp  # for `remote` too, so that this is the one place that can fail
+    import aiohttp as aiohttp  # `remote` imports it from here, so that only this import can fail
 except ImportError as error:
     raise RedflagError(
-        "The package aiohttp is missing, without which no server can be asked; pip install 'redflag-llm[serve]'."
+        "The package aiohttp must be installed for requests to a server. pip install 'redflag-llm[serve]'."
     ) from error
 
-_IDLE = 4.0  # seconds for which a connection is kept; uvicorn closes after 5, and a request must not meet that
-_DRAIN = 1.0  # seconds that the end of a response may take for its connection to be kept
+_IDLE = 4.0  # seconds that an idle connection stays open; uvicorn closes it after 5, which must not hit a request
+_DRAIN = 1.0  # seconds that the end of a response may take before its connection is closed
 
 Result = TypeVar("Result")
 
 
 class Link:
-    """The connections of one event loop. Made and used on that loop alone."""
+    """The connections of one event loop. To be created and used on that loop only."""
 
     def __init__(
         self, *, headers: Mapping[str, str], connect_timeout: float, step_timeout: float, proxy: str | None = None
@@ -42,12 +42,13 @@ class Link:
         self._draining: dict[asyncio.Task[None], aiohttp.ClientResponse] = {}
 
     def leave(self, response: aiohttp.ClientResponse, *, over: bool) -> None:
-        """Lets go of a response without waiting for anything.
+        """Releases a response without waiting.
 
         Args:
-            response: Read to whatever point.
-            over: Whether the server has said that it is over: what little may follow is read in the background, so
-                that the connection can be used again. Otherwise the connection is closed, which stops the engine.
+            response: The response, read to any point.
+            over: Whether the server has reported its end: then the few bytes that may follow are read in the
+                background, so that the connection can be reused. Otherwise the connection is closed, which stops the
+                engine.
         """
         if over and not response.content.at_eof():
             task = asyncio.get_running_loop().create_task(_drain(response))
@@ -60,10 +61,10 @@ class Link:
         """Closes all connections."""
         for task, response in self._draining.items():
             task.cancel()
-            response.close()  # by the task itself only if it has begun
+            response.close()  # a cancelled task closes it only if the task had started
         await asyncio.gather(*self._draining, return_exceptions=True)
         await self.session.close()
-        await asyncio.sleep(0)  # transports close in the loop's next round
+        await asyncio.sleep(0)  # transports close in the loop's next iteration
 
 
 async def _drain(response: aiohttp.ClientResponse) -> None:
@@ -79,10 +80,10 @@ async def _drain(response: aiohttp.ClientResponse) -> None:
 
 
 class SyncSteps(Iterator[Step]):
-    """An asynchronous stream as an iterator, on an event loop that nobody else uses.
+    """An asynchronous stream as an iterator, on an event loop of its own.
 
-    The loop runs only while a step is waited for, in the caller's own thread. It is closed, with its connection, when
-    the stream ends, fails or is closed.
+    The loop runs in the caller's thread, only while a step is awaited. It is closed, with its connection, when the
+    stream ends, fails or is closed.
     """
 
     def __init__(self, make_link: Callable[[], Link], make_steps: Callable[[Link], AsyncGenerator[Step, None]]) -> None:
@@ -102,7 +103,7 @@ class SyncSteps(Iterator[Step]):
         if self._loop is None:
             with contextlib.suppress(RuntimeError):
                 asyncio.get_running_loop()
-                raise TypeError("an event loop runs in this thread and would stand still; use `astream`")
+                raise TypeError("stream would block the event loop that runs in this thread; use `astream`")
             self._loop = asyncio.new_event_loop()
         try:
             step = _run(self._loop, self._next())
@@ -115,7 +116,7 @@ class SyncSteps(Iterator[Step]):
         return step
 
     def close(self) -> None:
-        """Stops the engine and closes the connection; at any point, any number of times."""
+        """Stops the engine and closes the connection. May be called at any point, and repeatedly."""
         loop, self._loop, self._closed = self._loop, None, True
         if loop is None:
             return
@@ -126,7 +127,7 @@ class SyncSteps(Iterator[Step]):
             loop.close()
 
     def __del__(self) -> None:
-        # Not `contextlib.suppress`: at the interpreter's end the module may be gone before this object.
+        # Not `contextlib.suppress`: at interpreter shutdown the module may be gone before this object.
         try:
             self.close()
         except Exception:
@@ -146,7 +147,7 @@ class SyncSteps(Iterator[Step]):
 
 
 def _run(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, Result]) -> Result:
-    """Runs to the end; where something breaks in from outside (Ctrl-C), the work is cancelled before it goes on."""
+    """Runs a coroutine to its end; an interrupt from outside (Ctrl-C) cancels it before it propagates."""
     task = loop.create_task(work)
     try:
         return loop.run_until_complete(task)

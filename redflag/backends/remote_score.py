@@ -1,17 +1,17 @@
 """Flag probabilities of given responses from an OpenAI-compatible server: teacher forcing without the weights.
 
-A server offers one of three ways (`find_way` tries them out). For vLLM 0.32:
+A server offers one of three ways (`find_way` tries them). For vLLM 0.32:
 
 - `prefill`: one request per response. `/inference/v1/generate` takes `prompt_logprob_token_ids`: the log-probability of
   chosen ids at every position of a prompt, in one pass over it. Exact. Needs vLLM's second model runner (its choice on
   GPUs) and `vllm serve --enable-scale-out`.
-- `steps`: one token is asked for at every position of the response, with `logprob_token_ids`; up to 64 such prompts
-  travel in one request, and the prefix cache holds what they share. Exact. Any vLLM that `redflag serve` can use.
+- `steps`: one generated token per position of the response, with `logprob_token_ids`; a request holds up to 64 such
+  prompts, and the prefix cache their common prefix. Exact. Any vLLM that `redflag serve` can use.
 - `bound`: one request per response with `prompt_logprobs`, the 20 most likely tokens at every position. A flag among
-  them is exact; of another one the twentieth's probability is taken, which it cannot exceed.
+  them is exact; for any other flag the twentieth's probability is used, which it cannot exceed.
 
-What does not work: `prompt_logprobs` of -1 (the whole vocabulary at every position, refused by default), and forcing
-a response token by token (structured output masks the logits before they are measured).
+Two other ways do not work: `prompt_logprobs` of -1 (the whole vocabulary at every position, refused by default), and
+forcing a response token by token (structured output masks the logits before they are measured).
 """
 
 from __future__ import annotations
@@ -34,29 +34,29 @@ Way = Literal["prefill", "steps", "bound"]
 Probs = npt.NDArray[np.float32]
 
 _AT_ONCE = 64  # prompts in one request
-_TOLERANCE = 1e-3  # between two ways of measuring one probability; half precision moves it by about as much
+_TOLERANCE = 1e-3  # between two measurements of one probability; half precision changes it by about as much
 
 
 async def find_way(backend: RemoteBackend, prompt: Sequence[int] = ()) -> Way:
-    """Proves that the server measures raw probabilities, and finds the fastest exact way to have them.
+    """Checks that the server measures raw probabilities, and finds the fastest exact way to get them.
 
     Args:
-        backend: The server; one with `upper_bound` is asked for bounds alone.
-        prompt: What to ask with, as ids (8 or more); some ids that are no flags, if empty.
+        backend: The server; with `upper_bound` it is asked only for bounds.
+        prompt: Prompt ids (8 or more); if empty, some ids that are not flags.
 
     Raises:
-        RedflagError: With the server option, version or address to mend.
+        RedflagError: Names the server option, version or address to fix.
     """
     await shake_hands(backend)
     special = {*backend.flag_ids, *backend.eos_ids}
     ids = list(prompt or [token_id for token_id in range(10, 200) if token_id not in special])[:8]
-    given, response = ids[:4], ids[4:]
+    context, response = ids[:4], ids[4:]
     if backend.upper_bound:
-        await score_response(backend, "bound", given, response)
+        await score_response(backend, "bound", context, response)
         return "bound"
-    exact = await score_response(backend, "steps", given, response)
+    exact = await score_response(backend, "steps", context, response)
     try:
-        quick = await score_response(backend, "prefill", given, response)
+        quick = await score_response(backend, "prefill", context, response)
     except (RedflagError, OSError):  # No such route, another model runner, more flags than --max-logprobs, ...
         return "steps"
     return "prefill" if float(np.abs(quick - exact).max()) <= _TOLERANCE else "steps"
@@ -67,37 +67,37 @@ async def score_response(backend: RemoteBackend, way: Way, prompt: Sequence[int]
 
     Args:
         backend: The server.
-        way: How; what `find_way` has found.
-        prompt: Ids; at least one.
+        way: Result of `find_way`.
+        prompt: At least one id.
         response: T ids.
 
     Returns:
-        T x K float32. With `bound` they are upper bounds. NaN where the server had none.
+        T x K float32. With `bound` they are upper bounds. NaN where the server returned none.
 
     Raises:
         RedflagError: The server refuses, or prompt and response do not fit its context.
         BusyError: The server was busy at every try.
-        ConnectionError: The server cannot be reached, is lost, or sends what is not understood.
+        ConnectionError: The server cannot be reached, is lost, or sends an invalid answer.
         TimeoutError: No answer came in time.
     """
     if not prompt:
-        raise RedflagError("The prompt holds no tokens, so nothing comes before the response; give at least one.")
+        raise RedflagError("the prompt must hold at least one token (got none).")
     size = len(prompt) + len(response)
     if backend.context_length is not None and size > backend.context_length:
         raise RedflagError(
-            f"A conversation has {size} tokens and the server's context holds {backend.context_length}, beyond which "
-            "nothing can be measured; shorten or leave out this row."
+            f"a conversation must have at most {backend.context_length} tokens, the server's context (got {size}). "
+            "Shorten or leave out this row."
         )
     if not response:
         return np.zeros((0, len(backend.flag_ids)), dtype=np.float32)
     try:
-        # A prompt that fills the context leaves the server no room for the one token that it must write.
+        # A prompt that fills the context leaves no room for the one token that the server must generate.
         if way == "prefill" and size != backend.context_length:
             return await _prefill(backend, list(prompt), list(response))
         return await (_bound if way == "bound" else _steps)(backend, list(prompt), list(response))
     except (AttributeError, KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
         raise ConnectionError(
-            f"the server {backend.url} sent an answer of another shape ({type(error).__name__}: {error})"
+            f"the server {backend.url} sent an answer of an unexpected shape ({type(error).__name__}: {error})"
         ) from error
 
 
@@ -116,15 +116,15 @@ async def _prefill(backend: RemoteBackend, prompt: list[int], response: list[int
     if scores.shape != (len(response), len(backend.flag_ids)) or scores.dtype.kind != "f":
         raise ValueError(f"log-probabilities of shape {scores.shape}")
     if (scores > 1e-3).any():
-        raise ConnectionError(f"the server {backend.url} sent {scores.max()}, which is no log-probability")
-    # A raw logit is finite: -inf says that something masked the flag before it was measured.
+        raise ConnectionError(f"the server {backend.url} sent {scores.max()}, which is not a log-probability")
+    # A raw logit is finite: -inf means that something masked the flag before it was measured.
     return np.where(np.isneginf(scores), np.nan, np.exp(np.minimum(scores, 0.0))).astype(np.float32)
 
 
 async def _steps(backend: RemoteBackend, prompt: list[int], response: list[int]) -> Probs:
     names = [f"token_id:{token_id}" for token_id in backend.flag_ids]
     probs = np.full((len(response), len(names)), np.nan, dtype=np.float32)
-    # One piece after the other: each finds the last one's keys and values in the prefix cache.
+    # One chunk after the other: each finds the previous one's keys and values in the prefix cache.
     for first in range(0, len(response), _AT_ONCE):
         positions = range(first, min(first + _AT_ONCE, len(response)))
         body = _one_token([prompt + response[:t] for t in positions])
@@ -140,16 +140,16 @@ async def _steps(backend: RemoteBackend, prompt: list[int], response: list[int])
 
 
 async def _bound(backend: RemoteBackend, prompt: list[int], response: list[int]) -> Probs:
-    # The last position is that of the token that the server writes itself.
+    # The last position is that of the token that the server generated.
     body = _one_token(prompt + response[:-1]) | {"logprobs": TOP, "prompt_logprobs": TOP}
     (choice,) = (await backend.ask("/v1/completions", body))["choices"]
     rows = []
     for token_id, entries in zip(response, choice["prompt_logprobs"][len(prompt) :], strict=False):
         if str(token_id) not in entries:
             raise ConnectionError(
-                f"the server {backend.url} sent log-probabilities of another token: {token_id} is not among its own"
+                f"the server {backend.url} sent log-probabilities of another token: {token_id} is not among them"
             )
-        # The prompt's own token is shown too, and may be less likely than some that are not.
+        # The prompt's own token is listed too, and may be less likely than some that are not.
         top = {int(name): entry["logprob"] for name, entry in entries.items() if entry["rank"] <= TOP}
         rows.append(_bounded(backend, top))
     (last,) = choice["logprobs"]["top_logprobs"]
@@ -161,7 +161,7 @@ async def _bound(backend: RemoteBackend, prompt: list[int], response: list[int])
 
 
 def _check_chosen(logprobs: Mapping[str, Any], top: Mapping[str, float | None]) -> None:
-    """Of the one token that the server wrote itself."""
+    """Runs `check_own` for the one token that the server generated."""
     (name,) = logprobs["tokens"]
     (logprob,) = logprobs.get("token_logprobs") or [...]
     check_own(name, top, logprob)
@@ -169,7 +169,7 @@ def _check_chosen(logprobs: Mapping[str, Any], top: Mapping[str, float | None]) 
 
 def _bounded(backend: RemoteBackend, top: dict[int, float | None]) -> list[float]:
     if len(top) < TOP:
-        raise ConnectionError(f"the server {backend.url} sent {len(top)} log-probabilities, not the {TOP} greatest")
+        raise ConnectionError(f"the server {backend.url} sent {len(top)} log-probabilities, not the {TOP} largest")
     probs = {token_id: probability_of(logprob) for token_id, logprob in top.items()}
     if any(map(math.isnan, probs.values())):
         return [math.nan] * len(backend.flag_ids)
@@ -178,7 +178,7 @@ def _bounded(backend: RemoteBackend, top: dict[int, float | None]) -> list[float
 
 
 def _one_token(prompt: list[int] | list[list[int]]) -> dict[str, Any]:
-    """A request for one greedy token; every option is sent, since the server's own defaults could be others."""
+    """A request for one greedy token. It sends every option, since the server's defaults could differ."""
     return {
         "prompt": prompt,
         "stream": False,

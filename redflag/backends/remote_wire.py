@@ -1,12 +1,12 @@
-"""What is said to an OpenAI-compatible completion server, and steps from what it answers. No network here.
+"""Requests to an OpenAI-compatible completion server, and steps from its answers. No network code.
 
 Written against vLLM 0.32 (`vllm/entrypoints/openai/completion`). With `return_tokens_as_token_ids` a chunk reads
 
     {"choices": [{"index": 0, "text": " cat", "finish_reason": null, "token_ids": [667], "logprobs":
       {"tokens": ["token_id:667"], "top_logprobs": [{"token_id:667": -7.88, "token_id:5": -3.80}], ...}}]}
 
-and holds one token or several. Everything that does not fit is a fault: no token leaves here without the
-probabilities that were measured before it.
+with one token or several. Everything unexpected is a fault: no token is passed on without the probabilities that were
+measured before it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from redflag.errors import RedflagError
 from redflag.trace import Logprobs, Step
 
 MOST_IDS = 128  # vLLM's MAX_LOGPROB_TOKEN_IDS
-TOP = 20  # vLLM's --max-logprobs unless it is set otherwise
+TOP = 20  # vLLM's default of --max-logprobs
 _LONGEST_EVENT = 1 << 24  # bytes; the first chunk repeats the prompt's ids
 
 
@@ -40,18 +40,18 @@ def request_body(
 ) -> dict[str, Any]:
     """The body of a request to `/v1/completions`.
 
-    Every sampling option is sent: what is left out would be taken from the served model's `generation_config.json`.
+    Every sampling option is sent: the server would take missing ones from the model's `generation_config.json`.
 
     Args:
         prompt: The prompt's ids.
         sampling: How tokens are chosen. `stop` is not sent.
-        max_tokens: Most response tokens.
+        max_tokens: Maximum number of response tokens.
         model: Name of the served model.
-        measured: Ids whose log-probability is asked for at every step.
-        banned: Ids that may not be chosen.
+        measured: Ids whose log-probability is requested at every step.
+        banned: Ids that must not be chosen.
         eos_ids: Ids that end the response.
-        upper_bound: Ask for the `TOP` most likely tokens, for a server that knows no `logprob_token_ids`.
-        allowed: The only ids that may be chosen, in vLLM applied after log-probabilities are taken; empty for all.
+        upper_bound: Request the `TOP` most likely tokens, for a server without `logprob_token_ids`.
+        allowed: The only ids that may be chosen, which vLLM applies after taking log-probabilities; empty allows all.
     """
     body: dict[str, Any] = {
         "model": model,
@@ -61,7 +61,7 @@ def request_body(
         "max_tokens": max_tokens,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
-        "top_k": sampling.top_k or -1,  # -1 is off in every version, 0 only in the newer ones
+        "top_k": sampling.top_k or -1,  # -1 is off in every version, 0 only in newer ones
         "min_p": sampling.min_p,
         "repetition_penalty": sampling.repetition_penalty,
         "presence_penalty": 0.0,
@@ -83,11 +83,11 @@ def request_body(
 
 
 class StreamReader:
-    """Makes steps of the bytes of one streamed answer; a state machine without input or output.
+    """Parses the bytes of one streamed answer into steps; a state machine without I/O.
 
     Attributes:
         finish: `"stop"` or `"length"` once the response is over, `"nan"` after a step that could not be judged; None
-            while more is to come. What is fed after that is ignored.
+            before that. Data fed after the end is ignored.
 
     Example:
         >>> reader = StreamReader([7], measured=[5], banned=[5], eos_ids=[1])
@@ -110,10 +110,10 @@ class StreamReader:
         vocab_size: int | None = None,
         logprobs: bool = False,
     ) -> None:
-        """Prepares for one answer; the arguments are those of its request.
+        """Takes the arguments of the request.
 
         Args:
-            logprobs: Steps carry the chosen token's log-probability; `measured` must be all flags then.
+            logprobs: Steps carry the chosen token's log-probability; then `measured` must be all flags.
         """
         self.finish: str | None = None
         self._prompt = list(prompt)
@@ -127,14 +127,14 @@ class StreamReader:
         self._last: int | None = None
 
     def feed(self, data: bytes) -> list[Step]:
-        """Takes the next bytes, cut anywhere.
+        """Takes the next bytes, split anywhere.
 
         Returns:
-            The steps that are complete now.
+            The steps completed by them.
 
         Raises:
-            ConnectionError: What came is not what was asked for, or the server says that it failed.
-            RedflagError: The server refuses the request after all; only before the first step.
+            ConnectionError: The answer does not match the request, or the server reports a failure.
+            RedflagError: The server refuses the request in the stream; only before the first step.
         """
         lines = (self._rest + data).split(b"\n")
         self._rest = lines.pop()
@@ -144,7 +144,7 @@ class StreamReader:
         for line in lines:
             if self.finish is not None:
                 break
-            # Other fields of server-sent events, comments that keep the connection alive, and empty lines say nothing.
+            # Other fields of server-sent events, keep-alive comments and empty lines are skipped.
             if line.startswith(b"data:"):
                 self._chunk(line[5:].strip(), steps)
         return steps
@@ -156,7 +156,7 @@ class StreamReader:
             ConnectionError: The response was not over.
         """
         if self.finish is None:
-            raise ConnectionError("the server ended the stream without saying that the response is over")
+            raise ConnectionError("the server ended the stream without a finish_reason")
 
     def _chunk(self, data: bytes, steps: list[Step]) -> None:
         if data == b"[DONE]":
@@ -165,18 +165,18 @@ class StreamReader:
             chunk = json.loads(data)
             if chunk.get("error"):
                 self._refused(chunk["error"])
-            for choice in self._choices(chunk):  # none in a chunk that only reports usage
+            for choice in self._choices(chunk):  # empty in a chunk that only reports usage
                 self._choice(choice, steps)
         except ConnectionError:
             raise
         except (AttributeError, IndexError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise ConnectionError(
-                f"the server sent a chunk of another shape ({type(error).__name__}: {error}): {data[:200]!r}"
+                f"the server sent a chunk of an unexpected shape ({type(error).__name__}: {error}): {data[:200]!r}"
             ) from error
         except RedflagError:
             raise
         except ValueError as error:
-            raise ConnectionError(f"the server sent what is not JSON ({error}): {data[:200]!r}") from error
+            raise ConnectionError(f"the server sent invalid JSON ({error}): {data[:200]!r}") from error
 
     def _choices(self, chunk: dict[str, Any]) -> list[dict[str, Any]]:
         choices: list[dict[str, Any]] = chunk["choices"]
@@ -184,18 +184,19 @@ class StreamReader:
 
     def _choice(self, choice: dict[str, Any], steps: list[Step]) -> None:
         if choice.get("index", 0) != 0:
-            raise ConnectionError("the server sent a second response where one was asked for")
+            raise ConnectionError("the server sent a second response to a request for one")
         if (prompt := choice.get("prompt_token_ids")) is not None and prompt != self._prompt:
-            raise ConnectionError("the server changed the prompt, so it answers something else than was asked")
+            raise ConnectionError("the server changed the prompt, so this response belongs to another one")
         self._steps(choice, steps)
         if (finish := choice.get("finish_reason")) is None or self.finish is not None:
             return
         if finish not in ("stop", "length"):
             raise ConnectionError(f"the server cut the response off: finish_reason {finish!r}")
+        # "stop" at any other token would be a stop that redflag did not ask for, in the middle of the response.
         if finish == "stop" and self._last not in self._eos_ids:
             raise ConnectionError(
                 f"the server ended the response at token {self._last} (stop_reason {choice.get('stop_reason')!r}), "
-                f"which is none of the end-of-sequence ids {sorted(self._eos_ids)}"
+                f"which is not one of the end-of-sequence ids {sorted(self._eos_ids)}"
             )
         self.finish = finish
 
@@ -207,7 +208,7 @@ class StreamReader:
                 raise ConnectionError("the server sent a token without log-probabilities")
             return
         names, tops = logprobs["tokens"], logprobs["top_logprobs"]
-        if token_ids is None:  # a server that knows `return_tokens_as_token_ids` alone
+        if token_ids is None:  # a server that supports only `return_tokens_as_token_ids`
             token_ids = [_token_id(name) for name in names]
         chosen = logprobs.get("token_logprobs") or [...] * len(names)
         if not len(token_ids) == len(names) == len(tops) == len(chosen):
@@ -220,7 +221,7 @@ class StreamReader:
             if type(token_id) is not int or not 0 <= token_id < self._vocab_size or name != f"token_id:{token_id}":
                 raise ConnectionError(f"the server named token {token_id!r} {name!r}, so its id is not certain")
             if self.finish is not None or self._last in self._eos_ids:
-                raise ConnectionError(f"the server went on after the end of the response, with token {token_id}")
+                raise ConnectionError(f"the server continued after the end of the response, with token {token_id}")
             if token_id in self._banned:
                 raise ConnectionError(f"the server chose token {token_id}, which logit_bias bans")
             check_own(name, top, logprob)
@@ -234,22 +235,22 @@ class StreamReader:
                 return
 
     def _language(self, logprob: float | None, flag_probs: Sequence[float]) -> Logprobs:
-        """The server's distribution has the flags in it: what they take is shared out among the other tokens."""
+        """The chosen token's log-probability without the flags, whose mass is spread over the other tokens."""
         left = 1.0 - math.fsum(flag_probs)
         if logprob is None or not left > 0.0:
             return Logprobs(math.nan)
         return Logprobs(min(0.0, logprob - math.log(left)))
 
     def _bounds(self, chosen: str, top: dict[str, float | None]) -> tuple[float, ...]:
-        """The measured ids have at most these: one that is not among the most likely is below the last of them."""
+        """Upper bounds for the measured ids: one that is not among the most likely is below the last of them."""
         probs = {name: probability_of(logprob) for name, logprob in top.items()}
         if any(map(math.isnan, probs.values())):
             return (math.nan,) * len(self._names)
-        # The chosen token may be a 21st, less likely than those that are not shown.
+        # The chosen token may be a 21st, less likely than some that are not listed.
         bound = min((prob for name, prob in probs.items() if name != chosen), default=0.0)
-        # A neighbour in the batch can make vLLM send fewer, or -inf for some: that bounds nothing.
+        # Other requests in the batch can make vLLM send fewer, or -inf for some, which gives no bound.
         if len(probs) < TOP or bound == 0.0:
-            raise ConnectionError(f"the server sent {len(probs)} log-probabilities, not the {TOP} greatest")
+            raise ConnectionError(f"the server sent {len(probs)} log-probabilities, not the {TOP} largest")
         return tuple(probs.get(name, bound) for name in self._names)
 
     def _refused(self, error: Any) -> None:
@@ -266,18 +267,16 @@ class RefusalError(RedflagError):
 
     Attributes:
         status: HTTP status, 400 to 499.
-        reason: The server's own words.
+        reason: The server's message.
     """
 
     def __init__(self, status: int, reason: str) -> None:
-        super().__init__(
-            f"The upstream server refuses the request ({status}: {reason}), so there is no response; mend what it says."
-        )
+        super().__init__(f"The upstream server refused the request ({status}: {reason}).")
         self.status, self.reason = status, reason
 
 
 def reason_of(body: Any) -> str:
-    """The server's own words in the body of an error, in any of the shapes that are in use.
+    """The server's message in the body of an error, in any of the common shapes.
 
     Example:
         >>> reason_of({"error": {"message": "too long"}}), reason_of({"detail": "no"}), reason_of(None)
@@ -295,27 +294,27 @@ def measured_in(name: str, top: dict[str, float | None]) -> float:
     if name not in top:
         raise ConnectionError(f"the server sent no log-probability of {name}")
     logprob = top[name]
-    # A raw logit is finite: -inf says that something, such as a structured output, masked the token before it was
+    # A raw logit is finite: -inf means that something, such as structured output, masked the token before it was
     # measured.
     return math.nan if logprob is not None and logprob <= _MASKED else probability_of(logprob)
 
 
 def check_own(chosen: str, top: Mapping[str, float | None], logprob: float | EllipsisType | None = ...) -> None:
-    """Whether log-probabilities are those of the position at which a token was chosen, and not a neighbour's.
+    """Checks that log-probabilities belong to the position at which a token was chosen, not to a neighbour.
 
-    A server that sends several tokens at once may copy or shift them, and a flag's would then be another step's. The
-    chosen token always stands among its own.
+    A server that sends several tokens at once may copy or shift them; a flag's would then belong to another step. The
+    log-probabilities of a position always include its chosen token's.
 
     Args:
-        chosen: Its name.
+        chosen: The chosen token's name.
         top: Name -> log-probability, as sent for its position.
-        logprob: The chosen token's, sent once more beside them; `...` where it was not.
+        logprob: The chosen token's log-probability, which servers also send separately; `...` if this one did not.
 
     Raises:
-        ConnectionError: They are another token's.
+        ConnectionError: They belong to another position.
     """
     if chosen not in top:
-        raise ConnectionError(f"the server sent log-probabilities of another token: {chosen} is not among its own")
+        raise ConnectionError(f"the server sent log-probabilities of another token: {chosen} is not among them")
     if logprob is ... or _same(top[chosen], logprob):
         return
     raise ConnectionError(
@@ -334,11 +333,11 @@ _MASKED = -9999.0  # what vLLM writes for -inf
 
 
 def probability_of(logprob: float | None) -> float:
-    """A probability in [0, 1]; NaN where the engine had none (vLLM writes NaN as null)."""
+    """A probability in [0, 1]; NaN if the engine has none (vLLM writes NaN as null)."""
     if logprob is None or math.isnan(logprob):
         return math.nan
     if logprob > 1e-3:
-        raise ConnectionError(f"the server sent {logprob}, which is no log-probability")
+        raise ConnectionError(f"the server sent {logprob}, which is not a log-probability")
     return min(1.0, math.exp(logprob))
 
 

@@ -13,11 +13,11 @@ Watched = Callable[[Sequence[int], Sampling, Sequence[int]], Iterable[Step]]
 
 
 class ScriptedBackend:
-    """Yields the steps it was given, without a model.
+    """Yields given steps, without a model.
 
     Attributes:
-        logprob_mode: As if measured from raw logits.
-        upper_bound: Whether the script's probabilities pass for upper bounds.
+        logprob_mode: `raw`.
+        upper_bound: Whether the script's probabilities count as upper bounds.
         prompts: The token ids of every stream that was started, in order.
         open_streams: Streams started and not yet ended, closed or failed; 0 shows that a consumer cleaned up.
         closed_early: Streams closed by their consumer before the script was over.
@@ -38,14 +38,14 @@ class ScriptedBackend:
         context_length: int | None = None,
         watched: Watched | None = None,
     ) -> None:
-        """Sets the play.
+        """Takes the script.
 
         Args:
-            script: The steps, or a function of prompt and sampling that returns them (it may be endless).
+            script: The steps, or a function of prompt and sampling that returns them (possibly endless).
             eos_ids: Ids after which a stream ends.
-            fail_at: Number of steps after which `error` is raised, as when an engine is lost; None never fails.
-            error: What is raised; None stands for a `ConnectionError`.
-            context_length: Most prompt and response tokens together; None has no limit.
+            fail_at: Number of steps after which `error` is raised, as if the engine was lost; None never fails.
+            error: The exception to raise; None = a `ConnectionError`.
+            context_length: Maximum number of prompt and response tokens together; None = no limit.
             watched: Steps of a stream that measures other ids than the flags; None plays the script.
         """
         self.logprob_mode = "raw"
@@ -68,9 +68,9 @@ class ScriptedBackend:
     def stream(self, token_ids: Sequence[int], sampling: Sampling, watch: Sequence[int] = ()) -> Iterator[Step]:
         """Plays the script; see `redflag.backends.Backend.stream`."""
         if not token_ids:
-            raise RedflagError("The prompt holds no tokens, so there is nothing to continue; give at least one.")
+            raise RedflagError("the prompt must hold at least one token (got none).")
         if sampling.grammar is not None:
-            raise RedflagError("A script is played as it stands, so it follows no grammar; leave the grammar out.")
+            raise RedflagError("grammar is not supported by a script. Leave it out.")
         room = sampling.max_new_tokens
         if self._context_length is not None:
             room = min(room, self._context_length - len(token_ids))

@@ -1,4 +1,4 @@
-"""A compute-bound backend behind asyncio: one thread runs it, and its streams take turns."""
+"""asyncio over a compute-bound backend: one thread runs it, and the streams take turns."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _OVER = object()
 
 
 class Depth(NamedTuple):
-    """How many streams have a place, and how many wait for one."""
+    """How many streams are open, and how many wait."""
 
     active: int
     waiting: int
@@ -33,22 +33,17 @@ class Turns:
     """Makes an `AsyncBackend` of a `Backend` that computes in the process, such as `HFBackend`.
 
     One thread runs the engine. Up to `active` streams take turns, one step each; `waiting` more stand in a queue, first
-    come first served, and beyond that `BusyError` is raised at the first `anext`. A task whose last
-    stream is over (a response that goes on after a reflection) is never refused and does not wait.
+    come first served, and beyond that `BusyError` is raised at the first `anext`. A task whose last stream is over (a
+    response that continues after a reflection) is never refused and does not wait.
 
-    A consumer that lags is waited for: the engine makes at most `buffer` steps ahead of it, gives its place to the next
-    stream meanwhile, and ends the stream with a `TimeoutError` when nothing was taken for `patience` seconds. Iterators
-    that lag keep their caches: `active + waiting` may be open at worst.
+    A slow consumer blocks no others: the engine runs at most `buffer` steps ahead of it, gives its place to the next
+    stream meanwhile, and ends the stream with a `TimeoutError` if no step is taken for `patience` seconds. Streams of
+    slow consumers keep their caches, so up to `active + waiting` caches may exist.
 
-    Whatever goes wrong in a stream is raised to the consumer of that stream alone. Leaving a stream (`aclose`,
-    cancellation) returns at once; the thread closes its iterator before it makes another step of any stream.
+    An error in a stream is raised only to the consumer of that stream. Leaving a stream (`aclose`, cancellation)
+    returns at once; the thread closes its iterator before the next step of any stream.
 
-    Attributes:
-        eos_ids: Of the backend.
-        logprob_mode: Of the backend.
-        upper_bound: Of the backend.
-        most_logprobs: Of the backend.
-        context_length: Of the backend; None where it has none.
+    `eos_ids`, `logprob_mode`, `upper_bound`, `most_logprobs` and `context_length` are the backend's.
 
     Example:
         ```python
@@ -62,32 +57,30 @@ class Turns:
     def __init__(
         self, backend: Backend, active: int = 4, waiting: int = 64, *, buffer: int = 16, patience: float = 60.0
     ) -> None:
-        """Puts the queue before a backend. The thread starts with the first stream.
+        """The thread starts with the first stream.
 
         Args:
             backend: The engine; from now on only the thread uses it.
-            active: Most streams that take turns; each has its share of the engine's speed, and its own cache in memory.
-            waiting: Most streams that wait for a place.
-            buffer: Most steps made ahead of a consumer.
-            patience: Seconds after which a consumer that took nothing of a full buffer is given up.
+            active: Maximum number of streams that take turns; they share the engine's speed, each with its own cache.
+            waiting: Maximum number of streams in the queue.
+            buffer: Maximum number of steps ahead of a consumer.
+            patience: Seconds that a stream with a full buffer waits for its consumer.
 
         Raises:
-            RedflagError: A number leaves no stream that could run.
+            RedflagError: A number is out of bounds.
         """
         for name, value, least in (("active", active, 1), ("waiting", waiting, 0), ("buffer", buffer, 1)):
             if type(value) is not int or value < least:
-                raise RedflagError(
-                    f"{name} is {value!r}, with which streams could not run as asked; give a whole number from {least}"
-                )
+                raise RedflagError(f"{name} must be a whole number of at least {least} (got {value!r}).")
         if not patience > 0:
-            raise RedflagError(f"patience is {patience!r}, so every consumer would be too slow; give seconds above 0")
+            raise RedflagError(f"patience must be above 0, in seconds (got {patience!r}).")
         self.eos_ids: frozenset[int] = backend.eos_ids
         self.logprob_mode: str = backend.logprob_mode
         self.upper_bound: bool = backend.upper_bound
         self.most_logprobs = most_logprobs(backend)
         self.context_length: int | None = getattr(backend, "context_length", None)
         self._worker = _Worker(backend, active, waiting, buffer, patience)
-        # The thread knows the worker, not this object: one that is dropped without `aclose` ends its thread, too.
+        # The thread refers to the worker, not to this object, so dropping this object without `aclose` ends it too.
         weakref.finalize(self, _Worker.end, self._worker)
 
     def astream(
@@ -96,15 +89,15 @@ class Turns:
         """Continues a prompt; see `redflag.backends.Backend.stream`. Errors come with the first step.
 
         Raises:
-            BusyError: As many streams are open and waiting as there may be.
+            BusyError: The engine and its queue are full.
             ConnectionError: The engine was shut down.
-            TimeoutError: The consumer took nothing for too long.
+            TimeoutError: The consumer took no step for `patience` seconds.
         """
         prompt, watched = list(token_ids), tuple(watch)
         return self._items(lambda backend: backend.stream(prompt, sampling, watched))
 
     async def score(self, prompt: Sequence[int], response: Sequence[int]) -> Any:
-        """Flag probabilities of a given response, T x K; the engine's `score`, which has its turn as streams have.
+        """Flag probabilities of a given response, T x K, by the engine's `score`, which takes its turn like a stream.
 
         Raises:
             RedflagError: The engine cannot score, or prompt and response do not fit its context.
@@ -118,7 +111,7 @@ class Turns:
             await items.aclose()
 
     async def _items(self, begin: Callable[[Any], Iterator[Any]]) -> AsyncGenerator[Any, None]:
-        """What an iterator gives that the thread makes of the backend and asks for its items."""
+        """The items of an iterator that the thread makes from the backend by `begin` and advances."""
         worker = self._worker
         turn = _Turn(asyncio.get_running_loop(), asyncio.current_task(), begin)
         worker.enter(turn)
@@ -136,17 +129,17 @@ class Turns:
         try:
             if isinstance(error, Exception):
                 raise error
-            if error is not None:  # SystemExit and its kind would end the event loop, not the stream.
+            if error is not None:  # SystemExit and KeyboardInterrupt would end the event loop, not just the stream.
                 raise RuntimeError(f"the engine ended with {type(error).__name__}") from error
         finally:
-            del error  # Its traceback holds this frame: the circle would keep the stream's cache in memory.
+            del error  # Its traceback refers to this frame: the cycle would keep the stream's cache in memory.
 
     def depth(self) -> Depth:
         """Streams that are open and waiting now."""
         return self._worker.depth()
 
     async def aclose(self) -> None:
-        """Ends all streams with a `ConnectionError` and the thread after the step it is at; new streams are refused."""
+        """Ends all streams with a `ConnectionError` and the thread after its current step; refuses new streams."""
         self._worker.stop("the engine was shut down")
         if self._worker.thread is not None:
             await asyncio.wrap_future(self._worker.ended)
@@ -156,7 +149,7 @@ class Turns:
 def _scorer(backend: Any) -> Callable[..., Any]:
     score = getattr(backend, "score", None)
     if score is None:
-        raise RedflagError(f"{type(backend).__name__} cannot score given responses; use an engine that can")
+        raise RedflagError(f"scoring given responses is not supported by {type(backend).__name__}.")
     return score
 
 
@@ -168,7 +161,7 @@ class _End:
 
 
 class _Turn:
-    """One stream. Its iterator is used by the thread alone, its items by its consumer's loop."""
+    """One stream. Only the thread uses its iterator, only its consumer's loop its items."""
 
     __slots__ = ("begin", "begun", "behind", "full_since", "items", "loop", "steps", "task")
 
@@ -183,27 +176,31 @@ class _Turn:
         self.begin = begin
         self.items: asyncio.Queue[Any] = asyncio.Queue()
         self.steps: Iterator[Any] | None = None
-        self.begun = False  # whether a step was taken
-        self.behind = 0  # steps that were made and not taken
+        self.begun = False  # whether the consumer has taken a step
+        self.behind = 0  # steps computed and not yet taken
         self.full_since: float | None = None
 
 
 class _Worker:
-    """The queue and the thread. Everything but the iterators is guarded by one lock, never held while computing."""
+    """The queue and the thread. One lock guards everything but the iterators; it is never held during a step.
+
+    A stream is in `_waiting`, then in `_open` (the thread steps through it round robin), then, if its consumer leaves
+    it, in `_left` until the thread has closed its iterator.
+    """
 
     def __init__(self, backend: Backend, active: int, waiting: int, buffer: int, patience: float) -> None:
         self._backend = backend
         self._active, self._most, self._buffer, self._patience = active, active + waiting, buffer, patience
-        # Reentrant: the collector may run `end` in a thread that is inside.
+        # Reentrant: garbage collection may call `end` in a thread that holds the lock.
         self._work = threading.Condition(threading.RLock())
-        self._open: deque[_Turn] = deque()  # the next one to make a step stands first
+        self._open: deque[_Turn] = deque()  # the stream whose turn is next stands first
         self._waiting: deque[_Turn] = deque()
-        self._left: deque[_Turn] = deque()  # whose iterators are to be closed
+        self._left: deque[_Turn] = deque()  # left by their consumers; iterators still to be closed
         self._between: weakref.WeakSet[asyncio.Task[Any]] = weakref.WeakSet()  # tasks whose last stream is over
         self._over: str | None = None
         self.thread: threading.Thread | None = None
         self.ended: Future[None] = Future()
-        self.ended.set_running_or_notify_cancel()  # who stops waiting for the end does not cancel it for others
+        self.ended.set_running_or_notify_cancel()  # one waiter's cancellation must not cancel it for the others
 
     # Called by consumers.
 
@@ -215,24 +212,21 @@ class _Worker:
             held = len(self._open) + len(self._waiting)
             again = turn.task is not None and turn.task in self._between
             if held >= self._most and not again:
-                raise BusyError(
-                    f"{held} responses are being made or waiting, as many as this engine takes, so one more would wait "
-                    "without end; try again later"
-                )
+                raise BusyError(f"The engine is at capacity: {held} responses are running or waiting. Try again later.")
             if self.thread is None:
                 thread = threading.Thread(target=self.run, name="redflag-turns", daemon=True)
                 thread.start()
                 self.thread = thread
             if turn.task is not None and again:
                 self._between.discard(turn.task)
-                self._open.append(turn)  # Its user sees half a response, and others may run for long.
+                self._open.append(turn)  # Its user has half a response already, so it skips the queue.
             else:
                 self._waiting.append(turn)
                 self._admit()
             self._work.notify()
 
     def took(self, turn: _Turn) -> None:
-        """A consumer has taken a step."""
+        """Called after the consumer has taken a step."""
         with self._work:
             turn.begun = True
             turn.behind -= 1
@@ -241,11 +235,11 @@ class _Worker:
                 self._work.notify()
 
     def leave(self, turn: _Turn) -> None:
-        """A consumer wants no more. Without effect on a stream that is over."""
+        """Called when the consumer leaves the stream. No effect on a stream that is over."""
         with self._work:
             if turn.begun and turn.task is not None:
                 self._between.add(turn.task)
-            turn.task = None  # It holds the stream's error, whose traceback holds this stream.
+            turn.task = None  # The task refers to the stream's error, whose traceback refers to this stream.
             if turn in self._waiting:
                 self._waiting.remove(turn)
             if turn in self._open:
@@ -258,7 +252,7 @@ class _Worker:
             return Depth(len(self._open), len(self._waiting))
 
     def stop(self, why: str) -> None:
-        """No more streams and no more steps; the consumers learn it now, even if the engine hangs."""
+        """Ends all streams and refuses new ones; consumers get the error at once, even if the engine hangs."""
         with self._work:
             if self._over is not None:
                 return
@@ -272,10 +266,10 @@ class _Worker:
             self._send(turn, _End(ConnectionError(why)))
 
     def end(self) -> None:
-        """At the end of the process, or when nobody holds the queue any more."""
+        """Called at process exit, or when the queue is no longer referenced."""
         self.stop("the engine was dropped")
         if self.thread is not None and self.thread is not threading.current_thread():
-            self.thread.join(10.0)  # one step at most; an interpreter that ends under a computing thread may crash
+            self.thread.join(10.0)  # waits for one step at most; exiting during a step may crash the interpreter
 
     # Called by the thread.
 
@@ -294,21 +288,24 @@ class _Worker:
             self.ended.set_result(None)
 
     def _admit(self) -> None:
-        # Those whose consumers lag have given up their place.
+        # Streams that wait for their consumers do not count as running.
         running = sum(turn.full_since is None for turn in self._open)
         while running < self._active and self._waiting:
             self._open.append(self._waiting.popleft())
             running += 1
 
     def _next(self) -> Callable[[], None] | None:
-        """What is to be done next; waits until there is something. None: nothing ever again."""
+        """Waits for the next job of the thread; None ends it."""
         with self._work:
             while self._over is None:
+                # First, free the caches of streams that were left. Then let waiting streams in.
                 if self._left:
                     return partial(self._close, self._left.popleft())
                 self._admit()
                 now = time.monotonic()
                 soonest = None
+                # Round robin: a step of the first stream whose buffer has room. The others are checked for consumers
+                # that are too late; without either, sleep until the first of them will be.
                 for _ in range(len(self._open)):
                     turn = self._open[0]
                     if turn.full_since is None:
@@ -323,7 +320,7 @@ class _Worker:
         return None
 
     def _step(self, turn: _Turn) -> None:
-        if turn.loop.is_closed():  # Nobody can be told, so nothing needs to be made.
+        if turn.loop.is_closed():  # No consumer is left to take a step.
             self.leave(turn)
             return
         try:
@@ -358,11 +355,11 @@ class _Worker:
         if close is not None:
             try:
                 close()
-            except BaseException as error:  # Nobody is left to hear of it, and the other streams have no share in it.
+            except BaseException as error:  # Its consumer is gone, and the other streams are not affected.
                 _log.warning("a stream could not be closed: %s", type(error).__name__)
 
     def _send(self, turn: _Turn, item: Step | _End) -> None:
         try:
             turn.loop.call_soon_threadsafe(turn.items.put_nowait, item)
-        except RuntimeError:  # The loop is closed: its consumer will never come back.
+        except RuntimeError:  # The loop is closed, so the consumer will not come back.
             self.leave(turn)

@@ -1,4 +1,4 @@
-"""Many completion servers as one scorer: rows go to whoever is free, and away from who fails."""
+"""Several completion servers as one scorer: rows go to idle servers, and away from failing ones."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from redflag.flags import FlagSpec
 Probs = npt.NDArray[np.float32]
 Pair = tuple[Sequence[int], Sequence[int]]
 
-_TRIES = 3  # for a row that living servers fail at
+_TRIES = 3  # for a row at which servers fail that are otherwise alive
 
 
 class Upstreams:
@@ -29,8 +29,9 @@ class Upstreams:
     Close it, or use it in a `with` block. Not for a thread in which an event loop runs.
 
     Attributes:
-        context_length: Most tokens of prompt and response together; the least of the servers', None if none says.
-        ways: Per server that is in use, how it measures (`redflag.backends.remote_score`).
+        context_length: Maximum number of tokens of prompt and response together: the smallest of the servers', None if
+            unknown.
+        ways: How each server in use measures (`redflag.backends.remote_score`).
         upper_bound: Whether probabilities are upper bounds.
 
     Example:
@@ -62,12 +63,12 @@ class Upstreams:
             model: Name of the served model; None takes each server's first one.
             api_key: Sent as a bearer token.
             headers: Sent with every request.
-            upper_bound: For servers that know no `logprob_token_ids`: take the 20 most likely tokens instead.
+            upper_bound: For servers without `logprob_token_ids`: use the 20 most likely tokens instead.
             step_timeout: Seconds for one answer.
-            retries: Further tries of a request where a server cannot be reached or is busy.
+            retries: Further tries of a request if a server cannot be reached or is busy.
 
         Raises:
-            RedflagError: No server can be used. One that cannot, beside others that can, is named on stderr.
+            RedflagError: No server can be used. If some can, the others are left out and named on stderr.
         """
         self.upper_bound = upper_bound
         backends = [
@@ -85,16 +86,16 @@ class Upstreams:
             for url in urls
         ]
         if len({backend.url for backend in backends}) != len(urls) or not urls:
-            raise RedflagError(f"upstream is {list(urls)}, where each server's address must stand once: mend the list")
+            raise RedflagError(f"upstream must name at least one server, and each only once (got {list(urls)}).")
         self._backends = backends
         self._last_words = ""
         self._loop = asyncio.new_event_loop()
         try:
-            found = self._loop.run_until_complete(_all(find_way(backend) for backend in backends))
+            ways = self._loop.run_until_complete(_all(find_way(backend) for backend in backends))
             self._living: dict[RemoteBackend, Way] = {
-                b: way for b, way in zip(backends, found, strict=True) if not isinstance(way, BaseException)
+                b: way for b, way in zip(backends, ways, strict=True) if not isinstance(way, BaseException)
             }
-            faults = [error for error in found if isinstance(error, BaseException)]
+            faults = [error for error in ways if isinstance(error, BaseException)]
             for error in faults:
                 if not isinstance(error, RedflagError | OSError | BusyError):
                     raise error
@@ -110,7 +111,7 @@ class Upstreams:
 
     @property
     def ways(self) -> dict[str, Way]:
-        """Address of each server that is in use -> how it measures."""
+        """Address of each server in use -> how it measures."""
         return {backend.url: way for backend, way in self._living.items()}
 
     def __enter__(self) -> Upstreams:
@@ -120,7 +121,7 @@ class Upstreams:
         self.close()
 
     def close(self) -> None:
-        """Closes all connections; any number of times."""
+        """Closes all connections; may be called repeatedly."""
         if self._loop.is_closed():
             return
         self._loop.run_until_complete(_all(backend.aclose() for backend in self._backends))
@@ -128,17 +129,17 @@ class Upstreams:
         self._loop.close()
 
     def score(self, pairs: Sequence[Pair], *, batch_size: int) -> Iterator[Probs]:
-        """Flag probabilities of given responses, in the order given, each as soon as all before it are there.
+        """Flag probabilities of given responses, in order, each as soon as all before it are done.
 
         Args:
             pairs: `(prompt_ids, response_ids)` of each.
-            batch_size: Responses that each server works on at a time.
+            batch_size: Number of concurrent responses per server.
 
         Yields:
             T x K float32 per pair.
 
         Raises:
-            RedflagError: A server refuses a row, living servers fail at it again and again, or no server is left.
+            RedflagError: A server refuses a row, servers that are alive fail at it repeatedly, or no server is left.
                 Everything before that row has been yielded.
         """
         loop = self._loop
@@ -158,8 +159,8 @@ class Upstreams:
                 loop.run_until_complete(asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED))
                 if not result.done():
                     raise RedflagError(
-                        f"no upstream server is left ({self._last_words}), so the {len(pairs) - index} rows from here "
-                        "on are not scored: start one and give the same command again"
+                        f"No upstream server is left ({self._last_words}); {len(pairs) - index} rows are not scored. "
+                        "Start a server and run the same command again."
                     )
                 yield result.result()
         finally:
@@ -168,7 +169,7 @@ class Upstreams:
             loop.run_until_complete(_all((*workers, ended)))
             for result in results:
                 if not result.cancel() and not result.cancelled():
-                    result.exception()  # looked at, so that asyncio does not complain
+                    result.exception()  # retrieved, so that asyncio does not warn
 
     async def _work(
         self,
@@ -177,7 +178,7 @@ class Upstreams:
         pairs: Sequence[Pair],
         results: list[asyncio.Future[Probs]],
     ) -> None:
-        """Takes rows, the earliest first, for as long as its server lives."""
+        """Takes rows, the earliest first, as long as its server is alive."""
         while True:
             index, failures = await queue.get()
             way = self._living.get(backend)
@@ -191,13 +192,13 @@ class Upstreams:
                 if failures < _TRIES:
                     queue.put_nowait((index, failures))
                 else:
-                    several = RedflagError(f"{error}, {failures} times: see what the server logs")
+                    several = RedflagError(f"{error}, {failures} times. See the server's log.")
                     results[index].set_exception(several)
-            except Exception as error:  # Also what nobody foresaw: a row without an end would be waited for for ever.
+            except Exception as error:  # Unexpected ones too: a row without a result would be awaited for ever.
                 results[index].set_exception(error)
 
     async def _lives(self, backend: RemoteBackend, error: Exception) -> bool:
-        """Whether it still answers at all: then the row is at fault, or the moment was. If not, it is left out."""
+        """Whether the server still answers. If so, the row or a passing failure is the cause; if not, it is dropped."""
         try:
             await backend.identify(backend.link())
             return True
@@ -206,12 +207,12 @@ class Upstreams:
         if self._living.pop(backend, None) is not None:
             self._last_words = str(error)
             if self._living:
-                print(f"{error}; its rows go to the {len(self._living)} that are left", file=sys.stderr)
+                print(f"{error}; its rows go to the {len(self._living)} remaining servers", file=sys.stderr)
         return False
 
 
 async def _all(work: Iterable[Awaitable[Any]]) -> list[Any]:
-    """What all of them return or raise."""
+    """Results or exceptions of all of them."""
     return await asyncio.gather(*work, return_exceptions=True)
 
 

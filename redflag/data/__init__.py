@@ -1,1 +1,1 @@
-"""Rows: what one is, and where they come from."""
+"""Rows: their format, and reading them from files and data sets."""

@@ -1,4 +1,4 @@
-"""The options that say how rows are read, which several verbs share."""
+"""Options for reading rows, shared by several verbs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 @dataclass(kw_only=True)
 class RowOptions:
-    """How rows of other shapes are read; see `redflag.data.rows.load_rows`."""
+    """Options for rows in other formats; see `redflag.data.rows.load_rows`."""
 
     columns: dict[str, str | list[str] | None] | None = field(
         default=None, metadata={"help": "Our column -> the data set's column (a list: a row for each); null drops one."}
@@ -17,14 +17,14 @@ class RowOptions:
         default=None, metadata={"help": "Label -> category, or null = harmless."}
     )
     unlabelled: Literal["stop", "skip", "harmless"] = field(
-        default="stop", metadata={"help": "What a row does whose label is null."}
+        default="stop", metadata={"help": "Rows whose label is null: stop, skip or harmless."}
     )
     split: str = field(
         default="train", metadata={"help": "Split of a data set of the hub; or name it NAME:CONFIGURATION:SPLIT."}
     )
 
     def row_options(self) -> dict[str, Any]:
-        """As arguments of `load_rows`."""
+        """The options as arguments of `load_rows`."""
         return {
             "columns": self.columns,
             "labels": self.labels,

@@ -1,6 +1,6 @@
-"""What a file of rows holds, record by record: JSON lines, a JSON array, CSV, TSV, Parquet.
+"""Reads files of rows record by record: JSON lines, a JSON array, CSV, TSV, Parquet.
 
-A record that cannot be read is yielded as the ValueError that says why, with the line (or number) where it stands.
+A record that cannot be read is yielded as a ValueError with the reason, and the line (or number) where it stands.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# Read wherever they lie. A `.json` file is read where it is named itself: folders hold other JSON as well.
+# Read in any folder. A `.json` file is read only if it is named itself: folders hold other JSON too.
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".ndjson", ".ndjson.gz")
 NAMED_SUFFIXES = (*SUFFIXES, ".json", ".json.gz")
 
-# A record is a JSON value, or the error that stood in its place.
+# A record is a JSON value, or the error in its place.
 Records = Iterator[tuple[int, Any]]
 
 _BOM = b"\xef\xbb\xbf"
@@ -26,7 +26,7 @@ _FIELD_LIMIT = 2**31 - 1  # characters of a CSV cell; csv's own limit, 131,072, 
 
 
 class TextRecord(dict[str, Any]):
-    """A record of a format that knows only text: numbers, lists and objects are still to be read from it."""
+    """A record of a text-only format: numbers, lists and objects have yet to be parsed."""
 
 
 def read_file(path: Path, data: bytes) -> Records:
@@ -48,7 +48,7 @@ def _lines(path: Path, data: bytes) -> Records:
         try:
             line = stream.readline()
         except (OSError, EOFError, zlib.error) as error:
-            # What came before the damage has been yielded already; the damage itself is one bad row.
+            # The records before the damage have been yielded already; the damage itself is one bad row.
             yield number + 1, _damaged(error)
             return
         if not line:
@@ -75,7 +75,7 @@ def _json(path: Path, data: bytes) -> Records:
     try:
         whole = _whole(path, data).removeprefix(_BOM)
     except ValueError:
-        yield from _lines(path, data)  # which gives what came before the damage
+        yield from _lines(path, data)  # yields the records before the damage
         return
     if not whole.lstrip().startswith(b"["):
         try:
@@ -127,10 +127,10 @@ def _table(path: Path, data: bytes, delimiter: str) -> Records:
         if header is None:
             header = cells
             if doubles := sorted({name for name in header if header.count(name) > 1}):
-                yield line, ValueError(f"the header names the column {doubles[0]!r} more than once: rename one")
+                yield line, ValueError(f"the header must name each column once (got {doubles[0]!r} twice). Rename one")
                 return
         elif len(cells) != len(header):
-            yield line, ValueError(f"{len(cells)} cells where the header names {len(header)} columns")
+            yield line, ValueError(f"the number of cells must be that of the header, {len(header)} (got {len(cells)})")
         else:
             yield line, TextRecord((name, cell or None) for name, cell in zip(header, cells, strict=True))
 

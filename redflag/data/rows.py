@@ -1,4 +1,4 @@
-"""Training rows: what one looks like, and how they are read from the places where people keep them.
+"""Training rows: their format, and how they are read from files, data sets and lists.
 
 A row is one JSON object:
 
@@ -10,19 +10,18 @@ A row is one JSON object:
 The last assistant turn is the response. `category` null or absent means that the response is harmless. `onset` is the
 character of the response where harm begins; absent, a harmful response is harmful from its first character.
 The thought before an answer is that turn's `reasoning_content` (`reasoning` and `thinking` are read too); `<think>` in
-the content is content. It is harmless in a harmless row; in a harmful one that is unknown, unless `thought_onset` says
-at which character of the thought harm begins. `onset` counts in the content all the same.
-`lang` and `onset_source` are for measuring: results are given for each language, natural onsets kept apart from
-constructed ones. `forecast` lists `[character, probability of harm from there on]`, where `redflag synthesize` or
-somebody else has looked ahead; a third number says how many continuations that rests on.
+the content is content. The thought of a harmless row is harmless; that of a harmful row is unknown, unless
+`thought_onset` gives the character of the thought where harm begins. `onset` always counts in the content.
+`lang` and `onset_source` are for reports: results are given per language, and natural onsets separately from
+constructed ones. `forecast` lists `[character, probability of harm from there on]`, as `redflag synthesize` writes it;
+a third number is the number of continuations that were judged.
 
-Public sets come in other shapes, which are understood as well: `prompt` + `response` (+ `label`), `messages` that end
-before the answer + `response`, and those of `shapes.py`. Where there is a `label` it decides: in such sets `category`
-is often the topic of the *prompt*, so a benign row is harmless whatever its `category`, and a harmful one takes its
-category from there.
+Other formats of public sets are read too: `prompt` + `response` (+ `label`), `messages` that end before the answer +
+`response`, and those of `shapes.py`. A `label` decides if there is one: in such sets `category` is often the topic of
+the *prompt*, so a benign row is harmless whatever its `category`, and a harmful one takes its category from there.
 
-Extra keys are ignored, and counted in `Rows.ignored`; but a key that looks like a misspelt `category`, `onset` or
-`label` makes a row bad, because to ignore it would turn a harmful row into a harmless one; `columns` maps or drops it.
+Extra keys are ignored, and counted in `Rows.ignored`. But a key that looks like a misspelt `category`, `onset` or
+`label` makes a row bad, because ignoring it would turn a harmful row into a harmless one; `columns` maps or drops it.
 """
 
 from __future__ import annotations
@@ -67,22 +66,21 @@ class Row:
     """One labelled conversation.
 
     Attributes:
-        messages: `{"role", "content"}` turns; the last is the assistant's: the response. Where the source has them,
+        messages: `{"role", "content"}` turns; the last one, the assistant's, is the response. If the source has them,
             also `tool_calls`, `reasoning_content`, `tool_call_id`, `name` (see `turns.py`).
-        category: What kind of harm the response holds; None in a harmless row.
+        category: Kind of harm in the response; None in a harmless row.
         onset: Character offset in the response where harm begins; None in a harmful row means 0.
-        group: Rows that ask the same thing share it; splits never divide a group.
-        user: Who asked, where that is known.
-        source: Where the row comes from.
-        id: Name of the row.
+        group: Rows that ask the same thing share a group; splits never divide it.
+        user: Author of the request, if known.
+        source: Data set or file that the row comes from.
         lang: Language of the response, such as "en".
-        onset_source: Where the onset comes from: "constructed" (the row was built around it) or "natural" (somebody
-            found it in text that was there); None where nobody said.
-        prefill: Characters of the response that were put in the assistant's mouth before it refuses; 0 = the refusal
-            comes at once. None in a row that is no lesson in refusing.
-        forecast: Points `[character, probability]` in order: how probably an answer that begins like the response up to
-            this character turns out harmful. A third number counts the continuations judged.
-        forecast_category: Harm of what kind, in a harmless row; a harmful one says it by its category.
+        onset_source: "constructed" (the row was built around the onset) or "natural" (the onset was found in existing
+            text); None = unknown.
+        prefill: Number of characters of the response that the client supplied before the refusal; 0 = the refusal
+            comes at once. None in a row that does not teach refusals.
+        forecast: Points `[character, probability]` in order: the probability that an answer with the same beginning up
+            to this character turns out harmful. A third number counts the continuations judged.
+        forecast_category: Kind of harm forecast in a harmless row; in a harmful row it is the category.
         thought_onset: Character offset in the response's thought where harm begins; None in a harmful row means that
             it is unknown whether the thought is harmful.
     """
@@ -112,13 +110,13 @@ class Row:
         return str(self.messages[-1]["content"])
 
     def to_dict(self) -> dict[str, Any]:
-        """The row as it is written: keys that hold nothing are left out."""
+        """The row as written to files, without empty keys."""
         return {key: value for key in KEYS if (value := getattr(self, key)) is not None}
 
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that could not be used: the file, its line (1-based; in other sources the number of the row), and why."""
+    """An unusable row: the file, its line (1-based; in other sources the number of the row), and the reason."""
 
     file: str
     line: int
@@ -130,15 +128,15 @@ class BadRow:
 
 @dataclass(frozen=True)
 class Rows:
-    """What `load_rows` found.
+    """Result of `load_rows`.
 
     Attributes:
         rows: The usable rows, in the order of the source.
-        skipped: The rows left out: bad ones under `on_bad_row="skip"`, unlabelled ones under `unlabelled="skip"`.
+        skipped: The rows left out: bad ones with `on_bad_row="skip"`, unlabelled ones with `unlabelled="skip"`.
         ignored: Extra keys and the number of rows that hold them.
         files: The files read, in order; empty for other sources.
-        sha256: Of the file's bytes as they lie on disk; of several files, of their digests in order; of other sources,
-            of the canonical JSON of the records.
+        sha256: Hash of the file's bytes on disk; for several files, of their digests in order; for other sources, of
+            the canonical JSON of the records.
     """
 
     rows: list[Row]
@@ -151,7 +149,7 @@ class Rows:
 
     @property
     def fingerprint(self) -> str:
-        """Tells these rows from others: `sha256`, and how the records were read where that was said."""
+        """Identifies these rows: `sha256`, and the options that changed how records are read, if any."""
         return f"{self.sha256}/{self.read_as}" if self.read_as else self.sha256
 
     def __iter__(self) -> Iterator[Row]:
@@ -163,7 +161,7 @@ class Rows:
 
 @dataclass
 class RecordReader:
-    """Turns records into rows, and counts what they held.
+    """Turns records into rows, and counts their keys.
 
     Attributes:
         columns: As in `load_rows`; so are `labels`, `unlabelled` and `unanswered`.
@@ -171,7 +169,7 @@ class RecordReader:
         decided_by: As in `Rows`.
 
     Raises:
-        RedflagError: `columns` or a choice is wrong.
+        RedflagError: `columns` or another option is invalid.
     """
 
     columns: Columns = field(default_factory=dict)
@@ -188,14 +186,14 @@ class RecordReader:
 
     @property
     def digest(self) -> str:
-        """Of what was said about how records are to be read; "" where nothing was."""
+        """Digest of the options that change how records are read; "" if there are none."""
         options = [self.columns, self.labels, self.unlabelled]
         if options == [{}, None, "stop"]:
             return ""
         return hashlib.sha256(json.dumps(options).encode()).hexdigest()[:16]
 
     def read(self, record: Any) -> list[Row | ValueError]:
-        """The rows of a record (mostly one), each a row or the reason why it is none."""
+        """The rows of a record (usually one), each a row or the error that makes it bad."""
         if isinstance(record, ValueError):
             return [record]
         try:
@@ -218,7 +216,7 @@ class RecordReader:
             name = str(key)
             if (close := lookalike(name)) is not None and close not in cells:
                 raise ValueError(
-                    f"unknown key {key!r}, which looks like {close!r}: rename it, map it with columns ("
+                    f"unknown key {key!r}, which looks like {close!r}. Rename it, map it with columns ("
                     f"--columns '{json.dumps({close: name})}'), or drop it with --columns '{json.dumps({name: None})}'"
                 )
             self.ignored[name] += 1
@@ -247,18 +245,18 @@ def load_rows(
             `.json` file of one array; a folder (all such files in it but `.json`, sorted), a glob pattern, or a list of
             any of these; a data set on the hub, as `OWNER/NAME`, `OWNER/NAME:CONFIGURATION:SPLIT` or
             `OWNER/NAME::SPLIT`; a `datasets.Dataset`; an iterable of mappings or rows.
-        columns: Our key -> the source's key, such as `{"prompt": "question", "response": "answer", "label": "toxic"}`;
-            several make a row of each (`{"response": ["a", "b"], "label": ["a_bad", "b_bad"]}`). Our keys are those of
-            the row and `prompt`, `response`, `label`. The source's key -> None drops a column.
-        labels: Value of the label (as text; true and false in small letters) -> category, or None for harmless; where
-            `category` is an object of truth values, its names -> category. Without it `harmful` and `unsafe` mean the
-            row's own category, or "harm" where it has none; `benign`, `harmless`, `unharmful` and `safe` mean harmless,
-            and so does true in a column `is_safe`; any other value is bad.
+        columns: redflag's key -> the source's key, such as `{"prompt": "question", "response": "answer", "label":
+            "toxic"}`; several make a row of each (`{"response": ["a", "b"], "label": ["a_bad", "b_bad"]}`). redflag's
+            keys are those of the row and `prompt`, `response`, `label`. The source's key -> None drops a column.
+        labels: Value of the label (as text; true and false in lower case) -> category, or None for harmless; if
+            `category` is an object of booleans, its names -> category. Without `labels`, `harmful` and `unsafe` mean
+            the row's own category, or "harm" if it has none; `benign`, `harmless`, `unharmful` and `safe` mean
+            harmless, and so does true in a column `is_safe`; any other value is bad.
         on_bad_row: "stop" raises at the first bad row; "skip" leaves it out and lists it in `Rows.skipped`.
-        unlabelled: What a null label means: "stop" treats the row as bad, "skip" leaves it out, "harmless" keeps it.
-        split: Split to take from a data set on the hub whose name says none.
-        unanswered: What a conversation without a response is: "stop" a bad row; "keep" a prompt, whose `messages` end
-            before the response.
+        unlabelled: Treatment of a null label: "stop" = the row is bad, "skip" leaves it out, "harmless" keeps it.
+        split: Split of a data set on the hub, if the name has none.
+        unanswered: Treatment of a conversation without a response: "stop" = a bad row; "keep" = a prompt, whose
+            `messages` end before the response.
 
     Raises:
         RedflagError: The source cannot be read, a row is bad (naming file, line and reason), or no row is usable.
@@ -281,11 +279,11 @@ def load_rows(
                     continue
                 bad = BadRow(name, line, str(row))
                 if on_bad_row == "stop" and not isinstance(row, Unlabelled):
-                    raise RedflagError(f"{bad}; mend the row, or skip such rows with on_bad_row=skip")
+                    raise RedflagError(f"{bad}. Fix the row, or skip such rows with on_bad_row=skip.")
                 skipped.append(bad)
     if not rows:
         what = f"all {len(skipped)} rows were left out (first: {skipped[0]})" if skipped else "it is empty"
-        raise RedflagError(f"no usable row in {describe(source)}: {what}; give a source of rows")
+        raise RedflagError(f"no usable row in {describe(source)}: {what}. Give a source of rows.")
     return Rows(
         rows,
         skipped,
@@ -316,33 +314,33 @@ def write_rows(path: str | Path, rows: Iterable[Row]) -> Path:
     return path
 
 
-def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise RedflagError(f"{name} is {value!r}, which means nothing here: choose one of {', '.join(known)}")
+def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise RedflagError(f"{name} must be one of {', '.join(allowed)} (got {value!r}).")
 
 
 def _checked(cells: Mapping[str, Any], messages: list[dict[str, Any]], category: str | None) -> Row:
-    """The row, its other keys checked; raises a ValueError whose text is the reason why it is none."""
+    """The row, its other keys checked; raises a ValueError with the reason if one is invalid."""
     onset = cells.get("onset")
     if onset is not None:
         if isinstance(onset, bool) or not isinstance(onset, int):
-            raise ValueError(f"onset is not a whole number but {kind(onset)}")
+            raise ValueError(f"onset must be a whole number (got {kind(onset)})")
         if category is None:
-            raise ValueError(f"onset is {onset} in a row without category: a harmless response has no onset")
+            raise ValueError(f"onset must be left out in a row without category (got {onset})")
         if not 0 <= onset < len(messages[-1]["content"]):
             raise ValueError(
-                f"onset is {onset}, outside the response of {len(messages[-1]['content'])} characters: "
-                "it counts characters from 0 in the last assistant turn"
+                f"onset must be within the response of {len(messages[-1]['content'])} characters (got {onset}). It "
+                "counts characters from 0 in the last assistant turn"
             )
     within = _thought_onset(cells.get("thought_onset"), messages[-1].get("reasoning_content", ""), category)
     prefill = cells.get("prefill")
     if prefill is not None:
         if isinstance(prefill, bool) or not isinstance(prefill, int):
-            raise ValueError(f"prefill is not a whole number but {kind(prefill)}")
+            raise ValueError(f"prefill must be a whole number (got {kind(prefill)})")
         if not 0 <= prefill < len(messages[-1]["content"]):
             raise ValueError(
-                f"prefill is {prefill}, so of the response of {len(messages[-1]['content'])} characters nothing is the "
-                "model's own: it counts characters from 0 in the last assistant turn"
+                f"prefill must be shorter than the response of {len(messages[-1]['content'])} characters (got "
+                f"{prefill}). It counts characters from 0 in the last assistant turn"
             )
     group, user, source, name, lang, found_by = (
         _name(cells, key) for key in ("group", "user", "source", "id", "lang", "onset_source")
@@ -351,13 +349,12 @@ def _checked(cells: Mapping[str, Any], messages: list[dict[str, Any]], category:
     about = _name(cells, "forecast_category")
     if about is not None and category not in (None, about):
         raise ValueError(
-            f"forecast_category is {about!r} in a row of category {category!r}: it is for harmless rows, leave it out"
+            f"forecast_category must be left out in a row of category {category!r} (got {about!r}). It is for harmless "
+            "rows"
         )
     row = Row(messages, category, onset, group, user, source, name, lang, found_by, prefill, forecast, about, within)
     if row.onset_source not in (None, *ONSET_SOURCES):
-        raise ValueError(
-            f"onset_source is {row.onset_source!r}: say {' or '.join(ONSET_SOURCES)}, whose delays are never mixed"
-        )
+        raise ValueError(f"onset_source must be one of {', '.join(ONSET_SOURCES)} (got {row.onset_source!r})")
     return row
 
 
@@ -365,13 +362,13 @@ def _thought_onset(onset: Any, thought: str, category: str | None) -> int | None
     if onset is None:
         return None
     if isinstance(onset, bool) or not isinstance(onset, int):
-        raise ValueError(f"thought_onset is not a whole number but {kind(onset)}")
+        raise ValueError(f"thought_onset must be a whole number (got {kind(onset)})")
     if category is None:
-        raise ValueError(f"thought_onset is {onset} in a row without category: a harmless thought has no onset")
+        raise ValueError(f"thought_onset must be left out in a row without category (got {onset})")
     if not 0 <= onset < len(thought):
         raise ValueError(
-            f"thought_onset is {onset}, outside the thought of {len(thought)} characters: it counts characters from 0 "
-            "in reasoning_content of the last assistant turn"
+            f"thought_onset must be within the thought of {len(thought)} characters (got {onset}). It counts "
+            "characters from 0 in reasoning_content of the last assistant turn"
         )
     return onset
 
@@ -382,4 +379,4 @@ def _name(cells: Mapping[str, Any], key: str) -> str | None:
         return value
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    raise ValueError(f"{key} is not a name but {kind(value)}")
+    raise ValueError(f"{key} must be a name (got {kind(value)})")

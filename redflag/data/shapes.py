@@ -1,8 +1,8 @@
-"""The shapes of records: which of our keys a record's columns are, and how many rows a record holds.
+"""Formats of records: mapping a record's columns to redflag's keys, and splitting a record into rows.
 
-What `columns` says comes first. Where it is silent, the columns of well-known sets are known: `conversations`
-(ShareGPT), `is_safe` (BeaverTails), `response_harm_label` (WildGuardMix), `response_0` and `response_1` with their
-labels (PKU-SafeRLHF: two rows to a record).
+`columns` takes precedence. Otherwise the columns of well-known sets are recognised: `conversations` (ShareGPT),
+`is_safe` (BeaverTails), `response_harm_label` (WildGuardMix), `response_0` and `response_1` with their labels
+(PKU-SafeRLHF: two rows to a record).
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ KEYS = (
 )
 FOREIGN_KEYS = ("prompt", "response", "label")
 
-# Our key -> the source's column, several columns (a row for each), or null; a source's column -> null drops it.
+# redflag's key -> the source's column, several columns (a row for each), or null; a source's column -> null drops it.
 Columns = Mapping[str, str | Sequence[str] | None]
 
 _OURS = frozenset((*KEYS, *FOREIGN_KEYS))
-# What may be left out of a row may be left out of a mapped one; but without these a row would change its meaning.
+# Mapped columns may be missing in a record, except for these: without them a row would change its meaning.
 _NEEDED = ("messages", "category", *FOREIGN_KEYS)
 _CONVERSATIONS = ("conversations", "conversation")
-# Our key -> the columns of PKU-SafeRLHF, for the first and the second answer.
+# redflag's key -> the columns of PKU-SafeRLHF, for the first and the second answer.
 _PAIR = {
     "response": ("response_0", "response_1"),
     "label": ("is_response_0_safe", "is_response_1_safe"),
@@ -41,11 +41,11 @@ _PAIR = {
 
 
 class Cells(NamedTuple):
-    """One row of a record under our keys.
+    """One row of a record under redflag's keys.
 
     Attributes:
-        values: Our key -> its value; columns that are no key of ours stand under their own names.
-        label_column: What the source calls the label.
+        values: redflag's key -> its value; other columns keep their own names.
+        label_column: The source's name of the label.
     """
 
     values: Mapping[str, Any]
@@ -53,12 +53,10 @@ class Cells(NamedTuple):
 
 
 def check_columns(columns: Columns) -> None:
-    """Raises RedflagError where a mapping names no key of ours, or as many columns for one key as for no other."""
+    """Raises RedflagError if a mapping names an unknown key, or lists of columns differ in length."""
     for key, value in columns.items():
         if value is not None and key not in _OURS:
-            raise RedflagError(
-                f"columns maps {key!r}, which is no key of a row: map from one of {', '.join((*KEYS, *FOREIGN_KEYS))}"
-            )
+            raise RedflagError(f"columns must map keys of a row: {', '.join((*KEYS, *FOREIGN_KEYS))} (got {key!r}).")
         names = [value] if isinstance(value, str) else value
         if names is not None and (
             not isinstance(names, (list, tuple)) or not names or not all(isinstance(name, str) for name in names)
@@ -71,27 +69,29 @@ def check_columns(columns: Columns) -> None:
 
 
 def rows_in(record: Any, columns: Columns) -> list[Cells]:
-    """The rows of a record, each under our keys.
+    """The rows of a record, each under redflag's keys.
 
-    Rows of one record share its group: its own, else one made of the prompt. Their ids are numbered.
+    Rows of one record share its group: its own, or one derived from the prompt. Their ids are numbered.
 
     Raises:
-        ValueError: It is no object, or a column that `columns` maps is not there.
+        ValueError: The record is not an object, or lacks a column that `columns` maps.
     """
     if not isinstance(record, Mapping):
-        raise ValueError(f"not an object but {kind(record)}")
-    known = _well_known(record, columns)
-    if not columns and not known and not isinstance(record, TextRecord):
+        raise ValueError(f"a record must be an object (got {kind(record)})")
+    implied = _well_known(record, columns)
+    if not columns and not implied and not isinstance(record, TextRecord):
         return [Cells(record)]
     for ours, theirs in columns.items():
         if ours in _NEEDED and theirs is not None:
             for name in [theirs] if isinstance(theirs, str) else theirs:
                 if name not in record:
                     raise ValueError(f"no column {name!r}, which columns maps")
-    mapping = {ours: theirs for ours, theirs in (*columns.items(), *known.items()) if theirs is not None}
-    taken = {name for theirs in mapping.values() for name in ([theirs] if isinstance(theirs, str) else theirs)}
-    # A column that is mapped from is not read under its own name as well.
-    rest = {key: value for key, value in record.items() if key not in taken and key not in columns and key not in known}
+    mapping = {ours: theirs for ours, theirs in (*columns.items(), *implied.items()) if theirs is not None}
+    mapped = {name for theirs in mapping.values() for name in ([theirs] if isinstance(theirs, str) else theirs)}
+    # A mapped column is not read under its own name too.
+    rest = {
+        key: value for key, value in record.items() if key not in mapped and key not in columns and key not in implied
+    }
     count = max((len(theirs) for theirs in mapping.values() if not isinstance(theirs, str)), default=1)
     rows = []
     for number in range(count):
@@ -107,13 +107,13 @@ def rows_in(record: Any, columns: Columns) -> list[Cells]:
 
 @functools.lru_cache(maxsize=4096)
 def lookalike(key: str) -> str | None:
-    """The key that an unknown one looks like a misspelling of, where that would change what a row means."""
+    """The key that an unknown key may be a misspelling of, if that would change the meaning of a row."""
     close = difflib.get_close_matches(key.lower(), ("category", "onset", "label"), 1, cutoff=0.77)
     return close[0] if close else None
 
 
 def _well_known(record: Mapping[str, Any], columns: Columns) -> dict[str, str | tuple[str, ...] | None]:
-    """Columns of well-known sets, where neither the record nor `columns` says otherwise."""
+    """Columns of well-known sets, unless the record or `columns` says otherwise."""
     implied: dict[str, str | tuple[str, ...] | None] = {}
     if "messages" not in record and "prompt" not in record and not {"messages", "prompt"} & columns.keys():
         name = next((name for name in _CONVERSATIONS if name in record and name not in columns), None)
@@ -135,7 +135,7 @@ def _well_known(record: Mapping[str, Any], columns: Columns) -> dict[str, str | 
 
 
 def _read_texts(values: dict[str, Any]) -> None:
-    """Numbers, lists and objects from a format that knows only text; what is none stays, and is bad for its reason."""
+    """Parses numbers, lists and objects of a text-only format; other values stay text, and fail their own checks."""
     for key in ("onset", "prefill"):
         if isinstance(text := values.get(key), str) and text.removeprefix("-").isdecimal():
             values[key] = int(text)

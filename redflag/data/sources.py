@@ -1,4 +1,4 @@
-"""Where rows come from: files, folders, patterns, data sets, lists. Yields raw records; `rows.py` reads them."""
+"""Sources of rows: files, folders, patterns, data sets, lists. Yields raw records; `rows.py` reads them."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from typing import Any
 from redflag.data.readers import NAMED_SUFFIXES, SUFFIXES, Records, read_file
 from redflag.errors import RedflagError
 
-# OWNER/NAME, or a folder as the hub lays one out; then `:CONFIGURATION`, then `:SPLIT`. The drive of a Windows path is
-# part of the folder.
+# OWNER/NAME, or a folder in the hub's layout; then `:CONFIGURATION`, then `:SPLIT`. The drive of a Windows path belongs
+# to the folder.
 _WITH_CONFIG = re.compile(r"(?P<name>(?:[A-Za-z]:[\\/])?[^:]+):(?P<config>[\w.+-]*)(?::(?P<split>[^*?]+))?")
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 @dataclass
 class Provenance:
-    """The files read so far, and the SHA-256 of each (or of the records, for sources that are no files)."""
+    """The files read so far, and the SHA-256 of each (or of the records, for sources other than files)."""
 
     files: list[str] = field(default_factory=list)
     digests: list[str] = field(default_factory=list)
 
     @property
     def sha256(self) -> str:
-        """One digest for all: the file's own where there is one file, else the digest of the digests."""
+        """One digest for all: the file's own if there is one file, otherwise the digest of the digests."""
         if len(self.digests) == 1:
             return self.digests[0]
         return hashlib.sha256("\n".join(self.digests).encode()).hexdigest()
@@ -40,7 +40,7 @@ def open_source(source: Any, split: str, provenance: Provenance) -> Iterator[tup
         source = [source]
     elif isinstance(source, Mapping):
         raise RedflagError(
-            f"the source is a mapping with keys {list(source)[:5]}: choose one split or give a list of rows"
+            f"the source must not be a mapping (got keys {list(source)[:5]}). Choose one split or give a list of rows."
         )
     items = list(source) if isinstance(source, (list, tuple)) else source
     if isinstance(items, list) and items and all(isinstance(item, (str, Path)) for item in items):
@@ -59,7 +59,7 @@ def open_source(source: Any, split: str, provenance: Provenance) -> Iterator[tup
         iterator = iter(items)
     except TypeError:
         raise RedflagError(
-            f"rows cannot be read from {describe(source)}: give a file, a folder, a data set's name or a list of rows"
+            f"the source must be a file, a folder, a data set's name or a list of rows (got {describe(source)})."
         ) from None
     digest = hashlib.sha256()
     yield "<rows>", _numbered(iterator, digest)
@@ -75,11 +75,11 @@ def _numbered(iterator: Iterator[Any], digest: Any) -> Records:
 
 
 def hub_address(item: str | Path) -> tuple[str, str | None, str | None] | None:
-    """Data set, configuration and split that a name stands for; None where it can only be files.
+    """Data set, configuration and split in a name; None if it can only be files.
 
-    `OWNER/NAME:CONFIGURATION:SPLIT`, of which the configuration may be empty (`OWNER/NAME::SPLIT`) and everything
-    behind the name left out. A file or folder of the whole name comes first. In place of `OWNER/NAME` a folder may
-    stand, which is then read as its card (`README.md`) says.
+    The form is `OWNER/NAME:CONFIGURATION:SPLIT`. The configuration may be empty (`OWNER/NAME::SPLIT`), and everything
+    after the name may be left out. A file or folder with the whole name takes precedence. `OWNER/NAME` may also be a
+    folder, which is then read as its card (`README.md`) says.
 
     Example:
         >>> hub_address("allenai/wildguardmix:wildguardtrain:train")
@@ -102,28 +102,28 @@ def hub_address(item: str | Path) -> tuple[str, str | None, str | None] | None:
 
 
 def _paths(item: str | Path) -> list[Path]:
-    """Files that a name stands for."""
+    """The files of a name: a file, a folder or a pattern."""
     path = Path(item).expanduser()
     if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.name.endswith(SUFFIXES) and p.is_file())
-        if not found:
-            other = " (.json files are read where they are named)" if any(path.rglob("*.json")) else ""
-            raise RedflagError(
-                f"the folder {path} holds no rows{other}: put files ending in {', '.join(SUFFIXES)} there"
-            )
-        return found
+        files = sorted(p for p in path.rglob("*") if p.name.endswith(SUFFIXES) and p.is_file())
+        if not files:
+            other = " (.json files are read only if named themselves)" if any(path.rglob("*.json")) else ""
+            raise RedflagError(f"the folder {path} must hold files ending in {', '.join(SUFFIXES)} (got none{other}).")
+        return files
     if path.exists():
         if not path.name.endswith(NAMED_SUFFIXES):
-            raise RedflagError(f"{path} is no file of rows: its name should end in one of {', '.join(NAMED_SUFFIXES)}")
+            raise RedflagError(
+                f"the name of a file of rows must end in one of {', '.join(NAMED_SUFFIXES)} (got {path})."
+            )
         return [path]
     if any(c in str(path) for c in "*?["):
         parts = path.parts[1:] if path.is_absolute() else path.parts
         root = Path(path.anchor) if path.is_absolute() else Path()
-        found = sorted(p for p in root.glob(str(Path(*parts))) if p.is_file())
-        if not found:
-            raise RedflagError(f"no file matches {path}: check the pattern and the folder it starts from")
-        return found
-    raise RedflagError(f"there is no file or folder {path}: check the path the rows should be read from")
+        files = sorted(p for p in root.glob(str(Path(*parts))) if p.is_file())
+        if not files:
+            raise RedflagError(f"no file matches {path}. Check the pattern and the folder it starts from.")
+        return files
+    raise RedflagError(f"{path} must be a file or folder of rows (it does not exist). Check the path.")
 
 
 def _hub(name: str, config: str | None, split: str) -> Any:
@@ -131,7 +131,7 @@ def _hub(name: str, config: str | None, split: str) -> Any:
 
     try:
         return datasets.load_dataset(name, config, split=split)
-    except Exception as error:  # a dozen kinds, from DNS to a missing split
+    except Exception as error:  # a dozen types, from DNS to a missing split
         reason = str(error)
         if names := _available(reason, r"(?:available configs:|not found\. Available:) "):
             raise RedflagError(
@@ -139,10 +139,10 @@ def _hub(name: str, config: str | None, split: str) -> Any:
                 f"(got {config or 'none'}). Write it behind the name, such as {name}:{names[0]}:{split}"
             ) from error
         if names := _available(reason, r"Should be one of "):
-            given = f"{name}:{config or ''}:{names[0]}"
+            address = f"{name}:{config or ''}:{names[0]}"
             raise RedflagError(
                 f"split must be one of {', '.join(names)} for the data set {name} (got {split}). Give --split "
-                f"{names[0]}, or write it behind the name: {given}"
+                f"{names[0]}, or write it behind the name: {address}"
             ) from error
         if "scripts are no longer supported" in reason:
             raise RedflagError(
@@ -151,13 +151,13 @@ def _hub(name: str, config: str | None, split: str) -> Any:
             ) from error
         reason = reason.splitlines()[0] if reason else type(error).__name__
         raise RedflagError(
-            f"{name!r} is no file here and cannot be had from the hub as a data set with split {split!r} ({reason}): "
-            "check the name and the connection"
+            f"{name!r} is neither a file nor a data set that loads from the hub with split {split!r} ({reason}). Check "
+            "the name and the connection."
         ) from error
 
 
 def _available(reason: str, before: str) -> list[str]:
-    """The names that an error of `datasets` lists behind some words; empty where it is another error."""
+    """The names that an error of `datasets` lists behind some words; empty for another error."""
     listed = re.search(before + r"\[(.*?)\]", reason)
     return re.findall(r"'([^']*)'", listed[1]) if listed else []
 
@@ -166,7 +166,7 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise RedflagError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
+        raise RedflagError(f"{path} cannot be read ({error.strerror}). Check its permissions.") from error
 
 
 def describe(source: Any) -> str:

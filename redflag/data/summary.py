@@ -1,4 +1,4 @@
-"""What the labels of rows amount to, in a few lines: read before hours are spent on them."""
+"""Summarises the labels of rows in a few lines, to read before hours of training."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ def label_table(rows: Rows, most: int = LINES) -> list[str]:
     """How many rows of each category and source are harmful or harmless, the largest first.
 
     Args:
-        rows: What was read.
-        most: Lines at most; what does not fit is summed in the last one.
+        most: Maximum number of lines; the last one sums up the rest.
     """
     counts = Counter((row.category, row.source) for row in rows)
     harmful = sum(row.harmful for row in rows)
@@ -39,7 +38,7 @@ def label_table(rows: Rows, most: int = LINES) -> list[str]:
 
 
 def label_warnings(rows: int, harmful: int, decided_by: Mapping[str, int], ignored: Mapping[str, int]) -> list[str]:
-    """What makes one doubt that harmful rows are the ones meant.
+    """Warnings about labels that are probably misread.
 
     Args:
         rows: Number of rows.
@@ -63,7 +62,7 @@ def label_warnings(rows: int, harmful: int, decided_by: Mapping[str, int], ignor
         )
     unread = [] if labelled else [name for name in ignored if _VERDICTS & set(re.split(r"[^a-z]+", name.lower()))]
     if unread:
-        unread.sort(key=lambda name: "response" not in name.lower())  # a label of the prompt is not what is asked for
+        unread.sort(key=lambda name: "response" not in name.lower())  # labels of the prompt come last
         decides = "category decides" if by_category else "every row counts as harmless"
         plural = len(unread) > 1
         warnings.append(
@@ -75,7 +74,7 @@ def label_warnings(rows: int, harmful: int, decided_by: Mapping[str, int], ignor
 
 
 def warnings_about(rows: Rows) -> list[str]:
-    """`label_warnings` of what `load_rows` gave."""
+    """`label_warnings` for a result of `load_rows`."""
     return label_warnings(len(rows), sum(row.harmful for row in rows), rows.decided_by, rows.ignored)
 
 

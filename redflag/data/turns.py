@@ -1,8 +1,8 @@
-"""The conversation in a record, turn by turn: roles, content parts, tool turns and thoughts as others write them.
+"""The conversation in a record, turn by turn: roles, content parts, tool turns and thoughts in common formats.
 
-A turn of a row has `role` (one of `ROLES`) and `content` (text), and where the record has them: `tool_calls` and
-`reasoning_content` of the assistant, `tool_call_id` and `name` of a tool. Whether a chat template can render those is
-for `redflag.prompt` to say.
+A turn of a row has `role` (one of `ROLES`) and `content` (text), and if the record has them: `tool_calls` and
+`reasoning_content` of the assistant, `tool_call_id` and `name` of a tool. `redflag.prompt` checks whether a chat
+template can render those.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ ROLES = ("system", "user", "assistant", "tool")
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 
 _RENAMED = {"developer": "system", "function": "tool"}
-# Who speaks in ShareGPT's `from`.
+# Roles in ShareGPT's `from`.
 _SPEAKERS = {
     **{name: "user" for name in ("human", "user")},
     **{name: "assistant" for name in ("gpt", "assistant", "chatgpt", "model")},
@@ -34,29 +34,29 @@ def conversation(cells: Mapping[str, Any], keep_unanswered: bool) -> list[dict[s
     """The turns, the response last: from `messages`, `messages` + `response` or `prompt` + `response`.
 
     Raises:
-        ValueError: There is no conversation, or (without `keep_unanswered`) no response in it; the text is the reason.
+        ValueError: There is no conversation, or (without `keep_unanswered`) no response in it; with the reason.
     """
     turns, response = cells.get("messages"), cells.get("response")
     if turns is None:
         turns = cells.get("prompt")
         if turns is None:
-            raise ValueError(f"neither messages nor prompt: there is no conversation in it{_suggestion(cells)}")
+            raise ValueError(f"a row must have messages or a prompt{_suggestion(cells)}")
         if isinstance(turns, str):
             turns = [{"role": "user", "content": turns}]
         if response is None and not keep_unanswered:
             hint = _suggestion(cells) or "; requests alone are for `redflag score --prompts true`"
             raise ValueError(f"a prompt without response: there is nothing to judge{hint}")
     if not isinstance(turns, (list, tuple)):
-        raise ValueError(f"messages is not a list but {kind(turns)}")
+        raise ValueError(f"messages must be a list (got {kind(turns)})")
     messages = [_turn(number, turn) for number, turn in enumerate(turns)]
     if response is not None:
         if messages and messages[-1]["role"] == "assistant":
             raise ValueError(
-                "messages end with an assistant turn and there is a response as well: which is the answer?"
+                "messages must not end with an assistant turn if there is a response too. Which one is the answer?"
             )
         messages.append(_turn(len(messages), {"role": "assistant", "content": response}))
     if not messages:
-        raise ValueError("messages is empty")
+        raise ValueError("messages must not be empty")
     answered = messages[-1]["role"] == "assistant"
     if not answered and not keep_unanswered:
         if all(message["role"] != "assistant" for message in messages):
@@ -72,7 +72,7 @@ def conversation(cells: Mapping[str, Any], keep_unanswered: bool) -> list[dict[s
 
 
 def kind(value: Any) -> str:
-    """A value in the words of JSON, for reasons."""
+    """A value in the terms of JSON, for error texts."""
     if value is None:
         return "null"
     if isinstance(value, str):
@@ -86,17 +86,17 @@ def kind(value: Any) -> str:
 
 def _turn(number: int, turn: Any) -> dict[str, Any]:
     if not isinstance(turn, Mapping):
-        raise ValueError(f"message {number} is not an object but {kind(turn)}")
+        raise ValueError(f"message {number} must be an object (got {kind(turn)})")
     role, content = turn.get("role"), turn.get("content")
     if role is None and "from" in turn:
         speaker, content = turn["from"], turn.get("value")
         role = _SPEAKERS.get(speaker) if isinstance(speaker, str) else None
         if role is None:
-            raise ValueError(f"message {number} is from {speaker!r}, who is none of {', '.join(_SPEAKERS)}")
+            raise ValueError(f"message {number} must be from one of {', '.join(_SPEAKERS)} (got {speaker!r})")
     elif isinstance(role, str):
         role = _RENAMED.get(role, role)
     if role not in ROLES:
-        raise ValueError(f"message {number} has role {role!r}, which is none of {', '.join(ROLES)}")
+        raise ValueError(f"the role of message {number} must be one of {', '.join(ROLES)} (got {role!r})")
     where = f"message {number} ({role})"
     calls = turn.get("tool_calls") if role == "assistant" else None
     if isinstance(content, (list, tuple)):
@@ -104,7 +104,7 @@ def _turn(number: int, turn: Any) -> dict[str, Any]:
     elif content is None and calls:
         content = ""
     if not isinstance(content, str):
-        raise ValueError(f"{where} has content that is not text but {kind(content)}")
+        raise ValueError(f"the content of {where} must be text (got {kind(content)})")
     _check_text(where, content)
     message = {"role": role, "content": content}
     if len(turn) > 2:
@@ -120,26 +120,26 @@ def _joined(where: str, parts: list[Any] | tuple[Any, ...]) -> str:
         if what not in ("text", "input_text", "output_text"):
             description = f"of the type {what!r}" if what is not None else f"that is {kind(part)} without a type"
             raise ValueError(
-                f"{where} has content that is not text but a list, with part {number} {description}: only text can be "
+                f"the content of {where} must be text or text parts (part {number} is {description}). Only text can be "
                 "judged"
             )
         if not isinstance(part.get("text"), str):
-            raise ValueError(f"{where} has content that is not text but a list, with no text in part {number}")
+            raise ValueError(f"the content of {where} must be text or text parts (no text in part {number})")
         texts.append(part["text"])
     return "\n".join(texts)
 
 
 def _extras(where: str, role: str, turn: Mapping[str, Any]) -> dict[str, Any]:
-    """What a turn says beside its text; empty values, which Parquet puts into every turn, say nothing."""
+    """A turn's keys besides its text; empty values, which Parquet adds to every turn, are left out."""
     extras: dict[str, Any] = {}
     if role == "assistant":
         if calls := turn.get("tool_calls"):
             if not isinstance(calls, (list, tuple)) or not all(isinstance(call, Mapping) for call in calls):
-                raise ValueError(f"{where} has tool_calls that are not a list of objects")
+                raise ValueError(f"tool_calls of {where} must be a list of objects")
             try:
                 _check_text(f"{where}: tool_calls", json.dumps(calls, ensure_ascii=False))
             except TypeError as error:
-                raise ValueError(f"{where} has tool_calls that are not JSON ({error})") from None
+                raise ValueError(f"tool_calls of {where} must be JSON ({error})") from None
             extras["tool_calls"] = list(calls)
         texts = {"reasoning_content": next((turn[key] for key in THOUGHTS if turn.get(key)), None)}
     else:
@@ -148,7 +148,7 @@ def _extras(where: str, role: str, turn: Mapping[str, Any]) -> dict[str, Any]:
         if value is None or value == "":
             continue
         if not isinstance(value, str):
-            raise ValueError(f"{where} has {key} that is not text but {kind(value)}")
+            raise ValueError(f"{key} of {where} must be text (got {kind(value)})")
         _check_text(f"{where}: {key}", value)
         extras[key] = value
     return extras
@@ -158,11 +158,11 @@ def _check_text(where: str, text: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError(f"{where} holds half a character (lone surrogate at {error.start})") from None
+        raise ValueError(f"{where} holds half a character (a lone surrogate at {error.start})") from None
 
 
 def _suggestion(cells: Mapping[str, Any]) -> str:
-    """How to map the columns that a record of another shape probably keeps its conversation in."""
+    """Suggests how to map the columns in which a record of another format probably holds its conversation."""
     names = {str(name).lower(): str(name) for name in cells}
     columns: dict[str, str] = {}
     for ours, likely in (("prompt", _REQUESTS), ("response", _ANSWERS)):
@@ -170,7 +170,7 @@ def _suggestion(cells: Mapping[str, Any]) -> str:
         if column is not None and cells.get(ours) is None:
             columns[ours] = column
     if columns:
-        return f". If these columns hold it, give --columns '{json.dumps(columns)}'"
+        return f". If these columns hold it, add --columns '{json.dumps(columns)}'"
     for name, value in cells.items():
         if isinstance(value, (list, tuple)) and value and all(isinstance(item, Mapping) for item in value):
             return f". Its {name!r} is a list of objects: if those are the rows, write them as a JSON array"

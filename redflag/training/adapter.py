@@ -32,10 +32,7 @@ def lora_config(
 
     Args:
         model: Causal language model with its flags attached.
-        spec: Its flags.
-        r: Rank.
         alpha: Scale; default 2r.
-        dropout: Dropout on the adapters' input.
         target_modules: As in PEFT.
 
     Raises:
@@ -47,8 +44,8 @@ def lora_config(
         if missing:
             linear = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
             raise RedflagError(
-                f"the model has no module {missing[0]!r} to adapt: choose from "
-                f"{', '.join(sorted(linear))}, or all-linear"
+                f"target_modules must name modules of the model (got {missing[0]!r}). Choose from "
+                f"{', '.join(sorted(linear))}, or all-linear."
             )
     names = {id(module): name for name, module in model.named_modules()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -69,7 +66,7 @@ def cheap_flag_rows(model: torch.nn.Module) -> None:
     """Makes PEFT's trainable-token layers compute only their own rows.
 
     PEFT copies the whole V x H matrix to write K rows into it, in every forward pass, and keeps a V x H gradient of the
-    copy. The same result comes from the frozen matrix with the K rows put in where they are asked for.
+    copy. Using the frozen matrix and overwriting only the K rows' outputs gives the same result.
     """
     for module in model.modules():
         if isinstance(module, TrainableTokensLayer):
@@ -104,10 +101,10 @@ def _forward_rows(
 
 @contextmanager
 def adapters_off(model: Any) -> Iterator[None]:
-    """While it lasts, the model is the one before training; nothing but the adapters' own switch is touched.
+    """Runs the model as it was before training; changes nothing but the adapters' own switch.
 
-    PEFT's `disable_adapter` also takes the adapters' gradients off and puts them back. Weights in shards are other
-    objects then than before, and the flag rows of an embedding would get no gradient from the first step on.
+    PEFT's `disable_adapter` also switches the adapters' gradients off and on again. Under FSDP2 the weights are other
+    objects by then, so the flag rows of an embedding would get no gradient from the first step on.
     """
     kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
     layers = [module for module in model.modules() if isinstance(module, kinds) and not module.disable_adapters]
@@ -121,12 +118,12 @@ def adapters_off(model: Any) -> Iterator[None]:
 
 
 def output_head(model: Any, spec: FlagSpec) -> Head:
-    """The head of a causal language model, PEFT-wrapped or not, adapters in force or not, for the loss.
+    """The output head for the loss, of a model with or without PEFT, with adapters on or off.
 
-    Where it lies in shards on several processes, it is gathered, and all of them call this together.
+    Gathers a sharded head, so all processes must call it together.
 
     Raises:
-        RedflagError: The head holds something that redflag does not train (an adapter of its own, say).
+        RedflagError: The head is not a plain matrix, for example because it has a LoRA adapter of its own.
     """
     gather_head(model)
     plain = plain_model(model)
@@ -139,14 +136,14 @@ def output_head(model: Any, spec: FlagSpec) -> Head:
             name = adapter.active_adapters[0]
             if tuple(adapter.token_indices[name]) != spec.ids:
                 raise RedflagError(
-                    f"the adapter trains the rows {adapter.token_indices[name]} and the flags are {list(spec.ids)}: "
-                    "build it with redflag.training.adapter.lora_config"
+                    f"the adapter must train the flags' rows {list(spec.ids)} (got {adapter.token_indices[name]}). "
+                    "Build its configuration with redflag.training.adapter.lora_config."
                 )
             flag_rows = adapter.trainable_tokens_delta[name]
         module = adapter.base_layer
     if not isinstance(module, (torch.nn.Linear, torch.nn.Embedding)) or hasattr(module, "lora_A"):
         raise RedflagError(
-            f"the output head is a {type(module).__name__}, which redflag cannot apply in chunks: leave the head out "
-            "of target_modules and modules_to_save"
+            f"the output head must be a plain matrix, which can be applied in chunks (got {type(module).__name__}). "
+            "Leave the head out of target_modules and modules_to_save."
         )
     return Head(module.weight, flag_rows, getattr(module, "bias", None), *logit_finish(plain))

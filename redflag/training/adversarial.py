@@ -1,7 +1,7 @@
-"""Continuous adversarial training: the flag is asked for on prompts whose embeddings were shifted against it.
+"""Continuous adversarial training: the flag is learnt on prompts whose embeddings were perturbed to suppress it.
 
-As in Xhonneux et al. (arXiv 2405.15589), whose settings are the defaults of `RedFlagConfig`: signed steps from the
-prompt as it is, each token's shift kept in an l2 ball.
+As in Xhonneux et al. (arXiv 2405.15589), whose settings are the defaults of `RedFlagConfig`: signed gradient steps from
+the original prompt, with each token's shift projected onto an l2 ball.
 
 Shapes: B rows, T columns, H embedding size.
 """
@@ -25,14 +25,13 @@ def worst_shift(
     size: float,
     radius: float,
 ) -> torch.Tensor:
-    """The shift of embeddings found by signed gradient ascent.
+    """Finds a shift of the embeddings that raises a loss, by signed gradient ascent.
 
     Args:
-        loss_of: Shift (B, T, H) -> a scalar to be made large.
+        loss_of: Shift (B, T, H) -> the scalar to maximise.
         where_BT: Positions that may be shifted.
         width: H.
-        steps: Number of steps.
-        size: Of a step, in each coordinate.
+        size: Step size in each coordinate.
         radius: Largest l2 norm of one token's shift.
 
     Returns:
@@ -51,9 +50,9 @@ def worst_shift(
 
 @contextmanager
 def shifted(model: Any, shift: torch.Tensor) -> Iterator[None]:
-    """While it lasts, the model's input embeddings have `shift` added; the model is called as ever."""
+    """Adds `shift` to the model's input embeddings within the context; the model is called as usual."""
     plain = model
-    while hasattr(plain, "module"):  # DDP and its like
+    while hasattr(plain, "module"):  # DDP and similar wrappers
         plain = plain.module
     embedding = plain_model(plain).get_input_embeddings()
     hook = embedding.register_forward_hook(lambda _module, _args, output: output + shift.to(output.dtype))

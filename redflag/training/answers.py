@@ -1,6 +1,6 @@
 """Learning answers: cross-entropy on their tokens, plain or constrained, and rows for deep alignment.
 
-Both are of "Safety alignment should be made more than just a few tokens deep" (Qi et al., arXiv 2406.05946).
+Both come from "Safety alignment should be made more than just a few tokens deep" (Qi et al., arXiv 2406.05946).
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ def constraint_weights(
 ) -> torch.Tensor:
     """Weights of the constrained cross-entropy: 2 (1 - sigmoid(b (log pi - log pi_ref))), at least 0.001.
 
-    A token that the trained model already finds likelier than the reference did is learnt less and less, so that the
-    model stays near the reference there; b is `beta`, times 5 at the first token and times 20 at tokens 2 to 5, whose
-    probabilities decide whether a model refuses. No gradient goes through a weight.
+    The more the trained model already prefers a token over the reference, the less it is learnt, so the model stays
+    near the reference there. b is `beta`, times 5 at the first token and times 20 at tokens 2 to 5, whose probabilities
+    decide whether a model refuses. No gradient flows through the weights.
 
     Args:
         log_probs_N: Log-probability of each token under the trained model, nats.
         reference_N: The same under the reference.
         places_N: Place of the token in its answer, from 1.
-        beta: Strength of the constraint.
+
     """
     factor = torch.where(places_N == 1, 5.0, torch.where(places_N <= 5, 20.0, 1.0))
     weights = 2 * torch.sigmoid(-beta * factor * (log_probs_N.detach() - reference_N.detach()))
@@ -56,33 +56,34 @@ def deep_alignment_rows(
 ) -> list[Row]:
     """Refusals, some of them after the beginning of a harmful answer, for `answers="marked"`.
 
-    Each copy is drawn anew: with probability `share` the first c tokens of the harmful answer stand before the refusal,
-    c uniform from 1 to min(`most`, its length); otherwise the refusal comes at once. The published recipe draws in
-    every epoch; here an epoch is a copy. A blank keeps the two texts apart where neither brings one.
+    Each copy is sampled independently: with probability `share` the refusal follows the first c tokens of the harmful
+    answer, c uniform from 1 to min(`most`, its length); otherwise the refusal comes at once. The published recipe
+    samples in every epoch; here an epoch is a copy. A space separates the two texts where neither brings one.
 
     Args:
         triples: (prompt, harmful answer, refusal).
         tokenizer: Counts the tokens.
-        seed: Seed of the draws, which depend on it and on the number of triple and copy alone.
+        seed: Each sample depends only on this seed, the triple's number and the copy's number.
         copies: Rows per triple.
         share: Share of the rows with a prefill.
         most: Longest prefill, tokens.
 
     Returns:
-        Rows without category, whose `prefill` says how many characters are not the model's own.
+        Rows without category, whose `prefill` says how many characters the model did not write.
 
     Raises:
-        RedflagError: A text is empty, or a number makes no sense.
+        RedflagError: A text is empty, or a number is out of bounds.
     """
     if not 0 <= share <= 1 or most < 1 or copies < 1:
         raise RedflagError(
-            f"share is {share}, most {most} and copies {copies}: a share is between 0 and 1, the others count from 1"
+            f"share must be between 0 and 1, most and copies at least 1 (got share {share}, most {most}, copies "
+            f"{copies})."
         )
     rows = []
     for number, texts in enumerate(triples):
         prompt, harmful, refusal = texts
         if not all(text.strip() for text in texts):
-            raise RedflagError(f"triple {number} has an empty prompt, answer or refusal: leave it out")
+            raise RedflagError(f"triple {number} must have a prompt, an answer and a refusal (got an empty text).")
         offsets = tokenizer(harmful, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         for copy in range(copies):
             draw = random.Random(f"deep/{seed}/{number}/{copy}")

@@ -20,14 +20,14 @@ class Counts(NamedTuple):
     """What the terms of the loss divide by. Counts of batches add up, and so do those of processes.
 
     Attributes:
-        pinned: Positions whose language is kept.
-        flagged: Positions that ask for a flag.
-        harmless: Positions that ask for none.
+        pinned: Positions with a keep term.
+        flagged: Positions labelled with a flag.
+        harmless: Positions labelled "no flag".
         responses_flagged: Responses with a flagged position.
         responses_harmless: Responses with a harmless one.
-        groups: Groups of which two rows or more are in one batch.
-        answered: Tokens of answers that are learnt, and of refusals with the prefills before them, as PRESTO's code
-            counts.
+        groups: Groups with at least two rows in one batch.
+        answered: Tokens of answers that are learnt, and of refusals with the prefills before them, counted as in
+            PRESTO's code.
         after: Pinned positions of harmful rows that stand after an inserted flag.
         benign: Pinned positions of harmless rows.
         forecast: Sum of the forecasts; None where they are not in use.
@@ -46,7 +46,7 @@ class Counts(NamedTuple):
 
     @classmethod
     def of(cls, batch: dict[str, torch.Tensor], consistency_at: str) -> Counts:
-        """Those of one batch of the collator. Column 0 is judged by no hidden state, so it does not count."""
+        """Counts of one batch of the collator. No hidden state judges column 0, so it does not count."""
         flag_labels, labels = batch["flag_labels"][:, 1:], batch["labels"]
         flagged, harmless = flag_labels > 0, flag_labels == 0
         after, benign = after_and_benign(batch)
@@ -66,17 +66,17 @@ class Counts(NamedTuple):
 
     @classmethod
     def from_tensor(cls, numbers: torch.Tensor) -> Counts:
-        """Of what `to_tensor` gave, or of a sum of such."""
+        """Reads the result of `to_tensor`, or a sum of such results."""
         return cls(*numbers.unbind())
 
     def to_tensor(self) -> torch.Tensor:
-        """One vector to add and to gather: whole numbers, or float32 where forecasts are in use."""
+        """A vector that can be summed and gathered: integers, or float32 if forecasts are in use."""
         numbers = torch.stack(self[:-1])
         return numbers if self.forecast is None else torch.cat([numbers, self.forecast[None]])
 
 
 def pinned_positions(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Where the language is kept (B, T): at every token of a response that is not learnt instead."""
+    """Mask (B, T) of the keep term: every response token that is not learnt instead."""
     return (batch["labels"] != IGNORE) & ~batch["answered"]
 
 
@@ -101,7 +101,7 @@ class JudgedPositions(NamedTuple):
 
     @classmethod
     def of(cls, batch: dict[str, torch.Tensor]) -> JudgedPositions:
-        """Those of a batch of the collator, row by row."""
+        """The judged positions of a batch of the collator, row by row."""
         labels, flag_labels = batch["labels"], batch["flag_labels"]
         judged = (labels != IGNORE) | (flag_labels != IGNORE)
         judged[:, 0] = False
@@ -115,9 +115,9 @@ class BatchState:
 
     Attributes:
         hidden: Last hidden states (B, T, H).
-        reference_NH: Those of the reference that judge the N positions.
-        attentions: Each layer's attention weights, where they were asked for.
-        counts: Of the whole accumulated batch.
+        reference_NH: The reference's hidden states that judge the N positions.
+        attentions: Each layer's attention weights, if PRESTO is on; else empty.
+        counts: Counts of the whole accumulated batch.
     """
 
     model: Any

@@ -14,10 +14,10 @@ from torch.utils.data import Sampler
 
 
 def group_keys(group_R: torch.Tensor, flag_class_R: torch.Tensor, at: str) -> torch.Tensor:
-    """Which rows are compared with which: equal numbers are; negative ones with nobody.
+    """A key per row: rows with equal keys are compared, rows with a negative key are not.
 
     At the first position only the prompt has been read, so all rows that ask the same thing should agree. At the peak
-    of a response they should where the responses are of one kind: a refusal and a harmful answer should not.
+    only responses of the same class should: a refusal and a harmful answer should differ.
     """
     if at == "first":
         return group_R
@@ -25,19 +25,20 @@ def group_keys(group_R: torch.Tensor, flag_class_R: torch.Tensor, at: str) -> to
 
 
 def groups_met(keys_R: torch.Tensor) -> torch.Tensor:
-    """Number of groups with at least two rows here."""
+    """Number of groups with at least two rows in this batch."""
     _, counts = keys_R[keys_R >= 0].unique(return_counts=True)
     return (counts > 1).sum()
 
 
 def consistency_loss(class_log_probs_RC: torch.Tensor, keys_R: torch.Tensor, kind: str) -> torch.Tensor:
-    """Sum over groups of the mean over a group's pairs of how far the two flag probabilities are apart.
+    """Sum over groups of the mean distance between the flag probabilities of a group's pairs.
 
     Args:
         class_log_probs_RC: Log-probabilities of none, flag 1, ..., flag K in each row, (R, K + 1).
         keys_R: Result of `group_keys`.
         kind: `kl`: the mean of the two KL divergences between the class distributions, nats. `logit`: the squared gap
-            of log p(flag) - log p(none), mean over flags; it still pulls where both probabilities are tiny.
+            of log p(flag) - log p(none), mean over flags; its gradient does not vanish when both probabilities are
+            tiny.
     """
     together = (keys_R[:, None] == keys_R) & (keys_R >= 0)
     size = together.sum(1)
@@ -51,16 +52,15 @@ def consistency_loss(class_log_probs_RC: torch.Tensor, keys_R: torch.Tensor, kin
 
 
 class GroupSampler(Sampler[int]):
-    """All rows once, in an order in which every batch of `batch_size` holds whole groups.
+    """Yields every row once, ordered so that batches of `batch_size` hold whole groups.
 
-    Groups come in random order. One that does not fit into what is left of a batch waits for the next batch; it is cut
-    only where no other fills the gap, or where it is larger than a batch. The order depends on the seed and the epoch
-    alone, so that every process draws the same and a resumed run goes on where it stopped.
+    Groups come in random order. A group that does not fit into the rest of a batch waits for the next batch; it is
+    split only if no other group fills the gap, or if it is larger than a batch. The order depends on the seed and the
+    epoch alone, so every process draws the same order and a resumed run continues where it stopped.
 
     Args:
         groups: Group of each row, negative = a group of its own.
         batch_size: Rows per batch and process.
-        seed: Seed of the run.
     """
 
     def __init__(self, groups: Sequence[int], batch_size: int, seed: int) -> None:

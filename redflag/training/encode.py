@@ -1,7 +1,8 @@
 """From a row to tensors: ids, where language is pinned, and one flag class per position.
 
-`encode` does what is the same in every epoch. `place` puts the flags where the placement wants them, which for `insert`
-is drawn anew each epoch, from a generator that depends on (seed, epoch, row) alone: a resumed run draws the same.
+`encode` does the work that is the same in every epoch. `place` puts the flags where the placement wants them; for
+`insert` it samples new positions each epoch, from a generator seeded with (seed, epoch, row) alone, so a resumed run
+samples the same ones.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ class Example(TypedDict):
 
     `input_ids` has N ids; positions from `response_start` on are the response and its end-of-turn token. `onset` is a
     token index counted from `response_start` (0 in a harmless row); `flag_class` is 0 or the category's class k.
-    `group` numbers what the row asks (-1: nobody else asks it); `prefill` is the number of response tokens before a
-    refusal that is to be learnt (-1: no such row). `forecast` holds pairs [token, probability of harm], tokens counted
-    from `response_start`, and `forecast_class` the class of that harm (0: nobody says). `prompt_truncated` is there
-    where the prompt did not fit. The first `thought` tokens of the response are a thought with what ends it;
-    `thought_onset` is the token of it where harm begins (-1: nobody said).
+    Rows with the same `group` ask the same thing (-1: no other row does); `prefill` is the number of response tokens
+    before a refusal to be learnt (-1: no such row). `forecast` holds pairs [token, probability of harm], tokens counted
+    from `response_start`, and `forecast_class` the class of that harm (0: unknown). `prompt_truncated` is set if the
+    prompt did not fit. The first `thought` tokens of the response are a thought and its end marker; `thought_onset` is
+    the token of it where harm begins (-1: unknown).
     """
 
     row: int
@@ -82,11 +83,11 @@ class PlacementConfig:
         maximum_offset: The same for positions after this one; None = to the end.
         insertions: `insert`, `until`: flags per harmful response.
         soft_margin: Positions within this many tokens before a known onset are ignored instead of labelled harmless.
-        in_context: `first`, `dense`: share of the rows, harmful or not, in which a flag stands somewhere in the
-            response and is read past: labels and language are what they would be without it. A model that shall
-            reflect, with a flag in its context after a true or a false alarm, has then seen one.
-        forecasts: Whether a row's forecasts soften the class 0, and what holds between two of them: `off`, `hold` (the
-            earlier one), `linear`, or `points` (nothing: the other positions of class 0 in such a row are ignored).
+        in_context: `first`, `dense`: share of the rows, harmful or not, with a flag at a random place of the response
+            that is to be ignored: labels and language are what they would be without it. It prepares a model for
+            reflection, where a flag stands in its context after a true or a false alarm.
+        forecasts: Whether a row's forecasts soften the class 0, and how gaps between them are filled: `off`, `hold`
+            (the earlier value), `linear`, or `points` (not at all: other positions of class 0 are ignored).
     """
 
     placement: Placement = "dense"
@@ -99,19 +100,18 @@ class PlacementConfig:
 
     def __post_init__(self) -> None:
         if self.placement not in get_args(Placement):
-            raise RedflagError(f"placement {self.placement!r} is none of {', '.join(get_args(Placement))}: choose one")
+            raise RedflagError(f"placement must be one of {', '.join(get_args(Placement))} (got {self.placement!r}).")
         if self.maximum_offset is not None and self.maximum_offset < self.minimum_offset:
             raise RedflagError(
-                f"maximum_offset is {self.maximum_offset} and minimum_offset {self.minimum_offset}, so no position can "
-                "be drawn: make the first the larger one"
+                f"maximum_offset must be at least minimum_offset, {self.minimum_offset} (got {self.maximum_offset})."
             )
         for name, least in (("minimum_offset", 0), ("insertions", 1), ("soft_margin", 0)):
             if getattr(self, name) < least:
-                raise RedflagError(f"{name} is {getattr(self, name)}: it counts tokens or flags and must be >= {least}")
+                raise RedflagError(f"{name} must be at least {least} (got {getattr(self, name)}).")
         if self.forecasts not in CHOICES:
-            raise RedflagError(f"forecasts is {self.forecasts!r}, which is none of {', '.join(CHOICES)}: choose one")
+            raise RedflagError(f"forecasts must be one of {', '.join(CHOICES)} (got {self.forecasts!r}).")
         if not 0 <= self.in_context <= 1:
-            raise RedflagError(f"in_context is {self.in_context}: it is a share of the rows, from 0 to 1")
+            raise RedflagError(f"in_context must be at least 0 and at most 1 (got {self.in_context}).")
 
 
 def encode(
@@ -122,10 +122,9 @@ def encode(
     Args:
         row: The conversation; its last turn is the response.
         tokenizer: Tokenizer with the flags attached.
-        spec: The model's flags.
-        max_length: Most ids kept. The prompt is cut first (`redflag.truncation.fit_prompt`), so that the response
-            stays; a response that is longer than `max_length` - 1 on its own loses its end.
-        index: Number of the row; `place` draws by it.
+        max_length: Maximum number of ids. The prompt is cut first (`redflag.truncation.fit_prompt`), so that the
+            response stays whole; a response longer than `max_length` - 1 loses its end.
+        index: Number of the row, which seeds `place`.
 
     Raises:
         RedflagError: The row cannot be rendered, or its category has no flag.
@@ -144,18 +143,19 @@ def encode(
         if row.thought_onset is not None:
             example["thought_onset"] = onset_token(rendered.thought_offsets, row.thought_onset)
         if row.prefill is not None:
-            raise RedflagError("the row has a prefill and a thought, but a thought stands before an answer: drop one")
+            raise RedflagError("a row must not have both a prefill and a thought. Drop one of them.")
     if rendered.prompt_truncated:
         example["prompt_truncated"] = True
     if row.prefill is not None:
         if flag_class and row.prefill:
             raise RedflagError(
-                f"a refusal after {row.prefill} characters of prefill has the category {row.category!r}, but where its "
-                "flag belongs is unknown: leave the category out"
+                f"a row with a prefill must not have a category (got prefill {row.prefill}, category "
+                f"{row.category!r}). Its answer is a refusal, in which no place for a flag is known. Leave the "
+                "category out."
             )
         example["prefill"] = min(onset_token(rendered.offsets, row.prefill), len(response))
     if row.forecast:
-        # Of several forecasts before one token the last counts.
+        # Of several forecasts that fall on one token, the last counts.
         points = {onset_token(rendered.offsets, int(point[0])): point[1] for point in row.forecast}
         example["forecast"] = [[float(token), float(harm)] for token, harm in points.items()]
         single = int(len(spec.flags) == 1)
@@ -171,10 +171,10 @@ def build_dataset(
     plain_share: float = 0.0,
     seed: int = 0,
 ) -> Dataset:
-    """Encodes rows into the data set that `RedFlagTrainer` takes; prints how many prompts had to be cut.
+    """Encodes rows into the data set that `RedFlagTrainer` takes; prints how many prompts were cut.
 
-    `plain_share` of the rows with a category are learnt as rows without: the same answers, no flag. Which ones depends
-    on `seed` and the row's id alone.
+    A share `plain_share` of the rows with a category keep their answers and get no flag. The choice depends only on
+    `seed` and the row's id.
 
     Raises:
         RedflagError: A row cannot be encoded; the text names it.
@@ -204,7 +204,7 @@ def build_dataset(
 
 
 def is_plain(row_id: str, share: float, seed: int) -> bool:
-    """Whether this row is one of the `share` that keep their answer and get no flag; the same in every run.
+    """Whether this row belongs to the `share` that keep their answer and get no flag; the same in every run.
 
     The rows of a smaller share are among those of a larger one, so runs with several shares differ in few rows.
 
@@ -230,22 +230,19 @@ def place(example: Mapping[str, Any], config: PlacementConfig, spec: FlagSpec, s
 
     Args:
         example: Result of `encode`.
-        config: The placement.
-        spec: The model's flags.
-        seed: Seed of the run.
         epoch: Epoch, from 0.
     """
     draw = random.Random(f"{seed}/{epoch}/{example['row']}")
     placed = _labelled(example, config, spec, draw)
     if config.forecasts != "off" and example.get("forecast"):
         placed = _softened(placed, example, config.forecasts)
-    given = example.get("prefill", -1)
-    if given > 0:  # other people's words: neither language to keep nor a place to say whether harm is under way
+    prefill = example.get("prefill", -1)
+    if prefill > 0:  # not the model's words: no language to keep, and no flag to learn
         start = example["response_start"]
         for values in (placed.labels, placed.flag_labels):
-            values[start : start + given] = [IGNORE] * given
+            values[start : start + prefill] = [IGNORE] * prefill
         if placed.forecast is not None:
-            placed.forecast[start : start + given] = [NONE] * given
+            placed.forecast[start : start + prefill] = [NONE] * prefill
         return placed
     if config.placement not in ("insert", "until") and draw.random() < config.in_context:
         position = draw.randrange(example["response_start"], len(placed.input_ids))
@@ -254,9 +251,9 @@ def place(example: Mapping[str, Any], config: PlacementConfig, spec: FlagSpec, s
 
 
 def _of_thought(example: Mapping[str, Any], config: PlacementConfig) -> list[int]:
-    """The classes of a thought's positions: harmless in a harmless row; in a harmful one what the row says, if it does.
+    """Classes of a thought's positions: harmless in a harmless row; in a harmful row as its `thought_onset` says.
 
-    Placements that put the flag into the text or at one position ask nothing of a harmful thought.
+    Without that, and for placements that put the flag into the text or at one position, a harmful row's are ignored.
     """
     thought, k, onset = example.get("thought", 0), example["flag_class"], example.get("thought_onset", -1)
     if config.placement in ("first", "open") or (k and onset < 0):
@@ -290,7 +287,7 @@ def _labelled(example: Mapping[str, Any], config: PlacementConfig, spec: FlagSpe
     if config.placement == "dense":
         flag_labels[onset:] = [k] * (len(ids) - onset)
         return Placed(ids, labels, flag_labels, inserted)
-    # insert: one class at the drawn positions; nothing is asked of the harmful positions between them.
+    # insert: the class stands at the drawn positions; harmful positions between them are ignored.
     flag_labels[onset:] = [IGNORE] * (len(ids) - onset)
     first = min(max(onset, start + config.minimum_offset), len(ids) - 1)
     last = len(ids) if config.maximum_offset is None else min(len(ids), start + config.maximum_offset + 1)
@@ -305,7 +302,7 @@ def _labelled(example: Mapping[str, Any], config: PlacementConfig, spec: FlagSpe
 
 
 def _softened(placed: Placed, example: Mapping[str, Any], how: str) -> Placed:
-    """With forecasts where the class is 0; all such positions stand before any inserted flag, or none is inserted."""
+    """Adds forecasts where the class is 0; any inserted flag stands behind all of these positions."""
     start, length = example["response_start"], len(placed.input_ids)
     forecast = [NONE] * start + spread(example["forecast"], length - start, how)
     for i, label in enumerate(placed.flag_labels):
@@ -326,7 +323,7 @@ def _insert(placed: Placed, position: int, flag: int, flag_class: int) -> None:
 
 
 class Collator:
-    """Examples -> a batch of tensors, padded on the right. `epoch` is set by the trainer.
+    """Turns examples into a batch of tensors, padded on the right. The trainer sets `epoch`.
 
     For two rows of 3 and 2 ids, `dense`, the second harmful from its only response position on:
 
@@ -361,6 +358,6 @@ class Collator:
         }
         if self.config.forecasts != "off":
             batch["forecast"] = pad([p.forecast or [NONE] * len(p.input_ids) for p in placed], NONE)
-            # A class that nobody names goes with forecasts of 0 alone, whose class does not matter.
+            # An unknown class occurs with forecasts of 0 only, for which the class does not matter.
             batch["forecast_class"] = torch.tensor([max(1, example.get("forecast_class") or 0) for example in examples])
         return batch

@@ -11,13 +11,13 @@ reference alike, and the gradient is written down in closed form in the same pas
     d flag / d z_l = (P(none) - [class is none]) q_l        d flag / d z_k = P(k) - [class is k]
     d keep / d z_l = q_l - p_l                              d keep / d z_k = 0
 
-with q the trained and p the reference language distribution, and P the K+1 class probabilities. A forecast asks for a
-second class at the same position, with its own weight; cross-entropies and gradients add up.
+with q the trained and p the reference language distribution, and P the K+1 class probabilities. A forecast adds a
+second target class at the same position, with its own weight; cross-entropies and gradients add up.
 
-How much each position weighs is given from outside. `peak_weights` are the weights of a response-level loss (the
+The caller supplies each position's weight. `peak_weights` are the weights of a response-level loss (the
 softmax-weighted loss of Constitutional Classifiers++, arXiv 2601.04603): within a response the positions with the
-highest log-odds of a flag weigh most, so that harmless beginnings of harmful responses cost little and a confident
-false alarm costs much.
+highest log-odds of a flag weigh most, so harmless beginnings of harmful responses cost little and a confident false
+alarm costs much.
 
 Shapes: N positions, H hidden, V vocabulary, K flags.
 """
@@ -31,8 +31,8 @@ import torch
 
 from redflag.weights.precision import widest
 
-# Logits alive at one time, in numbers: 64 MB of float32 per tensor, about four tensors. Smaller chunks would read the
-# head from memory more often than they compute with it.
+# Logits in memory at one time, in elements: 64 MB of float32 per tensor, about four tensors. With smaller chunks,
+# reading the head from memory would dominate.
 LOGITS_AT_ONCE = 16_777_216
 
 
@@ -78,16 +78,16 @@ class Head:
 
 
 class Forecast(NamedTuple):
-    """What N positions ask for besides their label: flag k (1 ... K) of each, and the weight of that; 0 = nothing."""
+    """Second targets of N positions: flag k (1 ... K) of each, and its weight (0 = none)."""
 
     classes: torch.Tensor
     weights: torch.Tensor
 
 
 class Positions(NamedTuple):
-    """What was found at each of N positions, detached: for metrics.
+    """Metrics of each of N positions, detached.
 
-    `flag_loss` (against the label, whatever a forecast asks) and `keep_kl` in nats (unweighted), `p_flag` = probability
+    `flag_loss` (against the label alone, without forecasts) and `keep_kl` in nats (unweighted), `p_flag` = probability
     of any flag, `nll` and `reference_nll` the negative log-likelihood of the label under the two language
     distributions, nats (NaN where there is no label).
     """
@@ -115,20 +115,18 @@ def flag_and_keep_loss(
 
     Args:
         hidden_NH: Last hidden states of the trained model, one per position judged.
-        reference_NH: Those of the reference at the same positions (on the text without inserted flags).
-        head: Head of the trained model.
-        reference_head: Head of the reference.
+        reference_NH: The reference's hidden states at the same positions (of the text without inserted flags).
         flag_ids: K vocabulary ids.
         flag_labels_N: 0 none, k flag k, -100 ignore.
         labels_N: Token at the position, -100 where there is none; only for `Positions`.
         flag_weights_N: Weight of the flag term at each position (coefficient over normaliser).
         keep_weights_N: Weight of the keep term; 0 where language is not pinned.
-        forecast_N: Classes asked for besides the labels.
+        forecast_N: Second target classes; None = no forecasts.
 
     Returns:
         The loss, a scalar that carries gradients to `hidden_NH`, `head.weight` and `head.flag_rows`; and `Positions`.
     """
-    loss, *found = _FlagAndKeep.apply(
+    loss, *figures = _FlagAndKeep.apply(
         hidden_NH,
         head.weight,
         head.flag_rows,
@@ -142,32 +140,32 @@ def flag_and_keep_loss(
         keep_weights_N,
         forecast_N,
     )
-    return loss, Positions(*found)
+    return loss, Positions(*figures)
 
 
 @torch.no_grad()
 def flag_log_odds(hidden_NH: torch.Tensor, head: Head, flag_ids: torch.Tensor) -> torch.Tensor:
-    """Log-odds of any flag at N positions, nats: logsumexp of the flags' logits minus that of the language's."""
+    """Log-odds of any flag at N positions, nats: logsumexp of the flags' logits minus logsumexp of all others."""
     chunk = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
-    found = [hidden_NH.new_zeros(0, dtype=torch.float32)]
+    log_odds = [hidden_NH.new_zeros(0, dtype=torch.float32)]
     for part in hidden_NH.split(chunk):
         z = head.logits(part, flag_ids)
         flags = z[:, flag_ids].logsumexp(-1)
         z[:, flag_ids] = -torch.inf
-        found.append(flags - z.logsumexp(-1))
-    return torch.cat(found)
+        log_odds.append(flags - z.logsumexp(-1))
+    return torch.cat(log_odds)
 
 
 def peak_weights(log_odds_N: torch.Tensor, response_N: torch.Tensor, window: int, temperature: float) -> torch.Tensor:
     """Weights of positions within their response: softmax over it of the mean of the last `window` log-odds.
 
-    Constants of a step: no gradient goes through them. A temperature of infinity gives every position of a response the
-    same weight, one near 0 the whole weight to its peak.
+    They are constants within a step: no gradient flows through them. An infinite temperature gives every position of a
+    response the same weight; one near 0 gives all the weight to its peak.
 
     Args:
         log_odds_N: Log-odds of a flag at each position, nats.
-        response_N: Number of the response that each position belongs to; equal numbers stand next to each other.
-        window: Positions that the mean goes back over, fewer at the beginning of a response.
+        response_N: Number of the response that each position belongs to; positions of one response are adjacent.
+        window: Length of the trailing mean in positions; shorter at the beginning of a response.
         temperature: Divides the means, above 0.
 
     Returns:
@@ -181,7 +179,8 @@ def peak_weights(log_odds_N: torch.Tensor, response_N: torch.Tensor, window: int
     begins[1:] = response_N[1:] != response_N[:-1]
     segment = begins.cumsum(0) - 1
     first = index[begins][segment]
-    # Sums by differences of a running sum, in double precision where there is one: long batches lose digits without.
+    # Window sums are differences of a running sum. It needs double precision (if the device has it): over long batches
+    # float32 loses digits.
     wide = widest(log_odds_N.device)
     total = torch.cat([log_odds_N.new_zeros(1, dtype=wide), log_odds_N.to(wide).cumsum(0)])
     oldest = torch.maximum(first, index - window + 1)
@@ -193,7 +192,7 @@ def peak_weights(log_odds_N: torch.Tensor, response_N: torch.Tensor, window: int
 
 
 def _wide(tensor: torch.Tensor) -> torch.dtype:
-    """What is computed in: float32, or float64 where that is given."""
+    """Type to compute in: float32, or float64 for float64 input."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
@@ -220,11 +219,13 @@ class _FlagAndKeep(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
         d_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
         d_rows = torch.zeros_like(flag_rows, dtype=wide) if flag_rows is not None and needs_rows else None
-        found = hidden.new_zeros((5, count), dtype=wide)
+        figures = hidden.new_zeros((5, count), dtype=wide)
         loss = hidden.new_zeros((), dtype=wide)
         for start in range(0, count, chunk):
             part = slice(start, min(count, start + chunk))
             h, weights_f, weights_k = hidden[part], flag_weights[part].to(wide), keep_weights[part].to(wide)
+            # Flag term. The flags' logits are set to -inf in `z`, so its logsumexp is the logit of the class "none".
+            # The soft cap's derivative needs the logits from before that.
             z = head.logits(h, flag_ids)
             capped = z.clone() if head.cap is not None and (needs_hidden or needs_weight) else z
             f = z[:, flag_ids]
@@ -235,6 +236,7 @@ class _FlagAndKeep(torch.autograd.Function):
             flag_loss = -class_log_probs.gather(1, target[:, None])[:, 0]
             flag_loss = torch.where(flag_labels[part] >= 0, flag_loss, 0.0)
 
+            # Keep term: sum_l p_l (log p_l - log q_l) = sum_l p_l (z_ref_l - z_l) - lse_ref + lse, in place in `z_ref`.
             z_ref = reference_head.logits(reference[part], flag_ids)
             z_ref[:, flag_ids] = -torch.inf
             lse_ref = z_ref.logsumexp(-1)
@@ -245,14 +247,15 @@ class _FlagAndKeep(torch.autograd.Function):
             z_ref[:, flag_ids] = 0.0
             keep = (z_ref.sub_(z).mul_(p)).sum(-1) - lse_ref + lse
 
+            # The weighted sum, and the unweighted metrics of `Positions`.
             loss += (weights_f * flag_loss).sum() + (weights_k * keep).sum()
             if forecast is not None:
                 second, weights_s = forecast.classes[part][:, None], forecast.weights[part].to(wide)
                 loss -= (weights_s * class_log_probs.gather(1, second)[:, 0]).sum()
             missing = labels[part] < 0
-            found[0, part], found[1, part] = flag_loss, keep
-            found[2, part] = -torch.expm1(class_log_probs[:, 0])
-            found[3, part], found[4, part] = (
+            figures[0, part], figures[1, part] = flag_loss, keep
+            figures[2, part] = -torch.expm1(class_log_probs[:, 0])
+            figures[3, part], figures[4, part] = (
                 nll.masked_fill(missing, torch.nan),
                 nll_ref.masked_fill(missing, torch.nan),
             )
@@ -271,6 +274,8 @@ class _FlagAndKeep(torch.autograd.Function):
             q = z.sub_(lse[:, None]).exp_()
             d = q.mul_((weights_k + d_classes[:, 0])[:, None]).sub_(p.mul_(weights_k[:, None]))
             d[:, flag_ids] = d_classes[:, 1:]
+            # Through scale and cap, then the chain rule of the matrix. The flags' own rows stand in for the matrix's,
+            # so their share of the gradient goes to them and must not reach `weight`.
             d = head.pull_back(d, capped)
             d_flags = d[:, flag_ids].to(h.dtype)
             if flag_rows is not None:
@@ -286,7 +291,7 @@ class _FlagAndKeep(torch.autograd.Function):
                 d_rows += (d_flags.T @ h).to(wide)
         ctx.save_for_backward(d_hidden, d_weight, d_rows)
         ctx.dtypes = (weight.dtype, None if flag_rows is None else flag_rows.dtype)
-        outputs = tuple(found.unbind(0))
+        outputs = tuple(figures.unbind(0))
         ctx.mark_non_differentiable(*outputs)
         return (loss, *outputs)
 

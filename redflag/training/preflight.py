@@ -1,4 +1,4 @@
-"""What would end a training run after its last step, found before its first."""
+"""Checks before a training run for whatever would make it fail after its last step."""
 
 from __future__ import annotations
 
@@ -23,41 +23,41 @@ _CACHE = ("cache_implementation", "cache_config")
 
 
 def refuse_quantised(name: str) -> None:
-    """Refuses a model whose weights are quantised: adapters cannot be merged into them, nor rows added.
+    """Refuses a model with quantised weights: adapters cannot be merged into them, nor rows added.
 
-    Those of a GGUF file become ordinary weights when they are read.
+    Weights of a GGUF file are dequantised when they are read, and pass.
 
     Raises:
-        RedflagError: `config.json` says so.
+        RedflagError: `config.json` names a quantisation.
     """
     if is_gguf(name):
         return
     try:
         described, _ = PreTrainedConfig.get_config_dict(name)
-    except Exception:  # `read_model` says what is wrong with it.
+    except Exception:  # `read_model` reports it, with a better message.
         return
-    # `compression_config` is the name that older files of compressed-tensors have for it.
+    # Older files of compressed-tensors call it `compression_config`.
     quantised = described.get("quantization_config") or described.get("compression_config")
     if not quantised:
         return
     method = quantised.get("quant_method", "quantised")
     if method == "mxfp4":
         raise RedflagError(
-            f"{name} holds its experts as MXFP4 numbers, which cannot be trained, nor saved again: write a bfloat16 "
-            "copy first, as recipes/models/gpt_oss_base.py does"
+            f"{name} must not hold its experts as MXFP4 numbers, which can be neither trained nor saved. Write a "
+            "bfloat16 copy first, as recipes/models/gpt_oss_base.py does."
         )
     raise RedflagError(
-        f"{name} must hold its weights as 16-bit or 32-bit numbers (got quant_method {method!r}): what is trained "
-        "cannot be merged into quantised weights, and training an adapter on them (--merge false) is not supported. "
-        "Train the model that it was made from, and quantise the result"
+        f"{name} must hold its weights as 16-bit or 32-bit numbers (got quant_method {method!r}). An adapter cannot be "
+        "merged into quantised weights, and training one on them (--merge false) is not supported. Train the model "
+        "before quantisation, and quantise the result."
     )
 
 
 def refuse_part(name: str, model: Any) -> None:
-    """Refuses a model of which only the text part was loaded, whose class and weights have other names when saved.
+    """Refuses a multimodal model of which only the text part was loaded: its saved weights would have other names.
 
     Raises:
-        RedflagError: The configuration in the files is another kind of model's.
+        RedflagError: `config.json` names another kind of model than was loaded.
     """
     if is_gguf(name):
         return
@@ -68,20 +68,20 @@ def refuse_part(name: str, model: Any) -> None:
     if config.model_type != model.config.model_type:
         named = ", ".join(config.architectures or ()) or config.model_type
         raise RedflagError(
-            f"{name} must load as what its config.json names, {named} (got its text part, {type(model).__name__}): "
-            "engines would not find the weights of what is saved under those names. Save the text part as a model of "
-            "its own first, with AutoModelForCausalLM, and see that your engine serves it"
+            f"{name} must load as what its config.json names, {named} (got its text part, {type(model).__name__}). "
+            "Engines would look for the weights under other names than they are saved. Save the text part as a model "
+            "of its own first, with AutoModelForCausalLM, and check that your engine serves it."
         )
 
 
 def repair_generation(model: Any) -> list[str]:
-    """Takes contradictions out of a model's `generation_config.json`, with which transformers would not save it.
+    """Removes contradictions from a model's `generation_config.json`, with which transformers would refuse to save it.
 
-    What engines make of the file stays: vLLM and SGLang sample by its temperature whatever `do_sample` says, and
-    settings without effect go.
+    Engines sample as before: vLLM and SGLang follow its temperature whatever `do_sample` says. Settings without effect
+    are dropped.
 
     Args:
-        model: With its `generation_config`, changed in place.
+        model: Its `generation_config` is changed in place.
 
     Returns:
         A line for each setting that was changed.
@@ -101,7 +101,7 @@ def repair_generation(model: Any) -> list[str]:
     before = {key: getattr(generation, key) for key in changes}
     _set(generation, changes)
     if generation.do_sample is not True and not _is_sound(generation):
-        # A temperature of 0 is greedy to engines, and none at all to transformers.
+        # Engines take a temperature of 0 for greedy decoding; transformers rejects it.
         greedy = {"temperature": None, "top_k": 1} if generation.temperature == 0 else {}
         sampled = {**greedy, "do_sample": True}
         before |= {key: getattr(generation, key) for key in sampled}
@@ -110,13 +110,12 @@ def repair_generation(model: Any) -> list[str]:
 
 
 def try_saving(model: Any, tokenizer: Any, spec: FlagSpec, output: Path, merge: bool) -> None:
-    """Saves all but the weights, in a folder that is dropped again, and reads it back.
+    """Saves everything but the weights to a temporary folder and reads it back.
 
     Args:
-        model: As it will be trained, PEFT-wrapped or not.
+        model: As it will be trained, with or without PEFT.
         tokenizer: With the flags.
-        spec: The flags.
-        output: The run's folder; made if it is not there.
+        output: The run's folder, created if missing.
         merge: Whether the whole model will be saved, or the adapter alone.
 
     Raises:
@@ -146,19 +145,19 @@ def try_saving(model: Any, tokenizer: Any, spec: FlagSpec, output: Path, merge: 
             again = AutoTokenizer.from_pretrained(folder)
             ids = tuple(again.convert_tokens_to_ids([flag.token for flag in spec.flags]))
             if (template_hash(again), ids) != (spec.template_hash, spec.ids):
-                raise ValueError("the tokenizer that was read back has another chat template, or other ids for flags")
+                raise ValueError("the tokenizer that was read back has another chat template or other flag ids")
     except RedflagError:
         raise
-    except Exception as error:  # What fails here fails in a dozen ways, and would fail at the end of the run.
+    except Exception as error:  # The libraries raise a dozen types here; each would end the run at its last step.
         reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
         raise RedflagError(
-            f"the trained model could not be saved in {output}, or would not load from it ({reason}): nothing was "
-            "trained. Correct the files of the base model that this names"
+            f"the trained model could not be saved in {output}, or would not load from it ({reason}). Nothing was "
+            "trained yet. Correct the base model's files that this names."
         ) from error
 
 
 def try_evaluation(trainer: Any, examples: Any) -> None:
-    """Evaluates two rows, as at the end of the run; not where the model lies in parts on several processes."""
+    """Evaluates two rows, as at the end of the run; skipped for a model that is sharded over processes."""
     if not len(examples) or trainer.args.world_size > 1 or trainer.is_fsdp_enabled:
         return
     model = trainer.model
@@ -175,7 +174,7 @@ def _set(generation: Any, values: dict[str, Any]) -> None:
 
 
 def _is_sound(generation: Any) -> bool:
-    """Whether transformers would save it: once changed, as the trainer changes it, only without contradictions."""
+    """Whether transformers would save it. The trainer changes it, and a changed one must be free of contradictions."""
     try:
         generation.validate(strict=True)
     except ValueError:

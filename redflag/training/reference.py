@@ -9,8 +9,8 @@ from accelerate import Accelerator
 
 from redflag.kept_states import KeptStates, row_keys
 from redflag.training.batch import JudgedPositions
+from redflag.training.hidden_states import last_hidden
 from redflag.training.loss import Head
-from redflag.training.states import last_hidden
 
 
 @torch.no_grad()
@@ -22,11 +22,11 @@ def reference_states(
     kept: KeptStates | None,
     accelerator: Accelerator,
 ) -> torch.Tensor:
-    """Those (N, H) that judge the N positions.
+    """The reference's hidden states (N, H) that judge the N positions.
 
-    The reference reads the same text without the inserted flags: they are masked, and the positions behind them count
-    on as if they were not there. Where the trained model is judged by the state of a flag, the reference is by that of
-    the nearest earlier column that is none. Inserted flags are drawn anew in each pass, so such batches are not kept.
+    The reference reads the text without the inserted flags: they are masked, and position ids skip them. Where the
+    state at a flag judges the trained model, the reference's comes from the nearest earlier column without a flag.
+    Inserted flags are resampled in each pass, so such batches are not cached.
     """
     inserted = inputs["inserted"]
     columns = torch.arange(inserted.shape[1], device=inserted.device).expand_as(inserted)
@@ -36,11 +36,11 @@ def reference_states(
     if kept is not None:
         if not bool(inserted.any()):
             keys = row_keys(inputs["input_ids"], mask, judged.row, plain)
-        found = kept.read(keys, like=head.weight) if keys else None
-        # A forward pass of a model in several processes needs all of them.
-        if bool(accelerator.gather(torch.tensor([found is not None], device=mask.device)).all()):
-            assert found is not None
-            return found
+        cached = kept.read(keys, like=head.weight) if keys else None
+        # A forward pass of a sharded model needs all processes, so one process without cached states makes all run it.
+        if bool(accelerator.gather(torch.tensor([cached is not None], device=mask.device)).all()):
+            assert cached is not None
+            return cached
     position_ids = (mask.cumsum(1) - 1).clamp(min=0) if bool(inserted.any()) else None
     states_NH = last_hidden(reference, inputs["input_ids"], mask, position_ids)[judged.row, plain]
     if kept is not None and keys:

@@ -1,4 +1,4 @@
-"""What a training run leaves on disk: the flagged model's folder, and checkpoints that it can go on from."""
+"""A training run's files: the flagged model's folder, and checkpoints to resume from."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from transformers.utils import cached_file
 from redflag.errors import RedflagError
 from redflag.flags import FILE, FlagSpec
 
-# Weights and optimizer in a checkpoint: of whole models, and of FSDP2 in one file each or a part for every process.
+# Weights and optimizer in a checkpoint: of whole models, and of FSDP2 in one file each or one file per process.
 CHECKPOINTS = (
     ("*.safetensors", "optimizer.pt"),
     ("pytorch_model_fsdp.bin", "optimizer.bin"),
     ("pytorch_model_fsdp_0/.metadata", "optimizer_0/.metadata"),
 )
-# Without one of these nothing loads a folder.
+# A folder without any of these does not load.
 CONFIGURATIONS = ("config.json", "adapter_config.json")
 PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
-# What else a model is loaded from, as transformers and PEFT name it. An engine that finds shards of an earlier run, or
-# an adapter, beside a model in one file loads them as well.
+# Other files that a model is loaded from, as transformers and PEFT name them. An engine that finds shards or an adapter
+# of an earlier run beside a model in one file loads them too.
 LOADED = (
     *PROCESSORS,
     "model.safetensors",
@@ -53,9 +53,9 @@ def save(
     result: dict[str, Any],
     dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
-    """Writes everything beside its final place, then moves it there; `redflag.json` comes last.
+    """Writes everything to a temporary folder, then moves it into place; `redflag.json` comes last.
 
-    `dtype` is the type of the weights of a whole model; None leaves them as they are.
+    `dtype` is the type in which a whole model's weights are saved; None leaves them as they are.
 
     Returns:
         `result` with its `run_id`.
@@ -74,13 +74,13 @@ def save(
     if dtype is not None and not hasattr(model, "peft_type"):
         model = model.to(dtype)
     for adapter in getattr(model, "peft_config", {}).values():
-        # A GGUF file is the base of an adapter for `read_model`; PEFT would look for it on the hub while training.
+        # `read_model` takes a GGUF file as an adapter's base; PEFT would look for it on the hub during training.
         adapter.base_model_name_or_path = adapter.base_model_name_or_path or result["arguments"].get("model")
     temporary = output / ".saving"
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        # The flags' rows are in the adapter by themselves: PEFT would add the whole matrix where it has grown by them.
+        # The adapter holds the flags' rows already; PEFT would add the whole matrix if it was enlarged by them.
         model.save_pretrained(temporary, **({"save_embedding_layers": False} if hasattr(model, "peft_type") else {}))
         tokenizer.save_pretrained(temporary)
         if not hasattr(model, "peft_type"):
@@ -90,22 +90,22 @@ def save(
         spec.save(output)
     except (OSError, SafetensorError) as error:
         rest = (
-            "there is no checkpoint: free space and train again"
+            "There is no checkpoint: free space and train again."
             if last_checkpoint(output) is None
-            else "its checkpoints are there: free space and run again with --resume"
+            else "Its checkpoints are there: free space and run again with --resume."
         )
-        raise RedflagError(f"the model could not be written to {output} ({error}), {rest}") from error
+        raise RedflagError(f"the model could not be written to {output} ({error}). {rest}") from error
     return result
 
 
 def replace_model(new: Path, output: Path) -> None:
-    """Moves the files of a model in the place of an older model's, of which nothing stays that is loaded.
+    """Replaces the files of an older model; nothing of it stays that would be loaded.
 
-    A kill at any point leaves the older model, the new one, or a folder that nothing loads: the older model's
-    configuration goes first and the new one's comes last.
+    A kill at any point leaves the older model, the new one, or a folder that does not load: the older model's
+    configuration is removed first and the new one's arrives last.
 
     Args:
-        new: Folder with the files, on the same file system; gone afterwards.
+        new: Folder with the files, on the same file system; removed afterwards.
         output: The model's folder, which may hold other files (checkpoints, thresholds); `redflag.json` is for the
             caller to write.
     """
@@ -119,18 +119,18 @@ def replace_model(new: Path, output: Path) -> None:
 
 
 def copy_processors(base: str, folder: Path) -> None:
-    """Copies what a multimodal base says about its images: engines start no such model without, also for text."""
+    """Copies a multimodal base's image processor files, without which engines do not start it, even for text."""
     for name in PROCESSORS if base else ():
         try:
             path = cached_file(base, name, _raise_exceptions_for_missing_entries=False)
-        except (OSError, ValueError):  # The base is out of reach by now, which shall not cost the model.
+        except (OSError, ValueError):  # The base cannot be reached any more; the trained model is worth saving anyway.
             continue
         if path is not None:
             shutil.copyfile(path, folder / name)
 
 
 def last_checkpoint(output: Path) -> Path | None:
-    """The newest checkpoint that was written to its end; one that a kill cut short does not count."""
+    """The newest complete checkpoint."""
     complete = []
     for path in output.glob("checkpoint-*"):
         try:
@@ -147,7 +147,7 @@ def _holds(path: Path, *patterns: str) -> bool:
 
 
 def _remove(path: Path) -> None:
-    """Removes a file or a folder, where there is one: a folder takes no other folder's place by renaming."""
+    """Removes a file or a folder if it exists: renaming a folder does not overwrite another folder."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

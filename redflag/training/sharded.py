@@ -1,8 +1,8 @@
-"""Weights in shards: what FSDP2 does not do by itself for a head that is read beside the model's own forward.
+"""Sharded weights: what FSDP2 does not handle by itself when the head is read outside the model's forward.
 
-Every process holds a part of each matrix and gathers a layer when it is called. The loss reads the head's matrix where
-no module is called, the reference is a model of its own, and a folder needs whole matrices: those three are here. All
-that is sharded by accelerate, as its configuration says; only what depends on torch's `FSDPModule` is known here.
+Every process holds a part of each matrix and gathers a layer when it is called. This module covers the three cases
+outside a call: the loss reads the head's matrix, the reference is a second model, and saving needs whole matrices.
+accelerate does the sharding, as its configuration says; whatever depends on torch's `FSDPModule` is here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from redflag.errors import RedflagError
 
 
 def refuse_deepspeed(config: Any) -> None:
-    """Refuses DeepSpeed before anything is loaded: not done, and its losses would be wrong without a word.
+    """Refuses DeepSpeed before anything is loaded: it is not supported, and its losses would be silently wrong.
 
     Args:
         config: The `TrainingArguments`, before their own checks.
@@ -33,52 +33,52 @@ def refuse_deepspeed(config: Any) -> None:
     """
     if config.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
         raise RedflagError(
-            "redflag does not train under DeepSpeed, whose ZeRO-3 hides the head's matrix from the loss: use FSDP2 "
-            "instead (fsdp_version: 2 in the accelerate configuration), which shards as much"
+            "DeepSpeed is not supported. Its ZeRO-3 hides the head's matrix from the loss. Use FSDP2 "
+            "(fsdp_version: 2 in the accelerate configuration), which shards as much."
         )
 
 
 def check_plugin(accelerator: Any, saves: bool, adapter: bool) -> None:
-    """Refuses the ways of sharding whose results would be wrong without a word.
+    """Refuses the ways of sharding whose results would be silently wrong.
 
     Args:
-        accelerator: Of the trainer, with accelerate's `FullyShardedDataParallelPlugin` or none.
-        saves: Checkpoints are written.
-        adapter: An adapter is trained.
+        accelerator: The trainer's, with accelerate's `FullyShardedDataParallelPlugin` or none.
+        saves: Whether checkpoints are written.
+        adapter: Whether an adapter is trained.
 
     Raises:
-        RedflagError: FSDP1; or checkpoints in parts, from which an adapter goes on without its optimizer's and its own
-            weights (transformers 5.23, accelerate 1.15).
+        RedflagError: FSDP1; or sharded checkpoints, from which an adapter would resume without its own weights and its
+            optimizer's (transformers 5.23, accelerate 1.15).
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is None:
         return
     if plugin.fsdp_version != 2:
         raise RedflagError(
-            f"fsdp_version is {plugin.fsdp_version}, whose flat shards hide the head's matrix from the loss: set "
-            "fsdp_version: 2 in the accelerate configuration"
+            f"fsdp_version must be 2 (got {plugin.fsdp_version}). FSDP1's flat shards hide the head's matrix from the "
+            "loss. Set it in the accelerate configuration."
         )
     if saves and adapter and plugin.state_dict_type == StateDictType.SHARDED_STATE_DICT:
         raise RedflagError(
-            "fsdp_state_dict_type is SHARDED_STATE_DICT, from which an adapter does not resume as it was: set "
-            "FULL_STATE_DICT in the accelerate configuration, or --save_strategy no"
+            "fsdp_state_dict_type must be FULL_STATE_DICT for an adapter (got SHARDED_STATE_DICT). An adapter cannot "
+            "resume from sharded checkpoints. Set it in the accelerate configuration, or add --save-strategy no."
         )
 
 
 def is_sharded(model: Any) -> bool:
-    """Whether some of the model's weights lie in shards."""
+    """Whether any of the model's weights are sharded."""
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def _ties(model: torch.nn.Module) -> Callable[[], None]:
-    """Remembers which modules share a parameter; the result makes them share again, after each got one of its own."""
-    found: dict[int, list[tuple[torch.nn.Module, str]]] = {}
+    """Records which modules share a parameter; calling the result restores the sharing after loading has broken it."""
+    users: dict[int, list[tuple[torch.nn.Module, str]]] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            found.setdefault(id(parameter), []).append((module, name))
+            users.setdefault(id(parameter), []).append((module, name))
 
     def tie() -> None:
-        for (first, own), *others in found.values():
+        for (first, own), *others in users.values():
             for module, name in others:
                 setattr(module, name, getattr(first, own))
 
@@ -87,11 +87,11 @@ def _ties(model: torch.nn.Module) -> Callable[[], None]:
 
 @contextmanager
 def tied_matrix_seen(model: torch.nn.Module) -> Iterator[None]:
-    """While it lasts, an embedding and a head with trainable rows show the matrix they share as one and the same.
+    """Within the context, a tied embedding and head with trainable rows return the same matrix object.
 
-    accelerate puts tied matrices into one unit if `embedding.weight is head.weight`; PEFT's layers give a copy with the
-    trained rows in, a new one each time, and torch refuses two units over one matrix. Tying them again, which a way
-    over the meta device makes necessary, is not a thing that transformers can do through PEFT's layers either.
+    accelerate puts tied matrices into one unit if `embedding.weight is head.weight`. PEFT's layers return a new copy
+    with the trained rows on each access, and torch refuses two units over one matrix. transformers cannot tie weights
+    through PEFT's layers either, which is necessary after loading by way of the meta device.
     """
     layers = [module for module in model.modules() if isinstance(module, TrainableTokensLayer)]
     if not layers:
@@ -109,21 +109,21 @@ def tied_matrix_seen(model: torch.nn.Module) -> Iterator[None]:
 
 
 def place_reference(model: Any, accelerator: Any) -> Any:
-    """A frozen model where it is needed: on the device, under FSDP2 in shards as the trained one will be, in place."""
+    """Moves a frozen model to the device, in place; under FSDP2 it is sharded as the trained model will be."""
     return fsdp2_prepare_model(accelerator, model) if accelerator.is_fsdp2 else model.to(accelerator.device)
 
 
 def _owners(model: Any) -> list[FSDPModule]:
-    """The units that hold the head's weights: its own, which is the embedding's too if tied, and those around it."""
+    """The FSDP units that hold the head's weights: its own (shared with a tied embedding), and those around it."""
     units: list[Any] = [module for module in model.modules() if isinstance(module, FSDPModule)]
     head = plain_model(model).get_output_embeddings() if units else None
     return [unit for unit in units if any(module is head for module in unit.modules())]
 
 
 def gather_head(model: Any) -> None:
-    """Makes the head's matrix whole on each process, where it is in shards; all processes call it together.
+    """Gathers the head's matrix on each process, if it is sharded; all processes must call it together.
 
-    It stays so until its unit is sharded again: by the backward pass, or at the end of `head_stays_whole`.
+    It stays whole until its unit is sharded again: by the backward pass, or at the end of `head_stays_whole`.
     """
     for unit in _owners(model):
         unit.unshard()
@@ -131,10 +131,10 @@ def gather_head(model: Any) -> None:
 
 @contextmanager
 def head_stays_whole(model: Any) -> Iterator[None]:
-    """While it lasts, no backward pass puts the head's matrix back into shards; at the end it is.
+    """Keeps backward passes from sharding the head's matrix again; leaving the context shards it.
 
-    A step may run the model forward and backward several times before the last gradient has come to the head. The end
-    must come before gradients are clipped: only shards have them.
+    A step may run the model forward and backward several times before the head's last gradient arrives. The context
+    must end before gradients are clipped, since only shards hold gradients.
     """
     units = _owners(model)
     for unit in units:
@@ -148,15 +148,15 @@ def head_stays_whole(model: Any) -> Iterator[None]:
 
 
 def whole_model(model: Any, accelerator: Any) -> Any:
-    """The model in one piece, for saving; all processes call it together.
+    """The model with whole weights, for saving; all processes must call it together.
 
     Args:
-        model: Unwrapped, PEFT or not.
-        accelerator: Of the trainer.
+        model: Unwrapped, with or without PEFT.
+        accelerator: The trainer's.
 
     Returns:
-        The model itself where nothing is in shards. Else, on process 0, a model of the same kind in main memory that
-        holds the gathered weights; on the others None.
+        The model itself if nothing is sharded. Otherwise, on process 0, a model of the same class in main memory with
+        the gathered weights; None on the other processes.
     """
     if not is_sharded(model):
         return model
@@ -171,11 +171,12 @@ def whole_model(model: Any, accelerator: Any) -> Any:
         if plain is not model:
             shell = get_peft_model(shell, model.peft_config[model.active_adapter])
     tie = _ties(shell)
-    # Under mixed precision, accelerate trains copies in float32; the folder has the type that the model was loaded in.
+    # Under mixed precision accelerate trains float32 copies; the saved folder has the type that the model was loaded
+    # in.
     types = {name: weight.dtype for name, weight in shell.state_dict().items()}
     weights = {name: weight.to(types.get(name, weight.dtype)) for name, weight in weights.items()}
-    found = shell.load_state_dict(weights, assign=True, strict=False)
+    mismatch = shell.load_state_dict(weights, assign=True, strict=False)
     tie()
     left = [name for name, parameter in shell.named_parameters() if parameter.is_meta]
-    assert not left and not found.unexpected_keys, (left, found)
+    assert not left and not mismatch.unexpected_keys, (left, mismatch)
     return shell

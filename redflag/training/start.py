@@ -1,8 +1,8 @@
-"""Where the flags' output rows start: low, but in reach of a gradient, on ordinary text.
+"""Initial values of the flags' output rows: low on ordinary text, but not too low for a gradient.
 
-A flag's gradient is as small as its probability. Rows that start as a mean of others (`redflag.flags.attach`) give a
-p(flag) near 1e-6 in a vocabulary of 49,152, and the first 80 steps only lift it. The rows are fitted instead, by ridge
-regression on last hidden states h of harmless training rows, so that the log-odds of any of K flags are near -4:
+A flag's gradient is proportional to its probability. Rows initialised to a mean of others (`redflag.flags.attach`) give
+a p(flag) near 1e-6 in a vocabulary of 49,152, and the first 80 steps only raise it. The rows are fitted instead, by
+ridge regression on last hidden states h of harmless training rows, to give log-odds of any of K flags near -4:
 
     w . h  =  logsumexp(language logits at h) - 4 - log K
 """
@@ -18,26 +18,25 @@ from datasets import Dataset
 from redflag.flags import FlagSpec
 from redflag.training.adapter import output_head
 from redflag.training.encode import PlacementConfig
+from redflag.training.hidden_states import last_hidden
 from redflag.training.loss import LOGITS_AT_ONCE, Head
-from redflag.training.states import last_hidden
 from redflag.weights.precision import widest
 
 STARTS = ("fitted", "mean")
 LOG_ODDS = -4.0
-# As many positions as a fit of some thousand numbers needs, which a model of some billions reads in a minute on a CPU.
+# Enough positions to fit some thousand numbers; a model of some billion parameters reads them in a minute on a CPU.
 _POSITIONS, _PER_ROW, _PROMPT, _BATCH = 4096, 64, 64, 8
-_RIDGE = 1e-3  # Times the states' mean square: how much the fit prefers the row as it is.
+_RIDGE = 1e-3  # Ridge penalty on the change of a row, as a multiple of the states' mean square.
 
 
 @torch.no_grad()
 def fit_flag_rows(model: Any, spec: FlagSpec, examples: Dataset) -> None:
-    """Sets the rows of all flags in the output head, which is the embedding where the two are tied.
+    """Sets the rows of all flags in the output head (which is also the embedding if the two are tied).
 
-    The same model and rows give the same result. Without harmless rows, or where the fit fails, the rows stay.
+    It is deterministic. Without harmless rows, or if the fit fails, the rows are left unchanged.
 
     Args:
         model: With its flags attached, not yet wrapped by PEFT.
-        spec: Its flags.
         examples: Encoded rows (`redflag.training.encode.encode`).
     """
     head = output_head(model, spec)
@@ -61,7 +60,7 @@ def fit_flag_rows(model: Any, spec: FlagSpec, examples: Dataset) -> None:
 
 
 def may_fit(model: Any, placement: PlacementConfig) -> bool:
-    """Whether the rows are free: not where they are input rows as well, and a flag stands in the text to be read."""
+    """Whether the rows may be fitted: not if they are input rows too and a flag stands in the text."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     tied = head is None or head.weight is embedding.weight
     return not (tied and (placement.placement in ("open", "insert", "until") or placement.in_context > 0))
@@ -71,13 +70,13 @@ def _ordinary_states(model: Any, examples: Dataset) -> torch.Tensor:
     """Last hidden states (N, H) that judge the first tokens of harmless responses, spread over the rows."""
     harmless = [i for i, kind in enumerate(examples["flag_class"]) if kind == 0]
     step = max(1, len(harmless) * _PER_ROW // _POSITIONS)
-    chosen = [examples[i] for i in harmless[::step]]
+    sample = [examples[i] for i in harmless[::step]]
     training, device = model.training, next(model.parameters()).device
     model.eval()
-    found: list[torch.Tensor] = []
-    for first in range(0, len(chosen), _BATCH):
-        batch = chosen[first : first + _BATCH]
-        starts = [min(e["response_start"], _PROMPT) for e in batch]  # of the response, behind the prompt's end
+    collected: list[torch.Tensor] = []
+    for first in range(0, len(sample), _BATCH):
+        batch = sample[first : first + _BATCH]
+        starts = [min(e["response_start"], _PROMPT) for e in batch]  # of the response, after the prompt's last tokens
         texts = [
             e["input_ids"][e["response_start"] - start : e["response_start"] + _PER_ROW]
             for e, start in zip(batch, starts, strict=True)
@@ -89,9 +88,9 @@ def _ordinary_states(model: Any, examples: Dataset) -> torch.Tensor:
             mask[i, : len(text)] = 1
         hidden = last_hidden(model, ids, mask)
         # The state before a token judges it.
-        found += [hidden[i, max(0, start - 1) : len(texts[i]) - 1] for i, start in enumerate(starts)]
+        collected += [hidden[i, max(0, start - 1) : len(texts[i]) - 1] for i, start in enumerate(starts)]
     model.train(training)
-    states = torch.cat(found) if found else torch.zeros(0, 0)
+    states = torch.cat(collected) if collected else torch.zeros(0, 0)
     return states[states.isfinite().all(-1)]
 
 
@@ -106,7 +105,7 @@ def _language(states_NH: torch.Tensor, head: Head, flag_ids: torch.Tensor) -> to
 
 
 def _before_head(logits: torch.Tensor, head: Head) -> torch.Tensor:
-    """What `weight . h + bias` must be for these logits."""
+    """Inverts cap and scale: the `weight . h + bias` that gives these logits."""
     if head.cap is not None:
         logits = head.cap * torch.atanh((logits / head.cap).clamp(-0.99, 0.99))
     return logits / head.scale

@@ -1,7 +1,7 @@
 """The optional terms of the loss: their settings, and their sum for one batch.
 
-Each has a coefficient that is 0 by default, and costs nothing then. Each is a mean over the whole accumulated batch of
-all processes, as the flag and keep terms are: a sum over what is here, divided by its number in `Counts`.
+Each has a coefficient that is 0 by default; then the term is not computed. Like the flag and keep terms, each is a mean
+over the whole accumulated batch of all processes: a sum over this micro-batch, divided by the term's entry in `Counts`.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from redflag.training.consistency import GroupSampler, consistency_loss, group_k
 from redflag.training.encode import IGNORE, Collator
 from redflag.training.forecasts import CHOICES as FORECASTS
 from redflag.training.forecasts import check_forecasts
+from redflag.training.hidden_states import last_hidden
+from redflag.training.log_probs import class_log_probs, token_log_probs
 from redflag.training.loss import flag_log_odds
 from redflag.training.presto import check_eager, presto_loss
-from redflag.training.reading import class_log_probs, token_log_probs
-from redflag.training.states import last_hidden
 
 COEFFICIENTS = ("answer_coef", "after_coef", "benign_coef", "consistency_coef", "presto_coef", "adversarial_coef")
 CHOICES = {
@@ -97,29 +97,28 @@ class TermsConfig:
     )
 
     def check_terms(self) -> None:
-        """Refuses settings without meaning.
+        """Checks the settings.
 
         Raises:
-            RedflagError: A number or a name is none that a term knows.
+            RedflagError: A number is out of bounds, or a name is unknown.
         """
         for name in (*COEFFICIENTS, "constraint_beta", "adversarial_step_size", "adversarial_radius"):
             if not getattr(self, name) >= 0:
-                raise RedflagError(f"{name} is {getattr(self, name)}: it is a number >= 0")
-        for name, known in CHOICES.items():
-            if getattr(self, name) not in known:
-                raise RedflagError(
-                    f"{name} is {getattr(self, name)!r}, which is none of {', '.join(known)}: choose one"
-                )
+                raise RedflagError(f"{name} must be at least 0 (got {getattr(self, name)}).")
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise RedflagError(f"{name} must be one of {', '.join(allowed)} (got {getattr(self, name)!r}).")
         if not 0 <= self.plain_share <= 1:
-            raise RedflagError(f"plain_share is {self.plain_share}: it is a share, between 0 and 1")
+            raise RedflagError(f"plain_share must be at least 0 and at most 1 (got {self.plain_share}).")
         if self.adversarial_steps < 1:
             raise RedflagError(
-                f"adversarial_steps is {self.adversarial_steps}: it counts from 1; 0 is adversarial_coef"
+                f"adversarial_steps must be at least 1 (got {self.adversarial_steps}). To switch the term off, set "
+                "adversarial_coef to 0."
             )
 
 
 class TermsCollator(Collator):
-    """Adds to a batch what the optional terms ask: one number per row, and which tokens are to be learnt."""
+    """Adds to a batch what the optional terms need: one number per row, and a mask of the tokens to learn."""
 
     def __init__(self, *args: Any, answers: str | None = None) -> None:
         super().__init__(*args)
@@ -131,63 +130,69 @@ class TermsCollator(Collator):
         for name in ("group", "prefill", "response_start"):
             batch[name] = torch.tensor([example.get(name, -1) for example in examples])
         marked, harmless = batch["prefill"] >= 0, batch["flag_class"] == 0
-        wanted = {
+        learnt = {
             None: torch.zeros_like(marked),
             "marked": marked,
             "harmless": marked | harmless,
             "all": torch.ones_like(marked),
         }[self.answers]
-        batch["answered"] = wanted[:, None] & (batch["labels"] != IGNORE) & ~batch["inserted"]
+        batch["answered"] = learnt[:, None] & (batch["labels"] != IGNORE) & ~batch["inserted"]
         return batch
 
 
 def optional_terms(args: Any, state: BatchState) -> dict[str, torch.Tensor]:
-    """The terms that are switched on, each without its coefficient and already divided."""
+    """The terms that are switched on, each without its coefficient and divided by its count."""
     groups, answered = state.counts.groups.clamp(min=1), state.counts.answered.clamp(min=1)
-    found = {}
+    terms = {}
     if args.answer_coef:
-        found["answer"] = _answer(args, state) / answered
+        terms["answer"] = _answer(args, state) / answered
     if args.consistency_coef:
-        found["consistency"] = _consistency(args, state) / groups
+        terms["consistency"] = _consistency(args, state) / groups
     if args.presto_coef:
         batch = state.batch
         end = batch["attention_mask"].sum(1)
         parts = (batch["response_start"], batch["prefill"], end)
-        found["presto"] = presto_loss(state.attentions, *parts, args.presto_queries) / answered
+        terms["presto"] = presto_loss(state.attentions, *parts, args.presto_queries) / answered
     if args.adversarial_coef:
-        found["adversarial"] = _adversarial(args, state) / state.counts.flagged.clamp(min=1)
-    return found
+        terms["adversarial"] = _adversarial(args, state) / state.counts.flagged.clamp(min=1)
+    return terms
 
 
 def _answer(args: Any, state: BatchState) -> torch.Tensor:
     row, column = state.judged.row, state.judged.column
-    chosen = state.batch["answered"][row, column]
-    row, column = row[chosen], column[chosen]
+    in_answer = state.batch["answered"][row, column]
+    row, column = row[in_answer], column[in_answer]
     tokens = state.batch["labels"][row, column]
     log_probs = token_log_probs(state.hidden[row, column - 1], state.head, state.flag_ids, tokens)
     if not args.constraint_beta:  # plain cross-entropy
         return -log_probs.sum()
     with torch.no_grad():
-        known = token_log_probs(state.reference_NH[chosen], state.reference_head, state.flag_ids, tokens)
-    return -(constraint_weights(log_probs, known, places_in_answer(row), args.constraint_beta) * log_probs).sum()
+        reference_log_probs = token_log_probs(
+            state.reference_NH[in_answer], state.reference_head, state.flag_ids, tokens
+        )
+    return -(
+        constraint_weights(log_probs, reference_log_probs, places_in_answer(row), args.constraint_beta) * log_probs
+    ).sum()
 
 
 def _consistency(args: Any, state: BatchState) -> torch.Tensor:
     batch = state.batch
     keys = group_keys(batch["group"], batch["flag_class"], args.consistency_at)
     if args.consistency_at == "first":
-        # Only the prompt has been read there, so rows that ask the same thing must agree whatever follows.
+        # The state before the response has read only the prompt, so rows that ask the same thing must agree whatever
+        # follows.
         rows = torch.arange(len(keys), device=keys.device)
         hidden = state.hidden[rows, (batch["response_start"] - 1).clamp(min=0)]
     else:
-        # Where a response's odds of a flag are highest. The place is found without gradients; they go through the
-        # state there. A flag that was inserted is no place, for nobody meets one before an alarm.
+        # The position of each response with the highest odds of a flag. It is chosen without gradients; they flow
+        # through the state there. Inserted flags are left out: none is in the text before an alarm.
         read = (batch["labels"] != IGNORE) & ~batch["inserted"]
-        chosen = read[state.judged.row, state.judged.column] & (keys[state.judged.row] >= 0)
-        row, column = state.judged.row[chosen], state.judged.column[chosen]
+        compared = read[state.judged.row, state.judged.column] & (keys[state.judged.row] >= 0)
+        row, column = state.judged.row[compared], state.judged.column[compared]
         odds = flag_log_odds(state.hidden[row, column - 1].detach(), state.head, state.flag_ids)
         peaks = torch.full(read.shape, -torch.inf, device=read.device).index_put((row, column), odds).max(1)
-        keys = torch.where(peaks.values > -torch.inf, keys, -1)  # a response that was cut off has no peak
+        # A response that was cut off entirely has no peak, so its row is compared with none.
+        keys = torch.where(peaks.values > -torch.inf, keys, -1)
         rows = torch.arange(len(keys), device=keys.device)
         hidden = state.hidden[rows, (peaks.indices - 1).clamp(min=0)]
     return consistency_loss(class_log_probs(hidden, state.head, state.flag_ids), keys, args.consistency)
@@ -197,7 +202,8 @@ def _adversarial(args: Any, state: BatchState) -> torch.Tensor:
     """Sum of the flag term over the flagged positions of this batch, on the worst prompts found."""
     labels = state.batch["flag_labels"]
     flagged = (labels > 0).any(1)
-    flagged[0] |= ~flagged.any()  # every process runs the model as often as the others, for collectives' sake
+    # A batch without flags uses its first row: every process must run the model equally often, or collectives hang.
+    flagged[0] |= ~flagged.any()
     ids, mask, labels = (state.batch[n][flagged] for n in ("input_ids", "attention_mask", "flag_labels"))
     starts = state.batch["response_start"][flagged]
     row, column = (labels[:, 1:] > 0).nonzero(as_tuple=True)
@@ -209,7 +215,8 @@ def _adversarial(args: Any, state: BatchState) -> torch.Tensor:
         return -classes.gather(1, labels[row, column + 1][:, None]).sum() + 0.0 * hidden.float().sum()
 
     plain = state.model
-    while hasattr(plain, "module"):  # the search moves no weight, so no wrapper needs to know of it
+    # The search for the shift changes no weight, so it goes past DDP and similar wrappers; the last pass does not.
+    while hasattr(plain, "module"):
         plain = plain.module
     where = torch.arange(ids.shape[1], device=ids.device) < starts[:, None]
     settings = (args.adversarial_steps, args.adversarial_step_size, args.adversarial_radius)
@@ -218,22 +225,24 @@ def _adversarial(args: Any, state: BatchState) -> torch.Tensor:
 
 
 def check_terms_fit(args: Any, model: Any, dataset: Any) -> None:
-    """Refuses what would fail or do nothing in training: attention that is not eager, rows without marks or groups.
+    """Checks that the terms that are on can work: eager attention, rows with prefills, groups or forecasts.
 
     Raises:
-        RedflagError: A term is switched on and has nothing to work on.
+        RedflagError: A term that is on would fail or have no effect.
     """
     if args.presto_coef:
         check_eager(model)
     names = getattr(dataset, "column_names", None) or []
     marks = dataset["prefill"] if "prefill" in names else []
     if args.presto_coef and not any(mark > 0 for mark in marks):
-        raise RedflagError("presto_coef is set and no row has a prefill: add such rows (key prefill, in characters)")
+        raise RedflagError("presto_coef must be 0 if no row has a prefill. Add such rows (key prefill, in characters).")
     if args.answer_coef and args.answers == "marked" and not any(mark >= 0 for mark in marks):
-        raise RedflagError("answers is marked and no row has the key prefill: mark rows, or choose harmless or all")
+        raise RedflagError(
+            "answers must be harmless or all if no row has the key prefill (got marked). Choose one, or mark rows."
+        )
     groups = [group for group in (dataset["group"] if "group" in names else []) if group >= 0]
     if args.consistency_coef and len(set(groups)) == len(groups):
-        raise RedflagError("consistency_coef is set and no two rows share a group: give paraphrases the same group")
+        raise RedflagError("consistency_coef must be 0 if no two rows share a group. Give paraphrases the same group.")
     check_forecasts(args.forecasts, dataset)
 
 

@@ -31,8 +31,8 @@ from redflag.progress import Progress, on_terminal
 from redflag.prompt import check_template, template_hash
 from redflag.training.adapter import lora_config
 from redflag.training.encode import build_dataset
-from redflag.training.order import EpochOrder
 from redflag.training.preflight import refuse_part, refuse_quantised, repair_generation, try_evaluation, try_saving
+from redflag.training.resume_order import EpochOrder
 from redflag.training.saving import last_checkpoint, save
 from redflag.training.sharded import whole_model
 from redflag.training.start import STARTS, fit_flag_rows, may_fit
@@ -45,7 +45,7 @@ VERSIONS = ("redflag-llm", "torch", "transformers", "trl", "peft", "datasets", "
 
 @dataclass
 class TrainArguments(RowOptions):
-    """What is trained on what; how is in `RedFlagConfig`."""
+    """Model, rows and adapter; the loss and the optimizer are in `RedFlagConfig`."""
 
     model: str = field(metadata={"help": "Model to flag: folder, hub name or GGUF file."})
     input: str = field(metadata={"help": "Training rows: JSONL, JSON, CSV, Parquet, a folder, or a hub data set."})
@@ -96,16 +96,16 @@ def train(model: str | Path, *, rows: str | Path, output_dir: str | Path, **opti
     """Trains a flagged model, as `redflag train` does.
 
     Args:
-        model: Model to flag: folder or hub name.
+        model: Base model: folder, hub name or GGUF file.
         rows: Training rows: a file, a folder or a hub data set.
-        output_dir: Where the flagged model goes.
+        output_dir: Folder of the flagged model.
         **options: Other options of the verb: fields of `TrainArguments` and `RedFlagConfig`.
 
     Returns:
-        What `train.json` in `output_dir` holds.
+        The contents of `train.json` in `output_dir`.
 
     Raises:
-        RedflagError: As `run`.
+        RedflagError: Input or settings are invalid, or the result could not be written.
 
     Example:
         ```python
@@ -121,19 +121,19 @@ def run(arguments: TrainArguments, config: RedFlagConfig) -> dict[str, Any]:
     """Trains, saves model + tokenizer + `redflag.json` + `train.json` in `config.output_dir`; returns `train.json`.
 
     Raises:
-        RedflagError: Input or settings are wrong, or the result could not be written (checkpoints stay).
+        RedflagError: Input or settings are invalid, or the result could not be written (checkpoints stay).
     """
     output = Path(config.output_dir or "")
     _check_numbers(arguments, config)
     arguments = dataclasses.replace(arguments, model=model_folder(arguments.model, flagged=False))
     if output.resolve() == Path(arguments.model).resolve():
-        raise RedflagError(f"output_dir {output} is the model's own folder, which would be lost: choose another one")
+        raise RedflagError(f"output_dir must not be the base model's folder (got {output}). Choose another folder.")
     require_writable(output, "output_dir")
     checkpoint = last_checkpoint(output) if arguments.resume else None
     if not arguments.resume and last_checkpoint(output) is not None:
         raise RedflagError(
-            f"{output} holds checkpoints of an earlier run, which a new run would mix with: add --resume to go on, or "
-            "choose another --output_dir"
+            f"output_dir must not hold checkpoints of an earlier run (got {output}). Add --resume to continue that "
+            "run, or choose another folder."
         )
     set_seed(config.seed)
     train_rows, eval_rows, sources = _rows(arguments, config.seed)
@@ -179,13 +179,13 @@ def run(arguments: TrainArguments, config: RedFlagConfig) -> dict[str, Any]:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except OSError as error:
         raise RedflagError(
-            f"{output} could not be written ({error}), training stopped: free space there and go on with --resume"
+            f"{output} could not be written ({error}). Training stopped. Free space and continue with --resume."
         ) from error
     finally:
         interrupt.restore()
         shown.close()
     if interrupt.caught:
-        raise KeyboardInterrupt(f"stopped at step {trainer.state.global_step}; go on with --resume")
+        raise KeyboardInterrupt(f"stopped at step {trainer.state.global_step}; continue with --resume")
     metrics = trainer.evaluate() if len(eval_set) else {}
     result = {
         "run_id": "",
@@ -209,7 +209,7 @@ def run(arguments: TrainArguments, config: RedFlagConfig) -> dict[str, Any]:
 
 
 def load_model(name: str, dtype: str = "auto", use_cpu: bool = False) -> tuple[Any, Any, torch.dtype]:
-    """A causal language model to train, its tokenizer, and the type that its weights are saved in."""
+    """A causal language model to train, its tokenizer, and the type in which its weights will be saved."""
     machine = Machine.here()
     choose_precision(machine, dtype=dtype, use_cpu=use_cpu)  # refuses an unknown type before a long download
     refuse_quantised(name)
@@ -222,20 +222,20 @@ def load_model(name: str, dtype: str = "auto", use_cpu: bool = False) -> tuple[A
 
 
 def _rows(arguments: TrainArguments, seed: int) -> tuple[list[Row], list[Row], dict[str, Any]]:
-    """Training and held-out rows, and what they came from."""
+    """Training rows, held-out rows, and the hash and size of each source."""
 
     def read(source: str) -> Rows:
-        found = load_rows(
+        loaded = load_rows(
             source,
             **arguments.row_options(),
             on_bad_row=arguments.on_bad_row,  # type: ignore[arg-type]
         )
         if int(os.environ.get("RANK", "0")) == 0:
-            for bad in found.skipped[:20]:
+            for bad in loaded.skipped[:20]:
                 print(f"skipped {bad}")
-            print("\n".join([f"{source}:", *label_table(found), *warnings_about(found)]))
-        sources[source] = {"sha256": found.sha256, "rows": len(found), "skipped": len(found.skipped)}
-        return found
+            print("\n".join([f"{source}:", *label_table(loaded), *warnings_about(loaded)]))
+        sources[source] = {"sha256": loaded.sha256, "rows": len(loaded), "skipped": len(loaded.skipped)}
+        return loaded
 
     sources: dict[str, Any] = {}
     draw = random.Random(seed)
@@ -245,9 +245,9 @@ def _rows(arguments: TrainArguments, seed: int) -> tuple[list[Row], list[Row], d
     else:
         groups = sorted({row.group or row.id or str(i) for i, row in enumerate(rows)})
         draw.shuffle(groups)
-        chosen = set(groups[: round(arguments.eval_share * len(groups))])
-        held_out = [row for i, row in enumerate(rows) if (row.group or row.id or str(i)) in chosen]
-        rows = [row for i, row in enumerate(rows) if (row.group or row.id or str(i)) not in chosen]
+        held_out_groups = set(groups[: round(arguments.eval_share * len(groups))])
+        held_out = [row for i, row in enumerate(rows) if (row.group or row.id or str(i)) in held_out_groups]
+        rows = [row for i, row in enumerate(rows) if (row.group or row.id or str(i)) not in held_out_groups]
     if arguments.harmless_per_harmful is not None:
         ratio = arguments.harmless_per_harmful
         harmful, harmless = [r for r in rows if r.harmful], [r for r in rows if not r.harmful]
@@ -261,7 +261,7 @@ def _rows(arguments: TrainArguments, seed: int) -> tuple[list[Row], list[Row], d
 
 
 def _check_numbers(arguments: TrainArguments, config: RedFlagConfig) -> None:
-    """Refuses at once what would come up as a traceback from somewhere in torch or peft, minutes later."""
+    """Refuses numbers that would end in a traceback from torch or PEFT, minutes later."""
     check_bounds(arguments)
     if arguments.flag_start not in STARTS:
         raise RedflagError(f"flag_start must be one of {', '.join(STARTS)} (got {arguments.flag_start!r})")
@@ -283,13 +283,13 @@ def _check_classes(examples: Dataset) -> None:
     if not harmful or harmful == len(examples):
         missing = "harmful" if not harmful else "harmless"
         raise RedflagError(
-            f"none of the {len(examples)} training rows is {missing}, so there is nothing to tell apart: add such "
-            "rows, or check how labels are mapped"
+            f"the training rows must be harmful and harmless (got {len(examples)} rows, none of them {missing}). Add "
+            "such rows, or check how labels are mapped."
         )
 
 
 def _changed(config: RedFlagConfig) -> Mapping[str, Any]:
-    """The settings that differ from the defaults, and those of redflag in any case."""
+    """The settings that differ from the defaults, and all of redflag's own."""
     defaults = {f.name: f.default for f in dataclasses.fields(config)}
     own = {f.name for f in dataclasses.fields(RedFlagConfig) if f.name in RedFlagConfig.__annotations__}
     return {k: v for k, v in config.to_dict().items() if k in own or (k in defaults and v != defaults[k])}
@@ -354,7 +354,7 @@ class _StopAtInterrupt(TrainerCallback):
             if self.caught:
                 raise KeyboardInterrupt
             self.caught = True
-            print("\nstopping after this step; a checkpoint is written (again Ctrl-C: at once)")
+            print("\nstopping after this step and saving a checkpoint (Ctrl-C again: stop at once)")
 
         try:
             self.before = signal.signal(signal.SIGINT, handle)
@@ -366,6 +366,6 @@ class _StopAtInterrupt(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def restore(self) -> None:
-        """Puts the handler back that was there before, however training ended."""
+        """Restores the previous signal handler, however training ended."""
         if self.before is not None:
             signal.signal(signal.SIGINT, self.before)

@@ -1,9 +1,9 @@
 """RedFlagTrainer: TRL's SFTTrainer with another loss.
 
-It touches SFTTrainer at few points: the collator (flags are placed when a batch is made), `_get_num_items_in_batch`
-(three normalisers instead of one), `compute_loss` (flag term + keep term), `evaluate` (AUROC and exact means). The
-model's own forward is called as it is, so every wrapper (DDP, activation checkpointing) stays in force; the last
-hidden states are caught on the way, and the head is applied in chunks by `redflag.training.loss`.
+It overrides SFTTrainer at few points: the collator (flags are placed when a batch is made), `_get_num_items_in_batch`
+(a vector of counts instead of one number), `compute_loss` (flag term + keep term), `evaluate` (AUROC and exact means).
+The model's own forward is called unchanged, so wrappers (DDP, activation checkpointing) stay in effect; the last hidden
+states are captured during it, and `redflag.training.loss` applies the head in chunks.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from redflag.training import sharded
 from redflag.training.adapter import adapters_off, cheap_flag_rows, output_head
 from redflag.training.batch import BatchState, Counts, JudgedPositions
 from redflag.training.encode import IGNORE, Collator, Example, PlacementConfig
+from redflag.training.hidden_states import check_head, last_hidden
 from redflag.training.loss import Positions, flag_and_keep_loss
-from redflag.training.means import Means, rows_that_count
+from redflag.training.metric_means import Means, rows_that_count
 from redflag.training.presto import watched_attention
 from redflag.training.reference import reference_states
-from redflag.training.states import check_head, last_hidden
 from redflag.training.terms import TermsCollator, TermsConfig, check_terms_fit, group_sampler, optional_terms
 from redflag.training.weights import flag_weights, keep_weights, response_weights
 from redflag.weights.memory import KeepMemory
@@ -87,35 +87,36 @@ class RedFlagConfig(TermsConfig, SFTConfig):
     )
     reference_cache: str | None = field(
         default=None,
-        metadata={"help": "Folder that keeps the reference's hidden states (float16) over passes and runs."},
+        metadata={"help": "Folder that caches the reference's hidden states (float16) over passes and runs."},
     )
     harmful_weight: float = field(
         default=0.5,
-        metadata={"help": "Share of the flag term that harmful positions have; the rest is harmless ones'."},
+        metadata={"help": "Share of harmful positions in the flag term; harmless positions have the rest."},
     )
 
     def __post_init__(self) -> None:
         if not self.output_dir:  # transformers would choose a folder of its own
-            raise RedflagError("output_dir is not set: say where the model goes, for example --output_dir runs/mine")
+            raise RedflagError(
+                "output_dir must be a folder for the model (got none). For example --output-dir runs/mine."
+            )
         precision = choose_precision(Machine.here(), bf16=self.bf16, fp16=self.fp16, use_cpu=self.use_cpu)
         self.bf16 = precision.autocast
-        # transformers takes bfloat16 for a GPU's unless it is told that the CPU is meant.
+        # transformers expects a GPU for bfloat16 unless `use_cpu` is set.
         self.use_cpu = self.use_cpu or (precision.autocast and precision.device == "cpu")
         sharded.refuse_deepspeed(self)
         super().__post_init__()
         for name in ("flag_coef", "keep_coef", "peak_coef"):
             if not getattr(self, name) >= 0:
-                raise RedflagError(f"{name} is {getattr(self, name)}: weights of the loss are numbers >= 0")
-        if self.peak_window < 1 or not self.peak_temperature > 0:
-            raise RedflagError(
-                f"peak_window is {self.peak_window} and peak_temperature {self.peak_temperature}: the first counts "
-                "positions and is 1 or more, the second divides log-odds and is above 0"
-            )
+                raise RedflagError(f"{name} must be at least 0 (got {getattr(self, name)}).")
+        if self.peak_window < 1:
+            raise RedflagError(f"peak_window must be at least 1 (got {self.peak_window}).")
+        if not self.peak_temperature > 0:
+            raise RedflagError(f"peak_temperature must be above 0 (got {self.peak_temperature}).")
         if not 0 <= self.harmful_weight <= 1:
-            raise RedflagError(f"harmful_weight is {self.harmful_weight}: it is a share, between 0 and 1")
+            raise RedflagError(f"harmful_weight must be at least 0 and at most 1 (got {self.harmful_weight}).")
         if self.packing or self.padding_free or self.remove_unused_columns:
             raise RedflagError(
-                "packing, padding_free and remove_unused_columns would drop the flag labels: leave them off"
+                "packing, padding_free and remove_unused_columns must be off. They would drop the flag labels."
             )
         self.check_terms()
         self.placement_config()
@@ -138,11 +139,9 @@ class RedFlagTrainer(SFTTrainer):
 
     Args:
         model: Causal language model with flags attached (`redflag.flags.attach`).
-        args: The configuration.
-        spec: The model's flags.
         train_dataset: Encoded rows (`redflag.training.encode.encode`).
-        eval_dataset: The same, held out.
-        processing_class: The tokenizer.
+        eval_dataset: Encoded held-out rows.
+        processing_class: The tokenizer with the flags.
         peft_config: `redflag.training.adapter.lora_config(...)`; None trains all weights, against a frozen copy.
     """
 
@@ -196,7 +195,7 @@ class RedFlagTrainer(SFTTrainer):
         check_terms_fit(args, self.accelerator.unwrap_model(self.model), self.train_dataset)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """Rows of one group meet in a batch where they are to agree."""
+        """With the consistency term, batches hold whole groups."""
         if self.args.consistency_coef:
             return group_sampler(self.args, self.train_dataset if train_dataset is None else train_dataset)
         return super()._get_train_sampler(train_dataset)
@@ -216,7 +215,7 @@ class RedFlagTrainer(SFTTrainer):
             return super()._prepare_for_training(*args, **kwargs)
 
     def training_step(self, model: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """One forward and backward pass; a head in shards is whole until its end."""
+        """One forward and backward pass, with a sharded head gathered for all of it."""
         with sharded.head_stays_whole(model):
             return super().training_step(model, *args, **kwargs)
 
@@ -232,15 +231,15 @@ class RedFlagTrainer(SFTTrainer):
         device = inputs["labels"].device
         flag_ids = self._flag_ids.to(device)
 
-        # What to divide by: in training, the counts of the whole accumulated batch, so that a position weighs the same
-        # in whichever micro-batch and process it is. An evaluation batch has its own (exact means are `_record`'s).
+        # Denominators: in training, the counts of the whole accumulated batch, so that a position weighs the same
+        # in every micro-batch and process. An evaluation batch uses its own (`_record` computes exact means).
         numbers = num_items_in_batch if training else None
         if numbers is None:
             numbers = Counts.of(inputs, self.args.consistency_at).to_tensor()
         counts = Counts.from_tensor(numbers.to(device))
 
-        # Which positions are judged, and the hidden states one column earlier that judge them. The reference goes
-        # first and keeps the N states alone, so that two models' (B, T, H) never lie in memory together.
+        # The judged positions, and the hidden states one column earlier that judge them. The reference goes first and
+        # keeps only the N states, so that the (B, T, H) states of two models are never in memory together.
         judged = JudgedPositions.of(inputs)
         row, before = judged.row, judged.column - 1
         with self._reference(model) as reference:
@@ -257,8 +256,8 @@ class RedFlagTrainer(SFTTrainer):
             flag_weights_N = flag_weights_N + self.args.peak_coef * by_response_N
         flag_weights_N = torch.where(judged.flag_labels != IGNORE, flag_weights_N, 0.0)
 
-        # Flag and keep term. An inserted flag is no language, so it has no likelihood to report.
-        loss, found = flag_and_keep_loss(
+        # Flag and keep term. An inserted flag is not language, so no likelihood is reported for it.
+        loss, figures = flag_and_keep_loss(
             hidden[row, before],
             reference_NH,
             head,
@@ -270,11 +269,12 @@ class RedFlagTrainer(SFTTrainer):
             keep_weights(self.args, inputs, judged, counts),
             forecast_N,
         )
-        self._record(found, judged, inputs["flag_class"], "train" if training else "eval")
+        self._record(figures, judged, inputs["flag_class"], "train" if training else "eval")
         if not training:
             return (loss, {}) if return_outputs else loss
 
-        # Optional terms. Each is this batch's part of a mean over all batches and processes; logged is the mean.
+        # Optional terms. Each is this batch's part of a mean over all batches and processes. `Means` averages what it
+        # is given, so for the log the part is multiplied by the number of batches and processes.
         state = BatchState(
             model, inputs, hidden, reference_NH, judged, head, reference_head, flag_ids, attentions, counts
         )
@@ -295,14 +295,14 @@ class RedFlagTrainer(SFTTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means of the terms since the last time, over the positions of all processes."""
         if self.model.training:
-            found = self._means["train"].take(self.accelerator)
-            self._metrics["train"].update({name: [mean] for name, mean in found.items() if not math.isnan(mean)})
+            means = self._means["train"].take(self.accelerator)
+            self._metrics["train"].update({name: [mean] for name, mean in means.items() if not math.isnan(mean)})
         super().log(logs, start_time)
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """Adds exact means over all positions, and the AUROC of the response peak of p(any flag).
 
-        No flags stand in the text to be read past: nobody meets one before an alarm.
+        `in_context` is off: no flag is in the text before an alarm.
         """
         self._eval_rows, self._means["eval"] = [], Means()
         collator: Any = self.data_collator
@@ -314,42 +314,42 @@ class RedFlagTrainer(SFTTrainer):
             collator.config = config
         gathered = gather_object([self._eval_rows])
         rows = [pair for part in gathered for pair in part]
-        found = self._means["eval"].take(self.accelerator)
-        if "nll" in found:
-            ratio = torch.exp(torch.tensor(found.pop("nll") - found.pop("reference_nll"))).item()
-            found["perplexity_ratio"] = ratio
+        figures = self._means["eval"].take(self.accelerator)
+        if "nll" in figures:
+            ratio = torch.exp(torch.tensor(figures.pop("nll") - figures.pop("reference_nll"))).item()
+            figures["perplexity_ratio"] = ratio
         if len({harmful for _, harmful in rows}) == 2:
-            found["auroc"] = auroc([peak for peak, _ in rows], [harmful for _, harmful in rows])
-        found = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+            figures["auroc"] = auroc([peak for peak, _ in rows], [harmful for _, harmful in rows])
+        figures = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
         if self.state.log_history and self.is_world_process_zero():
-            self.state.log_history[-1].update(found)
-        metrics.update(found)
+            self.state.log_history[-1].update(figures)
+        metrics.update(figures)
         return metrics
 
-    def _record(self, found: Positions, judged: JudgedPositions, flag_class: torch.Tensor, mode: str) -> None:
+    def _record(self, figures: Positions, judged: JudgedPositions, flag_class: torch.Tensor, mode: str) -> None:
         """Metrics of one batch."""
         row, flag_labels = judged.row, judged.flag_labels
         harmful_row = flag_class[row] > 0
         flagged, unflagged, pinned = flag_labels > 0, flag_labels == 0, judged.labels != IGNORE
-        wanted = {
-            "flag_loss": (found.flag_loss, flag_labels != IGNORE),
-            "keep_kl": (found.keep_kl, pinned),
-            "p_flag_harmful": (found.p_flag, flagged),
-            "p_flag_harmless": (found.p_flag, unflagged),
+        masked = {
+            "flag_loss": (figures.flag_loss, flag_labels != IGNORE),
+            "keep_kl": (figures.keep_kl, pinned),
+            "p_flag_harmful": (figures.p_flag, flagged),
+            "p_flag_harmless": (figures.p_flag, unflagged),
         }
         if mode == "eval":
             real = rows_that_count(self.accelerator, len(flag_class), self.args.eval_batch_size)
-            wanted = {name: (values, where & (row < real)) for name, (values, where) in wanted.items()}
+            masked = {name: (values, where & (row < real)) for name, (values, where) in masked.items()}
             pinned = pinned & (row < real)
-            text = pinned & ~harmful_row & found.nll.isfinite()
-            wanted |= {
-                "keep_kl_harmless": (found.keep_kl, pinned & ~harmful_row),
-                "nll": (found.nll, text),
-                "reference_nll": (found.reference_nll, text),
+            text = pinned & ~harmful_row & figures.nll.isfinite()
+            masked |= {
+                "keep_kl_harmless": (figures.keep_kl, pinned & ~harmful_row),
+                "nll": (figures.nll, text),
+                "reference_nll": (figures.reference_nll, text),
             }
-            peaks = torch.zeros(len(flag_class), device=row.device).scatter_reduce(0, row, found.p_flag, "amax")
+            peaks = torch.zeros(len(flag_class), device=row.device).scatter_reduce(0, row, figures.p_flag, "amax")
             self._eval_rows += list(zip(peaks.tolist(), (flag_class > 0).tolist(), strict=True))[:real]
-        for name, (values, where) in wanted.items():
+        for name, (values, where) in masked.items():
             self._means[mode].add(name, values[where])
 
     @contextmanager
@@ -371,7 +371,7 @@ def _as_dataset(examples: Sequence[Example] | Dataset) -> Dataset:
 
 
 class _EpochOfCollator(TrainerCallback):
-    """Tells the collator which epoch it is; also after a resume, where the state knows."""
+    """Sets the collator's epoch, also after a resume."""
 
     def __init__(self, collator: Collator) -> None:
         self.collator = collator

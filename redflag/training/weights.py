@@ -1,4 +1,4 @@
-"""What flag and keep term weigh at each judged position: coefficients, divided by the counts of the whole batch."""
+"""Weights of the flag and keep terms at each judged position: coefficients, divided by the whole batch's counts."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from redflag.training.loss import Forecast, Head, flag_log_odds, peak_weights
 def flag_weights(
     args: Any, batch: dict[str, torch.Tensor], judged: JudgedPositions, counts: Counts
 ) -> tuple[torch.Tensor, Forecast | None]:
-    """What the flag term weighs at the N judged positions: against the hard labels, and against the forecasts.
+    """Weights of the flag term at the N judged positions: for the hard labels, and for the forecasts.
 
-    The formula is that of `redflag.training.forecasts`. Positions without a flag label have a weight too.
+    The formula is in `redflag.training.forecasts`. Positions without a flag label have a weight too.
     """
     flagged, harmless = counts.flagged, counts.harmless
-    if counts.forecast is not None:  # it counts for the flags
+    if counts.forecast is not None:  # a forecast f counts as f of a flagged position and 1 - f of a harmless one
         flagged, harmless = flagged + counts.forecast, harmless - counts.forecast
     flagged, harmless = flagged.clamp(min=1), harmless.clamp(min=1)
     hard = torch.where(judged.flag_labels > 0, args.harmful_weight / flagged, (1 - args.harmful_weight) / harmless)
@@ -32,20 +32,20 @@ def flag_weights(
 def response_weights(
     args: Any, hidden_NH: torch.Tensor, head: Head, flag_ids: torch.Tensor, judged: JudgedPositions, counts: Counts
 ) -> torch.Tensor:
-    """Weights of the flag term by response; harmful and harmless positions of one response count as two."""
+    """Weights of the flag term by response; the harmful and harmless positions of a response count as two responses."""
     weights = torch.zeros(len(judged.row), device=judged.row.device)
     log_odds = flag_log_odds(hidden_NH, head, flag_ids)
-    for chosen, share, count in (
+    for positions, share, count in (
         (judged.flag_labels > 0, args.harmful_weight, counts.responses_flagged),
         (judged.flag_labels == 0, 1 - args.harmful_weight, counts.responses_harmless),
     ):
-        found = peak_weights(log_odds[chosen], judged.row[chosen], args.peak_window, args.peak_temperature)
-        weights[chosen] = found * share / count.clamp(min=1)
+        within = peak_weights(log_odds[positions], judged.row[positions], args.peak_window, args.peak_temperature)
+        weights[positions] = within * share / count.clamp(min=1)
     return weights
 
 
 def keep_weights(args: Any, batch: dict[str, torch.Tensor], judged: JudgedPositions, counts: Counts) -> torch.Tensor:
-    """Weights of the keep term at the judged positions: `keep_coef` everywhere, more where the two others apply."""
+    """Weights of the keep term at the judged positions: `keep_coef`, plus `after_coef` and `benign_coef`."""
     weights = torch.where(pinned_positions(batch), args.keep_coef / counts.pinned.clamp(min=1), 0.0)
     if args.after_coef or args.benign_coef:
         after, benign = after_and_benign(batch)

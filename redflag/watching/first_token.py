@@ -1,20 +1,20 @@
-"""Which token opens a response: the decision rule of refusal tokens, made once, before the first token.
+"""Which token opens a response: the decision rule of refusal tokens, applied once, before the first token.
 
-Jain et al., "Refusal Tokens" (arXiv 2412.06748), as their released inference scripts have it. A model was trained to
-open each answer with a token: why it refuses, or that it responds. Which one it opens with is not left to sampling:
+As in the released inference scripts of Jain et al., "Refusal Tokens" (arXiv 2412.06748). The model was trained to open
+each answer with a token for the reason of a refusal, or with a respond token. This rule, not sampling, chooses it:
 
 - *one token for refusals*: refuse where p(refuse) >= T; with `compare` (their T = -1) where p(refuse) >= p(respond);
 - *one per category*: take the likeliest. If it is `selected`, refuse for it where its p >= its T, else respond; if not,
   the model's own choice stands.
 
-Here the tokens are flags. "Respond" is the absence of all of them, the probability that is left for ordinary tokens, or
-a flag of its own that is named. Where this differs from the published rule:
+Here the tokens are flags. "Respond" is the absence of all of them (the probability left for ordinary tokens) or a flag
+of its own. Differences from the published rule:
 
 - *Temperature.* Theirs flattens the softmax over the vocabulary; here the classes are the flags and all ordinary tokens
-  together, since no engine gives more than the flags' probabilities. What decides, the order of a category and an
-  explicit respond token, is the same under either (so `compare` is, with such a token). p under a threshold is not:
-  over a vocabulary the many small tokens gain more. (Their script for categories sets temperatures 1, 1.5 and 2 in a
-  loop and decides after it, so always with 2.)
+  together, since engines give only the flags' probabilities. The order of a category and an explicit respond token is
+  the same under both (so `compare` with such a token agrees). p against a threshold differs: over a vocabulary the many
+  small tokens gain more. (Their script for categories sets temperatures 1, 1.5 and 2 in a loop and decides after it, so
+  always with 2.)
 - *The model's own choice* for a category that is not selected is theirs over the vocabulary, here that of the category
   or respond, whichever is likelier.
 - *No respond token.* p(respond) is then the sum over ordinary tokens, where theirs is one token's.
@@ -37,13 +37,13 @@ if TYPE_CHECKING:
 
 
 class Decision(NamedTuple):
-    """What opens the response.
+    """The token that opens the response.
 
     Attributes:
-        category: The category that it is refused for; None: it is responded to.
-        likeliest: The likeliest category, whether it was decided for or not.
-        probability: Its probability, temperature and bias applied.
-        limit: What that was compared with: its threshold, or the probability of responding.
+        category: The category of the refusal; None = the model responds.
+        likeliest: The likeliest category, whether chosen or not.
+        probability: Its probability after temperature and bias.
+        limit: The value that it was compared with: its threshold, or the probability of responding.
     """
 
     category: str | None
@@ -54,18 +54,18 @@ class Decision(NamedTuple):
 
 @dataclass(frozen=True)
 class FirstTokenRule:
-    """The rule and its settings; the head of the module says how it decides.
+    """The rule and its settings; the module's docstring defines it.
 
     Attributes:
-        compare: Decide against the probability of responding in place of thresholds.
-        selected: Categories that thresholds decide on; None: all.
-        respond: The flag that says "respond", where the model has one.
+        compare: Compare with the probability of responding instead of thresholds.
+        selected: Categories that thresholds decide on; None = all.
+        respond: The flag that says "respond", if the model has one.
         temperature: Divides the classes' logits, as a softmax temperature does.
         bias: Category -> nats added to its logit, before the temperature.
         thresholds: Category -> threshold in place of the one in `thresholds.json`.
 
     Raises:
-        RedflagError: A number that means nothing.
+        RedflagError: A value is invalid.
 
     Example:
         >>> rule = FirstTokenRule(selected=("fraud",))
@@ -84,29 +84,27 @@ class FirstTokenRule:
 
     def __post_init__(self) -> None:
         if type(self.compare) is not bool:
-            raise RedflagError(f"compare is {self.compare!r}, so it is open what decides; give true or false")
+            raise RedflagError(f"compare must be true or false (got {self.compare!r}).")
         if self.selected is not None:
             if isinstance(self.selected, str) or not all(isinstance(name, str) for name in self.selected):
-                raise RedflagError(f"selected is {self.selected!r}; give a list of categories, or None for all")
+                raise RedflagError(f"selected must be a list of categories, or None for all (got {self.selected!r}).")
             object.__setattr__(self, "selected", tuple(self.selected))
         if not _finite(self.temperature) or not self.temperature > 0:
             raise RedflagError(
-                f"the temperature of the first token is {self.temperature!r}, so nothing could be divided by it; give "
-                "a finite number above 0"
+                f"the temperature of the first token must be a finite number above 0 (got {self.temperature!r})."
             )
         for name, numbers in (("bias", self.bias), ("thresholds", self.thresholds)):
             if not isinstance(numbers, Mapping) or not all(_finite(value) for value in numbers.values()):
-                raise RedflagError(f"the {name} of the first token are {numbers!r}; give category -> finite number")
+                raise RedflagError(
+                    f"the {name} of the first token must map categories to finite numbers (got {numbers!r})."
+                )
             object.__setattr__(self, name, dict(numbers))
         for category, value in self.thresholds.items():
             if not 0 < value <= 1:
-                raise RedflagError(
-                    f"the threshold of {category!r} is {value!r}, which every probability or none would reach; give a "
-                    "number above 0 and at most 1"
-                )
+                raise RedflagError(f"the threshold of {category!r} must be above 0 and at most 1 (got {value!r}).")
 
     def check(self, thresholds: Thresholds) -> None:
-        """Refuses thresholds that it could not keep to, and names that are no flags of theirs.
+        """Checks that the rule fits thresholds and their flags.
 
         Raises:
             RedflagError: Naming the first mismatch.
@@ -121,36 +119,36 @@ class FirstTokenRule:
         ):
             if unknown := sorted(set(names) - set(categories)):
                 raise RedflagError(
-                    f"{what} of the first token names {unknown[0]!r}, but the flags are {categories}, so it would do "
-                    "nothing; mend the name"
+                    f"{what} of the first token must name flags among {categories} (got {unknown[0]!r}). Fix the name."
                 )
         if categories == list(respond):
             raise RedflagError(
-                f"the only flag is {self.respond!r}, which responds, so nothing could be refused; leave respond out"
+                f"respond must not be the only flag (got {self.respond!r}). Nothing could be refused. Leave respond "
+                "out."
             )
         if self.respond in (*(self.selected or ()), *self.thresholds):
             raise RedflagError(
-                f"{self.respond!r} responds and has no threshold of its own; leave it out of selected and thresholds"
+                f"selected and thresholds must not name the respond flag (got {self.respond!r}). Leave it out."
             )
         if thresholds.monitor.aggregation != "first":
             raise RedflagError(
-                f"the policy decides at the first token and the thresholds belong to the monitor "
-                f"{thresholds.monitor.aggregation!r}, which judges every token; calibrate with the aggregation first"
+                "the monitor must be first for a decision at the first token (got thresholds of the monitor "
+                f"{thresholds.monitor.aggregation!r}). Calibrate with the aggregation first."
             )
         moved = self.temperature != 1.0 or any(self.bias.values())
-        given = set(categories) <= {*self.thresholds, *respond}
-        if moved and not self.compare and thresholds.guarantee != "manual" and not given:
+        own_thresholds = set(categories) <= {*self.thresholds, *respond}
+        if moved and not self.compare and thresholds.guarantee != "manual" and not own_thresholds:
             raise RedflagError(
-                "the first token has a temperature or a bias, under which the calibrated thresholds do not keep their "
-                "false-alarm rate; leave both out, or give thresholds of your own with the rule"
+                "temperature and bias of the first token must be left out with calibrated thresholds. They change the "
+                "false-alarm rate. Leave both out, or set thresholds in the rule."
             )
 
     def classes(self, probs: Mapping[str, float]) -> tuple[dict[str, float], float]:
-        """Temperature and bias applied: the flags' probabilities, and that of all ordinary tokens together.
+        """The flags' probabilities, and that of all ordinary tokens together, after temperature and bias.
 
-        With p_c the classes' probabilities (the last one is what the flags leave), the result is
-        p_c^(1/t) e^(b_c/t), normalised; without temperature and bias exactly p_c. Of an engine that gives upper bounds
-        the flags may leave nothing.
+        With p_c the classes' probabilities (the last is the remainder for ordinary tokens), the result is
+        p_c^(1/t) e^(b_c/t), normalised; without temperature and bias exactly p_c. With an engine that gives upper
+        bounds the remainder may be 0.
 
         Args:
             probs: Category -> probability before the first token, of all flags.
@@ -166,7 +164,7 @@ class FirstTokenRule:
         return {name: w / total for name, w in zip(probs, weights, strict=False)}, weights[-1] / total
 
     def decide(self, probs: Mapping[str, float], thresholds: Mapping[str, float]) -> Decision:
-        """Which token opens the response; ties refuse, as in the released code.
+        """Chooses the token that opens the response; ties refuse, as in the released code.
 
         Args:
             probs: Category -> probability before the first token, of all flags.
@@ -174,7 +172,7 @@ class FirstTokenRule:
         """
         flags, rest = self.classes(probs)
         responding = rest if self.respond is None else flags.pop(self.respond)
-        likeliest = max(flags, key=lambda name: flags[name])  # of equal ones the first, as argmax has it
+        likeliest = max(flags, key=lambda name: flags[name])  # of equal ones the first, as in argmax
         own = self.selected is not None and likeliest not in self.selected
         limit = responding
         if not (self.compare or own):

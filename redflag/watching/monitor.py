@@ -10,13 +10,13 @@ With p_t the probability of one flag at step t = 0, 1, ..., and the fields of `M
 | `ema` | s_t = (1 - `decay`) s_{t-1} + `decay` p_t | s_{-1} = `prior` |
 | `cusum` | s_t = max(0, s_{t-1} + logit(p_t) - logit(`prior`) - `drift`) | s_{-1} = 0 |
 
-All are causal, take O(window) time and memory per step, and never fall when a probability rises. The peak of a response
-is the largest of its scores, whence the name `max`. `first` is for models whose flags say what the response will be,
-before it begins (refusal tokens, arXiv 2412.06748; a marker before refusals): nothing is asked of later positions.
-`run` asks for n high steps on end; `cusum` is Page's test (E. S. Page, "Continuous inspection schemes", Biometrika 41,
-1954) on log-odds in nats: evidence above the benign level adds up, and `drift` nats are forgiven at every step. `ema`
-and `cusum` start from what a benign step looks like and not from the first value: a first token that happens to be high
-would otherwise count for more than all others.
+All are causal, take O(window) time and memory per step, and are monotonic in the probabilities. The peak of a response
+is the largest of its scores, hence the name `max`. `first` is for models whose flags predict the response before it
+begins (refusal tokens, arXiv 2412.06748; a marker before refusals); later positions are ignored. `run` requires n
+consecutive high steps; `cusum` is Page's test (E. S. Page, "Continuous inspection schemes", Biometrika 41, 1954) on
+log-odds in nats: evidence above the benign level accumulates, and `drift` nats are subtracted at every step. `ema` and
+`cusum` start from the level of a benign step instead of the first value; otherwise a first token that happens to be
+high would weigh more than all others.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ Aggregation = Literal["max", "ema", "run", "cusum", "first"]
 
 
 class AggregationFacts(NamedTuple):
-    """What there is to know of an aggregation beside its formula.
+    """Properties of an aggregation besides its formula.
 
     Attributes:
-        uses: Fields of `MonitorConfig` that its scores depend on, beside `warm_up`.
+        uses: Fields of `MonitorConfig` that its scores depend on, besides `warm_up`.
         tuned: Those of them that a search for the best monitor varies.
-        bounded: Its scores are at most 1, so that a threshold above 1 would never be reached.
-        warms_up: Whether a `warm_up` leaves it anything to look at.
+        bounded: Whether scores are at most 1, so that a threshold above 1 would never be reached.
+        warms_up: Whether it supports a `warm_up`.
         in_engine: Whether the halt inside vLLM computes it.
     """
 
@@ -58,8 +58,8 @@ AGGREGATIONS: dict[Aggregation, AggregationFacts] = {
     "first": AggregationFacts(warms_up=False),
 }
 
-# Log-odds are taken of probabilities no closer to 0 and 1 than this, about 13.8 nats: a rounded 1.0 is strong evidence,
-# not infinite evidence.
+# Probabilities are clipped to this distance from 0 and 1, about 13.8 nats: a rounded 1.0 is strong evidence, not
+# infinite evidence.
 LOGIT_CLIP = 1e-6
 
 
@@ -69,18 +69,18 @@ class UnjudgedError(RedflagError):
 
 @dataclass(frozen=True)
 class MonitorConfig:
-    """How probabilities become scores; the formulas stand at the head of the module.
+    """How probabilities become scores; the formulas are in the module's docstring.
 
     Attributes:
         aggregation: `max`, `ema`, `run`, `cusum` or `first`.
-        window: Steps on end that must be high, for `run`.
+        window: Consecutive steps that must be high, for `run`.
         decay: Weight of the new value in (0, 1], for `ema`; 1 is `max`.
         prior: Probability of a flag at a benign step, in (0, 1), for `ema` and `cusum`.
-        drift: Nats forgiven per step, for `cusum`.
-        warm_up: The first so many steps have score 0 and raise no alarm; the state takes them in all the same.
+        drift: Nats subtracted per step, for `cusum`.
+        warm_up: Number of first steps with score 0 and no alarm; they still enter the state.
 
     Raises:
-        RedflagError: For a value outside its range.
+        RedflagError: A value is out of bounds.
     """
 
     aggregation: Aggregation = "max"
@@ -92,17 +92,14 @@ class MonitorConfig:
 
     def __post_init__(self) -> None:
         if self.aggregation not in tuple(AGGREGATIONS):
-            raise RedflagError(
-                f"aggregation is {self.aggregation!r}, and no monitor has that name; use one of "
-                f"{', '.join(AGGREGATIONS)}"
-            )
+            raise RedflagError(f"aggregation must be one of {', '.join(AGGREGATIONS)} (got {self.aggregation!r}).")
         for name, least in (("window", 1), ("warm_up", 0)):
             if type(value := getattr(self, name)) is not int or value < least:
-                raise RedflagError(f"{name} is {value!r}, but it counts steps; give a whole number from {least} up")
+                raise RedflagError(f"{name} must be a whole number of at least {least} (got {value!r}).")
         if self.warm_up and not AGGREGATIONS[self.aggregation].warms_up:
             raise RedflagError(
-                f"warm_up is {self.warm_up} and the monitor `{self.aggregation}` looks at the first step alone, so "
-                "nothing would ever alarm; leave warm_up at 0"
+                f"warm_up must be 0 for the monitor `{self.aggregation}`, which judges only the first step (got "
+                f"{self.warm_up})."
             )
         for name, inside, allowed in (
             ("decay", lambda x: 0 < x <= 1, "above 0 and at most 1"),
@@ -111,7 +108,7 @@ class MonitorConfig:
         ):
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool) or not inside(value):
-                raise RedflagError(f"{name} is {value!r}, so scores would have no meaning; give a number {allowed}")
+                raise RedflagError(f"{name} must be a number {allowed} (got {value!r}).")
 
 
 class Monitor:
@@ -126,12 +123,7 @@ class Monitor:
     """
 
     def __init__(self, config: MonitorConfig, flags: int) -> None:
-        """Starts before the first step.
-
-        Args:
-            config: The aggregation and its numbers.
-            flags: K, the number of flags.
-        """
+        """Starts before the first step; `flags` is K."""
         assert flags >= 1, "a monitor needs a flag"
         self.config = config
         self.flags = flags
@@ -139,7 +131,7 @@ class Monitor:
         self.reset()
 
     def reset(self) -> None:
-        """Goes back to before the first step."""
+        """Returns to the state before the first step."""
         zeros = (0.0,) * self.flags
         self._zeros = zeros
         self._steps = 0
@@ -153,13 +145,13 @@ class Monitor:
         return self._peak
 
     def feed(self, flag_probs: Sequence[float]) -> tuple[float, ...]:
-        """Takes in the K probabilities of one step.
+        """Adds the K probabilities of one step.
 
         Returns:
-            K scores: in [0, 1], for `cusum` in nats from 0 up.
+            K scores in [0, 1]; for `cusum` in nats, at least 0.
 
         Raises:
-            UnjudgedError: For anything but K numbers in [0, 1]; the monitor is then as it was before.
+            UnjudgedError: Not K numbers in [0, 1]; the monitor is then unchanged.
         """
         probs = judged(flag_probs, self.flags)
         config = self.config
@@ -172,8 +164,8 @@ class Monitor:
             full = len(self._window) == config.window
             scores = tuple(map(min, zip(*self._window, strict=True))) if full else self._zeros
         elif config.aggregation == "ema":
-            kept, new = 1.0 - config.decay, config.decay
-            scores = self._state = tuple(kept * s + new * p for s, p in zip(self._state, probs, strict=True))
+            old, new = 1.0 - config.decay, config.decay
+            scores = self._state = tuple(old * s + new * p for s, p in zip(self._state, probs, strict=True))
         else:
             gain = self._gain
             scores = self._state = tuple(
@@ -197,7 +189,7 @@ def peaks(
         flags: K; needed only for a response that may be empty, whose peaks are 0.
 
     Raises:
-        UnjudgedError: For a step that is anything but K numbers in [0, 1].
+        UnjudgedError: A step is not K numbers in [0, 1].
     """
     if flags is None:
         assert len(flag_probs_TK), "K of an empty response is unknown: pass flags"
@@ -212,24 +204,22 @@ def judged(flag_probs: Sequence[float], flags: int) -> tuple[float, ...]:
     """The K probabilities of one step as plain floats.
 
     Raises:
-        UnjudgedError: For anything but K numbers in [0, 1].
+        UnjudgedError: They are not K numbers in [0, 1].
     """
     try:
         probs = tuple(map(float, flag_probs))
     except (OverflowError, TypeError, ValueError) as error:
         raise UnjudgedError(
-            f"the flag probabilities are {flag_probs!r}, so the step cannot be judged; the engine must measure "
-            f"{flags} numbers at every step"
+            f"the flag probabilities of a step must be {flags} numbers (got {flag_probs!r}). The step cannot be judged."
         ) from error
     if len(probs) != flags:
         raise UnjudgedError(
-            f"{len(probs)} flag probabilities for {flags} flags, so the step cannot be judged; the engine must measure "
-            "every flag at every step"
+            f"the flag probabilities of a step must be {flags} numbers (got {len(probs)}). The step cannot be judged."
         )
     for p in probs:
         if not 0.0 <= p <= 1.0:  # false for NaN
             raise UnjudgedError(
-                f"a flag probability is {p}, so the step cannot be judged; the engine must give numbers in [0, 1]"
+                f"a flag probability must be at least 0 and at most 1 (got {p}). The step cannot be judged."
             )
     return probs
 

@@ -1,4 +1,4 @@
-"""The options that say how flag probabilities become scores, which several verbs share."""
+"""Options for the monitor, shared by several verbs."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from redflag.watching.monitor import Aggregation, MonitorConfig
 
 @dataclass(kw_only=True)
 class MonitorOptions:
-    """The fields of `MonitorConfig`, which refuses values out of bounds."""
+    """The fields of `MonitorConfig`, which checks their bounds."""
 
     aggregation: Aggregation = field(
-        default=MonitorConfig.aggregation, metadata={"help": "How the monitor makes a score of the probabilities."}
+        default=MonitorConfig.aggregation, metadata={"help": "How the monitor computes a score from the probabilities."}
     )
     window: int = field(
-        default=MonitorConfig.window, metadata={"help": "run: steps on end that must be high; 1 or more."}
+        default=MonitorConfig.window, metadata={"help": "run: consecutive steps that must be high; 1 or more."}
     )
     decay: float = field(
         default=MonitorConfig.decay, metadata={"help": "ema: weight of the new value; above 0, at most 1."}
@@ -24,13 +24,13 @@ class MonitorOptions:
         default=MonitorConfig.prior,
         metadata={"help": "ema, cusum: probability that is normal in harmless text; above 0, below 1."},
     )
-    drift: float = field(default=MonitorConfig.drift, metadata={"help": "cusum: nats forgiven per step; 0 or more."})
+    drift: float = field(default=MonitorConfig.drift, metadata={"help": "cusum: nats subtracted per step; 0 or more."})
     warm_up: int = field(
         default=MonitorConfig.warm_up, metadata={"help": "First steps that never alarm; 0 for the aggregation first."}
     )
 
     def monitor(self) -> MonitorConfig:
-        """As a monitor.
+        """The options as a monitor.
 
         Raises:
             RedflagError: A value is out of bounds.

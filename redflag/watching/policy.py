@@ -1,4 +1,4 @@
-"""What an alarm leads to."""
+"""Policies: which action an alarm leads to."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from redflag.watching.first_token import FirstTokenRule
 from redflag.watching.thresholds import Thresholds
 
 Action = Literal["continue", "halt", "reflect", "replace", "escalate", "force"]
-"""What a session can do about an alarm; `ACTIONS` says what each of them is."""
+"""Possible actions on an alarm; `ACTIONS` describes them."""
 
 
 class ActionRule(NamedTuple):
-    """What an action is.
+    """Properties of an action.
 
     Attributes:
-        help: What it does, for the command line.
-        ends: The response ends with it.
-        intervenes: The response waits for it, and goes on or not by what comes of that, which only a live run knows. It
-            costs one of `Policy.max_interventions`, and where it confirms the alarm, `Policy.confirmed` follows.
-        needs: The field of `Policy` without which it cannot be done.
+        help: Description for the command line.
+        ends: Whether it ends the response.
+        intervenes: Whether the response waits for its outcome, which only a live run has. It costs one of
+            `Policy.max_interventions`; if it confirms the alarm, `Policy.confirmed` follows.
+        needs: The field of `Policy` that it requires.
     """
 
     help: str
@@ -33,13 +33,13 @@ class ActionRule(NamedTuple):
     needs: str = ""
 
 
-# The severest first: when several categories alarm at one step, the first that one of them leads to is done.
+# The severest first: when several categories alarm at one step, the first of their actions in this order is taken.
 #
-# `halt` drops what is held back and ends the response; `replace` does so too and shows a text of the operator's.
-# `escalate` asks a second judge, `reflect` lets the model look at its own response; both hide everything until there is
-# a verdict. `force` drops what is held back, puts the flag into the context behind what is shown, and lets the model go
-# on from there: a model that was trained with its flag in the text writes what it has learnt to write behind it, a
-# refusal. `continue` reports the alarm and lets the response go on.
+# `halt` drops the tokens held back and ends the response; `replace` also shows a text of the operator's. `escalate`
+# asks a second judge, `reflect` lets the model review its own response; both hide everything until there is a verdict.
+# `force` drops the tokens held back, puts the flag into the context behind the text shown, and lets the model continue
+# from there: a model trained with its flag in the text then writes a refusal. `continue` reports the alarm and lets the
+# response go on.
 ACTIONS: dict[str, ActionRule] = {
     "halt": ActionRule("end the response", ends=True),
     "replace": ActionRule("end it and show the replacement", ends=True, needs="replacement"),
@@ -55,10 +55,10 @@ Release = Literal["steps", "sentence", "end"]
 
 @dataclass(frozen=True)
 class Reflect:
-    """How the model reflects: what is put behind the response so far, and how a verdict is read.
+    """How the model reflects: the text added behind the response so far, and how the verdict is read.
 
-    The context is prompt, response tokens before the alarm, the flag, `cue`. The model then writes, hidden, until its
-    end-of-sequence, one of the `stop` texts or `max_tokens`.
+    The context is prompt, response tokens before the alarm, the flag, `cue`. The model then generates hidden tokens up
+    to end-of-sequence, one of the `stop` texts or `max_tokens`.
 
     Attributes:
         cue: Text behind the flag that opens the reflection.
@@ -66,13 +66,14 @@ class Reflect:
             takes the flag's probability there (without the cue).
         verdict_cue: Text that asks for the verdict.
         words: The harmful and the harmless word; their first tokens must differ.
-        limit: The verdict is harmful from this harm on. For `words` harm is P(harmful) / (P(harmful) + P(harmless)).
-        max_tokens: Most tokens of one reflection.
+        limit: Harm at and above which the verdict is harmful. For `words` harm is P(harmful) / (P(harmful) +
+            P(harmless)).
+        max_tokens: Maximum number of tokens of one reflection.
         stop: Texts that end the reflection; they are part of it.
-        system: Text at the head of the system message: examples of reflections after true and false alarms, in which
-            the model learns in context what a flag is for (soft use in "Red Flag Tokens", arXiv 2502.16366).
-        stay: The response goes on in the context of the reflection, whatever the verdict, and nothing of it is shown
-            before the score has fallen; False goes back to the clean prefix on a harmless verdict.
+        system: Text at the head of the system message: examples of reflections after true and false alarms, which
+            teach the model in context what a flag is for (soft use in "Red Flag Tokens", arXiv 2502.16366).
+        stay: Whatever the verdict, the response continues in the context of the reflection, and nothing more is shown
+            before the score has fallen. False returns to the prefix without the reflection on a harmless verdict.
     """
 
     cue: str = " Wait. Let me check whether this answer is harmful.\n"
@@ -88,57 +89,53 @@ class Reflect:
     def __post_init__(self) -> None:
         for name in ("cue", "verdict_cue", "system"):
             if not isinstance(value := getattr(self, name), str):
-                raise RedflagError(f"reflect.{name} is {value!r}, which cannot be put into a context; give a text")
+                raise RedflagError(f"reflect.{name} must be a text (got {value!r}).")
         _one_of("reflect.verdict", self.verdict, ("words", "flag"))
         words = self.words
         if isinstance(words, str) or len(words) != 2 or not all(isinstance(word, str) and word for word in words):
-            raise RedflagError(
-                f"reflect.words are {words!r}, so no verdict could be read; give the harmful and the harmless word"
-            )
+            raise RedflagError(f"reflect.words must be two texts, the harmful and the harmless word (got {words!r}).")
         if words[0] == words[1]:
-            raise RedflagError(f"reflect.words are both {words[0]!r}, so every verdict would be a tie; give two words")
+            raise RedflagError(f"reflect.words must be two different words (got {words[0]!r} twice).")
         if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
-            raise RedflagError(f"reflect.stop is {self.stop!r}; give a list of texts, none empty")
+            raise RedflagError(f"reflect.stop must be a list of texts, none empty (got {self.stop!r}).")
         if not _is_number(self.limit) or not 0 < self.limit <= 1:
-            raise RedflagError(
-                f"reflect.limit is {self.limit!r}, which every verdict or none would reach; give a number above 0 and "
-                "at most 1"
-            )
+            raise RedflagError(f"reflect.limit must be above 0 and at most 1 (got {self.limit!r}).")
         _at_least("reflect.max_tokens", self.max_tokens, 0)
         _flag("reflect.stay", self.stay)
 
 
 @dataclass(frozen=True)
 class Policy:
-    """Category -> action, how far release lags behind judgement, and how much may be spent on interventions.
+    """Actions by category, when tokens are released, and the budgets of interventions.
 
     Attributes:
-        actions: Category -> action; for categories that are not named, `default`.
-        default: Fails closed unless told otherwise.
+        actions: Category -> action; all other categories have `default`.
+        default: Action of all other categories; fails closed by default.
         hold_back: h: a token is released when its own step and h more have been judged without a halting alarm. 0
-            releases every token as soon as it is judged; every further step is latency that keeps back one more token
+            releases every token as soon as it is judged; each further step adds latency and withholds one more token
             *before* an alarm.
         observe: Audit only: alarms are reported, and every action is `continue`.
         release: `steps` releases token by token, `sentence` whole sentences, `end` only the complete response.
-        confirmed: What a reflection or a second judge that confirms the alarm leads to: `halt` or `replace`; and what
-            follows a forced flag behind which the score never falls.
+        confirmed: Action after a reflection or a second judge has confirmed the alarm, and after a forced flag behind
+            which the score never falls: `halt` or `replace`.
         replacement: The text that `replace` shows, or a function of the trace that returns it.
         decoy: Show a replacement as if the model had written it: the stream ends without a mark.
         reflect: How the model reflects.
-        max_interventions: Most reflections, escalations and forced flags in one response; one more alarm then halts.
-        max_wait_tokens: Most hidden tokens in one response; when none are left, an alarm halts.
+        max_interventions: Maximum number of reflections, escalations and forced flags in one response; the next alarm
+            halts.
+        max_wait_tokens: Maximum number of hidden tokens in one response; when they are used up, an alarm halts.
         rearm: A muted alarm is armed again once its score is below this share of its threshold.
-        mute_limit: ... and after so many steps in any case: a score that stays high then alarms again.
-        judge_timeout: Seconds that a second judge has.
-        thoughts: Whether thoughts are shown, apart from the answer. Hidden ones are judged all the same.
-        first_token: Decides before the first token which category alarms, in place of thresholds on each by itself;
-            for thresholds of the monitor `first`. An alarm leads to its action as ever; a flag that says "respond" is
-            put into the context without one.
+        mute_limit: ... and after this many steps in any case: a score that stays high then alarms again.
+        judge_timeout: Time limit of a second judge, seconds.
+        thoughts: Whether thoughts are shown, separately from the answer. Hidden ones are judged too.
+        first_token: Decides before the first token which category alarms, instead of one threshold per category; for
+            thresholds of the monitor `first`. An alarm leads to its action as usual; a flag that says "respond" is put
+            into the context without an alarm.
         prompt: Thresholds of the prompt itself, on the probabilities before the first token (`redflag calibrate
-            --prompts`); from there on it halts before anything is shown. None: prompts are not judged.
+            --prompts`), at which it is halted before anything is shown. None = prompts are not judged.
 
     Raises:
-        RedflagError: For a value that cannot be carried out.
+        RedflagError: A value is invalid.
 
     Example:
         >>> policy = Policy(actions={"profanity": "continue"}, hold_back=4)
@@ -166,56 +163,44 @@ class Policy:
 
     def __post_init__(self) -> None:
         if not isinstance(self.actions, Mapping):
-            raise RedflagError(f"actions are {self.actions!r}, so no category has one; give a mapping from categories")
-        # A copy: what is in force must not change under a running session.
+            raise RedflagError(f"actions must be a mapping from categories (got {self.actions!r}).")
+        # A copy: the actions must not change during a session.
         object.__setattr__(self, "actions", dict(self.actions))
         for whose, action in (*self.actions.items(), ("all others", self.default)):
             if action not in get_args(Action):
                 raise RedflagError(
-                    f"the action for {whose} is {action!r}, which this version cannot carry out, so an alarm would "
-                    f"lead to nothing; use one of {', '.join(get_args(Action))}"
+                    f"the action for {whose} must be one of {', '.join(get_args(Action))} (got {action!r})."
                 )
         if type(self.hold_back) is not int or self.hold_back < 0:
-            raise RedflagError(
-                f"hold_back is {self.hold_back!r}, but it counts tokens that wait; give a whole number from 0 up"
-            )
+            raise RedflagError(f"hold_back must be a whole number of at least 0 (got {self.hold_back!r}).")
         if type(self.observe) is not bool:
-            raise RedflagError(f"observe is {self.observe!r}, so it is open whether alarms halt; give true or false")
+            raise RedflagError(f"observe must be true or false (got {self.observe!r}).")
         _one_of("release", self.release, get_args(Release))
         _one_of("thoughts", self.thoughts, ("hide", "show"))
         _one_of("confirmed", self.confirmed, ("halt", "replace"))
         _flag("decoy", self.decoy)
         if not isinstance(self.reflect, Reflect):
-            raise RedflagError(f"reflect is {self.reflect!r}; give the settings of a reflection, `Reflect(...)`")
+            raise RedflagError(f"reflect must be the settings of a reflection, `Reflect(...)` (got {self.reflect!r}).")
         if not isinstance(self.replacement, str) and not callable(self.replacement):
             raise RedflagError(
-                f"replacement is {self.replacement!r}, which cannot be shown; give a text, or a function that returns "
-                "one"
+                f"replacement must be a text, or a function that returns one (got {self.replacement!r})."
             )
-        taken: set[Any] = {*self.actions.values(), self.default}
-        if any(ACTIONS[action].intervenes for action in taken):
-            taken.add(self.confirmed)
-        for action in taken:
+        in_use: set[Any] = {*self.actions.values(), self.default}
+        if any(ACTIONS[action].intervenes for action in in_use):
+            in_use.add(self.confirmed)
+        for action in in_use:
             if (needed := ACTIONS[action].needs) and getattr(self, needed) == "":
-                raise RedflagError(
-                    f"an alarm leads to `{action}` and {needed} is empty; give the text that is shown then"
-                )
+                raise RedflagError(f"{needed} must not be empty with the action `{action}`. Give the text to show.")
         for name in ("max_interventions", "max_wait_tokens", "mute_limit"):
             _at_least(name, getattr(self, name), 0)
         if not _is_number(self.rearm) or not 0 < self.rearm <= 1:
-            raise RedflagError(
-                f"rearm is {self.rearm!r}, but it is the share of the threshold below which a muted alarm is armed "
-                "again; give a number above 0 and at most 1"
-            )
+            raise RedflagError(f"rearm must be above 0 and at most 1, a share of the threshold (got {self.rearm!r}).")
         if not _is_number(self.judge_timeout) or not 0 < self.judge_timeout < math.inf:
             raise RedflagError(
-                f"judge_timeout is {self.judge_timeout!r}, so a second judge would always or never be late; give "
-                "seconds"
+                f"judge_timeout must be a finite number above 0, in seconds (got {self.judge_timeout!r})."
             )
         if self.first_token is not None and not isinstance(self.first_token, FirstTokenRule):
-            raise RedflagError(
-                f"first_token is {self.first_token!r}, which decides nothing; give a `FirstTokenRule`, or None"
-            )
+            raise RedflagError(f"first_token must be a `FirstTokenRule` or None (got {self.first_token!r}).")
 
     def decide(self, category: str) -> str:
         """The action that an alarm of this category leads to."""
@@ -226,9 +211,9 @@ class Policy:
         return not self.observe and action in {*self.actions.values(), self.default}
 
     def prompt_alarms(self, categories: Sequence[str], probs: Sequence[float]) -> list[Alarm]:
-        """What the prompt's own thresholds say before the first token, the severest action first.
+        """Alarms of the prompt's own thresholds before the first token, the severest action first.
 
-        An action that would review an answer halts: there is none yet.
+        Actions that review an answer become `halt`, since there is no answer yet.
 
         Args:
             categories: K categories.
@@ -245,34 +230,34 @@ class Policy:
 
     @property
     def intervenes(self) -> bool:
-        """Whether any category's alarm leads to something that only a live run can do."""
+        """Whether any category's alarm leads to an intervention, which only a live run can do."""
         return any(self.asks(action) for action, rule in ACTIONS.items() if rule.intervenes)
 
     def replacement_for(self, trace: Trace) -> str:
-        """The text that is shown in place of the rest.
+        """The text that is shown instead of the rest.
 
         Raises:
             RedflagError: The operator's function returned no text.
         """
         text = self.replacement if isinstance(self.replacement, str) else self.replacement(trace)
         if not isinstance(text, str):
-            raise RedflagError(f"the replacement is {text!r}, which cannot be shown; let the function return a text")
+            raise RedflagError(f"the replacement function must return a text (got {text!r}).")
         return text
 
 
 def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise RedflagError(f"{name} is {value!r}, which has no meaning here; use one of {', '.join(allowed)}")
+        raise RedflagError(f"{name} must be one of {', '.join(allowed)} (got {value!r}).")
 
 
 def _at_least(name: str, value: Any, least: int) -> None:
     if type(value) is not int or value < least:
-        raise RedflagError(f"{name} is {value!r}, but it counts; give a whole number from {least} up")
+        raise RedflagError(f"{name} must be a whole number of at least {least} (got {value!r}).")
 
 
 def _flag(name: str, value: Any) -> None:
     if type(value) is not bool:
-        raise RedflagError(f"{name} is {value!r}; give true or false")
+        raise RedflagError(f"{name} must be true or false (got {value!r}).")
 
 
 def _is_number(value: Any) -> bool:

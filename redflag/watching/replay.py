@@ -1,4 +1,4 @@
-"""What another policy would have made of a recorded response."""
+"""Replays a recorded response under another policy."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from redflag.watching.thresholds import Thresholds
 
 
 def replay(trace: Trace, thresholds: Thresholds, policy: Policy) -> Trace:
-    """What would have happened to a recorded response under other thresholds or another policy.
+    """Replays a recorded response under other thresholds or another policy.
 
-    Record under `Policy(observe=True)`: what is unknown after a halt stays unknown.
+    Record under `Policy(observe=True)`: a halted recording cannot be continued.
 
     Returns:
-        A new trace with the same steps as far as they were needed, `id` and `meta`; its `Text` events have no text.
+        A new trace with the same `id`, `meta` and steps, as far as they were needed; its `Text` events have no text.
 
     Raises:
-        RedflagError: When the response was halted where these thresholds and policy would have gone on, or an alarm
-            leads to a reflection, a second judge or a forced flag, which only a live run has.
+        RedflagError: The response was halted where these thresholds and policy would have continued, or an alarm leads
+            to a reflection, a second judge or a forced flag, which need a live run.
     """
     if any(event.counts_as == "taken" for event in trace.events):
         raise RedflagError(
-            f"trace {trace.id!r} had a flag forced into its context, and how it would have gone on without is unknown; "
-            "replay traces that were recorded under observe"
+            f"trace {trace.id!r} must not have a flag forced into its context. How it would have continued without is "
+            "unknown. Replay traces recorded under observe."
         )
     session = Session(thresholds, policy, trace.categories, thought=trace.answer_at != 0, trace_id=trace.id)
     session.trace.meta = dict(trace.meta)
@@ -34,8 +34,8 @@ def replay(trace: Trace, thresholds: Thresholds, policy: Policy) -> Trace:
             return session.trace
         if session.pending:
             raise RedflagError(
-                f"trace {trace.id!r} would {session.pending.kind} at token {session.pending.position}, and what comes "
-                "of that is known only in a live run; replay with actions halt, replace or continue"
+                f"trace {trace.id!r} would {session.pending.kind} at token {session.pending.position}, which needs a "
+                "live run. Replay with actions halt, replace or continue."
             )
         if trace.answer_at == len(session.trace.token_ids):
             session.begin_answer(lambda token_id: None)
@@ -48,7 +48,7 @@ def replay(trace: Trace, thresholds: Thresholds, policy: Policy) -> Trace:
         session.fault(end.detail)
     elif isinstance(end, Halt):
         raise RedflagError(
-            f"trace {trace.id!r} was halted at token {end.position}, and how it would have gone on is unknown; replay "
-            "traces that were recorded under observe"
+            f"trace {trace.id!r} was halted at token {end.position}, and how it would have continued is unknown. "
+            "Replay traces recorded under observe."
         )
     return session.trace

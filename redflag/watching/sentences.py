@@ -5,17 +5,17 @@ from __future__ import annotations
 import re
 from collections import deque
 
-# A full stop may be part of a number or a name until white space follows; these marks need none.
+# A full stop may be part of a number or a name unless white space follows; these marks need none.
 _END = re.compile(r"[.!?…][\"'”’»)\]*_]*$")
 _CLOSED = re.compile(r"(\n|[。！？][\"'”’」』）]*)$")
 
 
 class Sentences:
-    """Counts the tokens that whole sentences consist of.
+    """Counts the tokens of complete sentences.
 
     A sentence ends before a piece that begins with white space and follows one of `. ! ? …` (closing quotes and
-    brackets may stand between), after `。 ！ ？`, and around a line break. An end inside a piece is not one: a token
-    is released whole or not at all, and it would bring the beginning of the next sentence along.
+    brackets may stand between), after `。 ！ ？`, and around a line break. An end inside a piece does not count: a
+    token is released as a whole, and would release the beginning of the next sentence.
 
     Example:
         >>> sentences = Sentences()
@@ -30,19 +30,19 @@ class Sentences:
         self._whole = 0
 
     def whole(self, piece: str, upto: int) -> int:
-        """Takes in the next token's text.
+        """Adds the next token's text.
 
         Args:
             piece: The text; may be empty.
-            upto: So many tokens may be released; it never falls.
+            upto: Number of tokens that may be released; it never falls.
 
         Returns:
-            How many of them are whole sentences.
+            How many of them form complete sentences.
         """
         if piece and (piece[0] == "\n" or (piece[0].isspace() and _END.search(self._tail))):
             self._ends.append(self._tokens)
         self._tokens += 1
-        # As much as closing quotes may follow a full stop.
+        # Enough text for closing quotes behind a full stop.
         self._tail = (self._tail + piece)[-8:]
         if piece and _CLOSED.search(self._tail):
             self._ends.append(self._tokens)

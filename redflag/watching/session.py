@@ -19,14 +19,14 @@ from redflag.watching.watch import Crossing, Watch, check_fit
 
 @dataclass(frozen=True)
 class Review:
-    """What an alarm waits for: a reflection or a second judge (`Session.answer`), or its flag in the context
-    (`Session.force`). Until then nothing is released.
+    """An alarm's pending review: a reflection or a second judge (`Session.answer`), or its flag in the context
+    (`Session.force`). Nothing is released before that.
 
     Attributes:
         kind: `reflect`, `escalate` or `force`.
-        position: The step of the alarm: so many tokens precede it.
-        category: The first category whose alarm asks for this.
-        tokens: Most hidden tokens that may be generated.
+        position: The step of the alarm, which is the number of tokens before it.
+        category: The first category whose alarm leads to this action.
+        tokens: Maximum number of hidden tokens that may be generated.
     """
 
     kind: str
@@ -36,33 +36,33 @@ class Review:
 
 
 class Session:
-    """A pure state machine for one response; it knows no engine, no clock and no thread.
+    """A pure state machine for one response, without engine, clock or thread.
 
     The caller drives it: every step of the engine goes to `feed`, the end of the stream to `finish`, a lost engine to
-    `fault`, and whatever they return goes to the user, in order. Under the default release, with n steps fed and
-    hold-back h, exactly the first max(0, n - h) tokens have been released. A halting alarm at step a releases nothing
-    more: max(0, a - h) tokens are out, and neither token a nor the h before it ever will be. A step that cannot be
-    judged ends the response likewise. Exactly one `Halt` or `Done` comes, and it comes last. A caller that leaves early
-    just drops the session.
+    `fault`, and the returned events go to the user, in order. Under the default release, with n steps fed and hold-back
+    h, exactly the first max(0, n - h) tokens have been released. After a halting alarm at step a nothing more is
+    released: max(0, a - h) tokens have been, and neither token a nor the h before it will ever be. A step that cannot
+    be judged ends the response in the same way. The last event, and only the last, is a `Halt` or a `Done`. A caller
+    that leaves early just drops the session.
 
-    An alarm is raised when a score reaches its threshold from below; one that stays above raises no second one. When
-    several categories alarm at one step, all are reported, in the order of `categories`, and the severest of their
-    actions is done (`redflag.watching.policy.SEVERITY`).
+    An alarm is raised when a score reaches its threshold from below; a score that stays above raises no second one.
+    When several categories alarm at one step, all are reported, in the order of `categories`, and the severest of their
+    actions is taken (`redflag.watching.policy.SEVERITY`).
 
     An alarm that leads to `reflect` or `escalate` leaves a `Review` in `pending`, and the session takes no steps until
-    `answer`. A confirmed alarm ends the response. Otherwise it goes on, and the alarm is muted until the score has
-    fallen (`Policy.rearm`, `Policy.mute_limit`). An alarm that leads to `force` waits for `force`, which takes back all
-    that was not released; nothing more is shown until the score has fallen. Every path ends: interventions and hidden
-    tokens have budgets, and when they are spent an alarm halts.
+    `answer`. A confirmed alarm ends the response. Otherwise the response continues, and the alarm is muted until the
+    score has fallen (`Policy.rearm`, `Policy.mute_limit`). An alarm that leads to `force` waits for `force`, which
+    drops all tokens not yet released; nothing more is shown until the score has fallen. Every path ends: interventions
+    and hidden tokens have budgets, and when they are used up an alarm halts.
 
-    With `thought` the response begins with one, judged by thresholds of its own (`Thresholds.thoughts`) until
-    `begin_answer`. It is released as `Thought` or not at all (`Policy.thoughts`), and hold-back and release apply to
-    each part alone; what is hidden is judged all the same, and an alarm in it acts like any other.
+    With `thought` the response begins with a thought, judged by its own thresholds (`Thresholds.thoughts`) until
+    `begin_answer`. It is released as `Thought` events or not at all (`Policy.thoughts`), and hold-back and release
+    apply to each part separately; a hidden thought is judged too, and an alarm in it acts like any other.
 
     Work and memory per step do not depend on the length of the response.
 
     Attributes:
-        trace: Everything so far, growing in place; read it at any time, give it an `id` and `meta` as you like.
+        trace: Everything so far, which grows in place; the caller may read it at any time and set its `id` and `meta`.
         pending: The review that the response waits for, or None.
 
     Example:
@@ -90,17 +90,16 @@ class Session:
         """Starts before the first step.
 
         Args:
-            thresholds: One value per category; whether they belong to the model is the caller's to check
-                (`Thresholds.check`).
-            policy: What alarms lead to.
+            thresholds: One value per category; the caller checks that they belong to the model (`Thresholds.check`).
+            policy: Actions on alarms.
             categories: K categories in the order of the flag probabilities.
-            decode: Text that a token adds, given all before it; None or "" while bytes are incomplete. Called once per
-                token of the response, in order, once the token's own step raised no alarm that stands.
-            thought: The response begins with a thought, which lasts until `begin_answer`.
+            decode: Text that a token adds to all before it; None or "" while bytes are incomplete. Called once per
+                token of the response, in order, if no alarm of the token's own step stands.
+            thought: Whether the response begins with a thought, which lasts until `begin_answer`.
             trace_id: Name of the response in its trace.
 
         Raises:
-            RedflagError: As `redflag.watching.watch.check_fit`.
+            RedflagError: Thresholds, policy and categories do not match (`redflag.watching.watch.check_fit`).
         """
         categories = tuple(categories)
         check_fit(thresholds, policy, categories, thought)
@@ -114,12 +113,12 @@ class Session:
         self._thresholds = thresholds
         self._policy = policy
         self._watch = Watch(thresholds.of_thoughts if thought else thresholds, policy, categories)
-        # Which categories the pending review, or the last one, is about.
+        # Categories of the pending review, or of the last one.
         self._reviewed: list[int] = []
         self._begun = False
         self._interventions = 0
         self._waited = 0
-        # Nothing is released in the context of a reflection until the scores have fallen.
+        # In the context of a reflection, nothing is released until the scores have fallen.
         self._held = False
         self._hidden = thought and policy.thoughts == "hide"
         self._decode = decode
@@ -130,12 +129,12 @@ class Session:
 
     @property
     def finished(self) -> bool:
-        """Whether the response is over: its `Halt` or `Done` is out."""
+        """Whether the response is over, by a `Halt` or `Done`."""
         return self._finished
 
     @property
     def released(self) -> int:
-        """Number of tokens behind which the next release begins; those of a hidden thought that is over count."""
+        """Position of the next release; tokens of a finished hidden thought are counted."""
         return self._released
 
     def feed(self, step: Step) -> list[Event]:
@@ -149,7 +148,7 @@ class Session:
             RuntimeError: After the response is over, or while a review is pending.
         """
         if self._finished or self.pending:
-            _refuse("fed", self.pending)
+            _refuse("feed", self.pending)
         trace = self.trace
         position = len(trace.token_ids)
         try:
@@ -175,7 +174,7 @@ class Session:
             if action != "continue":
                 return self._act(action, [crossing for crossing in crossed if crossing.action == action], events)
         elif decision is not None and (rule := self._policy.first_token) and rule.respond and not self._policy.observe:
-            self.pending = Review("force", position, rule.respond, 0)  # no alarm: it says that there is none
+            self.pending = Review("force", position, rule.respond, 0)  # not an alarm: this flag says "respond"
             return []
         self._held = self._held and self._watch.high(scores)
         return self._accept(events)
@@ -186,24 +185,24 @@ class Session:
         """The verdict of the pending review.
 
         Args:
-            harm: In [0, 1], against `Reflect.limit` for a reflection and 0.5 for a second judge. None: there is no
-                answer, and the alarm stands.
+            harm: In [0, 1], compared with `Reflect.limit` for a reflection and 0.5 for a second judge. None = no
+                verdict; the alarm stands.
             token_ids: The hidden tokens that were generated.
             text: Their text.
-            detail: What the judge said, or why it did not.
+            detail: The judge's answer, or why there is none.
 
         Returns:
-            A `Reflection` or `Escalation`, then a `Halt`, or a `Resume` and what may be released.
+            A `Reflection` or `Escalation`, then a `Halt`, or a `Resume` and a release.
 
         Raises:
             RuntimeError: When no review is pending.
         """
         review = self.pending
         if review is None or review.kind == "force":
-            raise RuntimeError("a session was answered that had asked nothing; look at `pending` first")
+            raise RuntimeError("no review is pending; check `pending` before `answer`")
         policy = self._policy
         if harm is not None and not (isinstance(harm, int | float) and 0.0 <= harm <= 1.0):  # false for NaN
-            return self.fault(f"the verdict on the alarm at step {review.position} is {harm!r}, no number in [0, 1]")
+            return self.fault(f"the verdict on the alarm at step {review.position} must be in [0, 1] (got {harm!r})")
         self.pending = None
         self._waited += len(token_ids)
         harmful = harm is None or harm >= (policy.reflect.limit if review.kind == "reflect" else 0.5)
@@ -219,7 +218,7 @@ class Session:
             return self._stop(policy.confirmed, review.category, [event])
         self._watch.mute(self._reviewed)
         if stays:
-            # The answer goes on before the token that the alarm was about, which is no part of it any more.
+            # The answer continues before the alarm's token, which is no longer part of it.
             self.trace.token_ids.pop()
             self.trace.flag_probs.pop()
             self.trace.scores.pop()
@@ -230,20 +229,20 @@ class Session:
         return self._accept([event, Resume(len(self.trace.token_ids))])
 
     def force(self, decode: Callable[[int], str | None]) -> list[Event]:
-        """The pending flag is put into the context behind what is released; what is not released is taken back.
+        """Puts the pending flag into the context behind the released tokens; drops all tokens not released.
 
         Args:
-            decode: As at the beginning, for the same response from its first token on.
+            decode: A new decoder for the same response, from its first token on.
 
         Returns:
-            A `Forced`; or a `Halt`, where the tokens that remain cannot be decoded again.
+            A `Forced`; or a `Halt` if the remaining tokens cannot be decoded again.
 
         Raises:
-            RuntimeError: When no flag is to be forced.
+            RuntimeError: No forced flag is pending.
         """
         review, trace = self.pending, self.trace
         if review is None or review.kind != "force":
-            raise RuntimeError("a session was forced that had not asked for it; look at `pending` first")
+            raise RuntimeError("no forced flag is pending; check `pending` before `force`")
         self.pending = None
         event = Forced(self._released, review.category, tuple(trace.token_ids[self._released :]))
         for column in (trace.token_ids, trace.flag_probs, trace.scores):
@@ -263,25 +262,25 @@ class Session:
         return [event]
 
     def begin_answer(self, decode: Callable[[int], str | None]) -> list[Event]:
-        """The thought is over: all of it has been judged, so what was held back of it is released if it is shown.
+        """Ends the thought: all of it has been judged, so the rest is released if thoughts are shown.
 
-        The answer is judged by its own thresholds and a monitor that begins anew: what a thought says is neither held
-        against the answer nor in its favour. What the policy still allows (interventions, hidden tokens) stays spent.
+        The answer is judged by its own thresholds and a new monitor, so the thought's scores do not affect it. Budgets
+        (interventions, hidden tokens) are not restored.
 
         Args:
-            decode: As at the beginning, for the answer from its first token on.
+            decode: A new decoder for the answer, from its first token on.
 
         Returns:
-            At most one `Thought`; or a `Halt`, where a reviewed alarm's score never fell.
+            At most one `Thought`; or a `Halt` if a reviewed alarm's score never fell.
 
         Raises:
-            RuntimeError: After the response is over, while a review is pending, or when there is no thought.
+            RuntimeError: The response is over, a review is pending, or there is no thought.
         """
         trace = self.trace
         if self._finished or self.pending:
-            _refuse("taken to its answer", self.pending)
+            _refuse("begin_answer", self.pending)
         if trace.answer_at is not None:
-            raise RuntimeError("a session was taken to its answer that is there already; do so once, after a thought")
+            raise RuntimeError("the answer has begun already; call `begin_answer` once, after a thought")
         if self._held:
             return self._stop(self._policy.confirmed, trace.categories[self._reviewed[0]], [])
         length = len(trace.token_ids)
@@ -294,33 +293,33 @@ class Session:
         return events
 
     def finish(self, reason: str) -> list[Event]:
-        """The stream ended by itself: every token has been judged, so those held back are released.
+        """Ends a response whose stream ended by itself: all tokens have been judged, so the rest is released.
 
         Args:
             reason: `"stop"` (end-of-sequence or stop text) or `"length"`.
 
         Raises:
-            RuntimeError: After the response is over, or while a review is pending.
+            RuntimeError: The response is over, or a review is pending.
         """
         assert reason in ("stop", "length"), reason
         if self._finished or self.pending:
-            _refuse("finished", self.pending)
+            _refuse("finish", self.pending)
         if self._held:  # The score never fell again.
             return self._stop(self._policy.confirmed, self.trace.categories[self._reviewed[0]], [])
         length = len(self.trace.token_ids)
         return self._end(self._release([], length), Done(length, reason))
 
     def fault(self, detail: str) -> list[Event]:
-        """Something could not be judged, or the engine is lost: fails closed. Without effect once the response is over.
+        """Fails closed: a step could not be judged, or the engine is lost. No effect once the response is over.
 
         Args:
-            detail: What went wrong, for the operator.
+            detail: The fault, for the operator.
         """
         self.pending = None
         return [] if self._finished else self._end([], Halt(self._released, "fault", detail=detail))
 
     def _decision(self, probs: tuple[float, ...]) -> Decision | None:
-        """What the rule for the first token says of the first step; None elsewhere, and without such a rule."""
+        """The first-token rule's decision at the first step; None at other steps, and without such a rule."""
         rule, begun = self._policy.first_token, self._begun
         self._begun = True
         if rule is None or begun:
@@ -328,7 +327,7 @@ class Session:
         return rule.decide(dict(zip(self.trace.categories, probs, strict=True)), self._thresholds.values)
 
     def _affordable(self, action: str) -> str:
-        """The action, or `halt` where it would need more than is left of the budgets."""
+        """The action, or `halt` if it would exceed a budget."""
         policy = self._policy
         if not ACTIONS[action].intervenes:
             return action
@@ -351,17 +350,17 @@ class Session:
         if how == "replace":
             try:
                 text = self._policy.replacement_for(self.trace)
-            except Exception as error:  # The operator's function: without its text the alarm still halts.
+            except Exception as error:  # From the operator's function; without its text the alarm still halts.
                 detail = f"no replacement: {type(error).__name__}: {error}"
                 return self._end(events, Halt(self._released, "alarm", category, detail))
         return self._end(events, Halt(self._released, "alarm", category, text=text))
 
     def _accept(self, events: list[Event]) -> list[Event]:
-        """The newest token belongs to the response: its text is known from now on, and what may be is released."""
+        """Accepts the newest token as part of the response: decodes it and releases what may be released."""
         position = len(self.trace.token_ids) - 1
         try:
             piece = self._decode(self.trace.token_ids[-1]) or ""
-        except Exception as error:  # Whatever a tokenizer may raise: what cannot be shown whole is not shown.
+        except Exception as error:  # Any error of the tokenizer: text that cannot be decoded is not shown.
             detail = f"token {position} cannot be decoded: {type(error).__name__}: {error}"
             return self._end(events, Halt(self._released, "fault", detail=detail))
         self._pieces.append(piece)
@@ -395,6 +394,6 @@ class Session:
 
 def _refuse(what: str, pending: Review | None) -> NoReturn:
     if pending is not None:
-        raise RuntimeError(f"a session that waits for a verdict was {what}; give it to `answer` first")
+        raise RuntimeError(f"{what} called while a review is pending; call `answer` or `force` first")
     # Not an assertion: under `python -O` a stream would go on after its halt.
-    raise RuntimeError(f"a session that is over was {what} again; make a new one for every response")
+    raise RuntimeError(f"{what} called after the response was over; make a new session for every response")

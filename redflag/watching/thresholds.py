@@ -1,4 +1,4 @@
-"""Where an alarm begins: one score per category, and everything that makes the number mean something."""
+"""Thresholds: one score per category, with everything that the number depends on."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class Thresholds:
     Attributes:
         values: Category -> score at and above which an alarm is raised; finite, above 0.
         monitor: The monitor whose scores these are.
-        target_fpr: The false-alarm rate per benign response that was asked for; None when set by hand.
+        target_fpr: The requested false-alarm rate per benign response; None when set by hand.
         guarantee: `expected` (the rate holds on average over calibration sets), `high_probability` (it holds with
-            probability 1 - `delta` over them) or `manual` (nobody measured anything).
+            probability 1 - `delta` over them) or `manual` (set by hand, nothing was measured).
         delta: For `high_probability`.
-        joint: The rate is that of an alarm of *any* category, not of each one.
+        joint: Whether the rate is that of an alarm of *any* category, instead of each one.
         sample_size: Benign responses that the thresholds were set on.
         realised_fpr: Share of held-out benign responses with an alarm.
         interval: 95% Clopper-Pearson interval of `realised_fpr`.
@@ -40,13 +40,13 @@ class Thresholds:
         run_id: Run that trained the model.
         template_hash: Hash of the prompt template.
         logprob_mode: What the engine measures: `raw`, before temperature, bias and penalties; or another name.
-        suggested_hold_back: h with which, in the harmful responses of the calibration, the first alarm came in time to
-            keep the onset from being shown; None where too few had an onset.
-        thoughts: Thresholds for the thought before an answer, which may name harm without being harm, set on thoughts
-            alone; None: those of the answer hold.
+        suggested_hold_back: h with which, in the harmful responses of the calibration, the first alarm came before the
+            onset was shown; None if too few had an onset.
+        thoughts: Thresholds for the thought before an answer, which may name harm without being harmful, set on
+            thoughts only; None = those of the answer.
 
     Raises:
-        RedflagError: For values that contradict each other or cannot be.
+        RedflagError: Values are invalid or contradict each other.
     """
 
     values: Mapping[str, float]
@@ -68,37 +68,31 @@ class Thresholds:
     def __post_init__(self) -> None:
         self._check_values()
         if self.guarantee not in get_args(Guarantee):
-            raise RedflagError(
-                f"the guarantee is {self.guarantee!r}, which says nothing about false alarms; use one of "
-                f"{', '.join(get_args(Guarantee))}"
-            )
+            raise RedflagError(f"guarantee must be one of {', '.join(get_args(Guarantee))} (got {self.guarantee!r}).")
         needs = {"target_fpr": self.guarantee != "manual", "delta": self.guarantee == "high_probability"}
         for name, needed in needs.items():
             value = getattr(self, name)
             if (value is None and needed) or not (value is None or (_is_number(value) and 0 < value < 1)):
                 raise RedflagError(
-                    f"{name} is {value!r} under the guarantee {self.guarantee!r}, so nothing would be promised; give a "
-                    "number above 0 and below 1"
+                    f"{name} must be above 0 and below 1 under the guarantee {self.guarantee!r} (got {value!r})."
                 )
         rates = [rate for rate in (self.realised_fpr, *(self.interval or ())) if rate is not None]
         if not all(_is_number(rate) and 0 <= rate <= 1 for rate in rates) or len(self.interval or (0, 0)) != 2:
             raise RedflagError(
-                f"realised_fpr is {self.realised_fpr!r} with interval {self.interval!r}, but rates lie between 0 and "
-                "1; give one rate and two ends"
+                "realised_fpr and the two ends of interval must be between 0 and 1 (got "
+                f"{self.realised_fpr!r} and {self.interval!r})."
             )
         for name in ("sample_size", "held_out_size"):
             if type(value := getattr(self, name)) is not int or value < 0:
-                raise RedflagError(f"{name} is {value!r}, but it counts responses; give a whole number from 0 up")
+                raise RedflagError(f"{name} must be a whole number of at least 0 (got {value!r}).")
         for name in ("run_id", "template_hash", "logprob_mode"):
             if not isinstance(value := getattr(self, name), str):
-                raise RedflagError(f"{name} is {value!r}, and nothing can be compared with it; give a string")
+                raise RedflagError(f"{name} must be a string (got {value!r}).")
         suggested = self.suggested_hold_back
         if suggested is not None and (type(suggested) is not int or suggested < 0):
-            raise RedflagError(
-                f"suggested_hold_back is {suggested!r}, but it counts tokens that wait; give a whole number from 0 up"
-            )
+            raise RedflagError(f"suggested_hold_back must be a whole number of at least 0 (got {suggested!r}).")
         if type(self.joint) is not bool:
-            raise RedflagError(f"joint is {self.joint!r}, so it is open what the rate is of; give true or false")
+            raise RedflagError(f"joint must be true or false (got {self.joint!r}).")
         if self.thoughts is not None:
             self._check_thoughts(self.thoughts)
 
@@ -118,23 +112,21 @@ class Thresholds:
 
     @property
     def of_thoughts(self) -> Thresholds:
-        """Those that hold in a thought."""
+        """The thresholds for thoughts."""
         return self.thoughts or self
 
     def _check_values(self) -> None:
         if not isinstance(self.values, Mapping) or not self.values:
-            raise RedflagError(
-                f"the thresholds are {self.values!r}, so nothing would be watched; give one per category"
-            )
-        # A threshold one unit above 1 is what a calibration on saturated probabilities gives; 50 is a percentage.
+            raise RedflagError(f"the thresholds must map each category to a number (got {self.values!r}).")
+        # A calibration on saturated probabilities gives a threshold one unit above 1; 50 would be a percentage.
         highest = math.nextafter(1.0, 2.0) if AGGREGATIONS[self.monitor.aggregation].bounded else math.inf
         for category, value in self.values.items():
             if not isinstance(category, str):
-                raise RedflagError(f"{category!r} has a threshold but is no category's name; give strings")
+                raise RedflagError(f"categories of thresholds must be strings (got {category!r}).")
             if not _is_number(value) or not 0 < value <= highest or math.isinf(value):
                 raise RedflagError(
-                    f"the threshold of {category!r} is {value!r}, which every score or none would reach; give a number "
-                    f"above 0{'' if highest == math.inf else ' and at most 1'} for {self.monitor.aggregation!r} scores"
+                    f"the threshold of {category!r} must be above 0{'' if highest == math.inf else ' and at most 1'} "
+                    f"for {self.monitor.aggregation!r} scores (got {value!r})."
                 )
         object.__setattr__(self, "values", {category: float(value) for category, value in self.values.items()})
 
@@ -149,7 +141,7 @@ class Thresholds:
         template_hash: str = "",
         logprob_mode: str = "raw",
     ) -> Thresholds:
-        """One threshold for all categories, set by hand: the explicit way round a calibration, with no promise."""
+        """One threshold for all categories, set by hand instead of calibrated, without any guarantee."""
         return cls(
             values=dict.fromkeys(categories, value),
             monitor=monitor or MonitorConfig(),
@@ -159,12 +151,12 @@ class Thresholds:
         )
 
     def check(self, run_id: str, template_hash: str, logprob_mode: str, categories: Iterable[str]) -> None:
-        """Refuses to be used with anything but what the thresholds were calibrated with.
+        """Checks that thresholds are used with the model, template, mode and categories they were calibrated for.
 
         Args:
-            run_id: Run of the model at hand.
-            template_hash: Hash of the prompt template in force.
-            logprob_mode: What the engine at hand measures.
+            run_id: Run that trained the model in use.
+            template_hash: Hash of the prompt template in use.
+            logprob_mode: What the engine in use measures.
             categories: Categories of the model's flags, in any order.
 
         Raises:
@@ -178,15 +170,15 @@ class Thresholds:
         ):
             if theirs != ours:
                 raise RedflagError(
-                    f"the thresholds were calibrated for {what} {theirs!r} but {what} {ours!r} is in force, so their "
-                    "false-alarm rate does not hold; run `redflag calibrate` again for this model"
+                    f"{what} must be {theirs!r}, for which the thresholds were calibrated (got {ours!r}). Their "
+                    "false-alarm rate holds for nothing else. Run `redflag calibrate` again for this model."
                 )
 
     def save(self, directory: str | os.PathLike[str], name: str = THRESHOLDS_FILE) -> Path:
         """Writes `thresholds.json` (or another name) into an existing directory, whole or not at all.
 
         Raises:
-            RedflagError: When it cannot be written; an older file is then unchanged.
+            RedflagError: The file cannot be written; an older file is then unchanged.
         """
         path = Path(directory) / name
         record = {"format": THRESHOLDS_FORMAT, **self.to_dict()}
@@ -195,7 +187,7 @@ class Thresholds:
         return path
 
     def to_dict(self) -> dict[str, Any]:
-        """As it is written; without `thoughts` where there are none, so that older versions read it."""
+        """The contents of the file; without `thoughts` if there are none, so that older versions can read it."""
         record = asdict(self)
         thoughts = record.pop("thoughts")
         if self.thoughts is not None:
@@ -204,10 +196,10 @@ class Thresholds:
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Thresholds:
-        """From `to_dict` or `dataclasses.asdict` of thresholds, perhaps by way of JSON.
+        """Reads the result of `to_dict` or `dataclasses.asdict`, also after a round trip through JSON.
 
         Raises:
-            RedflagError: For values that contradict each other or cannot be.
+            RedflagError: Values are invalid or contradict each other.
         """
         interval = record["interval"]
         values = {**record, "monitor": MonitorConfig(**record["monitor"])}
@@ -220,29 +212,29 @@ class Thresholds:
         """Reads `thresholds.json` (or another name) of a directory.
 
         Raises:
-            RedflagError: When there is none, or it is not a whole file of this format.
+            RedflagError: The file does not exist, or is incomplete or of another format.
         """
         path = Path(directory) / name
         try:
             record = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
         except FileNotFoundError as error:
             raise RedflagError(
-                f"{path} does not exist, so it is unknown where an alarm begins; run `redflag calibrate --model "
+                f"{path} must exist: it holds the thresholds. Run `redflag calibrate --model "
                 f"{path.parent} --input rows.jsonl{' --prompts' if name == PROMPT_THRESHOLDS_FILE else ''}`, or set a "
-                "threshold by hand"
+                "threshold by hand."
             ) from error
         except OSError as error:
             raise RedflagError(
-                f"{path} cannot be read ({error.strerror}), so it is unknown where alarms begin; mend its permissions"
+                f"{path} cannot be read ({error.strerror}). It holds the thresholds. Fix its permissions."
             ) from error
         except (ValueError, RecursionError) as error:
             raise _spoilt(path, f"is not JSON ({error})") from error
         if not isinstance(record, dict):
-            raise _spoilt(path, "holds no object")
+            raise _spoilt(path, "is not an object")
         # Before the keys: another format may have other keys.
         if (version := record.pop("format", None)) != THRESHOLDS_FORMAT:
             raise _spoilt(path, f"has format {version!r}, and this version of redflag reads {THRESHOLDS_FORMAT}")
-        record.setdefault("suggested_hold_back", None)  # files of 0.1 have none
+        record.setdefault("suggested_hold_back", None)  # absent in older files
         for part in (record, record.get("thoughts")):
             if part is not None:
                 _check_keys(path, part, cls, {"thoughts"})
@@ -252,28 +244,28 @@ class Thresholds:
         try:
             return cls.of(record)
         except (OverflowError, RedflagError, TypeError) as error:
-            raise _spoilt(path, f"holds a value that cannot be: {error}") from error
+            raise _spoilt(path, f"holds an invalid value ({error})") from error
 
 
 def _check_keys(
     path: Path, record: Any, kind: type[Thresholds] | type[MonitorConfig], may_lack: Collection[str] = ()
 ) -> None:
     if not isinstance(record, dict):
-        what = "a monitor that is" if kind is MonitorConfig else "thoughts that are"
-        raise _spoilt(path, f"has {what} no object")
-    known = {item.name for item in fields(kind)}
-    if unknown := sorted(set(record) - known):
+        what = "a monitor" if kind is MonitorConfig else "thoughts"
+        raise _spoilt(path, f"has {what} that is not an object")
+    allowed = {item.name for item in fields(kind)}
+    if unknown := sorted(set(record) - allowed):
         raise _spoilt(path, f"has unknown keys {unknown}")
-    if missing := sorted(known - set(record) - set(may_lack)):
+    if missing := sorted(allowed - set(record) - set(may_lack)):
         raise _spoilt(path, f"lacks the keys {missing}")
 
 
 def _spoilt(path: Path, fault: str) -> RedflagError:
-    return RedflagError(f"{path} {fault}, so its thresholds cannot be trusted; run `redflag calibrate` again")
+    return RedflagError(f"{path} {fault}. Its thresholds cannot be trusted. Run `redflag calibrate` again.")
 
 
 def _is_number(value: Any) -> bool:
-    # Not NaN: it fails every comparison, and a threshold that is never reached would look like one that is.
+    # NaN is refused: it fails every comparison, so the threshold would silently never be reached.
     return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
 
 

@@ -13,7 +13,7 @@ from redflag.watching.thresholds import Thresholds
 
 
 class Crossing(NamedTuple):
-    """A score that has reached its threshold from below: of flag `k`, and what the policy does about it."""
+    """A score of flag `k` that has reached its threshold from below, and the policy's action."""
 
     k: int
     category: str
@@ -23,16 +23,10 @@ class Crossing(NamedTuple):
 
 
 class Watch:
-    """Scores and crossings, step by step. A thought and the answer behind it have one each: nothing is carried over."""
+    """Scores and crossings, step by step. A thought and its answer have separate ones; nothing is carried over."""
 
     def __init__(self, thresholds: Thresholds, policy: Policy, categories: Sequence[str]) -> None:
-        """Starts before the part's first step.
-
-        Args:
-            thresholds: Those of this part.
-            policy: What alarms lead to, and how long they are muted.
-            categories: K categories in the order of the flag probabilities.
-        """
+        """Starts before the part's first step; `categories` are in the order of the flag probabilities."""
         self._monitor = Monitor(thresholds.monitor, len(categories))
         self._rules = [(name, thresholds.values[name], policy.decide(name)) for name in categories]
         self._policy = policy
@@ -48,8 +42,8 @@ class Watch:
         return self._monitor.feed(probs)
 
     def crossings(self, scores: tuple[float, ...], decision: Decision | None = None) -> list[Crossing]:
-        """The categories that alarm at this step, in order; `decision` is made in place of the thresholds."""
-        found = []
+        """The categories that alarm at this step, in order; a `decision` replaces the thresholds."""
+        crossings = []
         for k, (category, threshold, action) in enumerate(self._rules):
             score, above = scores[k], scores[k] >= threshold
             if self._mute[k]:
@@ -58,12 +52,12 @@ class Watch:
             if decision is not None:
                 score, threshold, above = decision.probability, decision.limit, category == decision.category
             if above and not self._above[k]:
-                found.append(Crossing(k, category, score, threshold, action))
+                crossings.append(Crossing(k, category, score, threshold, action))
             self._above[k] = above
-        return found
+        return crossings
 
     def mute(self, flags: Sequence[int]) -> None:
-        """An alarm of these was reviewed: no further one until the score has fallen."""
+        """Mutes the alarms of these flags, after a review, until the score has fallen."""
         for k in flags:
             self._mute[k] = self._policy.mute_limit
             self._above[k] = False
@@ -74,7 +68,7 @@ class Watch:
 
 
 def check_fit(thresholds: Thresholds, policy: Policy, categories: Sequence[str], thought: bool = False) -> None:
-    """Refuses thresholds, a policy and flags that do not belong together.
+    """Checks that thresholds, policy and flags match.
 
     Raises:
         RedflagError: A category has no threshold, a threshold or action no category, or the policy decides before the
@@ -82,14 +76,11 @@ def check_fit(thresholds: Thresholds, policy: Policy, categories: Sequence[str],
     """
     if len(set(categories)) != len(categories) or set(categories) != set(thresholds.values):
         raise RedflagError(
-            f"the flags are {list(categories)} but there are thresholds for {list(thresholds.values)}, so "
-            "something would go unwatched; give exactly one threshold per flag"
+            f"thresholds must name exactly the flags {list(categories)} (got {list(thresholds.values)}). A flag "
+            "without threshold would go unwatched."
         )
     if unknown := sorted(set(policy.actions) - set(categories)):
-        raise RedflagError(
-            f"the policy has actions for {unknown}, but the flags are {list(categories)}, so those actions would "
-            "never be taken; mend the names"
-        )
+        raise RedflagError(f"actions must name flags among {list(categories)} (got {unknown}). Fix the names.")
     if policy.first_token is None:
         return
     policy.first_token.check(thresholds)

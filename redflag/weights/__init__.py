@@ -1,1 +1,1 @@
-"""What a model is computed with: files, types and devices, memory, the cache of its last prompt."""
+"""Weights: GGUF files, types and devices, memory between steps, the cache of the last prompt."""

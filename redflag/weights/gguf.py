@@ -1,4 +1,4 @@
-"""Models in one GGUF file, as llama.cpp and Ollama have them: read with ordinary weights, by transformers."""
+"""Models in one GGUF file, as llama.cpp and Ollama use them, read by transformers into ordinary weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from redflag.errors import RedflagError
 
 
 def is_gguf(name: str | Path) -> bool:
-    """Whether a model's name means a GGUF file."""
+    """Whether a model's name is that of a GGUF file."""
     return str(name).lower().endswith(".gguf")
 
 
@@ -38,7 +38,7 @@ def read_gguf_tokenizer(name: str | Path) -> Any:
         RedflagError: The file isn't there, or the package gguf is not installed.
     """
     file = _file(name)
-    # An empty folder, since transformers would take the tokenizer of any other file that lies beside this one.
+    # An empty folder, since transformers would read the tokenizer of other files beside this one.
     with tempfile.TemporaryDirectory() as empty:
         tokenizer = AutoTokenizer.from_pretrained(empty, gguf_file=file)
     return _as_in_file(tokenizer, file)
@@ -57,13 +57,13 @@ def read_gguf_weights(name: str | Path, dtype: Any = "auto") -> tuple[Any, set[s
     file = _file(name)
     whole = GgufConfig(dequantize=True)
     with tempfile.TemporaryDirectory() as empty:
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, loading_info = AutoModelForCausalLM.from_pretrained(
             empty, gguf_file=file, dtype=dtype, quantization_config=whole, output_loading_info=True
         )
-    # The temporary folder, and the file's own title under a name that is taken for a folder.
+    # The temporary folder and the file's title must not be saved as the model's name.
     vars(model.config).pop("_model_name_or_path", None)
     model.name_or_path = model.config.name_or_path = ""
-    return model, set(found["missing_keys"])
+    return model, set(loading_info["missing_keys"])
 
 
 def _file(name: str | Path) -> str:
@@ -71,16 +71,16 @@ def _file(name: str | Path) -> str:
     path = Path(name)
     if not path.is_file():
         raise RedflagError(
-            f"{name} must be a GGUF file on this machine (there is none). Files on the hub are not fetched: download "
-            "it first"
+            f"{name} must be a GGUF file on this machine (it does not exist). Files on the hub are not fetched. "
+            "Download it first."
         )
     if find_spec("gguf") is None:
-        raise RedflagError(f"{name} needs the package gguf to be read (it is not installed). pip install gguf")
+        raise RedflagError(f"the package gguf must be installed to read {name}. pip install gguf")
     return str(path.absolute())
 
 
 def _as_in_file(tokenizer: Any, file: str) -> Any:
-    """The tokenizer, less what transformers adds to the file's, and with the file's rule for digits."""
+    """The tokenizer without the token that transformers adds, and with the file's rule for digits."""
     from gguf import GGUFReader
 
     reader = GGUFReader(file)
@@ -95,8 +95,8 @@ def _as_in_file(tokenizer: Any, file: str) -> Any:
         fast = Tokenizer.from_str(json.dumps(described))
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=fast, chat_template=tokenizer.chat_template, **roles)
     if rule is not None and rule.contents() == "smollm":
-        # Digits one by one before all else; transformers splits as GPT-2. No merge joins digits in either case, but a
-        # line break before one is another token, as in numbered lists.
+        # The file splits digits first, one by one; transformers splits as GPT-2 does. No merge joins digits in either
+        # case, but a line break before a digit becomes another token, as in numbered lists.
         fast = tokenizer.backend_tokenizer
         fast.pre_tokenizer = Sequence([Digits(individual_digits=True), fast.pre_tokenizer])
     return tokenizer

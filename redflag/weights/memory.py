@@ -1,8 +1,8 @@
-"""Training on a CPU keeps the memory of its large tensors from step to step, where glibc would return it each time.
+"""Keeps the memory of large tensors between steps of training on a CPU, which glibc would return each time.
 
-glibc asks the kernel for every tensor of more than 32 MB, and gives it back with the tensor; what is asked for anew is
-zeroed and faulted in page by page, which can cost as much as the arithmetic. Memory that is never given back is cut
-into pieces by batches of many lengths, and grows. So it is kept, and given back as a whole when it has grown.
+glibc asks the kernel for every tensor of more than 32 MB, and returns the memory with the tensor; new memory is zeroed
+and faulted in page by page, which can cost as much as the arithmetic. Memory that is never returned is fragmented by
+batches of many lengths, and grows. So it is kept, and returned as a whole when it has grown.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from transformers import TrainerCallback
 
 _KEEP = {-4: 0, -1: 2**31 - 1, -2: 1 << 28}  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
 _RETURN = {-4: 65_536, -1: 1 << 17, -2: 1 << 17}  # glibc's defaults
-_OTHERS = ("tcmalloc", "jemalloc", "mimalloc")  # preloaded, they keep memory by themselves
-_GROWTH = 1.5  # times what a step needs that began with nothing kept; docs/log.md has others
+_OTHERS = ("tcmalloc", "jemalloc", "mimalloc")  # allocators that keep memory themselves, if preloaded
+_GROWTH = 1.5  # limit, as a multiple of what a step without kept memory needs; docs/log.md compares others
 
 
 class KeepMemory(TrainerCallback):
-    """Does so while a model trains on the CPU, in programs that use glibc's allocator; otherwise nothing."""
+    """Keeps memory while a model trains on the CPU with glibc's allocator; does nothing otherwise."""
 
     def __init__(self) -> None:
         self._libc: Any = None
@@ -30,13 +30,13 @@ class KeepMemory(TrainerCallback):
         self._fresh = True
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Keeps memory from now on."""
+        """Starts keeping memory."""
         self._libc = _glibc() if args.device.type == "cpu" else None
         self._needed, self._fresh = 0, True
         self._set(_KEEP)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Returns what has become too much."""
+        """Returns the memory if it has grown too much."""
         if self._libc is None:
             return
         held = _held()
@@ -49,7 +49,7 @@ class KeepMemory(TrainerCallback):
     on_substep_end = on_prediction_step = on_step_end
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leaves everything as it was."""
+        """Restores glibc's defaults and returns the memory."""
         self._set(_RETURN)
         if self._libc is not None:
             self._libc.malloc_trim(0)
@@ -73,5 +73,5 @@ def _glibc() -> Any:
 
 
 def _held() -> int:
-    """Bytes of memory that the process holds."""
+    """Resident memory of the process, bytes."""
     return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")

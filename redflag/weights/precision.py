@@ -1,8 +1,8 @@
-"""Device, weights' type and autocast: chosen in one place, by what the machine can do.
+"""Device, weights' type and autocast, chosen in one place by what the machine supports.
 
 bfloat16 is used where it is fast, as autocast around float32 weights or as the weights' own type. On a processor
 without the instructions it is emulated, some fifty times slower. What is *saved* does not depend on the machine: the
-folder has the type of the base model, unless another one is asked for.
+folder has the type of the base model, unless another one is given.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NARROW_DEVICES = {"mps"}
 
 @dataclass(frozen=True)
 class Machine:
-    """What there is to compute on; the last two say where bfloat16 matrix products run in hardware."""
+    """The available devices; the last two fields say where bfloat16 matrix products run in hardware."""
 
     cuda: bool = False
     mps: bool = False
@@ -33,7 +33,7 @@ class Machine:
 
     @classmethod
     def here(cls) -> Machine:
-        """This machine; REDFLAG_BF16=on or off overrides what its devices say of bfloat16."""
+        """This machine; REDFLAG_BF16=on or off overrides its devices' support of bfloat16."""
         forced = os.environ.get(BF16_VARIABLE, "")
         if forced not in ("", "on", "off"):
             raise RedflagError(
@@ -48,7 +48,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Precision:
-    """What training runs in.
+    """Device and types of training.
 
     Attributes:
         device: "cuda", "mps" or "cpu".
@@ -72,16 +72,16 @@ def choose_precision(
     fp16: bool = False,
     use_cpu: bool = False,
 ) -> Precision:
-    """Chooses for training; explicit options win.
+    """Chooses device and types for training; explicit options win.
 
     Args:
-        machine: What there is.
-        stored: Type of the base model's weights as they lie on disk.
-        dtype: Type to train and save the weights in; "auto" saves as stored and trains in float32 where that type
-            is slow here or, as float16, overflows.
-        bf16: Autocast; None = where it is fast.
-        fp16: float16 autocast was asked for, which excludes the other.
-        use_cpu: Leave an accelerator alone.
+        machine: The available devices.
+        stored: Type of the base model's weights on disk.
+        dtype: Type to train and save the weights in; "auto" saves as stored and trains in float32 if that type is slow
+            on this machine or, as float16, overflows.
+        bf16: bfloat16 autocast; None = where it is fast.
+        fp16: float16 autocast, which excludes bf16.
+        use_cpu: Do not use an accelerator.
 
     Raises:
         RedflagError: An option is not supported on this machine.
@@ -105,7 +105,7 @@ def choose_precision(
 
 
 def inference_device() -> str:
-    """The device of "auto". Apple's GPU has to be asked for by name: no figures were measured there."""
+    """The device for "auto". Apple's GPU is used only if given by name: nothing was measured there."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -117,5 +117,5 @@ def widest(device: Any) -> torch.dtype:
 def _cpu_has_bf16() -> bool:
     try:
         return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    except AttributeError:  # private names of torch: without them, assume the slow and exact way
+    except AttributeError:  # private names of torch; without them, assume no hardware support
         return False

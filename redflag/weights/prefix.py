@@ -1,6 +1,6 @@
-"""The keys and values of the last prompt and response, kept for the next prompt that begins alike.
+"""Caches the keys and values of the last prompt and response for the next prompt with the same beginning.
 
-Stopping a stream, editing its end and streaming again costs only the edited part. One cache is kept, no more.
+Stopping a stream, editing its end and streaming again costs only the edited part. Only one cache is kept.
 """
 
 from __future__ import annotations
@@ -18,32 +18,32 @@ class PrefixSlot:
         self._kept: tuple[Any, list[int]] | None = None
 
     def put(self, cache: Any, token_ids: list[int]) -> None:
-        """Keeps a cache that holds exactly `token_ids`, in place of the one kept before."""
+        """Stores a cache that holds exactly `token_ids`, in place of the previous one."""
         with self._lock:
             self._kept = (cache, token_ids)
 
     def take(self, token_ids: Sequence[int]) -> tuple[Any, int] | None:
-        """Hands out the kept cache, cut back to what it has in common with a prompt.
+        """Returns the stored cache, cropped to the common prefix with a prompt.
 
         Args:
             token_ids: The new prompt.
 
         Returns:
             The cache and how many of the prompt's tokens it holds: at least one, and at most all but the last, which
-            has to be run to get logits. None when nothing can be used; what was kept is freed then.
+            must be run to get logits. None if nothing can be reused; the stored cache is then freed.
         """
         with self._lock:
-            kept, self._kept = self._kept, None
-        if kept is None:
+            cached, self._kept = self._kept, None
+        if cached is None:
             return None
-        cache, cached_ids = kept
+        cache, cached_ids = cached
         common = _common_prefix(cached_ids, token_ids[:-1])
         if common == 0 or not crop(cache, len(cached_ids) - common):
             return None
         return cache, common
 
     def clear(self) -> None:
-        """Frees what is kept."""
+        """Frees the stored cache."""
         with self._lock:
             self._kept = None
 
@@ -51,11 +51,11 @@ class PrefixSlot:
 def crop(cache: Any, count: int) -> bool:
     """Removes the last `count` tokens from a transformers cache, if that leaves exactly the earlier state.
 
-    A sliding-window layer that has filled its window has forgotten the keys which the shorter state would see, and a
-    recurrent layer cannot be run backwards: their caches are not cut.
+    A sliding-window layer that has filled its window has dropped keys that the shorter state would need, and a
+    recurrent layer cannot be rewound: their caches are not cropped.
 
     Returns:
-        Whether the cache is now shorter by `count`; otherwise it is as it was.
+        Whether the cache is now shorter by `count`; otherwise it is unchanged.
     """
     if count == 0:
         return True
@@ -64,7 +64,7 @@ def crop(cache: Any, count: int) -> bool:
         recurrent = hasattr(layer, "conv_states")
         if window_full or recurrent or not getattr(layer, "is_croppable", True):
             return False
-    # A negative number means "remove so many" in all of transformers 5; a positive one changed its meaning.
+    # A negative number means "remove this many" in all of transformers 5; the meaning of a positive one has changed.
     cache.crop(-count)
     return True
 

@@ -232,7 +232,7 @@ def test_interleaved_streams_do_not_disturb_each_other(any_backend):
 
 @pytest.mark.parametrize(
     ("prompt", "named"),
-    [([], "no tokens"), ([20] * 64, "64 tokens"), ([20] * 100, "100 tokens")],
+    [([], "at least one token"), ([20] * 64, "64 tokens"), ([20] * 100, "100 tokens")],
 )
 def test_a_prompt_that_cannot_be_continued_is_refused_at_once(any_backend, prompt, named):
     with pytest.raises(RedflagError, match=named):

@@ -94,7 +94,7 @@ def test_a_file_that_is_replaced_is_another_model_to_the_baselines(tmp_path, wor
 
 
 def test_what_cannot_be_read_is_one_sentence(tmp_path, words, monkeypatch):
-    with pytest.raises(RedflagError, match=r"must be a GGUF file on this machine \(there is none\)"):
+    with pytest.raises(RedflagError, match=r"must be a GGUF file on this machine \(it does not exist\)"):
         read_model("owner/name/m.gguf")
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"no such thing")
@@ -106,7 +106,7 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path, words, monkeypatch):
             read(other)
     find = importlib.util.find_spec
     monkeypatch.setattr("redflag.weights.gguf.find_spec", lambda name: None if name == "gguf" else find(name))
-    with pytest.raises(RedflagError, match=r"needs the package gguf .* pip install gguf"):
+    with pytest.raises(RedflagError, match=r"the package gguf must be installed .* pip install gguf"):
         read_model(other)
 
 

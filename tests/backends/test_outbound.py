@@ -140,9 +140,7 @@ def test_this_machine_is_asked_directly_whatever_the_environment_says(environmen
 def test_a_proxy_that_does_not_help_is_named_as_the_reason(refused: bool, environment: pytest.MonkeyPatch) -> None:
     with proxy() as (address, seen):
         environment.setenv("HTTPS_PROXY", address if refused else "http://127.0.0.1:9")
-        with pytest.raises(
-            RedflagError, match=r"https://gpu\.invalid does not answer .*mend HTTP_PROXY or HTTPS_PROXY"
-        ):
+        with pytest.raises(RedflagError, match=r"https://gpu\.invalid does not answer .*fix HTTP_PROXY or HTTPS_PROXY"):
             handshake(RemoteBackend("https://gpu.invalid", [FLAG], [EOS]))
     assert [request for request, _ in seen] == ["CONNECT gpu.invalid:443"] * refused
 

@@ -120,10 +120,10 @@ LAST = choice(EOS, {EOS: -0.1, FLAG: -4.0}, "stop")
         ([FIRST, chunk(choices=[{"index": 0, "delta": {"reasoning": "x"}}])], "without log-probabilities"),
         ([FIRST, chunk(choices=[{"index": 0, "delta": {"tool_calls": [{}]}}])], "without log-probabilities"),
         ([FIRST, chunk(choices=[GOOD]), chunk(choices=[GOOD | {"finish_reason": "stop"}])], "end-of-sequence ids"),
-        ([FIRST, chunk(choices=[GOOD]), DONE], "without saying that the response is over"),
+        ([FIRST, chunk(choices=[GOOD]), DONE], "without a finish_reason"),
         ([FIRST, chunk(choices=[GOOD | {"index": 1}])], "second response"),
         ([FIRST, chunk(choices=[GOOD | {"token_ids": [9, 9]}])], "2 tokens"),
-        ([FIRST, chunk(choices=[GOOD | {"logprobs": {"content": [5]}}])], "another shape"),
+        ([FIRST, chunk(choices=[GOOD | {"logprobs": {"content": [5]}}])], "unexpected shape"),
     ],
 )
 def test_what_cannot_be_judged_is_a_fault(items, named):

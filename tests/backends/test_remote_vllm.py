@@ -241,7 +241,7 @@ def test_a_bound_is_refused_where_a_neighbour_in_the_batch_takes_it_away(vllm_na
         try:
             return [step async for step in backend.astream(prompt, Sampling(max_new_tokens=30, temperature=0.0))]
         except ConnectionError as error:
-            assert "not the 20 greatest" in str(error)
+            assert "not the 20 largest" in str(error)
             return None
 
     async def both():

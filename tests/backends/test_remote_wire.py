@@ -125,26 +125,26 @@ def test_an_answer_gives_the_same_steps_however_it_is_cut(number, data):
         (event([9], TOPS[:1]).replace(b"token_id:9", b"cat"), "its id is not certain"),
         (event([9], TOPS[:1], token_ids=...).replace(b"token_id:9", b"cat"), "instead of its id"),
         (event([5], [{5: -0.1, 6: -3.0}]), "token 5, which logit_bias bans"),
-        (event([9], [{9: -1.0, 5: 0.5, 6: -3.0}]), "0.5, which is no log-probability"),
+        (event([9], [{9: -1.0, 5: 0.5, 6: -3.0}]), "0.5, which is not a log-probability"),
         (event([9], [{9: -1.0, 5: math.inf, 6: -3.0}]), "no log-probability"),
-        (event([9], [{9: -1.0, 5: "low", 6: -3.0}]), "another shape"),
+        (event([9], [{9: -1.0, 5: "low", 6: -3.0}]), "unexpected shape"),
         (event([9], TOPS[:1], index=1), "second response"),
         (event([9], TOPS[:1], prompt_token_ids=[7]), "changed the prompt"),
         (event([9], TOPS[:1], "abort"), "finish_reason 'abort'"),
         (event([9], TOPS[:1], "content_filter"), "finish_reason 'content_filter'"),
         (event([9], TOPS[:1], "stop"), "ended the response at token 9"),
         (event([], [], "stop", text=""), "ended the response at token None"),
-        (event([1, 9], [TOPS[2], TOPS[0]]), "went on after the end"),
-        (event([1], TOPS[2:]) + event([9], TOPS[:1]), "went on after the end"),
-        (b"data: [DONE]\n\n", "without saying that the response is over"),
-        (b"data: [1]\n\n", "another shape"),
-        (b"data: 7\n\n", "another shape"),
-        (b'data: {"choices": 7}\n\n', "another shape"),
-        (b'data: {"choices": [7]}\n\n', "another shape"),
-        (b"data: {}\n\n", "another shape"),
+        (event([1, 9], [TOPS[2], TOPS[0]]), "continued after the end"),
+        (event([1], TOPS[2:]) + event([9], TOPS[:1]), "continued after the end"),
+        (b"data: [DONE]\n\n", "without a finish_reason"),
+        (b"data: [1]\n\n", "unexpected shape"),
+        (b"data: 7\n\n", "unexpected shape"),
+        (b'data: {"choices": 7}\n\n', "unexpected shape"),
+        (b'data: {"choices": [7]}\n\n', "unexpected shape"),
+        (b"data: {}\n\n", "unexpected shape"),
         (b"data: {\n\n", "not JSON"),
         (b'data: {"a": "\xff"}\n\n', "not JSON"),
-        (b"data: " + b"[" * 100_000 + b"\n\n", "another shape|not JSON"),
+        (b"data: " + b"[" * 100_000 + b"\n\n", "unexpected shape|invalid JSON"),
         (b'data: {"error": {"message": "out of memory", "code": 500}}\n\n', "failed: out of memory"),
         (b'data: {"error": "gone"}\n\n', "failed: gone"),
     ],
@@ -169,14 +169,14 @@ BOTH = {667: -1.0, 9: -7.0, 5: -3.0, 6: -4.0}
 @pytest.mark.parametrize(
     ("chunk", "named"),
     [
-        (own([FIRST, FIRST]), "token_id:9 is not among its own"),  # copied
-        (own([SECOND, FIRST]), "token_id:667 is not among its own"),  # shifted
-        (own([{5: -3.0, 6: -4.0}, SECOND]), "token_id:667 is not among its own"),
+        (own([FIRST, FIRST]), "token_id:9 is not among them"),  # copied
+        (own([SECOND, FIRST]), "token_id:667 is not among them"),  # shifted
+        (own([{5: -3.0, 6: -4.0}, SECOND]), "token_id:667 is not among them"),
         (own([BOTH, BOTH], [-1.0, -2.0]), "token_id:9 has -7.0 there, and -2.0 by itself"),
         (own([FIRST, SECOND], [-1.0, None]), "token_id:9 has -2.0 there, and None by itself"),
         (own([FIRST, SECOND], [math.nan, -2.0]), "of another token"),
         (own([FIRST, SECOND], [-1.0]), "2 tokens with 2 sets"),
-        (own([FIRST, SECOND], ["-1.0", -2.0]), "another shape"),
+        (own([FIRST, SECOND], ["-1.0", -2.0]), "unexpected shape"),
     ],
 )
 def test_log_probabilities_of_another_token_are_a_fault(chunk, named):
@@ -255,7 +255,7 @@ def test_an_upper_bound_is_never_below_the_probability(logits, flag, chosen):
     "top", [twenty(without=[105, 106]), {9: -1.0, 0: -9999.0}, {**twenty(), 119: -9999.0}, {9: -1.0}]
 )
 def test_fewer_than_twenty_bound_nothing(top):
-    with pytest.raises(ConnectionError, match="not the 20 greatest"):
+    with pytest.raises(ConnectionError, match="not the 20 largest"):
         reader(measured=[5], banned=[5], upper_bound=True).feed(event([9], [top]))
 
 

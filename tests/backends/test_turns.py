@@ -46,7 +46,7 @@ def test_a_given_response_is_scored_by_the_thread_in_its_turn():
         assert await stream == whole(1, 4)
         assert scored == [([([3, 4], [5])], next(iter(engine.threads)), 4)], "the stream had the place before"
         del engine.score
-        with pytest.raises(RedflagError, match="cannot score given responses"):
+        with pytest.raises(RedflagError, match="scoring given responses is not supported"):
             await turns.score([3], [4])
         assert turns.depth() == Depth(active=0, waiting=0)
         await turns.aclose()

@@ -98,14 +98,24 @@ def test_whatever_csv_writes_is_read_as_it_was(records: list[dict[str, str]], ki
 
 # What is wrong -> name, bytes, (line, reason) of everything that is bad, and the number of records that are not.
 DAMAGED: dict[str, tuple[str, bytes, list[tuple[int, str]], int]] = {
-    "a row too short": ("r.csv", b"a,b\n1,2\n3\n4,5\n", [(3, "1 cells where the header names 2 columns")], 2),
-    "a row too long": ("r.csv", b'a,b\n"1\n1",2\n3,4,5\n', [(4, "3 cells where the header names 2 columns")], 1),
+    "a row too short": (
+        "r.csv",
+        b"a,b\n1,2\n3\n4,5\n",
+        [(3, "the number of cells must be that of the header, 2 (got 1)")],
+        2,
+    ),
+    "a row too long": (
+        "r.csv",
+        b'a,b\n"1\n1",2\n3,4,5\n',
+        [(4, "the number of cells must be that of the header, 2 (got 3)")],
+        1,
+    ),
     "an open quote": ("r.csv", b'a,b\n1,2\n"3,4\n', [(3, "malformed CSV (unexpected end of data)")], 1),
     "text behind a quote": ("r.csv", b'a,b\n"1"x,2\n3,4\n', [(2, "malformed CSV (',' expected after '\"')")], 1),
     "a column twice": (
         "r.csv",
         b"a,b,a\n1,2,3\n",
-        [(1, "the header names the column 'a' more than once: rename one")],
+        [(1, "the header must name each column once (got 'a' twice). Rename one")],
         0,
     ),
     "no UTF-8 in CSV": ("r.csv", b"a,b\n1,\xff\n", [(2, "not UTF-8 (byte 6)")], 0),
@@ -151,7 +161,7 @@ def test_only_a_format_of_text_makes_numbers_of_text(tmp_path: Path) -> None:
     (row,) = load_rows(tmp_path / "rows.csv").rows
     assert (row.onset, row.forecast, row.id) == (3, [[0, 0.5]], "007")
     assert isinstance(read("r.csv", b"a\n1\n")[0][1], TextRecord)
-    for cell, reason in (("-1", "onset is -1, outside"), ("x", "onset is not a whole number but the text 'x'")):
+    for cell, reason in (("-1", "onset is -1, outside"), ("x", "onset must be a whole number (got the text 'x')")):
         (tmp_path / "rows.csv").write_text(f"{header}\n{cells.replace(',3,', f',{cell},')}\n")
         with pytest.raises(RedflagError, match=reason):
             load_rows(tmp_path / "rows.csv")
@@ -189,7 +199,9 @@ def test_a_folder_is_read_in_order_whatever_its_files_are_but_for_json(tmp_path:
     only = tmp_path / "only"
     only.mkdir()
     (only / "rows.json").write_text(json.dumps(RECORDS))
-    with pytest.raises(RedflagError, match=r"holds no rows \(.json files are read where they are named\)"):
+    with pytest.raises(
+        RedflagError, match=r"must hold files .* \(got none \(.json files are read only if named themselves\)\)"
+    ):
         load_rows(only)
     assert len(load_rows(str(only / "*.json"))) == 2
 

@@ -76,11 +76,11 @@ def test_training_on_topics_is_warned_of_before_it_is_refused(here, capsys):
     out, err = capsys.readouterr()
     assert "20 rows: 20 harmful, 0 harmless" in out
     assert "warning: every row has a category, so all 20 count as harmful." in out
-    assert "none of the 18 training rows is harmless" in err
+    assert "got 18 rows, none of them harmless" in err
     assert cli.main([*argv, "--columns", '{"category": null}']) == 2
     out, err = capsys.readouterr()
     assert "20 rows: 0 harmful, 20 harmless" in out and "warning" not in out
-    assert "none of the 18 training rows is harmful" in err
+    assert "got 18 rows, none of them harmful" in err
 
 
 @pytest.mark.parametrize("kind", ["csv", "json", "parquet"])
@@ -169,9 +169,9 @@ def test_a_wrong_column_is_one_sentence_of_the_verb(here, capsys):
     argv = ["score", "--model", "model", "--input", "rows.csv", "--output", "out.jsonl", "--columns"]
     for columns, sentence in {
         '{"prompt": "asked"}': "rows.csv:2: no column 'asked', which columns maps",
-        '{"question": "prompt"}': "columns maps 'question', which is no key of a row",
+        '{"question": "prompt"}': "columns must map keys of a row: .* \(got 'question'\)",
         '{"response": 3}': "columns must map 'response' to a column, a list of columns or null (got 3)",
-        "{}": """If these columns hold it, give --columns '{"prompt": "question", "response": "answer"}'""",
+        "{}": """If these columns hold it, add --columns '{"prompt": "question", "response": "answer"}'""",
     }.items():
         assert cli.main([*argv, columns]) == 2
         (line,) = capsys.readouterr().err.splitlines()

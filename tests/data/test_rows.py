@@ -32,12 +32,12 @@ BAD: dict[str, tuple[str | bytes, str]] = {
     "cut off": ('{"messages": [{"role": "us', "malformed JSON"),
     "not UTF-8": (b'{"messages": "\xff\xfe"}', "not UTF-8"),
     "nested without end": ("[" * 100_000, "malformed JSON"),
-    "a list": ("[1, 2]", "not an object but a list"),
-    "a text": ('"hello"', "not an object but the text 'hello'"),
-    "null": ("null", "not an object but null"),
+    "a list": ("[1, 2]", "a record must be an object (got a list)"),
+    "a text": ('"hello"', "a record must be an object (got the text 'hello')"),
+    "null": ("null", "a record must be an object (got null)"),
     "nothing in it": ("{}", "neither messages nor prompt"),
     "messages a text": ('{"messages": "hi"}', "messages is not a list"),
-    "messages empty": ('{"messages": []}', "messages is empty"),
+    "messages empty": ('{"messages": []}', "messages must not be empty"),
     "message a text": ('{"messages": ["hi"]}', "message 0 is not an object"),
     "no assistant turn": (json.dumps({"messages": [USER]}), "no assistant turn"),
     "assistant not last": (json.dumps({"messages": [USER, ANSWER, USER]}), "the last turn is the user's"),
@@ -51,29 +51,35 @@ BAD: dict[str, tuple[str | bytes, str]] = {
     "no role": (json.dumps({"messages": [{"content": "x"}, ANSWER]}), "role None"),
     "content a list": (
         json.dumps({"messages": [{"role": "user", "content": [{"type": "text"}]}, ANSWER]}),
-        "not text but a list",
+        "must be text or text parts",
     ),
-    "content null": (json.dumps({"messages": [USER, {"role": "assistant", "content": None}]}), "not text but null"),
+    "content null": (
+        json.dumps({"messages": [USER, {"role": "assistant", "content": None}]}),
+        "must be text (got null)",
+    ),
     "half a character": (
         json.dumps({"messages": [{"role": "user", "content": "\ud83d"}, ANSWER]}),
         "lone surrogate at 0",
     ),
-    "onset a text": (json.dumps({**GOOD, "category": "harm", "onset": "3"}), "onset is not a whole number"),
-    "onset a fraction": (json.dumps({**GOOD, "category": "harm", "onset": 3.0}), "onset is not a whole number but 3.0"),
-    "onset a truth value": (json.dumps({**GOOD, "category": "harm", "onset": True}), "onset is not a whole number"),
+    "onset a text": (json.dumps({**GOOD, "category": "harm", "onset": "3"}), "onset must be a whole number"),
+    "onset a fraction": (
+        json.dumps({**GOOD, "category": "harm", "onset": 3.0}),
+        "onset must be a whole number (got 3.0)",
+    ),
+    "onset a truth value": (json.dumps({**GOOD, "category": "harm", "onset": True}), "onset must be a whole number"),
     "onset negative": (json.dumps({**GOOD, "category": "harm", "onset": -1}), "onset is -1, outside"),
-    "onset past the end": (json.dumps({**GOOD, "category": "harm", "onset": 16}), "outside the response of 16 char"),
-    "onset without category": (json.dumps({**GOOD, "onset": 3}), "a harmless response has no onset"),
-    "category a number": (json.dumps({**GOOD, "category": 3}), "category is not a name"),
-    "category empty": (json.dumps({**GOOD, "category": ""}), "category is not a name"),
+    "onset past the end": (json.dumps({**GOOD, "category": "harm", "onset": 16}), "within the response of 16 char"),
+    "onset without category": (json.dumps({**GOOD, "onset": 3}), "onset must be left out in a row without category"),
+    "category a number": (json.dumps({**GOOD, "category": 3}), "category must be a name"),
+    "category empty": (json.dumps({**GOOD, "category": ""}), "category must be a name"),
     "category misspelt": (json.dumps({**GOOD, "catgory": "harm"}), "'catgory', which looks like 'category'"),
     "onset misspelt": (json.dumps({**GOOD, "category": "harm", "Onset": 3}), "'Onset', which looks like 'onset'"),
     "label misspelt": (json.dumps({**GOOD, "labels": "harmful"}), "'labels', which looks like 'label'"),
-    "forecast a number": (json.dumps({**GOOD, "forecast": 0.5}), "forecast is not a list"),
-    "forecast without probability": (json.dumps({**GOOD, "forecast": [[0]]}), "forecast 0 is not [character, prob"),
-    "forecast a text": (json.dumps({**GOOD, "forecast": [[0, "0.5"]]}), "forecast 0 is not [character, probability]"),
-    "forecast of truth": (json.dumps({**GOOD, "forecast": [[0, True]]}), "forecast 0 is not [character, probability]"),
-    "forecast between characters": (json.dumps({**GOOD, "forecast": [[0.5, 0]]}), "forecast 0 holds 0.5 where a whole"),
+    "forecast a number": (json.dumps({**GOOD, "forecast": 0.5}), "forecast must be a list"),
+    "forecast without probability": (json.dumps({**GOOD, "forecast": [[0]]}), "forecast 0 must be [character, prob"),
+    "forecast a text": (json.dumps({**GOOD, "forecast": [[0, "0.5"]]}), "forecast 0 must be [character, probability]"),
+    "forecast of truth": (json.dumps({**GOOD, "forecast": [[0, True]]}), "forecast 0 must be [character, probability]"),
+    "forecast between characters": (json.dumps({**GOOD, "forecast": [[0.5, 0]]}), "forecast 0 must hold whole numbers"),
     "forecast behind the end": (json.dumps({**GOOD, "forecast": [[0, 0], [16, 1]]}), "forecast 1 is at 16, outside"),
     "forecast before the beginning": (json.dumps({**GOOD, "forecast": [[-1, 0]]}), "forecast 0 is at -1, outside"),
     "forecasts in no order": (
@@ -81,16 +87,16 @@ BAD: dict[str, tuple[str | bytes, str]] = {
         "forecast 1 is at 4 and the one befo",
     ),
     "forecast above 1": (json.dumps({**GOOD, "forecast": [[0, 1.01]]}), "forecast 0 is 1.01: it is a probability"),
-    "forecast no number": ('{"prompt": "Hi", "response": "Ho", "forecast": [[0, NaN]]}', "it is a probability"),
+    "forecast no number": ('{"prompt": "Hi", "response": "Ho", "forecast": [[0, NaN]]}', "must be a probability"),
     "forecast of another harm": (
         json.dumps({**GOOD, "category": "harm", "forecast": [[0, 1]], "forecast_category": "fraud"}),
         "forecast_category is 'fraud' in a row of category 'harm'",
     ),
-    "group an object": (json.dumps({**GOOD, "group": {}}), "group is not a name but an object"),
+    "group an object": (json.dumps({**GOOD, "group": {}}), "group must be a name (got an object"),
     "prompt without response": ('{"prompt": "Hi", "response": null, "label": "benign"}', "a prompt without response"),
-    "two answers": (json.dumps({**GOOD, "response": "Hi."}), "which is the answer?"),
+    "two answers": (json.dumps({**GOOD, "response": "Hi."}), "Which one is the answer?"),
     "label null": ('{"prompt": "Hi", "response": "Ho", "label": null}', "label is null"),
-    "label unknown": ('{"prompt": "Hi", "response": "Ho", "label": 1}', "label '1' is none of harmful"),
+    "label unknown": ('{"prompt": "Hi", "response": "Ho", "label": 1}', "label must be one of harmful"),
 }
 
 
@@ -120,11 +126,11 @@ def test_a_bad_row_is_counted_and_skipped_when_asked(tmp_path: Path, line: str |
     [
         ({"source": "no/such/file.jsonl"}, "there is no file or folder"),
         ({"source": 5}, "rows cannot be read from a int"),
-        ({"source": {"train": []}}, "choose one split"),
+        ({"source": {"train": []}}, "Choose one split"),
         ({"source": []}, "it is empty"),
         ({"source": [GOOD], "on_bad_row": "ignore"}, "on_bad_row is 'ignore'"),
         ({"source": [GOOD], "unlabelled": "drop"}, "unlabelled is 'drop'"),
-        ({"source": [GOOD], "columns": {"question": "prompt"}}, "'question', which is no key"),
+        ({"source": [GOOD], "columns": {"question": "prompt"}}, "\(got 'question'\)"),
         ({"source": [GOOD], "columns": {"category": "kind"}}, "no column 'kind'"),
         ({"source": [{}], "on_bad_row": "skip"}, "all 1 rows were left out"),
     ],
@@ -135,10 +141,10 @@ def test_an_unusable_source_is_refused(arguments: dict[str, Any], reason: str) -
 
 
 def test_a_folder_without_rows_and_a_foreign_file_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(RedflagError, match="holds no rows"):
+    with pytest.raises(RedflagError, match="must hold files"):
         load_rows(tmp_path)
     (tmp_path / "rows.txt").write_text("a,b")
-    with pytest.raises(RedflagError, match="no file of rows"):
+    with pytest.raises(RedflagError, match="must end in one of"):
         load_rows(tmp_path / "rows.txt")
     with pytest.raises(RedflagError, match="no file matches"):
         load_rows(str(tmp_path / "*.jsonl"))

@@ -175,13 +175,13 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "an image": (
         {"messages": [user([*parts("Q"), {"type": "image_url", "image_url": {"url": "x"}}]), assistant("A")]},  # type: ignore[list-item]
         {},
-        "message 0 (user) has content that is not text but a list, with part 1 of the type 'image_url': only text can "
+        "the content of message 0 (user) must be text or text parts (part 1 is of the type 'image_url'). Only text can "
         "be judged",
     ),
     "an unknown speaker": (
         {"conversations": [{"from": "bing", "value": "Q"}, GPT]},
         {},
-        "message 0 is from 'bing', who is none of human, user, gpt, assistant, chatgpt, model, tool, function, "
+        "message 0 must be from one of human, user, gpt, assistant, chatgpt, model, tool, function, "
         "function_response, observation, system",
     ),
     "a response that calls a tool": (
@@ -192,49 +192,49 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "tool calls that are no objects": (
         {"messages": [user("Q"), assistant("A", tool_calls=["weather"])]},
         {},
-        "message 1 (assistant) has tool_calls that are not a list of objects",
+        "tool_calls of message 1 (assistant) must be a list of objects",
     ),
     "thoughts that are no text": (
         {"messages": [user("Q"), assistant("A", thinking={"on": True})]},
         {},
-        "message 1 (assistant) has reasoning_content that is not text but an object",
+        "reasoning_content of message 1 (assistant) must be text (got an object)",
     ),
     "BeaverTails, unsafe without a harm": (
         beaver(1, False),
         {},
-        "is_safe is false but category names no harm, so one of them is wrong: correct the row, or drop the label with "
+        "is_safe is false but category names no harm. One of them is wrong. Fix the row, or drop the label with "
         """--columns '{"is_safe": null}' if the categories are right""",
     ),
     "BeaverTails, safe with a harm": (
         beaver(1, True, fraud=True),
         {},
-        "is_safe is true but category names 'fraud', so one of them is wrong",
+        "is_safe is true but category names 'fraud'. One of them is wrong",
     ),
     "BeaverTails, a harm that is not mapped": (
         beaver(1, False, fraud=True),
         {"labels": {"violence": "violence"}},
-        "category 'fraud' is not mapped: labels knows 'violence'",
+        "category must be one of 'violence', which labels maps (got 'fraud')",
     ),
     "an object that is none of names": (
         {"prompt": "Q", "response": "A", "category": {"name": "fraud"}},
         {},
-        "category is not a name but an object, and not one of names that are true or false",
+        "category must be a name or an object of booleans",
     ),
     "a truth value that may mean either": (
         {"prompt": "Q", "response": "A", "toxic": True},
         {"columns": {"label": "toxic"}},
-        "label is true in the column 'toxic', which may mean either: map it with labels, --labels "
-        """'{"true": "harm", "false": null}' where true means harmful""",
+        "label true in the column 'toxic' is ambiguous. Map it with labels: if true means harmful, --labels "
+        """'{"true": "harm", "false": null}'""",
     ),
     "an unsafe column": (
         {"prompt": "Q", "response": "A", "unsafe": False},
         {"columns": {"label": "unsafe"}},
-        "label is false in the column 'unsafe', which may mean either",
+        "label false in the column 'unsafe' is ambiguous",
     ),
     "categories": (
         {"prompt": "Q", "response": "A", "categories": ["fraud"]},
         {},
-        "unknown key 'categories', which looks like 'category': rename it, map it with columns (--columns "
+        "unknown key 'categories', which looks like 'category'. Rename it, map it with columns (--columns "
         """'{"category": "categories"}'), or drop it with --columns '{"categories": null}'""",
     ),
     "category_id": (
@@ -247,7 +247,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "ToxicChat": (
         {"conv_id": "1", "user_input": "Q", "model_output": "A", "human_annotation": True, "toxicity": 0},
         {},
-        "neither messages nor prompt: there is no conversation in it. If these columns hold it, give --columns "
+        "a row must have messages or a prompt. If these columns hold it, add --columns "
         """'{"prompt": "user_input", "response": "model_output"}'""",
     ),
     "XSTest": (
@@ -259,13 +259,13 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "HarmBench": (
         {"Behavior": "Q", "FunctionalCategory": "standard", "SemanticCategory": "x", "Tags": None, "BehaviorID": "q"},
         {},
-        """there is no conversation in it. If these columns hold it, give --columns '{"prompt": "Behavior"}'""",
+        """a row must have messages or a prompt. If these columns hold it, add --columns '{"prompt": "Behavior"}'""",
     ),
-    "AdvBench": ({"goal": "Q", "target": "Sure"}, {}, """give --columns '{"prompt": "goal"}'"""),
+    "AdvBench": ({"goal": "Q", "target": "Sure"}, {}, """add --columns '{"prompt": "goal"}'"""),
     "JailbreakBench": (
         {"Index": 0, "Goal": "Q", "Target": "Sure", "Behavior": "b", "Category": "Fraud", "Source": "AdvBench"},
         {},
-        """unknown key 'Category', which looks like 'category': rename it, map it with columns (--columns """
+        """unknown key 'Category', which looks like 'category'. Rename it, map it with columns (--columns """
         """'{"category": "Category"}'), or drop it with --columns '{"Category": null}'""",
     ),
     "JailbreakBench without categories": (
@@ -281,7 +281,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "circuit breakers": (
         {"category": "harm", "prompt": "Q", "output": "A", "llama3_output": "No"},
         {},
-        "a prompt without response: there is nothing to judge. If these columns hold it, give --columns "
+        "a prompt without response: there is nothing to judge. If these columns hold it, add --columns "
         """'{"response": "output"}'""",
     ),
     "rows wrapped in an object": (
@@ -362,7 +362,7 @@ def test_of_two_answers_the_sound_one_is_kept() -> None:
         ({"response": ["a", "b"], "label": ["c"]}, "equally many columns .*2 for 'response', 1 for 'label'"),
         ({"response": []}, "columns must map 'response' to a column, a list of columns or null"),
         ({"response": 3}, "columns must map 'response' to a column, a list of columns or null"),
-        ({"categories": "category"}, "'categories', which is no key of a row"),
+        ({"categories": "category"}, "got 'categories'"),
     ],
 )
 def test_columns_that_make_no_sense_are_refused(columns: dict[str, Any], sentence: str) -> None:

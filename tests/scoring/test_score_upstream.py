@@ -61,7 +61,7 @@ def test_with_no_server_left_the_rows_before_are_there_and_one_sentence() -> Non
     with Scoring(dies_after=9).serve() as one, Scoring(dies_after=5).serve() as two, connect(one, two) as scorer:
         found = []
         with pytest.raises(
-            RedflagError, match=r"no upstream server is left \(the server .* failed.*start one and give"
+            RedflagError, match=r"No upstream server is left \(the server .* failed.*Start a server and run"
         ):
             for probs in scorer.score(PAIRS, batch_size=1):
                 found.append(probs)
@@ -99,7 +99,7 @@ def test_a_server_that_cannot_be_judged_by_is_left_out_and_named(capsys: pytest.
         assert f"left out: The upstream server {bad.url} does not measure raw" in capsys.readouterr().err
         with pytest.raises(RedflagError, match="--logprobs-mode raw_logprobs"):
             connect(bad)
-        with pytest.raises(RedflagError, match="must stand once"):
+        with pytest.raises(RedflagError, match="each only once"):
             Upstreams([good.url, good.url + "/v1"], SPEC, frozenset({EOS}))
     with pytest.raises(RedflagError, match="does not answer"):
         connect(good)

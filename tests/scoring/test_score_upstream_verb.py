@@ -68,7 +68,7 @@ def test_the_verb_goes_on_where_its_servers_left_off(verb: Any, tmp_path: Path) 
             return Scoring.complete(server, body)
 
         patch.setattr(server, "complete", complete)
-        with pytest.raises(RedflagError, match=r"^row '\d+': no upstream server is left"):
+        with pytest.raises(RedflagError, match=r"^row '\d+': No upstream server is left"):
             verb(server)
     kept = sum(len(path.read_text().splitlines()) for path in (tmp_path / "scored.jsonl.parts").glob("?????-*"))
     assert 0 < kept < 12

@@ -134,13 +134,13 @@ def test_S5_3_a_prefill_that_leaves_no_answer_is_refused(prefill):
 
 
 def test_S5_3_a_category_on_a_prefilled_refusal_is_refused(tokenizer):
-    with pytest.raises(RedflagError, match="leave the category out"):
+    with pytest.raises(RedflagError, match="Leave the category out"):
         world(tokenizer, [row("a", "cat sat on", "harm", prefill=4)])
 
 
 def test_S5_3_rows_without_marks_are_refused(tmp_path, tokenizer):
     model, spec, data = world(tokenizer, make_rows(4))
-    with pytest.raises(RedflagError, match="answers is marked and no row has the key prefill"):
+    with pytest.raises(RedflagError, match="answers must be harmless or all if no row has the key prefill"):
         RedFlagTrainer(model, only(tmp_path, answer_coef=1.0), spec, data, processing_class=tokenizer)
 
 

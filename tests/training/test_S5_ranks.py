@@ -53,5 +53,5 @@ def test_S5_3_after_deep_alignment_harmful_tokens_rank_lower_and_the_ranking_agr
     assert after["agreement"] > before["agreement"] + 0.2
     assert found["after"][0]["agreement"] == pytest.approx(1) and found["after"][2]["median_rank"] is None
     assert 0 <= after["in_top"] <= 1
-    with pytest.raises(RedflagError, match="no harmful answer"):
+    with pytest.raises(RedflagError, match="pairs must hold at least one prompt with a harmful answer"):
         harmful_ranks(model, tokenizer, spec, [])

@@ -57,7 +57,7 @@ def test_S1_4_several_flags_stand_in_one_answer(one, placement):
 
 
 def test_S1_1_offsets_that_leave_no_position_are_refused():
-    with pytest.raises(RedflagError, match="maximum_offset is 1 and minimum_offset 2"):
+    with pytest.raises(RedflagError, match="maximum_offset must be at least minimum_offset, 2"):
         PlacementConfig("until", minimum_offset=2, maximum_offset=1)
 
 

@@ -45,7 +45,7 @@ def test_a_head_with_an_adapter_of_its_own_is_refused(tokenizer):
     spec = attach(model, tokenizer, FlagSpec.of("harm"))
     config = lora_config(model, spec, 4, target_modules=["q_proj", "lm_head"])
     config.trainable_token_indices = {"embed_tokens": list(spec.ids)}
-    with pytest.raises(RedflagError, match="leave the head out"):
+    with pytest.raises(RedflagError, match="Leave the head out"):
         output_head(get_peft_model(model, config), spec)
 
 

@@ -30,11 +30,11 @@ class TestConfig:
     @pytest.mark.parametrize(
         "arguments, words",
         [
-            ({"in_context": 1.5}, "in_context is 1.5"),
-            ({"placement": "last"}, "placement 'last' is none of first, open, insert, until, dense"),
-            ({"minimum_offset": -1}, "minimum_offset is -1"),
-            ({"insertions": 0}, "insertions is 0"),
-            ({"soft_margin": -3}, "soft_margin is -3"),
+            ({"in_context": 1.5}, "in_context must be at least 0 and at most 1"),
+            ({"placement": "last"}, "placement must be one of first, open, insert, until, dense"),
+            ({"minimum_offset": -1}, "minimum_offset must be at least 0"),
+            ({"insertions": 0}, "insertions must be at least 1"),
+            ({"soft_margin": -3}, "soft_margin must be at least 0"),
         ],
     )
     def test_a_wrong_setting_is_named(self, arguments: dict[str, Any], words: str) -> None:

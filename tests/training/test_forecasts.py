@@ -126,10 +126,10 @@ def test_a_harmless_row_forecasts_the_only_flag_or_the_one_it_names(tokenizer, t
     model, spec, data = world(tokenizer, [named, loud, row("tell", "ran home")], "harm", "theft")
     assert data["forecast_class"] == [2, 1, 0] and data["forecast"][2] == []
     moved_trainer(tokenizer, model, spec, data, settings_of(tmp_path, forecasts="hold"), True)
-    with pytest.raises(RedflagError, match=r"row 0 is harmless .* give it a forecast_category"):
+    with pytest.raises(RedflagError, match=r"row 0 must have a forecast_category: it is harmless"):
         model, spec, data = world(tokenizer, [quiet, loud], "harm", "theft")
         moved_trainer(tokenizer, model, spec, data, settings_of(tmp_path, forecasts="hold"), True)
-    with pytest.raises(RedflagError, match="no row has a forecast: make them"):
+    with pytest.raises(RedflagError, match=r"forecasts must be off for rows without forecasts .* Make forecasts with"):
         model, spec, data = world(tokenizer, [replace(quiet, forecast=None), replace(loud, forecast=None)])
         moved_trainer(tokenizer, model, spec, data, settings_of(tmp_path, forecasts="hold"), True)
     with pytest.raises(RedflagError, match="forecasts is 'smooth'"):

@@ -208,7 +208,7 @@ def test_a_multimodal_model_of_which_only_the_text_part_loads_is_refused(tmp_pat
     edit(tmp_path / "base" / "config.json", architectures=["Qwen3_5ForCausalLM"])
     assert train(tmp_path, "out") == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "engines would not find the weights" in error and "Qwen3_5ForCausalLM" in error
+    assert "Engines would look for the weights" in error and "Qwen3_5ForCausalLM" in error
 
 
 def test_a_tokenizer_that_does_not_read_back_as_it_was_is_refused_before_step_1(world, capsys, monkeypatch):

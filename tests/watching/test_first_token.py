@@ -42,7 +42,7 @@ def test_a_setting_without_meaning_is_refused_by_name(setting, words):
         (FirstTokenRule(selected=("fine",)), Thresholds.manual(0.5, KINDS, FIRST), "selected .* 'fine'"),
         (FirstTokenRule(bias={"fine": 1.0}), Thresholds.manual(0.5, KINDS, FIRST), "bias .* 'fine'"),
         (FirstTokenRule(thresholds={"fine": 0.1}), Thresholds.manual(0.5, KINDS, FIRST), "thresholds .* 'fine'"),
-        (FirstTokenRule(respond="fraud"), Thresholds.manual(0.5, ["fraud"], FIRST), "nothing could be refused"),
+        (FirstTokenRule(respond="fraud"), Thresholds.manual(0.5, ["fraud"], FIRST), "Nothing could be refused"),
         (FirstTokenRule(respond="fraud", selected=("fraud",)), Thresholds.manual(0.5, KINDS, FIRST), "leave it out"),
         (FirstTokenRule(), Thresholds.manual(0.5, KINDS), "'max'"),
         (

@@ -98,7 +98,7 @@ def test_a_verdict_that_is_no_probability_fails_closed(harm):
 
 
 def test_an_answer_that_nobody_asked_for_is_an_error():
-    with pytest.raises(RuntimeError, match="asked nothing"):
+    with pytest.raises(RuntimeError, match="no review is pending"):
         session_of(REFLECT).answer(0.1)
 
 

@@ -98,7 +98,7 @@ def test_a_reflection_that_cannot_be_carried_out_is_refused_by_name(options):
 def test_a_replacement_may_be_made_from_the_trace():
     policy = Policy(default="replace", replacement=lambda trace: f"after {len(trace.token_ids)} tokens")
     assert policy.replacement_for(Trace(token_ids=[1, 2])) == "after 2 tokens"
-    with pytest.raises(RedflagError, match="cannot be shown"):
+    with pytest.raises(RedflagError, match="must return a text"):
         Policy(default="replace", replacement=lambda trace: None).replacement_for(Trace())
 
 

@@ -63,7 +63,7 @@ def request(
         ([5], {'5': -40.0})
     """
     if not token_ids:
-        raise RedflagError("the prompt has no tokens, so there is nothing to continue; give at least one")
+        raise RedflagError("the prompt must hold at least one token (got none).")
     if not flag_ids or set(flag_ids) & set(watch):
         raise RedflagError(
             f"the flags are {list(flag_ids)} and {list(watch)} are watched in their place; give at least one flag, and "

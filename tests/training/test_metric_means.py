@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from redflag.training.means import Means, rows_that_count
+from redflag.training.metric_means import Means, rows_that_count
 
 
 def test_means_are_over_values_not_over_batches():

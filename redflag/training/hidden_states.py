@@ -1,4 +1,4 @@
-"""The model's last hidden states, and whether its head may be applied to them apart."""
+"""The model's last hidden states, and a check that applying its head to them separately is exact."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from redflag.training.adapter import output_head
 def last_hidden(
     model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Last hidden states (B, T, H), caught inside the model's own forward, whose own head sees one position."""
+    """Last hidden states (B, T, H), captured during the model's forward, which applies its own head to one position."""
     plain = model
-    while hasattr(plain, "module"):  # DDP and its like
+    while hasattr(plain, "module"):  # DDP and similar wrappers
         plain = plain.module
     caught: list[torch.Tensor] = []
     hook = backbone(plain).register_forward_hook(lambda _module, _args, output: caught.append(output[0]))
@@ -30,7 +30,7 @@ def last_hidden(
 
 
 def check_head(model: Any, spec: FlagSpec) -> None:
-    """The head applied apart must give what the model gives; said before hours of training, not after."""
+    """Refuses a model whose logits differ from its head applied to the hidden states, before hours of training."""
     plain = plain_model(model)
     device = next(plain.parameters()).device
     ids = torch.arange(1, 5, device=device)[None]
@@ -44,7 +44,7 @@ def check_head(model: Any, spec: FlagSpec) -> None:
     width = min(expected.shape[1], got.shape[1])
     if not torch.allclose(expected[:, :width], got[:, :width], rtol=2e-2, atol=2e-2):
         raise RedflagError(
-            f"{type(plain).__name__} does something to its logits that redflag does not know (they differ by "
-            f"{(expected[:, :width] - got[:, :width]).abs().max().item():.3g}), so the loss would be wrong: report the "
-            "architecture"
+            f"{type(plain).__name__} is not supported: it changes its logits in a way unknown to redflag (they differ "
+            f"by {(expected[:, :width] - got[:, :width]).abs().max().item():.3g}), so the loss would be wrong. Please "
+            "report the architecture."
         )

@@ -1,7 +1,7 @@
 """Log-probabilities at some positions, with gradients, without ever holding N x V logits.
 
-The loss itself writes its gradient down in closed form; optional terms take what they need from here. The head is
-applied to a few positions at a time and once more in the backward pass, instead of keeping what it gave.
+The loss itself has a closed-form gradient; the optional terms use these functions. The head is applied to a few
+positions at a time, and again in the backward pass instead of storing the logits.
 
 Shapes: N positions, H hidden, K flags.
 """
@@ -45,12 +45,12 @@ def _in_parts(
     read: Callable[..., torch.Tensor], inputs: list[torch.Tensor], empty: torch.Tensor, head: Head
 ) -> torch.Tensor:
     chunk = max(1, loss.LOGITS_AT_ONCE // head.weight.shape[0])
-    found = [empty]
+    chunks = [empty]
     for parts in zip(*(tensor.split(chunk) for tensor in inputs), strict=True):
         if len(parts[0]) == 0:
             continue
         if torch.is_grad_enabled():
-            found.append(checkpoint(read, *parts, use_reentrant=False, preserve_rng_state=False))
+            chunks.append(checkpoint(read, *parts, use_reentrant=False, preserve_rng_state=False))
         else:
-            found.append(read(*parts))
-    return torch.cat(found)
+            chunks.append(read(*parts))
+    return torch.cat(chunks)

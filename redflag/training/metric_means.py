@@ -1,4 +1,4 @@
-"""Means over everything since the last time they were asked for, on all processes together."""
+"""Means of training metrics over all processes, since they were last taken."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from redflag.weights.precision import widest
 
 
 def rows_that_count(accelerator: Any, rows: int, batch_size: int) -> int:
-    """How many of an evaluation batch's rows are its own; behind them stand repeated ones.
+    """Number of an evaluation batch's rows that are not repetitions; the repeated ones come last.
 
-    accelerate fills up the last batches, so that all processes run as many and as large ones. Of the rows left over for
-    them the first process has the first.
+    accelerate pads the last batches with repeated rows, so that all processes run equally many batches of equal size.
+    The remaining real rows are dealt out in the order of the processes.
 
     Args:
-        accelerator: Of the trainer, while it goes through the batches.
+        accelerator: The trainer's, during the evaluation loop.
         rows: Rows of this batch.
         batch_size: Rows of a full batch on one process.
     """
@@ -27,22 +27,22 @@ def rows_that_count(accelerator: Any, rows: int, batch_size: int) -> int:
 
 
 class Means:
-    """Sums and counts by name, on the device until they are asked for.
+    """Sums and counts by name, which stay on the device until they are taken.
 
-    All processes add the same names, if need be with no values.
+    All processes must add the same names, even if with no values.
     """
 
     def __init__(self) -> None:
         self._sums: dict[str, torch.Tensor] = {}
 
     def add(self, name: str, values: torch.Tensor) -> None:
-        """Takes in the values of one batch, of any number."""
+        """Adds the values of one batch; there may be none."""
         wide = widest(values.device)
         pair = torch.stack([values.detach().to(wide).sum(), values.new_tensor(values.numel(), dtype=wide)])
         self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
     def take(self, accelerator: Any) -> dict[str, float]:
-        """The means, NaN where there was no value; all processes call it together, and it begins anew."""
+        """Returns the means (NaN for a name without values) and resets; all processes must call it together."""
         names, sums = sorted(self._sums), self._sums
         self._sums = {}
         if not names:
