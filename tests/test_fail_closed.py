@@ -44,11 +44,11 @@ def guarded(origin):
 
 
 BAD_STEPS = {
-    "NaN": (Step(40, (0.1, math.nan)), "a flag probability is nan"),
-    "below 0": (Step(40, (-0.1, 0.1)), "a flag probability is -0.1"),
-    "above 1": (Step(40, (0.1, 1.5)), "a flag probability is 1.5"),
-    "one flag missing": (Step(40, (0.1,)), "1 flag probabilities for 2 flags"),
-    "no probabilities": (Step(40, None), "the flag probabilities of a step must be 1 numbers (got None)"),
+    "NaN": (Step(40, (0.1, math.nan)), "a flag probability must be at least 0 and at most 1 (got nan)"),
+    "below 0": (Step(40, (-0.1, 0.1)), "a flag probability must be at least 0 and at most 1 (got -0.1)"),
+    "above 1": (Step(40, (0.1, 1.5)), "a flag probability must be at least 0 and at most 1 (got 1.5)"),
+    "one flag missing": (Step(40, (0.1,)), "must be 2 numbers (got 1)"),
+    "no probabilities": (Step(40, None), "the flag probabilities of a step must be 2 numbers (got None)"),
     "no step": (None, "None"),
     "a flag chosen": (Step(5, GOOD), "the engine chose flag id 5"),
 }
