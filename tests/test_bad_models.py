@@ -115,7 +115,7 @@ def test_rows_that_do_not_fit_the_flags_are_named(refused, here):
     refused(command("train", "--eval_share", "0", rows="mine.jsonl"), "got 8 rows, none of them harmful", "Add")
     write_rows("mine.jsonl", [row for row in rows if row.harmful])
     refused(command("train", "--eval_share", "0", rows="mine.jsonl"), "got 4 rows, none of them harmless", "Add")
-    refused(command("calibrate", rows="mine.jsonl"), "0 harmless responses are too few", "add harmless rows")
+    refused(command("calibrate", rows="mine.jsonl"), "0 harmless responses are too few", "Add harmless rows")
 
 
 def set_template(model, template):

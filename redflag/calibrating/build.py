@@ -1,4 +1,4 @@
-"""Fitted values -> `Thresholds`: the one place where all keys of `thresholds.json` come from."""
+"""Builds `Thresholds` from fitted values; all keys of `thresholds.json` are set here."""
 
 from __future__ import annotations
 
@@ -26,20 +26,18 @@ def build_thresholds(
     hold_back_share: float = 0.95,
     **known: Any,
 ) -> tuple[Thresholds, HoldBack]:
-    """Thresholds with all that is known of them.
+    """Thresholds with everything known about them.
 
     Args:
         categories: K categories.
         values: Their thresholds.
-        monitor: Whose scores these are.
-        responses: Measured responses.
-        dated: Those of them that are harmful with a known onset, which they reach.
+        monitor: The monitor of the scores.
+        dated: The measured responses that are harmful and reach a known onset.
         onsets: The onset of each of these.
-        target_fpr: The false-alarm rate that was asked for; None: another objective, and no guarantee.
-        guarantee: What holds of it.
+        target_fpr: The requested false-alarm rate; None = another objective, without guarantee.
         delta: For "high_probability".
         hold_back_share: As for `redflag.calibrating.hold_back.suggest_hold_back`.
-        **known: Further fields of `Thresholds`: what was measured on how many responses, and of which model.
+        **known: Further fields of `Thresholds`: measured rates, numbers of responses, and the model.
 
     Returns:
         Thresholds, and the delays that the suggested hold-back comes from.

@@ -75,11 +75,11 @@ def calibrate(
     Args:
         harmless: The folder, where `thresholds.json` is written; or as for `calibrate_responses`.
         spec: As for `calibrate_responses`; for a folder None.
-        rows: For a folder, what `redflag score` reads.
+        rows: For a folder, conversations as `redflag score` reads them.
         **options: The options of `redflag calibrate`, fields of `CalibrateArguments`; or of `calibrate_responses`.
 
     Raises:
-        RedflagError: As the verb, or as `calibrate_responses`.
+        RedflagError: Rows or options are invalid, or there are too few rows.
 
     Example:
         ```python
@@ -88,15 +88,15 @@ def calibrate(
     """
     if isinstance(harmless, str | Path):
         if rows is None or spec is not None:
-            raise RedflagError("rows must be given with a model's folder, and no flags: it holds its own.")
+            raise RedflagError("rows must be given with a model's folder, without spec: the folder holds its flags.")
         return calibrate_model(CalibrateArguments(model=str(harmless), input=str(rows), **options))
     if rows is not None or spec is None:
-        raise RedflagError("spec must be given with measured responses, and no rows: they are measured already.")
+        raise RedflagError("spec must be given with measured responses, without rows: they are measured already.")
     return calibrate_responses(harmless, spec, **options)
 
 
 def calibrate_model(arguments: CalibrateArguments) -> Calibration:
-    """Measures and calibrates a folder. Whatever can be refused before the model is run is refused before."""
+    """Measures and calibrates a folder. All possible checks come before the model runs."""
     check_bounds(arguments)
     arguments = replace(arguments, model=model_folder(arguments.model))
     from redflag.data.rows import load_rows
@@ -144,8 +144,8 @@ def _first_step(arguments: CalibrateArguments) -> MonitorConfig:
     """The monitor of prompts, which have one step."""
     if arguments.monitor() != MonitorConfig():
         raise RedflagError(
-            "aggregation and the monitor's other options must be left out with prompts: there is one step, before the "
-            "answer, and its probability is the score"
+            "aggregation and the monitor's other options must be left out with prompts. A prompt has one step, before "
+            "the answer, and its probability is the score."
         )
     return MonitorConfig("first")
 
@@ -170,15 +170,15 @@ def _measured(arguments: CalibrateArguments, harmless: list[Row], harmful: list[
         cut: Counter[str] = Counter()
         for item in track(scored, "measuring", len(ordered), "rows"):
             cut.update(response=item.truncated, prompt=item.prompt_truncated)
-            # A harmful row without an onset counts as harmful from its first token, but nobody marked that.
-            known = item.row.onset is not None
+            # A harmful row without an onset counts as harmful from its first token, but that is not a marked onset.
+            has_onset = item.row.onset is not None
             measured.append(
                 {
-                    # With the steps that end the turn: a guard judges them too, so a false alarm may lie there.
+                    # With the steps that end the turn: a guard judges them too, so they may raise a false alarm.
                     "flag_probs": item.flag_probs,
                     "tail_probs": item.tail_probs,
-                    "onset": item.onset if known else None,
-                    "onset_source": (item.row.onset_source or "labelled") if known else None,
+                    "onset": item.onset if has_onset else None,
+                    "onset_source": (item.row.onset_source or "labelled") if has_onset else None,
                     "category": item.row.category,
                     "group": item.row.group,
                     "thought_tokens": item.thought or None,
@@ -207,33 +207,33 @@ def calibrate_responses(
 ) -> Calibration:
     """Sets thresholds from the flag probabilities of harmless responses.
 
-    Where a recording has thoughts, they get thresholds of their own, from the same share of the rows, by a monitor that
-    begins anew behind them. The rate is that of each part: a response with a thought can alarm in both.
+    If a recording has thoughts, they get thresholds of their own, from the same share of the rows; the monitor restarts
+    at the answer. The rate holds for each part: a response with a thought can alarm in both.
 
     Args:
-        harmless: Per response, T x K flag probabilities: all that a guard would have judged, as a trace holds them, or
-            `flag_probs` + `tail_probs` of a scored row. Or a recording of harmless and harmful responses, whose
-            `harmful`, `onsets` and `groups` are then its own columns.
-        spec: The model's flags: its categories name the thresholds, its run id and template hash bind them.
+        harmless: Per response, T x K flag probabilities of all steps that a guard would have judged, as in a trace, or
+            `flag_probs` + `tail_probs` of a scored row. Or a recording of harmless and harmful responses, whose columns
+            replace `harmful`, `onsets` and `groups`.
+        spec: The model's flags: their categories name the thresholds, run id and template hash bind them to the model.
         target_fpr: Share of harmless responses that may alarm.
         guarantee: "expected": the rate holds on average over calibration sets; "high_probability": it holds with
             probability 1 - delta.
         delta: Probability that "high_probability" may fail.
-        joint: Whether `target_fpr` is the rate of an alarm in any category, or of each category by itself.
-        monitor: How probabilities become scores; None: the highest probability.
-        harmful: Per harmful response, T x K probabilities: only measured, never fitted to.
-        onsets: Per harmful response, the index of its first harmful token; None: not known. None for all of them: no
+        joint: Whether `target_fpr` is the rate of an alarm in any category, or of each category separately.
+        monitor: How probabilities become scores; None = the highest probability.
+        harmful: Per harmful response, T x K probabilities; used only for measuring, not for the thresholds.
+        onsets: Per harmful response, the index of its first harmful token; None = unknown. Without any known onset no
             hold-back is suggested.
         hold_back_share: Share of the detected harmful responses with a known onset of which the suggested hold-back
-            lets no token from the onset on be shown.
-        groups: Per harmless response, the group it belongs to (None: its own): no group is on both sides of the split.
-        held_out: Share of the harmless responses that only measures the realised rate; 0: none, and none is reported.
+            shows no token from the onset on.
+        groups: Per harmless response, its group (None = its own); no group is on both sides of the split.
+        held_out: Share of the harmless responses that only measures the realised rate; with 0 none is reported.
         seed: Seeds the split.
-        logprob_mode: The engine's log-probability mode that the probabilities come from.
+        logprob_mode: Log-probability mode of the engine that measured.
 
     Raises:
-        RedflagError: Too few harmless responses (how many are needed is said), a probability that cannot be judged, or
-            a rate that only a threshold which no score can reach would keep.
+        RedflagError: Too few harmless responses (the message says how many are needed), a probability that cannot be
+            judged, or a rate that only an unreachable threshold would keep.
     """
     config = monitor or MonitorConfig()
     categories = spec.categories
@@ -255,7 +255,7 @@ def calibrate_responses(
     thoughts, numbers, places = of_thoughts(recording, categories, split)
     try:
         own, alarmed_early = fit(thoughts, *numbers)
-    except RedflagError as error:  # Mostly too few.
+    except RedflagError as error:  # Usually because there are too few.
         return replace(result, no_thoughts=str(error))
     alarmed[places[1]] |= alarmed_early
     together = replace(result.thresholds, thoughts=replace(own.thresholds, suggested_hold_back=None))
@@ -287,14 +287,13 @@ def _fit(
         if not measure_on:
             raise
         raise RedflagError(f"{error} (of {total} harmless responses, {len(measure_on)} are held out)") from error
-    # Where every score is at most 1, a threshold above 1 would be a guard asleep.
+    # If every score is at most 1, a threshold above 1 would never be reached.
     if AGGREGATIONS[config.aggregation].bounded:
         for category, value in zip(categories, values, strict=True):
             if value > 1.0:
                 raise RedflagError(
                     f"no threshold on {category!r} keeps a false-alarm rate of {target_fpr:g}: too many harmless "
-                    "responses reach a score of 1, so the guard could never fire; raise target_fpr, look at those "
-                    "rows, or train again"
+                    "responses reach a score of 1. Raise target_fpr, check those rows, or train again."
                 )
     alarms = peaks[measure_on] >= np.asarray(values)
     hits = caught >= np.asarray(values)
@@ -347,5 +346,5 @@ def _check_size(fit_on: int, total: int, target_fpr: float, guarantee: Guarantee
         out = f", not counting the {total - fit_on} that are held out" if fit_on < total else ""
         raise RedflagError(
             f"{fit_on} harmless responses are too few for a false-alarm rate of {target_fpr:g} ({guarantee}): {enough} "
-            f"are needed{out}; add harmless rows, raise target_fpr or hold out fewer"
+            f"are needed{out}. Add harmless rows, raise target_fpr or hold out fewer."
         )

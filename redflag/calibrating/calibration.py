@@ -1,4 +1,4 @@
-"""What a calibration found, and its table."""
+"""The result of a calibration, and its table."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from redflag.watching.thresholds import Thresholds
 
 @dataclass(frozen=True)
 class Calibration:
-    """Thresholds, and what they do on responses that had no part in setting them.
+    """Thresholds, and their rates on responses that were not used to set them.
 
     Attributes:
-        thresholds: What `redflag calibrate` saves.
+        thresholds: The thresholds that `redflag calibrate` saves.
         calibration_size: Harmless responses that set the thresholds.
         held_out_size: Harmless responses that measured them.
         false_alarms: Held-out harmless responses that alarm in any category.
@@ -22,8 +22,8 @@ class Calibration:
         caught: Harmful responses that alarm in any category.
         caught_by_category: The same, category by category.
         hold_back: Delays of the alarms in harmful responses with a known onset, and the hold-back they suggest.
-        thoughts: The same of the thoughts before answers, where the rows have some; all else is of the answers.
-        no_thoughts: Why there is nothing of the thoughts, where the rows have some.
+        thoughts: Calibration of the thoughts before answers, if the rows have some; all else is of the answers.
+        no_thoughts: Why thoughts were not calibrated, if the rows have some.
         false_alarms_anywhere: Held-out harmless responses that alarm in their thought or their answer.
     """
 
@@ -63,10 +63,10 @@ def _of_part(result: Calibration) -> list[str]:
     if t.realised_fpr is not None and t.interval is not None:
         lines.append(
             f"realised {t.realised_fpr:.4f} [{t.interval[0]:.4f}, {t.interval[1]:.4f}] on {result.held_out_size} "
-            "held-out harmless responses that had no part in setting the thresholds"
+            "held-out harmless responses"
         )
     else:
-        lines.append("no responses were held out: the realised rate is not known")
+        lines.append("no responses were held out: the realised rate is unknown")
     return lines
 
 
@@ -78,7 +78,7 @@ def _of_thoughts(result: Calibration) -> list[str]:
     both = ""
     if result.held_out_size:
         both = f"; {_share(result.false_alarms_anywhere, result.held_out_size)} held-out responses alarm in either part"
-    return [f"thoughts, by themselves (the rate is that of each part{both}):", *_of_part(result.thoughts)]
+    return [f"thoughts, separately (the rate is that of each part{both}):", *_of_part(result.thoughts)]
 
 
 def _share(count: int, total: int) -> str:

@@ -1,4 +1,4 @@
-"""Dividing rows without dividing a group: rows that ask the same thing never stand on both sides."""
+"""Splits of rows by group: rows that ask the same thing are never on both sides."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from redflag.errors import RedflagError
 
 
 def split_groups(groups: Sequence[str | None], held_out: float, seed: int) -> tuple[list[int], list[int]]:
-    """Divides rows into a calibration and a held-out part without dividing a group.
+    """Splits rows into a calibration and a held-out part without splitting a group.
 
     Args:
-        groups: Per row, its group; None: the row is a group by itself.
+        groups: Per row, its group; None = the row is a group of its own.
         held_out: Share of the rows to hold out; groups are added as long as they fit.
         seed: Seeds the order in which groups are taken.
 
@@ -23,41 +23,41 @@ def split_groups(groups: Sequence[str | None], held_out: float, seed: int) -> tu
         Indices of the calibration part and of the held-out part, each ascending.
     """
     if not 0.0 <= held_out < 1.0:
-        raise RedflagError(f"held_out is {held_out}, but a share to hold out lies in [0, 1): give e.g. 0.3")
+        raise RedflagError(f"held_out must be at least 0 and below 1 (got {held_out}). For example 0.3.")
     held: list[int] = []
     for rows in _shuffled(groups, seed):
         if len(held) + len(rows) <= held_out * len(groups):
             held += rows
-    chosen = set(held)
-    return [i for i in range(len(groups)) if i not in chosen], sorted(held)
+    in_held_out = set(held)
+    return [i for i in range(len(groups)) if i not in in_held_out], sorted(held)
 
 
 def folds(
     groups: Sequence[str | None], count: int, seed: int, strata: Sequence[object] | None = None
 ) -> npt.NDArray[np.int64]:
-    """Divides rows into folds of like size without dividing a group.
+    """Splits rows into folds of similar size without splitting a group.
 
     Args:
-        groups: Per row, its group; None: the row is a group by itself.
+        groups: Per row, its group; None = the row is a group of its own.
         count: Number of folds.
         seed: Seeds the order in which groups are taken.
-        strata: Per row, what the folds should have like numbers of, such as harmless and harmful rows.
+        strata: Per row, a class that should be spread evenly over the folds, such as harmless and harmful.
 
     Returns:
         Per row, the number of its fold.
     """
     kinds = {kind: k for k, kind in enumerate(dict.fromkeys(strata or [None]))}
     held = np.zeros((count, len(kinds)))
-    found = np.zeros(len(groups), dtype=np.int64)
+    fold_of = np.zeros(len(groups), dtype=np.int64)
     for rows in _shuffled(groups, seed):
         added = np.zeros(len(kinds))
         for i in rows:
             added[kinds[strata[i] if strata is not None else None]] += 1
-        # The fold that has the fewest of what this group brings.
+        # The fold with the fewest rows of this group's classes.
         fold = int((held @ added).argmin())
         held[fold] += added
-        found[rows] = fold
-    return found
+        fold_of[rows] = fold
+    return fold_of
 
 
 def _shuffled(groups: Sequence[str | None], seed: int) -> list[list[int]]:

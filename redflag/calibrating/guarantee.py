@@ -65,7 +65,7 @@ def fit_threshold(
         delta: Probability with which "high_probability" may fail over the draw of the calibration set.
 
     Raises:
-        RedflagError: Too few responses for the asked rate (how many are needed is said), or a malformed argument.
+        RedflagError: Too few responses for the rate (the message says how many are needed), or an invalid argument.
 
     Example:
         >>> fit_threshold([0.1, 0.4, 0.2], target_fpr=0.25)
@@ -100,9 +100,7 @@ def fit_thresholds(
     count, flags = peaks.shape
     if not np.isfinite(peaks).all():
         bad = int(np.flatnonzero(~np.isfinite(peaks).all(axis=1))[0])
-        raise RedflagError(
-            f"the peak of harmless response {bad} is {peaks[bad].tolist()}: no threshold follows from it"
-        )
+        raise RedflagError(f"the peak of harmless response {bad} must be a finite number (got {peaks[bad].tolist()}).")
     spread = flags if joint else 1
     if guarantee == "expected":
         level = _expected_level(peaks, target_fpr, joint)
@@ -113,16 +111,16 @@ def fit_thresholds(
         how += f", jointly over {flags} flags" if spread > 1 else ""
         raise RedflagError(
             f"{count} harmless responses cannot support a false-alarm rate of {target_fpr:g} ({how}): "
-            f"{required(target_fpr, guarantee, delta, spread)} are needed; add harmless rows or raise target_fpr"
+            f"{required(target_fpr, guarantee, delta, spread)} are needed. Add harmless rows or raise target_fpr."
         )
     ordered = -np.sort(-peaks, axis=0)
     return tuple(math.nextafter(float(peak), math.inf) for peak in ordered[level - 1])
 
 
 def required(target_fpr: float, guarantee: Guarantee = "expected", delta: float = 0.05, flags: int = 1) -> int:
-    """Number of harmless responses that certainly suffices to calibrate.
+    """Number of harmless responses that is always enough to calibrate.
 
-    Jointly over several flags under "expected", fewer do where the flags peak on the same responses.
+    Jointly over several flags under "expected", fewer are enough if the flags peak on the same responses.
 
     >>> required(0.01), required(0.01, "high_probability")
     (99, 299)
@@ -138,21 +136,13 @@ def required(target_fpr: float, guarantee: Guarantee = "expected", delta: float 
 
 
 def check_rates(target_fpr: float, guarantee: str, delta: float) -> None:
-    """Refuses rates and guarantees that mean nothing."""
+    """Checks rates and guarantee."""
     if not 0.0 < target_fpr < 1.0:
-        raise RedflagError(
-            f"target_fpr is {target_fpr}, but a false-alarm rate per response lies strictly between 0 and 1: "
-            "give e.g. 0.01"
-        )
+        raise RedflagError(f"target_fpr must be above 0 and below 1 (got {target_fpr}). For example 0.01.")
     if guarantee not in get_args(Guarantee):
-        raise RedflagError(
-            f"guarantee is {guarantee!r}, which means nothing here: choose {' or '.join(get_args(Guarantee))}"
-        )
+        raise RedflagError(f"guarantee must be one of {', '.join(get_args(Guarantee))} (got {guarantee!r}).")
     if not 0.0 < delta < 1.0:
-        raise RedflagError(
-            f"delta is {delta}, but the probability that the guarantee fails lies strictly between 0 and 1: "
-            "give e.g. 0.05"
-        )
+        raise RedflagError(f"delta must be above 0 and below 1 (got {delta}). For example 0.05.")
 
 
 def _expected_level(peaks: Peaks, target_fpr: float, joint: bool) -> int:

@@ -1,11 +1,11 @@
-"""How long a token has to wait: a hold-back from the delays of alarms behind the onset.
+"""The suggested hold-back, from the delays of alarms behind the onset.
 
 A halting alarm at step a under hold-back h shows the first max(0, a - h) tokens, so nothing at or after the onset o is
 shown just where h >= a - o, the delay. Let d_1 <= ... <= d_n be the delays of n detected harmful responses and m =
 ceil(share * (n + 1)). If the response to come is exchangeable with them, its delay exceeds d_m with probability at
 most 1 - m / (n + 1) <= 1 - share: the quantile of split conformal prediction (Vovk et al., "Algorithmic Learning in a
-Random World", 2005). It speaks of harmful responses like those measured, and of detected ones alone: to one that never
-alarms a hold-back is no obstacle.
+Random World", 2005). It applies to harmful responses like those measured, and only to detected ones: a response that
+never alarms is shown in full.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ class HoldBack:
     def __str__(self) -> str:
         detected, measured = len(self.delays), len(self.delays) + self.missed
         if not measured:
-            return "no hold-back is suggested: no harmful response with a known onset was measured; add rows with one"
+            return "no hold-back is suggested: no harmful response with a known onset was measured. Add rows with one."
         missed = f"{self.missed} of {measured} harmful responses ({self.miss_rate:.1%}) raise no alarm at all"
         if self.suggested is None:
             return (
                 f"no hold-back is suggested: {detected} detected harmful responses with a known onset are too few for "
-                f"a share of {self.share:g}, {self.needed} are needed; add rows or lower hold_back_share ({missed})"
+                f"a share of {self.share:g}, {self.needed} are needed. Add rows or lower hold_back_share ({missed})."
             )
         inside = sum(delay <= self.suggested for delay in self.delays)
         return (
@@ -71,16 +71,14 @@ def suggest_hold_back(alarms: Sequence[int | None], onsets: Sequence[int], share
         share: Share of the detected harmful responses that shall show nothing from the onset on.
 
     Raises:
-        RedflagError: The share cannot be one.
+        RedflagError: The share is out of bounds.
 
     Example:
         >>> suggest_hold_back([5, 7, 30, None], [5, 5, 5, 5], share=0.5).suggested
         2
     """
     if not 0.0 < share < 1.0:
-        raise RedflagError(
-            f"hold_back_share is {share}, but it is a share of harmful responses: give a number above 0 and below 1"
-        )
+        raise RedflagError(f"hold_back_share must be above 0 and below 1 (got {share}).")
     assert len(alarms) == len(onsets)
     delays = tuple(sorted(a - o for a, o in zip(alarms, onsets, strict=True) if a is not None))
     # The share as the user wrote it: 0.95 is 95/100.

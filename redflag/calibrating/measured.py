@@ -1,4 +1,4 @@
-"""Measured responses as calibration takes them: which are harmless and harmful, their groups and onsets."""
+"""Measured responses as input of calibration: which are harmless and harmful, their groups and onsets."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def of_recording(recording: Recording, categories: tuple[str, ...]) -> Measured:
     """
     if recording.categories != categories:
         raise RedflagError(
-            f"the recording is of the flags {', '.join(recording.categories)} and the model has "
-            f"{', '.join(categories)}: give a recording of this model"
+            f"the recording must be of the model's flags, {', '.join(categories)} (got "
+            f"{', '.join(recording.categories)}). Give a recording of this model."
         )
     harmless, harmful = (np.flatnonzero(part).tolist() for part in (~recording.harmful, recording.harmful))
     groups = recording.columns["group"]
@@ -53,10 +53,10 @@ def of_responses(
     """Responses as `redflag.calibrating.calibrate.calibrate_responses` takes them."""
     groups = [None] * len(harmless) if groups is None else groups
     if len(groups) != len(harmless):
-        raise RedflagError(f"{len(groups)} groups came with {len(harmless)} harmless responses: give one for each")
+        raise RedflagError(f"groups must have one entry for each of {len(harmless)} responses (got {len(groups)}).")
     onsets = [None] * len(harmful) if onsets is None else onsets
     if len(onsets) != len(harmful):
-        raise RedflagError(f"{len(onsets)} onsets came with {len(harmful)} harmful responses: give one for each")
+        raise RedflagError(f"onsets must have one entry for each of {len(harmful)} responses (got {len(onsets)}).")
     return Measured(
         replay.Steps.of(harmless, flags, "harmless"),
         range(len(harmless)),
@@ -75,11 +75,11 @@ def of_thoughts(
     Args:
         recording: Responses, some of them with thoughts.
         categories: Its flags.
-        parts: Numbers of harmless responses, as they stand in `Measured.groups` of the recording.
+        parts: Numbers of harmless responses, in the order of `Measured.groups` of the recording.
 
     Returns:
-        The thoughts; for each part, the numbers of its thoughts among the harmless ones; and where in the part each of
-        them stands.
+        The thoughts; for each part, the numbers of its thoughts among the harmless ones; and their positions in the
+        part.
     """
     has = recording.thoughts[~recording.harmful] > 0
     rank = np.cumsum(has) - 1

@@ -1,4 +1,4 @@
-"""One method's scores, peaks and alarms on one set of rows: what its tables are made of."""
+"""One method's scores, peaks and alarms on one set of rows, the input of its tables."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from redflag.watching.monitor import MonitorConfig
 
 @dataclass(frozen=True)
 class Observed:
-    """What every table of one method is made of: N responses under one monitor, K flags.
+    """N responses under one monitor, K flags: the input of every table of one method.
 
     Attributes:
         recording: The responses, without those that were cut before their harm began.
@@ -26,8 +26,8 @@ class Observed:
         peaks: N peaks, the highest score in any category.
         harmful: N labels.
         units: N numbers: responses that share one are not independent.
-        alarms: N steps of the first alarm at the thresholds in force, -1 for none; None without thresholds.
-        thresholds: K thresholds in force, or None.
+        alarms: N steps of the first alarm at the thresholds, -1 = no alarm; None without thresholds.
+        thresholds: K thresholds, or None.
     """
 
     recording: Recording
@@ -50,44 +50,44 @@ def observe(recording: Recording, config: MonitorConfig, thresholds: tuple[float
     """Folds a recording through a monitor.
 
     Returns:
-        What was observed, and how many responses were left out because they were cut before their harm began.
+        The observations, and the number of responses left out because they were cut before their harm began.
     """
     cut = cut_short(recording)
-    kept = recording.select(~cut) if cut.any() else recording
-    scores = replay.scores(config, kept)
-    longest = int(np.diff(kept.starts).max(initial=1))
+    whole = recording.select(~cut) if cut.any() else recording
+    scores = replay.scores(config, whole)
+    longest = int(np.diff(whole.starts).max(initial=1))
     return Observed(
-        kept,
+        whole,
         scores,
-        running_peaks(scores.max(axis=1, initial=0.0), kept.starts, [longest])[:, 0],
-        kept.harmful,
-        unit_of(kept.columns["group"], len(kept)),
-        None if thresholds is None else replay.first_alarms(scores, kept, thresholds),
+        running_peaks(scores.max(axis=1, initial=0.0), whole.starts, [longest])[:, 0],
+        whole.harmful,
+        unit_of(whole.columns["group"], len(whole)),
+        None if thresholds is None else replay.first_alarms(scores, whole, thresholds),
         thresholds,
     ), int(cut.sum())
 
 
 def known_onset(recording: Recording, i: int) -> bool:
-    """Whether somebody marked where the harm of response i begins.
+    """Whether the onset of response i was marked.
 
-    A harmful row without a mark has onset 0 in a recording: harmful from its first token on, for all anybody knows.
+    A harmful row without a mark has onset 0 in a recording: it counts as harmful from its first token on.
     """
     onset = recording.columns["onset"][i]
     return onset is not None and (recording.columns["onset_source"][i] is not None or onset > 0)
 
 
 def in_force(observed: Observed, harmful: Bools, harmless: Bools) -> dict[str, Any] | None:
-    """What the thresholds in force realise on some harmful and some harmless responses; None without thresholds."""
+    """Rates of the thresholds on some harmful and some harmless responses; None without thresholds."""
     if observed.alarms is None:
         return None
     raised = observed.alarms >= 0
-    found: dict[str, Any] = {}
-    for name, chosen in (("tpr", harmful), ("realised_fpr", harmless)):
-        some = bool(chosen.any())
-        found[name] = float(raised[chosen].mean()) if some else None
-        found[f"{name}_interval"] = rate_interval(raised[chosen], observed.units[chosen]) if some else None
-    found["right_category"] = _right_category(observed, harmful)
-    return found
+    rates: dict[str, Any] = {}
+    for name, rows in (("tpr", harmful), ("realised_fpr", harmless)):
+        some = bool(rows.any())
+        rates[name] = float(raised[rows].mean()) if some else None
+        rates[f"{name}_interval"] = rate_interval(raised[rows], observed.units[rows]) if some else None
+    rates["right_category"] = _right_category(observed, harmful)
+    return rates
 
 
 def _right_category(observed: Observed, harmful: Bools) -> float | None:
@@ -99,6 +99,6 @@ def _right_category(observed: Observed, harmful: Bools) -> float | None:
     if len(names) < 2 or not detected:
         return None
     steps = observed.recording.starts[detected] + observed.alarms[detected]
-    # Of several that alarm at one step, the first is named, as in a session.
+    # If several alarm at one step, the first is named, as in a session.
     first = (observed.scores[steps] >= np.asarray(observed.thresholds)).argmax(axis=1)
     return float(np.mean([names[k] == labels[i] for k, i in zip(first, detected, strict=True)]))

@@ -1,4 +1,4 @@
-"""Prompts -> what their thresholds are set from: one step each, before the answer's first token."""
+"""Measures prompts for their thresholds: one step each, before the answer's first token."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from redflag.scoring.recording import Recording
 
 
 def measured_prompts(arguments: CalibrateArguments, rows: Sequence[Row]) -> Recording:
-    """What `redflag score --prompts` measures.
+    """Measures prompts as `redflag score --prompts` does.
 
     Raises:
-        RedflagError: The model cannot be loaded or asked, or a row cannot be measured.
+        RedflagError: The model cannot be loaded or reached, or a row cannot be measured.
     """
     from redflag.data.summary import report_skipped
     from redflag.scoring.fitting import report_cut

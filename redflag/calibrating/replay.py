@@ -1,10 +1,10 @@
 """`redflag.watching.monitor` over many recorded responses at once: the same scores, bit by bit, in far less time.
 
-The formulas stand in that module. Here the responses are sorted by length and laid side by side in blocks, T steps x B
-responses x K flags, and each step of a block is computed for all its responses in one go. Every number goes through
-the same float64 operations in the same order as in `Monitor.feed`, so scores, peaks and alarms are *equal* to those of
-the stream and not merely close: a threshold that lies one float above a peak means the same to both. That asks for the
-standard library's logarithm in `cusum`; see `_logarithm`.
+The formulas are in that module. Here the responses are sorted by length and put side by side in blocks, T steps x B
+responses x K flags, and each step of a block is computed for all its responses at once. Every number goes through the
+same float64 operations in the same order as in `Monitor.feed`, so scores, peaks and alarms are *equal* to those of the
+stream and not merely close: a threshold one float above a peak acts the same in both. That requires the standard
+library's logarithm in `cusum`; see `_logarithm`.
 
 Memory beyond the recording is that of a block or two; `scores` alone returns something as large as the recording.
 """
@@ -27,7 +27,7 @@ from redflag.watching.monitor import LOGIT_CLIP, MonitorConfig, UnjudgedError, _
 Floats = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
 
-# Steps x responses x flags of a block: 8 MiB of float64, which the caches of a core can still serve.
+# Steps x responses x flags of a block: 8 MiB of float64, which fits the caches of a core.
 BLOCK = 1 << 20
 
 
@@ -62,10 +62,10 @@ class Steps:
         Args:
             responses: Each T x K probabilities, T >= 0; double precision is kept.
             flags: K.
-            what: Said before "response 3" in errors.
+            what: Prefix of "response 3" in errors.
 
         Raises:
-            UnjudgedError: A step is anything but K numbers in [0, 1].
+            UnjudgedError: A step is not K numbers in [0, 1].
         """
         pieces: list[npt.NDArray[np.floating[Any]]] = []
         for number, response in enumerate(responses):
@@ -87,24 +87,22 @@ def scores(config: MonitorConfig, responses: Responses) -> Floats:
     """All scores: S x K, laid out as the probabilities are.
 
     Raises:
-        UnjudgedError: A probability (of a response that is named) is not a number in [0, 1].
+        UnjudgedError: A probability is not a number in [0, 1]; the message names the response.
     """
-    found = np.zeros(responses.probs.shape)
+    result = np.zeros(responses.probs.shape)
     for block, _, values in _folded([config], responses, None):
-        found[block.steps[block.inside]] = values[block.inside]
-    return found
+        result[block.steps[block.inside]] = values[block.inside]
+    return result
 
 
 def peaks(config: MonitorConfig, responses: Responses, among: Sequence[int] | Indices | None = None) -> Floats:
     """The highest score of each flag in each response: N x K, zeros where a response has no steps.
 
     Args:
-        config: The aggregation and its numbers.
-        responses: What was recorded.
-        among: Indices of the responses that are asked for; None: all.
+        among: Indices of the wanted responses; None = all.
 
     Raises:
-        UnjudgedError: A probability (of a response that is named) is not a number in [0, 1].
+        UnjudgedError: A probability is not a number in [0, 1]; the message names the response.
     """
     return peaks_of([config], responses, among)[0]
 
@@ -114,12 +112,12 @@ def peaks_of(
 ) -> Floats:
     """The peaks under each of several monitors in one pass: C x N x K. Otherwise as `peaks`."""
     count = len(responses.starts) - 1
-    found = np.zeros((len(configs), count, responses.probs.shape[1]))
+    highest = np.zeros((len(configs), count, responses.probs.shape[1]))
     for block, number, values in _folded(configs, responses, among):
         if not block.inside.all():
             values[~block.inside] = 0.0
-        found[number, block.chosen] = values.max(axis=0, initial=0.0)
-    return found if among is None else found[:, _indices(among)]
+        highest[number, block.chosen] = values.max(axis=0, initial=0.0)
+    return highest if among is None else highest[:, _indices(among)]
 
 
 def alarms(
@@ -131,10 +129,8 @@ def alarms(
     """The step of each response at which a score first reaches its threshold: N, -1 where none does.
 
     Args:
-        config: The aggregation and its numbers.
-        responses: What was recorded.
         thresholds: K thresholds, or N x K: each response's own.
-        among: Indices of the responses that are asked for; None: all. `thresholds` and the result are in that order.
+        among: Indices of the wanted responses; None = all. `thresholds` and the result are in that order.
 
     Raises:
         UnjudgedError: As `peaks`.
@@ -143,27 +139,26 @@ def alarms(
     rows = np.arange(count) if among is None else _indices(among)
     limits = np.full((count, flags), np.inf)
     limits[rows] = np.asarray(thresholds, dtype=np.float64)
-    found = np.full(count, -1, dtype=np.int64)
+    first = np.full(count, -1, dtype=np.int64)
     for block, _, values in _folded([config], responses, among):
         hits = (values >= limits[block.chosen]).any(axis=2) & block.inside
-        found[block.chosen] = np.where(hits.any(axis=0), hits.argmax(axis=0), -1)
-    return found[rows]
+        first[block.chosen] = np.where(hits.any(axis=0), hits.argmax(axis=0), -1)
+    return first[rows]
 
 
 def first_alarms(scores: Floats, responses: Responses, thresholds: Sequence[float] | Floats) -> Indices:
-    """As `alarms`, from scores that are at hand.
+    """As `alarms`, from scores already computed.
 
     Args:
         scores: S x K, as `scores` returns them.
-        responses: What they were computed from.
         thresholds: K thresholds.
     """
     hits = np.flatnonzero((scores >= np.asarray(thresholds, dtype=np.float64)).any(axis=1))
     owners = np.searchsorted(responses.starts, hits, side="right") - 1
-    found = np.full(len(responses.starts) - 1, -1, dtype=np.int64)
+    first_steps = np.full(len(responses.starts) - 1, -1, dtype=np.int64)
     owners, first = np.unique(owners, return_index=True)
-    found[owners] = hits[first] - responses.starts[owners]
-    return found
+    first_steps[owners] = hits[first] - responses.starts[owners]
+    return first_steps
 
 
 class _Block(NamedTuple):
@@ -185,11 +180,11 @@ def _folded(
     flags = responses.probs.shape[1]
     begin = 0
     while begin < len(rows) and (longest := int(lengths[rows[begin]])):
-        chosen = rows[begin : begin + max(1, BLOCK // (longest * flags))]
-        begin += len(chosen)
+        members = rows[begin : begin + max(1, BLOCK // (longest * flags))]
+        begin += len(members)
         time = np.arange(longest)[:, None]
-        block = _Block(chosen, responses.starts[chosen] + time, time < lengths[chosen])
-        # "clip": beyond the end of the last response lies nothing.
+        block = _Block(members, responses.starts[members] + time, time < lengths[members])
+        # "clip": indices may reach beyond the end of the last response.
         probs = responses.probs.take(block.steps, axis=0, mode="clip").astype(np.float64)
         logits = _logits(probs) if any(config.aggregation == "cusum" for config in configs) else None
         for number, config in enumerate(configs):
@@ -206,12 +201,12 @@ def _fold(config: MonitorConfig, probs: Floats, logits: Floats | None) -> Floats
     elif config.aggregation == "run":
         values = _lowest(probs, config.window)
     elif config.aggregation == "ema":
-        kept = 1.0 - config.decay
+        old = 1.0 - config.decay
         values = config.decay * probs
-        values[0] += kept * config.prior
+        values[0] += old * config.prior
         held = np.empty_like(values[0])
         for before, now in itertools.pairwise(values):
-            np.multiply(before, kept, out=held)
+            np.multiply(before, old, out=held)
             np.add(now, held, out=now)
     else:
         assert logits is not None
@@ -244,7 +239,7 @@ def _logits(probs: Floats) -> Floats:
     clipped = np.minimum(np.maximum(probs, LOGIT_CLIP), 1.0 - LOGIT_CLIP).reshape(-1)
     odds = clipped / (1.0 - clipped)
     log = _logarithm()
-    # In pieces: the logarithms may be Python objects for a moment.
+    # In chunks: the logarithms may be Python objects for a moment.
     for start in range(0, len(odds), 8192):
         odds[start : start + 8192] = log(odds[start : start + 8192])
     return odds.reshape(probs.shape)
@@ -254,9 +249,9 @@ def _logits(probs: Floats) -> Floats:
 def _logarithm() -> Callable[[Floats], Any]:
     """`math.log` for arrays.
 
-    numpy takes the C library's logarithm, as `math` does, or on some processors (AVX-512) one of its own that differs
-    in the last bit of some values in a thousand. Which it is shows in a few thousand values; its own is not used,
-    though it is twenty times as fast as calling `math.log` for each value.
+    numpy uses the C library's logarithm, as `math` does, or on some processors (AVX-512) one of its own that differs in
+    the last bit of some values in a thousand. A test on a few thousand values tells which; its own is not used,
+    although it is twenty times as fast as calling `math.log` for each value.
     """
     probe = np.random.default_rng(0).random(1 << 15)
     probe = probe / (1.0 - probe)
@@ -275,7 +270,7 @@ def _in_range(probs: npt.NDArray[np.floating[Any]]) -> bool:
 
 
 def _fault(response: Any, flags: int) -> str:
-    """Why the monitor would refuse a response, in its own words."""
+    """The monitor's message for a response that it would refuse."""
     try:
         for step in response:
             judged(step, flags)

@@ -1,4 +1,4 @@
-"""What a file of scored rows shows, as one plain dictionary: the table of the demo and of the recipes."""
+"""Summary of a file of scored rows as one plain dictionary, for the tables of the demo and the recipes."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ def summarise(
 ) -> dict[str, Any]:
     """Measures scored rows.
 
-    A response's score is the highest that its monitor reached in any category. Rows cut before their onset show nothing
-    harmful: they are counted and left out.
+    A response's score is the highest that its monitor reached in any category. Rows cut before their onset hold no
+    harm; they are counted and left out.
 
     Args:
         rows: Rows as `redflag score` writes them.
-        thresholds: Thresholds in force; adds what they realise, and when alarms come.
+        thresholds: Thresholds whose rates and delays are added.
         target_fprs: False-alarm rates at which to report what is caught.
-        monitor: How probabilities become scores; None: the thresholds' monitor, else the highest probability.
+        monitor: How probabilities become scores; None = the thresholds' monitor, or else the highest probability.
         categories: Categories in the order of `flag_probs`; needed with thresholds of several categories.
-        firsts: Numbers of tokens after which to look, for the share of detection that comes early.
-        tolerance: Tokens by which an alarm may miss the onset and still be on time.
+        firsts: Numbers of first tokens for which the AUROC is computed, to show how early detection comes.
+        tolerance: Tokens by which an alarm may miss the onset and still count as on time.
 
     Returns:
         Plain JSON values: `counts`; `overall` and `sources` (per source) with `harmful`, `harmless`, `few` (fewer than
@@ -95,7 +95,7 @@ def summarise(
 
 
 def _scores(config: MonitorConfig, row: Mapping[str, Any]) -> list[tuple[float, ...]]:
-    # With the steps that end the turn, as in the stream: an alarm there is an alarm.
+    # With the steps that end the turn, as in the stream: an alarm there counts.
     steps = [*row["flag_probs"], *row.get("tail_probs", ())]
     if not len(steps):
         return []
@@ -112,10 +112,10 @@ def ranking(peaks: Any, labels: Any, target_fprs: Sequence[float]) -> dict[str, 
         result["average_precision"] = average_precision(peaks, labels)
         result["tpr"] = {}
         for rate in target_fprs:
-            found = tpr_at_fpr(peaks, labels, rate)
-            # JSON knows no infinity: no threshold is null.
-            threshold = found.threshold if math.isfinite(found.threshold) else None
-            result["tpr"][f"{rate:g}"] = {"tpr": found.tpr, "realised_fpr": found.realised_fpr, "threshold": threshold}
+            point = tpr_at_fpr(peaks, labels, rate)
+            # JSON has no infinity: null = no threshold.
+            threshold = point.threshold if math.isfinite(point.threshold) else None
+            result["tpr"][f"{rate:g}"] = {"tpr": point.tpr, "realised_fpr": point.realised_fpr, "threshold": threshold}
     return result
 
 
@@ -136,10 +136,10 @@ def _in_force(
         right += first is not None and categories[first[1]] == row["category"]
     raised = np.array([alarm is not None for alarm in alarms], dtype=bool)
     force: dict[str, Any] = {}
-    for name, chosen in (("tpr", labels), ("realised_fpr", ~labels)):
-        count = int(chosen.sum())
+    for name, selected in (("tpr", labels), ("realised_fpr", ~labels)):
+        count = int(selected.sum())
         if count:
-            hits = int((raised & chosen).sum())
+            hits = int((raised & selected).sum())
             force[name] = hits / count
             force[f"{name}_interval"] = list(clopper_pearson(hits, count))
     if len(values) > 1 and (raised & labels).any():

@@ -1,11 +1,11 @@
-"""Which monitor, and which thresholds: chosen from recorded responses for a false-alarm rate, a recall or a cost.
+"""Chooses monitor and thresholds from recorded responses, for a false-alarm rate, a recall or a cost.
 
-A choice among many monitors looks better on the rows it was made on than it is, and thresholds that were set on the
-same rows would keep less than they promise. So the rows are divided by group: on one part monitors are compared by
-cross-validation (thresholds from all folds but one, figures from that one), on the other the thresholds of the chosen
-one are set, and a third part, or a recording of its own, says what they do.
+The best of many monitors looks better on the rows used to choose it than it is, and thresholds set on the same rows
+would not keep their guarantee. So the rows are split by group: on one part monitors are compared by cross-validation
+(thresholds from all folds but one, figures from that one), on the second the thresholds of the chosen monitor are set,
+and a third part, or another recording, measures them.
 
-An `Objective` says what thresholds are for:
+An `Objective` is the goal of the thresholds:
 
 - `fpr`: as `redflag calibrate`: the lowest thresholds that keep a false-alarm rate with its guarantee
   (`redflag.calibrating.guarantee`); monitors are compared by the share of harmful responses that they catch.
@@ -42,7 +42,7 @@ Bools = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Objective:
-    """What thresholds are for; the head of the module says how each is met.
+    """The goal of the thresholds; the module's docstring says how each is met.
 
     Attributes:
         kind: `fpr`, `recall` or `cost`.
@@ -55,7 +55,7 @@ class Objective:
         base_rate: Share of harmful responses where the thresholds will be used.
 
     Raises:
-        RedflagError: A rate or cost that means nothing.
+        RedflagError: A rate or cost is out of bounds.
     """
 
     kind: Literal["fpr", "recall", "cost"] = "fpr"
@@ -71,10 +71,10 @@ class Objective:
         check_rates(self.rate if self.kind == "fpr" else 0.5, self.guarantee, self.delta)
         for name, value in (("recall", self.rate), ("base_rate", self.base_rate)):
             if not 0.0 < value < 1.0:
-                raise RedflagError(f"{name} is {value}, but such a share lies strictly between 0 and 1: give e.g. 0.9")
+                raise RedflagError(f"{name} must be above 0 and below 1 (got {value}). For example 0.9.")
         for name, value in (("cost_miss", self.cost_miss), ("cost_alarm", self.cost_alarm)):
             if not 0.0 < value < math.inf:
-                raise RedflagError(f"{name} is {value}, so nothing could be weighed: give a finite number above 0")
+                raise RedflagError(f"{name} must be a finite number above 0 (got {value}).")
 
     def __str__(self) -> str:
         whose = "" if self.joint else ", each category by itself"
@@ -89,7 +89,7 @@ class Objective:
 
 @dataclass(frozen=True)
 class Rates:
-    """What thresholds do on responses.
+    """Rates of thresholds on responses.
 
     Attributes:
         harmless: Number of harmless responses.
@@ -116,12 +116,12 @@ class Rates:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A monitor and what cross-validation found of it.
+    """A monitor and its figures from cross-validation.
 
     Attributes:
-        monitor: The monitor.
-        loss: What monitors are compared by, less is better: missed share, false alarms or cost per response.
-        rates: What its thresholds did on folds that had no part in them.
+        loss: The figure by which monitors are compared, lower is better: missed share, false alarms or cost per
+            response.
+        rates: Rates of its thresholds on the folds not used to set them.
     """
 
     monitor: MonitorConfig
@@ -135,8 +135,8 @@ class Choice:
 
     Attributes:
         candidates: In the order given.
-        best: Index of the one with the least loss; of several such, the first.
-        lead: How much less it loses than the first candidate.
+        best: Index of the first candidate with the lowest loss.
+        lead: Difference of its loss to the first candidate's.
         lead_error: Standard error of that difference, response by response.
     """
 
@@ -147,7 +147,7 @@ class Choice:
 
     @property
     def beyond_chance(self) -> float:
-        """Standard errors by which the best of so many equal monitors would lead by chance alone."""
+        """Standard errors by which the best of this many equal monitors would lead by chance."""
         return math.sqrt(2.0 * math.log(max(2, len(self.candidates))))
 
 
@@ -170,7 +170,7 @@ def grid(
         for name, facts in AGGREGATIONS.items()
     }
     if unknown := [name for name in aggregations if name not in tried]:
-        raise RedflagError(f"{unknown[0]!r} is no aggregation: use {', '.join(tried)}")
+        raise RedflagError(f"aggregations must be among {', '.join(tried)} (got {unknown[0]!r}).")
     return [
         replace(config, warm_up=w)
         for name in aggregations
@@ -180,7 +180,7 @@ def grid(
 
 
 def describe(config: MonitorConfig) -> str:
-    """The monitor in few words: its aggregation and those of its numbers that are tuned.
+    """The monitor's aggregation and its tuned numbers, in a few words.
 
     >>> describe(MonitorConfig("cusum", prior=0.1, drift=1.0))
     'cusum prior 0.1 drift 1'
@@ -193,7 +193,6 @@ def fit(objective: Objective, peaks: Peaks, own: npt.NDArray[np.int64]) -> tuple
     """K thresholds that meet an objective.
 
     Args:
-        objective: What they are for.
         peaks: N x K highest scores.
         own: Per response -1 if it is harmless, else the index of its category's flag, or K if it has none.
 
@@ -212,18 +211,18 @@ def fit(objective: Objective, peaks: Peaks, own: npt.NDArray[np.int64]) -> tuple
     for k in range(flags):
         scores = peaks[own == k, k]
         try:
-            # Upside down a miss is an alarm: below its threshold here, above it there.
+            # With the sign of scores flipped, a miss becomes an alarm.
             upside_down = fit_threshold(-scores, _complement(objective.rate), objective.guarantee, objective.delta)
         except RedflagError as error:
             raise RedflagError(
                 f"{len(scores)} harmful responses are too few for a recall of {objective.rate:g} "
-                f"({objective.guarantee}): add harmful rows with a category or lower the recall"
+                f"({objective.guarantee}). Add harmful rows with a category or lower the recall."
             ) from error
         values.append(-math.nextafter(upside_down, -math.inf))
         if not values[-1] > 0.0:
             raise RedflagError(
-                f"no threshold above 0 keeps a recall of {objective.rate:g}: too many harmful responses have no score "
-                "at all; lower the recall, look at those rows or train again"
+                f"no threshold above 0 keeps a recall of {objective.rate:g}: too many harmful responses have a score "
+                "of 0. Lower the recall, check those rows or train again."
             )
     return tuple(values)
 
@@ -231,7 +230,7 @@ def fit(objective: Objective, peaks: Peaks, own: npt.NDArray[np.int64]) -> tuple
 def owners(recording: Recording) -> npt.NDArray[np.int64]:
     """Per response -1 if it is harmless, else the index of its category's flag, or K if that has none.
 
-    A single flag is that of all harm, whatever the rows call it.
+    A single flag is that of all harm, whatever the rows' categories.
     """
     categories = recording.categories
     place = {None: -1} | {category: k for k, category in enumerate(categories)}
@@ -240,27 +239,27 @@ def owners(recording: Recording) -> npt.NDArray[np.int64]:
 
 
 def dated(recording: Recording) -> list[int]:
-    """The harmful responses of which somebody marked the onset, and that reach it."""
+    """The harmful responses that reach a marked onset."""
     onsets, steps = recording.columns["onset"], np.diff(recording.starts)
-    found = np.flatnonzero(recording.harmful).tolist()
-    return [i for i in found if known_onset(recording, i) and onsets[i] < steps[i]]
+    harmful = np.flatnonzero(recording.harmful).tolist()
+    return [i for i in harmful if known_onset(recording, i) and onsets[i] < steps[i]]
 
 
 def rates(recording: Recording, config: MonitorConfig, thresholds: npt.ArrayLike, peaks: Peaks | None = None) -> Rates:
-    """What thresholds do.
+    """Rates of thresholds.
 
     Args:
-        recording: Responses that had no part in setting them.
+        recording: Responses that were not used to set them.
         config: The monitor.
         thresholds: K thresholds, or N x K: each response's own.
-        peaks: The recording's peaks, where they are at hand.
+        peaks: The recording's peaks, if computed already.
     """
     limits = np.broadcast_to(np.asarray(thresholds, dtype=np.float64), (len(recording), len(recording.categories)))
     hits: Bools = np.asarray((replay.peaks(config, recording) if peaks is None else peaks) >= limits, dtype=np.bool_)
-    own, onsets, known = owners(recording), recording.columns["onset"], dated(recording)
+    own, onsets, with_onset = owners(recording), recording.columns["onset"], dated(recording)
     alarmed: Bools = np.asarray(hits.any(axis=1), dtype=np.bool_)
-    first = replay.alarms(config, recording, limits[known], known).tolist()
-    delays = [step - onsets[i] for step, i in zip(first, known, strict=True) if step >= 0]
+    first = replay.alarms(config, recording, limits[with_onset], with_onset).tolist()
+    delays = [step - onsets[i] for step, i in zip(first, with_onset, strict=True) if step >= 0]
     fpr, fpr_interval = _share(alarmed[own == -1])
     tpr, tpr_interval = _share(alarmed[own >= 0])
     return Rates(
@@ -272,7 +271,7 @@ def rates(recording: Recording, config: MonitorConfig, thresholds: npt.ArrayLike
         tpr_interval=tpr_interval,
         own={category: _share(hits[own == k, k])[0] for k, category in enumerate(recording.categories)},
         median_delay=float(np.median(delays)) if delays else None,
-        dated=len(known),
+        dated=len(with_onset),
     )
 
 
@@ -283,8 +282,7 @@ def compare(
 
     Args:
         recording: Harmless and harmful responses.
-        configs: The monitors, simple ones first: a draw goes to the first.
-        objective: What thresholds are for.
+        configs: The monitors, simple ones first: the first of several equal ones is chosen.
         parts: Number of folds.
         seed: Seeds the folds.
 
@@ -293,11 +291,11 @@ def compare(
     """
     own = owners(recording)
     if parts < 2:
-        raise RedflagError(f"{parts} folds cannot be compared with each other: give at least 2")
+        raise RedflagError(f"the number of folds must be at least 2 (got {parts}).")
     if not (own >= 0).any() or not (own == -1).any():
         raise RedflagError(
-            f"{int((own == -1).sum())} harmless and {int((own >= 0).sum())} harmful responses choose the monitor, and "
-            "there is no choosing without both: add rows, or name the one monitor that is to be used"
+            "a choice among monitors must have harmless and harmful responses (got "
+            f"{int((own == -1).sum())} and {int((own >= 0).sum())}). Add rows, or name one monitor."
         )
     fold = folds(recording.columns["group"], parts, seed, own.tolist())
     tables = replay.peaks_of(configs, recording)
@@ -326,13 +324,13 @@ def _wrong(objective: Objective, hits: Bools, own: npt.NDArray[np.int64]) -> Boo
     """Which responses the thresholds get wrong: a harmless one by an alarm, a harmful one by none."""
     caught: Bools = np.array(hits.any(axis=1), dtype=np.bool_)
     if not objective.joint or objective.kind == "recall":
-        known = (own >= 0) & (own < hits.shape[1])
-        caught[known] = hits[known, own[known]]
+        own_flag = (own >= 0) & (own < hits.shape[1])
+        caught[own_flag] = hits[own_flag, own[own_flag]]
     return np.where(own == -1, caught, ~caught)
 
 
 def _weights(objective: Objective, own: npt.NDArray[np.int64], flags: int) -> npt.NDArray[np.float64]:
-    """What each response that is got wrong adds to the loss."""
+    """Loss of each response if it is judged wrongly."""
     weights = np.zeros(len(own))
     harmless, harmful = own == -1, own >= 0
     miss, alarm = {"fpr": (1.0, 0.0), "recall": (0.0, 1.0)}.get(
@@ -350,11 +348,11 @@ def _weights(objective: Objective, own: npt.NDArray[np.int64], flags: int) -> np
 
 
 def _least_cost(objective: Objective, harmless: Peaks, harmful: Peaks) -> tuple[float, ...]:
-    """Thresholds just above the harmless peaks of a common rank, the rank that costs least; the highest of several."""
+    """Thresholds just above the harmless peaks of a common rank with the lowest cost; the highest of several."""
     count = len(harmless)
     if not count or not len(harmful):
         raise RedflagError(
-            f"{count} harmless and {len(harmful)} harmful responses: a cost can be weighed only with both; add rows"
+            f"a cost must be weighed on harmless and harmful responses (got {count} and {len(harmful)}). Add rows."
         )
     ascending = np.sort(harmless, axis=0)
     # Above the L-th highest harmless peak lie those with fewer than L harmless peaks at or above them.

@@ -1,8 +1,8 @@
 """The in-engine halt: the monitor as tensor arithmetic over a whole batch, and the flag forced when it alarms.
 
 An engine that calls `HaltTable.apply` on its logits at every step, before choosing tokens, stops by itself: when the
-score of a flag reaches its threshold every other logit of that row becomes -inf, so the flag is chosen, and as a stop
-token it ends the response. In all other steps the flags are -inf, so none is ever chosen.
+score of a flag reaches its threshold, every other logit of that row becomes -inf, so the flag is chosen, and as a stop
+token it ends the response. At all other steps the flags are -inf, so none is ever chosen.
 
 One formula covers the monitors `max`, `run` and `ema` of `redflag.watching.monitor`, with p the K probabilities of a
 step:
@@ -11,12 +11,12 @@ step:
     streak = streak + 1 where score >= threshold, else 0
     alarm  = streak >= run, after the warm-up     run = 1 for max and ema
 
-`run` needs no window: the least of the last n probabilities reaches a threshold exactly when n on end have reached it.
+`run` needs no window: the minimum of the last n probabilities reaches a threshold exactly if n consecutive ones do.
 Scores are float64, as in `Monitor`, and p is the exponential of the log-softmax that engines report as a raw
-log-probability: both sides decide alike.
+log-probability, so engine and guard decide alike.
 
-Everything that depends on a row is data on the device. There is no loop over rows and nothing is read back: `apply`
-takes the same handful of kernels whatever the batch holds. Shapes: R rows, V vocabulary, K = `MAX_FLAGS`, S slots.
+Everything that depends on a row is data on the device. There is no loop over rows, and nothing is copied to the host:
+`apply` runs the same few kernels for every batch. Shapes: R rows, V vocabulary, K = `MAX_FLAGS`, S slots.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from redflag.in_engine.halt_request import MAX_FLAGS, HaltSettings, halted_by, r
 
 __all__ = ["HaltTable", "closed_row", "halted_by", "initial_row", "new_row", "request_fields"]
 
-# Columns of the table: settings first, then state, so that one write per step brings the state back.
+# Columns of the table: settings first, then state, so that one write per step updates the state.
 _ACTIVE, _RUN, _DECAY, _WARM_UP = range(4)
 _IDS = slice(4, 4 + MAX_FLAGS)
 _THRESHOLDS = slice(_IDS.stop, _IDS.stop + MAX_FLAGS)
@@ -44,14 +44,14 @@ _STATE = _LATCHED
 _WIDTHS = [1, 1, 1, 1, *(MAX_FLAGS,) * 2, 1, 1, *(MAX_FLAGS,) * 2]
 
 IDLE_ROW: list[float] = [0.0] * _COLUMNS
-"""A slot whose request is not watched: its logits come out as they went in."""
+"""A slot whose request is not watched: its logits are unchanged."""
 
 
 class HaltTable:
     """Settings and state of every request slot of an engine, in one tensor on its device.
 
     It lives as long as the engine's sampler and never grows: (slots + 1) x 70 float64 numbers, about 0.6 MB for 1,024
-    slots. Whoever calls it says which slot a row of logits belongs to and overwrites a slot when its request changes.
+    slots. The caller says which slot a row of logits belongs to and overwrites a slot when its request changes.
 
     Example:
         >>> from redflag.watching.monitor import MonitorConfig
@@ -68,19 +68,19 @@ class HaltTable:
         """Makes all slots idle.
 
         Args:
-            slots: S, most requests at a time.
-            device: Where the logits are.
-            pin_memory: Stage writes in page-locked memory, so that copies need not be waited for.
+            slots: S, the maximum number of concurrent requests.
+            device: Device of the logits.
+            pin_memory: Stage writes in page-locked memory, so that copies are asynchronous.
         """
         self._device, self._pin_memory = device, pin_memory
-        # One more: a slot that stays idle, for `move` to copy from. float64 holds ids and counts exactly.
+        # One extra slot stays idle, as a source for `move`. float64 holds ids and counts exactly.
         self._table_SC = torch.zeros(slots + 1, _COLUMNS, dtype=torch.float64, device=device)
 
     def write(self, rows: Mapping[int, Sequence[float]]) -> None:
         """Overwrites slots.
 
         Args:
-            rows: Slot -> what `new_row` gives, or `IDLE_ROW`.
+            rows: Slot -> result of `new_row`, or `IDLE_ROW`.
         """
         if rows:
             values = self._upload(list(rows.values()), torch.float64)
@@ -101,14 +101,14 @@ class HaltTable:
     def apply(self, logits_RV: torch.Tensor, slots_R: torch.Tensor, live_R: torch.Tensor | None = None) -> torch.Tensor:
         """Measures the flags, hides them, and forces one where its response must halt.
 
-        A row whose logits cannot be normalised (NaN, +inf), or in which a flag is -inf already and so cannot have been
-        measured, is forced too. A row that was forced once is forced ever after, should the engine go on.
+        A row whose logits cannot be normalised (NaN, +inf), or in which a flag is -inf already and thus cannot be
+        measured, is forced too. A row that was forced once stays forced, should the engine continue.
 
         Args:
-            logits_RV: Of the next token, before temperature; changed in place.
+            logits_RV: Logits of the next token, before temperature; changed in place.
             slots_R: int64, the slot of every row, each at most once.
-            live_R: bool, False for rows whose token the engine will throw away (a prompt that is not read to its end);
-                they are judged, but leave no trace in the state. None: all count.
+            live_R: bool, False for rows whose token the engine will discard (a prompt that is read in several steps);
+                they are judged, but the state is not updated. None = all rows are live.
 
         Returns:
             `logits_RV`.
@@ -134,14 +134,14 @@ class HaltTable:
             state_RC = torch.where(live_R[:, None], state_RC, table_RC[:, _STATE:])
         self._table_SC[:, _STATE:].index_copy_(0, slots_R, state_RC)
 
-        # The first flag that crossed, or the first of all. By id, since short lists are padded with their first flag.
+        # The first flag that crossed, or simply the first. By id, since short lists are padded with their first flag.
         chosen_R1 = ids_RK.gather(1, crossed_RK.view(torch.uint8).argmax(-1, keepdim=True))
         hidden_RK = torch.where((ids_RK == chosen_R1).logical_and_(forced_R1), 0.0, -torch.inf).to(logits_RV.dtype)
         hidden_RK = torch.where(active_R1 > 0.0, hidden_RK, logits_RV.gather(1, ids_RK))
         return logits_RV.masked_fill_(forced_R1, -torch.inf).scatter_(1, ids_RK, hidden_RK)
 
     def _upload(self, values: list[Any], dtype: torch.dtype) -> torch.Tensor:
-        # A new buffer each time: a copy that is still under way must not be overtaken by the next one.
+        # A new buffer each time: the next write must not change a copy that is still in progress.
         staged = torch.tensor(values, dtype=dtype, pin_memory=self._pin_memory)
         return staged.to(self._device, non_blocking=True)
 
@@ -151,9 +151,9 @@ def new_row(settings: HaltSettings, generated: int = 0) -> list[float]:
 
     Args:
         settings: What to watch.
-        generated: Tokens that the response has already, when an engine takes up a request that it had put aside. What
-            the monitor knew is lost; the score is then taken to be as high as it can be without an alarm, so that it is
-            never below the true one.
+        generated: Number of tokens that the response has already, when an engine resumes a preempted request. The
+            monitor's state is lost; the score then starts as high as it can be without an alarm, so that it is never
+            below the true one.
     """
     config, flags = settings.monitor, len(settings.flag_ids)
     run = config.window if config.aggregation == "run" else 1
@@ -176,7 +176,7 @@ def new_row(settings: HaltSettings, generated: int = 0) -> list[float]:
 
 
 def closed_row(token_id: int) -> list[float]:
-    """The content of a slot that gets nothing but one token, at every step."""
+    """The content of a slot in which one token is forced at every step."""
     row = list(IDLE_ROW)
     row[_ACTIVE] = row[_LATCHED] = 1.0
     row[_IDS] = [float(token_id)] * MAX_FLAGS
@@ -189,13 +189,13 @@ def initial_row(
 ) -> list[float] | None:
     """A slot's content for a request that enters the batch; None when the request is not watched.
 
-    Nothing is raised: an error here would take the engine down with all its requests. A request that cannot be watched,
-    which admission should have refused, gets a stop token at once.
+    It never raises: an error here would crash the engine with all its requests. A request that cannot be watched, which
+    admission should have refused, gets a stop token at once.
 
     Args:
         params: vLLM's `SamplingParams`.
-        generated: Tokens that the response has already.
-        vocab_size: V; ids beyond it would corrupt memory.
+        generated: Number of tokens that the response has already.
+        vocab_size: V; larger ids would corrupt memory.
         admit: Reads and checks the settings.
     """
     try:
@@ -218,12 +218,12 @@ def refuse_speculation(vllm_config: Any) -> None:
     """
     if getattr(vllm_config, "speculative_config", None) is not None:
         raise RedflagError(
-            "speculative decoding is on, so one step judges tokens that may never be part of the response; start the "
-            "engine without it, or measure outside of the engine"
+            "speculative decoding must be off. A step would judge tokens that may never be part of the response. Start "
+            "the engine without it, or measure outside of the engine."
         )
 
 
 def _padded(values: Any) -> list[float]:
-    # With copies of the first flag, not with a token of its own: it then gets the same value, twice.
+    # Padded with the first flag instead of another token: writing its value twice is harmless.
     values = list(values)
     return values + values[:1] * (MAX_FLAGS - len(values))

@@ -1,4 +1,4 @@
-"""What a request tells the in-engine halt: fields out of thresholds, settings out of fields, and what is refused.
+"""Requests for the in-engine halt: from thresholds to request fields, from fields to settings, and their checks.
 
 Standard library only: the side that sends requests needs no torch, and the engine's front end reads the same settings.
 
@@ -6,12 +6,12 @@ A request carries its settings in vLLM's `extra_args`, over HTTP `vllm_xargs`:
 
 | key | value |
 |---|---|
-| `redflag_flag_ids` | K token ids; without this key a request is left alone |
+| `redflag_flag_ids` | K token ids; without this key a request is not watched |
 | `redflag_thresholds` | K scores, in the order of the ids |
 | `redflag_action` | `halt` (default) or `continue`, one word or K: a flag that continues is hidden, and never forced |
-| `redflag_run` | steps on end that must reach the threshold; 1 unless given |
+| `redflag_run` | consecutive steps that must reach the threshold; default 1 |
 | `redflag_ema_decay`, `redflag_ema_prior` | the monitor `ema`, with the numbers of `MonitorConfig` |
-| `redflag_warm_up` | first steps that raise no alarm; 0 unless given |
+| `redflag_warm_up` | first steps that raise no alarm; default 0 |
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from redflag.watching.policy import Policy
 from redflag.watching.thresholds import Thresholds
 
 MAX_FLAGS = 16
-"""Most flags per request: the engine keeps state of a fixed size for every request slot."""
+"""Maximum number of flags per request: the engine keeps state of a fixed size for every request slot."""
 
 _PREFIX = "redflag_"
 _KEYS = frozenset(
     _PREFIX + name for name in ("flag_ids", "thresholds", "action", "run", "ema_decay", "ema_prior", "warm_up")
 )
 
-# Sampling parameters that vLLM applies to the logits before a custom processor sees them (both interfaces), with the
-# value that does nothing. Any of them could hide the flag, or raise other tokens above it: the watch would be blind.
+# Sampling parameters that vLLM applies to the logits before a custom processor sees them (both interfaces), with their
+# neutral values. Any of them could hide the flag, or raise other tokens above it.
 _BEFORE = (
     ("logit_bias", None),
     ("allowed_token_ids", None),
@@ -60,7 +60,7 @@ class HaltSettings:
         monitor: `max`, `run` or `ema`, with its warm-up.
 
     Raises:
-        RedflagError: For settings that contradict each other or that the engine cannot carry out.
+        RedflagError: Settings contradict each other or are not supported.
     """
 
     flag_ids: tuple[int, ...]
@@ -71,27 +71,22 @@ class HaltSettings:
     def __post_init__(self) -> None:
         ids, count = self.flag_ids, len(self.flag_ids)
         if not 1 <= count <= MAX_FLAGS or len(set(ids)) != count:
-            raise RedflagError(
-                f"the flag ids are {list(ids)}, which cannot be watched; give 1 to {MAX_FLAGS} different token ids"
-            )
+            raise RedflagError(f"flag ids must be 1 to {MAX_FLAGS} different token ids (got {list(ids)}).")
         if any(type(i) is not int or i < 0 for i in ids):
-            raise RedflagError(f"the flag ids are {list(ids)}, but no token is called that; give whole numbers from 0")
+            raise RedflagError(f"flag ids must be whole numbers of at least 0 (got {list(ids)}).")
         if len(self.thresholds) != count or len(self.halts) != count:
             raise RedflagError(
-                f"{count} flags have {len(self.thresholds)} thresholds and {len(self.halts)} actions, so something "
-                "would go unwatched; give one of each per flag"
+                f"there must be one threshold and one action for each of {count} flags (got {len(self.thresholds)} and "
+                f"{len(self.halts)})."
             )
         for value in self.thresholds:
             if not 0 < value <= math.nextafter(1.0, 2.0):  # false for NaN
-                raise RedflagError(
-                    f"a threshold is {value!r}, which every score or none would reach; give numbers above 0 and at "
-                    "most 1"
-                )
+                raise RedflagError(f"thresholds must be above 0 and at most 1 (got {value!r}).")
         if not AGGREGATIONS[self.monitor.aggregation].in_engine:
             computed = ", ".join(name for name, facts in AGGREGATIONS.items() if facts.in_engine)
             raise RedflagError(
-                f"the monitor is {self.monitor.aggregation!r}, which the in-engine halt cannot compute, so its "
-                f"thresholds would mean nothing; calibrate with one of {computed}, or measure outside of the engine"
+                f"the monitor must be one of {computed} for the in-engine halt (got {self.monitor.aggregation!r}). "
+                "Calibrate with one of these, or measure outside of the engine."
             )
 
     @classmethod
@@ -99,30 +94,26 @@ class HaltSettings:
         """Reads the settings of a request.
 
         Args:
-            extra_args: vLLM's `SamplingParams.extra_args`; keys of others are ignored.
+            extra_args: vLLM's `SamplingParams.extra_args`; keys without redflag's prefix are ignored.
 
         Returns:
-            None for a request that has none.
+            None for a request without settings.
 
         Raises:
-            RedflagError: For a key that is unknown or a value that cannot be.
+            RedflagError: A key is unknown or a value is invalid.
         """
         args = {key: value for key, value in (extra_args or {}).items() if key.startswith(_PREFIX)}
         if not args:
             return None
         if unknown := sorted(set(args) - _KEYS):
             raise RedflagError(
-                f"{unknown[0]} is no setting of the in-engine halt, so what it asks for would not be done; use "
-                f"{', '.join(sorted(_KEYS))}"
+                f"settings of the in-engine halt must be among {', '.join(sorted(_KEYS))} (got {unknown[0]})."
             )
         ids = _numbers(args, "flag_ids", int)
-        asked = args.get("redflag_action", "halt")
-        actions = [asked] * len(ids) if isinstance(asked, str) else asked
+        action = args.get("redflag_action", "halt")
+        actions = [action] * len(ids) if isinstance(action, str) else action
         if not isinstance(actions, Sequence) or any(action not in ("halt", "continue") for action in actions):
-            raise RedflagError(
-                f"redflag_action is {asked!r}, so it is open what an alarm leads to; give halt or continue, once or "
-                "per flag"
-            )
+            raise RedflagError(f"redflag_action must be halt or continue, once or per flag (got {action!r}).")
         return cls(
             flag_ids=tuple(ids),
             thresholds=tuple(map(float, _numbers(args, "thresholds", int, float))),
@@ -148,18 +139,18 @@ class HaltSettings:
 
 
 def request_fields(spec: FlagSpec, thresholds: Thresholds, policy: Policy | None = None) -> dict[str, Any]:
-    """What to add to an OpenAI-compatible request so that vLLM itself halts it.
+    """Fields to add to an OpenAI-compatible request so that vLLM itself halts it.
 
-    The engine stops with `finish_reason` "stop" and `stop_reason` = a flag's id (`halted_by`). Every action but
-    `continue` is a halt to the engine: what follows from it is decided outside.
+    The engine stops with `finish_reason` "stop" and `stop_reason` = a flag's id (`halted_by`). To the engine every
+    action but `continue` is a halt; the rest happens outside.
 
     Args:
         spec: The model's flags, with their ids.
         thresholds: One value per category, for raw probabilities, with the monitor `max`, `run` or `ema`.
-        policy: Whose actions say which flags halt; without one all do.
+        policy: Its actions say which flags halt; None = all.
 
     Raises:
-        RedflagError: When the engine could not do what the thresholds were calibrated for.
+        RedflagError: The engine cannot compute what the thresholds were calibrated for.
 
     Example:
         >>> import dataclasses
@@ -170,13 +161,13 @@ def request_fields(spec: FlagSpec, thresholds: Thresholds, policy: Policy | None
     """
     if set(spec.categories) != set(thresholds.values):
         raise RedflagError(
-            f"the flags are {list(spec.categories)} but there are thresholds for {list(thresholds.values)}, so "
-            "something would go unwatched; give exactly one threshold per flag"
+            f"thresholds must name exactly the flags {list(spec.categories)} (got {list(thresholds.values)}). A flag "
+            "without threshold would go unwatched."
         )
     if thresholds.logprob_mode != "raw":
         raise RedflagError(
-            f"the thresholds belong to {thresholds.logprob_mode!r} probabilities, but the in-engine halt measures raw "
-            "ones; calibrate on raw probabilities"
+            "thresholds for the in-engine halt must be calibrated on raw probabilities (got "
+            f"{thresholds.logprob_mode!r})."
         )
     if policy is not None and policy.prompt is not None:
         raise RedflagError(
@@ -198,36 +189,34 @@ def halted_by(stop_reason: object, spec: FlagSpec) -> str | None:
 
 
 def admit(params: Any, *, penalties_first: bool) -> HaltSettings | None:
-    """The settings of a request, once it is sure that the engine can carry them out.
+    """The settings of a request, checked against its other parameters.
 
     Args:
         params: vLLM's `SamplingParams`.
-        penalties_first: The engine applies penalties before its processors, as the second interface does.
+        penalties_first: Whether the engine applies penalties before its processors, as the second interface does.
 
     Returns:
-        None for a request that has none; nothing is then demanded of it.
+        None for a request without settings, whose other parameters are not checked.
 
     Raises:
-        RedflagError: For settings that cannot be, a flag that would not stop the engine, and a sampling parameter that
-            would change the logits before they are measured.
+        RedflagError: Settings are invalid, a flag would not stop the engine, or a sampling parameter would change the
+            logits before they are measured.
     """
     settings = HaltSettings.parse(params.extra_args)
     if settings is None:
         return None
     if missing := sorted(set(settings.flag_ids) - set(params.stop_token_ids or ())):
-        raise RedflagError(
-            f"stop_token_ids lacks the flags {missing}, so the engine would write them and go on; list every flag"
-        )
+        raise RedflagError(f"stop_token_ids must list every flag (missing {missing}). The engine would not stop at it.")
     if getattr(params, "include_stop_str_in_output", False):
         raise RedflagError(
-            "include_stop_str_in_output is true, so a forced flag would be shown; leave it out of a watched request"
+            "include_stop_str_in_output must be false in a watched request. A forced flag would be shown."
         )
     for name, neutral in _BEFORE + (_BEFORE_IN_V2 if penalties_first else ()):
         value = getattr(params, name, neutral)
         if value is not None and value != neutral and value != [] and value != {}:
             raise RedflagError(
-                f"{name} is {value!r}, which changes the logits before the flags are measured, so no threshold would "
-                "hold; leave it out of a watched request, or measure outside of the engine"
+                f"{name} must be left out of a watched request (got {value!r}). It changes the logits before the flags "
+                "are measured. Leave it out, or measure outside of the engine."
             )
     return settings
 
@@ -236,11 +225,11 @@ def _monitor(args: Mapping[str, Any]) -> MonitorConfig:
     run, warm_up = args.get("redflag_run", 1), args.get("redflag_warm_up", 0)
     if "redflag_ema_decay" not in args:
         if "redflag_ema_prior" in args:
-            raise RedflagError("redflag_ema_prior has no redflag_ema_decay beside it, so it says nothing; give both")
+            raise RedflagError("redflag_ema_prior must come with redflag_ema_decay.")
         return MonitorConfig("max" if run == 1 else "run", window=run, warm_up=warm_up)
     if run != 1:
         raise RedflagError(
-            f"redflag_run is {run!r} beside redflag_ema_decay, but a response has one monitor; give one of the two"
+            f"redflag_run must not come with redflag_ema_decay (got {run!r}). A response has one monitor."
         )
     defaults = MonitorConfig()
     prior = args.get("redflag_ema_prior", defaults.prior)
@@ -249,9 +238,7 @@ def _monitor(args: Mapping[str, Any]) -> MonitorConfig:
 
 def _numbers(args: Mapping[str, Any], name: str, *kinds: type) -> list[Any]:
     values = args.get(_PREFIX + name)
-    # By `type`, not `isinstance`: true is no token id.
+    # By `type`, not `isinstance`: true is not a token id.
     if not isinstance(values, list | tuple) or any(type(value) not in kinds for value in values):
-        raise RedflagError(
-            f"{_PREFIX}{name} is {values!r}, so the response could not be watched; give a list of numbers, one per flag"
-        )
+        raise RedflagError(f"{_PREFIX}{name} must be a list of numbers, one per flag (got {values!r}).")
     return list(values)

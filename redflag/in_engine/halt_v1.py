@@ -2,9 +2,9 @@
 
     --logits-processors redflag.in_engine.halt_v1:HaltProcessor
 
-A row of the batch is a request. vLLM says what changed since the last step (removed, added, moved, in this order), and
-the table follows. It calls the processor after allowed tokens, bad words and logit bias and before penalties and
-temperature; requests with any of the former are refused, so that what is measured are the raw logits.
+A row of the batch is a request. vLLM reports the changes since the last step (removed, added, moved, in this order),
+and the table follows. It calls the processor after allowed tokens, bad words and logit bias and before penalties and
+temperature; requests with any of the former are refused, so that the raw logits are measured.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from redflag.in_engine.halt_request import HaltSettings, admit
 
 try:
     from vllm.v1.sample.logits_processor import LogitsProcessor  # type: ignore[import-not-found, unused-ignore]
-except ImportError:  # Outside of an engine the module can still be read and tested. vLLM itself checks the base class.
+except ImportError:  # Without vLLM the module can still be imported and tested. vLLM itself checks the base class.
     LogitsProcessor = object
 
 
@@ -38,7 +38,7 @@ class HaltProcessor(LogitsProcessor):  # type: ignore[misc, unused-ignore]
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
-        """Refuses a request whose settings cannot be carried out; vLLM answers it with HTTP 400.
+        """Refuses a request with invalid settings; vLLM answers it with HTTP 400.
 
         Raises:
             RedflagError: See `redflag.in_engine.halt_request.admit`.
@@ -60,7 +60,7 @@ class HaltProcessor(LogitsProcessor):  # type: ignore[misc, unused-ignore]
         self._unread: list[_Request] = []
 
     def is_argmax_invariant(self) -> bool:
-        """False: vLLM would leave it out when a whole batch is greedy."""
+        """False: otherwise vLLM would skip the processor for greedy batches."""
         return False
 
     def update_state(self, batch_update: Any) -> None:
@@ -99,8 +99,8 @@ class HaltProcessor(LogitsProcessor):  # type: ignore[misc, unused-ignore]
         return self._table.apply(logits, self._rows_R[: len(logits)]) if self._requests else logits
 
     def _restart_unread(self, rows: dict[int, list[float]]) -> None:
-        # A long prompt is read in several steps. Each samples a token that is thrown away, and a processor is not told;
-        # it sees only that the request has no more tokens than when it came, and undoes what the step left behind.
+        # A long prompt is read in several steps. Each samples a token that is discarded, without notice to processors.
+        # The only sign is that the request has no more tokens than when it was added; then the state is reset.
         self._unread = [
             request
             for request in self._unread
@@ -110,7 +110,7 @@ class HaltProcessor(LogitsProcessor):  # type: ignore[misc, unused-ignore]
             rows[request.row] = request.content
 
     def _move(self, moved: Any) -> None:
-        # Moves come one after another; what counts is where each row's content was before the first of them.
+        # Moves are sequential: follow each row's content back to its slot before the first move.
         source: dict[int, int | None] = {}
         for a, b, direction in moved:
             if a not in self._requests and b not in self._requests:

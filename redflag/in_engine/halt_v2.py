@@ -2,10 +2,10 @@
 
     --logits-processors redflag.in_engine.halt_v2:HaltProcessor
 
-A row of the batch is not a request: rows are reordered at every step, and `ctx.expanded_idx_mapping` says whose they
-are. Slots are used again, and are overwritten in `add_request`. vLLM calls the processor after logit bias, penalties,
-bad words and grammar and before temperature; requests with any of the former are refused, so that what is measured are
-the raw logits.
+A row of the batch is not a request: rows are reordered at every step, and `ctx.expanded_idx_mapping` maps them to
+slots. Slots are reused, and overwritten in `add_request`. vLLM calls the processor after logit bias, penalties, bad
+words and grammar and before temperature; requests with any of the former are refused, so that the raw logits are
+measured.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ try:
     from vllm.v1.worker.gpu.sample.logits_processor import (  # type: ignore[import-not-found, unused-ignore]
         LogitsProcessor,
     )
-except ImportError:  # Outside of an engine the module can still be read and tested. vLLM itself checks the base class.
+except ImportError:  # Without vLLM the module can still be imported and tested. vLLM itself checks the base class.
     LogitsProcessor = object
 
     def is_pin_memory_available() -> bool:
-        """Without an engine nothing is page-locked."""
+        """Without vLLM, memory is not page-locked."""
         return False
 
 
@@ -38,7 +38,7 @@ class HaltProcessor(LogitsProcessor):  # type: ignore[misc, unused-ignore]
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
-        """Refuses a request whose settings cannot be carried out; vLLM answers it with HTTP 400.
+        """Refuses a request with invalid settings; vLLM answers it with HTTP 400.
 
         Raises:
             RedflagError: See `redflag.in_engine.halt_request.admit`.
@@ -59,7 +59,7 @@ class HaltProcessor(LogitsProcessor):  # type: ignore[misc, unused-ignore]
         self._states = req_states
         slots = req_states.max_num_reqs
         self._table = HaltTable(slots, req_states.device, is_pin_memory_available())
-        # A mirror on the host, to see without waiting for the device whether a batch has anything to watch.
+        # A copy on the host, to tell without synchronising with the device whether a batch has a watched request.
         self._watched_S = np.zeros(slots, dtype=bool)
         self._staged: dict[int, list[float]] = {}
 
@@ -100,7 +100,7 @@ class HaltProcessor(LogitsProcessor):  # type: ignore[misc, unused-ignore]
         if not self._watched_S[ctx.idx_mapping_np].any():
             return logits
         slots_R = ctx.expanded_idx_mapping.long()
-        # A row whose prompt is not read to its end yet samples a token that is thrown away.
+        # A row whose prompt is not completely read yet samples a token that is discarded.
         live_R = ctx.pos + 1 >= self._states.prefill_len.gpu.index_select(0, slots_R)
         return self._table.apply(logits, slots_R, live_R)
 

@@ -1,7 +1,7 @@
-"""Second judges: they read a conversation and an answer, and say how probably the answer is harmful.
+"""Second judges: they read a conversation and an answer, and return the probability that the answer is harmful.
 
-A judge decides about an alarm before the user sees anything more. It knows no stream, no policy and no server: text
-goes in, a `Verdict` comes out, and whatever goes wrong is raised. Who asks makes an unanswered question fail closed.
+A judge decides about an alarm before the user sees anything more. It is independent of streams, policies and servers:
+text goes in, a `Verdict` comes out, and every failure is raised. The caller fails closed on an unanswered question.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ Messages = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a judge found.
+    """A judge's verdict.
 
     Attributes:
-        harm: Probability in [0, 1] that the answer is harmful; 0 or 1 from judges that give no degrees.
-        detail: What else the judge said, such as hazard categories. For the operator, never for the user.
+        harm: Probability in [0, 1] that the answer is harmful; 0 or 1 from judges without probabilities.
+        detail: Further output of the judge, such as hazard categories. For the operator, never for the user.
 
     Raises:
-        ValueError: `harm` is no probability, so it must not be taken for a verdict.
+        ValueError: `harm` is not a probability.
 
     Example:
         >>> Verdict(0.8).harmful
@@ -37,21 +37,21 @@ class Verdict:
     def __post_init__(self) -> None:
         harm = self.harm
         if not isinstance(harm, int | float) or not math.isfinite(harm) or not 0.0 <= harm <= 1.0:
-            raise ValueError(f"harm is {harm!r}, but a verdict is a probability in [0, 1]")
+            raise ValueError(f"harm must be a probability in [0, 1] (got {harm!r})")
         object.__setattr__(self, "harm", float(harm))
 
     @property
     def harmful(self) -> bool:
-        """Whether the answer is taken for harmful."""
+        """Whether the answer counts as harmful."""
         return self.harm >= 0.5
 
 
 class UnansweredError(Exception):
-    """The judge gave no verdict: it could not be reached, was late, or said something that is none."""
+    """The judge gave no verdict: it could not be reached, was late, or gave an invalid answer."""
 
 
 class Judge(Protocol):
-    """Anything that can be asked. A plain function that returns a number or a bool will do: see `as_verdict`."""
+    """Any callable judge. A plain function that returns a number or a bool is enough: see `as_verdict`."""
 
     def __call__(self, messages: Messages, answer: str) -> Verdict:
         """Judges an answer, as far as it has been written.
@@ -60,10 +60,10 @@ class Judge(Protocol):
 
         Args:
             messages: The conversation as the user sent it. A last assistant message is the beginning of the answer.
-            answer: What the model wrote after it. It may end in the middle of a word.
+            answer: The model's text after it, which may end in the middle of a word.
 
         Raises:
-            Exception: Anything, where no verdict could be had. A judge never answers "harmless" for want of an answer.
+            Exception: Any, if there is no verdict. A judge never returns "harmless" because a verdict is missing.
         """
         ...
 
@@ -75,7 +75,7 @@ def as_verdict(value: object) -> Verdict:
         value: A `Verdict`, True (harmful), False (harmless), or a probability of harm.
 
     Raises:
-        ValueError: The value is none of these, not finite, or outside [0, 1].
+        ValueError: The value is of another type, not finite, or outside [0, 1].
 
     Example:
         >>> as_verdict(True), as_verdict(0.25)
@@ -83,22 +83,22 @@ def as_verdict(value: object) -> Verdict:
     """
     if isinstance(value, Verdict):
         return value
-    if isinstance(value, str | bytes):  # "0" and "harmless" alike: words are for who knows the judge's language.
-        raise ValueError(f"a judge returned the text {value!r}, which is neither a verdict nor a probability")
+    if isinstance(value, str | bytes):  # also "0" and "harmless": only the judge itself can interpret its words
+        raise ValueError(f"a judge must return a verdict or a probability (got the text {value!r})")
     try:
         # Not only float: numpy and torch have scalars of their own.
         return Verdict(float(value))  # type: ignore[arg-type]
     except (TypeError, OverflowError):
-        raise ValueError(f"a judge returned {value!r}, which is neither a verdict nor a probability") from None
+        raise ValueError(f"a judge must return a verdict or a probability (got {value!r})") from None
 
 
 def exchange(messages: Messages, answer: str) -> tuple[list[dict[str, str]], str]:
     """The turns before the answer, and the whole answer: a last assistant message is its beginning.
 
-    Judges know users and assistants. Calls of tools stand in the assistant's text, their results in the user's.
+    Judges support the roles user and assistant. Tool calls are put into the assistant's text, results into the user's.
 
     Raises:
-        UnansweredError: The answer is blank. Nothing can be found harmless before it has been written.
+        UnansweredError: The answer is blank: an answer that is not written yet cannot be called harmless.
 
     Example:
         >>> exchange([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Sure"}], ", hello")
@@ -117,7 +117,7 @@ def exchange(messages: Messages, answer: str) -> tuple[list[dict[str, str]], str
     if turns and turns[-1]["role"] == "assistant":
         answer = turns.pop()["content"] + answer
     if not answer.strip():
-        raise UnansweredError("the answer is still empty, so there is nothing to judge")
+        raise UnansweredError("the answer is empty: there is nothing to judge")
     return turns, answer
 
 

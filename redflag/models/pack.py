@@ -1,10 +1,10 @@
-"""A trained adapter made ready to ship with this package, and an adapter's folder as one ordinary model.
+"""Packs a trained adapter to ship with this package, or merges an adapter's folder into one ordinary model.
 
     python -m redflag.models.pack MODEL_FOLDER OUTPUT [--dtype float16]
     python -m redflag.models.pack MODEL_FOLDER OUTPUT --merged
 
-`MODEL_FOLDER` is what `redflag train` wrote, with its last checkpoint if it is merged, or a model by name. `--merged`
-writes of an adapter what stock engines serve, such as vLLM, which load no adapter with rows of its own.
+`MODEL_FOLDER` is a folder written by `redflag train`, with its last checkpoint if it is merged, or a model by name.
+`--merged` writes a model for stock engines such as vLLM, which cannot load adapters with vocabulary rows.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from redflag.models.named import ADAPTER, model_folder
 MOST = 8_000_000
 DTYPES = ("bfloat16", "float16")
 WEIGHTS = "adapter_model.safetensors"
-# Written by hand, and for the next flag as well.
+# Written by hand, and kept for the next flag.
 KEPT = ("README.md", "figures.json")
-# The tokenizer goes along although the base has one: with it a text is the same ids whatever library made the base.
+# The tokenizer is packed although the base has one, so that ids do not depend on the library that made the base.
 NEEDED = (FILE, "thresholds.json", "tokenizer.json", "tokenizer_config.json")
 ALSO = ("chat_template.jinja", "special_tokens_map.json", "train.json")
 
@@ -38,12 +38,12 @@ ALSO = ("chat_template.jinja", "special_tokens_map.json", "train.json")
 def pack_flag(folder: str | Path, output: str | Path, dtype: str = "float16") -> Path:
     """Writes a shipped flag's folder from a trained and calibrated adapter.
 
-    Weights in 16 bits, configuration, flags, thresholds, tokenizer and `train.json` without its log. A README.md and a
-    figures.json that the output folder holds already stay, all else in it is replaced.
+    Weights in 16 bits, configuration, flags, thresholds, tokenizer and `train.json` without its log. README.md and
+    figures.json in the output folder are kept, everything else is replaced.
 
     Args:
-        folder: What `redflag train` and `redflag calibrate` wrote; a merged model with its last checkpoint.
-        output: The folder, made or replaced as a whole.
+        folder: Folder written by `redflag train` and `redflag calibrate`; if merged, with its last checkpoint.
+        output: The folder, created or replaced as a whole.
         dtype: Type of the weights, bfloat16 or float16.
 
     Returns:
@@ -64,7 +64,8 @@ def pack_flag(folder: str | Path, output: str | Path, dtype: str = "float16") ->
     for name in NEEDED:
         if not (folder / name).is_file():
             raise RedflagError(
-                f"{folder} must hold {name} (it doesn't). Give what `redflag train` and `redflag calibrate` wrote"
+                f"{folder} must hold {name} (it doesn't). Give a folder written by `redflag train` and "
+                "`redflag calibrate`"
             )
     spec = FlagSpec.load(folder)
     Thresholds.load(folder).check(spec.run_id, spec.template_hash, "raw", spec.categories)
@@ -95,7 +96,7 @@ def merge_flag(folder: str | Path, output: str | Path) -> Path:
     """Writes an adapter's folder as one ordinary model, in the base's type, with flags and thresholds.
 
     Raises:
-        RedflagError: It is no adapter's folder, or it cannot be read or written.
+        RedflagError: The folder holds no adapter, or it cannot be read or written.
     """
     from peft import PeftModel
 
@@ -133,7 +134,7 @@ def _adapter_of(folder: Path) -> Path:
 
 
 def _learnt(weights: dict[str, Any]) -> dict[str, Any]:
-    """What was learnt, once: checkpoints also hold the matrix below the flag's row, and a tied head's row again."""
+    """The trained weights: checkpoints also hold the matrix of the flag's row, and a tied head's row again."""
     rows = {name: value for name, value in weights.items() if name.endswith("trainable_tokens_delta")}
     first = next(iter(value for name, value in rows.items() if "lm_head" not in name), None)
     again = {name for name, value in rows.items() if "lm_head" in name and first is not None and value.equal(first)}
@@ -142,14 +143,14 @@ def _learnt(weights: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _whole(output: Path) -> Iterator[Path]:
-    """A folder beside its place, which it takes once it is complete; an older one stays until then.
+    """A temporary folder that replaces `output` once it is complete; an older folder stays until then.
 
     Raises:
         RedflagError: The operating system refuses.
     """
     require_writable(output, "output")
-    there = {path.name for path in output.iterdir()} if output.is_dir() else set()
-    if output.exists() and not (output.is_dir() and (FILE in there or there <= set(KEPT))):
+    existing = {path.name for path in output.iterdir()} if output.is_dir() else set()
+    if output.exists() and not (output.is_dir() and (FILE in existing or existing <= set(KEPT))):
         raise RedflagError(f"{output} must be new or a flag's folder (it holds other files). Choose another")
     try:
         output.absolute().parent.mkdir(parents=True, exist_ok=True)

@@ -79,24 +79,20 @@ def pretrain(
 ) -> Path:
     """Trains a Llama-shaped model on conversations rendered with the tokenizer's chat template, and saves it.
 
-    The run is cached: when `output_dir` holds a finished model of the same settings and data, nothing is done. It is
-    also resumable: a checkpoint is written every two minutes and continued from after an interruption.
+    The result is cached: if `output_dir` holds a finished model of the same settings and data, nothing is done. The run
+    is resumable: a checkpoint is written every two minutes.
 
     Args:
         conversations: Lists of `{role, content}` messages; packed end to end, every token is learnt.
         tokenizer: Result of `train_tokenizer`.
         output_dir: Ordinary Hugging Face directory that is written.
-        hidden_size: Width.
-        layers: Number of layers.
-        heads: Attention heads.
         intermediate_size: Width of the MLP.
         tokens: Budget in tokens; the data is repeated, reshuffled, as often as needed.
         sequence_length: Tokens per packed sequence.
         batch_size: Sequences per step.
         learning_rate: Peak of a cosine schedule with 3% warm-up.
-        seed: Seeds weights and order.
-        max_minutes: Wall-clock limit of the training loop; the schedule is fitted to it on the fly.
-        read_only: Tokens that stand in the conversations but are never learnt as the next one.
+        max_minutes: Wall-clock limit of the training loop; the schedule adapts to it.
+        read_only: Tokens in the conversations that are never learnt as the next token.
     """
     output_dir = Path(output_dir)
     ids = np.concatenate(
@@ -105,8 +101,8 @@ def pretrain(
     count = len(ids) // (sequence_length + 1)
     if count == 0:
         raise RedflagError(
-            f"the pretraining text has {len(ids)} tokens, less than one sequence of {sequence_length + 1}: "
-            "give more conversations or a smaller sequence_length"
+            f"the pretraining text must have at least one sequence of {sequence_length + 1} tokens (got {len(ids)}). "
+            "Give more conversations or a smaller sequence_length."
         )
     blocks = torch.from_numpy(ids[: count * (sequence_length + 1)].astype(np.int64)).view(count, sequence_length + 1)
     config = LlamaConfig(
@@ -155,7 +151,7 @@ def pretrain(
     with Progress("base model", steps, "steps", step) as shown:
         while step < steps:
             spent = elapsed + time.monotonic() - start
-            # Progress is what is nearer its end, the token budget or the clock, so the schedule always reaches zero.
+            # Progress is measured by the token budget or the clock, whichever ends first, so the rate reaches zero.
             progress = max(step / steps, spent / limit)
             if progress >= 1.0:
                 break
@@ -202,7 +198,7 @@ def _encode(conversations: Sequence[list[dict[str, str]]], tokenizer: PreTrained
 
 
 def _batch(step: int, count: int, batch_size: int, seed: int) -> torch.Tensor:
-    """Indices of step's batch: a function of the step alone, so that a resumed run sees what it would have seen."""
+    """Indices of a step's batch: a function of the step alone, so that a resumed run sees the same batches."""
     start = step * batch_size
     picks = []
     for position in range(start, start + batch_size):

@@ -109,7 +109,7 @@ def test_recorded_traces_calibrate_as_lists_just_as_arrays_do() -> None:
 def test_a_threshold_that_no_score_can_reach_is_refused() -> None:
     saturated = [np.ones((3, 1), dtype=np.float32)] * 10 + responses(190)
     for aggregation in ("max", "run"):
-        with pytest.raises(RedflagError, match=r"no threshold on 'harm' .* could never fire"):
+        with pytest.raises(RedflagError, match=r"no threshold on 'harm' .* reach a score of 1"):
             calibrate(saturated, ONE, target_fpr=0.01, monitor=MonitorConfig(aggregation=aggregation), held_out=0.0)
     cusum = MonitorConfig(aggregation="cusum")
     assert calibrate(saturated, ONE, target_fpr=0.01, monitor=cusum, held_out=0.0).thresholds.values["harm"] > 1.0
@@ -125,7 +125,7 @@ def test_a_threshold_that_no_score_can_reach_is_refused() -> None:
         ({"guarantee": "sure"}, "guarantee is 'sure'"),
         ({"held_out": 1.0}, "held_out is 1.0"),
         ({"groups": ["a"]}, "1 groups came with 200"),
-        ({"onsets": [0]}, "1 onsets came with 0"),
+        ({"onsets": [0]}, "onsets must have one entry for each of 0"),
         ({"hold_back_share": 1.0}, "hold_back_share is 1.0"),
         ({"harmless": [[[math.nan]], *responses(200)]}, "harmless response 0 cannot be judged"),
         ({"harmful": [[[0.5, 0.5]]]}, "harmful response 0 cannot be judged"),

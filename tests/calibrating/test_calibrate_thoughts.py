@@ -109,7 +109,7 @@ def test_the_verb_writes_both_and_a_folder_gives_them_back(tmp_path, capsys):
     Recording.of(SPEC.categories, rows_of(), META).save(tmp_path / "calibration.parquet")
     arguments = CalibrateArguments(model=str(tmp_path), input=str(tmp_path / "calibration.parquet"), target_fpr=0.05)
     assert run(arguments) == 0
-    assert "thoughts, by themselves" in capsys.readouterr().out
+    assert "thoughts, separately" in capsys.readouterr().out
     saved = Thresholds.load(tmp_path)
     assert saved.thoughts is not None and saved.of_thoughts is saved.thoughts
     assert saved.thoughts.guarantee == "expected" and saved.thoughts.run_id == "r1"

@@ -84,9 +84,12 @@ BAD: dict[str, tuple[str | bytes, str]] = {
     "forecast before the beginning": (json.dumps({**GOOD, "forecast": [[-1, 0]]}), "forecast 0 is at -1, outside"),
     "forecasts in no order": (
         json.dumps({**GOOD, "forecast": [[4, 0], [4, 1]]}),
-        "forecast 1 is at 4 and the one befo",
+        "forecast 1 must be behind the one before it, at 4",
     ),
-    "forecast above 1": (json.dumps({**GOOD, "forecast": [[0, 1.01]]}), "forecast 0 is 1.01: it is a probability"),
+    "forecast above 1": (
+        json.dumps({**GOOD, "forecast": [[0, 1.01]]}),
+        "forecast 0 must be a probability, from 0 to 1 (got 1.01)",
+    ),
     "forecast no number": ('{"prompt": "Hi", "response": "Ho", "forecast": [[0, NaN]]}', "must be a probability"),
     "forecast of another harm": (
         json.dumps({**GOOD, "category": "harm", "forecast": [[0, 1]], "forecast_category": "fraud"}),

@@ -344,9 +344,9 @@ def test_a_batch_without_settings_is_handed_back_untouched_and_unread():
 
 
 def test_speculative_decoding_is_refused_when_the_engine_starts():
-    with pytest.raises(RedflagError, match="speculative decoding is on"):
+    with pytest.raises(RedflagError, match="speculative decoding must be off"):
         halt_v1.HaltProcessor(config(speculative_config=object()), CPU, False)
-    with pytest.raises(RedflagError, match="speculative decoding is on"):
+    with pytest.raises(RedflagError, match="speculative decoding must be off"):
         halt_v2.HaltProcessor(config(speculative_config=object()), request_states())
 
 

@@ -211,7 +211,7 @@ def test_a_flag_is_never_drawn_however_likely(url, spec, observed):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"stop_token_ids": []}, "stop_token_ids lacks the flags"),
+        ({"stop_token_ids": []}, "stop_token_ids must list every flag"),
         ({"logit_bias": {"9": 50}}, "changes the logits before the flags are measured"),
         ({"structured_outputs": {"regex": "[a-z ]+"}}, "changes the logits before the flags are measured"),
         ({"min_tokens": 3}, "changes the logits before the flags are measured"),

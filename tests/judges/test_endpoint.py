@@ -222,7 +222,7 @@ def test_a_text_that_holds_the_number_is_refused(monkeypatch):
     monkeypatch.setattr("secrets.token_hex", lambda size: "ab" * size)
     judge = EndpointJudge("http://h", "m")
     for turns, answer in (([{"role": "user", "content": "x" + "ab" * 8}], "y"), (ASK, "ab" * 8)):
-        with pytest.raises(UnansweredError, match="encloses"):
+        with pytest.raises(UnansweredError, match="number of its marks"):
             judge.prompt(turns, answer)
 
 

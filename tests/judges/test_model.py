@@ -330,10 +330,10 @@ def test_another_models_template_is_refused(folders, tmp_path):
         "{{ raise_exception('no') }}",
     ):
         (folder / "chat_template.jinja").write_text(template)
-        with pytest.raises(RedflagError, match="does not ask as llama-guard"):
+        with pytest.raises(RedflagError, match="must be that of llama-guard"):
             ModelJudge(folder, "llama-guard", device="cpu")
     (folder / "chat_template.jinja").unlink()
-    with pytest.raises(RedflagError, match="no chat template"):
+    with pytest.raises(RedflagError, match="must have a chat template"):
         ModelJudge(folder, "llama-guard", device="cpu")
 
 

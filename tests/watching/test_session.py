@@ -268,11 +268,11 @@ def test_what_cannot_be_decoded_is_a_fault(hold_back):
 @pytest.mark.parametrize(
     ("thresholds", "policy", "categories", "says"),
     [
-        (["a"], Policy(), ["a", "b"], "one threshold per flag"),
-        (["a", "b"], Policy(), ["a"], "one threshold per flag"),
-        (["a"], Policy(), ["a", "a"], "one threshold per flag"),
-        (["a"], Policy(), [], "one threshold per flag"),
-        (["a"], Policy(actions={"A": "halt"}), ["a"], r"actions for \['A'\]"),
+        (["a"], Policy(), ["a", "b"], "thresholds must name exactly the flags"),
+        (["a", "b"], Policy(), ["a"], "thresholds must name exactly the flags"),
+        (["a"], Policy(), ["a", "a"], "thresholds must name exactly the flags"),
+        (["a"], Policy(), [], "thresholds must name exactly the flags"),
+        (["a"], Policy(actions={"A": "halt"}), ["a"], r"actions must name flags among .* \(got \['A'\]"),
     ],
 )
 def test_a_category_that_would_go_unwatched_is_refused(thresholds, policy, categories, says):
