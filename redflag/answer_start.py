@@ -1,7 +1,7 @@
 """Where a prompt ends and an answer begins, as the chat template itself writes finished answers.
 
-A generation prompt should end exactly there. Some do not: gpt-oss's lets the model choose a channel first, releases
-for thinking open a thought. Whatever the model then writes would be measured and shown as its answer.
+A generation prompt should end exactly there. Some do not: gpt-oss's lets the model choose a channel first, and thinking
+models' opens a thought. The model's next tokens would be measured and shown as its answer.
 """
 
 from __future__ import annotations
@@ -29,43 +29,42 @@ _OPENING = re.compile(
     r"(?P<after>\|?[>\]▷])|(?P<channel><\|channel>thought)"
 )
 _ENDS = {"START_": "END_", "start_": "end_", "begin_of_": "end_of_", None: "/"}
-_KEPT = 64  # ends of prompts whose continuation is remembered
+_KEPT = 64  # ends of prompts whose continuation is cached
 
 _STARTS: WeakKeyDictionary[object, dict[tuple[str, str], str]] = WeakKeyDictionary()
 
 
 def answer_start(tokenizer: PreTrainedTokenizerFast, turns: Sequence[Message], last: str, prompt: str) -> str:
-    """What has to stand behind a rendered prompt so that it ends where an answer begins; mostly nothing.
+    """The text to add to a rendered prompt so that it ends where an answer begins; usually empty.
 
     Args:
-        tokenizer: The model's tokenizer.
         turns: The turns that were rendered, with stand-ins for their contents.
-        last: What the last stand-in in `prompt` is found by; up to its end, the prompt is not the template's.
+        last: Pattern of the last stand-in in `prompt`; only the text behind it is the template's.
         prompt: The rendered prompt.
 
     Raises:
-        RedflagError: The prompt ends elsewhere, and how it would go on cannot be told.
+        RedflagError: The prompt ends elsewhere, and its continuation cannot be derived.
     """
     tail = behind(prompt, last)
-    known = _STARTS.setdefault(tokenizer, {})
+    cached = _STARTS.setdefault(tokenizer, {})
     key = (template_text(tokenizer), tail)
-    if key not in known:
-        if len(known) >= _KEPT:
-            known.clear()
-        known[key] = _find(tokenizer, turns, last, tail)
-        if known[key]:
+    if key not in cached:
+        if len(cached) >= _KEPT:
+            cached.clear()
+        cached[key] = _find(tokenizer, turns, last, tail)
+        if cached[key]:
             say_once(
-                f"the chat template's prompt ends in {_end(tail)!r}, before an answer begins: {known[key]!r} is put "
+                f"the chat template's prompt ends in {_end(tail)!r}, before an answer begins: {cached[key]!r} is put "
                 "behind it in training, scoring and serving"
             )
-    return known[key]
+    return cached[key]
 
 
 def _find(tokenizer: PreTrainedTokenizerFast, turns: Sequence[Message], last: str, tail: str) -> str:
     answer = sentinel()
     try:
         finished = apply(tokenizer, [*turns, {"role": "assistant", "content": answer}], False)
-    except RedflagError:  # No answer may follow such turns; then only a thought can be told.
+    except RedflagError:  # The template allows no answer behind such turns; then only a thought is detected.
         finished = ""
     special, marks = template_ids(tokenizer)
     before = behind(finished, last).partition(answer)[0] if answer in finished else None
@@ -77,19 +76,19 @@ def _find(tokenizer: PreTrainedTokenizerFast, turns: Sequence[Message], last: st
                 missing = between if between.strip() else ""
         elif not _bare(tail).startswith(_bare(before)) and not _bare(before).startswith(_bare(tail)):
             raise RedflagError(
-                f"the chat template's prompt ends in {_end(tail)!r} and its answers stand behind {_end(before)!r}, so "
-                "it is unknown where an answer begins: give the model a template that prompts as it writes answers"
+                f"the chat template's prompt must end where its answers begin (it ends in {_end(tail)!r}, answers "
+                f"stand behind {_end(before)!r}). Use a template whose generation prompt matches its finished answers."
             )
     opened = opened_thought(tail + missing)
     if opened is None:
         return missing
     closing = thought_end(opened)
-    known = closing in template_text(tokenizer) or closing in tokenizer.get_vocab()
-    if not known:
+    is_known = closing in template_text(tokenizer) or closing in tokenizer.get_vocab()
+    if not is_known:
         raise RedflagError(
-            f"the chat template's prompt ends inside a thought ({opened[0]!r}) that nothing closes ({closing!r} is "
-            "unknown to template and tokenizer), so the model's thoughts would be judged and shown as its answer: "
-            "close the thought in the template"
+            f"the chat template's prompt must not end inside a thought ({opened[0]!r}; {closing!r} is unknown to "
+            "template and tokenizer). The model's thoughts would be judged and shown as its answer. Close the thought "
+            "in the template."
         )
     # As released models write an empty thought: <think>\n\n</think>\n\n
     lines = "\n" * max(0, 2 - (len(tail + missing) - len((tail + missing).rstrip("\n"))))
@@ -97,20 +96,20 @@ def _find(tokenizer: PreTrainedTokenizerFast, turns: Sequence[Message], last: st
 
 
 def behind(text: str, last: str) -> str:
-    """What the template wrote behind the last stand-in, without the white space that may be the content's own."""
-    found = [match.end() for match in re.finditer(last, text)]
-    return text[found[-1] if found else 0 :].lstrip()
+    """The template's text behind the last stand-in, without white space that may belong to the content."""
+    ends = [match.end() for match in re.finditer(last, text)]
+    return text[ends[-1] if ends else 0 :].lstrip()
 
 
 def opened_thought(text: str) -> re.Match[str] | None:
-    """The last opening of a thought that is not closed behind it."""
+    """The last opening of a thought that is not closed afterwards."""
     for match in reversed(list(_OPENING.finditer(text))):
         return None if thought_end(match) in text[match.end() :] else match
     return None
 
 
 def thought_end(opening: re.Match[str]) -> str:
-    """What closes a thought that was opened so."""
+    """The closing mark that belongs to an opening."""
     if opening["channel"]:
         return "<channel|>"
     return opening["before"] + _ENDS[opening["start"]] + opening["name"] + opening["after"]
@@ -130,5 +129,5 @@ def _end(text: str) -> str:
 
 @lru_cache(maxsize=64)
 def say_once(sentence: str) -> None:
-    """Logs a warning, the first time that there is reason to."""
+    """Logs a warning, once per text."""
     _log.warning(sentence)

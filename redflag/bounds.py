@@ -1,4 +1,4 @@
-"""Bounds of options, which stand beside their fields."""
+"""Bounds of options, declared in the metadata of their fields."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from redflag.errors import RedflagError
 
-# Key in a field's metadata -> what it says of the value, and how that is looked up.
+# Key in a field's metadata -> the words of the rule, and its check.
 RULES: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
     "least": ("at least", operator.ge),
     "above": ("above", operator.gt),
@@ -19,17 +19,17 @@ RULES: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
 
 
 def check_bounds(options: Any) -> None:
-    """Refuses numbers outside the bounds in their fields' metadata; None is not looked at.
+    """Refuses numbers outside the bounds in their fields' metadata; None is not checked.
 
     Args:
         options: A dataclass with fields such as `field(default=1, metadata={"help": "...", "least": 1})`.
 
     Raises:
-        RedflagError: Names the first.
+        RedflagError: A number is out of bounds; the first is named.
     """
     for item in fields(options):
         value = getattr(options, item.name)
-        given = [(RULES[key], item.metadata[key]) for key in RULES if key in item.metadata]
-        if value is not None and not all(holds(value, bound) for (_, holds), bound in given):  # false for NaN
-            rule = " and ".join(f"{words} {bound}" for (words, _), bound in given)
+        rules = [(RULES[key], item.metadata[key]) for key in RULES if key in item.metadata]
+        if value is not None and not all(holds(value, bound) for (_, holds), bound in rules):  # false for NaN
+            rule = " and ".join(f"{words} {bound}" for (words, _), bound in rules)
             raise RedflagError(f"{item.name} must be {rule} (got {value}).")

@@ -1,11 +1,11 @@
-"""One client for models behind `POST /chat/completions`: judges, writers and attackers ask through it.
+"""The client for models behind `POST /chat/completions`, shared by judges, writers and attackers.
 
-The openai package carries: retries, `Retry-After` and time-outs are its own. What it would read from the environment
-(`OPENAI_ORG_ID`, `OPENAI_CUSTOM_HEADERS`, ...) and the headers that it adds about this machine are not sent.
+It uses the openai package with its retries, `Retry-After` and time-outs. The package's environment variables
+(`OPENAI_ORG_ID`, `OPENAI_CUSTOM_HEADERS`, ...) and its headers about this machine are not sent.
 
-A model may refuse a field of the request: OpenAI's reasoning models answer 400 to `max_tokens` (they want
-`max_completion_tokens`) and to any temperature but their own; others know no log-probabilities. It is asked again
-without, once, and what it took is remembered.
+A model may refuse a field of the request: OpenAI's reasoning models answer 400 to `max_tokens` (they expect
+`max_completion_tokens`) and to any temperature but their own; others do not support log-probabilities. The request is
+then repeated once without the field, and the client remembers which fields are accepted.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from redflag.outbound import proxy_for
 if TYPE_CHECKING:
     import openai
 
-LARGEST = 1 << 20  # bytes of a reply: answers are short, and memory is not the server's to fill
+LARGEST = 1 << 20  # bytes of a reply: answers are short, and a server must not fill the memory
 
 _ROUTE = "/chat/completions"
 _NEWER = "max_completion_tokens"
@@ -34,14 +34,14 @@ _NEWER = "max_completion_tokens"
 _OPTIONAL = {"max_tokens": ("max_tokens",), "temperature": ("temperature",), "logprobs": ("logprobs", "top_logprobs")}
 _ALIASES = {"top_logprobs": "logprobs"}
 _LENGTH = re.compile(r"context|too (?:large|long|many)|exceed", re.IGNORECASE)
-_SECRET = 8  # characters: what is shorter is no secret, and would be blanked out of ordinary words
+_SECRET = 8  # minimum length of a secret: blanking shorter ones would hit ordinary words
 
 
 class ChatError(Exception):
-    """No reply came, or none that can be read.
+    """There was no reply, or an unreadable one.
 
     Attributes:
-        status: The HTTP status; 0 where no answer came.
+        status: The HTTP status; 0 without an answer.
     """
 
     def __init__(self, message: str, status: int = 0) -> None:
@@ -52,7 +52,7 @@ class ChatError(Exception):
 class ChatClient:
     """A model behind an OpenAI-compatible server. Thread-safe.
 
-    Redirects are not followed, so that the key goes nowhere else; at most `LARGEST` bytes of a reply are read.
+    Redirects are not followed, so that no other host gets the key; at most `LARGEST` bytes of a reply are read.
 
     Attributes:
         url: The chat route.
@@ -79,28 +79,28 @@ class ChatClient:
         before: Callable[[], Awaitable[None]] | None = None,
         busy: Callable[[float], None] | None = None,
     ) -> None:
-        """Checks the settings; asks nothing yet.
+        """Checks the settings; makes no request yet.
 
         Args:
             url: Base address, such as `http://host:8000/v1`, or that of the chat route itself.
             model: The model's name there.
             api_key: Sent as bearer token.
             headers: Sent with every request; one of the user's own named Authorization replaces the key's.
-            options: Further fields of every request, or others in place of the caller's; None leaves one out.
-            timeout: Seconds that a server may be silent within one request; None: for ever.
-            limit: Seconds for one question, all tries together; None: no limit.
+            options: Further fields of every request, or replacements of the caller's; None leaves a field out.
+            timeout: Seconds that a server may be silent within one request; None = no limit.
+            limit: Seconds for one question, all tries together; None = no limit.
             retries: Further tries after a server that cannot be reached, is late, is busy (429) or fails (5xx).
-            before: Awaited before every request, repeated ones too.
-            busy: Told the seconds for which a server wants to be left alone (`Retry-After`).
+            before: Awaited before every request, including retries.
+            busy: Callback with the seconds of a server's `Retry-After`.
 
         Raises:
-            RedflagError: A setting cannot be used, or openai is not installed.
+            RedflagError: A setting is invalid, or openai is not installed.
         """
         try:
             import openai  # noqa: F401
         except ImportError:
             raise RedflagError(
-                "openai is not installed, without which no model behind an address can be asked: "
+                "the package openai must be installed for requests to a model behind an address. "
                 "`pip install redflag-llm[serve]`"
             ) from None
         parts = urlsplit(url)
@@ -133,7 +133,7 @@ class ChatClient:
         self._refused: frozenset[str] = frozenset()
 
     def ask(self, messages: Sequence[Mapping[str, str]], fields: Mapping[str, Any]) -> Any:
-        """Asks once, on a connection of its own; see `reply`."""
+        """One request on a connection of its own; see `reply`."""
 
         async def once() -> Any:
             async with self.open() as connections:
@@ -171,7 +171,7 @@ class ChatClient:
             fields: Of the request, besides the model and the messages; `options` win.
 
         Raises:
-            ChatError: The server cannot be reached, is late or refuses, or its reply is no JSON.
+            ChatError: The server cannot be reached, is late or refuses, or its reply is not JSON.
         """
         try:
             content = await asyncio.wait_for(self._content(connections, messages, fields), self._limit)
@@ -182,14 +182,14 @@ class ChatClient:
         try:
             return json.loads(content)
         except (ValueError, RecursionError):
-            raise ChatError(f"{self.url} replied with no JSON: {self._shown(content[:80])}", 200) from None
+            raise ChatError(f"{self.url} replied with invalid JSON: {self._shown(content[:80])}", 200) from None
 
     async def _content(
         self, connections: openai.AsyncOpenAI, messages: Sequence[Mapping[str, str]], fields: Mapping[str, Any]
     ) -> bytes:
         import openai
 
-        # Half a surrogate pair, which JSON may bring and models repeat, has no UTF-8.
+        # Half a surrogate pair, which JSON may hold and models may repeat, has no UTF-8 encoding.
         turns: Any = [
             {name: text.encode("utf-8", "replace").decode() for name, text in turn.items()} for turn in messages
         ]
@@ -213,11 +213,11 @@ class ChatClient:
                 why = f"{type(cause).__name__} {cause}".strip()
                 raise ChatError(f"{self.url} is lost: {self._shown(why.encode())}") from None
             else:
-                self._refused |= refused  # only now: what was not the reason is sent again
+                self._refused |= refused  # only after success: fields that were not the reason are sent again
                 return reply.content
 
     def _shown(self, content: bytes) -> str:
-        """The beginning of what went wrong, without keys that a server repeats."""
+        """The beginning of an error text, with keys blanked out that a server repeats."""
         text = content[:4096].decode(errors="replace")
         for word in (word for value in self.headers.values() for word in value.split() if len(word) >= _SECRET):
             text = text.replace(word, "***")
@@ -226,13 +226,13 @@ class ChatClient:
 
 @functools.cache
 def _authorities() -> ssl.SSLContext:
-    # Not httpx's default, which is a list of its own: the system's, or that in SSL_CERT_FILE.
+    # The system's authorities, or those in SSL_CERT_FILE, instead of httpx's own list.
     return ssl.create_default_context()
 
 
 @functools.cache
 def _http_client() -> Any:
-    """The class of what carries openai's requests, made when openai is first needed."""
+    """The class of openai's HTTP client, created when openai is first needed."""
     import openai
 
     class HttpClient(openai.DefaultAsyncHttpxClient):
@@ -280,7 +280,7 @@ def _seconds(header: str | None) -> float:
 
 
 def request_fields(own: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a request: the caller's own, and a user's options, which win; None leaves a field out.
+    """The fields of a request: the caller's, overridden by a user's options; None leaves a field out.
 
     Example:
         >>> request_fields({"max_tokens": 16, "temperature": 0}, {"max_completion_tokens": 512, "temperature": None})
@@ -293,22 +293,22 @@ def request_fields(own: Mapping[str, Any], options: Mapping[str, Any]) -> dict[s
 
 
 def without(refused: frozenset[str], fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields that an endpoint will take which has refused others.
+    """The fields without those that an endpoint has refused.
 
     Example:
         >>> without(frozenset({"max_tokens", "temperature"}), {"max_tokens": 16, "temperature": 0})
         {'max_completion_tokens': 16}
     """
-    kept = dict(fields)
+    accepted = dict(fields)
     for name in refused:
-        values = [kept.pop(field, None) for field in _OPTIONAL[name]]
+        values = [accepted.pop(field, None) for field in _OPTIONAL[name]]
         if name == "max_tokens" and values[0] is not None:
-            kept.setdefault(_NEWER, values[0])
-    return kept
+            accepted.setdefault(_NEWER, values[0])
+    return accepted
 
 
 def refused_field(status: int, content: str, fields: Mapping[str, Any]) -> str | None:
-    """The field of a request because of which a server answered 400 or 422; None where it was none of those here.
+    """The field of a request that a server refused with 400 or 422; None if it was none of the fields handled here.
 
     Args:
         status: HTTP status.
@@ -338,5 +338,5 @@ def refused_field(status: int, content: str, fields: Mapping[str, Any]) -> str |
 def _named_in(content: str) -> str | None:
     if _NEWER in content and not _LENGTH.search(content):  # "... is too large" names both, and is about the prompt
         return "max_tokens"
-    found = re.search(r"\b(max_tokens|temperature|top_logprobs|logprobs)\b", content)
-    return None if found is None or _LENGTH.search(content) else _ALIASES.get(found[1], found[1])
+    match = re.search(r"\b(max_tokens|temperature|top_logprobs|logprobs)\b", content)
+    return None if match is None or _LENGTH.search(content) else _ALIASES.get(match[1], match[1])

@@ -1,4 +1,4 @@
-"""The model's chat template: which one is in force, whether it reads text or parts, and whether it reads the clock."""
+"""The model's chat template: which one is used, whether it reads text or parts, and whether it reads the clock."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 def sentinel(length: int = 24) -> str:
-    """A text to be found again: random, so that no message holds it; letters only, which normalisers leave alone."""
+    """A random text that no message contains; letters only, which normalisers leave unchanged."""
     return "".join(_LETTERS[byte % len(_LETTERS)] for byte in secrets.token_bytes(length))
 
 
 def template_text(tokenizer: PreTrainedTokenizerFast) -> str:
-    """The Jinja source in force; of several named templates the default one.
+    """The template's Jinja source; of several named templates the default one.
 
     Raises:
         RedflagError: There are several and none is named default.
@@ -50,8 +50,8 @@ def template_text(tokenizer: PreTrainedTokenizerFast) -> str:
         return str(tokenizer.get_chat_template())
     except ValueError as error:
         raise RedflagError(
-            f"the tokenizer has the chat templates {', '.join(tokenizer.chat_template)} and none is named default, so "
-            "it is unknown how a prompt looks: set tokenizer.chat_template to the one to use"
+            "one of several chat templates must be named default (got "
+            f"{', '.join(tokenizer.chat_template)}). Set tokenizer.chat_template to the one to use."
         ) from error
 
 
@@ -103,7 +103,7 @@ def _apply(
     except (jinja2.TemplateError, AttributeError, LookupError, TypeError, ValueError) as error:
         roles = [turn["role"] for turn in turns]
         raise RedflagError(
-            f"the chat template refuses the turns {roles} ({error}): reorder them or merge the system turn"
+            f"the chat template refuses the turns {roles} ({error}). Reorder them or merge the system turn."
         ) from error
 
 
@@ -111,17 +111,17 @@ _IN_PARTS: WeakKeyDictionary[object, tuple[str, frozenset[str]]] = WeakKeyDictio
 
 
 def roles_in_parts(tokenizer: PreTrainedTokenizerFast) -> frozenset[str]:
-    """The roles whose content the template reads as a list of parts only; found out once, by trying.
+    """The roles whose content the template reads only as a list of parts; determined once, by trying.
 
     Raises:
-        RedflagError: What a user says appears neither from text nor from parts.
+        RedflagError: A user's content appears neither from text nor from parts.
     """
     template = template_text(tokenizer)
-    known = _IN_PARTS.get(tokenizer)
-    if known is None or known[0] != template:
-        known = (template, _find_roles_in_parts(tokenizer))
-        _IN_PARTS[tokenizer] = known
-    return known[1]
+    cached = _IN_PARTS.get(tokenizer)
+    if cached is None or cached[0] != template:
+        cached = (template, _find_roles_in_parts(tokenizer))
+        _IN_PARTS[tokenizer] = cached
+    return cached[1]
 
 
 def _find_roles_in_parts(tokenizer: PreTrainedTokenizerFast) -> frozenset[str]:
@@ -134,12 +134,12 @@ def _find_roles_in_parts(tokenizer: PreTrainedTokenizerFast) -> frozenset[str]:
             except RedflagError as error:
                 refusal = refusal or error
                 continue
-            # A list that was written as it stands is no text.
+            # A list printed literally does not count as text.
             if all(turn["content"] in text for turn in turns) and "'type'" not in text:
                 return listed
     raise refusal or RedflagError(
-        "the chat template shows what a user says neither from text nor from a list of parts, so the model would "
-        "answer prompts without words: set tokenizer.chat_template to the template that the model was trained with"
+        "the chat template must show a user's content, as text or as a list of parts. The model would see empty "
+        "prompts. Set tokenizer.chat_template to the template that the model was trained with."
     )
 
 

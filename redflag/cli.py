@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb = argv[0]
     if verb not in VERBS:
         close = _nearest(verb, VERBS, otherwise=f": use one of {', '.join(VERBS)}")
-        print(f"redflag: {verb!r} is no verb{close}", file=sys.stderr)
+        print(f"redflag: unknown command {verb!r}{close}", file=sys.stderr)
         return 2
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
@@ -63,23 +63,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\nredflag {verb}: {str(stop) or 'interrupted; what was written stays'}", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader of a pipe went away (`redflag show F | head`): nothing is wrong.
+        # The reader of a pipe has closed it (`redflag show F | head`), which is not an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (RedflagError, OSError) as error:
-        text = f"{error}" if isinstance(error, RedflagError) else f"{error}: mend that and give the command again"
+        text = f"{error}" if isinstance(error, RedflagError) else f"{error}: fix that and run the command again"
         print(f"redflag {verb}: {' '.join(text.split())}", file=sys.stderr)
         return 2
     return status if isinstance(status, int) else 0
 
 
 def _find_model(verb: str, arguments: Sequence[Any]) -> None:
-    """Puts the folder of a flagged model by name in its place, in the option `model` of any verb but `train`."""
+    """Replaces a flagged model's name by its folder, in the option `model` of every verb but `train`."""
     from redflag.models.named import model_folder
 
     for options in arguments:
         name = getattr(options, "model", None)
-        # With a URL it is what a server calls its model.
+        # With a URL it is the model's name on that server.
         if isinstance(name, str) and verb != "train" and getattr(options, "url", None) is None:
             options.model = model_folder(name)
 
@@ -92,7 +92,7 @@ def parse(module: Any, argv: list[str], prog: str) -> tuple[Any, ...]:
 
     class Parser(TrlParser):
         def add_argument(self, *names: str, **settings: Any) -> argparse.Action:
-            # The parser hands over a field's metadata, bounds and all.
+            # The parser passes on all of a field's metadata, including bounds.
             return super().add_argument(*names, **{key: v for key, v in settings.items() if key not in RULES})
 
     classes = module.ARGUMENTS if isinstance(module.ARGUMENTS, tuple) else (module.ARGUMENTS,)
@@ -120,7 +120,7 @@ def parse(module: Any, argv: list[str], prog: str) -> tuple[Any, ...]:
     for word in argv[: argv.index("--")] if "--" in argv else argv:
         name = word.split("=")[0]
         if name.startswith("--") and " " not in name and name not in spelt:
-            raise RedflagError(f"{name} is no option of {prog}{_nearest(name, spelt)}")
+            raise RedflagError(f"unknown option {name} of {prog}{_nearest(name, spelt)}")
     if "--config" in argv:
         _check_config(argv[argv.index("--config") + 1 :], classes)
     try:
@@ -128,7 +128,7 @@ def parse(module: Any, argv: list[str], prog: str) -> tuple[Any, ...]:
     except (ValueError, TypeError, OSError) as error:
         raise RedflagError(str(error)) from error
     if unknown:
-        raise RedflagError(f"{unknown[0]} is no option of {prog}{_nearest(unknown[0], spelt)}")
+        raise RedflagError(f"unknown option {unknown[0]} of {prog}{_nearest(unknown[0], spelt)}")
     if module.POSITIONAL is not None:
         *found, rest = found
         if rest.positional is not None:
@@ -143,18 +143,18 @@ def parse(module: Any, argv: list[str], prog: str) -> tuple[Any, ...]:
 
 
 def _mapping(text: str) -> Any:
-    """An option that is a mapping in YAML, on the command line: JSON."""
+    """An option that is a mapping in YAML and JSON on the command line."""
     try:
         value = None if text.lower() == "none" else json.loads(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no mapping in JSON ({error})") from None
+        raise argparse.ArgumentTypeError(f"must be a mapping in JSON (got {text!r}: {error})") from None
     if value is not None and not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is no mapping in JSON, such as {{}}")
+        raise argparse.ArgumentTypeError(f"must be a mapping in JSON, such as {{}} (got {text!r})")
     return value
 
 
 def _spelt_out(argv: Sequence[str], actions: Sequence[Any]) -> list[str]:
-    """`--switch WORD` as `--switch true WORD`, unless the word says yes or no: it is the positional one."""
+    """Expands `--switch WORD` to `--switch true WORD`, unless WORD is a boolean: it is the positional argument."""
     switches = {
         name for action in actions if action.nargs == "?" and action.const is True for name in action.option_strings
     }
@@ -168,7 +168,7 @@ def _spelt_out(argv: Sequence[str], actions: Sequence[Any]) -> list[str]:
 
 
 def _check_config(words: Sequence[str], classes: Sequence[type]) -> None:
-    """Refuses in a YAML file what `TrlParser` would pass on as it is: values of a wrong type."""
+    """Refuses values of a wrong type in a YAML file, which `TrlParser` would pass on unchecked."""
     import yaml
 
     if not words:
@@ -178,26 +178,26 @@ def _check_config(words: Sequence[str], classes: Sequence[type]) -> None:
         with open(path, encoding="utf-8") as file:
             record = yaml.safe_load(file)
     except OSError as error:
-        raise RedflagError(f"the config file {path} cannot be read ({error.strerror}): check its name") from error
+        raise RedflagError(f"the config file {path} cannot be read ({error.strerror}). Check its name.") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise RedflagError(f"the config file {path} is not YAML ({error}): mend it") from error
+        raise RedflagError(f"the config file {path} must be YAML ({error}). Fix it.") from error
     if not isinstance(record, dict):
-        raise RedflagError(f"the config file {path} holds no mapping: write one `option: value` on each line")
+        raise RedflagError(f"the config file {path} must be a mapping, with `option: value` on each line.")
     hints = {name: hint for kind in classes for name, hint in get_type_hints(kind).items()}
     for key, value in record.items():
         if key == "env" and isinstance(value, dict):  # TRL sets these in the environment
             continue
         if key not in hints:
-            raise RedflagError(f"{path} sets {key!r}, which is no option{_nearest(str(key), hints)}")
+            raise RedflagError(f"{path} sets the unknown option {key!r}{_nearest(str(key), hints)}")
         if not _fits(value, hints[key]):
             raise RedflagError(
-                f"{path} sets {key} to {value!r}, which is no value of this option (YAML reads yes, no, on, off and "
-                "null as such: texts may need quotes): look it up under --help"
+                f"{path} sets {key} to the invalid value {value!r}. YAML reads yes, no, on, off and null as booleans "
+                "and null: texts may need quotes. See --help."
             )
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a YAML value can be one of this type; the parser converts texts itself, and refuses what it cannot."""
+    """Whether a YAML value fits this type; the parser itself converts texts, or refuses them."""
     if get_origin(hint) in (Union, types.UnionType):
         return any(_fits(value, kind) for kind in get_args(hint))
     if get_origin(hint) is Literal:

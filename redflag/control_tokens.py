@@ -1,4 +1,4 @@
-"""Control tokens: which ids nobody may write, and text as ids without them."""
+"""Control tokens: the ids that users may not write, and tokenising text without them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Control(NamedTuple):
-    """Ids nobody may write: `flags`; `special`: flags, special and turn tokens; `all`: the template's others too."""
+    """Reserved ids: `flags`; `special`: flags, special and turn tokens; `all`: the template's others too."""
 
     flags: frozenset[int]
     special: frozenset[int]
@@ -27,7 +27,7 @@ class Control(NamedTuple):
 
 
 def control_ids(tokenizer: PreTrainedTokenizerFast, spec: FlagSpec) -> Control:
-    """The ids that nobody but the template may write, and the flags, which nobody writes."""
+    """The ids that only the template may write, and the flags, which are never written."""
     flags = frozenset(spec.ids)
     special, marks = template_ids(tokenizer)
     return Control(flags, special | flags, special | marks | flags)
@@ -41,8 +41,8 @@ def template_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[frozenset[int], fr
     """Special and turn tokens, and the others that the template names."""
     template = template_text(tokenizer)
     key = (template, len(tokenizer), tokenizer.unk_token, tokenizer.eos_token, tokenizer.bos_token)
-    known = _ADDED.get(tokenizer)
-    if known is None or known[0] != key:
+    cached = _ADDED.get(tokenizer)
+    if cached is None or cached[0] != key:
         # Not `all_special_ids`: it names only tokens with a role, and lacks Llama 3's <|start_header_id|>.
         added = tokenizer.added_tokens_decoder
         special = {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)
@@ -55,9 +55,9 @@ def template_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[frozenset[int], fr
         if unknown and unknown not in (tokenizer.eos_token, tokenizer.bos_token) and unknown not in template:
             special.discard(tokenizer.unk_token_id)  # stands for any character that the vocabulary lacks
             marks.discard(tokenizer.unk_token_id)
-        known = (key, frozenset(special), frozenset(marks))
-        _ADDED[tokenizer] = known
-    return known[1], known[2]
+        cached = (key, frozenset(special), frozenset(marks))
+        _ADDED[tokenizer] = cached
+    return cached[1], cached[2]
 
 
 def _written(tokenizer: PreTrainedTokenizerFast) -> set[int]:
@@ -74,13 +74,13 @@ _TOKENIZING = threading.Lock()
 
 
 def tokenise(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
-    """Ids of a text of the template's, control tokens in it included."""
+    """Ids of the template's own text, including control tokens."""
     with _TOKENIZING:
         return list(tokenizer(text, add_special_tokens=False, split_special_tokens=False, verbose=False)["input_ids"])
 
 
 def own_bos(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """The begin-of-sequence token that the tokenizer itself puts before a text; none of them: empty."""
+    """The begin-of-sequence token that the tokenizer itself adds to a text, if any."""
     bos = tokenizer.bos_token_id
     with _TOKENIZING:
         return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
@@ -89,13 +89,13 @@ def own_bos(tokenizer: PreTrainedTokenizerFast) -> list[int]:
 def content_ids(
     tokenizer: PreTrainedTokenizerFast, text: str, forbidden: Collection[int]
 ) -> tuple[list[int], list[tuple[int, int]]]:
-    """Ids of what somebody wrote, control tokens taken apart, and their offsets; verified: everything rests on it.
+    """Ids of untrusted text with control tokens split, and their offsets. The result is verified: safety depends on it.
 
-    Some tokenizers make a control token even so (it is not marked as special, or the model's own vocabulary holds it):
-    then the text is cut within it and both sides are tokenised alone.
+    Some tokenizers make a control token anyway (it is not marked as special, or the model's own vocabulary holds it):
+    then the text is split within it and both sides are tokenised separately.
 
     Raises:
-        RedflagError: A control token cannot be taken apart.
+        RedflagError: A control token cannot be split.
     """
     with _TOKENIZING:
         encoded = tokenizer(
@@ -108,8 +108,8 @@ def content_ids(
         return ids, offsets
     if any(end - start < 2 for start, end in bad):
         raise RedflagError(
-            "the text holds a flag or another control token that the tokenizer does not take apart, and such a token "
-            "is never accepted from a user: take it out of the text, or choose a flag token of several characters"
+            "the text must not hold a flag or another control token that the tokenizer cannot split. Remove it from "
+            "the text, or choose a flag token of several characters."
         )
     cuts = [0, *sorted({start + 1 for start, _ in bad}), len(text)]
     ids, offsets = [], []

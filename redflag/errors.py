@@ -1,11 +1,11 @@
-"""The one exception that means "mend your input"."""
+"""The exception for mistakes that the user can fix."""
 
 from __future__ import annotations
 
 
 class RedflagError(ValueError):
-    """A mistake in input or set-up that the user can mend.
+    """Raised for mistakes in input or set-up that the user can fix.
 
-    The text is one sentence: what is wrong (with the value), why it matters, what to do. The command line prints it
-    without a traceback and exits with status 2; everything else that is raised is a defect of redflag.
+    The message follows `NAME must be RULE (got VALUE). [Why.] [Fix.]`. The command line prints it without a traceback
+    and exits with status 2; any other exception is a bug in redflag.
     """

@@ -1,4 +1,4 @@
-"""What happens in one response: its steps, the events that they lead to, and the trace of both.
+"""Steps and events of one response, and the trace of both.
 
 Standard library only, so that traces can be read where no model can be run.
 """
@@ -15,7 +15,7 @@ class Logprobs(NamedTuple):
 
     Attributes:
         chosen: Of the token that was chosen.
-        top: The most likely ids with theirs, in falling order; no flag is among them.
+        top: The most likely ids with their log-probabilities, in descending order, without flags.
     """
 
     chosen: float
@@ -38,26 +38,26 @@ class Step(NamedTuple):
 
 
 class _Event:
-    """What everybody who reports a response asks of its events, so that a new kind of event needs no reader changed.
+    """The interface of events for reports (log, metrics, terminal, ...), which need no change for new kinds of events.
 
     Attributes:
-        counts_as: What `token_ids` are, where they are no released ones: `waited`, hidden tokens that the user waited
-            for; or `taken`, tokens of the response that were taken back, so that it went on otherwise.
+        counts_as: Kind of `token_ids` that were not released: `waited`, hidden tokens that the user waited for; or
+            `taken`, tokens of the response that were taken back.
     """
 
     __slots__ = ()
     counts_as: ClassVar[Literal["", "waited", "taken"]] = ""
 
     def describe(self) -> str:
-        """One line for the operator about what became of an alarm; "" for an event that is not about that."""
+        """One line for the operator about the outcome of an alarm; "" for other events."""
         return ""
 
     def mark(self) -> str:
-        """What a terminal shows in the text, for the operator; "" for nothing."""
+        """Mark in the text on a terminal, for the operator; "" for none."""
         return ""
 
     def tokens(self, kind: str) -> int:
-        """How many tokens it has that count as `kind`."""
+        """Number of its tokens that count as `kind`."""
         return len(getattr(self, "token_ids", ())) if kind == self.counts_as else 0
 
 
@@ -74,7 +74,7 @@ class Text(_Event):
 
 @dataclass(frozen=True, slots=True)
 class Thought(_Event):
-    """Released text of the thought before an answer, as `Text`; not of its kind, so that nobody takes it for one."""
+    """Released text of the thought before an answer; not a subclass of `Text`, so that it is never shown as one."""
 
     part: ClassVar[str] = "thought"
 
@@ -85,7 +85,7 @@ class Thought(_Event):
 
 @dataclass(frozen=True, slots=True)
 class Alarm(_Event):
-    """A score reached its threshold at step `position`. `action` is what the policy answered."""
+    """A score reached its threshold at step `position`. `action` is the policy's."""
 
     position: int
     category: str
@@ -98,9 +98,9 @@ class Alarm(_Event):
 class Halt(_Event):
     """The response ends here and nothing held back is shown.
 
-    `reason` is `"alarm"` (with its `category`) or `"fault"` (fail closed: something could not be judged; `detail` says
-    what). `position` is the index of the first token that was not released. `text` is what the operator's policy shows
-    in place of the rest; "" shows nothing.
+    `reason` is `"alarm"` (with its `category`) or `"fault"` (fail closed: a step could not be judged; the cause is in
+    `detail`). `position` is the index of the first token that was not released. `text` is the policy's replacement for
+    the rest; "" shows nothing.
     """
 
     position: int
@@ -112,10 +112,10 @@ class Halt(_Event):
 
 @dataclass(frozen=True, slots=True)
 class Reflection(_Event):
-    """The model looked at its own response, unseen by the user.
+    """The model reviewed its own response, hidden from the user.
 
-    `position` is the number of response tokens it had in view, `token_ids` what it wrote, `verdict` is `"harmful"` or
-    `"harmless"`, `harm` in [0, 1] what the verdict was read from.
+    `position` is the number of response tokens that it saw, `token_ids` are the tokens of the reflection, `verdict` is
+    `"harmful"` or `"harmless"`, derived from `harm` in [0, 1].
     """
 
     counts_as = "waited"
@@ -132,7 +132,7 @@ class Reflection(_Event):
 
 @dataclass(frozen=True, slots=True)
 class Escalation(_Event):
-    """A second judge was asked about the first `position` tokens, unseen by the user.
+    """A second judge was asked about the first `position` tokens, hidden from the user.
 
     `verdict` is `"harmful"`, `"harmless"` or `"unanswered"` (it failed or was late: the alarm stands, `harm` is 1).
     """
@@ -149,10 +149,10 @@ class Escalation(_Event):
 
 @dataclass(frozen=True, slots=True)
 class Forced(_Event):
-    """A flag was put into the context, unseen by the user, and the response goes on behind it.
+    """A flag was put into the context, hidden from the user, and the response continues behind it.
 
-    `position` is the number of response tokens before the flag, all of them released; `token_ids` are those that were
-    taken back: they had not been released, and the response goes on without them.
+    `position` is the number of response tokens before the flag, all of them released; `token_ids` are the unreleased
+    tokens that were taken back.
     """
 
     counts_as = "taken"
@@ -170,7 +170,7 @@ class Forced(_Event):
 
 @dataclass(frozen=True, slots=True)
 class Resume(_Event):
-    """The response goes on after an alarm that was reviewed; `position` is the index of its next token."""
+    """The response continues after a reviewed alarm; `position` is the index of its next token."""
 
     position: int
 
@@ -198,7 +198,7 @@ _Kind = TypeVar("_Kind", bound=_Event)
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What a trace says, for everybody who reports it: log, metrics, audit log, spans, operator's view and terminal.
+    """Summary of a trace for log, metrics, audit log, spans, operator's view and terminal.
 
     Attributes:
         released: Response tokens that were shown.
@@ -207,20 +207,21 @@ class Facts:
         thought_tokens: Tokens of the thought, with those that close it, shown or not.
         thought_peaks: Category -> highest score of the thought's steps; empty where there is none.
         step_peaks: The same of the answer's steps.
-        peaks: The same with the alarms' scores: a step whose token was taken back is not in the trace, its alarm is.
-        alarms: All alarms, in order; so are the others.
-        overridden: How many of the alarms the response went on after as it was: let through by the policy, or found
-            harmless by a reviewer.
+        peaks: The same, including the alarms' scores: a step whose token was taken back is not in the trace, but its
+            alarm is.
+        alarms: All alarms, in order, as are all tuples here.
+        overridden: Number of alarms after which the response continued unchanged: let through by the policy, or found
+            harmless by a review.
         reviews: Reflections and questions to the second judge.
         reflections: Reflections.
         escalations: Questions to the second judge.
-        resumes: How often the response went on after a reviewed alarm.
-        decisions: All events but released text and an end by itself.
-        halt: The end, where it is a halt.
-        end: `done`, `halted` (an alarm) or `fault`; None where the caller left before the response was over.
+        resumes: Number of times that the response continued after a reviewed alarm.
+        decisions: All events except released text and `Done`.
+        halt: The final event, if it is a halt.
+        end: `done`, `halted` (an alarm) or `fault`; None if the caller left before the response was over.
         reason: `stop`, `length`, `alarm` or `fault`; None likewise.
-        category: Of the alarm that halted it.
-        detail: What `Halt.detail` says; "" without a halt.
+        category: Category of the alarm that halted it.
+        detail: `Halt.detail`; "" without a halt.
     """
 
     released: int
@@ -246,23 +247,21 @@ class Facts:
 
 @dataclass(slots=True)
 class Trace:
-    """All steps of one response, with what was made of them.
+    """All steps of one response, with their scores and events.
 
-    Index t is the response token t throughout. Numbers only: `text` is None unless the operator asked to keep it.
+    Index t is the response token t throughout. Numbers only: `text` is None unless the operator chose to record it.
 
     Attributes:
         id: Name of the response, the caller's choice.
         categories: K categories, in the order of the flag probabilities.
         token_ids: T tokens in the order in which the engine chose them, released or not.
-        flag_probs: T x K probabilities in [0, 1], as measured. A step that could not be judged is not among them: the
-            `Halt` at the end says what was wrong with it.
-        scores: T x K scores of the monitor; empty in a trace that no monitor has seen.
-        events: What became of them, in order; the last one is a `Halt` or a `Done`, unless the caller
-            left early.
-        meta: What else is to be kept and JSON can hold: run id, category label, onset, ...
-        text: The released text, on request.
-        answer_at: Index of the answer's first token: 0 where there is no thought before it; None while there is one
-            that has not ended.
+        flag_probs: T x K probabilities in [0, 1], as measured. A step that could not be judged is left out; the `Halt`
+            at the end has the reason.
+        scores: T x K scores of the monitor; empty in a trace without monitor.
+        events: Events in order; the last one is a `Halt` or a `Done`, unless the caller left early.
+        meta: Further data in JSON's types: run id, category label, onset, ...
+        text: The released text, if recorded.
+        answer_at: Index of the answer's first token: 0 without a thought; None before a thought has ended.
     """
 
     id: str = ""
@@ -276,12 +275,12 @@ class Trace:
     answer_at: int | None = 0
 
     def steps(self) -> Iterator[Step]:
-        """The steps as the engine gave them."""
+        """The engine's steps."""
         return map(Step, self.token_ids, self.flag_probs)
 
     @property
     def released(self) -> int:
-        """Response tokens that were shown. May be asked for while another thread adds events."""
+        """Number of response tokens shown. May be read while another thread adds events."""
         return sum(len(event.token_ids) for event in list(self.events) if isinstance(event, Text | Thought))
 
     @property
@@ -306,12 +305,12 @@ class Trace:
 
     @property
     def end(self) -> Halt | Done | None:
-        """The terminal event; None where the caller left before the response was over."""
+        """The final event; None if the caller left before the response was over."""
         last = self.events[-1] if self.events else None
         return last if isinstance(last, Halt | Done) else None
 
     def facts(self) -> Facts:
-        """What the trace says so far."""
+        """Summary of the trace so far."""
         alarms, end = _of(Alarm, self.events), self.end
         halt = end if isinstance(end, Halt) else None
         kind = "done" if end is not None else None
@@ -365,7 +364,7 @@ def _overridden(events: Sequence[Event]) -> int:
             count += len(group)
             group = []
         if event is not None and event.counts_as == "taken":
-            group = []  # it went on without what the alarm was about
+            group = []  # it continued without the tokens of the alarm
         if isinstance(event, Alarm):
             group.append(event)
     return count

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, results kept in one, and lines appended to one that others append to."""
+"""Atomic writes, cached results in JSON files, and appending lines to files shared by several writers."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-LOCKS = fcntl is not None  # whether this system has the locks that `append_line(lock=True)` needs
+LOCKS = fcntl is not None  # whether the system supports the locks of `append_line(lock=True)`
 
-# In text mode Windows would write \r\n for \n, and count other bytes than it was given.
+# In text mode Windows would write \r\n for \n, and return another number of bytes.
 _APPEND = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """Opens a file that takes the name `path` only once it is complete; until then, and on any error, `path` stays.
+    """Opens a file that replaces `path` once it is complete; until then, and on any error, `path` is unchanged.
 
     Raises:
         RedflagError: When the operating system refuses (no space, no permission).
     """
     path = Path(path)
-    # Not `tempfile`: its files are readable by their owner alone, and a server may run as somebody else.
+    # Not `tempfile`: only the owner can read its files, and a server may run as another user.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -43,8 +43,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         os.replace(temporary, path)
     except OSError as error:
         raise RedflagError(
-            f"cannot write {path} ({error.strerror or error}): nothing of it was saved and an older file of that name "
-            "is unchanged; free the space or mend the permissions and repeat"
+            f"cannot write {path} ({error.strerror or error}). Nothing was saved; an older file of that name is "
+            "unchanged. Free space or fix the permissions, and repeat."
         ) from error
     finally:
         with suppress(OSError):
@@ -52,7 +52,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 def keep_json(path: str | os.PathLike[str], record: Mapping[str, Any], indent: int | None = None) -> None:
-    """Keeps a result and what it was made of, whole or not at all; `kept_json` finds it again.
+    """Writes a result with the inputs that it was made from, atomically; `kept_json` reads it back.
 
     Raises:
         RedflagError: As `atomic_write`.
@@ -62,7 +62,7 @@ def keep_json(path: str | os.PathLike[str], record: Mapping[str, Any], indent: i
 
 
 def kept_json(path: str | os.PathLike[str], **made_of: Any) -> dict[str, Any] | None:
-    """The record that `keep_json` wrote, if it was made of the same; None: there is none, or it must be made anew.
+    """The record written by `keep_json`, if it was made from the same inputs; None if it is missing or outdated.
 
     Args:
         path: The file.
@@ -70,17 +70,17 @@ def kept_json(path: str | os.PathLike[str], **made_of: Any) -> dict[str, Any] | 
     """
     try:
         record = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # not there, or not whole
+    except (OSError, ValueError):  # missing or incomplete
         return None
     same = isinstance(record, dict) and all(key in record and record[key] == made_of[key] for key in made_of)
     return record if same else None
 
 
 def require_writable(path: str | os.PathLike[str], option: str, *, file: bool = False) -> None:
-    """Refuses a place that nothing can be written to, before any work is done for it.
+    """Refuses a path that cannot be written, before any work is done.
 
     Args:
-        path: A folder for files, which need not exist yet and is not made; or a file.
+        path: A folder for files, which need not exist yet and is not created; or a file.
         option: The option that names it.
         file: Whether it is a file.
 
@@ -97,33 +97,32 @@ def require_writable(path: str | os.PathLike[str], option: str, *, file: bool = 
     except OSError as error:
         reason = f"{existing}: {error.strerror or error}"
     if reason:
-        raise RedflagError(f"{path} cannot be written ({reason}): choose another {option}, or mend that")
+        raise RedflagError(f"{path} cannot be written ({reason}). Choose another {option}, or fix that.")
 
 
 def append_line(
     path: str | os.PathLike[str], line: bytes, *, lock: bool = False, sync: bool = False, mode: int = 0o600
 ) -> None:
-    """Hands a line over in one piece.
+    """Appends a line in one write.
 
     Args:
-        path: The file.
-        line: Ends in a newline. Empty: the file is only opened.
-        lock: One writer at a time, where `LOCKS`. Without it, a writer that reads the last byte while another one
-            writes may put an empty line between two.
-        sync: Return when the disk has it.
-        mode: Permissions of a file that is made for the line, less the umask; by default it is its owner's alone.
+        line: Ends in a newline. If empty, the file is only opened.
+        lock: One writer at a time, if `LOCKS`. Without it, a writer that reads the last byte while another one writes
+            may put an empty line between two.
+        sync: Return only when the line is on disk.
+        mode: Permissions of a new file, less the umask; by default only its owner can read it.
 
     Raises:
-        OSError: It did not arrive whole.
+        OSError: It was not written completely.
     """
     descriptor = os.open(path, _APPEND, mode)
     try:
         if lock:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)  # goes with the descriptor
+            fcntl.flock(descriptor, fcntl.LOCK_EX)  # released with the descriptor
         if line and os.fstat(descriptor).st_size:
             os.lseek(descriptor, -1, os.SEEK_END)
             if os.read(descriptor, 1) != b"\n":
-                line = b"\n" + line  # A line that was cut off must not swallow this one.
+                line = b"\n" + line  # This line must not be joined to one that was cut off.
         written = os.write(descriptor, line) if line else 0
         if written != len(line):
             raise OSError(f"{written} of {len(line)} bytes could be written")

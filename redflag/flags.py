@@ -1,4 +1,4 @@
-"""Flags: special tokens that mean "harm is imminent or under way", and how a model gets them.
+"""Flags: special tokens that mean "harm is imminent or under way", and attaching them to a model.
 
 A flag is measured at every step; it is never sampled, never shown and never accepted from a user. `attach` gives a
 model its flags, `redflag.json` carries them on disk, and `redflag.prompt` keeps user text from ever becoming one.
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 FORMAT = 1
 FILE = "redflag.json"
 
-# Tokens that families keep for their users: Llama 3, Gemma, BERT, Mistral Tekken, Mistral v3, Qwen 1, T5, OLMo 2, Phi,
-# Falcon, InternLM, DeepSeek.
+# Tokens that model families reserve for users: Llama 3, Gemma, BERT, Mistral Tekken, Mistral v3, Qwen 1, T5, OLMo 2,
+# Phi, Falcon, InternLM, DeepSeek.
 _RESERVED = re.compile(
     r"<\|?(reserved|fim_reserved)[\w ]*_?\d+\|?>|<unused_?\d+>|\[unused\d+\]|<SPECIAL_\d+>|\[control_\d+\]"
     r"|<\|extra_\d+\|>|<\|?extra_id_\d+\|?>|<\|(dummy|placeholder)_?\d+\|>|>>UNUSED_\d+<<|\[UNUSED_TOKEN_\d+\]"
@@ -37,10 +37,10 @@ class Flag:
     """One flag token.
 
     Attributes:
-        category: The kind of harm that it stands for; rows and thresholds name it.
-        token: Its text in the tokenizer. `attach` replaces the text by a reserved token's where one is used.
-        description: A line that says what it means; the new embedding starts from its mean.
-        severity: Grade, 1 = mildest; for policies that treat grades apart.
+        category: The kind of harm; rows and thresholds refer to it.
+        token: Its text in the tokenizer. `attach` replaces the text by that of a reserved token, if it uses one.
+        description: A line that describes the harm; the new embedding starts from its mean.
+        severity: Grade, 1 = mildest; for policies that distinguish grades.
         id: Vocabulary id; None until attached.
     """
 
@@ -72,19 +72,19 @@ class FlagSpec:
 
     def __post_init__(self) -> None:
         if not self.flags:
-            raise RedflagError("a model needs at least one flag: name a category")
+            raise RedflagError("a model must have at least one flag. Name a category.")
         for flag in self.flags:
             if not flag.category.strip():
-                raise RedflagError("a flag's category is empty: give it a name such as 'harm'")
+                raise RedflagError("a flag's category must not be empty. For example 'harm'.")
             if flag.token != flag.token.strip():
                 raise RedflagError(
-                    f"the flag token {flag.token!r} begins or ends with white space, which is easily lost: leave it out"
+                    f"a flag token must not begin or end with white space, which is easily lost (got {flag.token!r})."
                 )
         for what in ("category", "token", "id"):
             values = [v for v in (getattr(flag, what) for flag in self.flags) if v not in ("", None)]
             double = next((v for v in values if values.count(v) > 1), None)
             if double is not None:
-                raise RedflagError(f"two flags share the {what} {double!r}: each flag needs its own")
+                raise RedflagError(f"each flag must have its own {what} (got {double!r} twice).")
 
     @classmethod
     def of(cls, *categories: str) -> FlagSpec:
@@ -108,7 +108,7 @@ class FlagSpec:
         """The K vocabulary ids."""
         missing = [flag.category for flag in self.flags if flag.id is None]
         if missing:
-            raise RedflagError(f"the flag {missing[0]!r} has no token id yet: call redflag.flags.attach first")
+            raise RedflagError(f"the flag {missing[0]!r} must have a token id. Call redflag.flags.attach first.")
         return tuple(flag.id for flag in self.flags if flag.id is not None)
 
     def class_of(self, category: str | None) -> int:
@@ -120,12 +120,12 @@ class FlagSpec:
         if len(self.flags) == 1:
             return 1
         raise RedflagError(
-            f"no flag stands for the category {category!r} (there are {', '.join(self.categories)}), so such rows "
-            "could not be learnt: add a flag for it, or map the category onto an existing one"
+            f"the category of a row must be one of the flags', {', '.join(self.categories)} (got {category!r}). Add a "
+            "flag for it, or map the category onto an existing one."
         )
 
     def strip(self, text: str) -> str:
-        """`text` without any flag's text, also where removing one would form another."""
+        """`text` without any flag's text, also if removing one would form another."""
         while True:
             before = text
             for flag in self.flags:
@@ -148,7 +148,7 @@ class FlagSpec:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise RedflagError(f"the folder {directory} cannot be made ({error}): give another one") from error
+            raise RedflagError(f"the folder {directory} cannot be created ({error}). Choose another one.") from error
         with atomic_write(path) as file:
             file.write((text + "\n").encode())
 
@@ -160,25 +160,25 @@ class FlagSpec:
             record = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise RedflagError(
-                f"{path} is not there, so {directory} is no flagged model: train one with `redflag train`"
+                f"{directory} must be a flagged model's folder ({path} does not exist). Train one with `redflag train`."
             ) from None
         except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-            raise RedflagError(f"{path} cannot be read ({error}): restore it from the training run") from None
+            raise RedflagError(f"{path} cannot be read ({error}). Restore it from the training run.") from None
         if not isinstance(record, dict) or record.get("format") != FORMAT:
             found = record.get("format") if isinstance(record, dict) else record
             raise RedflagError(
-                f"{path} has format {found!r} and this redflag reads format {FORMAT}: use the version that wrote it"
+                f"{path} must have the format {FORMAT} (got {found!r}). Use the version of redflag that wrote it."
             )
         _refuse_unknown(record, {"format", "run_id", "template_hash", "flags"}, path)
         flags = record.get("flags")
         if not isinstance(flags, list) or not flags or not all(isinstance(flag, dict) for flag in flags):
-            raise RedflagError(f"{path} has no list of flags: restore it from the training run")
+            raise RedflagError(f"{path} must have a list of flags. Restore it from the training run.")
         for name in ("run_id", "template_hash"):
             _check_type(record, name, str, path)
         for flag in flags:
             _refuse_unknown(flag, {field.name for field in dataclasses.fields(Flag)}, path)
             if not flag.get("category") or not flag.get("token"):
-                raise RedflagError(f"{path} has a flag without category or token ({flag}): restore it from the run")
+                raise RedflagError(f"each flag in {path} must have category and token (got {flag}). Restore the file.")
             for name, kind in (("category", str), ("token", str), ("description", str), ("severity", int)):
                 _check_type(flag, name, kind, path)
             if flag.get("id") is not None:
@@ -194,10 +194,10 @@ class FlagSpec:
 
 
 def attach(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, spec: FlagSpec) -> FlagSpec:
-    """Gives the model and its tokenizer the flags of `spec`, in place, and says which ids they have.
+    """Adds the flags of `spec` to the model and its tokenizer, in place.
 
-    Each flag takes an unused reserved token of the tokenizer; else a spare row of the embedding matrix (matrices are
-    often larger than the vocabulary); else the matrix is resized. The new input row is the mean embedding of the flag's
+    Each flag uses a reserved token of the tokenizer, or else a spare row of the embedding matrix (matrices are often
+    larger than the vocabulary), or else the matrix is resized. The new input row is the mean embedding of the flag's
     description. The new output row is the mean of all rows: its logit is then the mean logit, so by Jensen's inequality
     p(flag) <= 1/V at every position. With a tied head there is one row for both: the description's mean, whose p(flag)
     is at most the mean probability of the description's own tokens.
@@ -216,22 +216,22 @@ def attach(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, spec: Fla
     """
     if not getattr(tokenizer, "is_fast", False):
         raise RedflagError(
-            f"{type(tokenizer).__name__} is not a fast tokenizer, so user text cannot be kept from forming a flag: "
-            "load it with AutoTokenizer.from_pretrained(..., use_fast=True)"
+            f"the tokenizer must be a fast one (got {type(tokenizer).__name__}). With others user text could form a "
+            "flag. Load it with AutoTokenizer.from_pretrained(..., use_fast=True)."
         )
     rows = model.get_input_embeddings().weight.shape[0]
-    known = tokenizer.get_vocab()
+    vocabulary = tokenizer.get_vocab()
     named = {flag.token for flag in spec.flags}
     for flag in spec.flags:
-        if flag.id is not None and known.get(flag.token) != flag.id:
+        if flag.id is not None and vocabulary.get(flag.token) != flag.id:
             raise RedflagError(
-                f"the flag token {flag.token!r} has the id {known.get(flag.token)} in this tokenizer and {flag.id} in "
-                "the spec, so they belong to different models: load both from one folder"
+                f"the flag token {flag.token!r} has the id {vocabulary.get(flag.token)} in this tokenizer and "
+                f"{flag.id} in the spec, so they belong to different models: load both from one folder"
             )
-        if flag.token in known and _has_purpose(tokenizer, flag.token):
+        if flag.token in vocabulary and _has_purpose(tokenizer, flag.token):
             raise RedflagError(
-                f"the token {flag.token!r} has a purpose in this model's conversations, so it cannot be a flag: name "
-                "an unused token, or none"
+                f"a flag token must not be used in the model's conversations (got {flag.token!r}). Name an unused "
+                "token, or none."
             )
     reserved = [
         text
@@ -240,7 +240,7 @@ def attach(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, spec: Fla
     ]
     tokens = []
     for flag in spec.flags:
-        if flag.token not in known:
+        if flag.token not in vocabulary:
             candidates = iter(reserved)
             token = next(
                 (t for t in candidates if _make_special(tokenizer, t)), flag.token or _token_text(flag.category)
@@ -250,8 +250,8 @@ def attach(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, spec: Fla
             token = flag.token
         if not _make_special(tokenizer, token):
             raise RedflagError(
-                f"the tokenizer makes {token!r} even out of ordinary text, so users could write this flag: name "
-                "another token, or none"
+                f"a flag token must not arise from ordinary text in this tokenizer (got {token!r}). Users could write "
+                "the flag. Name another token, or none."
             )
         tokens.append(token)
     ids = [int(tokenizer.convert_tokens_to_ids(token)) for token in tokens]
@@ -281,10 +281,10 @@ def _has_purpose(tokenizer: PreTrainedTokenizerFast, token: str) -> bool:
 
 
 def _make_special(tokenizer: PreTrainedTokenizerFast, token: str) -> bool:
-    """Makes `token` a special token, known or new; says whether its text in a message now stays ordinary text."""
+    """Makes `token` a special token, existing or new; returns whether its text in a message stays ordinary text."""
     from tokenizers import AddedToken
 
-    # Not normalised: no look-alike is folded into it. Special: `split_special_tokens` takes its text apart.
+    # Not normalised: no look-alike is folded into it. Special: `split_special_tokens` splits its text.
     added = AddedToken(token, special=True, normalized=False, lstrip=False, rstrip=False)
     tokenizer.add_tokens([added], special_tokens=True)
     text = tokenizer(token, add_special_tokens=False, split_special_tokens=True)["input_ids"]
@@ -317,7 +317,7 @@ def _start_rows(
             text = flag.description or f"warning: dangerous harm of the kind {flag.category} is imminent or under way"
             words = [i for i in tokenizer(text, add_special_tokens=False)["input_ids"] if i not in ids] or language
             embedding[flag.id] = mean(embedding, words).to(embedding)
-            # A tied head is the embedding; only a bias of its own is left to set.
+            # A tied head is the embedding; only its own bias remains to be set.
             rows = words if tied else language
             if not tied:
                 head.weight[flag.id] = mean(head.weight, rows).to(head.weight)
@@ -330,10 +330,10 @@ def _check_type(record: Mapping[str, Any], name: str, kind: type, path: Path) ->
         raise RedflagError(f"{path} has {name}: {record[name]!r}, which is no {kind.__name__}: restore it from the run")
 
 
-def _refuse_unknown(record: Mapping[str, Any], known: set[str], path: Path) -> None:
-    unknown = sorted(set(record) - known)
+def _refuse_unknown(record: Mapping[str, Any], allowed: set[str], path: Path) -> None:
+    unknown = sorted(set(record) - allowed)
     if unknown:
         raise RedflagError(
-            f"{path} has the unknown key {unknown[0]!r}: it was written by another version or edited; known are "
-            f"{', '.join(sorted(known))}"
+            f"keys of {path} must be among {', '.join(sorted(allowed))} (got {unknown[0]!r}). It was written by "
+            "another version or edited."
         )

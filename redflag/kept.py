@@ -1,4 +1,4 @@
-"""Answers kept in a file, so that nothing is asked twice and work that was cut short goes on."""
+"""Answers cached in a file, so that no question is asked twice and interrupted work can continue."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ Answer = TypeVar("Answer", bound="DataclassInstance")
 
 
 class Kept(Generic[Answer]):
-    """Answers in a JSONL file, each found by a key.
+    """Answers in a JSONL file by key.
 
-    A line is appended whole, in one call, as soon as an answer is there; one that was cut off by a crash is passed
-    over. Thread-safe. Several processes may share a file, each of which sees what was there when it began.
+    Each answer is appended at once, as one line in one call; a line cut off by a crash is skipped. Thread-safe. Several
+    processes may share a file; each sees the answers that were in it when it started.
     """
 
     def __init__(self, path: str | Path, kind: Callable[..., Answer]) -> None:
-        """Reads what is there.
+        """Reads the cached answers.
 
         Args:
-            path: The file; made when there is a first answer.
+            path: The file, created with the first answer.
             kind: The dataclass of the answers; its fields are those of a line, besides `key`.
 
         Raises:
@@ -50,7 +50,7 @@ class Kept(Generic[Answer]):
         return self._answers[key]
 
     def add(self, key: str, answer: Answer) -> None:
-        """Keeps an answer.
+        """Caches an answer.
 
         Raises:
             RedflagError: The file cannot be written.

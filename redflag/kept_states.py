@@ -1,4 +1,4 @@
-"""Last hidden states of a model that does not change, kept on disk over passes and runs."""
+"""A cache on disk of the last hidden states of a frozen model, over passes and runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from redflag.files import atomic_write
 
-_SAMPLE = 4096  # numbers of each weight that tell one model from another
+_SAMPLE = 4096  # numbers of each weight in the model's fingerprint
 
 
 class KeptStates:
@@ -22,22 +22,22 @@ class KeptStates:
     """
 
     def __init__(self, folder: str | Path, model: torch.nn.Module, computed_in: str) -> None:
-        """Finds the model's own folder.
+        """Determines the model's own subfolder.
 
         Args:
-            folder: Holds those of all models.
-            model: The one whose states are kept, as it is when they are computed.
+            folder: The cache of all models.
+            model: The frozen model.
             computed_in: Name of the type that it computes in: other types give other states.
         """
         self._folder = Path(folder) / _fingerprint(model, computed_in)
         self._folder.mkdir(parents=True, exist_ok=True)
 
     def read(self, keys: Sequence[str], like: torch.Tensor) -> torch.Tensor | None:
-        """The states (N, H) of all rows, one after the other; None: a row is missing.
+        """The states (N, H) of all rows, one after the other; None if a row is missing.
 
         Args:
-            keys: Of the rows.
-            like: Has the device and the type wanted.
+            keys: Keys of the rows.
+            like: A tensor with the wanted device and type.
         """
         try:
             parts = [torch.from_numpy(np.load(self._path(key))) for key in keys]
@@ -46,10 +46,10 @@ class KeptStates:
         return torch.cat(parts).to(like)
 
     def write(self, keys: Sequence[str], states: Sequence[torch.Tensor]) -> None:
-        """Keeps the states (n, H) of each row, but for those that float16 cannot hold.
+        """Caches the states (n, H) of each row, unless float16 cannot hold them.
 
         Raises:
-            RedflagError: The disk is full, or may not be written.
+            RedflagError: The folder cannot be written.
         """
         for key, part in zip(keys, states, strict=True):
             halved = part.to(torch.float16)
@@ -63,7 +63,7 @@ class KeptStates:
 
 
 def row_keys(input_ids: torch.Tensor, mask: torch.Tensor, row: torch.Tensor, column: torch.Tensor) -> list[str]:
-    """A key for each of B rows: of its tokens and of the columns whose states are asked for.
+    """A key for each of B rows, from its tokens and the columns of its states.
 
     Args:
         input_ids: (B, T).

@@ -1,4 +1,4 @@
-"""A conversation before a template writes it: which messages are taken, and where in them somebody's text stands."""
+"""A conversation before rendering: validating its messages, and locating the untrusted texts in them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from redflag.errors import RedflagError
 
-# `role`, `content`, and where they are known `reasoning_content`, `tool_calls`, `tool_call_id` and `name`, as in
+# `role`, `content`, and optionally `reasoning_content`, `tool_calls`, `tool_call_id` and `name`, as in
 # OpenAI's chat format; a tool call is {"function": {"name": ..., "arguments": JSON text or an object}}.
 Message = Mapping[str, Any]
 ROLES = ("system", "user", "assistant", "tool")
@@ -21,16 +21,16 @@ def checked(messages: Sequence[Message]) -> list[dict[str, Any]]:
         RedflagError: They are empty, or one of them is malformed.
     """
     if not messages:
-        raise RedflagError("the conversation is empty, so there is nothing to answer: give at least one user message")
+        raise RedflagError("the conversation must have at least one user message (got none).")
     return [_checked(number, message) for number, message in enumerate(messages)]
 
 
 def _checked(number: int, message: Message) -> dict[str, Any]:
     if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
-        raise RedflagError(f"message {number} has no text content: each message is {{'role': ..., 'content': 'text'}}")
+        raise RedflagError(f"message {number} must have text content: {{'role': ..., 'content': 'text'}}.")
     role = message.get("role")
     if role not in ROLES:
-        raise RedflagError(f"message {number} has the role {role!r}: use one of {', '.join(ROLES)}")
+        raise RedflagError(f"the role of message {number} must be one of {', '.join(ROLES)} (got {role!r}).")
     copy = {"role": role, "content": message["content"]}
     for key in ("reasoning_content", "name", "tool_call_id"):
         if message.get(key) is not None:
@@ -39,7 +39,7 @@ def _checked(number: int, message: Message) -> dict[str, Any]:
             copy[key] = message[key]
     if message.get("tool_calls"):
         if role != "assistant":
-            raise RedflagError(f"message {number} has tool_calls, which only an assistant turn can have: remove them")
+            raise RedflagError(f"message {number} must not have tool_calls. Only an assistant turn can have them.")
         copy["tool_calls"] = _checked_calls(number, message["tool_calls"])
 
     def check(kind: str, text: str) -> str:
@@ -47,8 +47,8 @@ def _checked(number: int, message: Message) -> dict[str, Any]:
             text.encode()
         except UnicodeEncodeError:
             raise RedflagError(
-                f"message {number} holds half of a surrogate pair, which is no character, so no tokenizer reads it: "
-                "mend the program that decoded the text"
+                f"message {number} must not hold half of a surrogate pair, which no tokenizer reads. Fix the program "
+                "that decoded the text."
             ) from None
         return text
 
@@ -77,13 +77,13 @@ def _checked_calls(number: int, calls: Any) -> list[dict[str, Any]]:
             except (ValueError, RecursionError):
                 parsed = None
             arguments = parsed if isinstance(parsed, dict) else arguments
-        known = {} if identity is None else {"id": identity}
-        copies.append({**known, "type": "function", "function": {"name": name, "arguments": arguments}})
+        checked_call = {} if identity is None else {"id": identity}
+        copies.append({**checked_call, "type": "function", "function": {"name": name, "arguments": arguments}})
     return copies
 
 
 def fill(message: Message, replace: Callable[[str, str], str]) -> dict[str, Any]:
-    """A copy of a checked message, each string that somebody else wrote replaced, always in the same order.
+    """A copy of a checked message with each untrusted string replaced, always in the same order.
 
     `replace` takes the string's kind and the string. Kinds are `content`, `reasoning`, `argument` (a string among the
     arguments of a tool call), `function`, `key` (of an argument), `name` and `id`.

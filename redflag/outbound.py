@@ -1,6 +1,6 @@
-"""How a request leaves for another machine: through a proxy where one is set, and with a user's own headers.
+"""Outgoing requests: proxies and a user's own headers.
 
-A private certificate authority needs nothing here: Python reads the file that `SSL_CERT_FILE` names.
+Private certificate authorities need no code here: Python reads the file in `SSL_CERT_FILE`.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from redflag.errors import RedflagError
 
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 _NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
-# They describe the body and the connection, which are not the user's.
+# Headers of the body and the connection, which users cannot set.
 _OURS = frozenset({"connection", "content-length", "content-type", "transfer-encoding", "accept-encoding"})
 
 
 def proxy_for(url: str) -> str | None:
     """The proxy for an address, by `HTTP_PROXY`, `HTTPS_PROXY`, `ALL_PROXY` and `NO_PROXY`, or the system's settings.
 
-    None for this machine itself, which no proxy could reach.
+    None for this machine itself, which a proxy could not reach.
 
-    Not aiohttp's `trust_env`: it reads `~/.netrc` as well, and fails where that and an API key name one host.
+    aiohttp's `trust_env` is not used: it reads `~/.netrc` too, and fails if that and an API key name the same host.
     """
     parts = urlsplit(url)
     if parts.hostname is None or _is_loopback(parts.hostname) or urllib.request.proxy_bypass(parts.netloc):
@@ -54,13 +54,13 @@ def extra_headers(headers: Mapping[str, str] | None, option: str) -> dict[str, s
         option: The option that holds them, for errors.
 
     Raises:
-        RedflagError: A variable is not set, or a header cannot be sent.
+        RedflagError: A variable is not set, or a header is invalid.
 
     Example:
         >>> extra_headers({"X-Team": "red"}, "upstream_headers")
         {'X-Team': 'red'}
     """
-    made: dict[str, str] = {}
+    resolved: dict[str, str] = {}
     for name, value in (headers or {}).items():
         if not isinstance(value, str) or not _NAME.fullmatch(name) or name.lower() in _OURS:
             raise RedflagError(
@@ -70,14 +70,14 @@ def extra_headers(headers: Mapping[str, str] | None, option: str) -> dict[str, s
         for variable in _VARIABLE.findall(value):
             if not os.environ.get(variable):
                 raise RedflagError(
-                    f"{option} names the environment variable {variable} in {name}, which is not set: set it, or leave "
-                    "the header out"
+                    f"the environment variable {variable} must be set, which {option} names in {name}. Set it, or "
+                    "leave the header out."
                 )
-        value = _VARIABLE.sub(lambda found: os.environ[found[1]], value)
+        value = _VARIABLE.sub(lambda match: os.environ[match[1]], value)
         if not value.isprintable():
             raise RedflagError(f"{option} must hold values of printable characters (got another one in {name})")
-        made[name] = value
-    return made
+        resolved[name] = value
+    return resolved
 
 
 def key_in(variable: str | None, option: str = "upstream_key_env") -> str | None:
@@ -88,7 +88,6 @@ def key_in(variable: str | None, option: str = "upstream_key_env") -> str | None
     """
     if variable is not None and not os.environ.get(variable):
         raise RedflagError(
-            f"{option} names the environment variable {variable}, which is not set, so the server would refuse every "
-            "request: set it, or leave the option out"
+            f"the environment variable {variable} must be set, which {option} names. Set it, or leave the option out."
         )
     return os.environ[variable] if variable else None

@@ -1,8 +1,8 @@
-"""The one prompt rendering: training, scoring and serving all turn messages into ids here.
+"""Renders prompts: training, scoring and serving all turn messages into ids here.
 
-The text comes from the model's own chat template. The ids are those of the stock tokenizer, unless somebody's text
-would make it produce a control token; then that text is tokenised apart, with control tokens split into ordinary ones.
-So no role, spelling or Unicode form makes a flag, nor an end of turn, from what a user wrote.
+The text comes from the model's own chat template. The ids are those of the stock tokenizer, unless an untrusted text
+would produce a control token; then that text is tokenised separately, with control tokens split into ordinary ones. So
+no role, spelling or Unicode form in a user's text becomes a flag or an end of turn.
 
 Every rendering is verified: each message's text appears, in order, and the prompt ends where an answer begins. Two
 texts may be missing: the reasoning of earlier turns (`reasoning_content`), which most templates leave out on purpose,
@@ -41,9 +41,9 @@ class RenderedRow(NamedTuple):
         prompt_ids: Everything up to where the last assistant turn starts.
         response_ids: That turn's thought, if it has one, and its content, T tokens.
         offsets: T pairs of character positions (start, end) in the content; (0, 0) in the thought.
-        tail_ids: What ends the turn, usually one end-of-turn token.
-        thought_offsets: A pair for each of the first tokens, which are the thought with what ends it: positions in the
-            thought's text. Empty where there is none.
+        tail_ids: Ids that end the turn, usually one end-of-turn token.
+        thought_offsets: For each token of the thought and its end marker, the first of the response, a pair of
+            positions in the thought's text. Empty without a thought.
     """
 
     prompt_ids: list[int]
@@ -61,25 +61,23 @@ def render_prompt(
     thinking: bool = False,
     tools: Sequence[Tool] = (),
 ) -> list[int]:
-    """Ids of a conversation up to where the assistant writes on; with `thinking`, to where its thought begins.
+    """Ids of a conversation up to the beginning of the answer; with `thinking`, to the beginning of its thought.
 
-    A trailing assistant message is a prefill: the ids end with its content, to be continued. `preface` is a text of the
-    operator's at the head of the system turn (which is made where there is none); a flag's text in it is the flag.
-    `tools` are definitions that the template shows; where it lets answers begin in a channel (gpt-oss), the ids then
-    end before it, since a call has a channel of its own.
+    A trailing assistant message is a prefill: the ids end with its content, to be continued. `preface` is an operator's
+    text at the head of the system turn (which is added if missing); a flag's text in it becomes the flag. `tools` are
+    definitions that the template shows; if its answers begin in a channel (gpt-oss), the ids then end before the
+    channel, since a call has another one.
 
     Raises:
-        RedflagError: The messages are empty or malformed, or the chat template refuses them, does not show them, or
-            does not end where an answer begins; or likewise the tools.
+        RedflagError: Messages or tools are empty or malformed, or the chat template refuses them, does not show them,
+            or does not end where an answer begins.
     """
     turns = checked(messages)
     tools = checked_tools(tools)
     prefill: list[int] = []
     if turns[-1]["role"] == "assistant":
         if len(turns) == 1:
-            raise RedflagError(
-                "the conversation has only an assistant turn: the model needs a user or system turn to answer"
-            )
+            raise RedflagError("the conversation must have a user or system turn before the assistant's.")
         if thinking:
             raise RedflagError("thinking must be off behind a prefill, which is the beginning of an answer")
         prefill = text_ids(tokenizer, _answer(turns.pop()), spec)
@@ -106,7 +104,7 @@ def render_text(tokenizer: PreTrainedTokenizerFast, text: str, spec: FlagSpec) -
     """
     checked([{"role": "user", "content": text}])
     if not text.strip():
-        raise RedflagError("the prompt is empty, so there is nothing to continue: write one")
+        raise RedflagError("the prompt must not be empty.")
     return own_bos(tokenizer) + text_ids(tokenizer, text, spec)
 
 
@@ -129,8 +127,8 @@ def render_response(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Messa
     turns = checked(messages)
     if turns[-1]["role"] != "assistant" or len(turns) == 1:
         raise RedflagError(
-            f"the last turn is the {turns[-1]['role']}'s and {len(turns)} turn(s) are there: a response is "
-            "judged, so the conversation must end with an assistant turn that answers something"
+            "the conversation must end with an assistant turn that answers another one (got "
+            f"{len(turns)} turn(s), the last one the {turns[-1]['role']}'s)."
         )
     last = turns.pop()
     response = _answer(last)
@@ -139,7 +137,7 @@ def render_response(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Messa
     control = control_ids(tokenizer, spec)
     ids, offsets = content_ids(tokenizer, response, control.special)
     if not ids:
-        raise RedflagError("the response is empty, so there is nothing to judge: drop the row")
+        raise RedflagError("the response must not be empty. Drop the row.")
     thought_offsets: list[tuple[int, int]] = []
     if marks is not None:
         thought, thought_offsets = _thought(tokenizer, last["reasoning_content"], marks, control)
@@ -150,8 +148,8 @@ def render_response(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Messa
         ids = thought + ids
     answer = sentinel()
     whole = apply(tokenizer, [*turns, {"role": "assistant", "content": answer}], False)
-    _, found, after = whole.rpartition(answer)
-    tail = tokenise(tokenizer, after) if found and tokenizer.chat_template else []
+    _, separator, after = whole.rpartition(answer)
+    tail = tokenise(tokenizer, after) if separator and tokenizer.chat_template else []
     end = next((i for i, token in enumerate(tail) if token in control.all), None)
     if end is not None:
         tail = tail[: end + 1]
@@ -170,13 +168,13 @@ def _thought(
 
 
 def template_hash(tokenizer: PreTrainedTokenizerFast) -> str:
-    """Names the prompt template in force; thresholds are refused where it differs.
+    """Identifies the prompt template; thresholds of another template are refused.
 
-    What is done to its text (contents given as parts, a thought closed) is part of the name. What it writes besides is
-    not: a date, which `check_template` warns of, or tools that a system turn lists.
+    Changes to its text (contents given as parts, a thought closed) are part of the hash. Its variable text is not: a
+    date, of which `check_template` warns, or tools that a system turn lists.
     """
     name = [template_text(tokenizer)]
-    with suppress(RedflagError):  # Whether it can be used is another question.
+    with suppress(RedflagError):  # Whether it is usable is checked elsewhere.
         added, listed = _added(tokenizer), sorted(roles_in_parts(tokenizer))
         name += [added, *listed] if added or listed else []
     return hashlib.sha256("\0".join(name).encode()).hexdigest()[:16]
@@ -186,19 +184,18 @@ def check_template(tokenizer: PreTrainedTokenizerFast) -> None:
     """Tries the chat template before a model is trained or served, and warns, once, where prompts tell the day's date.
 
     Raises:
-        RedflagError: What a user says would not appear, or the prompt does not end where an answer begins.
+        RedflagError: A user's content would not appear, or the prompt does not end where an answer begins.
     """
     _added(tokenizer)
     if reads_clock(tokenizer):
         say_once(
-            "the chat template writes the day's date into prompts, so the prompts that are served differ from those "
-            "that thresholds were calibrated with, and template_hash does not show it: write a fixed date into the "
-            "template before training"
+            "the chat template writes the current date into prompts, so served prompts differ from those of the "
+            "calibration, and template_hash does not show it. Write a fixed date into the template before training."
         )
 
 
 def _added(tokenizer: PreTrainedTokenizerFast) -> str:
-    """What is put behind the prompt of a lone question."""
+    """The text added behind the prompt of a single question."""
     name = sentinel()
     turns = [{"role": "user", "content": name}]
     return answer_start(tokenizer, turns, name, apply(tokenizer, turns, True))
@@ -213,13 +210,13 @@ def _guarded(
     tools: Sequence[Tool] = (),
     channel: bool = True,
 ) -> list[int]:
-    """Ids of the conversation in which every control token is the template's own.
+    """Ids of the conversation in which every control token comes from the template.
 
-    `insert` puts ids of the operator's in the place of a mark; they are left out while the rest is verified. Without
-    `channel` the ids end before the channel in which an answer begins, where there is one.
+    `insert` puts an operator's ids in the place of a mark; they are left out while the rest is verified. Without
+    `channel` the ids end before the channel in which an answer begins, if there is one.
 
-    What the template says by itself is learnt by rendering stand-ins for the contents. Contents that hold a control
-    token are tokenised apart; should contents make one only together, or with the template's text, all are.
+    Rendering stand-ins for the contents shows the template's own text. Contents with a control token are tokenised
+    separately; if contents form one only together, or with the template's text, all contents are.
     """
     control = control_ids(tokenizer, spec)
     conversation = Conversation(messages, control, tools)
@@ -244,7 +241,7 @@ def _guarded(
             added = ""
     expected = [i for i in tokenise(tokenizer, skeleton + added) if i in control.special]
     if control.flags.intersection(expected):
-        raise RedflagError("the chat template itself holds a flag token: give the model a template without it")
+        raise RedflagError("the chat template must not contain a flag token. Use a template without it.")
     dirty = [
         item.stand_in if item.forbidden.intersection(tokenise(tokenizer, item.text)) else None
         for item in conversation.texts
@@ -252,8 +249,7 @@ def _guarded(
     for name in conversation.aliases:
         if control.all.intersection(tokenise(tokenizer, name)):
             raise RedflagError(
-                f"the name, id or key {name!r} of a tool or its call holds a control token, which is never accepted "
-                "from a user: take it out"
+                f"names, ids and keys of tools and calls must not contain a control token (got {name!r})."
             )
     for apart in (dirty, conversation.stand_ins):
         filled = conversation.turns(apart, style), conversation.definitions(apart)
@@ -265,17 +261,17 @@ def _guarded(
                 clean, ids = ids, render(insert)
                 if len(ids) != len(clean) + len(inserted):
                     raise RedflagError(_NO_REFLECTIONS)
-            # A chat template brings its own begin-of-sequence token; the fallback does not.
+            # A chat template writes its own begin-of-sequence token; the fallback does not.
             return ids if tokenizer.chat_template else own_bos(tokenizer) + ids
     raise RedflagError(
-        "the chat template makes control tokens out of what the messages say, so a user could forge turns or flags: "
-        "give the model a template that writes the contents unchanged"
+        "the chat template must not make control tokens out of contents. A user could forge turns or flags. Use a "
+        "template that writes contents unchanged."
     )
 
 
 _NO_REFLECTIONS = (
-    "the chat template does not show the system turn once, so examples of reflections cannot stand in it: leave them "
-    "out (reflect.system), or use a model whose template has a system turn"
+    "the chat template must show the system turn exactly once for examples of reflections. Leave them out "
+    "(reflect.system), or use a model whose template has a system turn."
 )
 
 
@@ -286,7 +282,7 @@ def _spliced_contents(
     apart: Sequence[StandIn | None],
     insert: tuple[str, list[int]],
 ) -> list[int]:
-    """Ids of a rendered conversation, the texts that stand-ins stand for tokenised apart."""
+    """Ids of a rendered conversation, with the texts behind the stand-ins tokenised separately."""
     named = {
         stand_in.name: (stand_in, item) for stand_in, item in zip(apart, conversation.texts, strict=True) if stand_in
     }
@@ -296,7 +292,7 @@ def _spliced_contents(
     ids: list[int] = []
     for name, following in zip(pieces[::2], pieces[1::2], strict=True):
         stand_in, item = named[name]
-        # A content takes along the white space around it that the template left.
+        # White space that the template left around a content is tokenised with it.
         before = stand_in.before if literal.endswith(stand_in.before) else ""
         after = stand_in.after if following.startswith(stand_in.after) else ""
         literal = literal[: len(literal) - len(before)]
@@ -325,5 +321,7 @@ def _spliced(text: str, insert: tuple[str, list[int]], tokenise: Callable[[str],
 def _answer(turn: Message) -> str:
     """The text of the assistant's last turn."""
     if "tool_calls" in turn:
-        raise RedflagError("the last turn calls tools, and only text is judged: end the conversation before it")
+        raise RedflagError(
+            "the last turn must not call tools, since only text is judged. End the conversation before it."
+        )
     return str(turn["content"])

@@ -1,7 +1,7 @@
-"""Stand-ins: harmless texts in place of what somebody wrote, to learn what a chat template says by itself.
+"""Stand-ins: harmless texts in place of untrusted ones, to find out a chat template's own text.
 
-Rendered with stand-ins, a conversation shows where its texts come to stand, whether all of them appear, and which
-control tokens are the template's own.
+A conversation rendered with stand-ins shows where its texts appear, whether all of them do, and which control tokens
+are the template's own.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class StandIn(NamedTuple):
-    """Harmless text in place of another; white space around it stays, which some templates strip."""
+    """Harmless text in place of another; the white space around it is kept, since some templates strip it."""
 
     before: str
     name: str
@@ -36,18 +36,18 @@ PLACES = 6  # letters that number a stand-in
 
 
 def _stand_in(content: str, mark: str, number: int) -> StandIn | None:
-    """A stand-in, named by a mark that all share and a number, so that one short pattern finds thousands of them."""
+    """A stand-in, named by a common mark and a number, so that one short pattern finds thousands of them."""
     core = content.strip()
-    if not core:  # Templates ask whether a content is empty, so a blank one stands for itself.
+    if not core:  # Templates test whether a content is empty, so a blank one is not replaced.
         return None
     before, _, after = content.partition(core)
     return StandIn(before, mark + "".join(_LETTERS[number // 26**place % 26] for place in range(PLACES)), after)
 
 
 class Text(NamedTuple):
-    """A text that somebody put into message `number`; `forbidden` are the ids that it must not become.
+    """An untrusted text in message `number`; `forbidden` are the ids that it must not become.
 
-    Texts in definitions of tools have the kind `definition`, and stand in no message.
+    Texts in definitions of tools have the kind `definition`, and belong to no message.
     """
 
     number: int
@@ -58,20 +58,20 @@ class Text(NamedTuple):
 
 
 class Style(NamedTuple):
-    """How tool calls are given to the template: arguments as JSON text, and None for the content that is not there."""
+    """Form of tool calls for the template: arguments as JSON text, and None for missing content."""
 
     json_text: bool = False
     no_content: bool = False
 
 
 class HiddenTextError(RedflagError):
-    """The chat template leaves out what a message says."""
+    """The chat template leaves out a message's text."""
 
 
 class Conversation:
     """Messages whose texts can be replaced before the template sees them.
 
-    Names, ids and keys are replaced all together, by others (`aliases`): they are never tokenised apart.
+    Names, ids and keys are replaced all together, by `aliases`: they are never tokenised separately.
     """
 
     def __init__(self, messages: Sequence[Message], control: Control, tools: Sequence[Tool] = ()) -> None:
@@ -81,7 +81,7 @@ class Conversation:
         self.texts: list[Text] = []
         self.aliases: dict[str, str] = {}
         for number, message in enumerate(messages):
-            # What the assistant said may hold marks such as <think>, which are its to write.
+            # The assistant's text may contain marks such as <think>, which it may write.
             spoken = control.special if message["role"] == "assistant" else control.all
 
             def note(kind: str, text: str, number: int = number, spoken: frozenset[int] = spoken) -> str:
@@ -90,7 +90,7 @@ class Conversation:
                     forbidden = spoken if kind == "content" else control.all
                     self.texts.append(Text(number, kind, text, forbidden, stand_in))
                 elif text:
-                    # Some templates ask how long an id is.
+                    # Some templates check the length of an id.
                     self.aliases.setdefault(text, sentinel(len(text)) if kind == "id" else sentinel())
                 return text
 
@@ -114,7 +114,7 @@ class Conversation:
 
     @property
     def pattern(self) -> str:
-        """Finds every name: a pattern for each would take time that grows with the square of their number."""
+        """Pattern of all names: one pattern for each would take time quadratic in their number."""
         return f"{self.mark}[a-z]{{{PLACES}}}"
 
     @property
@@ -158,19 +158,19 @@ class Conversation:
         return (str(stand_in) if stand_in else item.text for item, stand_in in pairs)
 
     def _hidden(self, text: str) -> str:
-        """What does not appear in a rendering with stand-ins, first of all; "" where everything does."""
+        """The first text that does not appear in a rendering with stand-ins; "" if all do."""
         position = 0
         for item in self.texts:
             if item.stand_in is None or item.kind in ("reasoning", "definition"):
                 continue
-            # Some templates put system turns elsewhere than they stood, and arguments in an order of their own.
+            # Some templates move system turns, and reorder arguments.
             ordered = item.kind == "content" and self.messages[item.number]["role"] != "system"
-            found = text.find(item.stand_in.name, position if ordered else 0)
-            if found < 0:
+            place = text.find(item.stand_in.name, position if ordered else 0)
+            if place < 0:
                 return self._named(
                     item.number, "the text" if item.kind == "content" else f"the {item.kind} {item.text!r}"
                 )
-            position = found if ordered else position
+            position = place if ordered else position
         for number, message in enumerate(self.messages):
             for call in message.get("tool_calls", ()):
                 if self.aliases[call["function"]["name"]] not in text:
@@ -200,8 +200,8 @@ class Conversation:
             if not hidden:
                 return style, text
             refusal = refusal or HiddenTextError(
-                f"the chat template does not show {hidden}, so the model would never see it: leave it out, or give the "
-                "model a template that shows it"
+                f"the chat template does not show {hidden}, so the model would not see it. Leave it out, or use a "
+                "template that shows it."
             )
         assert refusal is not None
         raise refusal

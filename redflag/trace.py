@@ -1,4 +1,4 @@
-"""What is known of one response, and the file that it lies in.
+"""Files of traces.
 
 Standard library only, so that traces can be read where no model can be run.
 """
@@ -63,21 +63,21 @@ def write_traces(
     """Writes traces as JSONL, one trace per line, one array per column.
 
     A line is an object with `format`, `id`, `categories`, `token_ids` (T), `flag_probs` and `scores` (K arrays of T),
-    `events`, `meta` and `text`; after a thought also `answer_at`. Floats come back bit by bit; those that JSON does not
-    know are the strings `"nan"`, `"inf"` and `"-inf"`.
+    `events`, `meta` and `text`; after a thought also `answer_at`. Floats are preserved bit by bit; those that JSON
+    lacks are the strings `"nan"`, `"inf"` and `"-inf"`.
 
     Args:
         path: The file; `.gz` compresses.
         traces: Any iterable; read once, one trace in memory at a time.
-        text: Also write `Trace.text` and the text of the `Text` events. Off: numbers only.
-        append: Add to the file instead of replacing it. Every line is handed over whole, so a process that is killed
-            spoils at most the line that it was writing.
+        text: Also write `Trace.text` and the text of the `Text` events; otherwise only numbers.
+        append: Add to the file instead of replacing it. Every line is one write, so a process that is killed damages at
+            most the line that it was writing.
 
     Returns:
         The number of traces written.
 
     Raises:
-        RedflagError: For a trace that cannot be written, or a file that cannot. Without `append` nothing has changed.
+        RedflagError: A trace or the file cannot be written. Without `append` nothing has changed.
     """
     path = Path(path)
     if append:
@@ -96,10 +96,10 @@ def write_traces(
 
 
 def read_traces(path: str | os.PathLike[str]) -> Iterator[Trace]:
-    """Reads what `write_traces` wrote, one trace at a time.
+    """Reads a file written by `write_traces`, one trace at a time.
 
     Raises:
-        RedflagError: At the first line that is not a whole trace of this format, naming file and line.
+        RedflagError: A line is not a complete trace of this format; the message names file and line.
     """
     path = Path(path)
     number = 0
@@ -112,7 +112,7 @@ def read_traces(path: str | os.PathLike[str]) -> Iterator[Trace]:
     except (EOFError, OSError, zlib.error) as error:
         where = f"{path}, after line {number}" if number else f"{path}"
         reason = (isinstance(error, OSError) and error.strerror) or error
-        raise RedflagError(f"{where}: cannot be read ({reason}); record the traces again or mend the path") from error
+        raise RedflagError(f"{where}: cannot be read ({reason}). Record the traces again or fix the path.") from error
 
 
 def trace_line(trace: Trace, *, text: bool = False) -> bytes:
@@ -127,19 +127,19 @@ def trace_line(trace: Trace, *, text: bool = False) -> bytes:
 def _append(path: Path, traces: Iterable[Trace], text: bool) -> int:
     if path.suffix == ".gz":
         raise RedflagError(
-            f"cannot append to {path}: a compressed file that is cut off can no longer be read; "
-            "append to a plain .jsonl file and compress it afterwards"
+            f"cannot append to the compressed file {path}, which could not be read any more if cut off. Append to a "
+            "plain .jsonl file and compress it afterwards."
         )
     count = 0
     try:
-        append_line(path, b"", mode=0o666)  # The file is there, be the traces none.
+        append_line(path, b"", mode=0o666)  # The file exists even if there are no traces.
         for trace in traces:
             append_line(path, _to_line(trace, text), mode=0o666)
             count += 1
     except OSError as error:
         raise RedflagError(
-            f"cannot append to {path} ({error.strerror or error}): {count} of the traces were added before; "
-            "free the space or mend the permissions and repeat with the others"
+            f"cannot append to {path} ({error.strerror or error}). {count} of the traces were added before. Free space "
+            "or fix the permissions, and repeat with the others."
         ) from error
     return count
 
@@ -149,8 +149,7 @@ def _to_line(trace: Trace, text: bool) -> bytes:
     for name, rows, allowed in (("flag_probs", trace.flag_probs, {steps}), ("scores", trace.scores, {0, steps})):
         if len(rows) not in allowed or any(len(row) != flags for row in rows):
             raise RedflagError(
-                f"trace {trace.id!r} cannot be written: its {name} are not {steps} tokens x {flags} categories, so no "
-                "reader could tell what belongs to which token; give one row per token"
+                f"{name} of trace {trace.id!r} must be {steps} tokens x {flags} categories. Give one row per token."
             )
     try:
         _expect(_all_of(int, trace.token_ids), "token_ids are not integers")
@@ -172,8 +171,8 @@ def _to_line(trace: Trace, text: bool) -> bytes:
         raise
     except (TypeError, ValueError) as error:
         raise RedflagError(
-            f"trace {trace.id!r} cannot be written as JSON ({error}): give plain integers as token ids and keep only "
-            "strings, finite numbers, lists and dictionaries in meta"
+            f"trace {trace.id!r} cannot be written as JSON ({error}). Use plain integers as token ids, and only "
+            "strings, finite numbers, lists and dictionaries in meta."
         ) from error
 
 
@@ -207,8 +206,7 @@ def _pack_events(trace: Trace, text: bool) -> list[dict[str, Any]]:
         start, count = event.position, len(event.token_ids)
         if list(event.token_ids) != trace.token_ids[start : start + count]:
             raise RedflagError(
-                f"trace {trace.id!r} cannot be written: the tokens released at {start} are not those of the trace, so "
-                "the file would tell another story; record both from one session"
+                f"the tokens released at {start} must be those of trace {trace.id!r}. Record both from one session."
             )
         if (kind, start) != after:
             packed.append({"kind": kind, "position": start, "counts": []} | ({"texts": []} if text else {}))
@@ -234,11 +232,11 @@ def _from_line(line: bytes, where: str) -> Trace:
         record = json.loads(line, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         cut = "" if line.endswith(b"\n") else ", and the line has no end: the writer was probably killed"
-        raise RedflagError(f"{where}: not JSON ({error}){cut}; delete the line or record it again") from error
+        raise RedflagError(f"{where}: not JSON ({error}){cut}. Delete the line or record it again.") from error
     try:
         return _unpack(record)
     except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
-        raise RedflagError(f"{where}: not a trace ({error}); delete the line or record it again") from error
+        raise RedflagError(f"{where}: not a trace ({error}). Delete the line or record it again.") from error
 
 
 def _unpack(record: Any) -> Trace:
@@ -266,10 +264,10 @@ def _unpack(record: Any) -> Trace:
     begins = trace.answer_at
     _expect(begins is None or (type(begins) is int and 0 <= begins <= len(token_ids)), f"answer_at is {begins!r}")
     _expect(isinstance(record["events"], list), "events are not a list")
-    # An alarm may stand behind tokens that were taken back because of it.
+    # An alarm's position may be behind tokens that were taken back because of it.
     takes = {kind for kind, event in _EVENTS.items() if event.counts_as == "taken"}
-    taken = [e["token_ids"] for e in record["events"] if isinstance(e, dict) and e.get("kind") in takes]
-    most = len(token_ids) + max(map(len, taken), default=0)
+    taken_back = [e["token_ids"] for e in record["events"] if isinstance(e, dict) and e.get("kind") in takes]
+    most = len(token_ids) + max(map(len, taken_back), default=0)
     for packed in record["events"]:
         trace.events.extend(_unpack_event(packed, token_ids, most))
     return trace
@@ -322,7 +320,7 @@ def _number(value: Any) -> float:
 
 
 def _all_of(kind: type, values: Any) -> bool:
-    # By `type`, not `isinstance`: true is no token id.
+    # By `type`, not `isinstance`: true is not a token id.
     return isinstance(values, list) and all(type(value) is kind for value in values)
 
 

@@ -1,6 +1,6 @@
-"""Conversations that are too long for the context, cut in one way by training, scoring, calibration and baselines.
+"""Truncates conversations that are too long for the context, the same way in training, scoring and baselines.
 
-Serving cuts nothing: a prompt that leaves no room for a response is refused.
+Serving does not truncate: a prompt that leaves no room for a response is refused.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ class FittedRow(NamedTuple):
     Attributes:
         prompt_ids: At least one id.
         response_ids: The response, or as much of its beginning as fits.
-        tail_ids: What ends the turn, as far as it fits.
-        offsets: As of `RenderedRow`, of the whole response.
+        tail_ids: Ids that end the turn, as far as they fit.
+        offsets: As in `RenderedRow`, for the whole response.
         prompt_truncated: Whether turns, or the front of one, were left out.
         response_truncated: Whether the response lost its end.
-        thought_offsets: As of `RenderedRow`, as far as the thought fits.
+        thought_offsets: As in `RenderedRow`, as far as the thought fits.
     """
 
     prompt_ids: list[int]
@@ -55,7 +55,7 @@ def fit_row(
     if max_length is None:
         return FittedRow(row.prompt_ids, row.response_ids, row.tail_ids, row.offsets, False, False, row.thought_offsets)
     if max_length < 2:
-        raise RedflagError(f"max_length is {max_length}: a prompt token and a response token need at least 2")
+        raise RedflagError(f"max_length must be at least 2 (got {max_length}): a prompt token and a response token.")
     response = row.response_ids[: max_length - 1]
     tail = row.tail_ids[: max_length - 1 - len(response)]
     limit = max_length - len(response) - len(tail)
@@ -88,11 +88,9 @@ def fit_prompt(
     enough, the template's own ids lose their front.
 
     Args:
-        tokenizer: The model's tokenizer.
         messages: As for `render_prompt`.
-        spec: The model's flags.
-        limit: Most ids, at least 1.
-        ids: What `render_prompt` gives, where it is known.
+        limit: Maximum number of ids, at least 1.
+        ids: Result of `render_prompt`, if computed already.
         thinking: As for `render_prompt`.
 
     Raises:
@@ -106,7 +104,7 @@ def fit_prompt(
     def render(turns: Sequence[Message]) -> list[int] | None:
         try:
             return render_prompt(tokenizer, turns, spec, thinking=thinking)
-        except RedflagError:  # Some templates take no conversation that begins or goes on so.
+        except RedflagError:  # Some templates refuse the shortened conversation.
             return None
 
     count = next((i for i, turn in enumerate(messages) if turn["role"] != "system"), len(messages))
@@ -128,7 +126,7 @@ def fit_prompt(
 
 
 def _exchanges(messages: Sequence[Message]) -> list[list[Message]]:
-    """The messages in groups, each of which begins with a turn of the user's, but perhaps the first."""
+    """The messages in groups, each beginning with a user turn, except possibly the first."""
     groups: list[list[Message]] = []
     for message in messages:
         if message["role"] == "user" or not groups:
@@ -138,9 +136,9 @@ def _exchanges(messages: Sequence[Message]) -> list[list[Message]]:
 
 
 def _drop_oldest(render: Render, head: list[Message], exchanges: list[list[Message]], limit: int) -> list[int] | None:
-    """The prompt with as many of the newest exchanges as fit; None: not even the last one does."""
+    """The prompt with as many of the newest exchanges as fit; None if not even the last one does."""
     best: list[int] | None = None
-    low, high = 0, len(exchanges) - 1  # the fewest that may have to go, and the most
+    low, high = 0, len(exchanges) - 1  # bounds of the number of exchanges to drop
     while low <= high:
         dropped = (low + high) // 2
         ids = render([*head, *(turn for group in exchanges[dropped:] for turn in group)])
@@ -158,7 +156,7 @@ def _cut_front(
     limit: int,
     offsets_of: Callable[[str], list[tuple[int, int]]],
 ) -> list[int] | None:
-    """The prompt with the last exchange, its first text without its front; None: no rest of that text fits."""
+    """The prompt with the last exchange, its first text without its front; None if no rest of that text fits."""
     first: dict[str, Any] = dict(exchange[0])
     text = first["content"]
     offsets = offsets_of(text)

@@ -1,4 +1,4 @@
-"""Versions of packages, for the records of what was made."""
+"""Versions of packages, for records of results."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from importlib.metadata import PackageNotFoundError, version
 
 
 def versions(*names: str) -> dict[str, str]:
-    """Name -> version, of those that are installed: from a checkout on `PYTHONPATH`, redflag itself is not.
+    """Name -> version of the installed packages; redflag itself is not installed in a checkout on `PYTHONPATH`.
 
     Example:
         >>> versions("no-such-package")
         {}
     """
-    found = {}
+    installed = {}
     for name in names:
         try:
-            found[name] = version(name)
+            installed[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return installed

@@ -209,19 +209,19 @@ class TestAttachRefusals:
         class Slow:
             is_fast = False
 
-        with pytest.raises(RedflagError, match="Slow is not a fast tokenizer"):
+        with pytest.raises(RedflagError, match="the tokenizer must be a fast one \(got Slow\)"):
             attach(make_model(8), Slow(), FlagSpec.of("harm"))  # type: ignore[arg-type]
 
     @pytest.mark.parametrize("token", ["<|end|>", "<|pad|>", "<|user|>"])
     def test_a_token_with_a_purpose(self, token: str) -> None:
         tokenizer = make_tokenizer(("<|user|>",), template=TEMPLATE + "<|user|>")
-        with pytest.raises(RedflagError, match="has a purpose"):
+        with pytest.raises(RedflagError, match="must not be used in the model's conversations"):
             attach(make_model(len(tokenizer)), tokenizer, FlagSpec((Flag("harm", token),)))
 
     def test_a_word_of_the_language(self) -> None:
         tokenizer = make_tokenizer()
         assert "ar" in tokenizer.get_vocab()
-        with pytest.raises(RedflagError, match="makes 'ar' even out of ordinary text"):
+        with pytest.raises(RedflagError, match="must not arise from ordinary text in this tokenizer .got 'ar'"):
             attach(make_model(len(tokenizer)), tokenizer, FlagSpec((Flag("harm", "ar"),)))
 
     def test_a_spec_of_another_model(self) -> None:

@@ -96,9 +96,13 @@ def test_a_bad_file_is_named(refused, here, name, verb):
 
 
 BAD_OPTIONS = {
-    "hyphens": (command("score", "--bach-size", "2"), "--bach-size is no option", "did you mean --batch-size?"),
-    "unknown option": (command("score", "--bach_size", "2"), "--bach_size is no option", "did you mean --batch_size?"),
-    "misspelt needed option": (["score", "--modle", "model"], "--modle is no option", "did you mean --model?"),
+    "hyphens": (command("score", "--bach-size", "2"), "unknown option --bach-size", "did you mean --batch-size?"),
+    "unknown option": (
+        command("score", "--bach_size", "2"),
+        "unknown option --bach_size",
+        "did you mean --batch_size?",
+    ),
+    "misspelt needed option": (["score", "--modle", "model"], "unknown option --modle", "did you mean --model?"),
     "nothing but the verb": (["score"], "required: --model", "--help"),
     "word for a number": (command("score", "--batch_size", "two"), "invalid int value: 'two'", "--help"),
     "no such choice": (command("calibrate", "--guarantee", "never"), "invalid choice: 'never'", "--help"),
@@ -165,9 +169,9 @@ def test_a_bad_option_is_named_with_its_value(refused, name):
 
 
 BAD_CONFIGS = {
-    "unknown key": ("bach_size: 2", "sets 'bach_size', which is no option", "did you mean batch_size?"),
-    "a list": ("- batch_size", "holds no mapping", "option: value"),
-    "empty": ("", "holds no mapping", "option: value"),
+    "unknown key": ("bach_size: 2", "sets the unknown option 'bach_size'", "did you mean batch_size?"),
+    "a list": ("- batch_size", "must be a mapping", "option: value"),
+    "empty": ("", "must be a mapping", "option: value"),
     "damaged": ("batch_size: [", "is not YAML", "mend it"),
     "binary": (b"\xff\xfe\x00", "is not YAML", "mend it"),
     "word for a number": ("batch_size: two", "invalid int value: 'two'", "--help"),
@@ -196,6 +200,6 @@ def test_no_verb_is_a_call_for_help_and_an_unknown_one_is_named(capsys):
     assert cli.main([]) == 0
     assert "calibrate" in capsys.readouterr().out
     assert cli.main(["scoer"]) == 2
-    assert capsys.readouterr().err == "redflag: 'scoer' is no verb: did you mean score?\n"
+    assert capsys.readouterr().err == "redflag: 'scoer' unknown command: did you mean score?\n"
     assert cli.main(["fly"]) == 2
-    assert capsys.readouterr().err == f"redflag: 'fly' is no verb: use one of {', '.join(cli.VERBS)}\n"
+    assert capsys.readouterr().err == f"redflag: 'fly' unknown command: use one of {', '.join(cli.VERBS)}\n"

@@ -60,9 +60,9 @@ BAD_MODELS = {
     "no folder": (shutil.rmtree, "model", "redflag train"),
     "no redflag.json": (lambda m: (m / "redflag.json").unlink(), "model/redflag.json is not there", "redflag train"),
     "damaged redflag.json": (text("redflag.json", '{"format"'), "redflag.json cannot be read", "restore it"),
-    "later format": (edit("redflag.json", format=9), "has format 9", "use the version that wrote it"),
+    "later format": (edit("redflag.json", format=9), "has format 9", "Use the version of redflag that wrote it"),
     "unknown key": (edit("redflag.json", secret=1), "secret", "redflag.json"),
-    "no flags": (edit("redflag.json", flags=[]), "has no list of flags", "restore it"),
+    "no flags": (edit("redflag.json", flags=[]), "must have a list of flags", "restore it"),
     "flags of another model": (another_flag_id, "has id 77", "Restore both from one training run"),
     "no config": (lambda m: (m / "config.json").unlink(), "model does not load", "redflag train"),
     "damaged config": (text("config.json", "{"), "model does not load", "redflag train"),
@@ -110,7 +110,7 @@ def test_rows_that_do_not_fit_the_flags_are_named(refused, here):
     rows = make_rows(12)
     write_rows("mine.jsonl", [*rows, dataclasses.replace(rows[0], category="arson", id="r9")])
     train = command("train", "--categories", "harm", "fraud", "--eval_share", "0", rows="mine.jsonl")
-    refused(train, "row r9: no flag stands for the category 'arson'", "add a flag for it")
+    refused(train, "row r9: the category of a row must be one of the flags'", "Add a flag for it")
     write_rows("mine.jsonl", [row for row in rows if not row.harmful])
     refused(command("train", "--eval_share", "0", rows="mine.jsonl"), "got 8 rows, none of them harmful", "Add")
     write_rows("mine.jsonl", [row for row in rows if row.harmful])
@@ -248,4 +248,4 @@ def test_a_damaged_trace_is_named_by_its_line(refused, here, capsys, line):
     assert cli.main(command("generate", "--record", "t.jsonl")) == 0
     whole = (here / "t.jsonl").read_text()
     (here / "t.jsonl").write_text(whole + (whole[: len(whole) // 2] if line == "half" else line + "\n"))
-    refused(["show", "t.jsonl"], "t.jsonl, line 2: not ", "delete the line or record it again")
+    refused(["show", "t.jsonl"], "t.jsonl, line 2: not ", "Delete the line or record it again")

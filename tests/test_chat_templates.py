@@ -82,10 +82,10 @@ class TestWordsAppear:
     def test_a_template_that_shows_no_words_is_refused(self) -> None:
         for template in ("<|user|><|assistant|>", "{% for m in messages %}<|user|>{{ m.text }}{% endfor %}"):
             tokenizer, spec = world(template)
-            with pytest.raises(RedflagError, match="shows what a user says neither from text nor from") as caught:
+            with pytest.raises(RedflagError, match="must show a user's content, as text or as") as caught:
                 check_template(tokenizer)
             assert "\n" not in str(caught.value)
-            with pytest.raises(RedflagError, match="shows what a user says neither from text nor from"):
+            with pytest.raises(RedflagError, match="must show a user's content, as text or as"):
                 render_prompt(tokenizer, [turn("user", "Hi")], spec)
 
     @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ class TestAnAnswerBegins:
         assert not said or repr(added) in said[0]
 
     def test_a_thought_whose_end_nobody_knows_is_refused(self) -> None:
-        with pytest.raises(RedflagError, match=r"ends inside a thought .'<think>'. that nothing closes") as caught:
+        with pytest.raises(RedflagError, match=r"must not end inside a thought .'<think>'") as caught:
             prompt(HEAD + "{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}")
         assert "\n" not in str(caught.value)
 
@@ -183,7 +183,7 @@ class TestAnAnswerBegins:
             "{% if m.role == 'assistant' %}<|channel|>final<|message|>{% endif %}{{ m.content }}<|end|>{% endfor %}"
             "{% if add_generation_prompt %}" + end + "{% endif %}"
         )
-        with pytest.raises(RedflagError, match="it is unknown where an answer begins"):
+        with pytest.raises(RedflagError, match="must end where its answers begin"):
             prompt(template)
 
     def test_the_stock_gpt_oss_template_is_continued_as_the_recipe_writes_it(self) -> None:
@@ -225,7 +225,7 @@ class TestClock:
         self, template: str, reads: bool, warnings: pytest.LogCaptureFixture
     ) -> None:
         check_template(world(template)[0])
-        assert ("writes the day's date into prompts" in warnings.text) is reads
+        assert ("writes the current date into prompts" in warnings.text) is reads
 
 
 class TestVerbs:
@@ -249,7 +249,7 @@ class TestVerbs:
     @pytest.mark.parametrize(
         "template, words",
         [
-            ("{% for m in messages %}<|user|>{{ m.text }}{% endfor %}<|assistant|>", "shows what a user says neither"),
+            ("{% for m in messages %}<|user|>{{ m.text }}{% endfor %}<|assistant|>", "must show a user's content"),
             (CHAT_TEMPLATE + "{% if add_generation_prompt %}<think>{% endif %}", "ends inside a thought"),
         ],
         ids=["no words", "an open thought"],

@@ -108,7 +108,7 @@ def test_a_write_that_fails_says_so_and_leaves_no_litter(
 
     monkeypatch.setattr(os, failing, full)
     with (
-        pytest.raises(RedflagError, match=r"cannot write .*f \(No space left on device\): nothing of it was saved"),
+        pytest.raises(RedflagError, match=r"cannot write .*f \(No space left on device\)\. Nothing was saved"),
         atomic_write(tmp_path / "f") as file,
     ):
         file.write(b"new")

@@ -66,10 +66,10 @@ class TestSpec:
             (lambda: FlagSpec.of("a b", "a-b"), "share the token '<|redflag_a_b|>'"),
             (lambda: FlagSpec((Flag("a", "<f>"), Flag("b", "<f>"))), "share the token '<f>'"),
             (lambda: FlagSpec((Flag("a", "<f>", id=3), Flag("b", "<g>", id=3))), "share the id 3"),
-            (lambda: FlagSpec.of(""), "category is empty"),
-            (lambda: FlagSpec((Flag(" "),)), "category is empty"),
+            (lambda: FlagSpec.of(""), "category must not be empty"),
+            (lambda: FlagSpec((Flag(" "),)), "category must not be empty"),
             (lambda: FlagSpec((Flag("a", " "),)), "white space"),
-            (lambda: FlagSpec.of("harm").ids, "no token id yet"),
+            (lambda: FlagSpec.of("harm").ids, "must have a token id"),
         ],
     )
     def test_a_wrong_spec_is_refused(self, make: Any, words: str) -> None:
@@ -97,16 +97,16 @@ class TestFile:
     @pytest.mark.parametrize(
         "change, words",
         [
-            ({"format": 2}, "has format 2 and this redflag reads format 1"),
+            ({"format": 2}, "must have the format 1 .got 2"),
             ({"format": None}, "has format None"),
             ({"colour": "red"}, "unknown key 'colour'"),
-            ({"flags": None}, "no list of flags"),
-            ({"flags": {}}, "no list of flags"),
-            ({"flags": []}, "no list of flags"),
-            ({"flags": ["<f>"]}, "no list of flags"),
+            ({"flags": None}, "must have a list of flags"),
+            ({"flags": {}}, "must have a list of flags"),
+            ({"flags": []}, "must have a list of flags"),
+            ({"flags": ["<f>"]}, "must have a list of flags"),
             ({"flags": [{"category": "a", "token": "<f>", "color": 1}]}, "unknown key 'color'"),
-            ({"flags": [{"token": "<f>", "id": 3}]}, "without category or token"),
-            ({"flags": [{"category": "a", "id": 3}]}, "without category or token"),
+            ({"flags": [{"token": "<f>", "id": 3}]}, "must have category and token"),
+            ({"flags": [{"category": "a", "id": 3}]}, "must have category and token"),
             ({"flags": [{"category": 5, "token": "<f>"}]}, "category: 5"),
             ({"flags": [{"category": "a", "token": ["<f>"]}]}, "token: "),
             ({"flags": [{"category": "a", "token": "<f>", "description": None}]}, "description: None"),
@@ -145,7 +145,7 @@ class TestFile:
             FlagSpec.load(tmp_path)
 
     def test_a_missing_file_says_how_to_make_one(self, tmp_path: Path) -> None:
-        with pytest.raises(RedflagError, match="train one with `redflag train`"):
+        with pytest.raises(RedflagError, match="Train one with `redflag train`"):
             FlagSpec.load(tmp_path)
 
     def test_a_failed_write_leaves_the_old_file_and_nothing_else(

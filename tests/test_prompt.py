@@ -86,7 +86,7 @@ def test_empty_turns_are_rendered_as_the_template_writes_them() -> None:
     for messages in ([turn("user", "")], [turn("user", " \n")], several):
         ids = render_prompt(tokenizer, messages, spec)
         assert ids == tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
-    with pytest.raises(RedflagError, match="the prompt is empty"):
+    with pytest.raises(RedflagError, match="the prompt must not be empty"):
         render_text(tokenizer, " ", spec)
 
 
@@ -95,13 +95,13 @@ class TestRefusals:
         "messages, words",
         [
             ([], "conversation is empty"),
-            ([{"role": "user"}], "message 0 has no text content"),
-            ([turn("user", "Hi"), {"role": "user", "content": [{"type": "text"}]}], "message 1 has no text content"),
-            (["Hi"], "message 0 has no text content"),
+            ([{"role": "user"}], "message 0 must have text content"),
+            ([turn("user", "Hi"), {"role": "user", "content": [{"type": "text"}]}], "message 1 must have text content"),
+            (["Hi"], "message 0 must have text content"),
             ([turn("robot", "Hi")], "role 'robot': use one of system, user, assistant, tool"),
             ([{"content": "Hi"}], "role None"),
-            ([turn("user", "a\ud800b")], "message 0 holds half of a surrogate pair"),
-            ([turn("assistant", "Sure")], "only an assistant turn"),
+            ([turn("user", "a\ud800b")], "message 0 must not hold half of a surrogate pair"),
+            ([turn("assistant", "Sure")], "Only an assistant turn"),
         ],
     )
     def test_a_malformed_conversation_is_named(self, messages: Any, words: str) -> None:
@@ -140,7 +140,7 @@ class TestRefusals:
             render_prompt(tokenizer, [turn("user", "Hi")], world("byte-level")[1])
 
     def test_unattached_flags_are_refused(self) -> None:
-        with pytest.raises(RedflagError, match="no token id yet"):
+        with pytest.raises(RedflagError, match="must have a token id"):
             render_prompt(world("byte-level")[0], [turn("user", "Hi")], FlagSpec.of("harm"))
 
 

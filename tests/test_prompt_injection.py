@@ -139,7 +139,7 @@ class TestNobodyWritesControlTokens:
     def test_a_template_that_writes_a_flag_is_refused(self) -> None:
         tokenizer = with_template(CHAT_TEMPLATE + "<|reserved_0|>")
         spec = FlagSpec((Flag("harm", "<|reserved_0|>", id=tokenizer.convert_tokens_to_ids("<|reserved_0|>")),))
-        with pytest.raises(RedflagError, match="template itself holds a flag"):
+        with pytest.raises(RedflagError, match="template must not contain a flag"):
             render_prompt(tokenizer, [turn("user", "Hi")], spec)
 
     def test_a_turn_end_that_comes_and_goes_with_the_contents_is_refused(self) -> None:

@@ -112,8 +112,8 @@ def test_reasoning_of_an_earlier_turn_may_be_left_out_and_is_a_thought_in_the_la
         ({"tool_calls": [{"function": {"name": "f", "arguments": 3}}]}, "tool_calls of message 1 must be a list"),
         ({"reasoning_content": ["Hm"]}, "reasoning_content of message 1 must be text"),
         ({"name": 3}, "name of message 1 must be text"),
-        ({"role": "user"}, "message 1 has tool_calls, which only an assistant turn can have"),
-        ({"reasoning_content": "a\ud800b"}, "message 1 holds half of a surrogate pair"),
+        ({"role": "user"}, "message 1 must not have tool_calls. Only an assistant turn can have"),
+        ({"reasoning_content": "a\ud800b"}, "message 1 must not hold half of a surrogate pair"),
     ],
 )
 def test_a_malformed_turn_is_named(change: dict[str, Any], words: str) -> None:
@@ -125,5 +125,5 @@ def test_a_malformed_turn_is_named(change: dict[str, Any], words: str) -> None:
 
 def test_a_response_that_calls_tools_is_not_judged_as_text() -> None:
     tokenizer, spec = world((TRL / "qwen3.jinja").read_text())
-    with pytest.raises(RedflagError, match="last turn calls tools, and only text is judged"):
+    with pytest.raises(RedflagError, match="last turn must not call tools, since only text is judged"):
         render_response(tokenizer, talk({"city": "Paris"})[:2], spec)

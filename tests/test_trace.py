@@ -172,7 +172,7 @@ def test_steps_gives_back_what_the_engine_gave():
         ({"flag_probs": [("high", 0.1)] * 3}, "as JSON"),
         ({"meta": {"x": math.nan}}, "as JSON"),
         ({"meta": {"x": object()}}, "as JSON"),
-        ({"events": [Text(0, (6,), "")]}, "not those of the trace"),
+        ({"events": [Text(0, (6,), "")]}, "must be those of trace"),
     ],
 )
 def test_a_trace_that_cannot_be_written_is_refused_and_the_older_file_stays(tmp_path, changes, says):

@@ -84,9 +84,9 @@ class MarkerReader:
             `flag_probs` (1 x K), `flag_logprobs` (1 x K, nats; None where a server's probability is too small to be
             sent as a number above 0), `markers` (K texts).
         """
-        found = iter(self.source.log_probs([(prompt, ids) for prompt in prompts for ids in self.ids], batch_size))
+        log_probs = iter(self.source.log_probs([(prompt, ids) for prompt in prompts for ids in self.ids], batch_size))
         for _ in prompts:
-            sums = [math.fsum(next(found)) for _ in self.ids]
+            sums = [math.fsum(next(log_probs)) for _ in self.ids]
             yield {
                 "flag_probs": [[min(1.0, math.exp(total)) for total in sums]],
                 "flag_logprobs": [[None if total == -math.inf else min(0.0, total) for total in sums]],
@@ -124,15 +124,15 @@ class LocalSource:
             self._head_apart = head_agrees(self._model, sample)
         # As when flags are scored: where the head cannot be applied apart, one row's logits are alive at a time.
         size = batch_size if self._head_apart else 1
-        found: list[npt.NDArray[np.float64]] = [np.zeros(0)] * len(pairs)
+        results: list[npt.NDArray[np.float64]] = [np.zeros(0)] * len(pairs)
         order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
         for start in range(0, len(order), size):
-            chosen = order[start : start + size]
+            members = order[start : start + size]
             with torch.inference_mode():
-                values = self._batch([pairs[i] for i in chosen])
-            for i, part in zip(chosen, values, strict=True):
-                found[i] = part
-        yield from found
+                values = self._batch([pairs[i] for i in members])
+            for i, part in zip(members, values, strict=True):
+                results[i] = part
+        yield from results
 
     def _batch(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[npt.NDArray[np.float64]]:
         import torch
@@ -152,8 +152,8 @@ class LocalSource:
         values = []
         for i, (span, (_, ids)) in enumerate(zip(spans, pairs, strict=True)):
             logits = (head_logits(self._model, hidden[i, span]) if self._head_apart else hidden[i, span]).float()
-            chosen = logits.gather(1, torch.tensor(list(ids), device=device)[:, None])[:, 0]
-            values.append((chosen - logits.logsumexp(-1)).cpu().double().numpy())
+            token_logits = logits.gather(1, torch.tensor(list(ids), device=device)[:, None])[:, 0]
+            values.append((token_logits - logits.logsumexp(-1)).cpu().double().numpy())
         return values
 
 
@@ -223,7 +223,7 @@ def marker_ids(tokenizer: Any, markers: Sequence[str], spec: FlagSpec) -> list[l
     Raises:
         RedflagError: A marker is no text of ordinary tokens, or two cannot be told apart.
     """
-    found: list[list[int]] = []
+    ids_of_markers: list[list[int]] = []
     for marker in markers:
         ids = text_ids(tokenizer, marker, spec) if marker.strip() else []
         if not ids:
@@ -241,15 +241,15 @@ def marker_ids(tokenizer: Any, markers: Sequence[str], spec: FlagSpec) -> list[l
                 f"the marker {marker!r} has characters that the vocabulary lacks, so other texts would count as it: "
                 "give letters that the model knows"
             )
-        found.append(ids)
-    for i, one in enumerate(found):
-        for j, other in enumerate(found):
+        ids_of_markers.append(ids)
+    for i, one in enumerate(ids_of_markers):
+        for j, other in enumerate(ids_of_markers):
             if i != j and other[: len(one)] == one:
                 raise RedflagError(
                     f"the marker {markers[j]!r} begins with the tokens of {markers[i]!r}, so what is likely for one "
                     "is for both: give markers of which none begins another"
                 )
-    return found
+    return ids_of_markers
 
 
 def _identity(name: str) -> list[Any]:

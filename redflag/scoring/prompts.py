@@ -99,35 +99,35 @@ def run_prompts(arguments: ScoreArguments, world: World) -> int:
             scorer, tokenizer, spec = arguments.scorer(world, stack, arguments.upper_bound)
             reader = FlagReader(scorer, spec)
         max_length = context_limit(arguments.max_length, reader.context_length)
-        chosen = rows.rows
+        usable = rows.rows
         if arguments.on_bad_row == "skip":
-            chosen, bad = sound_prompts(reader, tokenizer, spec, chosen, max_length)
+            usable, bad = sound_prompts(reader, tokenizer, spec, usable, max_length)
             if world.rank == 0:
                 report_skipped(bad)
         output = Path(arguments.output)
         check_batch(arguments.batch_size)
-        key = {"prompts": True, "rows": rows.fingerprint, "count": len(chosen), "max_length": max_length, **reader.key}
+        key = {"prompts": True, "rows": rows.fingerprint, "count": len(usable), "max_length": max_length, **reader.key}
         cut: Counter[str] = Counter()
         chunk, fingerprint = plan(reader.source, key, world, arguments.batch_size)
 
         def lines(start: int, stop: int) -> Iterator[str]:
-            found = score_prompts(
+            records = score_prompts(
                 reader,
                 tokenizer,
                 spec,
-                chosen[start:stop],
+                usable[start:stop],
                 batch_size=arguments.batch_size,
                 max_length=max_length,
                 first=start,
             )
-            for item in found:
+            for item in records:
                 cut.update(prompt=item["prompt_truncated"])
                 yield json.dumps(item, ensure_ascii=False, allow_nan=False)
 
-        written = write_lines(output, len(chosen), lines, chunk=chunk, fingerprint=fingerprint, world=world)
+        written = write_lines(output, len(usable), lines, chunk=chunk, fingerprint=fingerprint, world=world)
         report_cut(cut, "" if world.size == 1 else f"process {world.rank}: ")
         if written:
-            print(f"{len(chosen)} prompts scored: {output}")
+            print(f"{len(usable)} prompts scored: {output}")
     return 0
 
 
@@ -171,10 +171,10 @@ def score_prompts(
         measured = iter(reader.read([ids for ids, _ in prompts], batch_size))
         for i, row in enumerate(part, first + start):
             try:
-                found = next(measured)  # of servers: as soon as it is there
+                figures = next(measured)  # of servers: as soon as it is there
             except RedflagError as error:
                 raise RedflagError(f"{row_name(row, i)}: {error}") from error
-            yield _record(row, i, found, prompts[i - first - start][1])
+            yield _record(row, i, figures, prompts[i - first - start][1])
 
 
 def prompt_of(row: Row) -> list[dict[str, str]]:
@@ -206,8 +206,8 @@ def _prompt_ids(
         raise RedflagError(f"{row_name(row, index)}: {error}") from error
 
 
-def _record(row: Row, index: int, found: dict[str, Any], cut: bool) -> dict[str, Any]:
-    probs = np.asarray(found["flag_probs"], dtype=np.float64)
+def _record(row: Row, index: int, figures: dict[str, Any], cut: bool) -> dict[str, Any]:
+    probs = np.asarray(figures["flag_probs"], dtype=np.float64)
     if not (np.isfinite(probs).all() and (probs >= 0.0).all() and (probs <= 1.0).all()):
         raise RedflagError(
             f"{row_name(row, index)}: the model gave {probs.tolist()[0]} as probability after the prompt, which cannot "
@@ -218,9 +218,9 @@ def _record(row: Row, index: int, found: dict[str, Any], cut: bool) -> dict[str,
         "id": row.id,
         "token_ids": None,
         "tokens": [messages[-1]["content"]],
-        "flag_probs": found["flag_probs"],
+        "flag_probs": figures["flag_probs"],
         "tail_probs": [],
-        "peak": found["flag_probs"][0],
+        "peak": figures["flag_probs"][0],
         "onset": None,
         "category": row.category,
         "group": row.group,
@@ -230,7 +230,7 @@ def _record(row: Row, index: int, found: dict[str, Any], cut: bool) -> dict[str,
         "turns": sum(turn["role"] == "user" for turn in messages),
         "truncated": False,
         "prompt_truncated": cut,
-        **{name: value for name, value in found.items() if name != "flag_probs"},
+        **{name: value for name, value in figures.items() if name != "flag_probs"},
     }
 
 

@@ -89,26 +89,26 @@ class Recording:
         """
         if name == "answer" and not self.thoughts.any():
             return self
-        chosen = self.select(self.thoughts > 0) if name == "thought" else self
-        thoughts = chosen.thoughts
+        selected = self.select(self.thoughts > 0) if name == "thought" else self
+        thoughts = selected.thoughts
         skip = thoughts if name == "answer" else np.zeros_like(thoughts)
-        counts = np.diff(chosen.starts) - thoughts if name == "answer" else thoughts
-        lengths = chosen.lengths - thoughts if name == "answer" else thoughts
+        counts = np.diff(selected.starts) - thoughts if name == "answer" else thoughts
+        lengths = selected.lengths - thoughts if name == "answer" else thoughts
         onsets = [
             onset - int(first) if name == "answer" and onset is not None else None
-            for onset, first in zip(chosen.columns["onset"], thoughts, strict=True)
+            for onset, first in zip(selected.columns["onset"], thoughts, strict=True)
         ]
-        tokens = chosen.token_ids
+        tokens = selected.token_ids
         if tokens is not None:
-            tokens = tokens[_spans(np.cumsum(chosen.lengths) - chosen.lengths + skip, lengths)]
+            tokens = tokens[_spans(np.cumsum(selected.lengths) - selected.lengths + skip, lengths)]
         return Recording(
-            chosen.categories,
-            chosen.probs[_spans(chosen.starts[:-1] + skip, counts)],
+            selected.categories,
+            selected.probs[_spans(selected.starts[:-1] + skip, counts)],
             np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
             lengths,
-            {**chosen.columns, "onset": onsets, "thought_tokens": [None] * len(chosen)},
+            {**selected.columns, "onset": onsets, "thought_tokens": [None] * len(selected)},
             tokens,
-            chosen.meta,
+            selected.meta,
         )
 
     @classmethod
@@ -138,16 +138,16 @@ class Recording:
             tokens.append(response.get("token_ids"))
             for name in COLUMNS:
                 columns[name].append(response.get(name))
-        kept = None
+        token_ids = None
         if tokens and all(ids is not None for ids in tokens):
-            kept = np.fromiter((token for ids in tokens for token in ids or ()), dtype=np.int32)
+            token_ids = np.fromiter((token for ids in tokens for token in ids or ()), dtype=np.int32)
         return cls(
             tuple(categories),
             np.concatenate([np.zeros((0, flags), np.float32), *pieces]),
             np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
             np.array(lengths, dtype=np.int64),
             columns,
-            kept,
+            token_ids,
             dict(meta or {}),
         )
 

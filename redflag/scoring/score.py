@@ -89,16 +89,16 @@ def run(arguments: ScoreArguments) -> int:
     with ExitStack() as stack:
         scorer, tokenizer, spec = arguments.scorer(world, stack, arguments.upper_bound)
         max_length = context_limit(arguments.max_length, scorer.context_length)
-        chosen = rows.rows
+        usable = rows.rows
         if arguments.on_bad_row == "skip":
-            chosen, bad = renderable(tokenizer, spec, chosen)
+            usable, bad = renderable(tokenizer, spec, usable)
             if world.rank == 0:
                 report_skipped(bad)
         written = score_to_file(
             scorer,
             tokenizer,
             spec,
-            chosen,
+            usable,
             output,
             rows_sha256=rows.fingerprint,
             batch_size=arguments.batch_size,
@@ -106,7 +106,7 @@ def run(arguments: ScoreArguments) -> int:
             world=world,
         )
     if written:
-        print(f"{len(chosen)} rows scored: {output}")
+        print(f"{len(usable)} rows scored: {output}")
     return 0
 
 

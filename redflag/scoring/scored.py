@@ -115,7 +115,7 @@ _TEXTS: WeakKeyDictionary[Any, dict[int, str]] = WeakKeyDictionary()
 
 def _texts(token_ids: Sequence[int], tokenizer: Any) -> list[str]:
     """Each token's text; looked up once, since decoding one by one costs about as much as a small model's pass."""
-    known = _TEXTS.setdefault(tokenizer, {})
-    for token_id in set(token_ids) - known.keys():
-        known[token_id] = tokenizer.decode([token_id])
-    return [known[token_id] for token_id in token_ids]
+    cached = _TEXTS.setdefault(tokenizer, {})
+    for token_id in set(token_ids) - cached.keys():
+        cached[token_id] = tokenizer.decode([token_id])
+    return [cached[token_id] for token_id in token_ids]

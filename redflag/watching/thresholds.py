@@ -244,7 +244,7 @@ class Thresholds:
         try:
             return cls.of(record)
         except (OverflowError, RedflagError, TypeError) as error:
-            raise _spoilt(path, f"holds an invalid value ({error})") from error
+            raise _spoilt(path, f"holds an invalid value ({str(error).rstrip('.')})") from error
 
 
 def _check_keys(

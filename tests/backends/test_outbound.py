@@ -232,5 +232,7 @@ def test_every_verb_takes_name_key_and_headers_of_its_upstream(environment: pyte
 
 def test_a_key_that_is_not_set_is_named(environment: pytest.MonkeyPatch) -> None:
     environment.delenv("NO_SUCH_KEY", raising=False)
-    with pytest.raises(RedflagError, match="upstream_key_env names the environment variable NO_SUCH_KEY"):
+    with pytest.raises(
+        RedflagError, match="the environment variable NO_SUCH_KEY must be set, which upstream_key_env names"
+    ):
         UpstreamOptions(upstream_key_env="NO_SUCH_KEY").upstream_options()

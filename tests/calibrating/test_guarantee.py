@@ -144,7 +144,7 @@ def test_high_probability_rate_is_exceeded_in_no_more_trials_than_delta(flags: i
         ({"target_fpr": 1.0}, "target_fpr is 1.0"),
         ({"target_fpr": math.nan}, "target_fpr is nan"),
         ({"delta": 0.0, "guarantee": "high_probability"}, "delta is 0.0"),
-        ({"guarantee": "certain"}, "guarantee is 'certain'"),
+        ({"guarantee": "certain"}, r"guarantee must be .*\(got 'certain'"),
         ({"peaks": [0.1, math.nan] * 100}, "response 1 is"),
         ({"peaks": []}, "0 harmless responses"),
     ],

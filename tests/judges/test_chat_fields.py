@@ -188,7 +188,9 @@ def test_another_number_of_tokens_is_another_judge():
 def test_a_variable_that_is_not_set_is_named(monkeypatch):
     monkeypatch.delenv("NO_SUCH_TOKEN", raising=False)
     options = PolicyOptions(judge_url="http://h", judge_name="m", judge_headers={"X-Token": "${NO_SUCH_TOKEN}"})
-    with pytest.raises(RedflagError, match="judge_headers names the environment variable NO_SUCH_TOKEN"):
+    with pytest.raises(
+        RedflagError, match="the environment variable NO_SUCH_TOKEN must be set, which judge_headers names"
+    ):
         options.second_judge()
 
 

@@ -286,7 +286,7 @@ def test_a_set_of_the_hub_is_read_by_columns_and_labels_given_in_json(tmp_path):
     rows = load_rows([record, {**record, "is_safe": True}], columns=arguments.columns, labels=arguments.labels).rows
     assert [row.category for row in rows] == ["harm", None]
     for wrong in ("{true", "[1]"):
-        with pytest.raises(RedflagError, match="no mapping in JSON"):
+        with pytest.raises(RedflagError, match="must be a mapping in JSON"):
             cli.parse(train, [*shared, "--labels", wrong], "redflag train")
 
 

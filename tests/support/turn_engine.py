@@ -36,7 +36,7 @@ class Engine:
     def stream(self, token_ids, sampling, watch=()) -> Iterator[Step]:
         self.asked.append((list(token_ids), sampling, tuple(watch)))
         if not token_ids:
-            raise RedflagError("the prompt is empty")
+            raise RedflagError("the prompt must not be empty")
         return self._steps(token_ids[0])
 
     def _steps(self, name: int) -> Iterator[Step]:

@@ -61,7 +61,7 @@ class TestEncode:
         assert (result["flag_class"], result["onset"]) == (0, 0)
 
     def test_an_unknown_category_is_refused(self) -> None:
-        with pytest.raises(RedflagError, match="no flag stands for the category 'theft'"):
+        with pytest.raises(RedflagError, match="the category of a row must be one of the flags' .* .got 'theft'"):
             encode(row("Sure", "theft"), *world())
 
     @pytest.mark.parametrize("max_length", [0, 1, -5])
@@ -115,7 +115,10 @@ class TestBuildDataset:
 
     def test_a_row_that_cannot_be_encoded_is_named(self) -> None:
         named = dataclasses.replace(row("Sure", "theft"), id="q17")
-        for bad, name in ((named, "row q17: no flag stands for"), (row(""), "row 1: the response is empty")):
+        for bad, name in (
+            (named, "row q17: the category of a row must be one of the flags"),
+            (row(""), "row 1: the response is empty"),
+        ):
             with pytest.raises(RedflagError, match=name):
                 build_dataset([row("Sure"), bad], *world())
 

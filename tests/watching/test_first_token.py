@@ -43,7 +43,7 @@ def test_a_setting_without_meaning_is_refused_by_name(setting, words):
         (FirstTokenRule(bias={"fine": 1.0}), Thresholds.manual(0.5, KINDS, FIRST), "bias .* 'fine'"),
         (FirstTokenRule(thresholds={"fine": 0.1}), Thresholds.manual(0.5, KINDS, FIRST), "thresholds .* 'fine'"),
         (FirstTokenRule(respond="fraud"), Thresholds.manual(0.5, ["fraud"], FIRST), "Nothing could be refused"),
-        (FirstTokenRule(respond="fraud", selected=("fraud",)), Thresholds.manual(0.5, KINDS, FIRST), "leave it out"),
+        (FirstTokenRule(respond="fraud", selected=("fraud",)), Thresholds.manual(0.5, KINDS, FIRST), "Leave it out"),
         (FirstTokenRule(), Thresholds.manual(0.5, KINDS), "'max'"),
         (
             FirstTokenRule(temperature=2.0),

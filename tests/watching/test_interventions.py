@@ -38,7 +38,7 @@ def test_an_alarm_that_is_reviewed_shows_nothing_until_there_is_a_verdict():
     assert session.pending == Review("reflect", 2, W, 64)
     assert session.released == 1 and not session.finished
     for call in (lambda: feed(session, 0.1), lambda: session.finish("stop")):
-        with pytest.raises(RuntimeError, match="verdict"):
+        with pytest.raises(RuntimeError, match="review is pending"):
             call()
     assert session.answer(0.2, token_ids=[7, 8], text="fine") == [
         Reflection(2, (7, 8), "harmless", 0.2, "fine"),

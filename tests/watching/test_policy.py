@@ -30,9 +30,9 @@ def test_decides(policy, category, action):
 
 @pytest.mark.parametrize("action", ["resume", "observe", "stop", "", None, 3])
 def test_an_action_that_cannot_be_carried_out_is_refused(action):
-    with pytest.raises(RedflagError, match="use one of continue, halt"):
+    with pytest.raises(RedflagError, match="must be one of continue, halt"):
         Policy(actions={"weapons": action})
-    with pytest.raises(RedflagError, match="use one of continue, halt"):
+    with pytest.raises(RedflagError, match="must be one of continue, halt"):
         Policy(default=action)
 
 
@@ -49,8 +49,8 @@ def test_an_action_that_cannot_be_carried_out_is_refused(action):
         ({"decoy": 1}, "decoy"),
         ({"reflect": {}}, "reflect"),
         ({"replacement": 3}, "replacement"),
-        ({"default": "replace"}, "replacement is empty"),
-        ({"actions": {"weapons": "reflect"}, "confirmed": "replace"}, "replacement is empty"),
+        ({"default": "replace"}, "replacement must not be empty"),
+        ({"actions": {"weapons": "reflect"}, "confirmed": "replace"}, "replacement must not be empty"),
         ({"max_interventions": -1}, "max_interventions"),
         ({"max_wait_tokens": 2.5}, "max_wait_tokens"),
         ({"mute_limit": True}, "mute_limit"),

@@ -113,7 +113,7 @@ def test_a_halt_in_the_answer_does_not_reach_back_into_the_thought_and_holds_bac
 
 
 def test_what_can_not_go_together_is_refused():
-    with pytest.raises(RuntimeError, match="there already"):
+    with pytest.raises(RuntimeError, match="begun already"):
         Session(thresholds(0.5), Policy(), ONE).begin_answer(str)
     session, _ = drive([0.1, 0.1], 1, thresholds(0.5), Policy())
     with pytest.raises(RuntimeError, match="over"):

@@ -230,7 +230,7 @@ def test_columns_and_labels_are_those_of_other_verbs(here):
         (["--input", "rows.jsonl", "--embedding", "m"], "embedding chooses what is learnt from"),
         (["--train", "rows.jsonl", "--classifier", "c"], "it has no label"),
         (["--train", "rows.jsonl", "--classifier", "c", "--write_rows", "w"], "write_rows has no rows"),
-        (["--inptu", "rows.jsonl"], "--inptu is no option"),
+        (["--inptu", "rows.jsonl"], "unknown option --inptu"),
     ],
 )
 def test_bad_input_is_one_sentence_and_leaves_no_files(here, options, says):
