@@ -221,7 +221,7 @@ class TestAttachRefusals:
     def test_a_word_of_the_language(self) -> None:
         tokenizer = make_tokenizer()
         assert "ar" in tokenizer.get_vocab()
-        with pytest.raises(RedflagError, match="must not arise from ordinary text in this tokenizer .got 'ar'"):
+        with pytest.raises(RedflagError, match=r"must not arise from ordinary text in this tokenizer \(got 'ar'\)"):
             attach(make_model(len(tokenizer)), tokenizer, FlagSpec((Flag("harm", "ar"),)))
 
     def test_a_spec_of_another_model(self) -> None:

@@ -166,8 +166,8 @@ def spoil_numbers(model):
 
 def test_a_model_of_nan_is_never_believed(refused, here, capsys):
     spoil_numbers(here / "model")
-    refused(command("score"), "row '0': the model gave [nan, nan] as flag probability", "check the weights")
-    refused(command("calibrate"), "the model gave [nan, nan] as flag probability", "check the weights")
+    refused(command("score"), "row '0': the model gave [nan, nan] as flag probability", "Check the weights")
+    refused(command("calibrate"), "the model gave [nan, nan] as flag probability", "Check the weights")
     assert cli.main(command("generate", "--record", "t.jsonl")) == 1
     out, err = capsys.readouterr()
     assert out.strip() == "" and "halted: fault, step 0: a flag probability is nan" in err

@@ -29,7 +29,7 @@ class Fitted:
 def fit(tokenizer: Any, spec: FlagSpec, row: Row, index: int, max_length: int | None) -> Fitted:
     """Renders a conversation and cuts it to `max_length` tokens, as training does.
 
-    `index` is its number, for what errors say.
+    `index` is its number, for error messages.
 
     Raises:
         RedflagError: The chat template refuses it.
@@ -44,7 +44,7 @@ def fit(tokenizer: Any, spec: FlagSpec, row: Row, index: int, max_length: int | 
         # The token that *holds* the character of the onset is the first harmful one, even if it begins before it.
         onset = next((i for i, (_, end) in enumerate(fitted.offsets) if end > start), len(fitted.offsets))
         if fitted.thought_offsets and row.onset is None:
-            onset = len(fitted.thought_offsets)  # the answer's first token, be it white space
+            onset = len(fitted.thought_offsets)  # the answer's first token, even if it is white space
     return Fitted(
         fitted.prompt_ids,
         fitted.response_ids,
@@ -57,7 +57,7 @@ def fit(tokenizer: Any, spec: FlagSpec, row: Row, index: int, max_length: int | 
 
 
 def renderable(tokenizer: Any, spec: FlagSpec, rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
-    """Divides rows into those that the chat template takes, and what is wrong with the others."""
+    """Splits rows into those that the chat template accepts, and errors of the others."""
     sound, bad = [], []
     for index, row in enumerate(rows):
         try:
@@ -69,7 +69,7 @@ def renderable(tokenizer: Any, spec: FlagSpec, rows: Sequence[Row]) -> tuple[lis
 
 
 def row_name(row: Row, index: int) -> str:
-    """What errors call a row: its id, or where it stands (`index` from 0)."""
+    """Name of a row in errors: its id, or its number (`index` from 0)."""
     return f"row {row.id!r}" if row.id is not None else f"row {index + 1}"
 
 

@@ -1,9 +1,9 @@
 """p(marker) of a marker made of ordinary tokens, for models whose vocabulary cannot change.
 
 The probability that an answer begins with a text such as SORRYDAVE is the product of the conditional probabilities of
-its tokens behind the prompt, all of which one forward pass over prompt + marker gives. Sums of log-probabilities are
-taken in float64, so that a marker that nobody trained is measured too. Several markers are grades of severity, each
-with a threshold of its own.
+its tokens behind the prompt, which one forward pass over prompt + marker gives. Log-probabilities are summed in
+float64, so that an untrained marker can be measured too. Several markers are grades of severity, each with its own
+threshold.
 
 The marker is tokenised on its own, as a response is in training and as a model writes it at the start of its answer.
 Other spellings by other tokens are not counted, so the product is a lower bound of the probability of the *text*.
@@ -33,7 +33,7 @@ LogProbs = npt.NDArray[np.float64]
 
 
 class Source(Protocol):
-    """Who gives the log-probabilities of given tokens: `LocalSource`, `ServedSource`."""
+    """A source of log-probabilities of given tokens: `LocalSource`, `ServedSource`."""
 
     context_length: int | None
 
@@ -57,15 +57,13 @@ class MarkerReader:
         """Tokenises the markers.
 
         Args:
-            source: Who measures.
-            tokenizer: The model's.
             markers: Texts, one per grade.
             spec: The flags of a flagged model; None for any other.
 
         Raises:
-            RedflagError: A marker is no text of ordinary tokens, or two cannot be told apart.
+            RedflagError: A marker has no ordinary tokens, or one begins with another.
         """
-        # For the rendering alone: an id beyond the vocabulary, which no text makes.
+        # Only for rendering: an id beyond the vocabulary, which no text produces.
         self.spec = spec or FlagSpec((Flag("marker", id=len(tokenizer)),))
         self.source = source
         self.markers = tuple(markers)
@@ -99,11 +97,11 @@ class LocalSource:
     """A model in this process.
 
     Attributes:
-        context_length: Most tokens of prompt and marker together; None when the model states no limit.
+        context_length: Maximum number of tokens of prompt and marker together; None if the model has no limit.
     """
 
     def __init__(self, model: Any) -> None:
-        """Wraps a causal language model of transformers, on whatever device it lies."""
+        """Wraps a causal language model of transformers, on the device where it lies."""
         from redflag.backends.head import plain_model
 
         self._model = model.eval()
@@ -114,7 +112,7 @@ class LocalSource:
     def log_probs(
         self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], batch_size: int
     ) -> Iterator[npt.NDArray[np.float64]]:
-        """As of a `Source`; pairs of like length share a forward pass."""
+        """See `Source`; pairs of similar length share a forward pass."""
         import torch
 
         from redflag.backends.head import head_agrees, plain_model
@@ -122,7 +120,7 @@ class LocalSource:
         if pairs and self._head_apart is None:
             sample = torch.tensor([list(pairs[0][0])[:4]], device=plain_model(self._model).device)
             self._head_apart = head_agrees(self._model, sample)
-        # As when flags are scored: where the head cannot be applied apart, one row's logits are alive at a time.
+        # As in scoring of flags: if the head cannot be applied separately, only one row's logits are in memory.
         size = batch_size if self._head_apart else 1
         results: list[npt.NDArray[np.float64]] = [np.zeros(0)] * len(pairs)
         order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
@@ -158,14 +156,14 @@ class LocalSource:
 
 
 class ServedSource:
-    """Servers, asked in the same ways as for flags (`redflag.backends.remote_score`).
+    """Servers that measure in the same ways as for flags (`redflag.backends.remote_score`).
 
-    What they send passes through float32, so a token of a probability below 1e-45 counts as 0.
+    Their probabilities are float32, so a token of a probability below 1e-45 counts as 0.
     """
 
     def __init__(self, upstreams: Upstreams, tokens: Sequence[int]) -> None:
-        """Wraps servers that measure `tokens`: all that the markers consist of, each once."""
-        self.ways = upstreams.ways  # by which a scorer is known as servers
+        """Wraps servers that measure `tokens`: all tokens of the markers, each once."""
+        self.ways = upstreams.ways  # marks a scorer as servers
         self.upper_bound = upstreams.upper_bound
         self.context_length = upstreams.context_length
         self._upstreams = upstreams
@@ -174,7 +172,7 @@ class ServedSource:
     def log_probs(
         self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], batch_size: int
     ) -> Iterator[npt.NDArray[np.float64]]:
-        """As of a `Source`; each as soon as all before it are there."""
+        """See `Source`; each as soon as all before it are done."""
         for (_, ids), probs in zip(pairs, self._upstreams.score(pairs, batch_size=batch_size), strict=True):
             own = probs[np.arange(len(ids)), [self._column[token] for token in ids]].astype(np.float64)
             with np.errstate(divide="ignore"):
@@ -182,7 +180,7 @@ class ServedSource:
 
 
 def open_markers(arguments: ScoreArguments, world: World, stack: ExitStack) -> tuple[MarkerReader, Any, FlagSpec]:
-    """What `redflag score --prompts --marker` measures with; `stack` closes connections.
+    """Opens the reader of `redflag score --prompts --marker`; `stack` closes connections.
 
     Returns:
         Reader, tokenizer, and the flags for the rendering.
@@ -221,38 +219,35 @@ def marker_ids(tokenizer: Any, markers: Sequence[str], spec: FlagSpec) -> list[l
     """Ids of each marker at the start of an answer.
 
     Raises:
-        RedflagError: A marker is no text of ordinary tokens, or two cannot be told apart.
+        RedflagError: A marker has no ordinary tokens, or one begins with another.
     """
     ids_of_markers: list[list[int]] = []
     for marker in markers:
         ids = text_ids(tokenizer, marker, spec) if marker.strip() else []
         if not ids:
-            raise RedflagError(
-                f"the marker {marker!r} has no tokens of its own, so no answer can begin with it: give a word"
-            )
+            raise RedflagError(f"a marker must have tokens of its own (got {marker!r}). Use a word.")
         whole = tokenizer(marker, add_special_tokens=False, split_special_tokens=False, verbose=False)["input_ids"]
         if list(whole) != ids:
             raise RedflagError(
-                f"the marker {marker!r} holds a special token, which a model has for other purposes: give ordinary "
-                "text, or make the token a flag (`redflag train`)"
+                f"a marker must not hold a special token (got {marker!r}). Use ordinary text, or make the token a flag "
+                "(`redflag train`)."
             )
         if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
             raise RedflagError(
-                f"the marker {marker!r} has characters that the vocabulary lacks, so other texts would count as it: "
-                "give letters that the model knows"
+                f"a marker must not have characters that the vocabulary lacks (got {marker!r}). Other texts would be "
+                "counted."
             )
         ids_of_markers.append(ids)
     for i, one in enumerate(ids_of_markers):
         for j, other in enumerate(ids_of_markers):
             if i != j and other[: len(one)] == one:
                 raise RedflagError(
-                    f"the marker {markers[j]!r} begins with the tokens of {markers[i]!r}, so what is likely for one "
-                    "is for both: give markers of which none begins another"
+                    f"a marker must not begin with the tokens of another (got {markers[j]!r} and {markers[i]!r})."
                 )
     return ids_of_markers
 
 
 def _identity(name: str) -> list[Any]:
-    """What tells one model's files from another's: a plain folder has no run id."""
+    """Identifies a model's files, since a folder without flags has no run id."""
     files = sorted(path for path in Path(name).glob("*") if path.suffix in (".safetensors", ".bin", ".json"))
     return [name, [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]]

@@ -1,4 +1,4 @@
-"""The options that say what measures rows and how, which several verbs share."""
+"""Options for measuring rows, shared by several verbs."""
 
 from __future__ import annotations
 
@@ -32,14 +32,16 @@ class ScoringOptions(UpstreamOptions):
         default=None,
         metadata={"help": "Longest prompt + response in tokens; default: the model's context.", "least": 2},
     )
-    on_bad_row: Literal["stop", "skip"] = field(default="stop", metadata={"help": "What a malformed row does."})
+    on_bad_row: Literal["stop", "skip"] = field(
+        default="stop", metadata={"help": "stop at a malformed row, or skip it."}
+    )
     device: str = field(default="auto", metadata={"help": "auto, cpu, cuda, cuda:0, ..."})
     dtype: str = field(default="auto", metadata={"help": "auto (as saved), float32, bfloat16 or float16."})
 
     def scorer(
         self, world: World, stack: ExitStack, upper_bound: bool = False
     ) -> tuple[HFBackend | Upstreams, Any, FlagSpec]:
-        """What measures the flags, which `stack` closes; tokenizer and flags.
+        """Opens the scorer, which `stack` closes; returns it with tokenizer and flags.
 
         Raises:
             RedflagError: The model cannot be loaded, or no server can be used.

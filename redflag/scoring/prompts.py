@@ -1,8 +1,9 @@
-"""`redflag score --prompts`: what a model would say of a request before it answers, from one forward pass for each.
+"""`redflag score --prompts`: flag probabilities of requests before the answer, from one forward pass for each.
 
-Where a flag comes first (a marker before refusals, refusal tokens), its probability after the prompt is the model's own
-estimate of what it will do, and no answer has to be sampled to read it. It is measured exactly as a guard measures it
-before its first token: row 0 of `redflag score`, the first step of a stream.
+If a flag comes first (a marker before refusals, refusal tokens), its probability after the prompt is the model's own
+prediction of its answer, and no answer has to be sampled. It is measured exactly as a guard measures it before the
+first
+token: row 0 of `redflag score`, the first step of a stream.
 
 A row of the output has the keys of `redflag score` with T = 1: `flag_probs` holds one step, `token_ids` is null since
 nothing was chosen yet, and `tokens` holds the text of the prompt's last turn, which `redflag show` colours. So
@@ -41,18 +42,18 @@ from redflag.truncation import fit_prompt
 if TYPE_CHECKING:
     from redflag.scoring.arguments import ScoreArguments
 
-_SERVED_WINDOW = 1024  # prompts that are given to servers at a time
+_SERVED_WINDOW = 1024  # prompts sent to servers at a time
 
 
 class Reader(Protocol):
-    """What is measured after a prompt: `FlagReader`, `redflag.scoring.marker.MarkerReader`.
+    """Measures after a prompt: `FlagReader`, `redflag.scoring.marker.MarkerReader`.
 
     Attributes:
-        source: Who measures: a model in this process, or servers.
-        context_length: Most tokens; None: no limit is known.
-        room: Tokens that must fit behind the prompt.
-        key: What the figures depend on besides rows and lengths, for the fingerprint of an unfinished file.
-        forbidden: Texts that no prompt may hold.
+        source: The model in this process, or servers.
+        context_length: Maximum number of tokens; None = unknown.
+        room: Number of tokens that must fit behind the prompt.
+        key: Further inputs of the figures besides rows and lengths, for the fingerprint of an unfinished file.
+        forbidden: Texts that prompts must not contain.
     """
 
     source: Any
@@ -62,14 +63,14 @@ class Reader(Protocol):
     forbidden: tuple[str, ...]
 
     def read(self, prompts: Sequence[list[int]], batch_size: int) -> Iterable[dict[str, Any]]:
-        """Per prompt, in this order: `flag_probs` (1 x K) and whatever else the row shall say."""
+        """Per prompt, in order: `flag_probs` (1 x K) and further keys of the row."""
 
 
 class FlagReader:
-    """The flags' probabilities after a prompt; attributes as of a `Reader`."""
+    """The flags' probabilities after a prompt; see `Reader`."""
 
     def __init__(self, scorer: Scorer, spec: FlagSpec) -> None:
-        """Asks a model in this process, or servers, as `redflag score` does."""
+        """Uses a model in this process, or servers, as `redflag score` does."""
         self.source = scorer
         self.context_length: int | None = getattr(scorer, "context_length", None)
         self.room = 1
@@ -78,8 +79,8 @@ class FlagReader:
         self._bounds = {"upper_bound": True} if getattr(scorer, "upper_bound", False) else {}
 
     def read(self, prompts: Sequence[list[int]], batch_size: int) -> Iterator[dict[str, Any]]:
-        """One forward pass for each prompt, whose last position alone is looked at."""
-        # Row 0 is measured before the response's token, whichever that is: any one stands for it.
+        """One forward pass for each prompt, of which only the last position is used."""
+        # Row 0 is measured before the response's token, so any token serves as response.
         for probs in self.source.score([(prompt, prompt[-1:]) for prompt in prompts], batch_size=batch_size):
             yield {"flag_probs": probs[:1].tolist(), **self._bounds}
 
@@ -141,26 +142,23 @@ def score_prompts(
     max_length: int | None = None,
     first: int = 0,
 ) -> Iterator[dict[str, Any]]:
-    """Measures what comes after prompts, in the order of the input.
+    """Measures after prompts, in the order of the input.
 
     Args:
-        reader: What is measured, and by whom.
-        tokenizer: The model's tokenizer.
-        spec: The model's flags, which no prompt can hold.
-        rows: Conversations; a last turn of the assistant's is the response, and ignored.
+        rows: Conversations; a last assistant turn is the response, and ignored.
         batch_size: Prompts per forward pass.
-        max_length: Most tokens of prompt and what is measured behind it; None: no limit. A prompt that does not fit
-            loses its oldest turns (`redflag.truncation.fit_prompt`).
-        first: Number of the first of these rows, for what errors say.
+        max_length: Maximum number of tokens of the prompt and the measured tokens behind it; None = no limit. A prompt
+            that does not fit loses its oldest turns (`redflag.truncation.fit_prompt`).
+        first: Number of the first of these rows, for error messages.
 
     Yields:
         The rows of the output as dictionaries: those of `redflag.scoring.score.score_rows` with T = 1.
 
     Raises:
-        RedflagError: A prompt cannot be rendered, or the model gave something that is no probability.
+        RedflagError: A prompt cannot be rendered, or the model gave invalid probabilities.
     """
     check_batch(batch_size)
-    # As for responses: prompts of like length go together, and servers stand still at the end of each window.
+    # As for responses: prompts of similar length share a batch, and servers idle at the end of each window.
     many = batch_size * BATCHES
     window = max(many, _SERVED_WINDOW) if served(reader.source) else many
     for start in range(0, len(rows), window):
@@ -190,13 +188,12 @@ def _prompt_ids(
     for text in reader.forbidden:
         if any(text in turn["content"] for turn in messages):
             raise RedflagError(
-                f"{row_name(row, index)}: the prompt holds the marker {text!r}, and whoever may write it moves its "
-                "probability: take it out of the text, or leave such rows out with on_bad_row=skip"
+                f"{row_name(row, index)}: the prompt must not contain the marker {text!r}. A user could change its "
+                "probability. Remove it from the text, or leave such rows out with on_bad_row=skip."
             )
     if max_length is not None and max_length <= reader.room:
         raise RedflagError(
-            f"max_length is {max_length}, and {reader.room} token(s) behind the prompt are measured, which leaves none "
-            "for the prompt: give more"
+            f"max_length must be above {reader.room}, the number of tokens behind the prompt (got {max_length})."
         )
     try:
         ids = render_prompt(tokenizer, messages, spec)
@@ -210,8 +207,8 @@ def _record(row: Row, index: int, figures: dict[str, Any], cut: bool) -> dict[st
     probs = np.asarray(figures["flag_probs"], dtype=np.float64)
     if not (np.isfinite(probs).all() and (probs >= 0.0).all() and (probs <= 1.0).all()):
         raise RedflagError(
-            f"{row_name(row, index)}: the model gave {probs.tolist()[0]} as probability after the prompt, which cannot "
-            "be judged: check the weights, or load the model with dtype=float32"
+            f"{row_name(row, index)}: the model gave {probs.tolist()[0]} as probability after the prompt, which is "
+            "invalid. Check the weights, or load the model with dtype=float32."
         )
     messages = prompt_of(row)
     return {
@@ -237,7 +234,7 @@ def _record(row: Row, index: int, figures: dict[str, Any], cut: bool) -> dict[st
 def sound_prompts(
     reader: Reader, tokenizer: Any, spec: FlagSpec, rows: Sequence[Row], max_length: int | None
 ) -> tuple[list[Row], list[str]]:
-    """Divides rows into those whose prompts can be measured, and what is wrong with the others."""
+    """Splits rows into those whose prompts can be measured, and errors of the others."""
     sound, bad = [], []
     for index, row in enumerate(rows):
         try:

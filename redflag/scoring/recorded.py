@@ -1,7 +1,7 @@
-"""Recordings in place of a model: thresholds follow from what was measured before, if it was this model's doing.
+"""Recordings instead of a model: thresholds from earlier measurements of the same model.
 
-Thresholds belong to the run, the prompt template and the flags of a model. A recording says in its `meta` under which
-`run_id` and `template_hash` it was made; one that does not, or names others, is refused.
+Thresholds belong to the run, the prompt template and the flags of a model. A recording's `meta` holds the `run_id` and
+`template_hash` that it was made with; a recording without them, or with others, is refused.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from redflag.scoring.recording import Recording
 
 
 def recorded(path: str | Path, spec: FlagSpec) -> Recording | None:
-    """The recording in a file, if it is one and of this model; None if the file holds conversations or is not there.
+    """The recording in a file; None if the file holds conversations or does not exist.
 
     Raises:
-        RedflagError: It does not say that it was recorded with this run of the model and this prompt template.
+        RedflagError: It was not recorded with this run of the model and this prompt template, or does not say so.
     """
     path = Path(path)
     if not path.is_file() or not _is_recording(path):
@@ -33,14 +33,14 @@ def recorded(path: str | Path, spec: FlagSpec) -> Recording | None:
         if theirs != ours:
             fault = f"was recorded with {what} {theirs!r}" if theirs is not None else f"names no {what} (meta {key!r})"
             raise RedflagError(
-                f"{path} {fault}, but the model has {what} {ours!r}, so thresholds from it would promise nothing: give "
-                "a recording of this model, or conversations to measure with it"
+                f"{path} {fault}, but the model has {what} {ours!r}. Thresholds from it would not hold. Give a "
+                "recording of this model, or conversations to measure with it."
             )
     return recording
 
 
 def _is_recording(path: Path) -> bool:
-    """Whether a file holds probabilities; what else it may hold, or whether it is sound, others find out."""
+    """Whether a file holds probabilities; it is not checked any further."""
     try:
         if path.suffix == ".parquet":
             import pyarrow as pa

@@ -1,8 +1,8 @@
-"""Recorded responses as columns: what every figure is computed from, whoever measured the probabilities.
+"""Recorded responses as columns, from which every figure is computed, whatever method measured the probabilities.
 
-A `Recording` holds all judged steps of N responses end to end in one array, and one entry per response of whatever else
-is known. On disk it is one Parquet file, a response per row. A flag, a probe and a bag of words record the same way, so
-that every table is a function of recordings, and a threshold can be moved without running anything again.
+A `Recording` holds all judged steps of N responses end to end in one array, and columns with one entry per response. On
+disk it is one Parquet file, a response per row. A flag, a probe and a bag of words record the same way, so every table
+is a function of recordings, and a threshold can be changed without running anything again.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import numpy.typing as npt
 from redflag.errors import RedflagError
 from redflag.files import atomic_write
 
-# One entry per response; what a file lacks is None throughout.
+# One entry per response; a column that a file lacks is None throughout.
 COLUMNS = (
     *("id", "category", "onset", "onset_source", "group", "source", "lang", "turns", "truncated"),
-    "thought_tokens",  # so many of the first steps are a thought's
+    "thought_tokens",  # number of first steps that belong to a thought
 )
 
 
@@ -35,9 +35,9 @@ class Recording:
         probs: S x K float32 probabilities, response after response: T before its tokens, then those that end the turn.
         starts: N + 1 offsets: response i has steps `starts[i]` to `starts[i + 1]`.
         lengths: N numbers of response tokens (the steps beyond them end the turn).
-        token_ids: The response tokens end to end; None where they were not kept.
+        token_ids: The response tokens end to end; None if not recorded.
         columns: `COLUMNS` -> N values. `category` None is a harmless response; `onset` is a token index or None.
-        meta: What was measured, as JSON: model, run id, rows' hash, ...
+        meta: Source of the measurements, as JSON: model, run id, rows' hash, ...
     """
 
     categories: tuple[str, ...]
@@ -61,7 +61,7 @@ class Recording:
         return self.probs[self.starts[i] : self.starts[i + 1]]
 
     def select(self, chosen: Sequence[int] | npt.NDArray[Any]) -> Recording:
-        """The responses with these indices (or where a mask is true), in that order."""
+        """The responses with these indices, or those where a mask is true, in that order."""
         index = np.asarray(chosen)
         index = np.flatnonzero(index) if index.dtype == bool else index.astype(np.int64)
         counts = np.diff(self.starts)[index]
@@ -78,12 +78,12 @@ class Recording:
 
     @property
     def thoughts(self) -> npt.NDArray[np.int64]:
-        """How many of the first steps of each of the N responses are a thought's; 0 without one."""
+        """Number of first steps that belong to a thought, for each of the N responses; 0 without one."""
         counts = self.columns.get("thought_tokens") or [None] * len(self)
         return np.array([count or 0 for count in counts], dtype=np.int64)
 
     def part(self, name: Literal["thought", "answer"]) -> Recording:
-        """The answers of all responses, or the thoughts of those that have one, as responses by themselves.
+        """The answers of all responses, or the thoughts of those that have one, as separate responses.
 
         Onsets then count from the answer's first token; a thought has none.
         """
@@ -122,8 +122,8 @@ class Recording:
 
         Args:
             categories: K names of flags.
-            responses: Each with `flag_probs` (T x K), perhaps `tail_probs` (M x K), `token_ids` and `COLUMNS`.
-            meta: Kept as it is.
+            responses: Each with `flag_probs` (T x K) and optionally `tail_probs` (M x K), `token_ids` and `COLUMNS`.
+            meta: Stored unchanged.
         """
         flags = len(categories)
         pieces, lengths, counts, tokens = [], [], [], []
@@ -152,7 +152,7 @@ class Recording:
         )
 
     def save(self, path: str | Path) -> Path:
-        """Writes one Parquet file; the name is taken only once it is complete."""
+        """Writes one Parquet file, atomically."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -177,10 +177,10 @@ class Recording:
 
     @classmethod
     def load(cls, path: str | Path) -> Recording:
-        """Reads what `save` wrote, the JSONL of `redflag score`, or that of recorded traces (then without onsets).
+        """Reads a file of `save`, the JSONL of `redflag score`, or that of recorded traces (then without onsets).
 
         Raises:
-            RedflagError: The file cannot be read or is none of these.
+            RedflagError: The file cannot be read or has another format.
         """
         path = Path(path)
         if path.suffix != ".parquet":
@@ -210,15 +210,15 @@ class Recording:
                 words["meta"],
             )
         except OSError as error:
-            raise RedflagError(f"{path} cannot be read ({error.strerror or error}): give a recording") from error
+            raise RedflagError(f"{path} cannot be read ({error.strerror or error}). Give a recording.") from error
         except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
             raise RedflagError(
-                f"{path} is no recording ({type(error).__name__}: {error}): give a file that redflag wrote"
+                f"{path} must be a recording ({type(error).__name__}: {error}). Give a file that redflag wrote."
             ) from error
 
 
 def _spans(starts: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Indices of pieces of an array, one piece after the other."""
+    """Indices of slices of an array, one slice after the other."""
     if not len(counts):
         return np.zeros(0, dtype=np.int64)
     before = np.cumsum(counts) - counts
@@ -239,7 +239,7 @@ def _from_lines(path: Path) -> Recording:
         traces = list(read_traces(path))
         flagged = traces[0].categories
         if any(trace.categories != flagged for trace in traces):
-            raise RedflagError(f"{path} holds traces of different flags, which no threshold fits: divide the file")
+            raise RedflagError(f"{path} must not hold traces of different flags. Split the file.")
         rows = (
             {
                 "flag_probs": t.flag_probs,
@@ -255,12 +255,10 @@ def _from_lines(path: Path) -> Recording:
 
     scored = read_scored(path)
     if not scored:
-        raise RedflagError(
-            f"{path} holds no responses, so there is nothing to measure: run `redflag score` to write it"
-        )
+        raise RedflagError(f"{path} must hold responses (got none). Run `redflag score` to write it.")
     flags = len(scored[0]["peak"])
     names = sorted({row["category"] for row in scored if row["category"] is not None})
-    # Scored rows do not name their flags: one flag stands for all harm, several are named in the model's redflag.json.
+    # Scored rows do not name their flags: a single flag is for all harm, several are named in the model's redflag.json.
     if flags == 1 or len(names) != flags:
         names = ["harm"] if flags == 1 else [f"flag {k}" for k in range(flags)]
     return Recording.of(scored[0].get("markers", names), scored)

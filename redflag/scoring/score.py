@@ -1,14 +1,14 @@
 """`redflag score`: the flag probabilities along given conversations, teacher-forced and batched.
 
 The conversations are rendered exactly as in training and serving (`redflag.prompt`), and index i of `flag_probs` is
-what a guard would have measured just before token i of the response. A guard also judges the tokens that end the turn
-(their text is never shown, but an alarm there is an alarm): their probabilities stand apart, in `tail_probs`.
+the probability that a guard measures just before token i of the response. A guard also judges the tokens that end the
+turn (their text is never shown, but they can raise an alarm): their probabilities are separate, in `tail_probs`.
 
-With `prompts` only the moment before the answer is measured, of a flag or of a marker of ordinary tokens, and no answer
+With `prompts` only the step before the answer is measured, for a flag or for a marker of ordinary tokens, and no answer
 is needed (`redflag.scoring.prompts`).
 
-Several processes share the rows (`accelerate launch -m redflag.cli score ...`, see `redflag.scoring.shards`), and
-servers may measure in place of a model in this process (`upstream`, see `redflag.backends.upstreams`).
+Several processes can share the rows (`accelerate launch -m redflag.cli score ...`, see `redflag.scoring.shards`), and
+servers can measure instead of a model in this process (`upstream`, see `redflag.backends.upstreams`).
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ __all__ = [
     "served",
 ]
 
-_SERVED_WINDOW = 1024  # rows that are given to servers at a time
+_SERVED_WINDOW = 1024  # rows sent to servers at a time
 
 
 ARGUMENTS = ScoreArguments
@@ -66,12 +66,12 @@ POSITIONAL: str | None = None
 
 
 def run(arguments: ScoreArguments) -> int:
-    """The verb. Reads everything before it computes anything, so that bad input costs no time."""
+    """The verb. All input is read before anything is computed, so that bad input costs no time."""
     output = Path(arguments.output)
     if output.is_dir():
-        raise RedflagError(f"{output} is a folder, so no rows can be written under that name: give the name of a file")
+        raise RedflagError(f"output must be a file ({output} is a folder).")
     if output.resolve() == Path(arguments.input).resolve():
-        raise RedflagError(f"{output} is the input as well, which would be lost: give the scores another name")
+        raise RedflagError(f"output must not be the input, which would be lost (got {output}).")
     require_writable(output, "output", file=True)
     world = World.here()
     if arguments.prompts:
@@ -80,8 +80,8 @@ def run(arguments: ScoreArguments) -> int:
         return run_prompts(arguments, world)
     if arguments.marker:
         raise RedflagError(
-            f"the marker {arguments.marker[0]!r} is measured where an answer begins and not along given answers: add "
-            "--prompts"
+            f"prompts must be set with marker (got the marker {arguments.marker[0]!r}). A marker is measured only "
+            "where an answer begins. Add --prompts."
         )
     rows = load_rows(arguments.input, on_bad_row=arguments.on_bad_row, **arguments.row_options())
     if world.rank == 0:
@@ -123,29 +123,26 @@ def score_to_file(
     world: World | None = None,
     on_scored: Callable[[int, Scored], None] = lambda number, item: None,
 ) -> bool:
-    """Writes `scored.jsonl`, alone or together with other processes; goes on where an interrupted call has stopped.
+    """Writes `scored.jsonl`, alone or together with other processes; continues an interrupted call.
 
-    Chunks of 8 batches are kept or lost as one, so the same rows share a batch wherever a call was interrupted and
-    however many processes there are: the file is the same byte for byte, on equal machines with equal threads.
+    Chunks of 8 batches are kept or lost as one, so the same rows share a batch wherever a call was interrupted and for
+    any number of processes: the file is the same byte for byte, on equal machines with equal threads.
 
     Args:
-        scorer: The model.
-        tokenizer: The model's tokenizer.
-        spec: The model's flags.
         rows: Conversations that end in the response.
         output: The file to write.
-        rows_sha256: Hash of the rows (`redflag.data.rows.load_rows` gives it): other rows begin anew.
+        rows_sha256: Hash of the rows (from `redflag.data.rows.load_rows`); with other rows scoring starts again.
         batch_size: Conversations per forward pass.
         max_length: As for `score`.
         world: This process and the others; None asks the environment (`accelerate launch`).
         on_scored: Is given the number and the measurement of each row that this call scores in this process.
 
     Returns:
-        Whether this process has written the file. False in all but the first of several processes: they have done
-        their part, and the file is there.
+        Whether this process has written the file. False in all but the first of several processes; the file then
+        exists.
 
     Raises:
-        RedflagError: As `score`; or the file cannot be written, and then what is done is kept.
+        RedflagError: As `score`; or the file cannot be written (finished chunks are kept).
     """
     world = world or World.here()
     output = Path(output)
@@ -189,7 +186,7 @@ def score_rows(
     Yields:
         `id`, `token_ids` (T), `tokens` (T texts), `flag_probs` (T x K), `tail_probs` (M x K), `peak` (K), `onset`
         (token index or None), `category`, `group`, `source`, `lang`, `onset_source`, `turns` (of the user),
-        `truncated`, `prompt_truncated`; after a thought also `thought_tokens` (so many of the T) and `thought_peak`
+        `truncated`, `prompt_truncated`; after a thought also `thought_tokens` (how many of the T) and `thought_peak`
         (K), and `peak` is the answer's.
     """
     for item in score(scorer, tokenizer, spec, rows, batch_size=batch_size, max_length=max_length):
@@ -214,18 +211,18 @@ def score(
         spec: The model's flags.
         rows: Conversations that end in the response.
         batch_size: Conversations per forward pass.
-        max_length: Longest prompt + response in tokens; None: no limit. A prompt that does not fit loses its
+        max_length: Longest prompt + response in tokens; None = no limit. A prompt that does not fit loses its
             oldest turns (`redflag.truncation.fit_prompt`); a response that does not fit even alone loses its end. Both
             are marked.
-        first: Number of the first of these rows, for what errors say.
+        first: Number of the first of these rows, for error messages.
 
     Raises:
-        RedflagError: A row cannot be rendered, or the model gave something that is no probability.
+        RedflagError: A row cannot be rendered, or the model gave invalid probabilities.
     """
     check_batch(batch_size)
     flags = len(spec.categories)
-    # Several batches at a time: the backend puts rows of like length together, and little is lost when it is killed.
-    # Servers get more, since they stand still at the end of each window.
+    # Several batches at a time: the backend puts rows of similar length together, and a kill loses little.
+    # Servers get more, since they idle at the end of each window.
     window = batch_size * BATCHES if not served(scorer) else max(batch_size * BATCHES, _SERVED_WINDOW)
     for start in range(0, len(rows), window):
         part = rows[start : start + window]
@@ -248,12 +245,12 @@ def score(
 def _check(probs: Probs, shape: tuple[int, int], row: Row, index: int) -> None:
     if probs.shape != shape:
         raise RedflagError(
-            f"{row_name(row, index)}: the backend gave probabilities of shape {probs.shape} instead of {shape}"
+            f"{row_name(row, index)}: the backend's probabilities must have the shape {shape} (got {probs.shape})."
         )
     sound = np.isfinite(probs).all(axis=1) & (probs >= 0.0).all(axis=1) & (probs <= 1.0).all(axis=1)
     if not sound.all():
         bad = int(np.flatnonzero(~sound)[0])
         raise RedflagError(
             f"{row_name(row, index)}: the model gave {probs[bad].tolist()} as flag probability at response token "
-            f"{bad}, which nothing can judge: check the weights, or load the model with dtype=float32"
+            f"{bad}, which is invalid. Check the weights, or load the model with dtype=float32."
         )

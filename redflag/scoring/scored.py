@@ -1,4 +1,4 @@
-"""A row with what was measured along its response, in memory and as a line of `scored.jsonl`."""
+"""A row with the probabilities along its response, in memory and as a line of `scored.jsonl`."""
 
 from __future__ import annotations
 
@@ -20,17 +20,16 @@ Probs = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Scored:
-    """One row with what was measured along its response.
+    """One row with the probabilities along its response.
 
     Attributes:
-        row: The row.
         token_ids: T response tokens.
         flag_probs: T x K probabilities; entry i was measured before token i.
         tail_probs: M x K probabilities before the M tokens that end the turn (usually one); M is 0 if truncated.
         onset: Index of the first harmful token; None in a harmless row. In a row cut before its onset it is >= T.
         truncated: Whether the end of the response did not fit into the context.
         prompt_truncated: Whether the prompt did not, and lost its oldest turns.
-        thought: So many of the T tokens are a thought with what ends it; the answer begins behind them.
+        thought: Number of first tokens that are a thought and its end marker; the answer begins behind them.
     """
 
     row: Row
@@ -54,7 +53,7 @@ class Scored:
 
     @property
     def judged(self) -> Probs:
-        """(T + M) x K probabilities: all that a guard's session is fed."""
+        """(T + M) x K probabilities of all steps that a guard judges."""
         return np.concatenate([self.flag_probs, self.tail_probs])
 
 
@@ -102,11 +101,11 @@ def read_scored(path: str | Path) -> list[dict[str, Any]]:
                     row["flag_probs"], row["peak"], row["category"], row["onset"]
                 except (ValueError, KeyError, TypeError):
                     raise RedflagError(
-                        f"{path}:{number}: not a scored row: the file should come from `redflag score`, unchanged"
+                        f"{path}:{number} must be a scored row. Use the file of `redflag score` unchanged."
                     ) from None
                 rows.append(row)
     except OSError as error:
-        raise RedflagError(f"{path} cannot be read ({error.strerror}): run `redflag score` to write it") from error
+        raise RedflagError(f"{path} cannot be read ({error.strerror}). Run `redflag score` to write it.") from error
     return rows
 
 
@@ -114,7 +113,7 @@ _TEXTS: WeakKeyDictionary[Any, dict[int, str]] = WeakKeyDictionary()
 
 
 def _texts(token_ids: Sequence[int], tokenizer: Any) -> list[str]:
-    """Each token's text; looked up once, since decoding one by one costs about as much as a small model's pass."""
+    """Each token's text, cached, since decoding one by one costs about as much as a small model's forward pass."""
     cached = _TEXTS.setdefault(tokenizer, {})
     for token_id in set(token_ids) - cached.keys():
         cached[token_id] = tokenizer.decode([token_id])

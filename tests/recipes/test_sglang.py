@@ -123,7 +123,7 @@ def test_a_temperature_that_the_server_would_put_into_the_values_is_refused():
     ("change", "words"),
     [
         ({"sampling": Sampling(repetition_penalty=1.1)}, "after penalties"),
-        ({"token_ids": []}, "no tokens"),
+        ({"token_ids": []}, "at least one token"),
         ({"flag_ids": []}, "at least one flag"),
         ({"watch": [5]}, "no flag twice"),
     ],

@@ -243,14 +243,14 @@ def test_S0_4_an_interrupted_run_goes_on_and_writes_the_same_bytes(plain, tmp_pa
 
 
 REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
-    "no prompts": (("--marker", "SORRYDAVE"), "add --prompts"),
-    "blank": (("--prompts", "--marker", " "), "' ' has no tokens of its own"),
-    "special token": (("--prompts", "--marker", "<|reserved_0|> no"), "holds a special token"),
-    "one begins the other": (("--prompts", "--marker", "SORRYDAVE", "SORRYDAVE x"), "begins with the tokens"),
-    "twice": (("--prompts", "--marker", "NO", "NO"), "begins with the tokens"),
-    "no room": (("--prompts", "--marker", "SORRYDAVE", "--max_length", "3"), "leaves none for the prompt"),
+    "no prompts": (("--marker", "SORRYDAVE"), "Add --prompts"),
+    "blank": (("--prompts", "--marker", " "), "a marker must have tokens of its own"),
+    "special token": (("--prompts", "--marker", "<|reserved_0|> no"), "must not hold a special token"),
+    "one begins the other": (("--prompts", "--marker", "SORRYDAVE", "SORRYDAVE x"), "must not begin with the tokens"),
+    "twice": (("--prompts", "--marker", "NO", "NO"), "must not begin with the tokens"),
+    "no room": (("--prompts", "--marker", "SORRYDAVE", "--max_length", "3"), "max_length must be above"),
     "no flags": (("--prompts",), "redflag.json is not there"),
-    "in the prompt": (("--prompts", "--marker", "town"), "row 'b': the prompt holds the marker 'town'"),
+    "in the prompt": (("--prompts", "--marker", "town"), "row 'b': the prompt must not contain the marker 'town'"),
 }
 
 
@@ -277,5 +277,5 @@ def test_S0_4_a_marker_the_vocabulary_cannot_spell_is_refused(made):
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     words = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="<eos>")
     assert MarkerReader(LocalSource(made.model), words, ["no no"]).ids == [[2, 2]]
-    with pytest.raises(RedflagError, match="has characters that the vocabulary lacks"):
+    with pytest.raises(RedflagError, match="must not have characters that the vocabulary lacks"):
         MarkerReader(LocalSource(made.model), words, ["SORRYDAVE"])
