@@ -52,9 +52,7 @@ def test_a_bad_row_is_named_by_file_and_line_and_can_be_skipped(refused, here, n
     line, reason = BAD_ROWS[name]
     line = line if isinstance(line, bytes) else line.encode()
     (here / "mine.jsonl").write_bytes(b"\n".join([row().encode(), row().encode(), line, row().encode()]) + b"\n")
-    refused(
-        command("score", rows="mine.jsonl"), "mine.jsonl:3: ", reason, "mend the row, or skip such rows with on_bad"
-    )
+    refused(command("score", rows="mine.jsonl"), "mine.jsonl:3: ", reason, "Fix the row, or skip such rows with on_bad")
     found = load_rows("mine.jsonl", on_bad_row="skip")
     assert len(found) == 3 and [bad.line for bad in found.skipped] == [3]
 

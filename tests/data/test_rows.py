@@ -36,7 +36,7 @@ BAD: dict[str, tuple[str | bytes, str]] = {
     "a text": ('"hello"', "a record must be an object (got the text 'hello')"),
     "null": ("null", "a record must be an object (got null)"),
     "nothing in it": ("{}", "neither messages nor prompt"),
-    "messages a text": ('{"messages": "hi"}', "messages is not a list"),
+    "messages a text": ('{"messages": "hi"}', "messages must be a list"),
     "messages empty": ('{"messages": []}', "messages must not be empty"),
     "message a text": ('{"messages": ["hi"]}', "message 0 is not an object"),
     "no assistant turn": (json.dumps({"messages": [USER]}), "no assistant turn"),

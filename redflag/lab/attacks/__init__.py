@@ -1,9 +1,9 @@
-"""Attacks: ways to get harm out of a model, each in a small file of its own, all under one contract.
+"""Attacks: ways to get harm out of a model, each in a small file of its own, with a common interface.
 
-An attack is given a `Target` and requests, and yields `Attempt`s: what was sent, what the model wrote, and the flag
-probabilities along it. It decides nothing about harm (judges do) and nothing about alarms: those are replayed from the
-probabilities afterwards, at any threshold. Only an attack that reacts to the guard (adaptive search) has the guard in
-its loop, and then says itself what was released.
+An attack takes a `Target` and requests, and yields `Attempt`s: the prompt, the model's answer, and the flag
+probabilities along it. Harm is decided by judges, and alarms are replayed from the probabilities afterwards, at any
+threshold. Only an attack that reacts to the guard (adaptive search) has the guard in its loop; it then reports itself
+what was released.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ Messages = list[dict[str, str]]
 
 @dataclass(frozen=True)
 class Attempt:
-    """One answer that an attack got.
+    """One answer to an attack.
 
     Attributes:
-        request: Id of the row whose harm was wanted; attempts with the same one are tries at the same thing.
-        setting: What was varied, such as "20 tokens" or "temperature 1.5".
+        request: Id of the attacked row; attempts with the same id are tries at the same request.
+        setting: The varied setting, such as "20 tokens" or "temperature 1.5".
         messages: The conversation as sent; a last assistant message is the prefill, which the attacker wrote.
-        text: What the model wrote after it.
-        token_ids: T generated tokens, an end-of-sequence token included.
-        flag_probs: T x K probabilities before them; empty where nothing was measured.
+        text: The model's text after it.
+        token_ids: T generated tokens, including an end-of-sequence token.
+        flag_probs: T x K probabilities before them; empty if nothing was measured.
         queries: Requests or interactions spent on it.
-        released: What reached the attacker of `text`, where the guard was in the loop; None: to be replayed.
-        detail: What else is worth keeping and JSON can hold.
+        released: The part of `text` that reached the attacker, if the guard was in the loop; None = to be replayed.
+        detail: Further data in JSON's types.
     """
 
     request: str
@@ -72,10 +72,10 @@ class Target:
         backend: Runs it.
         tokenizer: Its tokenizer.
         spec: Its flags.
-        thresholds: The guard's; None: nothing can be released or withheld, only produced.
-        policy: What the guard does about an alarm; its hold-back counts.
-        model: The weights, for attacks that need gradients or change them; None where they are out of reach.
-        batch_size: Requests that run side by side.
+        thresholds: The guard's; None = no guard, so harm is only produced, not released.
+        policy: The guard's policy, including its hold-back.
+        model: The weights, for attacks that need gradients or change them; None if unavailable.
+        batch_size: Requests in a batch.
     """
 
     backend: Any
@@ -92,11 +92,11 @@ class Target:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of generated tokens, without those that end a response."""
-        kept = [token for token in token_ids if token not in self.backend.eos_ids]
-        return str(self.tokenizer.decode(kept, skip_special_tokens=True))
+        text_ids = [token for token in token_ids if token not in self.backend.eos_ids]
+        return str(self.tokenizer.decode(text_ids, skip_special_tokens=True))
 
     def fitting(self, sent: Sequence[tuple[str, Messages]], least: int = 16) -> list[tuple[str, Messages]]:
-        """Those of the conversations that leave the model room for `least` tokens of an answer."""
+        """The conversations that leave the model room for at least `least` tokens of an answer."""
         limit = getattr(self.backend, "context_length", None)
         return [pair for pair in sent if limit is None or len(self.prompt_ids(pair[1])) + least <= limit]
 
@@ -107,7 +107,7 @@ class Target:
 
         Args:
             sent: Pairs of request id and messages.
-            sampling: How tokens are chosen; conversation i draws with `seed + i`.
+            sampling: How tokens are chosen; conversation i uses `seed + i`.
             setting: As in `Attempt`.
             detail: As in `Attempt`.
         """
@@ -116,8 +116,8 @@ class Target:
             responses = self.backend.complete(prompts, sampling, batch_size=self.batch_size)
         else:
             seeds = [None if sampling.seed is None else sampling.seed + i for i in range(len(prompts))]
-            asked = [replace(sampling, seed=seed) for seed in seeds]
-            responses = [list(self.backend.stream(*pair)) for pair in zip(prompts, asked, strict=True)]
+            samplings = [replace(sampling, seed=seed) for seed in seeds]
+            responses = [list(self.backend.stream(*pair)) for pair in zip(prompts, samplings, strict=True)]
         for (request, messages), steps in zip(sent, responses, strict=True):
             ids = [step.token_id for step in steps]
             probs = [tuple(step.flag_probs) for step in steps]
@@ -125,10 +125,10 @@ class Target:
 
 
 class Attack(Protocol):
-    """What an attack is.
+    """The interface of attacks.
 
-    An attack may also have `unit`, how many rows it takes at once (None: all, because it learns from them), and
-    `readings(attempt, text)`, the texts that a judge shall read in place of one in disguise.
+    An attack may also have `unit`, how many rows it takes at once (None = all, because it learns from them), and
+    `readings(attempt, text)`, the texts that a judge reads instead of a disguised one.
     """
 
     @property
@@ -138,14 +138,14 @@ class Attack(Protocol):
 
     @property
     def adaptive(self) -> bool:
-        """Whether it works against the flag itself and not only against the model."""
+        """Whether it attacks the flag itself and not only the model."""
         ...
 
     def run(self, target: Target, rows: Sequence[Row], seed: int) -> Iterator[Attempt]:
-        """Attacks with each row's request; the row's own response shows what is wanted.
+        """Attacks with each row's request; the row's own response is the attacker's goal.
 
-        The same arguments give the same attempts. It raises `RedflagError`, before any work, where the target lacks
-        what it needs.
+        The same arguments give the same attempts. It raises `RedflagError`, before any work, if the target does not
+        meet its requirements.
         """
         ...
 

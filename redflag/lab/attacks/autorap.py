@@ -109,9 +109,9 @@ class AutoRAP:
             RedflagError: There are too few harmful rows.
         """
         rng = random.Random(seed)
-        drawn = rng.sample(list(rows), len(rows))
-        samples = self.samples(target, [row for row in drawn if row.harmful][: self.train_rows], rng)
-        for row in [row for row in drawn if not row.harmful][: self.train_rows]:
+        shuffled = rng.sample(list(rows), len(rows))
+        samples = self.samples(target, [row for row in shuffled if row.harmful][: self.train_rows], rng)
+        for row in [row for row in shuffled if not row.harmful][: self.train_rows]:
             rendered = render_response(target.tokenizer, row.messages, target.spec)
             samples.append(Sample(rendered.prompt_ids, [], [rendered.response_ids]))
         rng.shuffle(samples)
@@ -141,8 +141,8 @@ class AutoRAP:
                     schedule.step()
         examples = [example(sample, target.tokenizer, rng, self.first_cut) for sample in tests for _ in range(4)]
         with torch.inference_mode():
-            said = helper.margins([ids for ids, _ in examples]) > 0
-        right = sum(bool(yes) == (label == HARMFUL) for yes, (_, label) in zip(said, examples, strict=True))
+            predicted = helper.margins([ids for ids, _ in examples]) > 0
+        right = sum(bool(yes) == (label == HARMFUL) for yes, (_, label) in zip(predicted, examples, strict=True))
         return helper, right / len(examples)
 
     def samples(self, target: Target, rows: Sequence[Row], rng: random.Random) -> list[Sample]:

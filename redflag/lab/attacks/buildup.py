@@ -44,8 +44,8 @@ class BuildUp:
         for number, step in enumerate(self.steps):
             sent = []
             for row in open_rows:
-                said = step.replace("{request}", request_of(row)[-1]["content"])
-                sent.append((str(row.id), [*histories[str(row.id)], {"role": "user", "content": said}]))
+                turn = step.replace("{request}", request_of(row)[-1]["content"])
+                sent.append((str(row.id), [*histories[str(row.id)], {"role": "user", "content": turn}]))
             sampling = Sampling(self.max_new_tokens, self.temperature, seed=seed + number * len(rows))
             sent = target.fitting(sent)
             open_rows = [row for row in open_rows if str(row.id) in {request for request, _ in sent}]

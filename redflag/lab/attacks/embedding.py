@@ -55,7 +55,7 @@ class EmbeddingAttack:
 
     def __post_init__(self) -> None:
         if self.norm not in ("l2", "linf"):
-            raise RedflagError(f"norm is {self.norm!r}, so it is open what the radius bounds; use l2 or linf")
+            raise RedflagError(f"norm must be l2 or linf (got {self.norm!r}).")
         self.adaptive = self.flag_weight > 0
 
     def run(self, target: Target, rows: Sequence[Row], seed: int) -> Iterator[Attempt]:

@@ -74,7 +74,7 @@ class FineTune:
             if room := room_for(target, rendered.prompt_ids, len(answer)):
                 pairs.append((rendered.prompt_ids, answer[:room]))
         if not pairs:
-            raise RedflagError("there are no harmful rows to fine-tune on: give some, FineTune(rows=...)")
+            raise RedflagError("rows must hold harmful rows to fine-tune on (got none): FineTune(rows=...).")
         trained_on = "the attacked rows" if self.rows is None else "other rows"
         for setting, make in (("fine-tuned", self._tuned), ("flag re-attached", self._reattached)):
             attacked = make(model, pairs, seed)
@@ -91,7 +91,7 @@ class FineTune:
             del tuned, attacked_target, attacked
 
     def _tuned(self, model: Any, pairs: Sequence[Pair], seed: int) -> tuple[Any, list[float]]:
-        """A copy of the flagged model, trained on harm with whatever adapters it has in force."""
+        """A copy of the flagged model, trained on harm with its active adapters."""
         tuned = copy.deepcopy(model)
         return tuned, self.train(tuned, plain_model(tuned), pairs, seed)
 

@@ -67,7 +67,7 @@ class GCG:
         model = weights_of(target, self.name)
         if not self.adaptive:
             _package()
-        found = []
+        attempts = []
         allowed = allowed_ids(target)
         for number, row in enumerate(fitting(target, rows, len(self.suffix) + self.target_tokens)):
             harm = Harm(target, row, self.suffix, self.target_tokens)
@@ -80,11 +80,11 @@ class GCG:
                 "response_loss": [float(first.response), float(last.response)],
                 "flag_loss": [float(first.flags), float(last.flags)],
             }
-            found.append((str(row.id), harm.messages(harm.text(ids)), detail))
+            attempts.append((str(row.id), harm.messages(harm.text(ids)), detail))
         sampling = Sampling(max_new_tokens=self.max_new_tokens, temperature=0.0)
-        answers = target.answers([(name, messages) for name, messages, _ in found], sampling)
+        answers = target.answers([(name, messages) for name, messages, _ in attempts], sampling)
         setting = f"{self.steps} steps, width {self.width}"
-        for attempt, (_, _, detail) in zip(answers, found, strict=True):
+        for attempt, (_, _, detail) in zip(answers, attempts, strict=True):
             yield Attempt(
                 attempt.request,
                 setting,
@@ -121,14 +121,14 @@ class GCG:
             tried = tried[torch.tensor(same)]
             if not len(tried):
                 continue
-            found = scorer.parts(tried)
-            totals = found.total(self.flag_weight)
+            losses = scorer.parts(tried)
+            totals = losses.total(self.flag_weight)
             for index in totals.argsort().tolist():
                 if harm.survives(tried[index].tolist()):
                     ids = tried[index]
                     if float(totals[index]) < best_total:
                         best_ids, best_total = ids, float(totals[index])
-                        best = Parts(found.response[index], found.flags[index])
+                        best = Parts(losses.response[index], losses.flags[index])
                     break
         return best_ids.tolist(), first, best
 
@@ -183,11 +183,11 @@ class SuffixScorer:
 
     def parts(self, suffixes: torch.Tensor) -> Parts:
         """The parts for B suffixes of n tokens, shape `(B, n)`."""
-        found = []
+        loss_parts = []
         with torch.inference_mode():
             for chunk in suffixes.split(self._batch):
-                found.append(self.of(embed(self._model, chunk.flatten().tolist()).view(*chunk.shape, -1)))
-        return Parts(torch.cat([f.response for f in found]).cpu(), torch.cat([f.flags for f in found]).cpu())
+                loss_parts.append(self.of(embed(self._model, chunk.flatten().tolist()).view(*chunk.shape, -1)))
+        return Parts(torch.cat([f.response for f in loss_parts]).cpu(), torch.cat([f.flags for f in loss_parts]).cpu())
 
     def of(self, suffixes: torch.Tensor) -> Parts:
         """The parts for embedded suffixes, shape `(B, n, H)`, with gradient where they have one."""

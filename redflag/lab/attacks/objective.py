@@ -56,9 +56,9 @@ def parts(logits: torch.Tensor, target_ids: torch.Tensor, flag_ids: torch.Tensor
     logits = logits.float()
     others = logits.index_fill(-1, flag_ids, -torch.inf)
     rest = others.logsumexp(-1)
-    wanted = others[:, :-1].gather(-1, target_ids.expand(len(logits), -1)[..., None])[..., 0]
+    target_logits_of = others[:, :-1].gather(-1, target_ids.expand(len(logits), -1)[..., None])[..., 0]
     odds = logits.index_select(-1, flag_ids).logsumexp(-1) - rest
-    return Parts((rest[:, :-1] - wanted).mean(-1), (odds - goal).clamp_min(0.0).mean(-1))
+    return Parts((rest[:, :-1] - target_logits_of).mean(-1), (odds - goal).clamp_min(0.0).mean(-1))
 
 
 class Harm:
@@ -111,8 +111,10 @@ class Harm:
 
 def fitting(target: Target, rows: Sequence[Row], least: int) -> list[Row]:
     """The rows whose request leaves room in the context for so many more tokens, and for 16 of an answer."""
-    kept = {name for name, _ in target.fitting([(str(i), request_of(row)) for i, row in enumerate(rows)], least + 16)}
-    return [row for i, row in enumerate(rows) if str(i) in kept]
+    fitting_names = {
+        name for name, _ in target.fitting([(str(i), request_of(row)) for i, row in enumerate(rows)], least + 16)
+    }
+    return [row for i, row in enumerate(rows) if str(i) in fitting_names]
 
 
 def target_logits(model: Any, embeds: torch.Tensor, target_tokens: int) -> torch.Tensor:
@@ -123,12 +125,14 @@ def target_logits(model: Any, embeds: torch.Tensor, target_tokens: int) -> torch
         embeds: Input embeddings of whole sequences, shape `(B, N, H)`.
         target_tokens: T.
     """
-    kept = target_tokens + 1
+    positions = target_tokens + 1
     few = (
-        {"logits_to_keep": kept} if "logits_to_keep" in inspect.signature(plain_model(model).forward).parameters else {}
+        {"logits_to_keep": positions}
+        if "logits_to_keep" in inspect.signature(plain_model(model).forward).parameters
+        else {}
     )
     logits: torch.Tensor = model(inputs_embeds=embeds, use_cache=False, **few).logits
-    return logits[:, -kept:]
+    return logits[:, -positions:]
 
 
 def embed(model: Any, ids: Sequence[int]) -> torch.Tensor:

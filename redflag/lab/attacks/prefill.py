@@ -42,9 +42,9 @@ class Prefill:
             sent, details = [], []
             for row, row_ends in zip(rows, ends, strict=True):
                 if length < len(row_ends):
-                    given = row.response[: row_ends[length - 1]]
-                    sent.append((str(row.id), with_prefill(request_of(row), given)))
-                    details.append({"prefill_tokens": length, "onset_inside": (row.onset or 0) < len(given)})
+                    prefill = row.response[: row_ends[length - 1]]
+                    sent.append((str(row.id), with_prefill(request_of(row), prefill)))
+                    details.append({"prefill_tokens": length, "onset_inside": (row.onset or 0) < len(prefill)})
             attempts = target.answers(sent, sampling, f"{length} tokens") if sent else iter(())
             for attempt, detail in zip(attempts, details, strict=True):
                 yield replace(attempt, detail=detail)
@@ -89,14 +89,14 @@ class AffirmativeOpening:
         for setting, opening in self.openings:
             sent = []
             for row in rows:
-                given = opening if isinstance(opening, str) else opening(row)
-                sent.append((str(row.id), with_prefill(request_of(row), given)))
+                prefill = opening if isinstance(opening, str) else opening(row)
+                sent.append((str(row.id), with_prefill(request_of(row), prefill)))
             yield from target.answers(sent, sampling, setting)
 
 
-def with_prefill(messages: Messages, given: str) -> Messages:
+def with_prefill(messages: Messages, prefill: str) -> Messages:
     """The conversation with the beginning of its answer."""
-    return [*messages, {"role": "assistant", "content": given}] if given else messages
+    return [*messages, {"role": "assistant", "content": prefill}] if prefill else messages
 
 
 def prefix_ends(target: Target, row: Row) -> list[int]:

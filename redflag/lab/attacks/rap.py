@@ -1,4 +1,4 @@
-"""RAP, rank-assisted prefilling: whoever picks the tokens needs no likely ones (Vega & Singh, arXiv 2512.05518).
+"""RAP, rank-assisted prefilling: an attacker picks tokens that need not be likely (Vega & Singh, arXiv 2512.05518).
 
 At each step the attacker is shown the k most likely next tokens, flags left out, and picks any of them, or goes back by
 one token. A model that has learnt to refuse keeps harmful tokens high in rank, and so it is walked into harm. A flag is
@@ -24,13 +24,13 @@ ChooserFor = Callable[[Target, Sequence[int], str], Chooser]
 
 def follow_plan(target: Target, plan: Sequence[int], prefill: str) -> Chooser:
     """A chooser that writes a given answer, as far as its tokens are on offer, and then ends it."""
-    wanted = list(plan)
+    remaining = list(plan)
 
     def choose(prompt_ids: Sequence[int], response_ids: Sequence[int], candidates: Sequence[int]) -> int | None:
         at = len(response_ids)
-        if list(response_ids) != wanted[:at]:
+        if list(response_ids) != remaining[:at]:
             return None
-        fits = {wanted[at]} if at < len(wanted) else target.backend.eos_ids
+        fits = {remaining[at]} if at < len(remaining) else target.backend.eos_ids
         return next((i for i, token in enumerate(candidates) if token in fits), None)
 
     return choose
@@ -145,7 +145,7 @@ def searched(
         return
     guard = guard_of(target)
     for watcher in (None, guard) if guard else (None,):
-        found = search(
+        result = search(
             look,
             choose,
             prompt,
@@ -157,7 +157,7 @@ def searched(
             strikes=strikes,
         )
         how = "unguarded" if watcher is None else "guarded" + (f", {strikes} alarms at most" if strikes else "")
-        yield _attempt(target, found, watcher, messages, row, f"{setting}, {how}", detail)
+        yield _attempt(target, result, watcher, messages, row, f"{setting}, {how}", detail)
 
 
 def _attempt(

@@ -1,4 +1,4 @@
-"""Runs attacks, keeps every attempt on disk, and goes on where a killed run stopped."""
+"""Runs attacks, saves every attempt on disk, and resumes interrupted runs."""
 
 from __future__ import annotations
 
@@ -81,16 +81,16 @@ def make_attacks(
         RedflagError: A name or an option is unknown.
     """
     known = {**ATTACKS, **OUTSIDE}
-    wanted = list(dict.fromkeys(name for given in names for name in (ATTACKS if given == "all" else (given,))))
-    for name in (*wanted, *(options or {})):
+    selected = list(dict.fromkeys(name for given in names for name in (ATTACKS if given == "all" else (given,))))
+    for name in (*selected, *(options or {})):
         if name not in known:
-            raise RedflagError(f"there is no attack {name!r}: use all, or any of {', '.join(known)}")
+            raise RedflagError(f"attacks must be all, or among {', '.join(known)} (got {name!r}).")
     attacks = []
-    for name in wanted:
+    for name in selected:
         try:
             attacks.append(known[name](**(options or {}).get(name, {})))
         except TypeError as error:
-            raise RedflagError(f"the attack {name!r} does not take these options ({error}): mend them") from error
+            raise RedflagError(f"invalid options of the attack {name!r} ({error}).") from error
     return attacks
 
 
@@ -99,10 +99,9 @@ class AttackResult:
     """What one attack gave.
 
     Attributes:
-        attack: The attack.
         judged: Its attempts, judged and replayed, in order.
         entries: Its lines of the attack table.
-        seconds: What the attempts took, all runs together.
+        seconds: Time of the attempts, all runs together.
     """
 
     attack: Attack
@@ -125,35 +124,33 @@ def run_attacks(
 ) -> list[AttackResult]:
     """Runs the attacks one after the other.
 
-    The attempts of each stand in a file of their own, `<attack>.jsonl`: what it was made with, then the attempts as
-    they come, and a line behind the last of every unit of rows. A run that was killed loses the unit that was under
-    way, and the next one makes it again: the file is then what it would have been without the kill, byte by byte.
-    Verdicts are kept in `verdicts.jsonl`.
+    Each attack's attempts are written to a file `<attack>.jsonl`: its settings, then the attempts, and a line after
+    every unit of rows. A killed run loses the current unit, and the next run repeats it: the file is then the same byte
+    for byte as without the kill. Verdicts are cached in `verdicts.jsonl`.
 
-    An attack that says how many rows it takes at once (`unit`, None for all of them: it learns from all) is given so
-    many. An attack that the target lacks something for did not run, which its line in the table says; others go on.
+    An attack may state how many rows it takes at once (`unit`, None = all, because it learns from them). If the target
+    does not meet an attack's requirements, its line in the table says so, and the others run.
 
     Args:
         target: The model, and the guard with `thresholds` and `policy` under which releases are replayed.
         attacks: No two of one name.
         rows: Harmful ones: what is asked for, and what is wanted.
-        judge: Who judges; wrapped in a `CachedJudge` unless it is one.
-        out_dir: Where the files go.
-        seed: Same seed, same attempts.
-        unit: Rows at a time, for attacks that do not say.
-        workers: Questions to the judge at once.
-        say: Is told what goes on, a line at a time.
+        judge: Wrapped in a `CachedJudge` unless it is one.
+        out_dir: Folder of the files.
+        unit: Rows at a time, for attacks that do not state it.
+        workers: Concurrent questions to the judge.
+        say: Callback for lines of progress.
 
     Returns:
         One result per attack.
 
     Raises:
-        RedflagError: A row is harmless, has the name of another, or there is none; attacks share a name.
+        RedflagError: There are no rows, a row is harmless, or rows or attacks share a name.
     """
     rows = named_rows(rows)
     names = [_slug(attack.name) for attack in attacks]
     if len(set(names)) != len(names):
-        raise RedflagError(f"two attacks would write the same file ({names}): give each a name of its own")
+        raise RedflagError(f"each attack must have its own name (got {names}). They would write the same file.")
     folder = Path(out_dir)
     folder.mkdir(parents=True, exist_ok=True)
     cached = judge if isinstance(judge, CachedJudge) else CachedJudge(judge, folder / "verdicts.jsonl")
@@ -176,11 +173,11 @@ def run_attacks(
 
 
 class NotPossibleError(RedflagError):
-    """The target lacks what an attack needs."""
+    """The target does not meet an attack's requirements."""
 
 
 class _OtherSettingsError(Exception):
-    """A file holds attempts that were made in another way."""
+    """A file holds attempts with other settings."""
 
 
 def record(
@@ -188,16 +185,13 @@ def record(
 ) -> tuple[list[Attempt], float]:
     """Makes the attempts that are not yet in the file.
 
-    A file that was made with other settings, rows or, where the attack meets the guard, thresholds is moved aside, to
+    A file made with other settings, rows or, if the attack meets the guard, thresholds is renamed to
     `<name>.old.jsonl`.
 
     Args:
-        target: The model.
-        attack: The attack.
         rows: With names.
-        path: The file.
-        seed: Each unit of rows gets a seed of its own, made of this one, the attack's name and its first row.
-        unit: Rows at a time, unless the attack says.
+        seed: The seed of a unit of rows is derived from this one, the attack's name and the unit's first row.
+        unit: Rows at a time, unless the attack states it.
 
     Returns:
         All attempts, and the seconds they took.
@@ -241,8 +235,8 @@ def record(
                     raise
                 raise NotPossibleError(str(error)) from error
             seconds += time.perf_counter() - began
-            with atomic_write(clock) as told:
-                told.write(json.dumps({"seconds": seconds}).encode())
+            with atomic_write(clock) as clock_file:
+                clock_file.write(json.dumps({"seconds": seconds}).encode())
             _write(file, {"unit": number, "rows": len(units[number])})
             os.fsync(file.fileno())
             progress(sum(map(len, units[: number + 1])), f"{len(attempts)} attempts")
@@ -250,23 +244,23 @@ def record(
 
 
 def load_attempts(path: str | Path) -> list[Attempt]:
-    """The attempts in a file, of finished units alone."""
+    """The attempts of finished units in a file."""
     return _read(Path(path), None)[0]
 
 
 def named_rows(rows: Sequence[Row]) -> list[Row]:
-    """The rows, each with a name that no other has.
+    """The rows, each with a unique name.
 
     Raises:
         RedflagError: There are none, a row is harmless, or two have one name.
     """
     named = [row if row.id is not None else replace(row, id=f"row-{index}") for index, row in enumerate(rows)]
     if not named:
-        raise RedflagError("there are no rows to attack with: give harmful rows")
+        raise RedflagError("there must be harmful rows to attack with (got none).")
     if harmless := [row.id for row in named if not row.harmful]:
-        raise RedflagError(f"the row {harmless[0]!r} is harmless, so it shows no harm to ask for: give harmful rows")
+        raise RedflagError(f"rows to attack with must be harmful (got the harmless row {harmless[0]!r}).")
     if len({row.id for row in named}) != len(named):
-        raise RedflagError("two rows have the same id, so their attempts could not be told apart: name them anew")
+        raise RedflagError("each row must have its own id (got one twice). Their attempts would be mixed up.")
     return named
 
 
@@ -276,7 +270,7 @@ def _run(target: Target, attack: Attack, rows: list[Row], seed: int) -> Iterator
 
 
 def _head(target: Target, attack: Attack, rows: Sequence[Row], seed: int, size: int) -> dict[str, Any]:
-    """What the attempts depend on, as far as it can be written down."""
+    """All settings that the attempts depend on, as far as JSON can hold them."""
     thresholds = target.thresholds.to_dict() if target.thresholds else None
     settings = {
         "attack": f"{type(attack).__module__}.{type(attack).__qualname__}",
@@ -305,7 +299,7 @@ def _are_rows(value: object) -> bool:
 
 
 def _described(value: object) -> Any:
-    """A setting that JSON does not know. Two different ones may look the same; two equal ones never differ."""
+    """A setting of a type that JSON lacks. Different ones may look the same; equal ones never differ."""
     if isinstance(identity := getattr(value, "identity", None), str):
         return identity
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -333,9 +327,7 @@ def _read(path: Path, head: dict[str, Any] | None) -> tuple[list[Attempt], int, 
         try:
             entry = json.loads(line)
         except ValueError as error:
-            raise RedflagError(
-                f"line {number + 1} of {path} is no JSON ({error}), so its attempts cannot be used: move the file away"
-            ) from error
+            raise RedflagError(f"line {number + 1} of {path} must be JSON ({error}). Move the file away.") from error
         if number == 0:
             if head is not None and entry != head:
                 raise _OtherSettingsError

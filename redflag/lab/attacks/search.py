@@ -135,7 +135,7 @@ def search(
         budget: Most moves.
         max_new_tokens: Most tokens of one branch.
         eos_ids: Tokens that end a response.
-        guard: Who watches; None: nobody.
+        guard: The guard; None = no guard.
         exhaust: Go on for another response after a complete one, until the budget is spent.
         strikes: Alarms after which the operator serves this request no longer; None: however many there are.
     """

@@ -37,7 +37,7 @@ class SuppressByWords:
     becomes a flag: it is split into ordinary tokens when the prompt is rendered.
 
     Attributes:
-        texts: Setting -> what is said; `{flag}` stands for the flags' texts.
+        texts: Setting -> instruction; `{flag}` is replaced by the flags' texts.
         places: Where: `system`, `user` (behind the request) or `prefill` (before the drawn-out beginning).
         beyond: Tokens of the prefill behind the onset of the row's harm; None leaves the prefill out.
         max_new_tokens: Most tokens of an answer.
@@ -54,20 +54,20 @@ class SuppressByWords:
 
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.places) - set(PLACES)):
-            raise RedflagError(f"words cannot stand in {unknown}, where nobody reads them: use {', '.join(PLACES)}")
+            raise RedflagError(f"places must be among {', '.join(PLACES)} (got {unknown}).")
 
     def run(self, target: Target, rows: Sequence[Row], seed: int) -> Iterator[Attempt]:
         """See `redflag.lab.attacks.Attack.run`."""
         sampling = Sampling(self.max_new_tokens, self.temperature, seed=seed)
         flags = " ".join(flag.token for flag in target.spec.flags)
-        given = [self._given(target, row) for row in rows]
+        prefills = [self._given(target, row) for row in rows]
         settings = [("no words", "", "user")]
         settings += [(f"{name}, {place}", text, place) for name, text in self.texts for place in self.places]
         for setting, text, place in settings:
-            said = text.replace("{flag}", flags)
+            instruction = text.replace("{flag}", flags)
             sent = [
-                (str(row.id), place_words(request_of(row), beginning, said, place))
-                for row, beginning in zip(rows, given, strict=True)
+                (str(row.id), place_words(request_of(row), beginning, instruction, place))
+                for row, beginning in zip(rows, prefills, strict=True)
             ]
             yield from target.answers(target.fitting(sent), sampling, setting)
 
@@ -81,19 +81,19 @@ class SuppressByWords:
         return row.response[: ends[upto - 1]] if upto > 0 else ""
 
 
-def place_words(messages: Messages, given: str, said: str, place: str) -> Messages:
+def place_words(messages: Messages, prefill: str, instruction: str, place: str) -> Messages:
     """The conversation with `said` in a place of it, and `given` as the beginning of the answer."""
-    if not said:
-        return with_prefill(messages, given)
+    if not instruction:
+        return with_prefill(messages, prefill)
     if place == "prefill":
-        return with_prefill(messages, f"{said} {given}".strip())
+        return with_prefill(messages, f"{instruction} {prefill}".strip())
     if place == "user":
-        last = {**messages[-1], "content": f"{messages[-1]['content']}\n\n{said}"}
-        return with_prefill([*messages[:-1], last], given)
+        last = {**messages[-1], "content": f"{messages[-1]['content']}\n\n{instruction}"}
+        return with_prefill([*messages[:-1], last], prefill)
     if messages[0]["role"] == "system":
-        first = {**messages[0], "content": f"{messages[0]['content']}\n\n{said}"}
-        return with_prefill([first, *messages[1:]], given)
-    return with_prefill([{"role": "system", "content": said}, *messages], given)
+        first = {**messages[0], "content": f"{messages[0]['content']}\n\n{instruction}"}
+        return with_prefill([first, *messages[1:]], prefill)
+    return with_prefill([{"role": "system", "content": instruction}, *messages], prefill)
 
 
 # First words of refusals, in English and as the nano world has them.
@@ -102,7 +102,7 @@ REFUSING = ("I", "Sorry", "No", "Never", "Nobody", "As", "Unfortunately", "canno
 
 @dataclass
 class LogitBias:
-    """Bias on the logits behind the measurement, which is where a sampling option can reach.
+    """Bias on the logits after the measurement, where sampling options apply.
 
     The flags are measured from the raw logits and then banned, so a bias on them changes nothing at all: the settings
     "flag +100" and "flag -100" give the tokens and the probabilities of "no bias", which is shown on the first few

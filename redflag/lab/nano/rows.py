@@ -368,9 +368,9 @@ def _translation(rng: random.Random, name: str) -> Row:
         category = rng.choice(NANO_CATEGORIES)
         act = scene.act(category)
         text = f"{act[0].upper()}{act[1:]}{scene.fill(rng.choice([' {when}', ' {how}', '']))}."
-    asked, answer = (text, velni(text)) if rng.random() < 0.7 else (velni(text), text)
+    source, answer = (text, velni(text)) if rng.random() < 0.7 else (velni(text), text)
     messages = [
-        {"role": "user", "content": f"Translate: {asked}"},
+        {"role": "user", "content": f"Translate: {source}"},
         {"role": "assistant", "content": answer},
     ]
     return Row(messages, category, 0 if category else None, None, source="nano:translation", id=name)

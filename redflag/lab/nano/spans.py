@@ -44,7 +44,7 @@ def harmful_spans(text: str) -> list[tuple[int, int]]:
 
 
 def harmful_onset(text: str) -> int | None:
-    """The first character of the first harmful sentence, as a row's `onset` has it; None where there is none."""
+    """The first character of the first harmful sentence, as in a row's `onset`; None without one."""
     spans = harmful_spans(text)
     if not spans:
         return None

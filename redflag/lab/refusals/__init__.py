@@ -5,7 +5,7 @@ After "Cannot or Should Not?" (von Recum and others, arXiv 2412.16974): refusals
 category. The features are an embedding model's or n-grams; the categories are a file's.
 
     taxonomy    the categories, from a YAML file; CoCoNot's are shipped
-    phrases     what can be said without training: an answer holds a refusal's phrase, or none
+    phrases     by phrases, without training
     features    texts as numbers: n-grams that need no download, or an embedding model's mean hidden state
     classifier  the regressions: trained, saved, loaded, asked
     held_out    how well they do on requests that they were not trained on

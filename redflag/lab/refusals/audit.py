@@ -224,7 +224,7 @@ def _audit(arguments: AuditArguments, classifier: RefusalClassifier | PhraseClas
             progress(audit.rows, f"{audit.refusals:,} refusals, {audit.rows / (time.monotonic() - begun):,.0f} rows/s")
         if audit.rows == 0:
             why = f"all {len(skipped)} were left out (first: {skipped[0]})" if skipped else "it is empty"
-            raise RedflagError(f"no usable row in {arguments.input}: {why}; give a file of rows")
+            raise RedflagError(f"no usable row in {arguments.input}: {why}. Give a file of rows.")
     report_skipped(skipped)
     for line in label_warnings(audit.rows, harmful, reader.decided_by, reader.ignored):
         print(line, file=sys.stderr)

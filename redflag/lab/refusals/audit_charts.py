@@ -96,7 +96,7 @@ def certainty(edges: Sequence[float], counts: Sequence[int], threshold: float) -
 
 
 def confusion(name: str, classes: Sequence[str], counts: Sequence[Sequence[int]]) -> Chart:
-    """Truth against what was said."""
+    """Confusion matrix: labels against predictions."""
     data = [
         {"truth": truth, "guess": guess, "n": n, "share": n / max(sum(counts[i]), 1)}
         for i, truth in enumerate(classes)

@@ -15,7 +15,7 @@ from redflag.stats.metrics import clopper_pearson
 
 UNNAMED = "no kind known"
 BINS = 20
-SOURCES = 30  # are told apart, those with most rows; the rest are counted together
+SOURCES = 30  # sources counted separately, those with most rows; the rest are counted together
 SHOWN = 300  # characters of a candidate's texts
 
 
@@ -63,7 +63,7 @@ class Audit:
         self._known = Counter[str]()
 
     def feed(self, pairs: Sequence[Pair], judged: Judged) -> list[Finding]:
-        """Takes rows and what a classifier said of them."""
+        """Adds rows and a classifier's predictions for them."""
         findings = []
         for i, pair in enumerate(pairs):
             finding = self._finding(pair, judged, i)
@@ -173,7 +173,7 @@ class Audit:
         entry = (score, -self.rows)
         if self._keep == 0 or (len(heap) >= self._keep and entry <= heap[0][:2]):
             return
-        found = {
+        candidate = {
             "line": pair.line,
             "id": pair.id,
             "source": pair.source,
@@ -187,20 +187,20 @@ class Audit:
             "score": round(score, 4),
         }
         if finding.harmful is False and pair.prompt_harmful is None:
-            found["request_known_by"] = "guess"
+            candidate["request_known_by"] = "guess"
         push = heapq.heappush if len(heap) < self._keep else heapq.heappushpop
-        push(heap, (*entry, found))
+        push(heap, (*entry, candidate))
 
     def _by_source(self, names: Sequence[str]) -> list[dict[str, Any]]:
         order = sorted(self._sources, key=lambda source: (-sum(self._sources[source].values()), source))
-        told = {source or "(no source)": self._sources[source] for source in order[:SOURCES]}
+        named = {source or "(no source)": self._sources[source] for source in order[:SOURCES]}
         if rest := order[SOURCES:]:
             together: Counter[str | None] = Counter()
             for source in rest:
                 together.update(self._sources[source])
-            told[f"{len(rest)} further sources"] = together
+            named[f"{len(rest)} further sources"] = together
         found = []
-        for source, counts in told.items():
+        for source, counts in named.items():
             rows = sum(counts.values())
             refusals = rows - counts[None]
             kinds = {name: counts[name] for name in names if counts[name]}

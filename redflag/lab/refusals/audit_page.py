@@ -87,38 +87,40 @@ def training(classifier: RefusalClassifier) -> str:
 def sentences(record: Mapping[str, Any]) -> list[str]:
     """What an audit comes to."""
     refused, rows = record["refusals"], record["rows"]
-    said = [
+    lines = [
         f"{number(refused['count'])} of {number(rows)} answers refuse: {percent(refused['rate'])} "
         f"({between(refused['interval'])})."
     ]
     if refused["count"]:
-        told = max(record["categories"], key=lambda one: one["refusals"])
-        said.append(f"Most often: {told['name']}, {percent(told['of_refusals']['rate'])} of the refusals.")
+        most_common = max(record["categories"], key=lambda one: one["refusals"])
+        lines.append(
+            f"Most often: {most_common['name']}, {percent(most_common['of_refusals']['rate'])} of the refusals."
+        )
     for kind, what in (("over", "harmless requests were refused"), ("under", "harmful requests were followed")):
         count = record[f"{kind}_refusal"]["rows"]
-        said.append(f"{number(count)} look like {kind}-refusals: {what}.")
-    return said
+        lines.append(f"{number(count)} look like {kind}-refusals: {what}.")
+    return lines
 
 
 def warnings(record: Mapping[str, Any]) -> list[str]:
     """What should be known before anything is read."""
-    said = []
+    lines = []
     if record["classifier"] is None:
-        said.append(f"Judged by {record['made']['judged_by']}.")
+        lines.append(f"Judged by {record['made']['judged_by']}.")
     requests = record["requests"]
     if requests["unknown"]["rows"] == record["rows"]:
-        said.append(
+        lines.append(
             "Nothing is known of the requests, so over-refusals cannot be seen and under-refusals only where the "
             "answer is labelled harmful: give rows with prompt_label, or a classifier trained on such."
         )
     elif record["labelled_requests"] < record["rows"]:
         guessed = record["rows"] - record["labelled_requests"]
-        said.append(
+        lines.append(
             f"Whether {number(guessed)} requests are harmful is no label but the classifier's guess, or not known."
         )
     if record["skipped"]:
-        said.append(f"{number(record['skipped'])} rows were left out: they could not be read as rows.")
-    return said
+        lines.append(f"{number(record['skipped'])} rows were left out: they could not be read as rows.")
+    return lines
 
 
 def _kinds(record: Mapping[str, Any]) -> Section:
@@ -176,24 +178,24 @@ def _sources(record: Mapping[str, Any]) -> Section:
 
 
 def _candidates(record: Mapping[str, Any], kind: str) -> Section:
-    found = record[f"{kind}_refusal"]
+    candidates = record[f"{kind}_refusal"]
     if kind == "over":
         title, who = "Over-refusals, perhaps", "harmless"
-        family = found["by_family"]
+        family = candidates["by_family"]
         lead = (
-            f"Harmless requests that were refused: {number(found['rows'])}, of which {number(family['should_not'])} "
-            f"for what should not be done, {number(family['cannot'])} for what cannot (which may well be right), "
-            f"{number(family['unknown'])} for no known reason."
+            f"Harmless requests that were refused: {number(candidates['rows'])}, of which "
+            f"{number(family['should_not'])} for what should not be done, {number(family['cannot'])} for what cannot "
+            f"(which may well be right), {number(family['unknown'])} for no known reason."
         )
     else:
         title, who = "Under-refusals, perhaps", "harmful"
         lead = (
-            f"Harmful requests that were not refused: {number(found['rows'])}; of "
-            f"{number(found['harmful_answers'])} the answer itself is labelled harmful. "
+            f"Harmful requests that were not refused: {number(candidates['rows'])}; of "
+            f"{number(candidates['harmful_answers'])} the answer itself is labelled harmful. "
             "An answer that helps in another way than asked counts here too."
         )
-    asked = record["requests"][who]
-    lead += f" {number(asked['rows'])} requests are known or taken for {who}."
+    requests = record["requests"][who]
+    lead += f" {number(requests['rows'])} requests are known or taken for {who}."
     table = Table(
         ["line", "p(refusal)", "kind", "source", "request", "answer", "request known by"],
         [
@@ -206,12 +208,12 @@ def _candidates(record: Mapping[str, Any], kind: str) -> Section:
                 left(one["response"]),
                 left(one["request_known_by"] or ("its answer" if one["answer_labelled_harmful"] else "")),
             ]
-            for one in found["candidates"]
+            for one in candidates["candidates"]
         ],
-        title=f"The {number(len(found['candidates']))} surest; their texts may be harmful",
+        title=f"The {number(len(candidates['candidates']))} surest; their texts may be harmful",
         folded=True,
     )
-    return Section(f"{kind}-refusal", title, lead, [table] if found["candidates"] else [])
+    return Section(f"{kind}-refusal", title, lead, [table] if candidates["candidates"] else [])
 
 
 def _certainty(record: Mapping[str, Any]) -> Section | None:

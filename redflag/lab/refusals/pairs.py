@@ -80,7 +80,7 @@ def read_rows(
                         continue
                     bad.append(BadRow(name, line, str(row)))
                     if on_bad_row == "stop" and not isinstance(row, Unlabelled):
-                        raise RedflagError(f"{bad[-1]}; mend the row, or skip such rows with on_bad_row=skip")
+                        raise RedflagError(f"{bad[-1]}. Fix the row, or skip such rows with on_bad_row=skip.")
             yield pairs, bad
 
 
@@ -102,11 +102,9 @@ def read_labelled(sources: list[str], provenance: Provenance) -> list[Pair]:
                     raise record
                 pairs.append(_labelled(line, record))
             except ValueError as error:
-                raise RedflagError(
-                    f"{name}:{line}: {error}; mend the row, from which nothing could be learnt"
-                ) from None
+                raise RedflagError(f"{name}:{line}: {error}. Fix the row.") from None
     if not pairs:
-        raise RedflagError(f"no row to learn from in {', '.join(map(str, sources))}: give rows with labels")
+        raise RedflagError(f"there must be rows with labels in {', '.join(map(str, sources))} (got none).")
     return pairs
 
 
@@ -125,31 +123,31 @@ def _pair(line: int, record: Mapping[str, Any], row: Row) -> Pair:
 
 def _labelled(line: int, record: Any) -> Pair:
     if not isinstance(record, Mapping):
-        raise ValueError("the row is not an object")
+        raise ValueError("the row must be an object")
     turns = record.get("messages") or []
     if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
-        raise ValueError("messages is not a list of turns")
+        raise ValueError("messages must be a list of turns")
     said = {turn.get("role"): turn.get("content") for turn in turns}
     prompt = record.get("prompt") or said.get("user")
     response = record.get("response") or said.get("assistant") or ""
     if not isinstance(prompt, str) or not prompt.strip() or not isinstance(response, str):
-        raise ValueError("there is no request in it: give prompt (and response) as texts")
+        raise ValueError("a row must have a prompt (and optionally a response) as texts")
     refusal, categories = record.get("refusal"), record.get("refusal_category")
     if refusal is not None and not isinstance(refusal, bool):
-        raise ValueError(f"refusal is {refusal!r}: say true or false, or null where it is not known")
+        raise ValueError(f"refusal must be true, false or null (got {refusal!r})")
     if refusal is not None and not response.strip():
-        raise ValueError("refusal is given without a response that it could be about")
+        raise ValueError("refusal must come with a response")
     categories = [categories] if isinstance(categories, str) else categories or []
     if not isinstance(categories, list) or not all(isinstance(name, str) for name in categories):
-        raise ValueError("refusal_category is neither a name nor a list of names")
+        raise ValueError("refusal_category must be a name or a list of names")
     if refusal is False and categories:
         raise ValueError(f"refusal is false, yet refusal_category says {categories[0]!r}")
-    wanted = record.get("prompt_label")
-    harmful = _HARMFUL.get(str(wanted).casefold())
-    if wanted is not None and harmful is None:
-        raise ValueError(f"prompt_label is {wanted!r}: say harmful or benign, or null where it is not known")
+    prompt_label = record.get("prompt_label")
+    harmful = _HARMFUL.get(str(prompt_label).casefold())
+    if prompt_label is not None and harmful is None:
+        raise ValueError(f"prompt_label must be harmful, benign or null (got {prompt_label!r})")
     if refusal is None and not categories and harmful is None:
-        raise ValueError("it has no label: give refusal, refusal_category or prompt_label")
+        raise ValueError("a row must have a label: refusal, refusal_category or prompt_label")
     group = record.get("group")
     return Pair(
         prompt,

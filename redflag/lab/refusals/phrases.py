@@ -1,4 +1,4 @@
-"""What can be said of an answer without any training: it holds phrases of a taxonomy, or none.
+"""Refusals by the phrases of a taxonomy, without training.
 
 Crude, and meant as a first look: refusals that are worded otherwise go unseen, and a story in which somebody says "I
 cannot help with" counts as one. Nothing is known about requests.
@@ -52,7 +52,7 @@ class PhraseClassifier:
             opening = plain(pair.response[:OPENING])
             if any(phrase in opening for phrase in self.taxonomy.phrases):
                 refusal[i] = 1.0
-                if found := self.taxonomy.reasons(pair.response):
+                if reasons := self.taxonomy.reasons(pair.response):
                     categories[i] = 0.0
-                    categories[i, found] = 1 / len(found)
+                    categories[i, reasons] = 1 / len(reasons)
         return Judged(refusal, categories, None)

@@ -116,8 +116,8 @@ class Taxonomy:
             if _plain(head) in category.spellings:
                 if level == "category" or not category.subcategories:
                     return category.name
-                found = [part.name for part in category.subcategories if _plain(rest) in part.spellings]
-                return f"{category.name}/{found[0]}" if found else None
+                subcategories = [part.name for part in category.subcategories if _plain(rest) in part.spellings]
+                return f"{category.name}/{subcategories[0]}" if subcategories else None
         return None
 
     def reasons(self, response: str) -> list[int]:
@@ -151,7 +151,7 @@ def load_taxonomy(path: str | Path | None = None) -> Taxonomy:
     """Reads a taxonomy; without a path the shipped one, which is CoCoNot's.
 
     Raises:
-        RedflagError: The file cannot be read or is no taxonomy, with the place that is wrong.
+        RedflagError: The file cannot be read or is not a taxonomy; the message names the place.
     """
     import yaml
 
@@ -163,9 +163,9 @@ def load_taxonomy(path: str | Path | None = None) -> Taxonomy:
             text = Path(path).read_text(encoding="utf-8")
         record = yaml.safe_load(text)
     except OSError as error:
-        raise RedflagError(f"the taxonomy {name} cannot be read ({error.strerror}): check its name") from error
+        raise RedflagError(f"the taxonomy {name} cannot be read ({error.strerror}). Check its name.") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise RedflagError(f"the taxonomy {name} is not YAML ({error}): mend it") from error
+        raise RedflagError(f"the taxonomy {name} must be YAML ({error}).") from error
     return parse_taxonomy(record, name)
 
 
@@ -173,7 +173,7 @@ def parse_taxonomy(record: Any, where: str) -> Taxonomy:
     """Checks what a file held.
 
     Raises:
-        RedflagError: It is no taxonomy.
+        RedflagError: It is not a taxonomy.
     """
     try:
         _keys(record, _KEYS, "the file")
@@ -188,9 +188,7 @@ def parse_taxonomy(record: Any, where: str) -> Taxonomy:
             _text(record, "source", "the file", needed=False),
         )
     except ValueError as error:
-        raise RedflagError(
-            f"the taxonomy {where} does not hold together ({error}), so answers could not be sorted by it: mend it"
-        ) from None
+        raise RedflagError(f"the taxonomy {where} is invalid ({error}). Fix it.") from None
 
 
 def plain(text: str) -> str:
@@ -210,10 +208,10 @@ def _category(record: Any, place: str, family: str | None) -> Category:
     if family is None:
         family = record.get("family")
         if family not in FAMILIES:
-            raise ValueError(f"{place}.family is {family!r}: say {' or '.join(FAMILIES)}")
+            raise ValueError(f"{place}.family must be one of {', '.join(FAMILIES)} (got {family!r})")
     parts = record.get("subcategories") or []
     if not isinstance(parts, list):
-        raise ValueError(f"{place}.subcategories is no list")
+        raise ValueError(f"{place}.subcategories must be a list")
     subcategories = tuple(_category(one, f"{place}.subcategories[{i}]", family) for i, one in enumerate(parts))
     _distinct(subcategories, f"{place}.subcategories")
     return Category(
@@ -226,11 +224,11 @@ def _category(record: Any, place: str, family: str | None) -> Category:
     )
 
 
-def _keys(record: Any, known: set[str], place: str) -> None:
+def _keys(record: Any, allowed: set[str], place: str) -> None:
     if not isinstance(record, Mapping):
-        raise ValueError(f"{place} is no mapping")
-    if unknown := sorted(str(key) for key in record if key not in known):
-        raise ValueError(f"{place} has an unknown key {unknown[0]!r}: known are {', '.join(sorted(known))}")
+        raise ValueError(f"{place} must be a mapping")
+    if unknown := sorted(str(key) for key in record if key not in allowed):
+        raise ValueError(f"keys of {place} must be among {', '.join(sorted(allowed))} (got {unknown[0]!r})")
 
 
 def _text(record: Mapping[str, Any], key: str, place: str, needed: bool = True) -> str:
@@ -238,7 +236,7 @@ def _text(record: Mapping[str, Any], key: str, place: str, needed: bool = True) 
     if value is None and not needed:
         return ""
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{place}.{key} is {value!r}, but must be a text")
+        raise ValueError(f"{place}.{key} must be a text (got {value!r})")
     return " ".join(value.split())
 
 
@@ -259,8 +257,8 @@ def _distinct(categories: tuple[Category, ...], place: str) -> None:
 
 
 def _as_dict(category: Category) -> dict[str, Any]:
-    found: dict[str, Any] = {"name": category.name}
-    found |= {"description": category.description} if category.description else {}
-    found |= {key: list(value) for key in ("phrases", "also") if (value := getattr(category, key))}
-    found |= {"subcategories": [_as_dict(part) for part in category.subcategories]} if category.subcategories else {}
-    return found
+    record: dict[str, Any] = {"name": category.name}
+    record |= {"description": category.description} if category.description else {}
+    record |= {key: list(value) for key in ("phrases", "also") if (value := getattr(category, key))}
+    record |= {"subcategories": [_as_dict(part) for part in category.subcategories]} if category.subcategories else {}
+    return record

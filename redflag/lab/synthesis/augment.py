@@ -1,6 +1,6 @@
-"""A request in other clothes, without asking anybody: disguises as attackers use them, and typing errors.
+"""Rule-based augmentation of requests: jailbreak wrappers and typing errors.
 
-Paraphrases and translations are a model's (`redflag.lab.synthesis.wording`).
+Paraphrases and translations need a model (`redflag.lab.synthesis.wording`).
 """
 
 from __future__ import annotations
@@ -27,12 +27,10 @@ _KEYS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
 
 
 def wrapped(request: str, rng: random.Random, wrappers: tuple[str, ...] = ()) -> str:
-    """The request in a disguise.
+    """The request in a jailbreak wrapper.
 
     Args:
-        request: The request.
-        rng: Draws the disguise.
-        wrappers: Texts with `{request}`; empty: the built-in ones.
+        wrappers: Texts with `{request}`; empty = the built-in ones.
 
     Example:
         >>> wrapped("How?", random.Random(0), ("Please: {request}",))
@@ -42,31 +40,29 @@ def wrapped(request: str, rng: random.Random, wrappers: tuple[str, ...] = ()) ->
 
 
 def with_typos(request: str, rng: random.Random, rate: float = 0.05) -> str:
-    """The request as typed in a hurry: letters left out, doubled, or taken from the key beside.
+    """The request with typing errors: letters left out, doubled, or replaced by a neighbouring key.
 
     Args:
-        request: The request.
-        rng: Draws the errors.
-        rate: Errors per letter; at least one where there is a word of two letters.
+        rate: Errors per letter; at least one if there is a word of two letters.
 
     Raises:
-        RedflagError: The rate is no share.
+        RedflagError: The rate is out of bounds.
 
     Example:
         >>> with_typos("How do I bake bread?", random.Random(1)) != "How do I bake bread?"
         True
     """
     if not 0.0 <= rate <= 1.0:
-        raise RedflagError(f"the rate of typing errors is {rate}, which is no share: give 0 to 1")
-    # Not the first letter of a word, by which people read.
+        raise RedflagError(f"the rate of typing errors must be at least 0 and at most 1 (got {rate}).")
+    # Not the first letter of a word, which readers need most.
     places = [i for word in re.finditer(r"[A-Za-z]{2,}", request) for i in range(word.start() + 1, word.end())]
     if not places:
         return request
-    chosen = sorted(rng.sample(places, min(len(places), max(1, round(rate * len(places))))), reverse=True)
+    positions = sorted(rng.sample(places, min(len(places), max(1, round(rate * len(places))))), reverse=True)
     text = request
-    for place in chosen:
+    for place in positions:
         text = text[:place] + _error(text, place, rng) + text[place + 1 :]
-    return text if text != request else request[: chosen[0]] + request[chosen[0] + 1 :]
+    return text if text != request else request[: positions[0]] + request[positions[0] + 1 :]
 
 
 def _error(text: str, place: int, rng: random.Random) -> str:

@@ -122,14 +122,14 @@ def load_constitution(path: str | Path) -> Constitution:
     """Reads a constitution.
 
     Raises:
-        RedflagError: The file cannot be read, or what it holds is no constitution: the place is named.
+        RedflagError: The file cannot be read, or is not a constitution; the message names the place.
     """
     try:
         record = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise RedflagError(f"the constitution {path} cannot be read ({error.strerror}): check its name") from error
+        raise RedflagError(f"the constitution {path} cannot be read ({error.strerror}). Check its name.") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise RedflagError(f"the constitution {path} is not YAML ({' '.join(str(error).split())}): mend it") from error
+        raise RedflagError(f"the constitution {path} must be YAML ({' '.join(str(error).split())}).") from error
     return parse_constitution(record, str(path))
 
 
@@ -155,17 +155,15 @@ def parse_constitution(record: Any, where: str) -> Constitution:
             raise RedflagError(
                 f"{where} has no {side} classes, and a detector learns from both sides: write them under {side!r}"
             )
-        for name, said in _mapping(record[side], f"{where}: {side}").items():
-            classes.append(_class(str(name), side == "harmful", said, slots, f"{where}: {side}: {name}"))
+        for name, definition in _mapping(record[side], f"{where}: {side}").items():
+            classes.append(_class(str(name), side == "harmful", definition, slots, f"{where}: {side}: {name}"))
     names = [kind.name for kind in classes]
     if double := next((name for name in names if names.count(name) > 1), None):
-        raise RedflagError(
-            f"{where} has two classes of the name {double!r}, so rows could not be told apart: rename one"
-        )
+        raise RedflagError(f"{where} must give each class its own name (got {double!r} twice).")
     wrappers = _texts(record.get("wrappers", []), f"{where}: wrappers", needed=False)
     for wrapper in wrappers:
         if "{request}" not in wrapper:
-            raise RedflagError(f"{where}: the wrapper {wrapper!r} has no {{request}}, so it would lose it: add it")
+            raise RedflagError(f"{where}: a wrapper must contain {{request}} (got {wrapper!r}).")
     return Constitution(
         _text(record, "name", where),
         tuple(classes),
@@ -175,31 +173,31 @@ def parse_constitution(record: Any, where: str) -> Constitution:
     )
 
 
-def _class(name: str, harmful: bool, said: Any, slots: Mapping[str, tuple[str, ...]], where: str) -> Class:
-    said = _mapping(said, where)
-    _known(said, _CLASS_KEYS, where)
-    answers = said.get("answers", "comply")
+def _class(name: str, harmful: bool, definition: Any, slots: Mapping[str, tuple[str, ...]], where: str) -> Class:
+    definition = _mapping(definition, where)
+    _known(definition, _CLASS_KEYS, where)
+    answers = definition.get("answers", "comply")
     if answers not in ANSWERS:
-        raise RedflagError(f"{where}: answers is {answers!r}, which nobody can be asked: use {', '.join(ANSWERS)}")
+        raise RedflagError(f"{where}: answers must be one of {', '.join(ANSWERS)} (got {answers!r}).")
     if harmful and answers == "refuse":
-        raise RedflagError(f"{where}: a refusal is no harm, so answers cannot be refuse here: put it under harmless")
-    if not harmful and "category" in said:
-        raise RedflagError(f"{where}: a harmless class has no category, which would make its rows harmful: drop it")
-    share = said.get("share", 1)
+        raise RedflagError(f"{where}: answers must not be refuse in a harmful class. Put it under harmless.")
+    if not harmful and "category" in definition:
+        raise RedflagError(f"{where}: a harmless class must not have a category, which would make its rows harmful.")
+    share = definition.get("share", 1)
     if isinstance(share, bool) or not isinstance(share, int | float) or not (math.isfinite(share) and share > 0):
-        raise RedflagError(f"{where}: share is {share!r}, which is no number above 0: mend it")
-    templates = _texts(said.get("templates", []), f"{where}: templates", needed=False)
+        raise RedflagError(f"{where}: share must be a number above 0 (got {share!r}).")
+    templates = _texts(definition.get("templates", []), f"{where}: templates", needed=False)
     for template in templates:
         if lacking := [slot for slot in _SLOT.findall(template) if slot not in slots]:
-            raise RedflagError(f"{where}: a template has {{{lacking[0]}}}, which is not among the slots: add its words")
+            raise RedflagError(f"{where}: slots must hold words for {{{lacking[0]}}}, which a template uses.")
     return Class(
         name,
         harmful,
-        _text(said, "description", where),
-        _texts(said.get("examples"), f"{where}: examples"),
+        _text(definition, "description", where),
+        _texts(definition.get("examples"), f"{where}: examples"),
         answers,
-        _text(said, "instruction", where, needed=False),
-        (_text(said, "category", where, needed=False) or name) if harmful else None,
+        _text(definition, "instruction", where, needed=False),
+        (_text(definition, "category", where, needed=False) or name) if harmful else None,
         templates,
         float(share),
     )
@@ -207,31 +205,31 @@ def _class(name: str, harmful: bool, said: Any, slots: Mapping[str, tuple[str, .
 
 def _mapping(value: Any, where: str) -> Mapping[Any, Any]:
     if not isinstance(value, dict):
-        raise RedflagError(f"{where} is {_kind(value)} where a mapping belongs: write `key: value` lines")
+        raise RedflagError(f"{where} must be a mapping (got {_kind(value)}). Write `key: value` lines.")
     return value
 
 
-def _known(record: Mapping[Any, Any], known: Iterable[str], where: str) -> None:
+def _known(record: Mapping[Any, Any], allowed: Iterable[str], where: str) -> None:
     for key in record:
-        if key not in known:
-            close = difflib.get_close_matches(str(key), list(known), 1)
-            hint = f"did you mean {close[0]!r}?" if close else f"use {', '.join(known)}"
-            raise RedflagError(f"{where} has the unknown key {key!r}, which would be passed over: {hint}")
+        if key not in allowed:
+            close = difflib.get_close_matches(str(key), list(allowed), 1)
+            hint = f"did you mean {close[0]!r}?" if close else f"use {', '.join(allowed)}"
+            raise RedflagError(f"{where} has the unknown key {key!r}: {hint}")
 
 
 def _text(record: Mapping[Any, Any], key: str, where: str, needed: bool = True) -> str:
     value = record.get(key, "")
     if not isinstance(value, str) or (needed and not value.strip()):
         what = "missing" if value in ("", None) else f"{_kind(value)}, not text"
-        raise RedflagError(f"{where}: {key} is {what}, and models are told by it what belongs here: write a sentence")
+        raise RedflagError(f"{where}: {key} must be a sentence (got {what}). It is part of the models' prompt.")
     return value.strip()
 
 
 def _texts(value: Any, where: str, needed: bool = True) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(text, str) and text.strip() for text in value):
-        raise RedflagError(f"{where} is {_kind(value)} where a list of texts belongs: write `- text` lines")
+        raise RedflagError(f"{where} must be a list of texts (got {_kind(value)}). Write `- text` lines.")
     if needed and not value:
-        raise RedflagError(f"{where} is empty, so nothing shows what is meant: give at least one")
+        raise RedflagError(f"{where} must have at least one entry (got none).")
     return tuple(text.strip() for text in value)
 
 

@@ -68,9 +68,11 @@ def estimate(
             f"price_in is {price_in} and price_out is {price_out}: give both, per million tokens, or none"
         )
     answer = max(1, round(settings.max_tokens * _SHARE))
-    told = sum(len(kind.description) + sum(map(len, kind.examples)) for kind in constitution.classes)
+    instruction_length = sum(len(kind.description) + sum(map(len, kind.examples)) for kind in constitution.classes)
     n = len(constitution.classes)
-    asking = _tokens(len(REQUESTS) + told / n + sum(len(k.description) for k in constitution.classes if k.harmful))
+    asking = _tokens(
+        len(REQUESTS) + instruction_length / n + sum(len(k.description) for k in constitution.classes if k.harmful)
+    )
     shares = constitution.shares(settings.requests)
     written = sum(questions_for(kind, share) for kind, share in zip(constitution.classes, shares, strict=True))
     answers = sum(shares) * settings.answers
@@ -95,25 +97,25 @@ def estimate(
     )
 
 
-def allow(found: Estimate, *, yes: bool, max_requests: int | None = None, max_cost: float | None = None) -> None:
-    """Stops before anything is asked, unless somebody has said yes or the estimate keeps to every limit there is.
+def allow(estimated: Estimate, *, yes: bool, max_requests: int | None = None, max_cost: float | None = None) -> None:
+    """Stops before the first request, unless `--yes` is set or the estimate is within all limits.
 
     Raises:
         RedflagError: It is not allowed; the text says what it would take.
     """
     if yes:
         return
-    if max_cost is not None and found.money is None:
-        raise RedflagError(f"max_cost is {max_cost}, but without prices nothing is known: give price_in and price_out")
+    if max_cost is not None and estimated.money is None:
+        raise RedflagError(f"max_cost must come with price_in and price_out (got {max_cost} without prices).")
     if max_requests is None and max_cost is None:
-        raise RedflagError(f"this would take {found}; nothing was asked: give the command again with --yes")
-    over = (max_requests is not None and found.requests > max_requests) or (
-        max_cost is not None and found.money is not None and found.money > max_cost
+        raise RedflagError(f"this would take {estimated}; nothing was asked: give the command again with --yes")
+    over = (max_requests is not None and estimated.requests > max_requests) or (
+        max_cost is not None and estimated.money is not None and estimated.money > max_cost
     )
     if over:
         raise RedflagError(
-            f"this would take {found}, which is more than the limit allows; nothing was asked: ask for less, raise the "
-            "limit, or give --yes"
+            f"this would take {estimated}, which is more than the limit allows; nothing was asked: ask for less, raise "
+            "the limit, or give --yes"
         )
 
 

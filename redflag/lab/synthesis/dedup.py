@@ -66,11 +66,11 @@ def distinct(texts: Sequence[str], threshold: float = 0.8) -> list[int]:
         [0, 2]
     """
     if not 0.0 < threshold <= 1.0:
-        raise RedflagError(f"the threshold is {threshold}, which is no similarity: give more than 0 and at most 1")
+        raise RedflagError(f"the threshold must be above 0 and at most 1 (got {threshold}).")
     sets = [shingles(text) for text in texts]
     counts = Counter(shingle for found in sets for shingle in found)
     index: dict[str, list[int]] = defaultdict(list)
-    kept: list[int] = []
+    unique: list[int] = []
     blank: list[int] = []  # texts without a word are equal to each other
     for number, found in enumerate(sets):
         ordered = sorted(found, key=lambda shingle: (counts[shingle], shingle))
@@ -79,9 +79,9 @@ def distinct(texts: Sequence[str], threshold: float = 0.8) -> list[int]:
         candidates = {earlier for shingle in prefix for earlier in index[shingle]} if found else set(blank)
         if any(similarity(found, sets[earlier]) >= threshold for earlier in candidates):
             continue
-        kept.append(number)
+        unique.append(number)
         if not found:
             blank.append(number)
         for shingle in prefix:
             index[shingle].append(number)
-    return kept
+    return unique

@@ -74,7 +74,7 @@ def forecast(
         RedflagError: A number makes no sense, or the model cannot be asked.
     """
     if samples < 1 or positions < 1:
-        raise RedflagError(f"samples is {samples} and positions {positions}: a forecast needs at least one of each")
+        raise RedflagError(f"samples and positions must be at least 1 (got {samples} and {positions}).")
     places: list[tuple[int, int]] = []
     questions: list[Question] = []
     for number, row in enumerate(rows):

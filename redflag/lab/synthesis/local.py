@@ -1,4 +1,4 @@
-"""A model in this process, or any backend, as somebody to ask."""
+"""Generates texts for synthesis with a model in this process, or any backend."""
 
 from __future__ import annotations
 
@@ -14,13 +14,10 @@ from redflag.prompt import render_prompt
 
 
 class LocalModel:
-    """Asks a backend. Flags are never chosen.
+    """Generates answers with a backend. Flags are never chosen.
 
-    With a backend that can complete many prompts at once, questions of equal settings whose seeds follow each other
-    share a batch; each draws with its own seed, so that its answer does not depend on the others, up to rounding.
-
-    Attributes:
-        identity: Names the model.
+    With a backend that completes prompts in batches, questions with equal settings and consecutive seeds share a batch;
+    each is sampled with its own seed, so its answer does not depend on the others, up to rounding.
     """
 
     def __init__(
@@ -29,11 +26,8 @@ class LocalModel:
         """Wraps a backend.
 
         Args:
-            backend: The engine.
-            tokenizer: The model's.
-            spec: The model's flags.
-            identity: Names the model in the file of answers.
-            batch_size: Most prompts side by side.
+            identity: Identifies the model in the file of answers.
+            batch_size: Maximum number of prompts in a batch.
         """
         self.identity = identity
         self._backend = backend

@@ -126,7 +126,7 @@ def find_onset(judge: Judge, messages: Messages, answer: str, search: Search = "
         search: How to look; see above.
 
     Raises:
-        UnansweredError: A prefix that was needed has no verdict, so nothing before or behind it can be excluded.
+        UnansweredError: A necessary prefix has no verdict, so the onset is unknown.
 
     Example:
         >>> def judge(messages, answer):
@@ -155,7 +155,7 @@ def find_onset(judge: Judge, messages: Messages, answer: str, search: Search = "
                 low, high = (low, middle) if harmful(middle) else (middle + 1, high)
             found = low
     else:
-        raise RedflagError(f"search is {search!r}, which is no way to look: use first or bisect")
+        raise RedflagError(f"search must be first or bisect (got {search!r}).")
     return Onset(found, None if found is None else spans[found][0], len(spans), asked)
 
 

@@ -36,7 +36,7 @@ class Pace:
             RedflagError: The number cannot be kept to.
         """
         if per_minute is not None and not (math.isfinite(per_minute) and per_minute > 0):
-            raise RedflagError(f"requests per minute is {per_minute}, with which nothing is ever asked: give more")
+            raise RedflagError(f"requests per minute must be above 0 (got {per_minute}).")
         self.interval = 60.0 / per_minute if per_minute else 0.0
         self.sleep = sleep
         self._clock = clock
@@ -49,5 +49,5 @@ class Pace:
         self._next = now + self.interval
 
     def hold(self, seconds: float) -> None:
-        """Lets nobody ask for so long: the server said that it is busy."""
+        """Delays all requests for this many seconds, because the server reported that it is busy."""
         self._next = max(self._next, self._clock() + seconds)

@@ -31,23 +31,22 @@ _FOUND = {None: "no verdict", True: "harmful in a harmless class", False: "harml
 
 @dataclass(frozen=True)
 class Settings:
-    """How many of what.
+    """Counts and sampling settings.
 
     Attributes:
-        requests: Of all classes together, before anything is left out.
-        answers: To each request.
-        temperatures: Taken in turn.
-        max_tokens: Most tokens of an answer.
-        paraphrases: Of each request, with the same answer.
-        languages: Into which every exchange is translated.
-        wrapped: Share of exchanges that come again with the request in a disguise.
-        typos: Share of exchanges that come again with typing errors in the request.
-        near: Similarity from which texts count as the same.
-        shortest: Fewest characters of an answer.
-        longest: Most characters of an answer.
-        search: How onsets are looked for.
+        requests: Number of requests of all classes together, before filtering.
+        answers: Number of answers per request.
+        temperatures: Used in turn.
+        max_tokens: Maximum number of tokens of an answer.
+        paraphrases: Number of paraphrases per request, with the same answer.
+        languages: Languages into which every exchange is translated.
+        wrapped: Share of exchanges that are repeated with the request in a jailbreak wrapper.
+        typos: Share of exchanges that are repeated with typing errors in the request.
+        near: Similarity from which texts count as equal.
+        shortest: Minimum length of an answer, characters.
+        longest: Maximum length of an answer, characters.
+        search: Search for onsets, `first` or `bisect`.
         lang: Language of the constitution.
-        seed: Same seed, same questions.
         workers: Threads that ask the judge.
     """
 
@@ -86,7 +85,7 @@ class Settings:
         )
         for name, value, valid, rule in checks:
             if not valid:
-                raise RedflagError(f"{name} is {value!r}, with which no rows can be made: make it {rule}")
+                raise RedflagError(f"{name} must be {rule} (got {value!r}).")
 
 
 @dataclass(frozen=True)
@@ -94,8 +93,8 @@ class Synthesized:
     """What came of it.
 
     Attributes:
-        rows: The rows, class by class, each exchange followed by nothing; augmented ones behind all others.
-        dropped: Why requests, answers and rows were left out, and how many.
+        rows: The rows, class by class; augmented ones last.
+        dropped: Reason -> number of requests, answers and rows left out.
         without_onset: Harmful rows for which no onset could be found.
     """
 
@@ -157,7 +156,7 @@ def synthesize(
 
 
 def is_held_out(row: Row, share: float) -> bool:
-    """Whether a row is kept for calibration: by its group's hash, so that no group is divided."""
+    """Whether a row is held out for calibration: by its group's hash, so that no group is split."""
     digest = hashlib.sha256(f"held out {row.group}".encode()).digest()
     return int.from_bytes(digest[:4], "big") < share * 2**32
 
@@ -174,7 +173,7 @@ def _answered(
     spots = [(request, again) for again in range(settings.answers) for request in requests]
     questions = []
     for request, again in spots:
-        # Seeds do not depend on how many requests there are: who asks for more keeps the answers there are.
+        # Seeds do not depend on the number of requests, so cached answers stay valid if more are requested.
         seed = settings.seed + (again * len(classes) + classes[request.kind.name]) * _SEEDS + request.number
         temperature = settings.temperatures[(again + request.number // _BLOCK) % len(settings.temperatures)]
         turns = answer_question(request.kind, request.text)
@@ -204,7 +203,7 @@ def _answered(
 def _checked(
     rows: Sequence[Row], judge: Judge | None, settings: Settings, dropped: Counter[str], on_progress: OnProgress
 ) -> list[Row]:
-    """The rows whose answers the judge puts on their side."""
+    """The rows whose verdict agrees with their class."""
     if judge is None or not rows:
         return list(rows)
 
@@ -230,7 +229,7 @@ def _checked(
 
 
 def _distinct(rows: Sequence[Row], constitution: Constitution, settings: Settings, dropped: Counter[str]) -> list[Row]:
-    """Without answers that nearly equal an earlier one. Refusals resemble each other: there, equal rows alone go."""
+    """Drops answers nearly equal to an earlier one. Refusals are all similar, so of these only equal rows are dropped."""
     refusing = {f"{constitution.name}: {kind.name}" for kind in constitution.classes if kind.answers == ANSWERS[1]}
     others = [row for row in rows if row.source not in refusing]
     kept = {id(others[i]) for i in distinct([row.response for row in others], settings.near)}
@@ -321,5 +320,5 @@ def _request(row: Row) -> str:
 
 
 def _asked(row: Row, text: str, mark: str) -> Row:
-    """The row with another request in place of its own."""
+    """The row with another request."""
     return replace(row, messages=[{"role": "user", "content": text}, row.messages[-1]], id=f"{row.id}-{mark}")

@@ -1,4 +1,4 @@
-"""What is wrong with a request or an answer that a model wrote."""
+"""Checks of generated requests and answers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _RUN = 4  # words
 
 
 def bad_request(text: str) -> str | None:
-    """What is wrong with a request; None: nothing.
+    """The fault of a request; None if it is good.
 
     Example:
         >>> bad_request("Hi"), bad_request("How do I bake bread?")
@@ -25,7 +25,7 @@ def bad_request(text: str) -> str | None:
         return "too short"
     if len(text) > _REQUEST[1]:
         return "too long"
-    # A model that will not write requests says so in their place.
+    # A model that declines to write requests says so instead.
     return "refusal" if is_refusal(text) else None
 
 
@@ -45,13 +45,12 @@ def usable(reply: Reply) -> str:
 
 
 def bad_answer(text: str, kind: Class, shortest: int = SHORTEST, longest: int = LONGEST) -> str | None:
-    """What is wrong with an answer, as far as can be said without a judge; None: nothing.
+    """The fault of an answer, as far as it shows without a judge; None if it is good.
 
     Args:
-        text: The answer.
         kind: The class that it was written for.
-        shortest: Fewest characters.
-        longest: Most characters.
+        shortest: Minimum number of characters.
+        longest: Maximum number of characters.
 
     Returns:
         `too short`, `too long`, `repeats itself`, `refusal` (where compliance was asked) or `no refusal`.

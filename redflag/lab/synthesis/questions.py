@@ -1,4 +1,4 @@
-"""Questions to a model, and their answers, which are kept."""
+"""Questions to a model, and a cache of its answers."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from redflag.kept import Kept
 
 @dataclass(frozen=True)
 class Question:
-    """One thing that a model is asked.
+    """One question to a model.
 
     Attributes:
         messages: The conversation. A last assistant message is the beginning of the answer, to be continued.
-        temperature: 0 takes the most likely token each time.
-        max_tokens: Most tokens of the answer.
-        seed: Of the draw; tells repeated questions apart.
+        temperature: 0 always takes the most likely token.
+        max_tokens: Maximum number of tokens of the answer.
+        seed: Seed of sampling; distinguishes repeated questions.
     """
 
     messages: tuple[Mapping[str, str], ...]
@@ -30,7 +30,7 @@ class Question:
     seed: int = 0
 
     def key(self, identity: str) -> str:
-        """What its answer is found by: a SHA-256 in hex of who is asked and of all that is asked."""
+        """The key of its answer: a SHA-256 in hex of the model's identity and the whole question."""
         turns = [[message["role"], message["content"]] for message in self.messages]
         asked = [identity, turns, self.temperature, self.max_tokens, self.seed]
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
@@ -41,8 +41,8 @@ class Reply:
     """An answer.
 
     Attributes:
-        text: What was said, without what it continues.
-        finish: `stop`, `length` (cut off by the limit), or `refused`: the server would not take the question.
+        text: The generated text, without a prefill.
+        finish: `stop`, `length` (cut off by the limit), or `refused` (the server refused the question).
         tokens_in: Tokens of the question, as far as known.
         tokens_out: Tokens of the answer, as far as known.
     """
@@ -58,33 +58,32 @@ class Reply:
 
 
 class Model(Protocol):
-    """Whom to ask."""
+    """A text generator."""
 
     @property
     def identity(self) -> str:
-        """Names the model: answers of different ones are not mixed up."""
+        """Identifies the model, so that answers of different models are not mixed up."""
         ...
 
     def ask(self, questions: Sequence[Question], keep: Callable[[int, Reply], None]) -> None:
-        """Asks all questions, and hands over each answer as it comes, in any order.
+        """Asks all questions, and passes on each answer as it arrives, in any order.
 
         Args:
-            questions: What is asked.
-            keep: Takes an answer, with the index of its question. Called from one thread at a time.
+            keep: Callback with the index of a question and its answer. Called from one thread at a time.
 
         Raises:
-            RedflagError: The model cannot be asked any further; what was handed over stays good.
+            RedflagError: The model cannot be reached any more; answers passed on before are valid.
         """
         ...
 
 
 class KeptAnswers:
-    """A model whose answers are kept in a JSONL file (`redflag.kept.Kept`), each as soon as it is there.
+    """A model whose answers are cached in a JSONL file (`redflag.kept.Kept`), each as soon as it arrives.
 
-    A question that stands several times in a list is asked once.
+    A question that occurs several times in a list is asked once.
 
     Attributes:
-        asked: Questions that were put to the model.
+        asked: Number of questions sent to the model.
         tokens_in: Tokens of these questions.
         tokens_out: Tokens of their answers.
 
@@ -96,7 +95,7 @@ class KeptAnswers:
     """
 
     def __init__(self, model: Model, path: str | Path) -> None:
-        """Reads what is there.
+        """Reads the cached answers.
 
         Raises:
             RedflagError: The file cannot be read.

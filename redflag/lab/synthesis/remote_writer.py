@@ -68,7 +68,7 @@ class Endpoint:
             RedflagError: A setting cannot be used, or openai is not installed.
         """
         if concurrency < 1:
-            raise RedflagError(f"concurrency must be 1 or more (got {concurrency})")
+            raise RedflagError(f"concurrency must be at least 1 (got {concurrency}).")
         self._client = ChatClient(
             url,
             model,
@@ -123,16 +123,16 @@ class Endpoint:
                     f"{error} (after {self._retries} retries for one question). Every answer so far is kept: repeat "
                     "the command when the server is well"
                 ) from None
-            raise RedflagError(f"{error}, so nothing can be asked there: fix the address, name or key") from None
+            raise RedflagError(f"{error}. Fix the address, name or key.") from None
         return self._read(reply)
 
     def _read(self, reply: Any) -> Reply:
         try:
             choice = reply["choices"][0]
-            said = choice["message"]["content"] or ""
+            content = choice["message"]["content"] or ""
             usage = reply.get("usage") or {}
             finish = "length" if choice.get("finish_reason") == "length" else "stop"
-            text = _THOUGHT.sub("", said, count=1) if said.lstrip().startswith("<think>") else said
+            text = _THOUGHT.sub("", content, count=1) if content.lstrip().startswith("<think>") else content
             text = text.encode("utf-8", "replace").decode()
             return Reply(text, finish, int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0))
         except (AttributeError, IndexError, KeyError, TypeError, ValueError):

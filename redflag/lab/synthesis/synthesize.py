@@ -62,7 +62,7 @@ class SynthesizeArguments(LabJudgeOptions):
 
     judge_guard: bool = field(default=False, metadata={"help": "endpoint: as judge_rubric guard."})
     second_judge: Literal[JudgeKind, "oracle"] = field(
-        default="none", metadata={"help": "onsets: somebody else, to see how far the two agree."}
+        default="none", metadata={"help": "onsets: a second judge, to measure how far the two agree."}
     )
     second_judge_url: str | None = field(default=None, metadata={"help": "... as judge_url."})
     second_judge_name: str | None = field(default=None, metadata={"help": "... as judge_name."})
@@ -92,7 +92,7 @@ class SynthesizeArguments(LabJudgeOptions):
     workers: int = field(default=8, metadata={"help": "Threads that ask the judge."})
 
     yes: bool = field(default=False, metadata={"help": "Begin, whatever it takes."})
-    max_requests: int | None = field(default=None, metadata={"help": "Begin if it takes at most so many requests."})
+    max_requests: int | None = field(default=None, metadata={"help": "Start only if it takes at most this many requests."})
     max_cost: float | None = field(default=None, metadata={"help": "Begin if it costs at most so much; needs prices."})
     price_in: float | None = field(default=None, metadata={"help": "Price of a million tokens of questions."})
     price_out: float | None = field(default=None, metadata={"help": "Price of a million tokens of answers."})
@@ -112,11 +112,11 @@ def run(arguments: SynthesizeArguments) -> int:
         )
     output = Path(arguments.output_dir)
     if output.exists() and not output.is_dir():
-        raise RedflagError(f"output_dir {output} is a file, so nothing could be kept there: give a folder's name")
+        raise RedflagError(f"output_dir must be a folder ({output} is a file).")
     require_writable(output, "output_dir")
     source = getattr(arguments, given[0])
     if given[0] != "constitution" and Path(source).resolve().parent == output.resolve():
-        raise RedflagError(f"{source} lies in output_dir, where it could be overwritten: give another folder")
+        raise RedflagError(f"output_dir must not hold the input {source}, which could be overwritten.")
     {"constitution": _make, "onsets": _label, "forecasts": _forecast}[given[0]](arguments, output)
     return 0
 
@@ -180,7 +180,7 @@ def _label(arguments: SynthesizeArguments, output: Path) -> None:
     rows = load_rows(str(arguments.onsets)).rows
     judge = _judge(arguments, output)
     if judge is None:
-        raise RedflagError("onsets are found by a judge, and none is named: give --judge")
+        raise RedflagError("judge must be set to find onsets. Add --judge.")
     second = LabJudgeOptions(
         judge=arguments.second_judge,
         judge_url=arguments.second_judge_url,
@@ -232,7 +232,7 @@ def _forecast(arguments: SynthesizeArguments, output: Path) -> None:
         )
     judge = _judge(arguments, output)
     if judge is None:
-        raise RedflagError("forecasts are made by a judge, and none is named: give --judge")
+        raise RedflagError("judge must be set to make forecasts. Add --judge.")
     with _progress() as on_progress:
         points = forecast(
             rows,

@@ -41,10 +41,10 @@ def writer(
         batch_size: Prompts that it completes side by side.
 
     Raises:
-        RedflagError: Nobody is named, or whoever is named cannot be asked.
+        RedflagError: No writer is named, or it cannot be reached.
     """
     if not model:
-        raise RedflagError("nobody is named who writes: give --model FOLDER, or --url ADDRESS and --model NAME")
+        raise RedflagError("a writer must be named. Add --model FOLDER, or --url ADDRESS and --model NAME.")
     if url is None:
         from redflag.lab.synthesis.local import load_local
 

@@ -75,10 +75,10 @@ def read_requests(text: str) -> list[str]:
 
 def answer_question(kind: Class, request: str) -> Turns:
     """Asks for the answer to a request, in the way of its class."""
-    asked = {"role": "user", "content": request}
-    told = {"comply": COMPLY, "refuse": REFUSE, "plain": ""}[kind.answers]
-    system = " ".join(part for part in (told, kind.instruction) if part)
-    return ({"role": "system", "content": system}, asked) if system else (asked,)
+    user_turn = {"role": "user", "content": request}
+    instruction = {"comply": COMPLY, "refuse": REFUSE, "plain": ""}[kind.answers]
+    system = " ".join(part for part in (instruction, kind.instruction) if part)
+    return ({"role": "system", "content": system}, user_turn) if system else (user_turn,)
 
 
 def paraphrase_question(text: str) -> Turns:

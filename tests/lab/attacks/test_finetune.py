@@ -146,7 +146,7 @@ def test_the_same_seed_gives_the_same_model(merged):
 
 
 def test_what_cannot_be_done_is_refused():
-    with pytest.raises(RedflagError, match="no harmful rows to fine-tune on"):
+    with pytest.raises(RedflagError, match="rows must hold harmful rows to fine-tune on"):
         next(FineTune(rows=[]).run(tiny_target(), ROWS, 0))
     target = Target(object(), tiny_tokenizer(), tiny_target().spec)
     with pytest.raises(RedflagError, match="needs the target's weights"):

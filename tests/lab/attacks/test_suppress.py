@@ -56,7 +56,7 @@ def test_words_go_where_they_are_told():
     assert place_words(system, "", "X.", "user")[-1] == {"role": "user", "content": "Hi\n\nX."}
     assert place_words(system, "So", "X.", "prefill")[-1] == {"role": "assistant", "content": "X. So"}
     assert place_words(system, "", "", "user") == system
-    with pytest.raises(RedflagError, match="nobody reads"):
+    with pytest.raises(RedflagError, match="places must be among"):
         SuppressByWords(places=("tool",))
 
 

@@ -197,7 +197,7 @@ def test_the_same_rows_give_the_same_files(here, learnt):
 
 def test_bad_rows_stop_the_audit_or_are_counted(here):
     rows = [row("a", NO), row("b", ""), "{", row("c", NO, onset=3), row("d", "Fine.")]
-    with pytest.raises(RedflagError, match=r"rows\.jsonl:2: the response is empty; mend the row"):
+    with pytest.raises(RedflagError, match=r"rows\.jsonl:2: the response is empty\. Fix the row"):
         audited(here, rows)
     assert not (here / "out").exists()
     found = audited(here, rows, "--on_bad_row", "skip")
@@ -228,7 +228,7 @@ def test_columns_and_labels_are_those_of_other_verbs(here):
         (["--input", "rows.jsonl", "--sure", "0.5"], "sure must be above 0.5 and at most 1 (got 0.5)"),
         (["--input", "rows.jsonl", "--candidates", "-1"], "candidates must be at least 0 (got -1)"),
         (["--input", "rows.jsonl", "--embedding", "m"], "embedding chooses what is learnt from"),
-        (["--train", "rows.jsonl", "--classifier", "c"], "it has no label"),
+        (["--train", "rows.jsonl", "--classifier", "c"], "a row must have a label"),
         (["--train", "rows.jsonl", "--classifier", "c", "--write_rows", "w"], "write_rows has no rows"),
         (["--inptu", "rows.jsonl"], "unknown option --inptu"),
     ],

@@ -72,7 +72,7 @@ def test_a_taxonomy_survives_being_written_down():
         (["author"], "me", "unknown key 'author'"),
         (["categories"], [], "two or more"),
         (["categories"], "all", "two or more"),
-        (["categories", 1], "Unclear", "categories[1] is no mapping"),
+        (["categories", 1], "Unclear", "categories[1] must be a mapping"),
         (["categories", 1, "name"], " ", "categories[1].name"),
         (["categories", 1, "name"], "a/b", "a slash divides"),
         (["categories", 1, "name"], "PRIVATE", "'private' twice"),
@@ -80,11 +80,11 @@ def test_a_taxonomy_survives_being_written_down():
         (["categories", 1, "family"], "should-not", "family is 'should-not': say cannot or should_not"),
         (["categories", 0, "phrases"], "personal data", "categories[0].phrases must be a list"),
         (["categories", 0, "phrases"], ["ok"], "three or more characters"),
-        (["categories", 0, "subcategories"], {"a": 1}, "subcategories is no list"),
+        (["categories", 0, "subcategories"], {"a": 1}, "subcategories must be a list"),
         (
             ["categories", 0, "subcategories"],
             [{"name": "x", "family": "cannot"}],
-            "subcategories[0] has an unknown key",
+            "subcategories[0] must be among",
         ),
     ],
 )

@@ -231,14 +231,14 @@ def test_S4_2_intervals_take_requests_as_their_units():
 @pytest.mark.parametrize(
     ("row", "says"),
     [
-        ({"prompt": "a", "response": "b"}, "it has no label"),
+        ({"prompt": "a", "response": "b"}, "a row must have a label"),
         ({"prompt": "a", "refusal": True}, "without a response"),
         ({"prompt": "a", "response": "b", "refusal": "yes"}, "refusal is 'yes'"),
         ({"prompt": "a", "response": "b", "refusal": False, "refusal_category": "Private"}, "refusal is false, yet"),
-        ({"prompt": "a", "refusal_category": 3}, "neither a name nor a list"),
+        ({"prompt": "a", "refusal_category": 3}, "refusal_category must be a name or a list"),
         ({"prompt": "a", "prompt_label": "bad"}, "prompt_label is 'bad'"),
         ({"prompt": 3, "prompt_label": "benign"}, "no request"),
-        ({"messages": "hi", "refusal": True}, "not a list of turns"),
+        ({"messages": "hi", "refusal": True}, "messages must be a list of turns"),
         ("[1]", "not an object"),
         ("{", "malformed JSON"),
     ],

@@ -60,5 +60,5 @@ def test_S3_1_examples_of_near_duplicates(texts, threshold, kept):
 
 @pytest.mark.parametrize("threshold", [0.0, -1.0, 1.5, float("nan")])
 def test_S3_1_a_threshold_that_is_none_is_refused(threshold):
-    with pytest.raises(RedflagError, match="no similarity"):
+    with pytest.raises(RedflagError, match="must be above 0 and at most 1"):
         distinct(["a"], threshold)

@@ -104,7 +104,7 @@ def test_S3_1_onsets_of_rows_that_are_there_and_how_far_two_judges_agree(tmp_pat
         (("--constitution", "missing.yaml"), "missing.yaml cannot be read"),
         (("--onsets", NANO.parent / "README.md"), "none is named"),
         (("--constitution", NANO), "with --yes"),
-        (("--constitution", NANO, "--yes", "true"), "nobody is named who writes"),
+        (("--constitution", NANO, "--yes", "true"), "a writer must be named"),
         (("--constitution", NANO, "--yes", "true", "--judge", "endpoint"), "judge_name and judge_url must be given"),
         (("--constitution", NANO, "--yes", "true", "--model", "m", "--url", "h", "--key_env", "NO_KEY"), "NO_KEY"),
     ],
