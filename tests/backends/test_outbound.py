@@ -148,7 +148,7 @@ def test_a_proxy_that_does_not_help_is_named_as_the_reason(refused: bool, enviro
 @pytest.mark.parametrize(
     ("headers", "named"),
     [
-        ({"X-Secret": "${NO_SUCH_VARIABLE}"}, "NO_SUCH_VARIABLE in X-Secret"),
+        ({"X-Secret": "${NO_SUCH_VARIABLE}"}, "NO_SUCH_VARIABLE must be set, which upstream_headers names in X-Secret"),
         ({"X Team": "red"}, "X Team"),
         ({"": "red"}, "names of headers"),
         ({"X-Team": 7}, "X-Team"),
@@ -163,8 +163,9 @@ def test_headers_that_cannot_be_sent_are_named(
 ) -> None:
     environment.delenv("NO_SUCH_VARIABLE", raising=False)
     environment.setenv("TWO_LINES", "one\ntwo")
-    with pytest.raises(RedflagError, match=f"upstream_headers.*{named}"):
+    with pytest.raises(RedflagError, match=named) as refused:
         extra_headers(headers, "upstream_headers")
+    assert "upstream_headers" in str(refused.value)
 
 
 def test_a_secret_comes_from_the_environment_and_stands_in_no_message(environment: pytest.MonkeyPatch) -> None:

@@ -57,7 +57,7 @@ def test_a_sound_server_is_accepted(options):
         ({"api_key": "secret"}, {}, "API key"),
         ({"api_key": "secret"}, {"model": "tiny"}, "API key"),
         ({"models": [{"id": "other"}]}, {"model": "tiny"}, r"\['other'\] and not 'tiny'"),
-        ({"models": []}, {}, "name it"),
+        ({"models": []}, {}, "model must be given"),
         ({"script": lambda body, number: [BUSY]}, {}, "queue full"),
         ({"script": lambda body, number: [0.5]}, {"step_timeout": 0.1}, "too slow"),
         ({"script": lambda body, number: [Status((400, {"message": "id out-of-vocab"}, {}))]}, {}, "serve the model"),

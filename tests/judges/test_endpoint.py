@@ -266,8 +266,8 @@ def test_a_passing_fault_is_tried_again(serve):
         ((404, b""), 1, "404"),
         ((400, b"too long"), 2, "400: too long"),
         ((302, b""), 1, "302"),
-        ((200, b"<html>no</html>"), 1, "no JSON"),
-        ((200, b"[" * 100_000), 1, "no JSON"),
+        ((200, b"<html>no</html>"), 1, "invalid JSON"),
+        ((200, b"[" * 100_000), 1, "invalid JSON"),
         ((200, b" " * (1 << 21)), 1, "bytes"),
     ],
 )

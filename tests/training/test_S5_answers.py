@@ -117,7 +117,7 @@ def test_S5_3_a_prefill_is_neither_learnt_nor_kept_nor_judged(tokenizer):
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [({"share": 1.5}, "share is 1.5"), ({"most": 0}, "most 0"), ({"copies": 0}, "copies 0")],
+    [({"share": 1.5}, "share must be between 0 and 1"), ({"most": 0}, "most 0"), ({"copies": 0}, "copies 0")],
     ids=str,
 )
 def test_S5_3_numbers_without_meaning_are_refused(tokenizer, change, words):
@@ -129,7 +129,7 @@ def test_S5_3_numbers_without_meaning_are_refused(tokenizer, change, words):
 
 @pytest.mark.parametrize("prefill", [-1, 3, "2", True])
 def test_S5_3_a_prefill_that_leaves_no_answer_is_refused(prefill):
-    with pytest.raises(RedflagError, match="prefill is"):
+    with pytest.raises(RedflagError, match="prefill must be"):
         load_rows([{"prompt": "a", "response": "abc", "category": None, "prefill": prefill}])
 
 

@@ -66,7 +66,7 @@ class TestEncode:
 
     @pytest.mark.parametrize("max_length", [0, 1, -5])
     def test_a_length_without_room_is_refused(self, max_length: int) -> None:
-        with pytest.raises(RedflagError, match=f"max_length is {max_length}"):
+        with pytest.raises(RedflagError, match=rf"max_length must be at least 2 \(got {max_length}\)"):
             encode(row("Sure"), *world(), max_length=max_length)
 
     @given(
@@ -117,7 +117,7 @@ class TestBuildDataset:
         named = dataclasses.replace(row("Sure", "theft"), id="q17")
         for bad, name in (
             (named, "row q17: the category of a row must be one of the flags"),
-            (row(""), "row 1: the response is empty"),
+            (row(""), "row 1: the response must not be empty"),
         ):
             with pytest.raises(RedflagError, match=name):
                 build_dataset([row("Sure"), bad], *world())

@@ -115,7 +115,7 @@ def test_a_prefill_and_a_thought_do_not_go_together():
     [
         ({"thought_onset": 3}, "in a row without category"),
         ({"thought_onset": 13, "category": "harm"}, "within the thought of 13 characters"),
-        ({"thought_onset": True, "category": "harm"}, "not a whole number"),
+        ({"thought_onset": True, "category": "harm"}, "must be a whole number"),
         ({"thought_onset": 0, "category": "harm", "messages": row(thought=None).messages}, "thought of 0 characters"),
     ],
 )

@@ -75,7 +75,7 @@ def test_a_smaller_ball_gains_less():
 
 
 def test_what_cannot_be_done_is_refused():
-    with pytest.raises(RedflagError, match="norm is 'l3'"):
+    with pytest.raises(RedflagError, match="norm must be l2 or linf"):
         EmbeddingAttack(norm="l3")
     target = Target(object(), tiny_tokenizer(), tiny_target().spec)
     with pytest.raises(RedflagError, match="needs the target's weights"):
