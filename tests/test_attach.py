@@ -209,7 +209,7 @@ class TestAttachRefusals:
         class Slow:
             is_fast = False
 
-        with pytest.raises(RedflagError, match="the tokenizer must be a fast one \(got Slow\)"):
+        with pytest.raises(RedflagError, match=r"the tokenizer must be a fast one \(got Slow\)"):
             attach(make_model(8), Slow(), FlagSpec.of("harm"))  # type: ignore[arg-type]
 
     @pytest.mark.parametrize("token", ["<|end|>", "<|pad|>", "<|user|>"])

@@ -78,9 +78,9 @@ def test_options_in_the_text_are_options():
     for module, _ in cli.VERBS.values():
         given = importlib.import_module(module).ARGUMENTS
         for kind in given if isinstance(given, tuple) else (given,):
-            known |= {f"--{field.name}" for field in dataclasses.fields(kind)}
+            known |= {f"--{field.name}".replace("_", "-") for field in dataclasses.fields(kind)}
     prose = re.sub(r"^```\n.*?^```", "", TEXT, flags=re.S | re.M)
-    assert sorted(set(re.findall(r"`(--[a-z_]+)", prose)) - known) == []
+    assert sorted(set(re.findall(r"`(--[a-z_-]+)", prose)) - known) == []
 
 
 def test_every_part_has_a_test_that_its_id_finds():

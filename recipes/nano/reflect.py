@@ -262,7 +262,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/nano-reflect"), help="a world that reflects")
     parser.add_argument("--rows", type=int, default=200, help="harmful prefills, and false alarms, at most")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--alarm_rate", type=float, default=0.2, help="share of harmless responses that shall alarm")
+    parser.add_argument(
+        "--alarm-rate", "--alarm_rate", type=float, default=0.2, help="share of harmless responses that shall alarm"
+    )
     parser.add_argument("--temperature", type=float, default=0.7)
     given = parser.parse_args()
     result = measure(given.folder, given.rows, given.seed, given.alarm_rate, given.temperature)

@@ -34,6 +34,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/small-real"))
     parser.add_argument("--tokens", type=int, default=6_000_000, help="budget in tokens")
-    parser.add_argument("--max_minutes", type=float, default=13, help="wall-clock limit of the training loop")
+    parser.add_argument(
+        "--max-minutes", "--max_minutes", type=float, default=13, help="wall-clock limit of the training loop"
+    )
     arguments = parser.parse_args()
     build(arguments.output, arguments.tokens, arguments.max_minutes)

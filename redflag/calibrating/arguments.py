@@ -14,7 +14,7 @@ from redflag.watching.options import MonitorOptions
 class CalibrateArguments(RowOptions, ScoringOptions, MonitorOptions):
     """Thresholds for a target false-alarm rate per response, written to <model>/thresholds.json.
 
-    With `prompts`: per prompt, to <model>/prompt_thresholds.json, for `--judge_prompt`.
+    With `prompts`: per prompt, to <model>/prompt_thresholds.json, for `--judge-prompt`.
     """
 
     input: str = field(

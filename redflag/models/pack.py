@@ -128,7 +128,7 @@ def _adapter_of(folder: Path) -> Path:
     if not (last / ADAPTER).is_file() or not (last / WEIGHTS).is_file():
         raise RedflagError(
             f"{folder} must hold an adapter (got no {ADAPTER}, and no {last.name} with one). Train with --merge false, "
-            "or with --save_strategy steps"
+            "or with --save-strategy steps"
         )
     return last
 

@@ -225,7 +225,7 @@ def test_folds_share_out_harmless_and_harmful_rows_alike() -> None:
         (lambda: tuning.compare(planted(0, 3), MONITORS, Objective("recall", 0.9)), "too few for a recall of 0.9"),
         (
             lambda: tuning.compare(planted(0).select([1, 2, 3]), MONITORS, Objective()),
-            "must have harmless and harmful responses \(got 3 and 0\)",
+            r"must have harmless and harmful responses \(got 3 and 0\)",
         ),
         (
             lambda: tuning.fit(Objective("recall", 0.5), np.zeros((9, 1)), np.zeros(9, dtype=np.int64)),

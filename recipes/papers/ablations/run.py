@@ -178,8 +178,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--world", type=Path, default=Path("runs/nano"), help="what `redflag demo --world nano` made")
     parser.add_argument("--output", type=Path, default=Path("runs/ablations"))
-    parser.add_argument("--small_real", type=Path, default=Path("runs/small-real"), help="what its recipe made")
-    parser.add_argument("--small_real_seeds", nargs="+", type=int, default=[0])
+    parser.add_argument(
+        "--small-real", "--small_real", type=Path, default=Path("runs/small-real"), help="what its recipe made"
+    )
+    parser.add_argument("--small-real-seeds", "--small_real_seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--variants", nargs="+", choices=list(FLAGS), default=list(FLAGS), help="flags to train")
     parser.add_argument("--requests", type=int, default=60, help="harmful requests that are attacked with")

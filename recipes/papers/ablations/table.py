@@ -318,6 +318,8 @@ def main(output: Path, folder: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/ablations"))
-    parser.add_argument("--small_real", type=Path, default=Path("runs/small-real"), help="what its recipe made")
+    parser.add_argument(
+        "--small-real", "--small_real", type=Path, default=Path("runs/small-real"), help="what its recipe made"
+    )
     given = parser.parse_args()
     main(given.output, given.small_real)

@@ -57,9 +57,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/refusal-tokens/nano"))
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--test_rows", type=int, default=3000)
+    parser.add_argument("--test-rows", "--test_rows", type=int, default=3000)
     parser.add_argument("--answers", type=int, default=100, help="requests of each slice that are answered")
-    parser.add_argument("--max_rows", type=int, help="train on so many rows only")
+    parser.add_argument("--max-rows", "--max_rows", type=int, help="train on so many rows only")
     arguments = parser.parse_args()
     results: dict[str, list[dict[str, Any]]] = {}
     for seed in arguments.seeds:

@@ -59,8 +59,8 @@ def main() -> None:
     parser.add_argument("--gpus", type=float, default=0, help="... GPUs of each")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--max_length", type=int)
+    parser.add_argument("--batch-size", "--batch_size", type=int, default=16)
+    parser.add_argument("--max-length", "--max_length", type=int)
     parser.add_argument("--address", help="of a running cluster; default: a new one of this machine's cores")
     arguments = parser.parse_args()
 

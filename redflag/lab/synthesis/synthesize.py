@@ -228,7 +228,7 @@ def _forecast(arguments: SynthesizeArguments, output: Path) -> None:
     if not arguments.yes and (arguments.max_requests is None or most > arguments.max_requests):
         raise RedflagError(
             f"this would take up to {most:,} requests; nothing was asked: give the command again with --yes, or a "
-            "higher --max_requests"
+            "higher --max-requests"
         )
     judge = _judge(arguments, output)
     if judge is None:
