@@ -166,7 +166,7 @@ class RemoteBackend:
         outside = [i for i in ids if i < 0 or (self._vocab_size is not None and i >= self._vocab_size)]
         if outside:
             raise RedflagError(
-                f"{kind} ids must be below {self._vocab_size or 'the vocabulary size'} and at least 0 (got {outside[0]})."
+                f"{kind} ids must be at least 0 and below {self._vocab_size or 'V'} (got {outside[0]})."
             )
 
     def _steps(

@@ -89,7 +89,7 @@ def test_a_server_that_names_no_models_needs_a_name():
         (("localhost:8000", [FLAG], [EOS]), "must begin with http:// or https://"),
         (("http://x", [], [EOS]), "the number of flag ids"),
         (("http://x", list(range(200)), [EOS]), "the number of flag ids"),
-        (("http://x", [-1], [EOS]), "flag ids must be below"),
+        (("http://x", [-1], [EOS]), "flag ids must be at least 0 and below"),
     ],
 )
 def test_arguments_that_cannot_be_used_are_refused(arguments, named):
@@ -98,7 +98,7 @@ def test_arguments_that_cannot_be_used_are_refused(arguments, named):
 
 
 def test_ids_outside_the_vocabulary_are_refused():
-    with pytest.raises(RedflagError, match="flag ids must be below"):
+    with pytest.raises(RedflagError, match="flag ids must be at least 0 and below"):
         RemoteBackend("http://x", [70], [EOS], vocab_size=VOCABULARY)
     backend = RemoteBackend("http://x", [FLAG], [EOS], vocab_size=VOCABULARY)
     with pytest.raises(RedflagError, match="watched id 60"):
