@@ -68,7 +68,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--delta", type=float, default=0.05, help="probability that high_probability may fail")
     parser.add_argument("--per-category", action="store_true", help="rate or cost of each flag by itself, not of any")
     parser.add_argument("--aggregations", nargs="+", default=["max", "run", "ema", "cusum"], metavar="NAME")
-    parser.add_argument("--windows", nargs="+", type=int, default=[2, 3, 5, 8], help="run: steps on end")
+    parser.add_argument("--windows", nargs="+", type=int, default=[2, 3, 5, 8], help="run: consecutive steps")
     parser.add_argument("--decays", nargs="+", type=float, default=[0.05, 0.1, 0.2, 0.4], help="ema: weights")
     parser.add_argument("--priors", nargs="+", type=float, default=[0.001, 0.01, 0.1], help="cusum: benign level")
     parser.add_argument("--drifts", nargs="+", type=float, default=[0.0, 0.5, 1.0, 2.0], help="cusum: nats per step")
@@ -84,7 +84,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def tune(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Does it all; the result is JSON, with what is printed as `text`."""
+    """The whole run; the result is JSON, with the printed lines as `text`."""
     begin = time.perf_counter()
     objective = objective_of(arguments)
     configs = tuning.grid(
@@ -102,7 +102,7 @@ def tune(arguments: argparse.Namespace) -> dict[str, Any]:
     if report is not None:
         check_apart(recording, report)
     if all(group is None for group in recording.columns["group"]):
-        warnings.append("no row names its group: rows that ask the same thing may stand on both sides of every split")
+        warnings.append("no row has a group: rows that ask the same thing may be on both sides of every split")
     choice, setting = None, recording
     if len(configs) > 1:
         others, chosen = split_groups(recording.columns["group"], arguments.choose_share, arguments.seed)
@@ -185,7 +185,7 @@ def objective_of(arguments: argparse.Namespace) -> tuning.Objective:
 
 
 def read(path: str, spec: FlagSpec | None, warnings: list[str]) -> Recording:
-    """A recording; with a model, one that says it is of that model."""
+    """A recording; with a model, one of that model."""
     found = recorded(path, spec) if spec else None
     found = Recording.load(path) if found is None else found
     cut = cut_short(found)
@@ -195,7 +195,7 @@ def read(path: str, spec: FlagSpec | None, warnings: list[str]) -> Recording:
 
 
 def check_apart(recording: Recording, report: Recording) -> None:
-    """Refuses a report on rows that had a part in the thresholds."""
+    """Refuses a report on rows that were used to set the thresholds."""
     if recording.categories != report.categories:
         raise RedflagError(
             f"the recordings are of the flags {', '.join(recording.categories)} and {', '.join(report.categories)}: "
@@ -218,7 +218,7 @@ def settle(
     arguments: argparse.Namespace,
     spec: FlagSpec | None,
 ) -> tuple[Thresholds, tuning.Rates, HoldBack | None]:
-    """Sets the thresholds of one monitor, and measures what they do on rows that had no part in that."""
+    """Sets the thresholds of one monitor, and measures them on rows that were not used to set them."""
     everything: list[int] = list(range(len(setting)))
     fit_on, measure_on = everything, everything
     if report is None:
@@ -230,7 +230,7 @@ def settle(
             f"no threshold of the monitor {tuning.describe(config)!r} meets the objective: too many harmless responses "
             "reach a score of 1, so the guard could never fire; ask for less, or look at those rows"
         )
-    if objective.kind == "fpr" and report is None:  # Harmful rows had no part in the thresholds.
+    if objective.kind == "fpr" and report is None:  # Harmful rows were not used to set the thresholds.
         measure_on = sorted({*measure_on, *np.flatnonzero(own >= 0).tolist()})
     measured = report or setting.select(measure_on)
     rates = tuning.rates(measured, config, values)
@@ -260,7 +260,7 @@ def settle(
 
 
 def doubts(choice: tuning.Choice, objective: tuning.Objective) -> list[str]:
-    """What should be known before the choice is believed."""
+    """Warnings about the choice."""
     best, first = choice.candidates[choice.best], choice.candidates[0]
     found = []
     if choice.best and choice.lead < choice.beyond_chance * choice.lead_error:

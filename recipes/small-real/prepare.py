@@ -55,7 +55,7 @@ QUOTAS: dict[str, Quota] = {
     "gsm8k/train": Quota(0, 200, 5),
     "alpaca-gpt4-demo/en": Quota(0, 100, 5),
 }
-# Read for the language model only: nobody labelled these, or only a phrase list did.
+# Read for the language model only: these have no labels, or only those of a phrase list.
 UNLABELLED = ("hh-harmless-test/test", "advbench-uncensored-vicuna/train", "safe-unlearning/uncensored-unlabelled")
 
 # Settings, monitors included, are chosen on the development rows; the test rows are looked at once, at the end.

@@ -63,7 +63,7 @@ SYSTEMS = {
     "flag-aligned-presto-kept": KEPT,
 }
 FLAGGED_SYSTEMS = ("dense", "flag-aligned-presto", "flag-aligned-presto-kept")
-# In small-real nobody says where harm begins, and all weights are trained: its own file has the rest.
+# In small-real onsets are unknown, and all weights are trained: its own file has the rest.
 THREE_TERMS_THERE = "--flag_coef 2 --peak_coef 0 --benign_coef 1 --after_coef 1 --keep_coef 0"
 SMALL_REAL = {
     "until": f"--placement until {THREE_TERMS_THERE}",

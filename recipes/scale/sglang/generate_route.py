@@ -1,6 +1,6 @@
 """SGLang's native `/generate` route: the request that measures flags, and steps out of what it streams back.
 
-Pure functions: whoever owns the connection posts `request(...)` to `/generate` and gives every `data:` line but
+Pure functions: the owner of the connection posts `request(...)` to `/generate` and gives every `data:` line but
 `[DONE]`, parsed, to `steps`. Written after SGLang's source (0.5.x); not yet run against a server.
 
 Two traps. SGLang takes the log-probabilities that it returns *after* penalties, grammar and `logit_bias`, and after
