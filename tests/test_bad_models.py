@@ -170,7 +170,10 @@ def test_a_model_of_nan_is_never_believed(refused, here, capsys):
     refused(command("calibrate"), "the model gave [nan, nan] as flag probability", "Check the weights")
     assert cli.main(command("generate", "--record", "t.jsonl")) == 1
     out, err = capsys.readouterr()
-    assert out.strip() == "" and "halted: fault, step 0: a flag probability is nan" in err
+    assert (
+        out.strip() == ""
+        and "halted: fault, step 0: a flag probability must be at least 0 and at most 1 (got nan)" in err
+    )
     assert [(type(event), event.reason) for t in read_traces("t.jsonl") for event in t.events] == [(Halt, "fault")]
 
 

@@ -250,7 +250,7 @@ class TestVerbs:
         "template, words",
         [
             ("{% for m in messages %}<|user|>{{ m.text }}{% endfor %}<|assistant|>", "must show a user's content"),
-            (CHAT_TEMPLATE + "{% if add_generation_prompt %}<think>{% endif %}", "ends inside a thought"),
+            (CHAT_TEMPLATE + "{% if add_generation_prompt %}<think>{% endif %}", "must not end inside a thought"),
         ],
         ids=["no words", "an open thought"],
     )

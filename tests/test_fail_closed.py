@@ -84,11 +84,11 @@ def test_the_text_of_a_flag_makes_no_flag_and_is_never_shown(guarded, role, form
 
 
 BAD_MESSAGES = {
-    "none": ([], "the conversation is empty"),
-    "an unknown role": ([{"role": "robot", "content": "hi"}], "the role 'robot'"),
+    "none": ([], "the conversation must have at least one user message"),
+    "an unknown role": ([{"role": "robot", "content": "hi"}], "(got 'robot')"),
     "no text": ([{"role": "user", "content": None}], "message 0 must have text content"),
     "no content": ([{"role": "user"}], "message 0 must have text content"),
-    "only an answer": ([{"role": "assistant", "content": "hi"}], "Only an assistant turn"),
+    "only an answer": ([{"role": "assistant", "content": "hi"}], "must have a user or system turn"),
     "half a character": ([{"role": "user", "content": "\ud800"}], "half of a surrogate pair"),
 }
 

@@ -94,7 +94,7 @@ def test_a_place_that_can_be_written_is_left_as_it_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize("file", [False, True])
 def test_a_file_in_the_place_of_a_folder_is_refused_with_the_option_that_names_it(file: bool, tmp_path: Path) -> None:
     (tmp_path / "taken").write_bytes(b"")
-    with pytest.raises(RedflagError, match=r"cannot be written \(.*taken is a file\): choose another where, or mend"):
+    with pytest.raises(RedflagError, match=r"cannot be written \(.*taken is a file\)\. Choose another where, or fix"):
         require_writable(tmp_path / "taken" / "inner", "where", file=file)
     assert os.listdir(tmp_path) == ["taken"]
 

@@ -32,7 +32,7 @@ class TestSpec:
         assert FlagSpec.of(*categories).class_of(category) == expected
 
     def test_a_category_without_a_flag_is_named(self) -> None:
-        with pytest.raises(RedflagError, match=r"'theft' \(there are weapons, fraud\)"):
+        with pytest.raises(RedflagError, match=r"weapons, fraud \(got 'theft'\)"):
             FlagSpec.of("weapons", "fraud").class_of("theft")
 
     @pytest.mark.parametrize(
@@ -62,10 +62,10 @@ class TestSpec:
         [
             (lambda: FlagSpec(()), "at least one flag"),
             (lambda: FlagSpec.of(), "at least one flag"),
-            (lambda: FlagSpec.of("harm", "harm"), "share the category 'harm'"),
-            (lambda: FlagSpec.of("a b", "a-b"), "share the token '<|redflag_a_b|>'"),
-            (lambda: FlagSpec((Flag("a", "<f>"), Flag("b", "<f>"))), "share the token '<f>'"),
-            (lambda: FlagSpec((Flag("a", "<f>", id=3), Flag("b", "<g>", id=3))), "share the id 3"),
+            (lambda: FlagSpec.of("harm", "harm"), "its own category .got 'harm' twice"),
+            (lambda: FlagSpec.of("a b", "a-b"), "its own token .got '<|redflag_a_b|>' twice"),
+            (lambda: FlagSpec((Flag("a", "<f>"), Flag("b", "<f>"))), "its own token .got '<f>' twice"),
+            (lambda: FlagSpec((Flag("a", "<f>", id=3), Flag("b", "<g>", id=3))), "its own id .got 3 twice"),
             (lambda: FlagSpec.of(""), "category must not be empty"),
             (lambda: FlagSpec((Flag(" "),)), "category must not be empty"),
             (lambda: FlagSpec((Flag("a", " "),)), "white space"),
@@ -98,13 +98,13 @@ class TestFile:
         "change, words",
         [
             ({"format": 2}, "must have the format 1 .got 2"),
-            ({"format": None}, "has format None"),
-            ({"colour": "red"}, "unknown key 'colour'"),
+            ({"format": None}, "must have the format 1 .got None"),
+            ({"colour": "red"}, "got 'colour'"),
             ({"flags": None}, "must have a list of flags"),
             ({"flags": {}}, "must have a list of flags"),
             ({"flags": []}, "must have a list of flags"),
             ({"flags": ["<f>"]}, "must have a list of flags"),
-            ({"flags": [{"category": "a", "token": "<f>", "color": 1}]}, "unknown key 'color'"),
+            ({"flags": [{"category": "a", "token": "<f>", "color": 1}]}, "got 'color'"),
             ({"flags": [{"token": "<f>", "id": 3}]}, "must have category and token"),
             ({"flags": [{"category": "a", "id": 3}]}, "must have category and token"),
             ({"flags": [{"category": 5, "token": "<f>"}]}, "category: 5"),
@@ -115,7 +115,7 @@ class TestFile:
             ({"flags": [{"category": "a", "token": "<f>", "id": "3"}]}, "id: '3'"),
             ({"flags": [{"category": "a", "token": "<f>", "id": 3.0}]}, "id: 3.0"),
             ({"flags": [{"category": "a", "token": "<f>", "id": True}]}, "id: True"),
-            ({"flags": [{"category": "a", "token": "<f>"}, {"category": "a", "token": "<g>"}]}, "share the category"),
+            ({"flags": [{"category": "a", "token": "<f>"}, {"category": "a", "token": "<g>"}]}, "its own category"),
             ({"run_id": 5}, "run_id: 5"),
             ({"template_hash": None}, "template_hash: None"),
         ],
@@ -135,8 +135,8 @@ class TestFile:
             (b'{"format": 1, "flags": [', "cannot be read"),
             (b"\xff\xfe", "cannot be read"),
             (b"[" * 100_000, "cannot be read"),
-            (b"[1]", "has format"),
-            (b"null", "has format"),
+            (b"[1]", "must have the format 1"),
+            (b"null", "must have the format 1"),
         ],
     )
     def test_what_is_no_json_is_refused(self, content: bytes, words: str, tmp_path: Path) -> None:
@@ -166,5 +166,5 @@ class TestFile:
 
     def test_a_folder_that_cannot_be_made_is_named(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
-        with pytest.raises(RedflagError, match="cannot be made"):
+        with pytest.raises(RedflagError, match="cannot be created"):
             SPEC.save(tmp_path / "file" / "model")

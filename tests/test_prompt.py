@@ -75,7 +75,9 @@ class TestOrdinaryTextIsStock:
         assert render_prompt(tokenizer, messages, spec) == render_prompt(single, messages, spec)
         assert template_hash(tokenizer) == template_hash(single)
         tokenizer.chat_template = {"tool_use": JOINED, "rag": CHAT_TEMPLATE}
-        with pytest.raises(RedflagError, match="tool_use, rag and none is named default"):
+        with pytest.raises(
+            RedflagError, match=r"one of several chat templates must be named default \(got tool_use, rag\)"
+        ):
             render_prompt(tokenizer, messages, spec)
 
 
@@ -94,14 +96,14 @@ class TestRefusals:
     @pytest.mark.parametrize(
         "messages, words",
         [
-            ([], "conversation is empty"),
+            ([], "conversation must have at least one user message"),
             ([{"role": "user"}], "message 0 must have text content"),
             ([turn("user", "Hi"), {"role": "user", "content": [{"type": "text"}]}], "message 1 must have text content"),
             (["Hi"], "message 0 must have text content"),
-            ([turn("robot", "Hi")], "role 'robot': use one of system, user, assistant, tool"),
-            ([{"content": "Hi"}], "role None"),
+            ([turn("robot", "Hi")], "must be one of system, user, assistant, tool .got 'robot'"),
+            ([{"content": "Hi"}], "got None"),
             ([turn("user", "a\ud800b")], "message 0 must not hold half of a surrogate pair"),
-            ([turn("assistant", "Sure")], "Only an assistant turn"),
+            ([turn("assistant", "Sure")], "must have a user or system turn"),
         ],
     )
     def test_a_malformed_conversation_is_named(self, messages: Any, words: str) -> None:
@@ -113,10 +115,10 @@ class TestRefusals:
     @pytest.mark.parametrize(
         "messages, words",
         [
-            ([turn("user", "Hi")], "last turn is the user's"),
+            ([turn("user", "Hi")], "the last one the user's"),
             ([turn("assistant", "Hi")], "1 turn"),
-            ([turn("user", "Hi"), turn("assistant", "")], "the response is empty"),
-            ([], "conversation is empty"),
+            ([turn("user", "Hi"), turn("assistant", "")], "the response must not be empty"),
+            ([], "conversation must have at least one user message"),
         ],
     )
     def test_a_conversation_without_response_is_named(self, messages: Any, words: str) -> None:
@@ -130,7 +132,7 @@ class TestRefusals:
             + CHAT_TEMPLATE
         )
         spec = world("byte-level")[1]
-        with pytest.raises(RedflagError, match=r"\['system', 'user'\] \(System role not supported\): reorder"):
+        with pytest.raises(RedflagError, match=r"\['system', 'user'\] \(System role not supported\)\. Reorder"):
             render_prompt(tokenizer, [turn("system", "Be kind."), turn("user", "Hi")], spec)
         assert render_prompt(tokenizer, [turn("user", "Hi")], spec)
 

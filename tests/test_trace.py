@@ -166,8 +166,8 @@ def test_steps_gives_back_what_the_engine_gave():
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"flag_probs": [(0.1, 0.0)]}, "flag_probs are not 3 tokens x 2 categories"),
-        ({"scores": [(0.1,)] * 3}, "scores are not 3 tokens x 2 categories"),
+        ({"flag_probs": [(0.1, 0.0)]}, "flag_probs of trace 'r-1' must be 3 tokens x 2 categories"),
+        ({"scores": [(0.1,)] * 3}, "scores of trace 'r-1' must be 3 tokens x 2 categories"),
         ({"token_ids": [5, 6, "x"]}, "as JSON"),
         ({"flag_probs": [("high", 0.1)] * 3}, "as JSON"),
         ({"meta": {"x": math.nan}}, "as JSON"),

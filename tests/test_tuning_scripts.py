@@ -120,7 +120,7 @@ def test_few_rows_and_a_lead_within_chance_are_said(folder: Path, capsys: pytest
     options = ["--target-fpr", "0.3", "--folds", "2", "--aggregations", "max", "ema"]
     assert tune.main([str(folder / "few.parquet"), *options]) == 0
     printed = capsys.readouterr().out
-    assert "too few to trust" in printed and "no row names its group" in printed
+    assert "too few to trust" in printed and "no row has a group" in printed
     assert "read the intervals, not the rates" in printed
 
 

@@ -70,7 +70,7 @@ def reviews(data: Path) -> dict[str, dict[str, Any]]:
 
 
 def guessed_onset(response: str) -> int:
-    """Onsets not annotated: behind the first sentence or line ("Sure, here is ...") of at most 200 characters."""
+    """A guess: behind the first sentence or line ("Sure, here is ...") of at most 200 characters."""
     end = _SENTENCE_END.search(response, 0, 200)
     return end.end() if end and end.end() < len(response) - 40 else 0
 

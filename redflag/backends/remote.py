@@ -165,9 +165,7 @@ class RemoteBackend:
             raise RedflagError(f"the number of {kind} ids must be at least 1 and at most {MOST_IDS} (got {len(ids)}).")
         outside = [i for i in ids if i < 0 or (self._vocab_size is not None and i >= self._vocab_size)]
         if outside:
-            raise RedflagError(
-                f"{kind} ids must be at least 0 and below {self._vocab_size or 'V'} (got {outside[0]})."
-            )
+            raise RedflagError(f"{kind} ids must be at least 0 and below {self._vocab_size or 'V'} (got {outside[0]}).")
 
     def _steps(
         self, token_ids: Sequence[int], sampling: Sampling, watch: Sequence[int], link: Link | None

@@ -35,10 +35,10 @@ BAD: dict[str, tuple[str | bytes, str]] = {
     "a list": ("[1, 2]", "a record must be an object (got a list)"),
     "a text": ('"hello"', "a record must be an object (got the text 'hello')"),
     "null": ("null", "a record must be an object (got null)"),
-    "nothing in it": ("{}", "neither messages nor prompt"),
+    "nothing in it": ("{}", "a row must have messages or a prompt"),
     "messages a text": ('{"messages": "hi"}', "messages must be a list"),
     "messages empty": ('{"messages": []}', "messages must not be empty"),
-    "message a text": ('{"messages": ["hi"]}', "message 0 is not an object"),
+    "message a text": ('{"messages": ["hi"]}', "message 0 must be an object"),
     "no assistant turn": (json.dumps({"messages": [USER]}), "no assistant turn"),
     "assistant not last": (json.dumps({"messages": [USER, ANSWER, USER]}), "the last turn is the user's"),
     "no user turn": (json.dumps({"messages": [ANSWER]}), "no user turn"),
@@ -47,8 +47,8 @@ BAD: dict[str, tuple[str | bytes, str]] = {
         json.dumps({"messages": [USER, {"role": "assistant", "content": " \n"}]}),
         "the response is empty",
     ),
-    "unknown role": (json.dumps({"messages": [{"role": "human", "content": "x"}, ANSWER]}), "role 'human'"),
-    "no role": (json.dumps({"messages": [{"content": "x"}, ANSWER]}), "role None"),
+    "unknown role": (json.dumps({"messages": [{"role": "human", "content": "x"}, ANSWER]}), "(got 'human')"),
+    "no role": (json.dumps({"messages": [{"content": "x"}, ANSWER]}), "(got None)"),
     "content a list": (
         json.dumps({"messages": [{"role": "user", "content": [{"type": "text"}]}, ANSWER]}),
         "must be text or text parts",
@@ -67,7 +67,7 @@ BAD: dict[str, tuple[str | bytes, str]] = {
         "onset must be a whole number (got 3.0)",
     ),
     "onset a truth value": (json.dumps({**GOOD, "category": "harm", "onset": True}), "onset must be a whole number"),
-    "onset negative": (json.dumps({**GOOD, "category": "harm", "onset": -1}), "onset is -1, outside"),
+    "onset negative": (json.dumps({**GOOD, "category": "harm", "onset": -1}), "onset must be within"),
     "onset past the end": (json.dumps({**GOOD, "category": "harm", "onset": 16}), "within the response of 16 char"),
     "onset without category": (json.dumps({**GOOD, "onset": 3}), "onset must be left out in a row without category"),
     "category a number": (json.dumps({**GOOD, "category": 3}), "category must be a name"),
@@ -80,8 +80,8 @@ BAD: dict[str, tuple[str | bytes, str]] = {
     "forecast a text": (json.dumps({**GOOD, "forecast": [[0, "0.5"]]}), "forecast 0 must be [character, probability]"),
     "forecast of truth": (json.dumps({**GOOD, "forecast": [[0, True]]}), "forecast 0 must be [character, probability]"),
     "forecast between characters": (json.dumps({**GOOD, "forecast": [[0.5, 0]]}), "forecast 0 must hold whole numbers"),
-    "forecast behind the end": (json.dumps({**GOOD, "forecast": [[0, 0], [16, 1]]}), "forecast 1 is at 16, outside"),
-    "forecast before the beginning": (json.dumps({**GOOD, "forecast": [[-1, 0]]}), "forecast 0 is at -1, outside"),
+    "forecast behind the end": (json.dumps({**GOOD, "forecast": [[0, 0], [16, 1]]}), "forecast 1 must be within"),
+    "forecast before the beginning": (json.dumps({**GOOD, "forecast": [[-1, 0]]}), "forecast 0 must be within"),
     "forecasts in no order": (
         json.dumps({**GOOD, "forecast": [[4, 0], [4, 1]]}),
         "forecast 1 must be behind the one before it, at 4",
@@ -93,12 +93,12 @@ BAD: dict[str, tuple[str | bytes, str]] = {
     "forecast no number": ('{"prompt": "Hi", "response": "Ho", "forecast": [[0, NaN]]}', "must be a probability"),
     "forecast of another harm": (
         json.dumps({**GOOD, "category": "harm", "forecast": [[0, 1]], "forecast_category": "fraud"}),
-        "forecast_category is 'fraud' in a row of category 'harm'",
+        "forecast_category must be left out in a row of category 'harm' (got 'fraud')",
     ),
     "group an object": (json.dumps({**GOOD, "group": {}}), "group must be a name (got an object"),
     "prompt without response": ('{"prompt": "Hi", "response": null, "label": "benign"}', "a prompt without response"),
     "two answers": (json.dumps({**GOOD, "response": "Hi."}), "Which one is the answer?"),
-    "label null": ('{"prompt": "Hi", "response": "Ho", "label": null}', "label is null"),
+    "label null": ('{"prompt": "Hi", "response": "Ho", "label": null}', "label must not be null"),
     "label unknown": ('{"prompt": "Hi", "response": "Ho", "label": 1}', "label must be one of harmful"),
 }
 
@@ -127,12 +127,12 @@ def test_a_bad_row_is_counted_and_skipped_when_asked(tmp_path: Path, line: str |
 @pytest.mark.parametrize(
     "arguments, reason",
     [
-        ({"source": "no/such/file.jsonl"}, "there is no file or folder"),
-        ({"source": 5}, "rows cannot be read from a int"),
+        ({"source": "no/such/file.jsonl"}, "must be a file or folder of rows"),
+        ({"source": 5}, "the source must be a file, a folder, a data set's name or a list of rows .got a int"),
         ({"source": {"train": []}}, "Choose one split"),
         ({"source": []}, "it is empty"),
-        ({"source": [GOOD], "on_bad_row": "ignore"}, "on_bad_row is 'ignore'"),
-        ({"source": [GOOD], "unlabelled": "drop"}, "unlabelled is 'drop'"),
+        ({"source": [GOOD], "on_bad_row": "ignore"}, r"on_bad_row must be .*\(got 'ignore'"),
+        ({"source": [GOOD], "unlabelled": "drop"}, r"unlabelled must be .*\(got 'drop'"),
         ({"source": [GOOD], "columns": {"question": "prompt"}}, "got 'question'"),
         ({"source": [GOOD], "columns": {"category": "kind"}}, "no column 'kind'"),
         ({"source": [{}], "on_bad_row": "skip"}, "all 1 rows were left out"),
@@ -290,7 +290,7 @@ def test_messages_that_end_before_the_answer_are_completed_by_the_response() -> 
 def test_unlabelled_rows_are_left_out_and_counted_when_asked() -> None:
     rows = load_rows([{**PAIR, "label": None}, {**PAIR, "label": "benign"}], unlabelled="skip")
     assert len(rows) == 1
-    assert rows.skipped == [BadRow("<rows>", 1, "label is null")]
+    assert rows.skipped == [BadRow("<rows>", 1, "label must not be null")]
 
 
 def test_a_column_that_rows_may_lack_may_be_lacking_in_mapped_rows() -> None:

@@ -271,12 +271,12 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "JailbreakBench without categories": (
         {"Index": 0, "Goal": "Q", "Target": "Sure", "Behavior": "b", "Source": "AdvBench"},
         {},
-        """give --columns '{"prompt": "Goal"}'""",
+        """add --columns '{"prompt": "Goal"}'""",
     ),
     "StrongREJECT": (
         {"category": "Fraud", "source": "custom", "forbidden_prompt": "Q"},
         {},
-        """give --columns '{"prompt": "forbidden_prompt"}'""",
+        """add --columns '{"prompt": "forbidden_prompt"}'""",
     ),
     "circuit breakers": (
         {"category": "harm", "prompt": "Q", "output": "A", "llama3_output": "No"},
@@ -287,7 +287,8 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "rows wrapped in an object": (
         {"version": 1, "data": [{"prompt": "Q", "response": "A"}]},
         {},
-        "no conversation in it. Its 'data' is a list of objects: if those are the rows, write them as a JSON array",
+        "a row must have messages or a prompt. Its 'data' is a list of objects: if those are the rows, write them as a "
+        "JSON array",
     ),
     "one of several columns is not there": (
         {"prompt": "Q", "a": "A"},

@@ -106,7 +106,7 @@ def test_the_category_that_halted_is_read_from_the_stop_reason():
     [
         (Thresholds.manual(0.5, HARM.categories, MonitorConfig("cusum")), "cusum"),
         (Thresholds.manual(0.5, HARM.categories, MonitorConfig("first")), "first"),
-        (Thresholds.manual(0.5, ["harm"]), "one threshold and one action for each"),
+        (Thresholds.manual(0.5, ["harm"]), "thresholds must name exactly the flags"),
         (Thresholds.manual(0.5, HARM.categories, logprob_mode="processed"), "raw"),
     ],
 )

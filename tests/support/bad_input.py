@@ -47,7 +47,7 @@ def refused(here, capsys):
         assert [line for line in err.splitlines() if line.startswith("redflag ")] == [last]
         assert "Traceback" not in out + err
         for words in says:
-            assert words in last
+            assert words in last, (words, last)
         assert len(last) < 600, "nobody reads that"
         after = files(here)
         assert after.keys() == before.keys(), "something was left behind or lost"

@@ -99,7 +99,7 @@ def test_the_file_is_flat_readable_json_with_a_format_number(tmp_path):
         (lambda r: r.update(target_fpr=1), r"target_fpr must be .*\(got 1"),
         (lambda r: r.update(interval=[0.1]), "interval"),
         (lambda r: r.update(interval=3), "cannot be"),
-        (lambda r: r.update(realised_fpr=2), "realised_fpr is 2"),
+        (lambda r: r.update(realised_fpr=2), "realised_fpr and the two ends of interval must be .*got 2"),
         (lambda r: r.update(sample_size=-3), r"sample_size must be .*\(got -3"),
         (lambda r: r.update(run_id=None), r"run_id must be .*\(got None"),
         (lambda r: r.update(joint=1), r"joint must be .*\(got 1"),

@@ -1,4 +1,4 @@
-"""AutoRAP: rank-assisted prefilling by a learned helper in place of a person (Vega & Singh, arXiv 2512.05518).
+"""AutoRAP: rank-assisted prefilling by a learned helper instead of a person (Vega & Singh, arXiv 2512.05518).
 
 The helper reads prompt, response so far and one candidate, and says at the last token whether the response goes on to
 do harm or turns into a refusal. It is trained for each target on the target's own refusals. The search takes the most
@@ -42,21 +42,21 @@ class AutoRAP:
     rate 2e-5 falling to 0, budget 512.
 
     Attributes:
-        helper: Folder or hub name of the helper's model; None: a copy of the target's own.
-        rows: Rows to train the helper on; None: those attacked, which helps the attacker. Answers of harmless ones are
-            shown to it as refusals are: a target that never refuses behind harm has none of its own to show.
-        k: Tokens on offer at each step.
-        budget: Most moves.
-        prefill_tokens: Harmful tokens that the attacker writes beforehand.
-        max_new_tokens: Most tokens of a branch.
-        train_rows: Most harmful rows to train on, and most harmless ones.
-        starters: Most tokens that are forced to get refusals.
-        refusals: Refusals kept of each row.
-        refusal_tokens: Most tokens of a refusal.
-        first_cut: Fewest tokens of a harmful answer in an example; the paper has 10.
-        epochs: Passes over the training rows, each cut anew.
-        learning_rate: Of AdamW, falling to 0.
-        batch: Examples of one step.
+        helper: Folder or hub name of the helper's model; None = a copy of the target.
+        rows: Rows to train the helper on; None = the attacked rows, which helps the attacker. Answers of harmless rows
+            serve as refusals too: a target that never refuses after harm has no refusals of its own.
+        k: Candidates at each step.
+        budget: Maximum number of moves.
+        prefill_tokens: Length of the harmful prefill, tokens.
+        max_new_tokens: Maximum length of a branch, tokens.
+        train_rows: Maximum number of harmful rows to train on, and of harmless ones.
+        starters: Maximum number of tokens that are forced to get refusals.
+        refusals: Refusals per row.
+        refusal_tokens: Maximum length of a refusal, tokens.
+        first_cut: Minimum length of a harmful answer in an example, tokens; the paper has 10.
+        epochs: Passes over the training rows, each with new cuts.
+        learning_rate: AdamW's, falling to 0.
+        batch: Examples per step.
     """
 
     helper: str | Path | None = None
@@ -80,7 +80,7 @@ class AutoRAP:
         """See `redflag.lab.attacks.Attack`.
 
         Raises:
-            RedflagError: The target's weights are out of reach, the helper does not load, or there are no harmful rows
+            RedflagError: The target's weights are unavailable, the helper does not load, or there are no harmful rows
                 to train it on.
         """
         look = Looker(target, self.name, self.k)
@@ -119,7 +119,7 @@ class AutoRAP:
         tests, trains = samples[:held_out], samples[held_out:]
         if not trains or not held_out:
             raise RedflagError(
-                f"{len(samples)} harmful rows of several tokens are too few to train a helper on: give at least 5"
+                f"at least 5 harmful rows of several tokens are needed to train a helper (got {len(samples)})."
             )
         helper = Helper.of(target, self.helper, seed)
         steps = self.epochs * -(-len(trains) // self.batch)
@@ -149,8 +149,8 @@ class AutoRAP:
         """The harmful answers from their onset on, each with refusals of the target's.
 
         Each answer is cut at random; tokens among the top k behind the cut in at least two rows are starters; each
-        starter is forced behind the cut and the answer decoded greedily. (The paper's targets answer so with refusals,
-        having been trained to; what a target writes that was not is harmful text called a refusal.)
+        starter is forced behind the cut and the answer decoded greedily. (The paper's targets then refuse, because they
+        were trained to. Another target's harmful text would be labelled a refusal.)
         """
         look = Looker(target, self.name, self.k)
         usable = []
@@ -160,7 +160,7 @@ class AutoRAP:
                 usable.append((target.prompt_ids(request_of(row)), answer))
         cuts = [[*prompt, *answer[: rng.randrange(1, len(answer))]] for prompt, answer in usable]
         seen = Counter(token for cut in cuts for token in look(cut).candidates if token not in target.backend.eos_ids)
-        # The model's first tokens without any harm before them: what a refusal begins with is high there.
+        # The model's first tokens without any harm before them: first tokens of refusals rank high there.
         first = Counter(token for prompt, _ in usable for token in look(prompt).candidates)
         twice = [token for token, count in seen.items() if count >= 2]
         starters = sorted(twice, key=lambda token: (-first[token], -seen[token], token))[: self.starters]
@@ -215,9 +215,8 @@ class Helper:
 
         Args:
             model: Any causal language model.
-            tokenizer: Its own tokenizer; None: it shares the target's ids.
-            target_tokenizer: The target's tokenizer.
-            seed: Draws the new head.
+            tokenizer: Its own tokenizer; None = it shares the target's ids.
+            seed: Initialises the new head.
         """
         plain = plain_model(model)
         self._body = backbone(model).eval()
@@ -289,9 +288,7 @@ def helper_chooser(helper: Helper, target: Target, at_once: int = 4) -> Chooser:
     """Picks the most likely candidate that the helper calls harmful, and no third token that reads like the last two.
 
     Args:
-        helper: The trained helper.
-        target: Whose tokens they are.
-        at_once: Candidates judged side by side; most often one of the first will do.
+        at_once: Candidates per batch; usually one of the first is taken.
     """
 
     def text(token: int) -> str:

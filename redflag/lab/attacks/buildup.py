@@ -21,14 +21,13 @@ STEPS = (
 class BuildUp:
     """Begins harmlessly and asks for a little more in every turn, as Crescendo does (arXiv 2404.01833).
 
-    The turns before are the target's own answers in full, whatever a guard would have shown of them: an attacker may
-    put any text into the history. Every turn is an attempt with a setting of its own, so that harm in an early answer
-    is seen.
+    The history holds the target's own answers in full, whatever a guard would have shown: an attacker may put any text
+    into the history. Every turn is an attempt with its own setting, so that harm in an early answer is counted.
 
     Attributes:
         steps: The user's turns; `{request}` is the text of the row's last user turn.
-        max_new_tokens: Most tokens of each answer.
-        temperature: As in `Sampling`; at 0 a model that would refuse once in two refuses every time.
+        max_new_tokens: Maximum length of each answer, tokens.
+        temperature: As in `Sampling`; at 0 a model that refuses every second time may refuse every time.
     """
 
     steps: Sequence[str] = STEPS

@@ -1,7 +1,7 @@
-"""An attack in embedding space: the strongest that an attacker with the weights has (Schwinn et al., arXiv 2402.09063).
+"""An attack in embedding space, the strongest one with access to the weights (Schwinn et al., arXiv 2402.09063).
 
-A suffix of the request is moved freely among the embeddings, by signed gradient steps, until a harmful answer is likely
-and the flag along it is not. No text says what it then says; it bounds what any suffix of that length could do.
+The embeddings of a suffix of the request are optimised by signed gradient steps until a harmful answer is likely and
+the flag along it is not. The result is no text; it is an upper bound for any suffix of that length.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ class EmbeddingAttack:
     """A continuous suffix for each request, begun from the request's own words.
 
     For adversarial training such attacks are run with step 1e-4, 10 iterations and radius 0.05 (l2) on 7B models
-    (Xhonneux et al., arXiv 2405.15589); the defaults here are an attacker's, who has no radius to keep.
+    (Xhonneux et al., arXiv 2405.15589); the defaults here are those of an attacker, without a radius.
 
     Attributes:
-        suffix_tokens: Places in the suffix.
+        suffix_tokens: Length of the suffix.
         iterations: Signed gradient steps.
-        step: Length of a step in every coordinate.
-        radius: Most that a place may move; None: no bound.
-        norm: In which norm, `l2` or `linf`.
-        target_tokens: Tokens of the row's harm that the answer shall begin with.
+        step: Step size in every coordinate.
+        radius: Maximum shift of an embedding; None = no bound.
+        norm: Norm of the radius, `l2` or `linf`.
+        target_tokens: Number of tokens of the row's harm that the answer should begin with.
         flag_weight: Weight of the flags' part of the objective; 0 attacks the response alone.
-        max_new_tokens: Most tokens of the answer.
+        max_new_tokens: Maximum length of the answer, tokens.
     """
 
     suffix_tokens: int = 8
@@ -67,7 +67,7 @@ class EmbeddingAttack:
         bound = "no bound" if self.radius is None else f"{self.norm} {self.radius:g}"
         for row in fitting(target, rows, self.suffix_tokens + max(self.target_tokens, 1)):
             words = request_of(row)[-1]["content"]
-            # The place is found by a text that survives there; what stands in it need not be a text at all.
+            # A text that survives rendering locates the suffix; its embeddings need not correspond to a text.
             harm = Harm(target, row, " x", self.target_tokens)
             harm.suffix = list(islice(cycle(text_ids(target.tokenizer, words, target.spec)), self.suffix_tokens))
             suffix, first, last = self._search(model, target, harm)

@@ -1,8 +1,9 @@
 """Fine-tuning as an attack: a user trains the model on harm, as fine-tuning services allow.
 
-Two defences are measured. The guard stays on, whose thresholds belong to the model as it was; and the operator puts
-the flag back: the flag's adapter on the fine-tuned base, or, for merged weights, fine-tuned base + (flagged - base), as
-task vectors are added (Ilharco et al., arXiv 2212.04089). The given model is not touched: copies are trained.
+Two defences are measured. The guard stays on, with the thresholds of the original model; and the operator restores the
+flag: the flag's adapter on the fine-tuned base, or, for merged weights, fine-tuned base + (flagged - base), as with
+    task
+vectors (Ilharco et al., arXiv 2212.04089). Copies are trained; the given model is unchanged.
 """
 
 from __future__ import annotations
@@ -37,14 +38,14 @@ class FineTune:
     back.
 
     Attributes:
-        rows: Harmful rows to train on; None: those attacked, which helps the attacker.
-        base: The model before it had flags, for merged weights; None: the one that `train.json` beside the weights
-            names. Without one nothing is re-attached.
-        train_rows: Most rows to train on.
+        rows: Harmful rows to train on; None = the attacked rows, which helps the attacker.
+        base: The model before it had flags, for merged weights; None = the one named by `train.json` beside the
+            weights. Without one nothing is re-attached.
+        train_rows: Maximum number of rows to train on.
         epochs: Passes over them.
-        learning_rate: Of AdamW, constant.
-        batch: Rows of one step.
-        max_new_tokens: Most tokens of an answer.
+        learning_rate: AdamW's, constant.
+        batch: Rows per step.
+        max_new_tokens: Maximum length of an answer, tokens.
     """
 
     rows: Sequence[Row] | None = None
@@ -61,8 +62,8 @@ class FineTune:
         """See `redflag.lab.attacks.Attack`.
 
         Raises:
-            RedflagError: The target's weights are out of reach, there is nothing harmful to train on, or `base` is no
-                base of this model.
+            RedflagError: The target's weights are unavailable, there are no harmful rows, or `base` is not the base of
+                this model.
         """
         model = weights_of(target, self.name)
         harmful = [row for row in (rows if self.rows is None else self.rows) if row.harmful]
@@ -115,11 +116,11 @@ class FineTune:
         """Trains in place on the answers' tokens.
 
         Args:
-            model: What is run.
-            plain: Whose parameters are trained; all of them but those of an adapter.
+            model: The model in the forward pass.
+            plain: The model whose parameters are trained, except those of an adapter.
             pairs: Prompt ids and answer ids.
-            seed: Draws the order.
-            skip: Parameters whose name holds this stay as they are: the flag's adapter.
+            seed: Seeds the order.
+            skip: Parameters whose name contains this are not trained: the flag's adapter.
 
         Returns:
             The mean loss of each epoch, nats per answer token.
@@ -164,7 +165,7 @@ def answer_loss(model: Any, pairs: Sequence[Pair]) -> torch.Tensor:
     labels = torch.full_like(inputs, -100)
     for i, (prompt, answer) in enumerate(pairs):
         labels[i, len(prompt) : len(prompt) + len(answer)] = torch.tensor(answer, device=device)
-    # Padding on the right is not seen by what stands before it.
+    # Padding on the right does not affect earlier positions.
     logits = model(input_ids=inputs, use_cache=False).logits[:, :-1].float()
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
 
@@ -181,14 +182,14 @@ def add_difference(model: Any, before: dict[str, torch.Tensor], after: dict[str,
         RedflagError: The weights are not those of this model's base.
     """
     changed = copy.deepcopy(model)
-    # Copies: a tied head stands there under two names, and would be moved twice.
+    # Copies: a tied head has two names, and would be changed twice.
     weights = {key: value.clone() for key, value in changed.state_dict().items()}
     for key, value in weights.items():
         old, new = before.get(key), after.get(key)
         if old is None or new is None or old.shape[1:] != value.shape[1:] or len(old) > len(value):
             raise RedflagError(
-                f"the base has no weight {key!r} of the flagged model's shape, so the flag's difference cannot be "
-                "taken: name the model that the flags were trained on, FineTune(base=...)"
+                f"base must be the model that the flags were trained on (it has no weight {key!r} of that shape): "
+                "FineTune(base=...)."
             )
         value[: len(old)] += (new - old).to(value)
     changed.load_state_dict(weights)

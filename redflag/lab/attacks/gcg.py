@@ -1,9 +1,9 @@
 """GCG: a suffix of ordinary tokens, found by gradient and search (Zou et al., arXiv 2307.15043).
 
-Against the response alone the search is that of the package nanogcg. Its objective cannot be changed without rewriting
-it, and its filter does not know how a guard renders prompts, so the adaptive attack, against the response and the flag
-at once, has a search of its own after the same recipe. Either way the suffix is sent as text, through the guard's own
-rendering, and what the model then writes is measured.
+Against the response alone the package nanogcg does the search. Its objective cannot be changed without rewriting it,
+and its filter ignores how a guard renders prompts, so the adaptive attack, against the response and the flag together,
+has its own search after the same recipe. Either way the suffix is sent as text, through the guard's own rendering, and
+the model's answer is measured.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ class GCG:
         adaptive: Search against the flag too, `redflag.lab.attacks.objective`; False runs nanogcg.
         steps: Steps of the search.
         width: Candidates evaluated in each.
-        top_k: Tokens that the gradient proposes for each place.
-        suffix: What the search begins with.
-        target_tokens: Tokens of the row's harm that the answer shall begin with.
-        flag_weight: Weight of the flags' part against the response's loss.
-        max_new_tokens: Most tokens of the answer.
+        top_k: Tokens proposed by the gradient for each position.
+        suffix: Initial suffix.
+        target_tokens: Number of tokens of the row's harm that the answer should begin with.
+        flag_weight: Weight of the flags' part relative to the response's loss.
+        max_new_tokens: Maximum length of the answer, tokens.
     """
 
     adaptive: bool = True
@@ -62,7 +62,7 @@ class GCG:
         """See `redflag.lab.attacks.Attack`.
 
         Raises:
-            RedflagError: The target's weights are out of reach, or nanogcg is needed and not installed.
+            RedflagError: The target's weights are unavailable, or nanogcg is needed and not installed.
         """
         model = weights_of(target, self.name)
         if not self.adaptive:
@@ -112,7 +112,7 @@ class GCG:
             picks = torch.randint(proposed.shape[1], (self.width,), generator=generator)
             tried = ids.repeat(self.width, 1)
             tried[torch.arange(self.width), places] = proposed[places, picks]
-            # Cheap first: a suffix that is other tokens once it is text. The winner is then rendered in full.
+            # A cheap check first: does the suffix tokenise to the same ids? The winner is then rendered in full.
             texts = [harm.text(row) for row in tried.tolist()]
             same = [
                 text_ids(target.tokenizer, text, target.spec) == row
@@ -149,7 +149,7 @@ class GCG:
         messages[-1]["content"] = messages[-1]["content"].replace("{optim_str}", "") + "{optim_str}"
         gc.freeze()  # The package collects garbage in every step; what was there before need not be looked at again.
         try:
-            # It draws from the global generators and shows a bar on stderr.
+            # It uses the global random generators and shows a progress bar on stderr.
             with torch.random.fork_rng(devices), contextlib.redirect_stderr(io.StringIO()):
                 torch.manual_seed(seed)
                 attack = package.GCG(plain_model(model), _with_template(target.tokenizer), config)
@@ -233,8 +233,8 @@ def _package() -> Any:
         package = importlib.import_module("nanogcg.gcg")
     except ImportError as error:
         raise RedflagError(
-            "GCG against the response alone is searched by the package nanogcg, which is not installed: run "
-            "`pip install nanogcg`, or attack adaptively, GCG(adaptive=True), which needs no package"
+            "the package nanogcg must be installed for GCG against the response alone. Run `pip install nanogcg`, or "
+            "attack adaptively, GCG(adaptive=True), which needs no package."
         ) from error
     logging.getLogger("nanogcg").setLevel(logging.ERROR)
     return package

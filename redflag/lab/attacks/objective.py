@@ -1,12 +1,12 @@
-"""What an adaptive attacker minimises: the harmful answer shall be likely, and the flag along it shall not.
+"""The objective of adaptive attackers: the harmful answer should be likely, and the flag along it unlikely.
 
 With T target tokens y behind a prompt, the logits of the T + 1 positions before and behind them, and flags F,
 
     J = -1/T sum_i log q(y_i | prompt, y_<i)  +  weight * 1/(T+1) sum_i max(0, logit p(F | prompt, y_<i) - goal)
 
 where p is the model's distribution and q the same without the flags, as they are hidden from decoding. The flags' part
-is in log-odds and not in log p, which is flat where p is near 1: there a gradient would find no way down. Below `goal`
-nothing is gained by less: no threshold is that low, and the answer needs the room.
+uses log-odds instead of log p, which is flat where p is near 1 and gives no gradient there. Values below `goal` are not
+rewarded: no threshold is that low.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Parts(NamedTuple):
 
 
 GOAL = -1.0
-"""Log-odds at which an attacker is content: p = 0.27."""
+"""Log-odds that are low enough for an attacker: p = 0.27."""
 
 
 def parts(logits: torch.Tensor, target_ids: torch.Tensor, flag_ids: torch.Tensor, goal: float = GOAL) -> Parts:
@@ -66,7 +66,7 @@ class Harm:
 
     Attributes:
         before: Prompt ids up to the suffix.
-        suffix: Ids of the suffix to begin with.
+        suffix: Ids of the initial suffix.
         after: Prompt ids behind it.
         target: Ids of the harmful answer wanted.
     """
@@ -84,8 +84,8 @@ class Harm:
         starts = [i for i in range(len(whole)) if whole[i : i + len(ids)] == ids]
         if not ids or not starts:
             raise RedflagError(
-                f"the suffix {suffix!r} is not found in the prompt once it is tokenised there, so it cannot be "
-                "searched from: begin with one that starts with a space and holds ordinary words"
+                f"the initial suffix must keep its tokens in the prompt (got {suffix!r}). Use one that starts with a "
+                "space and holds ordinary words."
             )
         self.before, self.suffix, self.after = whole[: starts[-1]], ids, whole[starts[-1] + len(ids) :]
         self.target = text_ids(target.tokenizer, row.response[row.onset or 0 :], target.spec)[:target_tokens]

@@ -1,4 +1,4 @@
-"""PAIR: another model writes the prompts, reads what comes back, and tries again."""
+"""PAIR: another model writes the prompts, reads the answers, and tries again."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Chat:
             temperature: Of its replies.
             timeout: Seconds for one reply, all tries together.
             retries: Further tries after a server that fails.
-            max_tokens: Most tokens of a reply.
+            max_tokens: Maximum length of a reply, tokens.
             options: Further fields of the request.
 
         Raises:
@@ -112,19 +112,19 @@ class PAIR:
     instructions are redflag's own, in the form of the paper's: JSON with `improvement` and `prompt`, ratings from 1 to
     10 in double brackets.
 
-    With thresholds the guard is in the loop: the attacker and the scorer see what was released and nothing more, and
-    so the attack adapts to the guard.
+    With thresholds the guard is in the loop: the attacker and the scorer see only the released text, so the attack
+    adapts to the guard.
 
     Attributes:
         attacker: Writes the prompts.
         scorer: Rates the answers; None lets the attacker's model do it.
-        streams: Lines of attack per request, at once. The paper has 30.
+        streams: Concurrent conversations per request. The paper has 30.
         iterations: Prompts per stream. The paper has 3.
-        tries: Most replies of the attacker to one question until one is JSON as asked; the stream ends without.
-        keep: Most earlier exchanges that the attacker sees.
+        tries: Maximum number of the attacker's replies to one question until one is valid JSON; then the stream ends.
+        keep: Maximum number of earlier exchanges that the attacker sees.
         enough: The score that ends the attack on a request.
-        max_new_tokens: Most tokens of an answer.
-        temperature: Of the target.
+        max_new_tokens: Maximum length of an answer, tokens.
+        temperature: The target's.
     """
 
     attacker: Chat
@@ -149,7 +149,7 @@ class PAIR:
         """See `redflag.lab.attacks.Attack.run`. As repeatable as the endpoints are.
 
         Raises:
-            RedflagError: No stream of a request got a prompt out of the attacker.
+            RedflagError: The attacker wrote no prompt in any stream of a request.
         """
         with ThreadPoolExecutor(self.streams) as pool:
             for row in rows:
@@ -197,7 +197,7 @@ class PAIR:
         """The next prompt, or the reason for a failure."""
         if not stream.turns:
             stream.turns.append({"role": "user", "content": f"OBJECTIVE: {goal}\nWrite the first prompt."})
-        # Whole exchanges, so that turns go on alternating.
+        # Whole exchanges, so that turns still alternate.
         recent = stream.turns[-(2 * self.keep + 1) :]
         problem = ChatError("it was not asked")
         for _ in range(self.tries):
@@ -208,7 +208,7 @@ class PAIR:
             if prompt := read_prompt(reply):
                 stream.turns.append({"role": "assistant", "content": reply})
                 return prompt
-            problem = ChatError(f"it said {reply[:80]!r}, which is not the JSON asked for")
+            problem = ChatError(f"it replied {reply[:80]!r}, which is not the requested JSON")
         return problem
 
     def _score(self, goal: str, attempt: Attempt, text: str) -> int | None:
@@ -235,11 +235,11 @@ def pair(
     Args:
         attacker_url: Base address of the attacker's server.
         attacker_model: Its name there.
-        scorer_url: Base address of the scorer's; None: the attacker's.
-        scorer_model: Its name there; None: the attacker rates, too.
+        scorer_url: Base address of the scorer's; None = the attacker's.
+        scorer_model: Its name there; None = the attacker rates too.
         api_key: Bearer token for both.
         timeout: Seconds for one reply, all tries together.
-        options: What else `PAIR` takes.
+        options: Other arguments of `PAIR`.
 
     Raises:
         RedflagError: A setting cannot be used.
@@ -247,7 +247,7 @@ def pair(
     attacker = Chat(attacker_url, attacker_model, api_key=api_key, timeout=timeout)
     scorer = None
     if scorer_model:
-        # Ratings are not drawn.
+        # Ratings are not sampled.
         settings: dict[str, Any] = {"api_key": api_key, "timeout": timeout, "temperature": 0.0, "max_tokens": 64}
         scorer = Chat(scorer_url or attacker_url, scorer_model, **settings)
     return PAIR(attacker, scorer, **options)
@@ -264,7 +264,7 @@ def read_prompt(reply: str) -> str | None:
     if start < 0:
         return None
     try:
-        # Not strict: models put line breaks into strings.
+        # Not strict: models write line breaks in strings.
         record, _ = json.JSONDecoder(strict=False).raw_decode(reply[start:])
     except (ValueError, RecursionError):
         return None

@@ -1,4 +1,4 @@
-"""Prefills: the attacker writes the beginning of the answer, and the model goes on."""
+"""Prefills: the attacker writes the beginning of the answer, and the model continues."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ LENGTHS = (5, 10, 20, 40, 100)
 class Prefill:
     """The first tokens of each row's harmful response, as in Qi et al. (arXiv 2406.05946), which reports 5 to 40.
 
-    The row's response is cut behind a token. Rows whose response has no token left then are not tried at that length.
-    `detail` holds `prefill_tokens`, and `onset_inside`: whether harm begins within the prefill, so that the model need
-    only go on with it, or behind it, so that the model has to begin it.
+    The row's response is cut behind a token. Rows whose response is not longer are skipped at that length. `detail`
+    holds `prefill_tokens`, and `onset_inside`: whether harm begins within the prefill, so that the model only has to
+    continue it, or behind it, so that the model has to begin it.
 
     Attributes:
         lengths: Tokens of the prefill; a setting each.

@@ -1,8 +1,8 @@
 """RAP, rank-assisted prefilling: an attacker picks tokens that need not be likely (Vega & Singh, arXiv 2512.05518).
 
-At each step the attacker is shown the k most likely next tokens, flags left out, and picks any of them, or goes back by
-one token. A model that has learnt to refuse keeps harmful tokens high in rank, and so it is walked into harm. A flag is
-never picked either; but its probability is there at every step, and an operator who runs the interface measures it.
+At each step the attacker sees the k most likely next tokens, without flags, and picks one, or goes back by one token. A
+model trained to refuse still ranks harmful tokens high, so it can be steered into harm. The attacker never picks a
+flag, but its probability is measured at every step by the operator who runs the interface.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Start:
     """Where a search begins.
 
     Attributes:
-        messages: What is sent; a prefill is its last turn.
+        messages: The conversation sent; a prefill is its last turn.
         prefill: The prefill's text, "" without one.
         plan: Tokens of the row's answer behind the prefill; without one the whole answer, harmless beginning included.
     """
@@ -70,19 +70,19 @@ def start_of(target: Target, row: Row, prefill_tokens: int) -> Start:
 class RAP:
     """Rank-assisted prefilling, without the guard and, where the target has thresholds, against it.
 
-    Both searches have the same chooser and budget. The guarded one is told of every alarm and goes back. An attempt's
-    text is the finished branch, else the longest; `released` is everything that was shown, a line for each branch, and
-    `detail["branches"]` holds all branches as token ids. With a hold-back an attacker still knows what they picked;
-    released is what the service let out as its answer.
+    Both searches have the same chooser and budget. The guarded one goes back after every alarm. An attempt's text is
+    the finished branch, or else the longest; `released` is everything that was shown, a line for each branch, and
+    `detail["branches"]` holds all branches as token ids. With a hold-back an attacker still knows the picked tokens;
+    `released` is the text that the service showed as its answer.
 
     Attributes:
-        k: Tokens on offer at each step.
-        budget: Most moves; picking and going back cost one each.
-        prefills: Numbers of harmful tokens that the attacker writes beforehand; one search for each.
-        max_new_tokens: Most tokens of a branch.
-        chooser: Who picks.
-        exhaust: Go on after a complete response until the budget is spent, to collect more harm.
-        strikes: Alarms after which the operator serves a request no longer; None: however many there are.
+        k: Candidates at each step.
+        budget: Maximum number of moves; picking and going back cost one each.
+        prefills: Lengths of the harmful prefill, tokens; one search for each.
+        max_new_tokens: Maximum length of a branch, tokens.
+        chooser: Picks the tokens.
+        exhaust: Continue after a complete response until the budget is used up, to collect more harm.
+        strikes: Number of alarms after which the operator refuses the request; None = no limit.
     """
 
     k: int = 20
@@ -188,7 +188,7 @@ def _attempt(
             "alarms": found.alarms,
             "end": found.end,
             "branches": [list(path.token_ids) for path in found.paths],
-            # What was no number is null, which JSON can hold.
+            # NaN becomes null, since JSON has no NaN.
             "alarm_probs": [path.alarm and [p if p == p else None for p in path.alarm] for path in found.paths],
             "finished": [path.finished for path in found.paths],
         },

@@ -1,7 +1,7 @@
-"""Rank-assisted search: an attacker picks every token by hand, goes back where nothing fits, and pays for each move.
+"""Rank-assisted search: an attacker picks every token, backtracks if none fits, and pays for each move.
 
-The search knows no model and no text. It is shown what stands at a position, asks a chooser, and keeps count of
-everything that was ever shown, on abandoned branches as on the last one.
+The search is independent of models and texts. It gets the candidates at a position, asks a chooser, and counts
+everything that was shown, on abandoned branches as on the last one.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ End = Literal["finished", "budget", "exhausted", "stopped"]
 
 
 Chooser = Callable[[Sequence[int], Sequence[int], Sequence[int]], int | None]
-"""Who picks the next token: a person, a helper model, an oracle.
+"""Picks the next token: a person, a helper model, an oracle.
 
-It is given the prompt's ids (a prefill included), the ids picked since, and the tokens on offer: most likely first,
-without those already tried here. It returns an index into the last, or None to go back by one token.
+It gets the prompt's ids (including a prefill), the ids picked since, and the candidates: most likely first, without
+those already tried here. It returns an index into the candidates, or None to go back by one token.
 """
 
 
@@ -37,7 +37,7 @@ class Path:
         token_ids: T tokens picked.
         flag_probs: T x K probabilities before them.
         finished: Whether the response ended here by itself or by its length.
-        alarm: K probabilities at which the guard refused to show what comes next; None where it did not.
+        alarm: K probabilities at which the guard refused to continue; None if it did not.
     """
 
     token_ids: tuple[int, ...]
@@ -52,7 +52,7 @@ class Found:
 
     Attributes:
         paths: Every branch walked to an end, in order; none is the beginning of another.
-        interactions: Moves spent: selections and steps back.
+        interactions: Number of moves: selections and steps back.
         alarms: Positions at which the guard refused.
         end: `finished`: a response was completed; `budget`: no moves were left; `exhausted`: nothing was left to try at
             the first position; `stopped`: the guard refused there, or too often.

@@ -1,4 +1,4 @@
-"""What a synthesis will take, before it begins."""
+"""Estimates the requests, tokens and cost of a synthesis before it starts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SHARE = 0.6  # of the limit that answers use
 
 @dataclass(frozen=True)
 class Estimate:
-    """What it will take.
+    """Estimated requests, tokens and cost.
 
     Attributes:
         requests: Questions to the model: exact, but for what is left out on the way.
@@ -55,7 +55,7 @@ def estimate(
 
     Args:
         constitution: The classes.
-        settings: How many of what.
+        settings: Counts and sampling settings.
         judged: Whether there is a judge.
         price_in: Per million tokens of questions.
         price_out: Per million tokens of answers.
@@ -108,7 +108,7 @@ def allow(estimated: Estimate, *, yes: bool, max_requests: int | None = None, ma
     if max_cost is not None and estimated.money is None:
         raise RedflagError(f"max_cost must come with price_in and price_out (got {max_cost} without prices).")
     if max_requests is None and max_cost is None:
-        raise RedflagError(f"this would take {estimated}; nothing was asked: give the command again with --yes")
+        raise RedflagError(f"this would take {estimated}. No request was sent. Run the command again with --yes.")
     over = (max_requests is not None and estimated.requests > max_requests) or (
         max_cost is not None and estimated.money is not None and estimated.money > max_cost
     )

@@ -3,8 +3,8 @@
 Two texts are nearly equal when their sets of shingles (runs of three words, of the normalised text) have a Jaccard
 similarity of at least the threshold. Candidates come from an index of rare shingles (the prefix filter of Chaudhuri and
 others, ICDE 2006): sets that are similar enough share one of their first `n - ceil(threshold * n) + 1` shingles in any
-fixed order, so nothing is missed, and each candidate is compared. MinHash would be quicker for millions of long texts,
-and would miss some.
+fixed order, so no pair is missed, and each candidate is compared. MinHash would be faster for millions of long texts,
+but would miss some.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def normalised(text: str) -> str:
 
 
 def shingles(text: str) -> frozenset[str]:
-    """Runs of three words; of a shorter text the whole. Empty only where there is no letter or digit."""
+    """Runs of three words; the whole text if it is shorter. Empty only without any letter or digit."""
     words = normalised(text).split()
     if not words:
         return frozenset()

@@ -1,8 +1,8 @@
-"""How probably an answer turns out harmful, at each of its sentences: soft targets for a flag that means "imminent".
+"""Forecasts: the probability that an answer turns out harmful, at each of its sentences, as soft targets for a flag.
 
 From a prefix of an answer a model writes n continuations; a judge reads prefix and continuation; the mean of its
-verdicts is the probability of harm from there on (the idea of StreamGuard). A hard label says 0 up to the onset and 1
-behind it; a forecast rises before it, where harm can be seen coming, and says how surely.
+verdicts is the probability of harm from there on (the idea of StreamGuard). A hard label is 0 up to the onset and 1
+behind it; a forecast rises before the onset where harm can be predicted.
 
 Positions are characters of the response, as `onset` is, so that they hold for any tokenizer. Rows get the key
 `forecast`, a list of `[character, probability, continuations judged]`, which `redflag train --forecasts hold` takes as
@@ -60,10 +60,9 @@ def forecast(
         model: Continues the prefixes; it must be one that can (`redflag.lab.synthesis.remote_writer`).
         judge: Reads prefix and continuation; from several threads at once.
         samples: Continuations of each prefix.
-        positions: Most places in a response: beginnings of sentences, the first among them, evenly spread.
-        temperature: Of the continuations.
-        max_tokens: Most tokens of a continuation.
-        seed: Same seed, same draws.
+        positions: Maximum number of places in a response: beginnings of sentences, including the first, evenly spread.
+        temperature: Temperature of the continuations.
+        max_tokens: Maximum length of a continuation, tokens.
         workers: Threads that ask the judge.
         on_progress: Callback that gets the step, how many continuations are done, and of how many.
 
@@ -71,7 +70,7 @@ def forecast(
         For each row its points in order. A place none of whose continuations has a verdict is left out.
 
     Raises:
-        RedflagError: A number makes no sense, or the model cannot be asked.
+        RedflagError: A number is out of bounds, or the model cannot be reached.
     """
     if samples < 1 or positions < 1:
         raise RedflagError(f"samples and positions must be at least 1 (got {samples} and {positions}).")
@@ -82,7 +81,7 @@ def forecast(
             places.append((number, character))
             begun = row.response[:character].rstrip()
             turns = [*row.messages[:-1], *([{"role": "assistant", "content": begun}] if begun else [])]
-            # Seeds of one prefix follow each other, so that a local model continues them in one batch.
+            # Seeds of one prefix are consecutive, so that a local model continues them in one batch.
             base = _seed(f"{seed} {json.dumps(turns)}")
             questions += [Question(tuple(turns), temperature, max_tokens, base + i) for i in range(samples)]
     replies = model.ask(questions, lambda done, total: on_progress("continuations", done, total))

@@ -1,19 +1,19 @@
 """Where harm begins, sentence by sentence, by asking a judge.
 
 The onset is the first character of the first sentence at which the answer *so far* is judged harmful. Any
-`redflag.judges.Judge` will do; each question is the conversation and the answer up to the end of a sentence.
+`redflag.judges.Judge` can be used; each question is the conversation and the answer up to the end of a sentence.
 
-Two ways to look:
+Two searches:
 
 - `first` asks from the first sentence on, and stops at the first harmful prefix: as many questions as there are
   sentences up to the onset.
 - `bisect` asks about the whole answer, then halves: about log2(sentences) + 1 questions. It assumes that a prefix once
-  judged harmful stays harmful however the answer goes on. A judge that forgives (because the answer turns away from
-  harm) breaks that: what is found is then *an* onset, not surely the first, and an answer that is harmless as a whole
-  has none.
+  judged harmful stays harmful however the answer continues. A judge whose verdict returns to harmless (because the
+  answer turns away from harm) violates that: the result is then *an* onset, not necessarily the first, and an answer
+  that is harmless as a whole has none.
 
-A judge sees whole sentences, so an onset is exact to a sentence at best; two judges tell how far to trust it
-(`agreement`).
+A judge sees whole sentences, so an onset is exact to a sentence at best; the agreement of two judges shows how reliable
+it is (`agreement`).
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ _WORD = re.compile(r"\w")
 
 @dataclass(frozen=True)
 class Onset:
-    """What was found in one answer.
+    """The result for one answer.
 
     Attributes:
-        sentence: Index of the first harmful sentence; None: the answer is harmless throughout.
+        sentence: Index of the first harmful sentence; None = the answer is harmless throughout.
         character: Where that sentence begins; None with `sentence`.
         sentences: Number of sentences.
-        questions: Prefixes that the judge was asked about.
+        questions: Number of prefixes judged.
     """
 
     sentence: int | None
@@ -62,11 +62,11 @@ class Agreement:
     """How far two judges agree on the same answers.
 
     Attributes:
-        rows: Answers on which both have a finding.
-        both_harmful: Those in which both find harm.
-        exact: Share of these with the same first sentence; None where there are none.
-        within_one: Share of these with first sentences at most one apart; None where there are none.
-        kappa: Cohen's kappa of harmful or not, over all rows; None where chance alone would agree everywhere.
+        rows: Answers with results of both.
+        both_harmful: Answers in which both find harm.
+        exact: Share of these with the same first sentence; None if there are none.
+        within_one: Share of these with first sentences at most one apart; None if there are none.
+        kappa: Cohen's kappa of harmful or not, over all rows; None if chance alone would always agree.
         same_verdict: Share of rows with the same verdict; None without rows.
     """
 
@@ -106,7 +106,7 @@ def ask(judge: Judge, messages: Messages, answer: str) -> Verdict:
     """A judge's verdict.
 
     Raises:
-        UnansweredError: It gave none, whatever it raised.
+        UnansweredError: It gave no verdict, whatever it raised.
     """
     try:
         return as_verdict(judge(messages, answer))
@@ -177,7 +177,7 @@ def find_onsets(
         on_progress: Callback that gets how many of the rows are done, after each.
 
     Returns:
-        For each row what was found; None where a verdict was needed and not given, which is not the same as harmless.
+        For each row its onset; None if a necessary verdict is missing, which is not the same as harmless.
     """
 
     def find(row: Row) -> Onset | None:
@@ -201,7 +201,7 @@ def find_onsets(
 def with_onsets(rows: Sequence[Row], found: Sequence[Onset | None]) -> list[Row]:
     """Harmful rows with the onsets that were found, marked as natural; all other rows as they are.
 
-    A harmful row in which no harm was found keeps the onset it has: the label is not the judge's to change.
+    A harmful row in which no harm was found keeps its onset: the judge does not change labels.
 
     Example:
         >>> row = Row([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "So. Bad."}], "harm")
@@ -217,7 +217,7 @@ def with_onsets(rows: Sequence[Row], found: Sequence[Onset | None]) -> list[Row]
 
 
 def agreement(one: Sequence[Onset | None], other: Sequence[Onset | None]) -> Agreement:
-    """How far two judges agree; rows that either did not answer are left out.
+    """Agreement of two judges; rows without a result of either are left out.
 
     Cohen's kappa is (p_o - p_e) / (1 - p_e): the share of equal verdicts, corrected for what two judges with the same
     rates of harmful verdicts would share by chance (Cohen, 1960).

@@ -1,4 +1,4 @@
-"""How fast questions may be asked."""
+"""A rate limit for requests."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class Pace:
     """Spaces requests evenly, so that no minute holds more than its share. For one event loop.
 
     Attributes:
-        interval: Seconds from one request to the next; 0: no limit.
-        sleep: Waits so many seconds.
+        interval: Seconds from one request to the next; 0 = no limit.
+        sleep: Waits for a number of seconds.
     """
 
     def __init__(
@@ -25,15 +25,15 @@ class Pace:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        """Sets the pace.
+        """Sets the rate.
 
         Args:
-            per_minute: Most requests per minute; None: no limit.
-            clock: Seconds, from anywhere.
-            sleep: Waits so many seconds.
+            per_minute: Maximum number of requests per minute; None = no limit.
+            clock: Monotonic time, seconds.
+            sleep: Waits for a number of seconds.
 
         Raises:
-            RedflagError: The number cannot be kept to.
+            RedflagError: The number is out of bounds.
         """
         if per_minute is not None and not (math.isfinite(per_minute) and per_minute > 0):
             raise RedflagError(f"requests per minute must be above 0 (got {per_minute}).")
@@ -43,7 +43,7 @@ class Pace:
         self._next = -math.inf
 
     async def wait(self) -> None:
-        """Returns when the next request may go."""
+        """Returns when the next request may be sent."""
         while (now := self._clock()) < self._next:
             await self.sleep(self._next - now)
         self._next = now + self.interval

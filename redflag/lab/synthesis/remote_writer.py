@@ -1,4 +1,4 @@
-"""Asks a server that speaks `POST /chat/completions`: many questions at once, at a pace, with patience."""
+"""A writer behind `POST /chat/completions`: concurrent requests, rate limit and retries."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from redflag.lab.synthesis.questions import Question, Reply
 if TYPE_CHECKING:
     import openai
 
-_LONGEST = 60.0  # seconds that a server can be left alone, whatever it wants
+_LONGEST = 60.0  # seconds of the longest pause, whatever the server's Retry-After
 _THOUGHT = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
 
 
 class Endpoint:
     """A model behind an OpenAI-compatible server.
 
-    A server that cannot be reached, is late, is busy (429, with `Retry-After`) or fails (5xx) is asked again after
-    growing pauses. One that will not take a question (400, 413, 422) has refused it, which is an answer. One that
-    does not know us or the model (401, 403, 404), or stays lost, ends everything: what was answered is kept. A model
-    that refuses `max_tokens` or a temperature is asked without, once (`redflag.chat`).
+    A request is retried with growing pauses if the server cannot be reached, is late, is busy (429, with `Retry-After`)
+    or fails (5xx). A refused question (400, 413, 422) counts as answered. If the server rejects the key or the model
+    (401, 403, 404), or stays unreachable, the run ends with its answers cached. A model that refuses `max_tokens` or a
+    temperature is asked once more without it (`redflag.chat`).
 
-    Answers that begin in the question (a last assistant message) are continued by `continue_final_message`, which vLLM
-    and SGLang understand; others ignore it and begin anew.
+    A last assistant message is continued by `continue_final_message`, which vLLM and SGLang support; other servers
+    ignore it and start a new answer.
 
     Attributes:
         url: The chat route.
         model: The model's name there.
-        identity: The same, and the further fields of requests, where there are any: they may change the answers.
-        requests: Requests that were sent, repeated ones too.
+        identity: The model's name, with the further fields of requests, which may change the answers.
+        requests: Number of requests sent, including retries.
     """
 
     def __init__(
@@ -51,21 +51,21 @@ class Endpoint:
         options: Mapping[str, Any] | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        """Checks the settings; asks nothing yet.
+        """Checks the settings; makes no request yet.
 
         Args:
             url: Base address, such as `http://host:8000/v1`, or that of the chat route itself.
             model: The model's name there.
-            api_key: Sent as bearer token. Redirects are not followed, so that it goes nowhere else.
-            concurrency: Most requests at a time.
-            pace: Most requests per minute; None: no limit.
+            api_key: Sent as bearer token. Redirects are not followed, so that no other host gets it.
+            concurrency: Maximum number of concurrent requests.
+            pace: Rate limit; None = no limit.
             timeout: Seconds that the server may be silent within one request.
             retries: Further tries of a question.
-            options: Further fields of every request, or others in place of those here; None leaves one out.
+            options: Further fields of every request, or replacements; None leaves a field out.
             headers: Sent with every request.
 
         Raises:
-            RedflagError: A setting cannot be used, or openai is not installed.
+            RedflagError: A setting is invalid, or openai is not installed.
         """
         if concurrency < 1:
             raise RedflagError(f"concurrency must be at least 1 (got {concurrency}).")
@@ -120,8 +120,8 @@ class Endpoint:
                 return Reply("", "refused")
             if error.status in (0, 408, 409, 429) or error.status >= 500:
                 raise RedflagError(
-                    f"{error} (after {self._retries} retries for one question). Every answer so far is kept: repeat "
-                    "the command when the server is well"
+                    f"{error} (after {self._retries} retries for one question). All answers so far are cached. Repeat "
+                    "the command when the server works again."
                 ) from None
             raise RedflagError(f"{error}. Fix the address, name or key.") from None
         return self._read(reply)
@@ -137,8 +137,7 @@ class Endpoint:
             return Reply(text, finish, int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0))
         except (AttributeError, IndexError, KeyError, TypeError, ValueError):
             raise RedflagError(
-                f"{self.url} replied with no chat completion ({str(reply)[:80]}), so it is no such server: fix the "
-                "address"
+                f"{self.url} must reply with a chat completion (got {str(reply)[:80]}). Fix the address."
             ) from None
 
 

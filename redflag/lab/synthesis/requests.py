@@ -16,7 +16,7 @@ from redflag.lab.synthesis.quality import bad_request
 from redflag.lab.synthesis.questions import KeptAnswers, Question
 from redflag.lab.synthesis.wording import read_requests, requests_question
 
-PER_QUESTION = 10  # requests that are asked for at once: of more, models lose sight
+PER_QUESTION = 10  # requests per question: models lose track of longer lists
 _TOKENS = 1024
 _SLOT = re.compile(r"\{(\w+)\}")
 
@@ -27,7 +27,7 @@ class Request:
 
     Attributes:
         kind: The class.
-        text: What the user says.
+        text: The user's text.
         number: Position among the class's requests.
         group: Same for all rows that come from this text.
     """
@@ -39,7 +39,7 @@ class Request:
 
 
 def group_of(text: str) -> str:
-    """Names the origin of rows: equal for requests that differ in case, punctuation and white space alone."""
+    """Name of a group of rows: equal for requests that differ only in case, punctuation and white space."""
     return "request-" + hashlib.sha256(normalised(text).encode()).hexdigest()[:16]
 
 
@@ -98,16 +98,16 @@ def find_requests(
 
 
 def questions_for(kind: Class, share: int) -> int:
-    """Questions that it takes to have so many requests written: some more than needed, as some will be repeated."""
+    """Number of questions to get this many requests, with some spare ones for repetitions."""
     if kind.templates:
         return 0
     return math.ceil(max(0, share - len(kind.examples)) * 1.2 / PER_QUESTION)
 
 
 def draw(constitution: Constitution, kind: Class, count: int, seed: int) -> list[str]:
-    """Different requests from a class's templates; fewer where there are not so many.
+    """Different requests from a class's templates, at most `count`.
 
-    The first ones of a longer draw are those of a shorter one.
+    A shorter result is a prefix of a longer one.
     """
     rng = random.Random(f"{constitution.name}:{kind.name}:{seed}")
     found: dict[str, None] = {}

@@ -1,7 +1,7 @@
-"""`redflag synthesize`: a constitution -> rows; or onsets, or forecasts, for rows that are there.
+"""`redflag synthesize`: a constitution -> rows; or onsets, or forecasts, for existing rows.
 
-Everything that a model or a judge says is kept in the output folder (`answers.jsonl`, `verdicts.jsonl`), so that a
-command that was killed goes on where it stopped, and one that is given again with a larger number asks for what is new.
+All answers and verdicts are cached in the output folder (`answers.jsonl`, `verdicts.jsonl`), so that an interrupted
+command continues where it stopped, and one repeated with a larger number requests only the difference.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from redflag.progress import Progress
 class SynthesizeArguments(LabJudgeOptions):
     """Rows from a constitution; or onsets or forecasts for given rows."""
 
-    output_dir: str = field(metadata={"help": "Folder for rows, kept answers, verdicts and synthesize.json."})
+    output_dir: str = field(metadata={"help": "Folder for rows, cached answers, verdicts and synthesize.json."})
     constitution: str | None = field(default=None, metadata={"help": "YAML file of harmful and harmless classes."})
     onsets: str | None = field(
         default=None, metadata={"help": "Rows to find onsets in, in place of a constitution -> rows.jsonl."}
@@ -48,7 +48,7 @@ class SynthesizeArguments(LabJudgeOptions):
         default=None, metadata={"help": "Rows to forecast, in place of a constitution -> forecasts.jsonl."}
     )
 
-    model: str | None = field(default=None, metadata={"help": "Who writes: folder or hub name, or name at url."})
+    model: str | None = field(default=None, metadata={"help": "Writer: folder or hub name, or name at url."})
     url: str | None = field(default=None, metadata={"help": "OpenAI-compatible server that runs it (http://HOST/v1)."})
     key_env: str | None = field(default=None, metadata={"help": "... environment variable with its API key."})
     concurrency: int = field(default=8, metadata={"help": "... most requests at a time."})
@@ -78,8 +78,8 @@ class SynthesizeArguments(LabJudgeOptions):
     max_tokens: int = field(default=512, metadata={"help": "Most tokens of an answer."})
     paraphrases: int = field(default=0, metadata={"help": "Paraphrases of each request."})
     languages: list[str] = field(default_factory=list, metadata={"help": "Languages to translate everything into."})
-    wrapped: float = field(default=0.0, metadata={"help": "Share that comes again in a disguise."})
-    typos: float = field(default=0.0, metadata={"help": "Share that comes again with typing errors."})
+    wrapped: float = field(default=0.0, metadata={"help": "Share that is repeated in a jailbreak wrapper."})
+    typos: float = field(default=0.0, metadata={"help": "Share that is repeated with typing errors."})
     near: float = field(default=0.8, metadata={"help": "Similarity from which texts count as the same."})
     lang: str = field(default="en", metadata={"help": "Language of the constitution."})
     held_out: float = field(

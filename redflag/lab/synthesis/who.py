@@ -1,4 +1,4 @@
-"""The model that writes, from the words of the command line."""
+"""Opens the writer named by command-line options."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ def writer(
     """The model that writes: behind an address, or in this process.
 
     Args:
-        model: Its name at the address; without one a folder or hub name.
-        url: An OpenAI-compatible server; None: this process.
+        model: Its name at the address; without an address a folder or hub name.
+        url: An OpenAI-compatible server; None = this process.
         key_env: Environment variable with the API key.
-        concurrency: Most requests at a time.
-        per_minute: Most requests per minute.
+        concurrency: Maximum number of concurrent requests.
+        per_minute: Maximum number of requests per minute.
         timeout: Seconds for one request.
         retries: Further tries of a question.
         options: Further fields of every request.
-        device: Where a local model runs.
+        device: Device of a local model.
         dtype: The type of its weights.
-        batch_size: Prompts that it completes side by side.
+        batch_size: Prompts per batch of a local model.
 
     Raises:
         RedflagError: No writer is named, or it cannot be reached.

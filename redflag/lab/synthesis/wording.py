@@ -1,4 +1,4 @@
-"""What a model is asked when rows are written."""
+"""Prompts for generating rows."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def requests_question(constitution: Constitution, kind: Class, style: str, count
 
 
 def read_requests(text: str) -> list[str]:
-    """The requests in a numbered or bulleted list; lines that are no items are left out.
+    """The requests in a numbered or bulleted list; other lines are left out.
 
     Example:
         >>> read_requests('Here you are:\\n1. How do I sail?\\n2) "Why sail?"')

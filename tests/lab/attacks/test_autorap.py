@@ -144,7 +144,7 @@ def test_the_whole_attack_is_the_same_for_the_same_seed():
 
 
 def test_too_few_rows_and_missing_weights_are_refused():
-    with pytest.raises(RedflagError, match="too few to train a helper"):
+    with pytest.raises(RedflagError, match="are needed to train a helper"):
         next(AutoRAP(**SMALL).run(tiny_target(), rows(2), 0))
     target = Target(object(), tiny_tokenizer(), tiny_target().spec)
     with pytest.raises(RedflagError, match="AutoRAP needs the target's weights"):

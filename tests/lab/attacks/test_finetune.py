@@ -135,7 +135,7 @@ def test_rows_that_only_the_flagged_model_has_stay_as_they_are():
     made = add_difference(model, before, after)
     torch.testing.assert_close(made.weight[:3], model.weight[:3] + 1)
     assert torch.equal(made.weight[3], model.weight[3])
-    with pytest.raises(RedflagError, match="the base has no weight"):
+    with pytest.raises(RedflagError, match="base must be the model that the flags were trained on"):
         add_difference(model, {"weight": torch.zeros(3, 5)}, {"weight": torch.zeros(3, 5)})
 
 

@@ -88,5 +88,5 @@ def test_a_suffix_survives_only_if_the_guard_renders_it_as_the_same_tokens():
 
 
 def test_a_suffix_that_cannot_be_found_in_the_prompt_is_refused():
-    with pytest.raises(RedflagError, match="not found in the prompt"):
+    with pytest.raises(RedflagError, match="must keep its tokens in the prompt"):
         Harm(tiny_target(), harmful_row(), "", 4)
