@@ -23,27 +23,27 @@ BAD_ROWS = {
     "not UTF-8": (b'{"messages": "\xff"}', "not UTF-8"),
     "a list": ("[1, 2]", "a record must be an object (got a list)"),
     "null": ("null", "a record must be an object (got null)"),
-    "nothing in it": ("{}", "neither messages nor prompt"),
+    "nothing in it": ("{}", "a row must have messages or a prompt"),
     "no turns": ('{"messages": []}', "messages must not be empty"),
     "no assistant turn": (turns(("user", "tell")), "no assistant turn"),
     "the user's turn last": (turns(("assistant", "hi"), ("user", "tell")), "the last turn is the user's"),
     "no user turn": (turns(("assistant", "hi")), "no user turn"),
     "empty response": (row(" \n"), "the response is empty"),
-    "unknown role": (turns(("user", "tell"), ("bot", "hi")), "message 1 has role 'bot'"),
-    "content that is a number": (turns(("user", "tell"), ("assistant", 7)), "message 1 (assistant) has content"),
-    "content in parts": (turns(("user", [{"text": "hi"}]), ("assistant", "hi")), "message 0 (user) has content"),
+    "unknown role": (turns(("user", "tell"), ("bot", "hi")), "(got 'bot')"),
+    "content that is a number": (turns(("user", "tell"), ("assistant", 7)), "the content of message 1 (assistant)"),
+    "content in parts": (turns(("user", [{"text": "hi"}]), ("assistant", "hi")), "the content of message 0 (user)"),
     "half a character": (row("\ud800 hi"), "half a character"),
     "a prompt alone": ('{"prompt": "tell"}', "a prompt without response"),
     "onset past the end": (
         row("cat", category="harm", onset=3),
         "onset must be within the response of 3 characters (got 3)",
     ),
-    "negative onset": (row(category="harm", onset=-1), "onset is -1, outside"),
+    "negative onset": (row(category="harm", onset=-1), "onset must be within"),
     "onset as text": (row(category="harm", onset="3"), "onset must be a whole number (got the text '3')"),
-    "onset of a harmless row": (row(onset=3), "onset is 3 in a row without category"),
+    "onset of a harmless row": (row(onset=3), "onset must be left out in a row without category"),
     "category that is a number": (row(category=3), "category must be a name (got 3)"),
     "misspelt key": (row(catagory="harm"), "unknown key 'catagory', which looks like 'category'"),
-    "unknown label": (row(label="perhaps"), "label 'perhaps' is none of"),
+    "unknown label": (row(label="perhaps"), "label must be one of"),
 }
 
 
@@ -67,21 +67,26 @@ def damaged_gzip(path):
 
 
 BAD_FILES = {
-    "missing": ("nowhere.jsonl", no_file, "no file or folder nowhere.jsonl", "check the path"),
-    "no match": ("nowhere*.jsonl", no_file, "no file matches nowhere*.jsonl", "check the pattern"),
+    "missing": ("nowhere.jsonl", no_file, "nowhere.jsonl must be a file or folder", "check the path"),
+    "no match": ("nowhere*.jsonl", no_file, "no file matches nowhere*.jsonl", "Check the pattern"),
     "empty": ("empty.jsonl", lambda p: p.touch(), "'empty.jsonl': it is empty", "Give a source of rows"),
     "blank": ("blank.jsonl", lambda p: p.write_text("\n \n"), "'blank.jsonl': it is empty", "Give a source of rows"),
     "folder without rows": ("folder", lambda p: p.mkdir(), "the folder folder must hold files", "files ending in"),
     "other kind": ("rows.txt", lambda p: p.touch(), "(got rows.txt)", "must end in one of .jsonl"),
-    "no gzip": ("a.jsonl.gz", lambda p: p.write_text(row()), "a.jsonl.gz:1: the compressed file is damaged", "mend"),
+    "no gzip": (
+        "a.jsonl.gz",
+        lambda p: p.write_text(row()),
+        "a.jsonl.gz:1: the compressed file is damaged",
+        "Fix the row",
+    ),
     "gzip cut off": (
         "b.jsonl.gz",
         lambda p: p.write_bytes(gzip.compress((row() + "\n").encode())[:-9]),
         "b.jsonl.gz:2: the compressed file is damaged or cut off",
-        "mend",
+        "Fix the row",
     ),
-    "gzip spoilt within": ("c.jsonl.gz", damaged_gzip, "c.jsonl.gz:1: the compressed file is damaged", "mend"),
-    "no parquet": ("d.parquet", lambda p: p.write_text("x"), "d.parquet:1: not a readable parquet file", "mend"),
+    "gzip spoilt within": ("c.jsonl.gz", damaged_gzip, "c.jsonl.gz:1: the compressed file is damaged", "Fix the row"),
+    "no parquet": ("d.parquet", lambda p: p.write_text("x"), "d.parquet:1: not a readable parquet file", "Fix the row"),
 }
 
 
@@ -109,40 +114,88 @@ BAD_OPTIONS = {
     "longer than the context": (command("score", "--max_length", "999"), "max_length must be at most 128", "(got 999)"),
     "no such device": (command("score", "--device", "warp9"), "'warp9'", "For example cpu"),
     "no such device to answer on": (command("generate", "--device", "warp9"), "'warp9'", "For example cpu"),
-    "no such type": (command("score", "--dtype", "int3"), "int3", "give the folder"),
+    "no such type": (command("score", "--dtype", "int3"), "int3", "Give the folder"),
     "output is a folder": (command("score", "--output", "model"), "model is a folder", "output must be a file"),
-    "output within a file": (command("score", "--output", "rows.jsonl/x"), "rows.jsonl/x cannot be written", "mend"),
+    "output within a file": (
+        command("score", "--output", "rows.jsonl/x"),
+        "rows.jsonl/x cannot be written",
+        "fix that",
+    ),
     "output is the input": (
         command("score", "--output", "./rows.jsonl"),
         "output must not be the input",
-        "another name",
+        "rows.jsonl",
     ),
     "no prompt": (["generate", "--model", "model"], "prompt is missing", "give it as the last word"),
     "empty prompt": (["generate", "--model", "model", " "], "prompt is empty", "give a text"),
     "prompt beyond the context": (["generate", "--model", "model", "cat " * 200], "context holds 128", "shorten"),
-    "temperature": (command("generate", "--temperature", "-1"), "temperature is -1.0", "make it 0 (greedy) or above"),
-    "temperature nan": (command("generate", "--temperature", "nan"), "temperature is nan", "make it 0 (greedy) or"),
-    "top_p": (command("generate", "--top_p", "2"), "top_p is 2.0", "make it above 0 and at most 1"),
-    "max_new_tokens": (command("generate", "--max_new_tokens", "0"), "max_new_tokens is 0", "make it at least 1"),
-    "seed too large": (command("generate", "--seed", "9" * 30), "seed is 999", "below 2**62"),
-    "hold_back": (command("generate", "--hold_back", "-1"), "hold_back is -1", "from 0 up"),
-    "threshold": (command("generate", "--threshold", "7"), "threshold of 'harm' is 7.0", "at most 1"),
-    "record in no folder": (command("generate", "--record", "nowhere/t.jsonl"), "nowhere/t.jsonl", "mend"),
-    "record is a folder": (command("generate", "--record", "model"), "cannot append to model", "mend"),
+    "temperature": (
+        command("generate", "--temperature", "-1"),
+        "temperature must be 0 (greedy) or above (got -1.0)",
+        "make it 0 (greedy) or above",
+    ),
+    "temperature nan": (
+        command("generate", "--temperature", "nan"),
+        "temperature must be 0 (greedy) or above (got nan)",
+        "make it 0 (greedy) or",
+    ),
+    "top_p": (
+        command("generate", "--top_p", "2"),
+        "top_p must be above 0 and at most 1",
+        "make it above 0 and at most 1",
+    ),
+    "max_new_tokens": (
+        command("generate", "--max_new_tokens", "0"),
+        "max_new_tokens must be at least 1 (got 0)",
+        "make it at least 1",
+    ),
+    "seed too large": (
+        command("generate", "--seed", "9" * 30),
+        "seed must be None or a whole number below",
+        "below 2**62",
+    ),
+    "hold_back": (
+        command("generate", "--hold_back", "-1"),
+        "hold_back must be a whole number of at least 0",
+        "(got -1)",
+    ),
+    "threshold": (command("generate", "--threshold", "7"), "threshold of 'harm' must be above 0", "at most 1"),
+    "record in no folder": (
+        command("generate", "--record", "nowhere/t.jsonl"),
+        "nowhere/t.jsonl",
+        "fix the permissions",
+    ),
+    "record is a folder": (command("generate", "--record", "model"), "cannot append to model", "fix the permissions"),
     "record compressed": (
         command("generate", "--record", "t.jsonl.gz"),
-        "cannot append to t.jsonl.gz",
+        "cannot append to the compressed file t.jsonl.gz",
         "a plain",
     ),
-    "rate 0": (command("calibrate", "--target_fpr", "0"), "target_fpr is 0.0", "give e.g. 0.01"),
-    "rate 1": (command("calibrate", "--target_fpr", "1"), "target_fpr is 1.0", "give e.g. 0.01"),
-    "rate negative": (command("calibrate", "--target_fpr", "-0.1"), "target_fpr is -0.1", "give e.g. 0.01"),
+    "rate 0": (
+        command("calibrate", "--target_fpr", "0"),
+        "target_fpr must be above 0 and below 1 (got 0.0)",
+        "For example 0.01",
+    ),
+    "rate 1": (
+        command("calibrate", "--target_fpr", "1"),
+        "target_fpr must be above 0 and below 1 (got 1.0)",
+        "For example 0.01",
+    ),
+    "rate negative": (
+        command("calibrate", "--target_fpr", "-0.1"),
+        "target_fpr must be above 0 and below 1 (got -0.1)",
+        "For example 0.01",
+    ),
     "too few rows": (command("calibrate", "--target_fpr", "0.001"), "1999 are needed", "Add harmless rows"),
-    "all held out": (command("calibrate", "--held_out", "1"), "held_out is 1.0", "give e.g. 0.3"),
-    "warm-up": (command("calibrate", "--warm_up", "-1"), r"warm_up must be .*\(got -1", "from 0 up"),
+    "all held out": (
+        command("calibrate", "--held_out", "1"),
+        "held_out must be at least 0 and below 1",
+        "For example 0.3",
+    ),
+    "warm-up": (command("calibrate", "--warm_up", "-1"), "warm_up must be a whole number of at least 0", "(got -1)"),
     "no output": (
         ["train", "--model", "base", "--input", "rows.jsonl"],
-        "output_dir must be set",
+        "output_dir must be a folder",
         "--output-dir runs/",
     ),
     "output over the model": (
@@ -157,9 +210,13 @@ BAD_OPTIONS = {
     "learning rate": (command("train", "--learning_rate", "-1"), "learning_rate must be at least 0", "(got -1.0)"),
     "training batch": (command("train", "--per_device_train_batch_size", "0"), "batch_size must be at", "(got 0)"),
     "seed": (command("train", "--seed", "-1"), "seed must be at least 0 and at most", "(got -1)"),
-    "the same flag twice": (command("train", "--categories", "harm", "harm"), "share the category 'harm'", "its own"),
+    "the same flag twice": (
+        command("train", "--categories", "harm", "harm"),
+        "each flag must have its own category (got 'harm' twice)",
+        "its own",
+    ),
     "nothing to show": (["show"], "file is missing", "redflag show ... FILE"),
-    "show no file": (["show", "nowhere.jsonl"], "no file or folder nowhere.jsonl", "check the path"),
+    "show no file": (["show", "nowhere.jsonl"], "nowhere.jsonl must be a file or folder", "check the path"),
     "show fewer than none": (["show", "rows.jsonl", "--limit", "-1"], "limit is -1", "give 0 for all"),
     "show by no model": (["show", "rows.jsonl", "--model", "nowhere"], "nowhere/redflag.json", "redflag train"),
 }
@@ -174,14 +231,14 @@ BAD_CONFIGS = {
     "unknown key": ("bach_size: 2", "sets the unknown option 'bach_size'", "did you mean batch_size?"),
     "a list": ("- batch_size", "must be a mapping", "option: value"),
     "empty": ("", "must be a mapping", "option: value"),
-    "damaged": ("batch_size: [", "is not YAML", "mend it"),
-    "binary": (b"\xff\xfe\x00", "is not YAML", "mend it"),
+    "damaged": ("batch_size: [", "must be YAML", "Fix it"),
+    "binary": (b"\xff\xfe\x00", "must be YAML", "Fix it"),
     "word for a number": ("batch_size: two", "invalid int value: 'two'", "--help"),
-    "half a conversation": ("batch_size: 2.5", "sets batch_size to 2.5", "--help"),
-    "truth for a number": ("batch_size: true", "sets batch_size to True", "--help"),
-    "list for a number": ("batch_size: [1]", "sets batch_size to [1]", "--help"),
-    "null for a name": ("model: null", "sets model to None", "--help"),
-    "no such choice": ("on_bad_row: off", "sets on_bad_row to False", "quotes"),
+    "half a conversation": ("batch_size: 2.5", "sets batch_size to the invalid value 2.5", "--help"),
+    "truth for a number": ("batch_size: true", "sets batch_size to the invalid value True", "--help"),
+    "list for a number": ("batch_size: [1]", "sets batch_size to the invalid value [1]", "--help"),
+    "null for a name": ("model: null", "sets model to the invalid value None", "--help"),
+    "no such choice": ("on_bad_row: off", "sets on_bad_row to the invalid value False", "quotes"),
 }
 
 
@@ -195,7 +252,7 @@ def test_a_bad_config_file_is_named_with_its_key(refused, here, name):
 
 def test_a_missing_config_file_is_named(refused):
     for words in (["--config", "nowhere.yaml"], ["--config=nowhere.yaml"]):
-        refused(command("train", *words), "nowhere.yaml cannot be read", "check its name")
+        refused(command("train", *words), "nowhere.yaml cannot be read", "Check its name")
 
 
 def test_no_verb_is_a_call_for_help_and_an_unknown_one_is_named(capsys):

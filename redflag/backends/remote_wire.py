@@ -271,7 +271,7 @@ class RefusalError(RedflagError):
     """
 
     def __init__(self, status: int, reason: str) -> None:
-        super().__init__(f"The upstream server refused the request ({status}: {reason}).")
+        super().__init__(f"The upstream server refused the request ({status}: {reason})")
         self.status, self.reason = status, reason
 
 

@@ -118,7 +118,7 @@ def _joined(where: str, parts: list[Any] | tuple[Any, ...]) -> str:
     for number, part in enumerate(parts):
         what = part.get("type") if isinstance(part, Mapping) else None
         if what not in ("text", "input_text", "output_text"):
-            description = f"of the type {what!r}" if what is not None else f"that is {kind(part)} without a type"
+            description = f"of the type {what!r}" if what is not None else f"{kind(part)} without a type"
             raise ValueError(
                 f"the content of {where} must be text or text parts (part {number} is {description}). Only text can be "
                 "judged"

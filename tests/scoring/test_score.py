@@ -116,9 +116,9 @@ def test_what_is_no_probability_is_refused_by_row_and_token(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"batch_size": 0}, "batch_size is 0"),
+        ({"batch_size": 0}, r"batch_size must be .*\(got 0"),
         ({"max_length": 1}, r"max_length must be .*\(got 1"),
-        ({"max_length": 9999}, "512 tokens"),
+        ({"max_length": 9999}, "at most 512"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(
@@ -245,7 +245,7 @@ def test_skipped_rows_are_named_on_stderr(verb: Verb, capsys: pytest.CaptureFixt
 def test_reading_a_file_that_was_not_scored_names_the_line(tmp_path: Path, content: str) -> None:
     path = tmp_path / "scored.jsonl"
     path.write_text(content + "\n")
-    with pytest.raises(RedflagError, match=r"scored\.jsonl:1: not a scored row"):
+    with pytest.raises(RedflagError, match=r"scored\.jsonl:1 must be a scored row"):
         read_scored(path)
     with pytest.raises(RedflagError, match="redflag score"):
         read_scored(tmp_path / "missing.jsonl")
@@ -276,7 +276,7 @@ def test_rows_that_cannot_be_rendered_are_named_or_left_out(
     tokenizer: Any, spec: FlagSpec, stub_scorer: Any, conversation: Any
 ) -> None:
     rows = [conversation("The sea is wide."), conversation("", id="empty")]
-    with pytest.raises(RedflagError, match="row 'empty': the response is empty"):
+    with pytest.raises(RedflagError, match="row 'empty': the response must not be empty"):
         list(score(stub_scorer(), tokenizer, spec, rows))
     sound, bad = renderable(tokenizer, spec, rows)
     assert sound == rows[:1] and "row 'empty'" in bad[0]

@@ -54,7 +54,7 @@ def test_rows_of_a_dead_server_go_to_the_others(capsys: pytest.CaptureFixture[st
     with Scoring(slow=0.01).serve() as one, Scoring(dies_after=4).serve() as two, connect(one, two) as scorer:
         assert_exact(scored(scorer))
         assert list(scorer.ways) == [one.url] and two.whole > 4
-    assert capsys.readouterr().err.count("its rows go to the 1 that are left") == 1
+    assert capsys.readouterr().err.count("its rows go to the 1 remaining servers") == 1
 
 
 def test_with_no_server_left_the_rows_before_are_there_and_one_sentence() -> None:
@@ -77,7 +77,7 @@ def test_a_busy_server_is_asked_again(faults: list[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "said"), [(400, "refuses the request .400: not this one"), (500, "500: not this one, 3 times")]
+    ("status", "said"), [(400, "refused the request .400: not this one"), (500, "500: not this one, 3 times")]
 )
 def test_a_row_that_no_server_takes_is_an_error_and_costs_no_server(status: int, said: str) -> None:
     refuses = {30 + 13: status}

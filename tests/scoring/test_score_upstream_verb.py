@@ -87,7 +87,7 @@ def test_bounds_are_named_as_such_in_the_rows_and_do_not_mix_with_exact_ones(ver
 def test_a_key_that_is_not_there_is_said(verb: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NO_KEY", raising=False)
     with Scoring(api_key="secret").serve() as server:
-        with pytest.raises(RedflagError, match="NO_KEY, which is not set"):
+        with pytest.raises(RedflagError, match="the environment variable NO_KEY must be set"):
             verb(server, upstream_key_env="NO_KEY")
         with pytest.raises(RedflagError, match="give the API key"):
             verb(server)
