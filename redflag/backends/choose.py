@@ -107,11 +107,13 @@ class Chooser:
         Raises:
             RuntimeError: The grammar leaves no token to choose.
         """
+        # 1. Measure, before anything changes the logits. 2. Hide the flags. 3. Choose among the rest.
         scores = logits.float()
         probs = measure(scores, self._watch)
         scores[:, self._flag_ids] = -math.inf
         language = None if self._logprobs is None else torch.log_softmax(scores, dim=-1)
         if self._matchers:
+            # The grammar comes after the measurement, which is over all tokens.
             scores.masked_fill_(self._refused(rows, scores.shape[-1]), -math.inf)
         if self._penalty is not None:
             # Row by row: responses differ in length, and the penalty needs a rectangular tensor of ids.

@@ -225,6 +225,8 @@ class HFBackend:
         chooser: Chooser,
         responses: list[list[Step]],
     ) -> None:
+        # Prompts are padded on the left, so that the last column is the next position of every row. The mask hides the
+        # padding, and positions start at 0 behind it.
         width = max(len(prompts[row]) for row in rows)
         pads = torch.tensor([width - len(prompts[row]) for row in rows], device=self._device)
         input_ids = torch.tensor(
@@ -248,6 +250,7 @@ class HFBackend:
                 unjudged = any(map(math.isnan, step.flag_probs))
                 if len(responses[row]) < rooms[row] and step.token_id not in self._eos_ids and not unjudged:
                     running.append(index)
+            # Finished rows leave the batch and the cache; the others keep their order.
             if not running:
                 return
             if len(running) < len(rows):

@@ -116,6 +116,7 @@ def load_flagged(
     Raises:
         RedflagError: Something is missing or cannot be used, or the files do not belong together.
     """
+    # redflag.json first: it is written last, so a folder that has it is complete.
     spec = FlagSpec.load(directory)
     model, tokenizer = read_model(directory, dtype)
     _check(directory, tokenizer, spec)

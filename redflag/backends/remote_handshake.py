@@ -76,6 +76,7 @@ async def shake_hands(backend: RemoteBackend, prompt: Sequence[int] = (), tolera
     banned = {*flags, likely}
     differences: list[str] = []
     for _ in range(_ROUNDS):
+        # The same position without a ban, and with one at three temperatures: raw probabilities do not change.
         free = await _ask(backend, prompt, Sampling(max_new_tokens=1, temperature=0.0), measured, ())
         greedy, warm, cool = [
             await _ask(backend, prompt, Sampling(max_new_tokens=_TOKENS, temperature=t, seed=0), measured, banned)

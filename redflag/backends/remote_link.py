@@ -61,6 +61,7 @@ class Link:
         """Closes all connections."""
         for task, response in self._draining.items():
             task.cancel()
+            # Draining tasks are cancelled; their responses are closed here.
             response.close()  # a cancelled task closes it only if the task had started
         await asyncio.gather(*self._draining, return_exceptions=True)
         await self.session.close()

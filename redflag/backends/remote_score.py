@@ -141,6 +141,8 @@ async def _steps(backend: RemoteBackend, prompt: list[int], response: list[int])
 
 async def _bound(backend: RemoteBackend, prompt: list[int], response: list[int]) -> Probs:
     # The last position is that of the token that the server generated.
+    # The server judges the prompt's own tokens: all of the response but its last token is sent as prompt, and the one
+    # generated token stands at the last position.
     body = _one_token(prompt + response[:-1]) | {"logprobs": TOP, "prompt_logprobs": TOP}
     (choice,) = (await backend.ask("/v1/completions", body))["choices"]
     rows = []
@@ -173,6 +175,7 @@ def _bounded(backend: RemoteBackend, top: dict[int, float | None]) -> list[float
     probs = {token_id: probability_of(logprob) for token_id, logprob in top.items()}
     if any(map(math.isnan, probs.values())):
         return [math.nan] * len(backend.flag_ids)
+    # A flag that is not listed is at most as likely as the least likely listed token.
     least = min(probs.values())
     return [probs.get(flag_id, least) for flag_id in backend.flag_ids]
 

@@ -207,6 +207,8 @@ class StreamReader:
             if token_ids or choice.get("text"):
                 raise ConnectionError("the server sent a token without log-probabilities")
             return
+        # Ids, names and log-probabilities are three parallel lists. They must agree at every token, or the
+        # probabilities could belong to another token than the one that is shown.
         names, tops = logprobs["tokens"], logprobs["top_logprobs"]
         if token_ids is None:  # a server that supports only `return_tokens_as_token_ids`
             token_ids = [_token_id(name) for name in names]
@@ -236,6 +238,7 @@ class StreamReader:
 
     def _language(self, logprob: float | None, flag_probs: Sequence[float]) -> Logprobs:
         """The chosen token's log-probability without the flags, whose mass is spread over the other tokens."""
+        # log q(token) = log p(token) - log(1 - p(all flags))
         left = 1.0 - math.fsum(flag_probs)
         if logprob is None or not left > 0.0:
             return Logprobs(math.nan)

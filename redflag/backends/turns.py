@@ -334,6 +334,8 @@ class _Worker:
             self._finish(turn, None)
             return
         with self._work:
+            # A full buffer suspends the stream until its consumer takes a step; a step taken moves it to the end of
+            # the line.
             turn.behind += 1
             if turn.behind >= self._buffer:
                 turn.full_since = time.monotonic()

@@ -144,6 +144,8 @@ class Upstreams:
         """
         loop = self._loop
         results: list[asyncio.Future[Probs]] = [loop.create_future() for _ in pairs]
+        # All servers take rows from one queue, (row, failures so far), the earliest first. Each has several workers,
+        # which are its concurrent requests.
         queue: asyncio.PriorityQueue[tuple[int, int]] = asyncio.PriorityQueue()
         for index in range(len(pairs)):
             queue.put_nowait((index, 0))
@@ -152,6 +154,7 @@ class Upstreams:
             for backend in self._living
             for _ in range(max(1, batch_size))
         ]
+        # Workers end when their server is dropped. If all have ended, the next row will never be done.
         ended = loop.create_task(_end_of(workers))
         try:
             for index, result in enumerate(results):
@@ -182,6 +185,7 @@ class Upstreams:
         while True:
             index, failures = await queue.get()
             way = self._living.get(backend)
+            # The server was dropped while this worker waited: the row goes back to the others.
             if way is None:
                 queue.put_nowait((index, failures))
                 return

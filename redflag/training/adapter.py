@@ -85,6 +85,7 @@ def _forward_rows(
     is_embedding = isinstance(self.base_layer, torch.nn.Embedding)
     for adapter in active_adapters:
         rows, indices = self.trainable_tokens_delta[adapter], self.token_indices[adapter]
+        # Output side: only the flags' logits depend on the trained rows, so overwrite those K columns.
         if not is_embedding:
             logits = torch.nn.functional.linear(x, rows.to(x.dtype)).to(result.dtype)
             if self.base_layer.bias is not None:
@@ -94,6 +95,7 @@ def _forward_rows(
         # Scaled embeddings (Gemma) multiply in their forward; the row gets the same factor.
         scale = getattr(self.base_layer, "embed_scale", None)
         for row, index in zip(rows, indices, strict=True):
+            # Input side: positions that hold a flag get its trained row.
             value = row.to(result.dtype) if scale is None else (row * scale.to(row.dtype)).to(result.dtype)
             result = torch.where((x == index)[..., None], value, result)
     return result

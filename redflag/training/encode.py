@@ -244,6 +244,7 @@ def place(example: Mapping[str, Any], config: PlacementConfig, spec: FlagSpec, s
         if placed.forecast is not None:
             placed.forecast[start : start + prefill] = [NONE] * prefill
         return placed
+    # in_context: one flag at a random place, with the label that the position has anyway.
     if config.placement not in ("insert", "until") and draw.random() < config.in_context:
         position = draw.randrange(example["response_start"], len(placed.input_ids))
         _insert(placed, position, draw.choice(spec.ids), placed.flag_labels[position])
@@ -280,6 +281,7 @@ def _labelled(example: Mapping[str, Any], config: PlacementConfig, spec: FlagSpe
     if k == 0:
         return Placed(ids, labels, flag_labels, inserted)
     end = min(onset, len(ids))  # the onset may have been cut off
+    # The soft margin before the onset asks for nothing; a response cut before its onset stays harmless.
     margin = min(end, max(start, onset - config.soft_margin))
     flag_labels[margin:end] = [IGNORE] * (end - margin)
     if end == len(ids):

@@ -174,6 +174,7 @@ def peak_weights(log_odds_N: torch.Tensor, response_N: torch.Tensor, window: int
     count = len(log_odds_N)
     if count == 0:
         return log_odds_N.float()
+    # For each position, the index of the first position of its response: no window reaches back into another one.
     index = torch.arange(count, device=log_odds_N.device)
     begins = torch.ones_like(index, dtype=torch.bool)
     begins[1:] = response_N[1:] != response_N[:-1]
@@ -185,6 +186,7 @@ def peak_weights(log_odds_N: torch.Tensor, response_N: torch.Tensor, window: int
     total = torch.cat([log_odds_N.new_zeros(1, dtype=wide), log_odds_N.to(wide).cumsum(0)])
     oldest = torch.maximum(first, index - window + 1)
     scaled = (total[index + 1] - total[oldest]) / (index + 1 - oldest) / temperature
+    # Softmax within each response, with its maximum subtracted first.
     segments = int(segment[-1]) + 1
     highest = scaled.new_full((segments,), -torch.inf).scatter_reduce(0, segment, scaled, "amax")
     weight = (scaled - highest[segment]).exp()
@@ -264,6 +266,7 @@ class _FlagAndKeep(torch.autograd.Function):
 
             # Gradients, as in the docstring; `z` becomes q, then d loss / d z, in place.
             weights_f = torch.where(flag_labels[part] >= 0, weights_f, 0.0)
+            # d / d class logits = weight * (P - one-hot target); both targets of a position add up.
             d_classes = class_log_probs.exp()
             d_classes.scatter_add_(1, target[:, None], torch.full_like(d_classes[:, :1], -1.0))
             d_classes *= weights_f[:, None]

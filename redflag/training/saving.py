@@ -63,6 +63,7 @@ def save(
     Raises:
         RedflagError: The files cannot be written.
     """
+    # The run id is a hash of the options and the trained weights, so equal runs have equal ids.
     digest = hashlib.sha256(json.dumps(result["arguments"], sort_keys=True).encode())
     for _, parameter in sorted(model.named_parameters()):
         if parameter.requires_grad:
@@ -86,6 +87,7 @@ def save(
         if not hasattr(model, "peft_type"):
             copy_processors(model.config.name_or_path, temporary)
         (temporary / "train.json").write_text(json.dumps(result, indent=2, default=str), encoding="utf-8")
+        # redflag.json last: a folder without it is not a flagged model.
         replace_model(temporary, output)
         spec.save(output)
     except (OSError, SafetensorError) as error:

@@ -44,12 +44,15 @@ def fit_flag_rows(model: Any, spec: FlagSpec, examples: Dataset) -> None:
     states_NH = _ordinary_states(model, examples)
     if not len(states_NH):
         return
+    # The wanted logit of a flag at each position, and the current row's distance from it. One row is fitted, and all
+    # flags get it.
     target_N = LOG_ODDS - math.log(len(ids)) + _language(states_NH, head, ids)
     wide = widest(states_NH.device)
     start_H = head.weight[ids[0]].to(wide)
     bias = 0.0 if head.bias is None else float(head.bias[ids[0]])
     states = states_NH.to(wide)
     rest_N = _before_head(target_N.to(wide), head) - bias - states @ start_H
+    # Ridge regression in closed form, for the change of the row.
     square_HH = states.T @ states
     square_HH.diagonal().add_(_RIDGE * square_HH.diagonal().mean())
     row_H = start_H + torch.linalg.solve(square_HH, states.T @ rest_N)

@@ -123,6 +123,7 @@ def run(arguments: TrainArguments, config: RedFlagConfig) -> dict[str, Any]:
     Raises:
         RedflagError: Input or settings are invalid, or the result could not be written (checkpoints stay).
     """
+    # 1. Everything that can be refused without reading rows or weights.
     output = Path(config.output_dir or "")
     _check_numbers(arguments, config)
     arguments = dataclasses.replace(arguments, model=model_folder(arguments.model, flagged=False))
@@ -135,6 +136,7 @@ def run(arguments: TrainArguments, config: RedFlagConfig) -> dict[str, Any]:
             f"output_dir must not hold checkpoints of an earlier run (got {output}). Add --resume to continue that "
             "run, or choose another folder."
         )
+    # 2. Rows, the base model, and its flags. The template's hash binds thresholds to the prompts trained on.
     set_seed(config.seed)
     train_rows, eval_rows, sources = _rows(arguments, config.seed)
     model, tokenizer, saved = load_model(arguments.model, arguments.dtype, config.use_cpu)
@@ -146,6 +148,7 @@ def run(arguments: TrainArguments, config: RedFlagConfig) -> dict[str, Any]:
     train_set = build_dataset(train_rows, tokenizer, spec, config.max_length, config.plain_share, config.seed)
     eval_set = build_dataset(eval_rows, tokenizer, spec, config.max_length)
     _check_classes(train_set)
+    # 3. Initial rows of the flags, before PEFT wraps the model.
     if arguments.flag_start == "fitted" and may_fit(model, config.placement_config()):
         if config.world_size == 1:
             model.to(config.device)  # where the trainer would put it
@@ -202,6 +205,7 @@ def run(arguments: TrainArguments, config: RedFlagConfig) -> dict[str, Any]:
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
         + (torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"),
     }
+    # 5. All processes take part in gathering the weights; the first one writes them.
     model = whole_model(trainer.accelerator.unwrap_model(trainer.model), trainer.accelerator)
     if trainer.is_world_process_zero():
         result = save(model, tokenizer, spec, output, arguments.merge, result, saved)

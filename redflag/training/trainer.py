@@ -100,6 +100,7 @@ class RedFlagConfig(TermsConfig, SFTConfig):
                 "output_dir must be a folder for the model (got none). For example --output-dir runs/mine."
             )
         precision = choose_precision(Machine.here(), bf16=self.bf16, fp16=self.fp16, use_cpu=self.use_cpu)
+        # One place decides on precision; the result goes into the fields that transformers reads.
         self.bf16 = precision.autocast
         # transformers expects a GPU for bfloat16 unless `use_cpu` is set.
         self.use_cpu = self.use_cpu or (precision.autocast and precision.device == "cpu")
