@@ -91,7 +91,10 @@ BAD_THRESHOLDS = {
     "later format": (edit("thresholds.json", format=9), "has format 9"),
     "unknown key": (edit("thresholds.json", mood=1), "has unknown keys ['mood']"),
     "lost key": (edit("thresholds.json", monitor=LOST), "lacks the keys ['monitor']"),
-    "a threshold of 0": (edit("thresholds.json", values={"harm": 0, "fraud": 0.5}), "the threshold of 'harm' is 0"),
+    "a threshold of 0": (
+        edit("thresholds.json", values={"harm": 0, "fraud": 0.5}),
+        "the threshold of 'harm' must be above 0",
+    ),
     "another run": (edit("thresholds.json", run_id="run-9"), "run 'run-9' but run 'run-1' is in force"),
     "another template": (edit("thresholds.json", template_hash="beef"), "prompt template 'beef' but"),
     "another engine": (edit("thresholds.json", logprob_mode="processed"), "log-probability mode 'processed' but"),

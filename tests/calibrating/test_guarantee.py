@@ -140,10 +140,10 @@ def test_high_probability_rate_is_exceeded_in_no_more_trials_than_delta(flags: i
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"target_fpr": 0.0}, "target_fpr is 0.0"),
-        ({"target_fpr": 1.0}, "target_fpr is 1.0"),
-        ({"target_fpr": math.nan}, "target_fpr is nan"),
-        ({"delta": 0.0, "guarantee": "high_probability"}, "delta is 0.0"),
+        ({"target_fpr": 0.0}, r"target_fpr must be .*got 0\.0"),
+        ({"target_fpr": 1.0}, r"target_fpr must be .*got 1\.0"),
+        ({"target_fpr": math.nan}, r"target_fpr must be .*got nan"),
+        ({"delta": 0.0, "guarantee": "high_probability"}, r"delta must be .*got 0\.0"),
         ({"guarantee": "certain"}, r"guarantee must be .*\(got 'certain'"),
         ({"peaks": [0.1, math.nan] * 100}, "response 1 is"),
         ({"peaks": []}, "0 harmless responses"),

@@ -84,7 +84,7 @@ def test_stages_are_skipped(tiny, capsys):
         (["--world", "nano", "--skip", "watch"], "skip must come with the world smollm2"),
         (["--size", "0.5"], "size must come with --world nano"),
         (["--reflect", "true"], "reflect must come with --world nano"),
-        (["--world", "nano", "--size", "0"], "size is 0"),
+        (["--world", "nano", "--size", "0"], "size must be above 0 and at most 10 (got 0.0)"),
         (["--color", "green"], "color"),
     ],
 )

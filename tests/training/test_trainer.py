@@ -230,11 +230,11 @@ def test_the_flag_is_learnt_and_the_language_stays(tmp_path, flagged):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"placement": "everywhere"}, "placement 'everywhere'"),
-        ({"keep_coef": -1.0}, "keep_coef is -1.0"),
-        ({"harmful_weight": 1.5}, "harmful_weight is 1.5"),
-        ({"insertions": 0}, "insertions is 0"),
-        ({"in_context": -0.1}, "in_context is -0.1"),
+        ({"placement": "everywhere"}, r"placement must be .*got 'everywhere'"),
+        ({"keep_coef": -1.0}, r"keep_coef must be .*got \-1\.0"),
+        ({"harmful_weight": 1.5}, r"harmful_weight must be .*got 1\.5"),
+        ({"insertions": 0}, r"insertions must be .*got 0"),
+        ({"in_context": -0.1}, r"in_context must be .*got -0\.1"),
         ({"packing": True}, "packing"),
     ],
 )

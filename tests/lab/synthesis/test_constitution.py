@@ -45,7 +45,7 @@ def changed(path, value):
         (changed(["harmful", "weapons", "examples"], []), ["weapons: examples is empty"]),
         (changed(["harmful", "weapons", "examples"], "How?"), ["examples is a text"]),
         (changed(["harmful", "weapons", "examples"], None), ["examples is missing"]),
-        (changed(["harmful", "weapons", "answers"], "obey"), ["answers is 'obey'", "comply"]),
+        (changed(["harmful", "weapons", "answers"], "obey"), ["(got 'obey')", "comply"]),
         (changed(["harmful", "weapons", "answers"], "refuse"), ["answers must not be refuse in a harmful class"]),
         (changed(["harmless", "history", "category"], "harm"), ["history", "no category"]),
         (changed(["harmful", "weapons", "share"], 0), ["share must be a number above 0 (got 0)"]),
@@ -65,7 +65,9 @@ def test_S3_1_a_bad_constitution_is_refused_in_one_sentence(record, words):
         assert word in text
 
 
-@pytest.mark.parametrize(("content", "word"), [(b"a: [", "not YAML"), (b"\xff", "not YAML"), (None, "cannot be read")])
+@pytest.mark.parametrize(
+    ("content", "word"), [(b"a: [", "must be YAML"), (b"\xff", "must be YAML"), (None, "cannot be read")]
+)
 def test_S3_1_a_file_that_is_no_yaml_is_named(tmp_path, content, word):
     path = tmp_path / "c.yaml"
     if content is not None:
