@@ -67,7 +67,7 @@ def damaged_gzip(path):
 
 
 BAD_FILES = {
-    "missing": ("nowhere.jsonl", no_file, "nowhere.jsonl must be a file or folder", "check the path"),
+    "missing": ("nowhere.jsonl", no_file, "nowhere.jsonl must be a file or folder", "Check the path"),
     "no match": ("nowhere*.jsonl", no_file, "no file matches nowhere*.jsonl", "Check the pattern"),
     "empty": ("empty.jsonl", lambda p: p.touch(), "'empty.jsonl': it is empty", "Give a source of rows"),
     "blank": ("blank.jsonl", lambda p: p.write_text("\n \n"), "'blank.jsonl': it is empty", "Give a source of rows"),
@@ -132,22 +132,22 @@ BAD_OPTIONS = {
     "temperature": (
         command("generate", "--temperature", "-1"),
         "temperature must be 0 (greedy) or above (got -1.0)",
-        "make it 0 (greedy) or above",
+        "must be 0 (greedy) or above",
     ),
     "temperature nan": (
         command("generate", "--temperature", "nan"),
         "temperature must be 0 (greedy) or above (got nan)",
-        "make it 0 (greedy) or",
+        "must be 0 (greedy) or",
     ),
     "top_p": (
         command("generate", "--top_p", "2"),
         "top_p must be above 0 and at most 1",
-        "make it above 0 and at most 1",
+        "above 0 and at most 1 (1 = off)",
     ),
     "max_new_tokens": (
         command("generate", "--max_new_tokens", "0"),
         "max_new_tokens must be at least 1 (got 0)",
-        "make it at least 1",
+        "must be at least 1",
     ),
     "seed too large": (
         command("generate", "--seed", "9" * 30),
@@ -216,7 +216,7 @@ BAD_OPTIONS = {
         "its own",
     ),
     "nothing to show": (["show"], "file is missing", "redflag show ... FILE"),
-    "show no file": (["show", "nowhere.jsonl"], "nowhere.jsonl must be a file or folder", "check the path"),
+    "show no file": (["show", "nowhere.jsonl"], "nowhere.jsonl must be a file or folder", "Check the path"),
     "show fewer than none": (["show", "rows.jsonl", "--limit", "-1"], "limit is -1", "give 0 for all"),
     "show by no model": (["show", "rows.jsonl", "--model", "nowhere"], "nowhere/redflag.json", "redflag train"),
 }

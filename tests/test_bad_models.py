@@ -58,20 +58,28 @@ def lost_weights(model):
 
 BAD_MODELS = {
     "no folder": (shutil.rmtree, "model", "redflag train"),
-    "no redflag.json": (lambda m: (m / "redflag.json").unlink(), "model/redflag.json is not there", "redflag train"),
-    "damaged redflag.json": (text("redflag.json", '{"format"'), "redflag.json cannot be read", "restore it"),
-    "later format": (edit("redflag.json", format=9), "has format 9", "Use the version of redflag that wrote it"),
+    "no redflag.json": (lambda m: (m / "redflag.json").unlink(), "model/redflag.json does not exist", "redflag train"),
+    "damaged redflag.json": (text("redflag.json", '{"format"'), "redflag.json cannot be read", "Restore it"),
+    "later format": (
+        edit("redflag.json", format=9),
+        "must have the format 1 (got 9)",
+        "Use the version of redflag that wrote it",
+    ),
     "unknown key": (edit("redflag.json", secret=1), "secret", "redflag.json"),
-    "no flags": (edit("redflag.json", flags=[]), "must have a list of flags", "restore it"),
-    "flags of another model": (another_flag_id, "has id 77", "Restore both from one training run"),
+    "no flags": (edit("redflag.json", flags=[]), "must have a list of flags", "Restore it"),
+    "flags of another model": (another_flag_id, "(got 77 and 5)", "Restore both from one training run"),
     "no config": (lambda m: (m / "config.json").unlink(), "model does not load", "redflag train"),
     "damaged config": (text("config.json", "{"), "model does not load", "redflag train"),
     "config of another model": (edit("config.json", hidden_size=64), "model does not load", "redflag train"),
     "unknown architecture": (edit("config.json", model_type="zorg"), "zorg", "redflag train"),
     "damaged tokenizer": (text("tokenizer.json", "{"), "model does not load", "redflag train"),
     "damaged weights": (text("model.safetensors", "abc"), "model does not load", "redflag train"),
-    "weights that lack a layer": (lost_weights, "lacks 1 of the model's weights (model.layers.0.mlp", "train again"),
-    "another template": (text("chat_template.jinja", "{{ messages }}"), "prompt template in model", "restore"),
+    "weights that lack a layer": (
+        lost_weights,
+        "must hold all of the model's weights (1 missing: model.layers.0.mlp",
+        "train again",
+    ),
+    "another template": (text("chat_template.jinja", "{{ messages }}"), "prompt template in model", "Restore"),
 }
 
 
@@ -88,17 +96,20 @@ BAD_THRESHOLDS = {
     "damaged": (text("thresholds.json", '{"format": 1,'), "is not JSON"),
     "no object": (text("thresholds.json", "[]"), "is not an object"),
     "NaN": (text("thresholds.json", '{"format": 1, "values": {"harm": NaN}}'), "NaN is not JSON"),
-    "later format": (edit("thresholds.json", format=9), "has format 9"),
+    "later format": (edit("thresholds.json", format=9), "must have the format 1 (got 9)"),
     "unknown key": (edit("thresholds.json", mood=1), "has unknown keys ['mood']"),
     "lost key": (edit("thresholds.json", monitor=LOST), "lacks the keys ['monitor']"),
     "a threshold of 0": (
         edit("thresholds.json", values={"harm": 0, "fraud": 0.5}),
         "the threshold of 'harm' must be above 0",
     ),
-    "another run": (edit("thresholds.json", run_id="run-9"), "run 'run-9' but run 'run-1' is in force"),
-    "another template": (edit("thresholds.json", template_hash="beef"), "prompt template 'beef' but"),
-    "another engine": (edit("thresholds.json", logprob_mode="processed"), "log-probability mode 'processed' but"),
-    "other flags": (edit("thresholds.json", values={"harm": 0.5}), "categories ['harm'] but"),
+    "another run": (
+        edit("thresholds.json", run_id="run-9"),
+        "run must be 'run-9', for which the thresholds were calibrated (got 'run-1')",
+    ),
+    "another template": (edit("thresholds.json", template_hash="beef"), "prompt template must be 'beef'"),
+    "another engine": (edit("thresholds.json", logprob_mode="processed"), "log-probability mode must be 'processed'"),
+    "other flags": (edit("thresholds.json", values={"harm": 0.5}), "categories must be ['harm']"),
 }
 
 

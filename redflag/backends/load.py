@@ -43,7 +43,7 @@ def read_model(name: str | Path, dtype: Any = "auto") -> tuple[Any, Any]:
     missing = sorted(key for key in lacking if not (tied and ".token_adapter." in key))
     if missing:
         raise RedflagError(
-            f"{name} must hold all of the model's weights ({len(missing)} are missing: {missing[0]}, ...). They would "
+            f"{name} must hold all of the model's weights ({len(missing)} missing: {missing[0]}, ...). They would "
             "be random numbers. Restore the files or train again."
         )
     return model, tokenizer
