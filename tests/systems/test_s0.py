@@ -249,7 +249,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "one begins the other": (("--prompts", "--marker", "SORRYDAVE", "SORRYDAVE x"), "must not begin with the tokens"),
     "twice": (("--prompts", "--marker", "NO", "NO"), "must not begin with the tokens"),
     "no room": (("--prompts", "--marker", "SORRYDAVE", "--max_length", "3"), "max_length must be above"),
-    "no flags": (("--prompts",), "redflag.json is not there"),
+    "no flags": (("--prompts",), "redflag.json does not exist"),
     "in the prompt": (("--prompts", "--marker", "town"), "row 'b': the prompt must not contain the marker 'town'"),
 }
 

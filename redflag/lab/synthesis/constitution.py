@@ -237,5 +237,5 @@ def _kind(value: Any) -> str:
     if value is None:
         return "missing"
     if isinstance(value, list):
-        return "a list with something that is no text in it"
+        return "a list with an entry that is not text"
     return {str: "a text", dict: "a mapping", bool: "true or false"}.get(type(value), f"{value!r}")

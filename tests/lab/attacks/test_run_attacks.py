@@ -179,7 +179,7 @@ def test_an_attack_that_cannot_be_made_is_named_and_the_others_go_on(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "match"),
     [
-        ([], "no rows"),
+        ([], "there must be harmful rows"),
         ([make_row("a"), make_row("a")], "its own id"),
         ([make_row("a").__class__(make_row("a").messages, id="b")], "harmless"),
     ],

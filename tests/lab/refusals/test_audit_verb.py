@@ -216,9 +216,9 @@ def test_columns_and_labels_are_those_of_other_verbs(here):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ([], "nothing to do"),
-        (["--train", "rows.jsonl"], "name a folder with --classifier"),
-        (["--input", "none.jsonl"], "no file or folder none.jsonl"),
+        ([], "input or train must be set"),
+        (["--train", "rows.jsonl"], "classifier must be set with train"),
+        (["--input", "none.jsonl"], "none.jsonl must be a file or folder"),
         (["--input", "empty.jsonl"], "no usable row in empty.jsonl: it is empty"),
         (["--input", "bad.jsonl", "--on_bad_row", "skip"], "all 1 were left out"),
         (["--input", "rows.jsonl", "--classifier", "nowhere"], "nowhere holds no classifier"),
@@ -229,7 +229,7 @@ def test_columns_and_labels_are_those_of_other_verbs(here):
         (["--input", "rows.jsonl", "--candidates", "-1"], "candidates must be at least 0 (got -1)"),
         (["--input", "rows.jsonl", "--embedding", "m"], "embedding chooses what is learnt from"),
         (["--train", "rows.jsonl", "--classifier", "c"], "a row must have a label"),
-        (["--train", "rows.jsonl", "--classifier", "c", "--write_rows", "w"], "write_rows has no rows"),
+        (["--train", "rows.jsonl", "--classifier", "c", "--write_rows", "w"], "write_rows must come with input"),
         (["--inptu", "rows.jsonl"], "unknown option --inptu"),
     ],
 )

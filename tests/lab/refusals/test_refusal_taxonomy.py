@@ -67,9 +67,9 @@ def test_a_taxonomy_survives_being_written_down():
 @pytest.mark.parametrize(
     ("path", "value", "says"),
     [
-        (["name"], None, "the file.name is None"),
-        (["name"], 7, "the file.name is 7"),
-        (["author"], "me", "unknown key 'author'"),
+        (["name"], None, "the file.name must be a text (got None)"),
+        (["name"], 7, "the file.name must be a text (got 7)"),
+        (["author"], "me", "(got 'author')"),
         (["categories"], [], "two or more"),
         (["categories"], "all", "two or more"),
         (["categories", 1], "Unclear", "categories[1] must be a mapping"),
@@ -77,7 +77,7 @@ def test_a_taxonomy_survives_being_written_down():
         (["categories", 1, "name"], "a/b", "a slash divides"),
         (["categories", 1, "name"], "PRIVATE", "'private' twice"),
         (["categories", 2, "also"], ["vague"], "'vague' twice"),
-        (["categories", 1, "family"], "should-not", "family is 'should-not': say cannot or should_not"),
+        (["categories", 1, "family"], "should-not", "family must be one of cannot, should_not (got 'should-not')"),
         (["categories", 0, "phrases"], "personal data", "categories[0].phrases must be a list"),
         (["categories", 0, "phrases"], ["ok"], "three or more characters"),
         (["categories", 0, "subcategories"], {"a": 1}, "subcategories must be a list"),

@@ -61,7 +61,7 @@ def test_forecasts_without_a_verdict_are_left_out_and_places_are_spread(tmp_path
     points = forecast(rows, KeptAnswers(Writer(), tmp_path / "a"), judge, samples=2, positions=4)
     assert [point.character for point in points[0]] == [0]
     assert len(points[1]) == 4 and points[1][0].character == 0
-    with pytest.raises(RedflagError, match="at least one"):
+    with pytest.raises(RedflagError, match="must be at least 1"):
         forecast(rows, KeptAnswers(Writer(), tmp_path / "a"), judge, samples=0)
 
 

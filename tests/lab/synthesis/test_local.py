@@ -45,7 +45,7 @@ def test_S3_1_a_question_that_is_too_long_is_refused_and_its_neighbours_are_not(
 
 
 def test_S3_1_whom_to_ask_is_checked(tmp_path, monkeypatch):
-    with pytest.raises(RedflagError, match="nobody is named"):
+    with pytest.raises(RedflagError, match="a writer must be named"):
         writer(None, None)
     with pytest.raises(RedflagError, match="does not load"):
         writer(str(tmp_path), None)

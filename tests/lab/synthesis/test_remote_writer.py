@@ -162,7 +162,7 @@ def test_S3_1_while_a_server_wants_to_be_left_alone_nobody_asks():
 
 
 @pytest.mark.parametrize(
-    ("status", "requests", "words"), [(500, 3, "after 2 retries"), (401, 1, "name or key"), (404, 1, "fix the address")]
+    ("status", "requests", "words"), [(500, 3, "after 2 retries"), (401, 1, "name or key"), (404, 1, "Fix the address")]
 )
 def test_S3_1_a_lost_server_ends_it_with_one_sentence(status, requests, words):
     with chat_server(lambda body: status) as server:
@@ -218,7 +218,7 @@ def test_S3_1_what_is_no_completion_is_refused(said):
     [
         ({"url": "nowhere"}, "address"),
         ({"model": ""}, "model's name"),
-        ({"concurrency": 0}, r"concurrency must be 1 or more \(got 0\)"),
+        ({"concurrency": 0}, r"concurrency must be at least 1 \(got 0\)"),
         ({"timeout": 0}, r"timeout must be seconds above 0 \(got 0\)"),
         ({"retries": -1}, r"retries must be 0 or more \(got -1\)"),
     ],

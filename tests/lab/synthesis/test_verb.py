@@ -102,7 +102,7 @@ def test_S3_1_onsets_of_rows_that_are_there_and_how_far_two_judges_agree(tmp_pat
         ((), "nothing is given"),
         (("--constitution", "a", "--onsets", "b"), "constitution and onsets is given"),
         (("--constitution", "missing.yaml"), "missing.yaml cannot be read"),
-        (("--onsets", NANO.parent / "README.md"), "none is named"),
+        (("--onsets", NANO.parent / "README.md"), "judge must be set"),
         (("--constitution", NANO), "with --yes"),
         (("--constitution", NANO, "--yes", "true"), "a writer must be named"),
         (("--constitution", NANO, "--yes", "true", "--judge", "endpoint"), "judge_name and judge_url must be given"),
