@@ -96,7 +96,7 @@ BAD_THRESHOLDS = {
     "damaged": (text("thresholds.json", '{"format": 1,'), "is not JSON"),
     "no object": (text("thresholds.json", "[]"), "is not an object"),
     "NaN": (text("thresholds.json", '{"format": 1, "values": {"harm": NaN}}'), "NaN is not JSON"),
-    "later format": (edit("thresholds.json", format=9), "must have the format 1 (got 9)"),
+    "later format": (edit("thresholds.json", format=9), "has format 9"),
     "unknown key": (edit("thresholds.json", mood=1), "has unknown keys ['mood']"),
     "lost key": (edit("thresholds.json", monitor=LOST), "lacks the keys ['monitor']"),
     "a threshold of 0": (
