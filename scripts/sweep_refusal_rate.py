@@ -65,9 +65,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recording", help=".parquet, scored .jsonl or traces .jsonl")
     parser.add_argument("--over", choices=["threshold", "bias", "temperature"], default="threshold")
-    parser.add_argument(
-        "--values", nargs="+", type=float, help="values to sweep; default: chosen for you"
-    )
+    parser.add_argument("--values", nargs="+", type=float, help="values to sweep; default: chosen for you")
     parser.add_argument("--by", nargs="+", choices=COLUMNS, default=[], help="a set for each value of these")
     parser.add_argument("--sets", nargs="+", default=[], metavar="COLUMN=VALUE", help="these sets only")
     parser.add_argument("--flag", help="the flag that is varied; default: all")
