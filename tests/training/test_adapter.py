@@ -52,5 +52,5 @@ def test_a_head_with_an_adapter_of_its_own_is_refused(tokenizer):
 def test_an_unknown_target_module_is_named(tokenizer):
     model = build("llama", len(tokenizer))
     spec = attach(model, tokenizer, FlagSpec.of("harm"))
-    with pytest.raises(RedflagError, match=r"no module 'query'.*q_proj"):
+    with pytest.raises(RedflagError, match=r"got 'query'.*q_proj"):
         lora_config(model, spec, target_modules=["query"])
