@@ -105,7 +105,7 @@ BAD_THRESHOLDS = {
     ),
     "another run": (
         edit("thresholds.json", run_id="run-9"),
-        "run must be 'run-9', for which the thresholds were calibrated (got 'run-1')",
+        "run must be 'run-9', which the thresholds were calibrated for (got 'run-1')",
     ),
     "another template": (edit("thresholds.json", template_hash="beef"), "prompt template must be 'beef'"),
     "another engine": (edit("thresholds.json", logprob_mode="processed"), "log-probability mode must be 'processed'"),

@@ -170,7 +170,7 @@ class Thresholds:
         ):
             if theirs != ours:
                 raise RedflagError(
-                    f"{what} must be {theirs!r}, for which the thresholds were calibrated (got {ours!r}). Their "
+                    f"{what} must be {theirs!r}, which the thresholds were calibrated for (got {ours!r}). Their "
                     "false-alarm rate holds for nothing else. Run `redflag calibrate` again for this model."
                 )
 
@@ -219,7 +219,7 @@ class Thresholds:
             record = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
         except FileNotFoundError as error:
             raise RedflagError(
-                f"{path} must exist: it holds the thresholds. Run `redflag calibrate --model "
+                f"{path} does not exist. It holds the thresholds. Run `redflag calibrate --model "
                 f"{path.parent} --input rows.jsonl{' --prompts' if name == PROMPT_THRESHOLDS_FILE else ''}`, or set a "
                 "threshold by hand."
             ) from error

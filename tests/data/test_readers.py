@@ -161,7 +161,7 @@ def test_only_a_format_of_text_makes_numbers_of_text(tmp_path: Path) -> None:
     (row,) = load_rows(tmp_path / "rows.csv").rows
     assert (row.onset, row.forecast, row.id) == (3, [[0, 0.5]], "007")
     assert isinstance(read("r.csv", b"a\n1\n")[0][1], TextRecord)
-    for cell, reason in (("-1", "onset must be within"), ("x", "onset must be a whole number (got the text 'x')")):
+    for cell, reason in (("-1", "onset must be within"), ("x", "onset must be a whole number .got the text 'x'")):
         (tmp_path / "rows.csv").write_text(f"{header}\n{cells.replace(',3,', f',{cell},')}\n")
         with pytest.raises(RedflagError, match=reason):
             load_rows(tmp_path / "rows.csv")

@@ -290,7 +290,7 @@ def test_messages_that_end_before_the_answer_are_completed_by_the_response() -> 
 def test_unlabelled_rows_are_left_out_and_counted_when_asked() -> None:
     rows = load_rows([{**PAIR, "label": None}, {**PAIR, "label": "benign"}], unlabelled="skip")
     assert len(rows) == 1
-    assert rows.skipped == [BadRow("<rows>", 1, "label must not be null")]
+    assert rows.skipped == [BadRow("<rows>", 1, "label is null")]
 
 
 def test_a_column_that_rows_may_lack_may_be_lacking_in_mapped_rows() -> None:
