@@ -78,7 +78,7 @@ def test_same_seed_same_thresholds_and_nothing_held_out_reports_no_rate() -> Non
     whole = calibrate(harmless, ONE, target_fpr=0.05, held_out=0.0)
     assert whole.thresholds.realised_fpr is None and whole.thresholds.interval is None
     assert whole.thresholds.sample_size == 200
-    assert "not known" in str(whole)
+    assert "rate is unknown" in str(whole)
 
 
 @settings(max_examples=100, deadline=None)
@@ -124,7 +124,7 @@ def test_a_threshold_that_no_score_can_reach_is_refused() -> None:
         ({"target_fpr": 5}, r"target_fpr must be .*got 5"),
         ({"guarantee": "sure"}, r"guarantee must be .*got 'sure'"),
         ({"held_out": 1.0}, r"held_out must be .*got 1\.0"),
-        ({"groups": ["a"]}, "1 groups came with 200"),
+        ({"groups": ["a"]}, "groups must have one entry for each of 200"),
         ({"onsets": [0]}, "onsets must have one entry for each of 0"),
         ({"hold_back_share": 1.0}, r"hold_back_share must be .*got 1\.0"),
         ({"harmless": [[[math.nan]], *responses(200)]}, "harmless response 0 cannot be judged"),

@@ -145,7 +145,7 @@ def test_high_probability_rate_is_exceeded_in_no_more_trials_than_delta(flags: i
         ({"target_fpr": math.nan}, r"target_fpr must be .*got nan"),
         ({"delta": 0.0, "guarantee": "high_probability"}, r"delta must be .*got 0\.0"),
         ({"guarantee": "certain"}, r"guarantee must be .*\(got 'certain'"),
-        ({"peaks": [0.1, math.nan] * 100}, "response 1 is"),
+        ({"peaks": [0.1, math.nan] * 100}, "peak of harmless response 1 must be"),
         ({"peaks": []}, "0 harmless responses"),
     ],
 )

@@ -130,20 +130,20 @@ def test_a_recorded_probability_that_is_none_is_refused_by_response_and_step(bad
         lambda: replay.peaks(MonitorConfig(), recording),
         lambda: replay.alarms(MonitorConfig(), recording, [0.5, 0.5]),
     ):
-        with pytest.raises(UnjudgedError, match=r"response 2 cannot be judged at step 1: a flag probability is"):
+        with pytest.raises(UnjudgedError, match=r"response 2 cannot be judged at step 1: a flag probability must be"):
             call()
 
 
 @pytest.mark.parametrize(
     ("response", "message"),
     [
-        ([[0.5, math.nan]], "a flag probability is nan"),
-        ([[0.5, 0.5], [0.5, 1.5]], "a flag probability is 1.5"),
-        ([[0.5]], "1 flag probabilities for 2 flags"),
-        ([[0.5, 0.5], [0.5]], "1 flag probabilities for 2 flags"),
+        ([[0.5, math.nan]], r"a flag probability must be .*got nan"),
+        ([[0.5, 0.5], [0.5, 1.5]], r"a flag probability must be .*got 1\.5"),
+        ([[0.5]], r"the flag probabilities of a step must be 2 numbers .got 1"),
+        ([[0.5, 0.5], [0.5]], r"the flag probabilities of a step must be 2 numbers .got 1"),
         ([[0.5, 0.5], None], "the flag probabilities of a step must be 2 numbers"),
         ([["high", 0.5]], "the flag probabilities of a step must be 2 numbers"),
-        (np.full((3, 3), 0.5, np.float32), "3 flag probabilities for 2 flags"),
+        (np.full((3, 3), 0.5, np.float32), r"the flag probabilities of a step must be 2 numbers .got 3"),
         (0.5, "it is not T steps of 2 numbers"),
     ],
 )

@@ -210,5 +210,5 @@ def test_rows_without_a_response_are_prompts_only_where_that_is_asked_for(tmp_pa
         load_rows(path)
     (row,) = load_rows(path, unanswered="keep").rows
     assert row.messages == ASKED and row.category == "refusal"
-    with pytest.raises(RedflagError, match="unanswered is 'yes'"):
+    with pytest.raises(RedflagError, match="unanswered must be one of stop, keep"):
         load_rows(path, unanswered="yes")  # type: ignore[arg-type]

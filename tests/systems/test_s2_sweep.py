@@ -127,5 +127,5 @@ def test_S2_6_the_sweep_and_the_session_agree(recording):
 
 
 def test_S2_6_the_rule_is_refused_where_it_could_not_be_kept():
-    with pytest.raises(RedflagError, match="every token"):
+    with pytest.raises(RedflagError, match="the monitor must be first"):
         Session(Thresholds.manual(0.5, KINDS), Policy(first_token=FirstTokenRule()), KINDS)
