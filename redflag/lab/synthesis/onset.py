@@ -140,7 +140,7 @@ def find_onset(judge: Judge, messages: Messages, answer: str, search: Search = "
     def harmful(number: int) -> bool:
         nonlocal asked
         asked += 1
-        # The last prefix is the whole answer, as any other check of it sees it.
+        # The last prefix is the whole answer, unchanged, so that its verdict can be reused.
         end = spans[number][1] if number < len(spans) - 1 else len(answer)
         return ask(judge, messages, answer[:end]).harmful
 
@@ -199,7 +199,7 @@ def find_onsets(
 
 
 def with_onsets(rows: Sequence[Row], found: Sequence[Onset | None]) -> list[Row]:
-    """Harmful rows with the onsets that were found, marked as natural; all other rows as they are.
+    """Adds the onsets to harmful rows, marked as natural; other rows are unchanged.
 
     A harmful row in which no harm was found keeps its onset: the judge does not change labels.
 

@@ -229,7 +229,7 @@ def _checked(
 
 
 def _distinct(rows: Sequence[Row], constitution: Constitution, settings: Settings, dropped: Counter[str]) -> list[Row]:
-    """Drops answers nearly equal to an earlier one. Refusals are all similar, so of these only equal rows are dropped."""
+    """Drops answers nearly equal to an earlier one; of refusals, which are all similar, only equal rows."""
     refusing = {f"{constitution.name}: {kind.name}" for kind in constitution.classes if kind.answers == ANSWERS[1]}
     others = [row for row in rows if row.source not in refusing]
     kept = {id(others[i]) for i in distinct([row.response for row in others], settings.near)}

@@ -92,7 +92,7 @@ class SynthesizeArguments(LabJudgeOptions):
     workers: int = field(default=8, metadata={"help": "Threads that ask the judge."})
 
     yes: bool = field(default=False, metadata={"help": "Begin, whatever it takes."})
-    max_requests: int | None = field(default=None, metadata={"help": "Start only if it takes at most this many requests."})
+    max_requests: int | None = field(default=None, metadata={"help": "Start if it takes at most this many requests."})
     max_cost: float | None = field(default=None, metadata={"help": "Begin if it costs at most so much; needs prices."})
     price_in: float | None = field(default=None, metadata={"help": "Price of a million tokens of questions."})
     price_out: float | None = field(default=None, metadata={"help": "Price of a million tokens of answers."})
