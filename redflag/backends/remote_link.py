@@ -61,7 +61,8 @@ class Link:
         """Closes all connections."""
         for task, response in self._draining.items():
             task.cancel()
-            # Draining tasks are cancelled; their responses are closed here.
+            # Draining tasks are cancelled before they have read the rest; their responses are closed here, and the
+            # transports get one more iteration of the loop.
             response.close()  # a cancelled task closes it only if the task had started
         await asyncio.gather(*self._draining, return_exceptions=True)
         await self.session.close()

@@ -176,6 +176,7 @@ def run(arguments: TrainArguments, config: RedFlagConfig) -> dict[str, Any]:
     trainer.add_callback(shown)
     if not on_terminal():
         trainer.add_callback(PrinterCallback)
+    # 4. Whatever would fail after hours is tried before the first step.
     try_saving(trainer.accelerator.unwrap_model(trainer.model), tokenizer, spec, output, arguments.merge)
     try_evaluation(trainer, eval_set)
     try:

@@ -73,7 +73,7 @@ def test_a_recording_that_cannot_be_judged_or_is_of_other_flags_is_refused() -> 
         RedflagError, match=r"response 7 cannot be judged at step 1: a flag probability must be .*got nan"
     ):
         calibrate(whole, SPEC, target_fpr=0.05)
-    with pytest.raises(RedflagError, match="the recording is of the flags harm and the model has harm, fraud"):
+    with pytest.raises(RedflagError, match=r"the recording must be of the model's flags, harm, fraud .got harm"):
         calibrate(recording(flags=1), SPEC, target_fpr=0.05)
 
 
