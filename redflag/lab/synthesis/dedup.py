@@ -27,7 +27,8 @@ def normalised(text: str) -> str:
         >>> normalised("  How do I... bake a CAFÉ-style cake?")
         'how do i bake a cafe style cake'
     """
-    plain = unicodedata.normalize("NFKD", text.casefold())
+    # A compatibility form may hold capitals (㎩ is Pa), and small letters may come apart again.
+    plain = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", text).casefold())
     plain = "".join(" " if not (c.isalnum() or c.isspace()) else c for c in plain if not unicodedata.combining(c))
     return re.sub(r"\s+", " ", plain).strip()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from redflag.errors import RedflagError
@@ -36,6 +36,7 @@ def test_S3_1_what_is_left_is_left_again_and_equal_texts_never_stay(texts, thres
 
 
 @given(st.text(max_size=40))
+@example("㎩")  # whose compatibility form is Pa
 def test_S3_1_case_and_punctuation_do_not_make_a_text_new(text):
     again = normalised(text)
     assert normalised(again) == again
