@@ -253,7 +253,7 @@ def test_scoring_nothing_gives_empty_arrays(backend):
     assert [score.shape for score in backend.score([(PROMPT, []), (PROMPT, [4])])] == [(0, 2), (1, 2)]
 
 
-@pytest.mark.parametrize(("pair", "named"), [(([], [5]), "Prompt 1"), (([20] * 40, [5] * 25), "65 tokens")])
+@pytest.mark.parametrize(("pair", "named"), [(([], [5]), "prompt 1 must"), (([20] * 40, [5] * 25), "got 65")])
 def test_a_conversation_that_cannot_be_scored_is_named(backend, pair, named):
     with pytest.raises(RedflagError, match=named):
         backend.score([(PROMPT, [5]), pair])

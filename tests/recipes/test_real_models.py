@@ -126,7 +126,7 @@ def test_the_commands_of_the_readme_can_be_given(command, monkeypatch):
         assert make_attacks(arguments.attacks) is not None
 
 
-REFUSALS = "--input runs/hub/refusals/calibration.jsonl --target_fpr 0.05 --aggregation first"
+REFUSALS = "--input runs/hub/refusals/calibration.jsonl --target-fpr 0.05 --aggregation first"
 
 
 @pytest.mark.parametrize(

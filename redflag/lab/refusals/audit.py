@@ -121,12 +121,12 @@ def run(arguments: AuditArguments) -> int:
 
 def _check(arguments: AuditArguments) -> None:
     if arguments.input is None and not arguments.train:
-        raise RedflagError("there is nothing to do: give --input ROWS to audit, or --train ROWS to learn from")
+        raise RedflagError("input or train must be set. Give --input ROWS to audit, or --train ROWS to learn from.")
     if arguments.train and arguments.classifier is None:
-        raise RedflagError("--train has no place for what is learnt: name a folder with --classifier")
+        raise RedflagError("classifier must be set with train. It is the folder that the trained classifier is saved to.")
     check_bounds(arguments)
     if arguments.write_rows is not None and arguments.input is None:
-        raise RedflagError("write_rows has no rows to write: name them with --input")
+        raise RedflagError("write_rows must come with input. It writes the rows of --input.")
     if arguments.embedding is not None and not arguments.train:
         raise RedflagError(
             "embedding chooses what is learnt from, and nothing is learnt: leave it out, or give --train"

@@ -148,7 +148,7 @@ def test_a_place_that_cannot_be_written_to_is_refused_before_a_model_is_loaded(w
     option = "--output" if verb == "score" else "--output_dir"
     assert cli.main([verb, *words, option, "test.jsonl/below"]) == 2
     error = capsys.readouterr().err.strip()
-    assert error.count("\n") == 0 and "is a file): choose another" in error
+    assert error.count("\n") == 0 and "is a file). Choose another" in error
 
 
 def test_thresholds_that_could_not_be_saved_are_found_before_anything_is_scored(world, capsys, monkeypatch):

@@ -42,7 +42,7 @@ def test_a_stored_report_is_read_as_what_was_written(folder, tmp_path):
         ("methods/redflag/pooled/auroc_interval", [0.9, 0.8], "from low to high"),
         ("methods/redflag/pooled/nosuch", 1, "got 1 at methods.redflag.pooled.nosuch: Unexpected"),
         ("methods/redflag/monitor/nosuch", 1, "got 1 at methods.redflag.monitor.nosuch: Unexpected"),
-        ("methods/redflag/threshold/target_fpr", 3, "target_fpr is 3.0 under the guarantee"),
+        ("methods/redflag/threshold/target_fpr", 3, "target_fpr must be above 0 and below 1 under the guarantee"),
         ("methods/redflag/roc/tpr", [0.1], "methods.redflag.roc: Value error, tpr has 1 values for 3 points"),
         ("methods/redflag/delay/constructed/realised_fpr", None, "methods.redflag.delay.constructed.realised_fpr"),
         ("methods/redflag/delay/constructed/histogram/edges", [0, 1], "6 edges"),
