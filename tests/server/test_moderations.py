@@ -228,7 +228,11 @@ def test_an_engine_that_cannot_score_says_so(tokenizer, spec, thresholds, script
     limits = Limits(MODEL, operator_key=OPERATOR)
     with running(Guard(turns, tokenizer, spec, thresholds), limits) as server:
         answer = httpx.post(server.url + "/v1/moderations", json={"input": "a"}, headers=AS_OPERATOR)
-        assert answer.status_code == 400 and "scoring given responses is not supported" in answer.json()["error"]["message"]
+        assert answer.status_code == 400
+        assert "scoring given responses is not supported" in answer.json()["error"]["message"]
+            answer.status_code == 400
+            and "scoring given responses is not supported" in answer.json()["error"]["message"]
+        )
 
 
 # LiteLLM's Generic Guardrail API
