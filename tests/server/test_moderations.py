@@ -230,9 +230,6 @@ def test_an_engine_that_cannot_score_says_so(tokenizer, spec, thresholds, script
         answer = httpx.post(server.url + "/v1/moderations", json={"input": "a"}, headers=AS_OPERATOR)
         assert answer.status_code == 400
         assert "scoring given responses is not supported" in answer.json()["error"]["message"]
-            answer.status_code == 400
-            and "scoring given responses is not supported" in answer.json()["error"]["message"]
-        )
 
 
 # LiteLLM's Generic Guardrail API

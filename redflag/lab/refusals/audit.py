@@ -124,8 +124,6 @@ def _check(arguments: AuditArguments) -> None:
         raise RedflagError("input or train must be set. Give --input ROWS to audit, or --train ROWS to learn from.")
     if arguments.train and arguments.classifier is None:
         raise RedflagError("classifier must be set with train. The trained classifier is saved in that folder.")
-            "classifier must be set with train. It is the folder that the trained classifier is saved to."
-        )
     check_bounds(arguments)
     if arguments.write_rows is not None and arguments.input is None:
         raise RedflagError("write_rows must come with input. It writes the rows of --input.")
