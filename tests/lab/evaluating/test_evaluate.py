@@ -176,7 +176,7 @@ def test_helping_processes_score_and_leave(nano, world, tmp_path, monkeypatch):
         ({"baselines": ["tfidf"]}, "there is no train"),
         ({"baselines": ["tfidf"], "train": "train"}, "there is no base"),
         ({"baselines": ["nosuch"], "train": "train", "base": "base"}, "no baseline 'nosuch'"),
-        ({"attacks": ["nosuch"], "judge": "oracle"}, "no attack 'nosuch'"),
+        ({"attacks": ["nosuch"], "judge": "oracle"}, "attacks must be all, or among"),
         ({"attacks": ["prefill"]}, "nobody is named who says"),
         ({"attacks": ["prefill"], "judge": "endpoint"}, "judge_name and judge_url must be given"),
         ({"attacks": ["prefill"], "judge": "oracle", "attack_options": {"prefill": {"size": 1}}}, "size"),
