@@ -145,7 +145,7 @@ def test_FSDP_saves_folders_that_load_as_any_other(runs):
 @pytest.mark.parametrize(
     ("options", "saves", "adapter", "match"),
     [
-        pytest.param({"fsdp_version": 1}, True, False, "fsdp_version is 1", id="FSDP1"),
+        pytest.param({"fsdp_version": 1}, True, False, "fsdp_version must be 2", id="FSDP1"),
         pytest.param({"state_dict_type": "SHARDED_STATE_DICT"}, True, True, "FULL_STATE_DICT", id="adapter in parts"),
         pytest.param({"state_dict_type": "SHARDED_STATE_DICT"}, True, False, None, id="weights in parts"),
         pytest.param({"state_dict_type": "SHARDED_STATE_DICT"}, False, True, None, id="no checkpoints"),

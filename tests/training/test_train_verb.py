@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from screen import terminal
@@ -143,7 +144,8 @@ def test_an_adapter_loads_like_the_merged_model_also_where_a_flag_stands_behind_
         assert spec.ids[-1] >= len(words)
         (measured[merge],) = backend.score([([20, 30, 40], [50, 60, 70])])
     assert measured[False] == pytest.approx(measured[True], rel=1e-4)
-    assert measured[True][:, -1].max() > 1.5 / len(words)  # something was learnt
+    probs = measured[True][:, -1]
+    assert abs(np.log(probs / (1 - probs)) + 4).max() > 0.5  # log-odds begin near -4: something was learnt
 
 
 @pytest.mark.slow
