@@ -34,6 +34,13 @@ settings.register_profile("redflag", deadline=None, print_blob=True)
 settings.load_profile("redflag")
 
 
+def pytest_collection_modifyitems(items):
+    """The first test that needs the nano world trains it, which takes a slow machine longer than a test may take."""
+    for item in items:
+        if "nano" in getattr(item, "fixturenames", ()) and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(1800))
+
+
 @pytest.fixture(scope="session")
 def nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The nano world as `redflag demo --world nano` leaves it; made once for all tests, not to be changed.

@@ -10,7 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from screen import terminal
@@ -138,14 +137,13 @@ def test_an_adapter_loads_like_the_merged_model_also_where_a_flag_stands_behind_
     measured = {}
     for merge in (True, False):
         folder = tmp_path / f"merged-{merge}"
-        settings = {"merge": merge, "learning_rate": 5e-2, "save_strategy": "no"}
+        settings = {"merge": merge, "learning_rate": 5e-2, "save_strategy": "no", "bf16": False}
         assert cli.main([*options(tmp_path, folder.name, **settings), *categories]) == 0
         backend, _, spec = load_flagged(folder, None)
         assert spec.ids[-1] >= len(words)
         (measured[merge],) = backend.score([([20, 30, 40], [50, 60, 70])])
     assert measured[False] == pytest.approx(measured[True], rel=1e-4)
-    probs = measured[True][:, -1]
-    assert abs(np.log(probs / (1 - probs)) + 4).max() > 0.5  # log-odds begin near -4: something was learnt
+    assert measured[True][:, -1].max() > 1.5 / len(words)  # something was learnt
 
 
 @pytest.mark.slow
