@@ -151,7 +151,7 @@ class EndpointJudge:
         """The verdict in a chat completion.
 
         Raises:
-            UnansweredError: It holds none.
+            UnansweredError: It contains none.
         """
         choice, reply_text = self.choice(reply)
         match = _WORD.match(reply_text) if isinstance(reply_text, str) else None

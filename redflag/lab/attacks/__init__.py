@@ -94,7 +94,7 @@ class Attack(Protocol):
 
     @property
     def name(self) -> str:
-        """As it stands in tables."""
+        """Shown in tables."""
         ...
 
     @property

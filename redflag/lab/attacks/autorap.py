@@ -228,7 +228,7 @@ class Helper:
         rows = [self.encode(ids) for ids in texts]
         width = max(map(len, rows))
         inputs = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=self.device)
-        # Padding on the right is not seen by what stands before it.
+        # Padding on the right does not affect earlier positions.
         hidden = self._body(input_ids=inputs, use_cache=False).last_hidden_state
         last = hidden[torch.arange(len(rows)), torch.tensor([len(row) - 1 for row in rows])]
         return self._margin(last)

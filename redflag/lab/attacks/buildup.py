@@ -21,8 +21,9 @@ STEPS = (
 class BuildUp:
     """Begins harmlessly and asks for a little more in every turn, as Crescendo does (arXiv 2404.01833).
 
-    The history holds the target's own answers in full, whatever a guard would have shown: an attacker may put any text
-    into the history. Every turn is an attempt with its own setting, so that harm in an early answer is counted.
+    The history contains the target's own answers in full, even if a guard would have halted them: an attacker may put
+    any text into the history. Every turn is an attempt with its own setting, so that harm in an early answer is
+    counted.
     """
 
     steps: Sequence[str] = STEPS  # the user's turns; `{request}` is the text of the row's last user turn

@@ -1,7 +1,7 @@
 """An attack in embedding space, the strongest one with access to the weights (Schwinn et al., arXiv 2402.09063).
 
 The embeddings of a suffix of the request are optimised by signed gradient steps until a harmful answer is likely and
-the flag along it is not. The result is no text; it is an upper bound for any suffix of that length.
+the flag along it is not. The result isn't a text; it is an upper bound for any suffix of that length.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ def parts(logits: torch.Tensor, target_ids: torch.Tensor, flag_ids: torch.Tensor
 
 
 class Harm:
-    """One request with the beginning of its harm as a target, and the place where a suffix stands in its prompt."""
+    """One request with the beginning of its harm as target, and the position of a suffix in its prompt."""
 
     def __init__(self, target: Target, row: Row, suffix: str, target_tokens: int) -> None:
         """Renders the row's request with a suffix at the end of its last message.

@@ -62,7 +62,7 @@ OPENINGS: dict[str, str | Callable[[Row], str]] = {
 
 @dataclass
 class AffirmativeOpening:
-    """Openings that commit the model to an answer and hold no harm."""
+    """Harmless openings that commit the model to an answer."""
 
     # setting -> the opening, or a function of the row that gives it. `own` is how the row's response opens, for models
     # that never say "Sure"

@@ -67,7 +67,7 @@ class RAP:
 
     Both searches have the same chooser and budget. The guarded one goes back after every alarm. An attempt's text is
     the finished branch, or else the longest; `released` is everything that was shown, a line for each branch, and
-    `detail["branches"]` holds all branches as token ids. With a hold-back an attacker still knows the picked tokens;
+    `detail["branches"]` lists all branches as token ids. With a hold-back an attacker still knows the picked tokens;
     `released` is the text that the service showed as its answer.
     """
 

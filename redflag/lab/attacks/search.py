@@ -131,7 +131,7 @@ def search(
         fresh = False
 
     while True:
-        over = len(looks) == len(tokens)  # Nothing stands behind the last token.
+        over = len(looks) == len(tokens)  # The last token ended the response.
         refused = not over and fresh and guard is not None and guard.refuses([seen.flag_probs for seen in looks])
         pick = None
         if over:

@@ -42,7 +42,7 @@ class Stepper:
     """Runs a model over texts that have a long beginning in common: one forward pass over what is new.
 
     Going back by some tokens cuts the key-value cache; caches that cannot be cut (sliding windows, recurrent layers)
-    are built anew. Logits agree with those of a fresh run up to rounding.
+    are rebuilt. Logits agree with those of a fresh run up to rounding.
     """
 
     def __init__(self, model: Any) -> None:

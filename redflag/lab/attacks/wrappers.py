@@ -56,7 +56,7 @@ class Wrappers:
             yield from target.answers(target.fitting(sent), sampling, wrapper.name)
 
     def readings(self, attempt: Attempt, text: str) -> list[str]:
-        """What the text says: as it stands and, where that differs, out of its disguise."""
+        """The text itself and, if it differs, the text out of its disguise."""
         read = next((wrapper.read for wrapper in self.wrappers if wrapper.name == attempt.setting), None)
         plain = read(text) if read else text
         return [text] if plain == text else [text, plain]
@@ -77,7 +77,7 @@ def to_base64(text: str) -> str:
 
 
 def from_base64(text: str) -> str:
-    """The text with every stretch of base64 decoded that holds text."""
+    """The text with all base64 in it decoded that is text."""
 
     def decoded(match: re.Match[str]) -> str:
         try:

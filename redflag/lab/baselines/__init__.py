@@ -1,6 +1,6 @@
 """Baselines: other ways to watch a response as it is written, trained on the rows that a flag is trained on.
 
-A baseline records as a flag does, so that it stands in the same tables, under the same monitors and thresholds:
+A baseline records as a flag does, and so appears in the same tables, under the same monitors and thresholds:
 `record_baselines` of the module of that name trains any of them and keeps their recordings. What they share (the base
 model, the tokenizer, the limits) is a `redflag.lab.baselines.shared.BaselineContext`.
 """
@@ -20,7 +20,7 @@ __all__ = ["Baseline", "Cost"]
 class Baseline(Protocol):
     """What a baseline is."""
 
-    name: str  # as it stands in tables
+    name: str  # shown in tables
     what: str  # one sentence that says how it judges and what it was trained on
 
     def fit(self, train: Sequence[Row]) -> None:

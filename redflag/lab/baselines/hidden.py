@@ -164,7 +164,7 @@ def drawn_steps(lengths: Sequence[int], onsets: Sequence[int | None], most: int,
     each stretch of what is left. With more responses than places, some have none.
 
     Args:
-        window: Steps that do not have so many before them are not drawn, unless the response is shorter.
+        window: Steps with fewer steps before them are not drawn, unless the response is shorter.
     """
     firsts = [max(0, min(length, window) - 1) for length in lengths]
     counts = np.array([length - first for length, first in zip(lengths, firsts, strict=True)], dtype=np.int64)
@@ -283,7 +283,7 @@ def _reserve(path: Path) -> None:
 
 
 def _batches(lengths: Sequence[int], most_tokens: int, batch_size: int) -> list[list[int]]:
-    """Rows of like length together; a batch holds at most so many tokens, padding counted, but one row at least."""
+    """Rows of similar length together; a batch has at most `most_tokens`, padding included, but at least one row."""
     batches: list[list[int]] = [[]]
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
         if batches[-1] and (len(batches[-1]) == batch_size or (len(batches[-1]) + 1) * lengths[i] > most_tokens):

@@ -88,7 +88,7 @@ class Probe:
     _scale: tuple[Tensor, Tensor] = field(default=(torch.zeros(0), torch.zeros(0)), repr=False)
 
     def fit(self, train: Sequence[Row]) -> None:
-        """Trains; see `Baseline.fit`."""
+        """Trains on the hidden states of these rows."""
         reads = self.context.read(train)
         if len({read.row.harmful for read in reads}) < 2:
             raise RedflagError(

@@ -142,7 +142,7 @@ def _refusing(
 ) -> RefusalBaseline:
     """A model that refuses in the middle of harmful responses.
 
-    `deep_alignment` (arXiv 2406.05946): half of the refusals stand behind the first tokens of a harmful response, and
+    `deep_alignment` (arXiv 2406.05946): half of the refusals follow the first tokens of a harmful response, and
     the loss is on the refusal alone. `refusal_everywhere` (DeRTa, arXiv 2407.09121): by the toss of a coin that, or a
     refusal's first token as target of every position of the harmful response. Harmless rows, with their own responses,
     are the anchor.
@@ -214,7 +214,7 @@ def _behind_harm(
 
 
 def _example(context: BaselineContext, read: Read, answer: list[int], begun: int = 0) -> Example:
-    """The answer behind the prompt, which is cut if both do not fit; its first `begun` tokens are no targets."""
+    """The answer after the prompt, which is cut if both do not fit; its first `begun` tokens are not targets."""
     prompt = read.prompt_ids
     if context.limit is not None:
         answer = answer[: context.limit - 1]

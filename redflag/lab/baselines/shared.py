@@ -106,7 +106,7 @@ class BaselineContext:
 
     @cached_property
     def limit(self) -> int | None:
-        """Most tokens of prompt and response: `max_length`, or what the base model holds."""
+        """Maximum tokens of prompt and response: `max_length`, or the base model's context."""
         return self.max_length or getattr(self.config, "max_position_embeddings", None)
 
     @cached_property
@@ -159,7 +159,7 @@ class BaselineContext:
 
 
 def digest(value: Any) -> str:
-    """A short name for anything that JSON can hold."""
+    """A short hash of anything that JSON can hold."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

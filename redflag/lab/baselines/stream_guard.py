@@ -129,7 +129,7 @@ class StreamGuard:
         for i, piece in zip(range(1, len(read.judged_ids)), pieces, strict=False):
             waiting += piece
             begun = re.search(r"\s+\S*$", waiting)
-            # What ends the turn is no text: the last word is whole.
+            # The end of the turn has no text: the last word is complete.
             cut = len(waiting) if i == read.tokens else begun.start() if begun else 0
             ready, waiting = waiting[:cut], waiting[cut:]
             yield self._ids(ready)
@@ -156,7 +156,7 @@ class _Talk:
         self.by_logits = hasattr(model, "stream_generate") and hasattr(model, "response_risk_level_map")
 
     def prompt(self, ids: Sequence[int]) -> None:
-        """What stands before the assistant's turn."""
+        """Feeds everything before the assistant's turn."""
         tokens = torch.tensor(list(ids), device=self.model.device)
         if self.by_logits:
             self.state = self.model.stream_generate(tokens)

@@ -63,7 +63,7 @@ class TfidfBaseline:
         self._intercept = float(model.intercept_[0])
 
     def score(self, rows: Sequence[Row]) -> Recording:
-        """Scores; see `Baseline.score`. Before the first token the probability is 0: there is no text to judge."""
+        """Before the first token the probability is 0: there is no text to judge."""
         reads = self._context.read(rows)
         probs: list[Floats] = []
         for read in track(reads, f"scoring {self.name}", len(reads), "rows"):
@@ -75,7 +75,7 @@ class TfidfBaseline:
     def logits(self, pieces: Iterable[str]) -> list[float]:
         """The regression's decision after each piece of a text, brought up to date word by word.
 
-        As scikit-learn gives it for the text so far; a word that is not finished counts as it stands.
+        As scikit-learn computes it for the text so far; an unfinished word counts as a word.
         """
         bag = _Bag(self._weights)
         open_words, result = "", []

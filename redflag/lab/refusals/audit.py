@@ -196,7 +196,7 @@ def _audit(arguments: AuditArguments, classifier: RefusalClassifier | PhraseClas
     print(f"{folder / 'audit.html'}, {folder / 'audit.json'}")
     if arguments.write_rows is not None:
         named = [f"{entry['name']!r}" for entry in record["categories"] if entry["refusals"]]
-        left = f"; {held:,} with harmful answers that are no refusals were left out" if held else ""
+        left = f"; {held:,} with harmful answers that aren't refusals were left out" if held else ""
         print(f"{arguments.write_rows}: {audit.rows - held:,} rows{left}")
         print(f"next: redflag train --input {arguments.write_rows} --categories {' '.join(named)} ...")
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from redflag.lab.refusals import Judged, Taxonomy
-from redflag.lab.refusals.pairs import Pair
+from redflag.lab.refusals.pairs import RequestAndAnswer
 from redflag.stats.metrics import clopper_pearson
 
 UNNAMED = "no kind known"
@@ -23,7 +23,7 @@ class RowFinding(NamedTuple):
     """The result for one row."""
 
     refused: bool  # whether the answer is a refusal
-    name: str | None  # its kind, or `UNNAMED`; None where it is no refusal
+    name: str | None  # its kind, or `UNNAMED`; None = not a refusal
     also: tuple[str, ...]  # further kinds
     harmful: bool | None  # whether the request is harmful; None = unknown
 
@@ -49,7 +49,7 @@ class Audit:
         self._count = Counter[str]()
         self._known = Counter[str]()
 
-    def feed(self, pairs: Sequence[Pair], judged: Judged) -> list[RowFinding]:
+    def feed(self, pairs: Sequence[RequestAndAnswer], judged: Judged) -> list[RowFinding]:
         """Adds rows and a classifier's predictions for them."""
         findings = []
         for i, pair in enumerate(pairs):
@@ -109,7 +109,7 @@ class Audit:
             "certainty": {"edges": [i / BINS for i in range(BINS + 1)], "counts": self._bins.tolist()},
         }
 
-    def _finding(self, pair: Pair, judged: Judged, i: int) -> RowFinding:
+    def _finding(self, pair: RequestAndAnswer, judged: Judged, i: int) -> RowFinding:
         harmful = pair.prompt_harmful
         if harmful is not None:
             self._known["label"] += 1
@@ -125,7 +125,7 @@ class Audit:
         also = [int(k) for k in np.argsort(-kinds, kind="stable") if k != best and kinds[k] >= self._also]
         return RowFinding(True, self._classes[best], tuple(self._classes[k] for k in also), harmful)
 
-    def _add(self, pair: Pair, finding: RowFinding, judged: Judged, i: int) -> None:
+    def _add(self, pair: RequestAndAnswer, finding: RowFinding, judged: Judged, i: int) -> None:
         self.rows += 1
         self._sources[pair.source][finding.name] += 1
         kind = {True: "harmful", False: "harmless", None: "unknown"}[finding.harmful]
@@ -149,7 +149,7 @@ class Audit:
             self._count["harmful"] += pair.harmful
             self._push(self._under, (1 - p) * (1.0 if pair.harmful else sure_of_request), pair, finding, p)
 
-    def _push(self, heap: list[Any], score: float, pair: Pair, finding: RowFinding, p: float) -> None:
+    def _push(self, heap: list[Any], score: float, pair: RequestAndAnswer, finding: RowFinding, p: float) -> None:
         # The number of the row decides between equals: the first stays.
         entry = (score, -self.rows)
         if self._keep == 0 or (len(heap) >= self._keep and entry <= heap[0][:2]):

@@ -85,7 +85,7 @@ def warnings(record: Mapping[str, Any]) -> list[str]:
     elif record["labelled_requests"] < record["rows"]:
         guessed = record["rows"] - record["labelled_requests"]
         lines.append(
-            f"Whether {number(guessed)} requests are harmful is no label but the classifier's guess, or not known."
+            f"Whether {number(guessed)} requests are harmful is not labelled: it is the classifier's guess, or unknown."
         )
     if record["skipped"]:
         lines.append(f"{number(record['skipped'])} rows were left out: they could not be read as rows.")

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from redflag.errors import RedflagError
 from redflag.files import atomic_write
 from redflag.lab.refusals.features import Embeddings, Features, Ngrams, restore, stack
-from redflag.lab.refusals.pairs import Pair
+from redflag.lab.refusals.pairs import RequestAndAnswer
 from redflag.lab.refusals.taxonomy import Level, Taxonomy, parse_taxonomy
 
 Doubles = npt.NDArray[np.float64]
@@ -33,9 +33,9 @@ class Judged(NamedTuple):
     """Probabilities for N pairs."""
 
     refusal: Doubles  # probability of a refusal, N
-    # probabilities of C kinds, N x C; NaN where the pair is no refusal or nothing is known of kinds
+    # probabilities of C kinds, N x C; NaN if the pair isn't a refusal, or without a category stage
     categories: Doubles
-    prompt: Doubles | None  # probability that the request is harmful, N; None where nothing is known of requests
+    prompt: Doubles | None  # probability that the request is harmful, N; None without a prompt stage
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Regression:
     weights: Doubles = field(default_factory=lambda: np.empty((0, 0)))  # C x F
     intercepts: Doubles = field(default_factory=lambda: np.empty(0))  # C
 
-    def fit(self, pairs: Sequence[Pair], labels: Sequence[str], *, c: float, seed: int = 0) -> None:
+    def fit(self, pairs: Sequence[RequestAndAnswer], labels: Sequence[str], *, c: float, seed: int = 0) -> None:
         """Trains features and regression; classes weigh the same, however rare.
 
         Raises:
@@ -71,7 +71,7 @@ class Regression:
         self.classes = tuple(name for name in self.classes if name in set(labels))
         self.weights, self.intercepts = weights[order].astype(np.float64), intercepts[order].astype(np.float64)
 
-    def probabilities(self, pairs: Sequence[Pair]) -> Doubles:
+    def probabilities(self, pairs: Sequence[RequestAndAnswer]) -> Doubles:
         """N x C, rows that sum to 1."""
         if not pairs:
             return np.empty((0, len(self.classes)))
@@ -79,7 +79,7 @@ class Regression:
         raised = np.exp(logits - logits.max(1, keepdims=True))
         return raised / raised.sum(1, keepdims=True)
 
-    def _matrix(self, pairs: Sequence[Pair]) -> Any:
+    def _matrix(self, pairs: Sequence[RequestAndAnswer]) -> Any:
         return stack(f.transform(texts(pairs, read)) for read, f in zip(self.reads, self.features, strict=True))
 
 
@@ -104,7 +104,7 @@ class RefusalClassifier:
         """One sentence for reports."""
         return f"{self.made.get('features', 'features')} and logistic regression, taxonomy {self.taxonomy.name}"
 
-    def judge(self, pairs: Sequence[Pair]) -> Judged:
+    def judge(self, pairs: Sequence[RequestAndAnswer]) -> Judged:
         """Runs all stages; kinds only for refusals.
 
         A category stage trained on requests alone predicts what a request deserves, not what the answer said: reasons
@@ -118,7 +118,7 @@ class RefusalClassifier:
         prompt = self.stages["prompt"].probabilities(pairs)[:, 1] if "prompt" in self.stages else None
         return Judged(refusal, categories, prompt)
 
-    def _kinds(self, refusals: Sequence[Pair]) -> Doubles:
+    def _kinds(self, refusals: Sequence[RequestAndAnswer]) -> Doubles:
         stage = self.stages["category"]
         kinds = stage.probabilities(refusals)
         if "response" in stage.reads or self.level != "category":
@@ -190,7 +190,7 @@ class RefusalClassifier:
             ) from error
 
 
-def texts(pairs: Sequence[Pair], read: str) -> list[str]:
+def texts(pairs: Sequence[RequestAndAnswer], read: str) -> list[str]:
     """The beginnings of the answers or of the requests."""
     return [getattr(pair, read)[: READ[read]] for pair in pairs]
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from redflag.errors import RedflagError
 from redflag.lab.refusals.classifier import RefusalClassifier, Regression
 from redflag.lab.refusals.features import Features
-from redflag.lab.refusals.pairs import Pair
+from redflag.lab.refusals.pairs import RequestAndAnswer
 from redflag.lab.refusals.taxonomy import Level, Taxonomy
 from redflag.progress import track
 
@@ -21,7 +21,7 @@ RESAMPLES = 1000
 
 
 def train(
-    pairs: Sequence[Pair],
+    pairs: Sequence[RequestAndAnswer],
     taxonomy: Taxonomy,
     features: Callable[[], Features],
     *,
@@ -50,7 +50,7 @@ def train(
     names = [taxonomy.label(pair.categories[0], level) if pair.categories else None for pair in pairs]
     unknown = sum(bool(pair.categories) and name is None for pair, name in zip(pairs, names, strict=True))
     kinds = [(pair, name) for pair, name in zip(pairs, names, strict=True) if name is not None]
-    tasks: dict[str, tuple[tuple[str, ...], tuple[str, ...], list[tuple[Pair, str]]]] = {
+    tasks: dict[str, tuple[tuple[str, ...], tuple[str, ...], list[tuple[RequestAndAnswer, str]]]] = {
         "refusal": (
             ("no refusal", "refusal"),
             ("response",),
@@ -158,7 +158,7 @@ def divide(groups: Sequence[str], folds: int, seed: int) -> Counts:
 
 
 def _held_out(
-    labelled: Sequence[tuple[Pair, str]],
+    labelled: Sequence[tuple[RequestAndAnswer, str]],
     classes: Sequence[str],
     fresh: Callable[[], Regression],
     c: float,
@@ -179,9 +179,9 @@ def _held_out(
     return figures_of(truth, guess, groups, classes, seed)
 
 
-def _once(labelled: Iterable[tuple[Pair, str]]) -> list[tuple[Pair, str]]:
+def _once(labelled: Iterable[tuple[RequestAndAnswer, str]]) -> list[tuple[RequestAndAnswer, str]]:
     """One row per request, however many answers it has."""
-    first: dict[str, tuple[Pair, str]] = {}
+    first: dict[str, tuple[RequestAndAnswer, str]] = {}
     for pair, label in labelled:
         first.setdefault(pair.group, (pair, label))
     return list(first.values())

@@ -19,7 +19,7 @@ _HARMFUL = {"harmful": True, "unsafe": True, "benign": False, "harmless": False,
 
 
 @dataclass(frozen=True)
-class Pair:
+class RequestAndAnswer:
     """A request and its answer."""
 
     prompt: str  # the last user turn
@@ -41,7 +41,7 @@ def read_rows(
     *,
     split: str = "train",
     on_bad_row: Literal["stop", "skip"] = "stop",
-) -> Iterator[tuple[list[tuple[Pair, Row]], list[BadRow]]]:
+) -> Iterator[tuple[list[tuple[RequestAndAnswer, Row]], list[BadRow]]]:
     """Rows of any file that `load_rows` reads, some thousands at a time.
 
     Args:
@@ -65,7 +65,7 @@ def read_rows(
             yield pairs, bad
 
 
-def read_labelled(sources: list[str], provenance: Provenance) -> list[Pair]:
+def read_labelled(sources: list[str], provenance: Provenance) -> list[RequestAndAnswer]:
     """Rows to learn from: `prompt` (or `messages`) and perhaps `response`, with at least one of three labels.
 
     `refusal` (true or false), `refusal_category` (a name, or several, the main one first) and `prompt_label` (harmful
@@ -89,9 +89,9 @@ def read_labelled(sources: list[str], provenance: Provenance) -> list[Pair]:
     return pairs
 
 
-def _pair(line: int, record: Mapping[str, Any], row: Row) -> Pair:
+def _pair(line: int, record: Mapping[str, Any], row: Row) -> RequestAndAnswer:
     prompt = next(turn["content"] for turn in reversed(row.messages) if turn["role"] == "user")
-    return Pair(
+    return RequestAndAnswer(
         prompt,
         row.response,
         row.source or "",
@@ -102,7 +102,7 @@ def _pair(line: int, record: Mapping[str, Any], row: Row) -> Pair:
     )
 
 
-def _labelled(line: int, record: Any) -> Pair:
+def _labelled(line: int, record: Any) -> RequestAndAnswer:
     if not isinstance(record, Mapping):
         raise ValueError("the row must be an object")
     turns = record.get("messages") or []
@@ -130,7 +130,7 @@ def _labelled(line: int, record: Any) -> Pair:
     if refusal is None and not categories and harmful is None:
         raise ValueError("a row must have a label: refusal, refusal_category or prompt_label")
     group = record.get("group")
-    return Pair(
+    return RequestAndAnswer(
         prompt,
         response,
         str(record.get("source") or ""),

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from redflag.lab.refusals.classifier import Judged
-from redflag.lab.refusals.pairs import Pair
+from redflag.lab.refusals.pairs import RequestAndAnswer
 from redflag.lab.refusals.taxonomy import Taxonomy
 
 
@@ -25,14 +25,13 @@ class PhraseClassifier:
             f"phrases of the taxonomy {taxonomy.name}, without any training: crude; train a classifier to go further"
         )
 
-    def judge(self, pairs: Sequence[Pair]) -> Judged:
+    def judge(self, pairs: Sequence[RequestAndAnswer]) -> Judged:
         """Refusal is 1 or 0; a refusal's categories share 1 equally; none where no phrase names one.
 
         Example:
             >>> from redflag.lab.refusals.taxonomy import load_taxonomy
-            >>> judged = PhraseClassifier(load_taxonomy()).judge(
-            ...     [Pair("?", "I'm sorry, but I can't share personal information."), Pair("2+2?", "4")]
-            ... )
+            >>> refusal = RequestAndAnswer("?", "I'm sorry, but I can't share personal information.")
+            >>> judged = PhraseClassifier(load_taxonomy()).judge([refusal, RequestAndAnswer("2+2?", "4")])
             >>> judged.refusal.tolist(), judged.categories[0].tolist()
             ([1.0, 0.0], [1.0, 0.0, 0.0, 0.0, 0.0])
         """

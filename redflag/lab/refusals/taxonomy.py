@@ -150,7 +150,7 @@ class Taxonomy(Strict):
         return any(phrase in opening for phrase in self.phrases)
 
     def reasons(self, response: str) -> list[int]:
-        """Numbers of the categories whose phrases an answer holds near its beginning.
+        """Indices of the categories whose phrases occur near the beginning of an answer.
 
         >>> load_taxonomy().reasons("I can’t tell you: that would share personal information.")
         [0]

@@ -31,7 +31,7 @@ def bad_request(text: str) -> str | None:
 
 
 def usable(reply: Reply) -> str:
-    """An answer as it can stand in a row: one that was cut off ends with its last whole sentence.
+    """An answer as used in a row: one that was cut off ends with its last whole sentence.
 
     Example:
         >>> usable(Reply("Take flour. Add wa", "length"))

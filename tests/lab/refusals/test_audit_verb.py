@@ -181,7 +181,7 @@ def test_S4_4_rows_with_kinds_of_refusal_are_training_rows_of_flags(here, capsys
     ]
     assert (found[0].source, found[0].id, found[0].group, found[0].lang) == ("x", "1", "g", "en")
     said = capsys.readouterr().out
-    assert "1 with harmful answers that are no refusals were left out" in said
+    assert "1 with harmful answers that aren't refusals were left out" in said
     named = re.search(r"--categories (.*) \.\.\.", said)[1]
     spec = FlagSpec.of(*re.findall(r"'([^']*)'", named))
     assert [spec.class_of(one.category) for one in found] == [1, 2, 0, 3]

@@ -18,7 +18,8 @@ from redflag.lab.refusals import PhraseClassifier, RefusalClassifier, load_taxon
 from redflag.lab.refusals.classifier import features_maker
 from redflag.lab.refusals.features import Ngrams, _words
 from redflag.lab.refusals.held_out import divide, f1, figures_of, macro_f1, train
-from redflag.lab.refusals.pairs import Pair, read_labelled
+from redflag.lab.refusals.pairs import RequestAndAnswer as Pair
+from redflag.lab.refusals.pairs import read_labelled
 from redflag.models.pretrain import train_tokenizer
 
 
