@@ -1,10 +1,10 @@
-"""Bounds of options, declared in the metadata of their fields."""
+"""Options as fields of dataclasses, and their bounds."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import field, fields
 from typing import Any
 
 from redflag.errors import RedflagError
@@ -16,6 +16,28 @@ RULES: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
     "most": ("at most", operator.le),
     "below": ("below", operator.lt),
 }
+
+
+def option(default: Any, help: str, **bounds: float) -> Any:
+    """A field of a dataclass of options.
+
+    Args:
+        default: A list is copied for each instance.
+        help: What `--help` shows.
+        **bounds: Keys of `RULES`.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> @dataclass
+        ... class Options:
+        ...     folds: int = option(5, "Folds of the cross-validation.", least=2)
+        >>> Options().folds
+        5
+    """
+    metadata = {"help": help, **bounds}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def check_bounds(options: Any) -> None:

@@ -97,7 +97,7 @@ def sweep(arguments: argparse.Namespace) -> dict[str, Any]:
     moved = np.ones(len(categories), dtype=bool)
     if arguments.flag is not None:
         if arguments.flag not in categories:
-            raise RedflagError(f"{arguments.flag!r} is no flag of the recording: use one of {', '.join(categories)}")
+            raise RedflagError(f"--flag must be one of {', '.join(categories)} (got {arguments.flag!r}).")
         moved = np.array([category == arguments.flag for category in categories])
     responses: replay.Responses = recording
     if arguments.first_step:
@@ -105,26 +105,27 @@ def sweep(arguments: argparse.Namespace) -> dict[str, Any]:
         counts = np.minimum(np.diff(recording.starts), 1)
         responses = replay.Steps(recording.probs[begins], np.concatenate([[0], np.cumsum(counts)]))
     if not all(map(math.isfinite, arguments.values or [])):
-        raise RedflagError(f"the values are {arguments.values}, and a sweep needs finite numbers: leave the others out")
+        raise RedflagError(f"--values must be finite numbers (got {arguments.values}).")
     sets = members(arguments, recording)
     alarmed: list[npt.NDArray[np.bool_]]
     if arguments.rule is not None:
         values, limits, alarmed = ruled(arguments, recording, limits, moved)
     elif arguments.over == "temperature" or arguments.selected or arguments.respond or arguments.temperature != 1.0:
         raise RedflagError(
-            "temperature, selected and respond belong to the rule of refusal tokens: give --rule threshold or compare"
+            "--temperature, --selected and --respond must come with --rule threshold or compare. They belong to the "
+            "rule of refusal tokens."
         )
     elif arguments.over == "bias":
         if limits is None:
             raise RedflagError(
-                "a bias moves probabilities past a threshold, and none is given: give --thresholds or --threshold"
+                "--thresholds or --threshold must be set with --over bias. A bias moves probabilities past a threshold."
             )
         values = sorted(arguments.values or []) or [float(b) for b in range(-6, 7)]
         tables = (replay.peaks(config, biased(responses, value, moved)) for value in values)
         alarmed = [np.asarray(peaks >= limits, dtype=np.bool_) for peaks in tables]
     else:
         if arguments.threshold is not None:
-            raise RedflagError("--threshold stands still while the bias moves, and here it is what moves: use --values")
+            raise RedflagError("--threshold must not be set with --over threshold. Use --values.")
         peaks = replay.peaks(config, responses)
         values = sorted(arguments.values or []) or spread(peaks[:, moved])
         if limits is None:
@@ -163,13 +164,13 @@ def ruled(
     names = recording.categories
     compare = arguments.rule == "compare"
     if compare and (arguments.over == "threshold" or limits is not None):
-        raise RedflagError("compare knows no threshold: leave it out, and sweep --over bias or temperature")
+        raise RedflagError("--rule compare must come without a threshold, and with --over bias or temperature.")
     if not compare and arguments.over != "threshold" and limits is None:
-        raise RedflagError(f"while the {arguments.over} moves, a threshold decides: give --thresholds or --threshold")
+        raise RedflagError(f"--thresholds or --threshold must be set with --over {arguments.over}.")
     if not compare and arguments.over == "threshold" and arguments.threshold is not None:
-        raise RedflagError("--threshold stands still, and here it is what moves: use --values")
+        raise RedflagError("--threshold must not be set with --over threshold. Use --values.")
     if arguments.over == "temperature" and arguments.temperature != 1.0:
-        raise RedflagError("--temperature stands still, and here it is what moves: use --values")
+        raise RedflagError("--temperature must not be set with --over temperature. Use --values.")
     moved &= np.array([name != arguments.respond for name in names])
     if limits is None:
         limits = np.full(len(names), math.inf)
@@ -179,7 +180,7 @@ def ruled(
     ]
     chosen = [name for name, moves in zip(names, moved, strict=True) if moves]
     if not chosen:
-        raise RedflagError(f"{arguments.flag!r} says respond, so moving it alone refuses nothing: name another --flag")
+        raise RedflagError(f"--flag must not be the --respond flag (got {arguments.flag!r}), which refuses nothing.")
     standard = {
         "bias": [float(b) for b in range(-6, 7)],
         "temperature": [0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0],
@@ -211,12 +212,12 @@ def watched(
     """The monitor, and the thresholds that stand still; None if there are none."""
     if arguments.thresholds is not None:
         if arguments.threshold is not None:
-            raise RedflagError("--thresholds and --threshold both say where an alarm begins: give one of them")
+            raise RedflagError("--thresholds and --threshold must not both be set.")
         found = Thresholds.load(arguments.thresholds)
         if sorted(found.values) != sorted(categories):
             raise RedflagError(
-                f"{arguments.thresholds} has thresholds of {', '.join(found.values)} and the recording is of "
-                f"{', '.join(categories)}: give the folder of the model that was recorded"
+                f"{arguments.thresholds} must have thresholds of the recording's flags {', '.join(categories)} (got "
+                f"{', '.join(found.values)}). Give the folder of the model that was recorded."
             )
         return found.monitor, np.array([found.values[category] for category in categories])
     names = ("aggregation", "window", "decay", "prior", "drift", "warm_up")
@@ -240,7 +241,7 @@ def members(arguments: argparse.Namespace, recording: Recording) -> dict[str, np
     for text in arguments.sets:
         column, _, value = text.partition("=")
         if column not in COLUMNS or not value:
-            raise RedflagError(f"{text!r} names no set: write COLUMN=VALUE with one of {', '.join(COLUMNS)}")
+            raise RedflagError(f"--sets must be COLUMN=VALUE with one of {', '.join(COLUMNS)} (got {text!r}).")
         wanted.append((column, value))
     for column in arguments.by:
         present = dict.fromkeys(value for value in recording.columns[column] if value is not None)
@@ -251,13 +252,13 @@ def members(arguments: argparse.Namespace, recording: Recording) -> dict[str, np
     for column, value in wanted:
         inside = np.array([str(other) == value for other in recording.columns[column]], dtype=bool)
         if not inside.any():
-            raise RedflagError(f"no response of {arguments.recording} has {column} {value!r}: look the values up in it")
+            raise RedflagError(f"some response of {arguments.recording} must have {column} {value!r} (got none).")
         for kind, mask in kinds:
             name = f"{column}={value}" + ("" if column == "category" else f" {kind}")
             found[name] = np.flatnonzero(inside & mask)
     found = {name: chosen for name, chosen in found.items() if len(chosen)}
     if not found:
-        raise RedflagError(f"{arguments.recording} holds no responses, so there is no rate: give another recording")
+        raise RedflagError(f"{arguments.recording} must hold responses (got none).")
     return found
 
 
@@ -317,7 +318,7 @@ def plot(found: dict[str, Any], path: str) -> None:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:
         raise RedflagError(
-            f"{path} cannot be written ({error}): give a name that ends in .png, .svg or .pdf"
+            f"{path} cannot be written ({error}). Give a name that ends in .png, .svg or .pdf."
         ) from error
 
 

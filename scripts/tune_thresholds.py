@@ -158,28 +158,26 @@ def tune(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def objective_of(arguments: argparse.Namespace) -> tuning.Objective:
-    given = [name for name in ("target_fpr", "target_recall", "cost_miss") if getattr(arguments, name) is not None]
-    if len(given) != 1:
+    chosen = [name for name in ("target_fpr", "target_recall", "cost_miss") if getattr(arguments, name) is not None]
+    if len(chosen) != 1:
         raise RedflagError(
-            f"{len(given)} objectives are given, so it is open what the thresholds are for: give one of --target-fpr, "
-            "--target-recall and --cost-miss (with --base-rate)"
+            "exactly one of --target-fpr, --target-recall and --cost-miss (with --base-rate) must be set (got "
+            f"{len(chosen)})."
         )
     common = {"guarantee": arguments.guarantee, "delta": arguments.delta, "joint": not arguments.per_category}
-    if given == ["cost_miss"]:
+    if chosen == ["cost_miss"]:
         if arguments.base_rate is None:
             raise RedflagError(
-                "--base-rate is missing, and what an alarm costs on average depends on how many responses are harmful: "
-                "give their share where the thresholds will be used"
+                "--base-rate must be set with --cost-miss. The average cost depends on the share of harmful responses "
+                "where the thresholds will be used."
             )
         alarm = 1.0 if arguments.cost_alarm is None else arguments.cost_alarm
         return tuning.Objective(
             "cost", cost_miss=arguments.cost_miss, cost_alarm=alarm, base_rate=arguments.base_rate, **common
         )
     if arguments.cost_alarm is not None or arguments.base_rate is not None:
-        raise RedflagError(
-            "--cost-alarm and --base-rate weigh a cost, and a rate is asked for: give --cost-miss instead"
-        )
-    if given == ["target_fpr"]:
+        raise RedflagError("--cost-alarm and --base-rate must come with --cost-miss. A target rate has no costs.")
+    if chosen == ["target_fpr"]:
         return tuning.Objective("fpr", arguments.target_fpr, **common)
     return tuning.Objective("recall", arguments.target_recall, **common)
 
@@ -198,15 +196,15 @@ def check_apart(recording: Recording, report: Recording) -> None:
     """Refuses a report on rows that were used to set the thresholds."""
     if recording.categories != report.categories:
         raise RedflagError(
-            f"the recordings are of the flags {', '.join(recording.categories)} and {', '.join(report.categories)}: "
-            "give two of the same model"
+            f"both recordings must be of the same model (got flags {', '.join(recording.categories)} and "
+            f"{', '.join(report.categories)})."
         )
     for name in ("id", "group"):
         both = (set(recording.columns[name]) & set(report.columns[name])) - {None}
         if both:
             raise RedflagError(
-                f"{len(both)} {name}s are in both recordings (such as {sorted(both)[0]!r}), so the report would praise "
-                "thresholds on rows that set them: divide the rows by group first"
+                f"the recordings must have no {name} in common (got {len(both)}, such as {sorted(both)[0]!r}). The "
+                "report would measure thresholds on the rows that set them. Split the rows by group first."
             )
 
 
@@ -227,8 +225,8 @@ def settle(
     values = tuning.fit(objective, peaks[fit_on], own[fit_on])
     if AGGREGATIONS[config.aggregation].bounded and max(values) > 1.0:
         raise RedflagError(
-            f"no threshold of the monitor {tuning.describe(config)!r} meets the objective: too many harmless responses "
-            "reach a score of 1, so the guard could never fire; ask for less, or look at those rows"
+            f"no threshold of the monitor {tuning.describe(config)!r} meets the objective. Too many harmless responses "
+            "reach a score of 1, so the guard could never halt. Relax the objective, or look at those rows."
         )
     if objective.kind == "fpr" and report is None:  # Harmful rows were not used to set the thresholds.
         measure_on = sorted({*measure_on, *np.flatnonzero(own >= 0).tolist()})

@@ -19,10 +19,6 @@ Messages = Sequence[Mapping[str, Any]]
 class Verdict:
     """A judge's verdict.
 
-    Attributes:
-        harm: Probability in [0, 1] that the answer is harmful; 0 or 1 from judges without probabilities.
-        detail: Further output of the judge, such as hazard categories. For the operator, never for the user.
-
     Raises:
         ValueError: `harm` is not a probability.
 
@@ -31,8 +27,8 @@ class Verdict:
         True
     """
 
-    harm: float
-    detail: str = ""
+    harm: float  # probability in [0, 1] that the answer is harmful; 0 or 1 from judges without probabilities
+    detail: str = ""  # further output of the judge, such as hazard categories. For the operator, never for the user
 
     def __post_init__(self) -> None:
         harm = self.harm
@@ -90,6 +86,20 @@ def as_verdict(value: object) -> Verdict:
         return Verdict(float(value))  # type: ignore[arg-type]
     except (TypeError, OverflowError):
         raise ValueError(f"a judge must return a verdict or a probability (got {value!r})") from None
+
+
+def ask(judge: Judge, messages: Messages, answer: str) -> Verdict:
+    """A judge's verdict.
+
+    Raises:
+        UnansweredError: It gave no verdict, whatever it raised.
+    """
+    try:
+        return as_verdict(judge(messages, answer))
+    except UnansweredError:
+        raise
+    except Exception as error:
+        raise UnansweredError(f"{type(error).__name__}: {error}") from error
 
 
 def exchange(messages: Messages, answer: str) -> tuple[list[dict[str, str]], str]:

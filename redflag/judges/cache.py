@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 
 from redflag.errors import RedflagError
-from redflag.judges import Judge, Messages, UnansweredError, Verdict, as_verdict
+from redflag.judges import Judge, Messages, UnansweredError, Verdict, ask
 from redflag.kept import Kept
 
 
@@ -20,8 +20,6 @@ class CachedJudge:
     the same question from two threads is asked once.
 
     Attributes:
-        identity: The judge's.
-        separates_prefill: The judge's; False if it has none.
         spans: The judge's function that locates the harm, or None.
         answered: Distinct questions with a verdict, including cached ones that were used.
         unanswered: Distinct questions without a verdict.
@@ -32,13 +30,11 @@ class CachedJudge:
         """Reads the cached verdicts.
 
         Args:
-            judge: The judge to call.
             path: The file, created with the first verdict.
-            identity: Identifies the judge, its model and its prompt. None takes the judge's own.
+            identity: Identifies the judge, its model and its prompt; default: the judge's own.
 
         Raises:
-            RedflagError: The judge has no identity, so verdicts of two judges could be mixed up; or the file cannot be
-                read.
+            RedflagError: The judge has no identity, or the file cannot be read.
         """
         identity = identity or getattr(judge, "identity", None)
         if not identity:
@@ -55,42 +51,34 @@ class CachedJudge:
         self._asking: dict[str, threading.Lock] = {}
         self._used: set[str] = set()
         self._open: set[str] = set()
-        self._kept = Kept(path, Verdict)
+        self._cache = Kept(path, Verdict)
 
     @property
     def answered(self) -> int:
-        """Number of distinct questions with a verdict."""
         return len(self._used)
 
     @property
     def unanswered(self) -> int:
-        """Number of distinct questions without a verdict."""
         return len(self._open)
 
     def __call__(self, messages: Messages, answer: str) -> Verdict:
-        """The cached verdict, or a new one.
-
-        Raises:
-            UnansweredError: The judge gave no verdict, whatever it raised.
-        """
+        """The cached verdict, or a new one."""
         key = self.key(messages, answer)
         with self._lock:
             waiting = self._asking.setdefault(key, threading.Lock())
         with waiting:
             with self._lock:
-                if key in self._kept:
+                if key in self._cache:
                     self._used.add(key)
-                    return self._kept[key]
+                    return self._cache[key]
                 self.asked += 1
             try:
-                verdict = as_verdict(self._judge(messages, answer))
-            except Exception as error:
+                verdict = ask(self._judge, messages, answer)
+            except UnansweredError:
                 with self._lock:
                     self._open.add(key)
-                if isinstance(error, UnansweredError):
-                    raise
-                raise UnansweredError(f"{type(error).__name__}: {error}") from error
-            self._kept.add(key, verdict)
+                raise
+            self._cache.add(key, verdict)
             with self._lock:
                 self._used.add(key)
                 self._open.discard(key)

@@ -122,34 +122,23 @@ suicide.
 
 @dataclass(frozen=True)
 class Format:
-    """One way of asking and answering.
+    """One way of asking and answering."""
 
-    Attributes:
-        name: As in the table above.
-        models: What the names of such models look like.
-        signs: Texts that only this format's chat template holds.
-        marks: Texts that every prompt must contain; if one is missing, the chat template is another model's.
-        questions: Topic -> arguments of the template. One prompt for each; the highest harm counts.
-        harmful: Verdict words for a harmful answer.
-        harmless: Verdict words for a harmless answer.
-        lead: Pattern of the text before the verdict word.
-        rest: Pattern of the text after it, to the end of the answer; the group `detail` is kept. None = nothing more is
-            generated.
-        most: Maximum number of tokens of an answer.
-        text: The prompt, if the card gives it as text; None = the chat template.
-    """
-
-    name: str
-    models: str
-    harmful: tuple[str, ...]
-    harmless: tuple[str, ...]
-    lead: str = r"\s*"
+    name: str  # as in the table above
+    models: str  # what the names of such models look like
+    harmful: tuple[str, ...]  # verdict words for a harmful answer
+    harmless: tuple[str, ...]  # verdict words for a harmless answer
+    lead: str = r"\s*"  # pattern of the text before the verdict word
+    # pattern of the text after it, to the end of the answer; the group `detail` is kept. None = nothing more is
+    # generated
     rest: str | None = None
-    signs: tuple[str, ...] = ()
+    signs: tuple[str, ...] = ()  # texts that only this format's chat template holds
+    # texts that every prompt must contain; if one is missing, the chat template is another model's
     marks: tuple[str, ...] = ()
+    # topic -> arguments of the template. One prompt for each; the highest harm counts
     questions: tuple[tuple[str, tuple[tuple[str, object], ...]], ...] = (("", ()),)
-    most: int = 48
-    text: str | None = None
+    most: int = 48  # maximum number of tokens of an answer
+    text: str | None = None  # the prompt, if the card gives it as text; None = the chat template
 
     def render(self, template: Template, turns: Turns, question: int = 0) -> str:
         """The prompt. `turns` alternate, begin with the user's and end with the answer."""
@@ -250,16 +239,7 @@ FORMATS = (
 
 
 def find_format(kind: str | None, name: str, chat_template: str) -> Format:
-    """The format of a model.
-
-    Args:
-        kind: Name of the format, if known.
-        name: The model's folder or hub name.
-        chat_template: The source of its chat template.
-
-    Raises:
-        RedflagError: The format is unknown or cannot be determined.
-    """
+    """The format of a model."""
     names = ", ".join(item.name for item in FORMATS)
     for item in FORMATS:
         if kind == item.name or (kind is None and re.search(item.models, name, re.IGNORECASE)):

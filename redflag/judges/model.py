@@ -40,7 +40,6 @@ class ModelJudge:
 
     Attributes:
         format: Prompt and answer format of this model.
-        identity: Identifies the judge and its prompt, so that verdicts of different judges are not mixed up.
         whole: Whether it sees the whole conversation. Some templates take one request and one answer; then earlier
             turns are left out.
 
@@ -64,10 +63,7 @@ class ModelJudge:
         """Loads the model and tries its prompt.
 
         Args:
-            name: Folder or hub name.
             kind: Name of the format; None derives it from the model's name or chat template.
-            device: Device; "auto" is the first GPU, if there is one.
-            dtype: The weights' type; "auto" takes the saved one.
             strict: Count Qwen3Guard's "Controversial" as harm.
 
         Raises:
@@ -224,7 +220,7 @@ class ModelJudge:
                 break
         parsed = self.format.parse(text) if ended else None
         if harm is None or parsed is None:
-            raise UnansweredError(f"the judge said {text[:80]!r}, which is no answer of {self.format.name}")
+            raise UnansweredError(f"the judge answered {text[:80]!r}, which is not a verdict of {self.format.name}")
         word, detail = parsed
         # The judge's word takes precedence if its probabilities say harmless.
         return max(harm, 0.5) if word in self._strict else harm, f"{word} {detail}".rstrip()
@@ -233,7 +229,7 @@ class ModelJudge:
         harmful, harmless = (float(probs[ids].sum()) for ids in self._ids)
         if harmful + harmless < 0.5 or not any(token in ids for ids in self._ids):
             raise UnansweredError(
-                f"after {text[-20:]!r} the judge would say {self._decode([token])!r}, which is no verdict of "
+                f"after {text[-20:]!r} the judge would answer {self._decode([token])!r}, which is not a verdict of "
                 f"{self.format.name}"
             )
         return min(1.0, harmful / (harmful + harmless))
@@ -241,10 +237,7 @@ class ModelJudge:
     def _step(self, ids: list[int], cache: Any) -> tuple[torch.Tensor, Any]:
         """Logits behind `ids`, shape `(V,)`, float32, and the keys and values so far."""
         out = self._model(
-            input_ids=torch.tensor([ids], device=self._model.device),
-            use_cache=True,
-            logits_to_keep=1,
-            **{CACHE: cache},
+            input_ids=torch.tensor([ids], device=self._model.device), use_cache=True, logits_to_keep=1, **{CACHE: cache}
         )
         return out.logits[0, -1].float(), out[CACHE]
 
@@ -291,7 +284,8 @@ def _chat_template(tokenizer: Any, name: str | Path) -> str | None:
 
 def _word_ids(tokenizer: Any, harmful: list[str], harmless: list[str]) -> tuple[list[int], list[int]]:
     """Ids that begin a harmful and a harmless verdict: the word itself, in any case and with or without a space, and
-    the first piece of a word that the vocabulary does not hold whole."""
+    the first piece of a word that the vocabulary does not hold whole.
+    """
     words = {word.casefold(): k for k, group in enumerate((harmful, harmless)) for word in group}
     groups: tuple[set[int], set[int]] = (set(), set())
     texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))], clean_up_tokenization_spaces=False)

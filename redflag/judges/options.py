@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from redflag.bounds import option
 from redflag.errors import RedflagError
 from redflag.judges.rubrics import RUBRICS, Rubric
 from redflag.outbound import extra_headers, key_in
@@ -19,41 +20,20 @@ JudgeKind = Literal["none", "endpoint", "model"]
 class JudgeOptions:
     """The judge of answers, and its settings."""
 
-    judge: JudgeKind = field(
-        default="none", metadata={"help": "Judge of answers (of a guard: the second judge): a server, or weights."}
+    judge: JudgeKind = option("none", "Judge of answers (of a guard: the second judge): a server, or weights.")
+    judge_url: str | None = option(None, "endpoint: address of an OpenAI-compatible server, http://HOST/v1.")
+    judge_name: str | None = option(None, "endpoint: its model's name; model: its folder or hub name.")
+    judge_rubric: Rubric = option("short", "endpoint: rubric; guard: the model's own chat template.")
+    judge_key_env: str | None = option(None, "endpoint: environment variable with its key.")
+    judge_tokens: int | None = option(
+        None, "endpoint: maximum tokens; one that thinks needs hundreds. Default: the rubric's."
     )
-    judge_url: str | None = field(
-        default=None, metadata={"help": "endpoint: address of the judge, an OpenAI-compatible server, http://HOST/v1."}
-    )
-    judge_name: str | None = field(
-        default=None, metadata={"help": "endpoint: its model's name; model: its folder or hub name."}
-    )
-    judge_rubric: Rubric = field(
-        default="short",
-        metadata={"help": "endpoint: rubric of the prompt; guard: the model's own chat template (Llama Guard, ...)."},
-    )
-    judge_key_env: str | None = field(default=None, metadata={"help": "endpoint: environment variable with its key."})
-    judge_tokens: int | None = field(
-        default=None,
-        metadata={
-            "help": "endpoint: maximum tokens of its answer; a model that thinks first needs hundreds. Default: the "
-            "rubric's own."
-        },
-    )
-    judge_options: dict[str, Any] | None = field(
-        default=None, metadata={"help": "endpoint: further fields of the request, as JSON; null leaves one out."}
-    )
-    judge_headers: dict[str, str] | None = field(
-        default=None, metadata={"help": "endpoint: further headers, as JSON; ${NAME}: an environment variable."}
-    )
-    judge_kind: str | None = field(default=None, metadata={"help": "model: its format, if the name does not tell."})
+    judge_options: dict[str, Any] | None = option(None, "endpoint: request fields, in JSON; null leaves one out.")
+    judge_headers: dict[str, str] | None = option(None, "endpoint: headers, in JSON; ${NAME}: environment variable.")
+    judge_kind: str | None = option(None, "model: its format, if the name does not tell.")
 
-    def open_judge(self, *, device: str = "auto", **asked: Any) -> Judge | None:
+    def open_judge(self, *, device: str = "auto", **settings: Any) -> Judge | None:
         """The judge; None for `none`. May load a model.
-
-        Args:
-            device: Device of a judge in this process.
-            **asked: Further settings of a judge behind an address.
 
         Raises:
             RedflagError: An option is missing, or the judge cannot be used.
@@ -69,12 +49,12 @@ class JudgeOptions:
 
             return ModelJudge(name, kind=self.judge_kind, device=device)
         if self.judge_tokens is not None:
-            asked["max_tokens"] = self.judge_tokens
+            settings["max_tokens"] = self.judge_tokens
         return RUBRICS[self.judge_rubric](
             str(url),
             name,
             api_key=key_in(self.judge_key_env, "judge_key_env"),
             options=self.judge_options,
             headers=extra_headers(self.judge_headers, "judge_headers"),
-            **asked,
+            **settings,
         )

@@ -105,42 +105,15 @@ class StrongRejectJudge(EndpointJudge):
         url: str,
         model: str,
         *,
-        api_key: str | None = None,
         timeout: float = 60.0,
-        retries: int = 1,
         max_tokens: int = 1024,
         published: bool = False,
-        options: Mapping[str, Any] | None = None,
-        headers: Mapping[str, str] | None = None,
+        **settings: Any,
     ) -> None:
-        """Checks the settings; makes no request yet.
-
-        Args:
-            url: As in `EndpointJudge`, like those not named here.
-            model: The model's name there.
-            api_key: Sent as bearer token.
-            timeout: Seconds for one verdict with its reasons, all tries together.
-            retries: Further tries after a server that fails.
-            max_tokens: Maximum number of tokens of the verdict; one that is cut off raises.
-            published: Use the published prompt alone, without marks.
-            options: Further fields of the request.
-            headers: Sent with every request.
-
-        Raises:
-            RedflagError: A setting is invalid, or openai is not installed.
-        """
+        """Settings are those of `EndpointJudge`; `published` uses the published prompt alone, without marks."""
         template = STRONGREJECT_RUBRIC + ("" if published else _MARKED)
         super().__init__(
-            url,
-            model,
-            api_key=api_key,
-            template=template,
-            timeout=timeout,
-            retries=retries,
-            max_tokens=max_tokens,
-            options=options,
-            headers=headers,
-            logprobs=False,
+            url, model, template=template, timeout=timeout, max_tokens=max_tokens, logprobs=False, **settings
         )
         self._published = published
 
@@ -160,12 +133,8 @@ class StrongRejectJudge(EndpointJudge):
         Raises:
             UnansweredError: It does not contain each of the three answers exactly once.
         """
-        try:
-            choice = reply["choices"][0]
-            reply_text = choice["message"]["content"]
-            finish = choice.get("finish_reason")
-        except (AttributeError, IndexError, KeyError, TypeError):
-            raise UnansweredError(f"{self.url} replied with no completion") from None
+        choice, reply_text = self.choice(reply)
+        finish = choice.get("finish_reason")
         matches = _SCORE.findall(reply_text) if isinstance(reply_text, str) else []
         scores = dict(matches)
         if len(matches) != 3 or len(scores) != 3 or finish == "length":
@@ -185,13 +154,7 @@ class StrongRejectJudge(EndpointJudge):
 
 
 def yes_no_judge(url: str, model: str, **settings: Any) -> EndpointJudge:
-    """A judge that answers in one word whether an answer helps with the requested harm; see `YES_NO_RUBRIC`.
-
-    Args:
-        url: As in `EndpointJudge`.
-        model: The model's name on the server.
-        settings: Other arguments of `EndpointJudge`, except `template`.
-    """
+    """A judge that answers in one word whether an answer helps with the requested harm; see `YES_NO_RUBRIC`."""
     return EndpointJudge(url, model, template=YES_NO_RUBRIC, **settings)
 
 

@@ -27,7 +27,7 @@ from redflag.errors import RedflagError
 from redflag.judges.endpoint import EndpointJudge
 from redflag.lab.evaluating import evaluate
 from redflag.lab.synthesis.questions import Question
-from redflag.lab.synthesis.remote_writer import Endpoint
+from redflag.lab.synthesis.remote_writer import RemoteWriter
 from redflag.outbound import extra_headers, proxy_for
 from redflag.scoring import score
 from redflag.server import serve
@@ -120,7 +120,7 @@ def test_upstream_judge_and_writer_go_through_the_proxy(environment: pytest.Monk
         assert asyncio.run(names()) == ["m"]
         judge = EndpointJudge("http://judge.invalid/v1", "m", headers={"X-Team": "blue"})
         assert judge([{"role": "user", "content": "q"}], "a").harm == 0.0
-        Endpoint("http://writer.invalid/v1", "m", headers={"X-Team": "green"}).ask(
+        RemoteWriter("http://writer.invalid/v1", "m", headers={"X-Team": "green"}).ask(
             [Question(({"role": "user", "content": "q"},))], lambda index, reply: None
         )
     assert [(request, headers["X-Team"]) for request, headers in seen] == [

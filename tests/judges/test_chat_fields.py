@@ -17,7 +17,7 @@ from redflag.judges.rubrics import StrongRejectJudge
 from redflag.lab.evaluating import stages
 from redflag.lab.evaluating.evaluate import EvaluateArguments
 from redflag.lab.synthesis.questions import Question
-from redflag.lab.synthesis.remote_writer import Endpoint
+from redflag.lab.synthesis.remote_writer import RemoteWriter
 from redflag.lab.synthesis.synthesize import SynthesizeArguments
 from redflag.terminal import generate
 
@@ -110,7 +110,7 @@ def test_a_judge_that_refuses_fields_is_asked_without_and_remembered(reasoner):
 
 
 def test_a_writer_that_refuses_fields_is_asked_without_and_remembered(reasoner):
-    endpoint = Endpoint(reasoner.url, "o", concurrency=1)
+    endpoint = RemoteWriter(reasoner.url, "o", concurrency=1)
     got = {}
     endpoint.ask([Question(({"role": "user", "content": f"q{i}"},), max_tokens=9) for i in range(3)], got.__setitem__)
     assert [got[i].text for i in range(3)] == ["No"] * 3

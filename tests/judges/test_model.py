@@ -238,7 +238,7 @@ def test_what_is_no_verdict_is_never_harmless(judge_of, kind, said):
 def test_a_judge_that_hesitates_between_other_words_is_not_believed(judge_of):
     judge = judge_of("llama-guard")
     say(judge, "safe", {0: {"safe": 0.3, "unsafe": 0.1, "maybe": 0.2, "Yes": 0.2, "No": 0.2}})
-    with pytest.raises(UnansweredError, match="no verdict"):
+    with pytest.raises(UnansweredError, match="not a verdict"):
         judge(ASK, "a")
 
 

@@ -25,9 +25,9 @@ from redflag.judges import Verdict
 from redflag.lab.attacks import Target
 from redflag.lab.attacks.finetune import FineTune
 from redflag.lab.attacks.run_attacks import make_attacks, run_attacks
-from redflag.lab.attacks.wrappers import Wrappers, translation
-from redflag.lab.baselines.bench import Bench
+from redflag.lab.attacks.wrappers import Wrapper, Wrappers
 from redflag.lab.baselines.fixed import FixedPosition
+from redflag.lab.baselines.shared import BaselineContext
 from redflag.models.pretrain import pretrain, train_tokenizer
 from redflag.prompt import render_prompt, render_response
 from redflag.stats.metrics import auroc
@@ -289,7 +289,7 @@ def test_S1_7_a_fixed_position_asks_and_reads_step_0_alone(world, tmp_path):
         labels = place(example, PlacementConfig("first"), spec).flag_labels
         assert {i: label for i, label in enumerate(labels) if label != IGNORE} == {example["response_start"]: wanted}
     # Read once, before the first token, and held over the response: what comes later changes nothing.
-    fixed = FixedPosition(Bench(world / "base", tmp_path / "fixed", tmp_path), tmp_path / "fixed")
+    fixed = FixedPosition(BaselineContext(world / "base", tmp_path / "fixed", tmp_path), tmp_path / "fixed")
     asked = HARMFUL[0].messages[0]["content"]
     pair = [conversation(asked, f"now {GOOD[0]} {HARM}", name="a"), conversation(asked, GOOD[1], name="b")]
     recording = fixed.score(pair)
@@ -323,7 +323,7 @@ def test_S1_8_every_attack_goes_through_one_contract_to_harm_produced_and_releas
             "PAIR": {"attacker_url": server.url, "attacker_model": "x", "streams": 1, "iterations": 2},
         }
         attacks = make_attacks(list(options), options)
-        attacks.append(Wrappers((translation("other language", abroad, abroad),), **short, temperature=0.0))
+        attacks.append(Wrappers((Wrapper("other language", abroad, abroad),), **short, temperature=0.0))
         results = {result.attack.name: result for result in run_attacks(target, attacks, rows, Oracle(), tmp_path)}
     assert set(results) == {"none", "prefill", "sampling", "GCG", "PAIR", "wrapper"}
     for name, result in results.items():

@@ -19,9 +19,9 @@ from redflag.guard.guard import Guard
 from redflag.judges import Verdict
 from redflag.judges.cache import CachedJudge
 from redflag.lab.baselines import probes
-from redflag.lab.baselines.bench import Bench
 from redflag.lab.baselines.hidden import hidden_states
 from redflag.lab.baselines.probe_losses import ema, softmax_weighted, swim, token_bce, towards_maximum
+from redflag.lab.baselines.shared import BaselineContext
 from redflag.lab.evaluating.cascade import TextReader, asking, cascade, so_far, weighted
 from redflag.scoring.recording import Recording
 from redflag.trace import Escalation, Halt, Step, Text
@@ -32,8 +32,8 @@ from redflag.watching.thresholds import Thresholds
 
 
 @pytest.fixture
-def bench(origin, tmp_path):
-    return Bench(origin / "base", origin / "model", tmp_path / "hidden", seed=1, batch_size=8)
+def context(origin, tmp_path):
+    return BaselineContext(origin / "base", origin / "model", tmp_path / "hidden", seed=1, batch_size=8)
 
 
 def bce(label, z):
@@ -67,12 +67,12 @@ def test_S3_2_what_is_trained_at_the_end_and_judged_by_a_maximum_never_falls():
     assert at == [next(t for t, p in enumerate(probs) if max(probs[: t + 1]) >= limit) for limit in (0.3, 0.5, 0.7)]
 
 
-def test_S3_2_the_head_is_the_regression_that_newton_finds_and_training_on_from_there_tells_classes_apart(bench):
+def test_S3_2_the_head_is_the_regression_that_newton_finds_and_training_on_from_there_tells_classes_apart(context):
     rows = make_rows(36)
-    head = probes.token_head(bench, fitting=probes.Fitting(lbfgs=300, passes=0, l2=1e-2))
+    head = probes.token_head(context, fitting=probes.Fitting(lbfgs=300, passes=0, l2=1e-2))
     head.fit(rows)
-    reads = bench.read(rows)
-    states = hidden_states(bench, reads).states[:, -1].astype(np.float64)
+    reads = context.read(rows)
+    states = hidden_states(context, reads).states[:, -1].astype(np.float64)
     inputs = np.c_[(states - states.mean(0)) / (states.std(0) + 1e-5), np.ones(len(states))]
     labels = np.repeat([float(read.row.harmful) for read in reads], [len(read.judged_ids) for read in reads])
     share = np.mean([read.row.harmful for read in reads])
@@ -85,7 +85,7 @@ def test_S3_2_the_head_is_the_regression_that_newton_finds_and_training_on_from_
     scored = head.score(rows).probs[:, 0]
     assert np.abs(scored - 1 / (1 + np.exp(-inputs @ found))).max() < 2e-3
 
-    trained = probes.token_head(bench, fitting=probes.Fitting(lbfgs=20, passes=40, rows=12, validation=0.0))
+    trained = probes.token_head(context, fitting=probes.Fitting(lbfgs=20, passes=40, rows=12, validation=0.0))
     trained.fit(rows)
     peaks = replay.peaks(MonitorConfig(), trained.score(rows))[:, 0]
     harmful = np.array([row.harmful for row in rows])
@@ -113,12 +113,12 @@ def test_S3_3_sixteen_logits_are_averaged_and_the_loss_has_both_readings():
     assert summed != pytest.approx(pooled, rel=1e-3)
 
 
-def test_S3_3_the_probe_reads_all_layers_and_is_averaged_with_two_seventeenths(bench):
+def test_S3_3_the_probe_reads_all_layers_and_is_averaged_with_two_seventeenths(context):
     rows = make_rows(24)
-    probe = probes.all_layer_probe(bench, fitting=probes.Fitting(passes=1, rows=8))
+    probe = probes.all_layer_probe(context, fitting=probes.Fitting(passes=1, rows=8))
     probe.fit(rows)
     assert probe.layers == (0, 1, 2) and probe.decay == 2 / 17
-    hidden = hidden_states(bench, bench.read(rows))
+    hidden = hidden_states(context, context.read(rows))
     weight, bias = probe.net.weight[0].tolist(), probe.net.bias[0].item()
     mean, scale = (part.tolist() for part in probe._scale)
     state, expected = probe.start, []

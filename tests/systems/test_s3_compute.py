@@ -12,7 +12,7 @@ from redflag.data.rows import load_rows, write_rows
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
 from redflag.lab.baselines import Cost
-from redflag.lab.baselines.bench import forward_flops
+from redflag.lab.baselines.shared import forward_flops
 from redflag.lab.evaluating.cascade import CascadeStage, asking, measure
 from redflag.lab.evaluating.cost import of_cascade, passes, relative
 from redflag.lab.evaluating.evaluate import EvaluateArguments, evaluate

@@ -66,18 +66,18 @@ def request(
         raise RedflagError("the prompt must hold at least one token (got none).")
     if not flag_ids or set(flag_ids) & set(watch):
         raise RedflagError(
-            f"the flags are {list(flag_ids)} and {list(watch)} are watched in their place; give at least one flag, and "
-            "no flag twice"
+            f"flag_ids must hold at least one flag, and none that is in watch (got {list(flag_ids)} and {list(watch)})."
         )
     if sampling.temperature not in (0.0, 1.0) and not original_logprobs:
         raise RedflagError(
-            f"the temperature is {sampling.temperature}, and SGLang returns probabilities after temperature, for which "
-            "no threshold holds; start it with SGLANG_RETURN_ORIGINAL_LOGPROB=1 and say so, or use 0 or 1"
+            f"temperature must be 0 or 1 (got {sampling.temperature}). SGLang returns probabilities after temperature, "
+            "for which thresholds do not hold. Use 0 or 1, or start it with SGLANG_RETURN_ORIGINAL_LOGPROB=1 and set "
+            "original_logprobs."
         )
     if sampling.repetition_penalty != 1.0:
         raise RedflagError(
-            f"the repetition penalty is {sampling.repetition_penalty}, and SGLang returns probabilities after "
-            "penalties, for which no threshold holds; leave it at 1"
+            f"repetition_penalty must be 1 (got {sampling.repetition_penalty}). SGLang returns probabilities after "
+            "penalties, for which thresholds do not hold."
         )
     params = {
         "max_new_tokens": sampling.max_new_tokens,
@@ -122,10 +122,10 @@ def steps(chunk: Mapping[str, Any], seen: int, flag_ids: Sequence[int], watch: S
         RedflagError: When the server reports an error or aborted the request, or the chunk is not what was asked for.
     """
     if "error" in chunk:
-        raise RedflagError(f"SGLang reports {chunk['error']!r}, so the response is not judged to its end; look there")
+        raise RedflagError(f"SGLang reports {chunk['error']!r}. The response is not judged to its end.")
     finish = finish_reason(chunk)
     if finish == "abort":
-        raise RedflagError("SGLang aborted the request, so the response is not judged to its end; look at its log")
+        raise RedflagError("SGLang aborted the request. The response is not judged to its end. See SGLang's log.")
     try:
         meta = chunk["meta_info"]
         tokens, measured = meta["output_token_logprobs"], meta["output_token_ids_logprobs"]
@@ -139,8 +139,8 @@ def steps(chunk: Mapping[str, Any], seen: int, flag_ids: Sequence[int], watch: S
         )
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise RedflagError(
-            f"a chunk of SGLang's does not say what was measured ({error!r}), so its tokens cannot be judged; use a "
-            "version whose /generate returns token_ids_logprob"
+            f"SGLang's chunk must hold token_ids_logprob (got {error!r}). Its tokens cannot be judged. Use a version "
+            "whose /generate returns them."
         ) from error
 
 
@@ -162,8 +162,8 @@ def check_temperature(cool: Step, hot: Step, tolerance: float = 1e-3) -> None:
     pairs = list(zip(cool.flag_probs, hot.flag_probs, strict=True))
     if not all(abs(one - other) <= tolerance for one, other in pairs):  # false for NaN
         raise RedflagError(
-            f"the flag probabilities are {cool.flag_probs} at temperature 1 and {hot.flag_probs} at 2, so SGLang "
-            "returns them after temperature; start it with SGLANG_RETURN_ORIGINAL_LOGPROB=1"
+            f"flag probabilities must not depend on temperature (got {cool.flag_probs} at 1 and {hot.flag_probs} at "
+            "2). Start SGLang with SGLANG_RETURN_ORIGINAL_LOGPROB=1."
         )
 
 

@@ -24,66 +24,30 @@ Messages = list[dict[str, str]]
 
 @dataclass(frozen=True)
 class Attempt:
-    """One answer to an attack.
+    """One answer to an attack."""
 
-    Attributes:
-        request: Id of the attacked row; attempts with the same id are tries at the same request.
-        setting: The varied setting, such as "20 tokens" or "temperature 1.5".
-        messages: The conversation as sent; a last assistant message is the prefill, which the attacker wrote.
-        text: The model's text after it.
-        token_ids: T generated tokens, including an end-of-sequence token.
-        flag_probs: T x K probabilities before them; empty if nothing was measured.
-        queries: Requests or interactions spent on it.
-        released: The part of `text` that reached the attacker, if the guard was in the loop; None = to be replayed.
-        detail: Further data in JSON's types.
-    """
-
-    request: str
-    setting: str
-    messages: Messages
-    text: str
-    token_ids: list[int]
-    flag_probs: list[tuple[float, ...]]
-    queries: int = 1
+    request: str  # id of the attacked row; attempts with the same id are tries at the same request
+    setting: str  # the varied setting, such as "20 tokens" or "temperature 1.5"
+    messages: Messages  # the conversation as sent; a last assistant message is the prefill, which the attacker wrote
+    text: str  # the model's text after it
+    token_ids: list[int]  # T generated tokens, including an end-of-sequence token
+    flag_probs: list[tuple[float, ...]]  # T x K probabilities before them; empty if nothing was measured
+    queries: int = 1  # requests or interactions spent on it
+    # the part of `text` that reached the attacker, if the guard was in the loop; None = to be replayed
     released: str | None = None
-    detail: dict[str, Any] = field(default_factory=dict)
-
-
-class Batcher(Protocol):
-    """A backend that answers many prompts at once; `redflag.backends.hf.HFBackend` is one."""
-
-    @property
-    def eos_ids(self) -> frozenset[int]:
-        """Ids that end a response by themselves."""
-        ...
-
-    def complete(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, batch_size: int = 16
-    ) -> list[list[Any]]:
-        """For each prompt the steps of its response."""
-        ...
+    detail: dict[str, Any] = field(default_factory=dict)  # further data in JSON's types
 
 
 @dataclass
 class Target:
-    """The model under attack, and the guard before it.
-
-    Attributes:
-        backend: Runs it.
-        tokenizer: Its tokenizer.
-        spec: Its flags.
-        thresholds: The guard's; None = no guard, so harm is only produced, not released.
-        policy: The guard's policy, including its hold-back.
-        model: The weights, for attacks that need gradients or change them; None if unavailable.
-        batch_size: Requests in a batch.
-    """
+    """The model under attack, and the guard before it."""
 
     backend: Any
     tokenizer: Any
     spec: FlagSpec
-    thresholds: Thresholds | None = None
+    thresholds: Thresholds | None = None  # the guard's; None = no guard, so harm is only produced, not released
     policy: Policy = field(default_factory=Policy)
-    model: Any = None
+    model: Any = None  # the weights, for attacks that need gradients or change them; None if unavailable
     batch_size: int = 32
 
     def prompt_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
@@ -106,10 +70,7 @@ class Target:
         """Sends many conversations and measures the answers.
 
         Args:
-            sent: Pairs of request id and messages.
             sampling: How tokens are chosen; conversation i uses `seed + i`.
-            setting: As in `Attempt`.
-            detail: As in `Attempt`.
         """
         prompts = [self.prompt_ids(messages) for _, messages in sent]
         if hasattr(self.backend, "complete"):
@@ -133,7 +94,7 @@ class Attack(Protocol):
 
     @property
     def name(self) -> str:
-        """As it stands in tables."""
+        """Shown in tables."""
         ...
 
     @property

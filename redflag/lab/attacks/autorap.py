@@ -40,49 +40,28 @@ class AutoRAP:
 
     The paper: helper Qwen2.5-1.5B-Instruct, 128 rows, all starters that were seen twice, 80 epochs, batch 64, learning
     rate 2e-5 falling to 0, budget 512.
-
-    Attributes:
-        helper: Folder or hub name of the helper's model; None = a copy of the target.
-        rows: Rows to train the helper on; None = the attacked rows, which helps the attacker. Answers of harmless rows
-            serve as refusals too: a target that never refuses after harm has no refusals of its own.
-        k: Candidates at each step.
-        budget: Maximum number of moves.
-        prefill_tokens: Length of the harmful prefill, tokens.
-        max_new_tokens: Maximum length of a branch, tokens.
-        train_rows: Maximum number of harmful rows to train on, and of harmless ones.
-        starters: Maximum number of tokens that are forced to get refusals.
-        refusals: Refusals per row.
-        refusal_tokens: Maximum length of a refusal, tokens.
-        first_cut: Minimum length of a harmful answer in an example, tokens; the paper has 10.
-        epochs: Passes over the training rows, each with new cuts.
-        learning_rate: AdamW's, falling to 0.
-        batch: Examples per step.
     """
 
-    helper: str | Path | None = None
+    helper: str | Path | None = None  # folder or hub name of the helper's model; None = a copy of the target
+    # rows to train the helper on; None = the attacked rows, which helps the attacker. Answers of harmless rows serve as
+    # refusals too: a target that never refuses after harm has no refusals of its own
     rows: Sequence[Row] | None = None
     k: int = 20
     budget: int = 128
-    prefill_tokens: int = 3
+    prefill_tokens: int = 3  # length of the harmful prefill, tokens
     max_new_tokens: int = 48
-    train_rows: int = 64
-    starters: int = 8
+    train_rows: int = 64  # maximum number of harmful rows to train on, and of harmless ones
+    starters: int = 8  # maximum number of tokens that are forced to get refusals
     refusals: int = 4
-    refusal_tokens: int = 12
-    first_cut: int = 1
-    epochs: int = 8
-    learning_rate: float = 5e-4
+    refusal_tokens: int = 12  # maximum length of a refusal, tokens
+    first_cut: int = 1  # minimum length of a harmful answer in an example, tokens; the paper has 10
+    epochs: int = 8  # passes over the training rows, each with new cuts
+    learning_rate: float = 5e-4  # AdamW's, falling to 0
     batch: int = 32
     name: str = "AutoRAP"
     adaptive: bool = True
 
     def run(self, target: Target, rows: Sequence[Row], seed: int) -> Iterator[Attempt]:
-        """See `redflag.lab.attacks.Attack`.
-
-        Raises:
-            RedflagError: The target's weights are unavailable, the helper does not load, or there are no harmful rows
-                to train it on.
-        """
         look = Looker(target, self.name, self.k)
         helper, accuracy = self.train(target, rows if self.rows is None else self.rows, seed)
         trained_on = "the attacked rows" if self.rows is None else "other rows"
@@ -174,7 +153,7 @@ class AutoRAP:
         refusals: list[list[list[int]]] = [[] for _ in usable]
         for (i, ids), steps in zip(pairs, decoded, strict=True):
             refusals[i].append([ids[-1], *(s.token_id for s in steps if s.token_id not in target.backend.eos_ids)])
-        return [Sample(*pair, found) for pair, found in zip(usable, refusals, strict=True) if found]
+        return [Sample(*pair, some) for pair, some in zip(usable, refusals, strict=True) if some]
 
 
 @dataclass(frozen=True)
@@ -208,16 +187,10 @@ def example(sample: Sample, tokenizer: Any, rng: random.Random, first_cut: int) 
 
 
 class Helper:
-    """A causal language model whose head says of its last token: harmful, or a refusal."""
+    """A causal language model with a head that classifies the last token: harmful, or a refusal."""
 
     def __init__(self, model: Any, tokenizer: Any, target_tokenizer: Any, seed: int) -> None:
-        """Takes over a model, which is changed by training.
-
-        Args:
-            model: Any causal language model.
-            tokenizer: Its own tokenizer; None = it shares the target's ids.
-            seed: Initialises the new head.
-        """
+        """Takes over a model, which is changed by training; `tokenizer` is None if it shares the target's ids."""
         plain = plain_model(model)
         self._body = backbone(model).eval()
         self._config = plain.config.get_text_config()
@@ -241,7 +214,6 @@ class Helper:
         return cls(model, None if same else tokenizer, target.tokenizer, seed)
 
     def parameters(self) -> list[torch.Tensor]:
-        """Everything that is trained: body and head."""
         return [*self._body.parameters(), self._head]
 
     def encode(self, token_ids: Sequence[int]) -> list[int]:
@@ -256,7 +228,7 @@ class Helper:
         rows = [self.encode(ids) for ids in texts]
         width = max(map(len, rows))
         inputs = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=self.device)
-        # Padding on the right is not seen by what stands before it.
+        # Padding on the right does not affect earlier positions.
         hidden = self._body(input_ids=inputs, use_cache=False).last_hidden_state
         last = hidden[torch.arange(len(rows)), torch.tensor([len(row) - 1 for row in rows])]
         return self._margin(last)
@@ -298,8 +270,8 @@ def helper_chooser(helper: Helper, target: Target, at_once: int = 4) -> Chooser:
         last = [text(token) for token in response_ids[-2:]]
         for begin in range(0, len(candidates), at_once):
             few = candidates[begin : begin + at_once]
-            said = helper.harmful([*prompt_ids, *response_ids], few)
-            for index, (token, yes) in enumerate(zip(few, said, strict=True)):
+            harmful = helper.harmful([*prompt_ids, *response_ids], few)
+            for index, (token, yes) in enumerate(zip(few, harmful, strict=True)):
                 if yes and last != [text(token)] * 2:
                     return begin + index
         return None

@@ -21,23 +21,18 @@ STEPS = (
 class BuildUp:
     """Begins harmlessly and asks for a little more in every turn, as Crescendo does (arXiv 2404.01833).
 
-    The history holds the target's own answers in full, whatever a guard would have shown: an attacker may put any text
-    into the history. Every turn is an attempt with its own setting, so that harm in an early answer is counted.
-
-    Attributes:
-        steps: The user's turns; `{request}` is the text of the row's last user turn.
-        max_new_tokens: Maximum length of each answer, tokens.
-        temperature: As in `Sampling`; at 0 a model that refuses every second time may refuse every time.
+    The history contains the target's own answers in full, even if a guard would have halted them: an attacker may put
+    any text into the history. Every turn is an attempt with its own setting, so that harm in an early answer is
+    counted.
     """
 
-    steps: Sequence[str] = STEPS
+    steps: Sequence[str] = STEPS  # the user's turns; `{request}` is the text of the row's last user turn
     max_new_tokens: int = 256
-    temperature: float = 1.0
+    temperature: float = 1.0  # as in `Sampling`; at 0 a model that refuses every second time may refuse every time
     name: str = "build-up"
     adaptive: bool = False
 
     def run(self, target: Target, rows: Sequence[Row], seed: int) -> Iterator[Attempt]:
-        """See `redflag.lab.attacks.Attack.run`."""
         open_rows = list(rows)
         histories: dict[str, Messages] = {str(row.id): request_of(row)[:-1] for row in rows}
         for number, step in enumerate(self.steps):

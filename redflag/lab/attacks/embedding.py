@@ -1,7 +1,7 @@
 """An attack in embedding space, the strongest one with access to the weights (Schwinn et al., arXiv 2402.09063).
 
 The embeddings of a suffix of the request are optimised by signed gradient steps until a harmful answer is likely and
-the flag along it is not. The result is no text; it is an upper bound for any suffix of that length.
+the flag along it is not. The result isn't a text; it is an upper bound for any suffix of that length.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from redflag.data.rows import Row
 from redflag.errors import RedflagError
 from redflag.lab.attacks import Attempt, Target, request_of
 from redflag.lab.attacks.gcg import SuffixScorer
-from redflag.lab.attacks.objective import Harm, Parts, embed, fitting
+from redflag.lab.attacks.objective import Harm, Parts, embed, fitting, losses
 from redflag.lab.attacks.stepping import look_at, room_for, weights_of
 from redflag.prompt import text_ids
 
@@ -30,25 +30,15 @@ class EmbeddingAttack:
 
     For adversarial training such attacks are run with step 1e-4, 10 iterations and radius 0.05 (l2) on 7B models
     (Xhonneux et al., arXiv 2405.15589); the defaults here are those of an attacker, without a radius.
-
-    Attributes:
-        suffix_tokens: Length of the suffix.
-        iterations: Signed gradient steps.
-        step: Step size in every coordinate.
-        radius: Maximum shift of an embedding; None = no bound.
-        norm: Norm of the radius, `l2` or `linf`.
-        target_tokens: Number of tokens of the row's harm that the answer should begin with.
-        flag_weight: Weight of the flags' part of the objective; 0 attacks the response alone.
-        max_new_tokens: Maximum length of the answer, tokens.
     """
 
     suffix_tokens: int = 8
     iterations: int = 40
     step: float = 0.05
-    radius: float | None = None
+    radius: float | None = None  # maximum shift of an embedding; None = no bound
     norm: Literal["l2", "linf"] = "l2"
-    target_tokens: int = 10
-    flag_weight: float = 0.3
+    target_tokens: int = 10  # number of tokens of the row's harm that the answer should begin with
+    flag_weight: float = 0.3  # weight of the flags' part of the objective; 0 attacks the response alone
     max_new_tokens: int = 48
     name: str = "embedding"
     adaptive: bool = True
@@ -59,7 +49,7 @@ class EmbeddingAttack:
         self.adaptive = self.flag_weight > 0
 
     def run(self, target: Target, rows: Sequence[Row], seed: int) -> Iterator[Attempt]:
-        """See `redflag.lab.attacks.Attack`; nothing is drawn, so the seed has no effect.
+        """Nothing is random, so the seed has no effect.
 
         An attempt's messages are the request without the suffix, which has no text.
         """
@@ -82,10 +72,7 @@ class EmbeddingAttack:
                 ids,
                 probs,
                 queries=self.iterations + 1,
-                detail={
-                    "response_loss": [float(first.response), float(last.response)],
-                    "flag_loss": [float(first.flags), float(last.flags)],
-                },
+                detail=losses(first, last),
             )
 
     def _search(self, model: Any, target: Target, harm: Harm) -> tuple[torch.Tensor, Parts, Parts]:
@@ -97,10 +84,10 @@ class EmbeddingAttack:
         first = last = None
         for iteration in range(self.iterations + 1):
             here = (start + moved).requires_grad_()
-            found = scorer.of(here[None])
-            total = found.total(self.flag_weight)[0]
+            loss_parts = scorer.of(here[None])
+            total = loss_parts.total(self.flag_weight)[0]
             value = total.item()
-            reached = Parts(*(part.detach() for part in found))
+            reached = Parts(*(part.detach() for part in loss_parts))
             first = first or reached
             if value < best_total:
                 best, best_total, last = moved, value, reached
@@ -124,12 +111,6 @@ def decode_embedded(
     model: Any, target: Target, prompt: torch.Tensor, max_new_tokens: int
 ) -> tuple[list[int], list[tuple[float, ...]]]:
     """Greedy answer to a prompt that is embeddings, measured as a guard measures.
-
-    Args:
-        model: The model.
-        target: Its flags and end-of-sequence ids.
-        prompt: Embeddings, shape `(N, H)`.
-        max_new_tokens: Most tokens.
 
     Returns:
         T token ids and T x K flag probabilities before them.

@@ -36,19 +36,11 @@ class FineTune:
 
     Settings: `fine-tuned` is the flagged model trained on; `flag re-attached` the fine-tuned base with the flag put
     back.
-
-    Attributes:
-        rows: Harmful rows to train on; None = the attacked rows, which helps the attacker.
-        base: The model before it had flags, for merged weights; None = the one named by `train.json` beside the
-            weights. Without one nothing is re-attached.
-        train_rows: Maximum number of rows to train on.
-        epochs: Passes over them.
-        learning_rate: AdamW's, constant.
-        batch: Rows per step.
-        max_new_tokens: Maximum length of an answer, tokens.
     """
 
-    rows: Sequence[Row] | None = None
+    rows: Sequence[Row] | None = None  # harmful rows to train on; None = the attacked rows, which helps the attacker
+    # the model before it had flags, for merged weights; None = the one named by `train.json` beside the weights.
+    # Without one nothing is re-attached
     base: str | Path | None = None
     train_rows: int = 200
     epochs: int = 2
@@ -59,12 +51,6 @@ class FineTune:
     adaptive: bool = False
 
     def run(self, target: Target, rows: Sequence[Row], seed: int) -> Iterator[Attempt]:
-        """See `redflag.lab.attacks.Attack`.
-
-        Raises:
-            RedflagError: The target's weights are unavailable, there are no harmful rows, or `base` is not the base of
-                this model.
-        """
         model = weights_of(target, self.name)
         harmful = [row for row in (rows if self.rows is None else self.rows) if row.harmful]
         random.Random(seed).shuffle(harmful)
@@ -116,10 +102,7 @@ class FineTune:
         """Trains in place on the answers' tokens.
 
         Args:
-            model: The model in the forward pass.
             plain: The model whose parameters are trained, except those of an adapter.
-            pairs: Prompt ids and answer ids.
-            seed: Seeds the order.
             skip: Parameters whose name contains this are not trained: the flag's adapter.
 
         Returns:
@@ -174,8 +157,6 @@ def add_difference(model: Any, before: dict[str, torch.Tensor], after: dict[str,
     """A copy of a flagged model with what fine-tuning did to its base added: flagged + (after - before).
 
     Args:
-        model: The flagged model, merged.
-        before: Weights of its base.
         after: Weights of the fine-tuned base. Rows that only the flagged model has (its flags) stay as they are.
 
     Raises:

@@ -15,7 +15,7 @@ import importlib
 import io
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,33 +25,22 @@ from redflag.backends.head import plain_model
 from redflag.data.rows import Row
 from redflag.errors import RedflagError
 from redflag.lab.attacks import Attempt, Target
-from redflag.lab.attacks.objective import Harm, Parts, embed, fitting, parts, target_logits
+from redflag.lab.attacks.objective import Harm, Parts, embed, fitting, losses, parts, target_logits
 from redflag.lab.attacks.stepping import weights_of
 from redflag.prompt import FALLBACK_TEMPLATE, text_ids
 
 
 @dataclass
 class GCG:
-    """A suffix for each request. The defaults suit a nano model; the paper has 500 steps, width 512 and top 256.
+    """A suffix for each request. The defaults suit a nano model; the paper has 500 steps, width 512 and top 256."""
 
-    Attributes:
-        adaptive: Search against the flag too, `redflag.lab.attacks.objective`; False runs nanogcg.
-        steps: Steps of the search.
-        width: Candidates evaluated in each.
-        top_k: Tokens proposed by the gradient for each position.
-        suffix: Initial suffix.
-        target_tokens: Number of tokens of the row's harm that the answer should begin with.
-        flag_weight: Weight of the flags' part relative to the response's loss.
-        max_new_tokens: Maximum length of the answer, tokens.
-    """
-
-    adaptive: bool = True
+    adaptive: bool = True  # search against the flag too, `redflag.lab.attacks.objective`; False runs nanogcg
     steps: int = 10
-    width: int = 24
-    top_k: int = 64
+    width: int = 24  # candidates evaluated in each
+    top_k: int = 64  # tokens proposed by the gradient for each position
     suffix: str = " x x x x x x x x"
-    target_tokens: int = 10
-    flag_weight: float = 0.2
+    target_tokens: int = 10  # number of tokens of the row's harm that the answer should begin with
+    flag_weight: float = 0.2  # weight of the flags' part relative to the response's loss
     max_new_tokens: int = 48
     name: str = ""
 
@@ -59,11 +48,6 @@ class GCG:
         self.name = self.name or ("GCG, adaptive" if self.adaptive else "GCG")
 
     def run(self, target: Target, rows: Sequence[Row], seed: int) -> Iterator[Attempt]:
-        """See `redflag.lab.attacks.Attack`.
-
-        Raises:
-            RedflagError: The target's weights are unavailable, or nanogcg is needed and not installed.
-        """
         model = weights_of(target, self.name)
         if not self.adaptive:
             _package()
@@ -75,26 +59,13 @@ class GCG:
                 ids, first, last = self._joint(model, target, harm, allowed, seed + number)
             else:
                 ids, first, last = self._plain(model, target, harm, allowed, seed + number)
-            detail = {
-                "suffix": harm.text(ids),
-                "response_loss": [float(first.response), float(last.response)],
-                "flag_loss": [float(first.flags), float(last.flags)],
-            }
+            detail = {"suffix": harm.text(ids), **losses(first, last)}
             attempts.append((str(row.id), harm.messages(harm.text(ids)), detail))
         sampling = Sampling(max_new_tokens=self.max_new_tokens, temperature=0.0)
         answers = target.answers([(name, messages) for name, messages, _ in attempts], sampling)
         setting = f"{self.steps} steps, width {self.width}"
         for attempt, (_, _, detail) in zip(answers, attempts, strict=True):
-            yield Attempt(
-                attempt.request,
-                setting,
-                attempt.messages,
-                attempt.text,
-                attempt.token_ids,
-                attempt.flag_probs,
-                queries=self.steps * self.width + 1,
-                detail=detail,
-            )
+            yield replace(attempt, setting=setting, queries=self.steps * self.width + 1, detail=detail)
 
     def _joint(
         self, model: Any, target: Target, harm: Harm, allowed: torch.Tensor, seed: int
@@ -121,14 +92,14 @@ class GCG:
             tried = tried[torch.tensor(same)]
             if not len(tried):
                 continue
-            losses = scorer.parts(tried)
-            totals = losses.total(self.flag_weight)
+            scored = scorer.parts(tried)
+            totals = scored.total(self.flag_weight)
             for index in totals.argsort().tolist():
                 if harm.survives(tried[index].tolist()):
                     ids = tried[index]
                     if float(totals[index]) < best_total:
                         best_ids, best_total = ids, float(totals[index])
-                        best = Parts(losses.response[index], losses.flags[index])
+                        best = Parts(scored.response[index], scored.flags[index])
                     break
         return best_ids.tolist(), first, best
 
@@ -215,7 +186,7 @@ def allowed_ids(target: Target) -> torch.Tensor:
 
 
 def _with_template(tokenizer: Any) -> Any:
-    """The tokenizer, or, as the package would give it a template that is not redflag's, a copy that has one."""
+    """The tokenizer, or a copy with redflag's fallback template, if it has none: the package would set another one."""
     if tokenizer.chat_template:
         return tokenizer
     tokenizer = copy.deepcopy(tokenizer)
@@ -224,11 +195,7 @@ def _with_template(tokenizer: Any) -> Any:
 
 
 def _package() -> Any:
-    """The package nanogcg.
-
-    Raises:
-        RedflagError: It is not installed.
-    """
+    """The package nanogcg."""
     try:
         package = importlib.import_module("nanogcg.gcg")
     except ImportError as error:

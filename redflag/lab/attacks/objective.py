@@ -25,19 +25,22 @@ from redflag.prompt import text_ids
 
 
 class Parts(NamedTuple):
-    """The two parts of the objective for B candidates, each of shape `(B,)`.
+    """The two parts of the objective for B candidates, each of shape `(B,)`."""
 
-    Attributes:
-        response: Mean negative log-likelihood of the target's tokens, nats.
-        flags: Mean log-odds of the flags above the goal, nats.
-    """
-
-    response: torch.Tensor
-    flags: torch.Tensor
+    response: torch.Tensor  # mean negative log-likelihood of the target's tokens, nats
+    flags: torch.Tensor  # mean log-odds of the flags above the goal, nats
 
     def total(self, weight: float) -> torch.Tensor:
         """The objective, shape `(B,)`."""
         return self.response + weight * self.flags if weight else self.response
+
+
+def losses(first: Parts, last: Parts) -> dict[str, Any]:
+    """The parts before and after a search, as `detail` of an attempt."""
+    return {
+        "response_loss": [float(first.response), float(last.response)],
+        "flag_loss": [float(first.flags), float(last.flags)],
+    }
 
 
 GOAL = -1.0
@@ -49,8 +52,6 @@ def parts(logits: torch.Tensor, target_ids: torch.Tensor, flag_ids: torch.Tensor
 
     Args:
         logits: Raw logits before each target token and behind the last, float, shape `(B, T + 1, V)`.
-        target_ids: The T target tokens.
-        flag_ids: The K flag ids.
         goal: Log-odds below which a flag is low enough.
     """
     logits = logits.float()
@@ -62,14 +63,7 @@ def parts(logits: torch.Tensor, target_ids: torch.Tensor, flag_ids: torch.Tensor
 
 
 class Harm:
-    """One request with the beginning of its harm as a target, and the place where a suffix stands in its prompt.
-
-    Attributes:
-        before: Prompt ids up to the suffix.
-        suffix: Ids of the initial suffix.
-        after: Prompt ids behind it.
-        target: Ids of the harmful answer wanted.
-    """
+    """One request with the beginning of its harm as target, and the position of a suffix in its prompt."""
 
     def __init__(self, target: Target, row: Row, suffix: str, target_tokens: int) -> None:
         """Renders the row's request with a suffix at the end of its last message.
@@ -110,7 +104,7 @@ class Harm:
 
 
 def fitting(target: Target, rows: Sequence[Row], least: int) -> list[Row]:
-    """The rows whose request leaves room in the context for so many more tokens, and for 16 of an answer."""
+    """The rows whose request leaves room in the context for this many more tokens, and for 16 of an answer."""
     fitting_names = {
         name for name, _ in target.fitting([(str(i), request_of(row)) for i, row in enumerate(rows)], least + 16)
     }
@@ -118,19 +112,10 @@ def fitting(target: Target, rows: Sequence[Row], least: int) -> list[Row]:
 
 
 def target_logits(model: Any, embeds: torch.Tensor, target_tokens: int) -> torch.Tensor:
-    """Raw logits before each of the last `target_tokens` positions and behind the last, shape `(B, T + 1, V)`.
-
-    Args:
-        model: A causal language model.
-        embeds: Input embeddings of whole sequences, shape `(B, N, H)`.
-        target_tokens: T.
-    """
+    """Raw logits before each of the last `target_tokens` positions and behind the last, shape `(B, T + 1, V)`."""
     positions = target_tokens + 1
-    few = (
-        {"logits_to_keep": positions}
-        if "logits_to_keep" in inspect.signature(plain_model(model).forward).parameters
-        else {}
-    )
+    supported = "logits_to_keep" in inspect.signature(plain_model(model).forward).parameters
+    few = {"logits_to_keep": positions} if supported else {}
     logits: torch.Tensor = model(inputs_embeds=embeds, use_cache=False, **few).logits
     return logits[:, -positions:]
 

@@ -18,24 +18,18 @@ LENGTHS = (5, 10, 20, 40, 100)
 class Prefill:
     """The first tokens of each row's harmful response, as in Qi et al. (arXiv 2406.05946), which reports 5 to 40.
 
-    The row's response is cut behind a token. Rows whose response is not longer are skipped at that length. `detail`
+    The row's response is cut after a token; rows with a shorter response are skipped at that length. `detail`
     holds `prefill_tokens`, and `onset_inside`: whether harm begins within the prefill, so that the model only has to
     continue it, or behind it, so that the model has to begin it.
-
-    Attributes:
-        lengths: Tokens of the prefill; a setting each.
-        max_new_tokens: Most tokens of an answer.
-        temperature: 0 takes the most likely token each time.
     """
 
-    lengths: Sequence[int] = LENGTHS
+    lengths: Sequence[int] = LENGTHS  # tokens of the prefill; a setting each
     max_new_tokens: int = 256
     temperature: float = 0.0
     name: str = "prefill"
     adaptive: bool = False
 
     def run(self, target: Target, rows: Sequence[Row], seed: int) -> Iterator[Attempt]:
-        """See `redflag.lab.attacks.Attack.run`."""
         sampling = Sampling(self.max_new_tokens, self.temperature, seed=seed)
         ends = [prefix_ends(target, row) for row in rows]
         for length in self.lengths:
@@ -68,15 +62,10 @@ OPENINGS: dict[str, str | Callable[[Row], str]] = {
 
 @dataclass
 class AffirmativeOpening:
-    """Openings that commit the model to an answer and hold no harm.
+    """Harmless openings that commit the model to an answer."""
 
-    Attributes:
-        openings: Setting -> the opening, or a function of the row that gives it. `own` is how the row's response opens,
-            for models that never say "Sure".
-        max_new_tokens: Most tokens of an answer.
-        temperature: 0 takes the most likely token each time.
-    """
-
+    # setting -> the opening, or a function of the row that gives it. `own` is how the row's response opens, for models
+    # that never say "Sure"
     openings: tuple[tuple[str, str | Callable[[Row], str]], ...] = tuple(OPENINGS.items())
     max_new_tokens: int = 256
     temperature: float = 0.0
@@ -84,7 +73,6 @@ class AffirmativeOpening:
     adaptive: bool = False
 
     def run(self, target: Target, rows: Sequence[Row], seed: int) -> Iterator[Attempt]:
-        """See `redflag.lab.attacks.Attack.run`."""
         sampling = Sampling(self.max_new_tokens, self.temperature, seed=seed)
         for setting, opening in self.openings:
             sent = []

@@ -13,7 +13,7 @@ from typing import Any
 
 from redflag.data.rows import Row
 from redflag.lab.attacks import Attempt, Messages, Target, request_of
-from redflag.lab.attacks.search import Chooser, Found, GuardInLoop, search, shown
+from redflag.lab.attacks.search import Chooser, GuardInLoop, search, shown
 from redflag.lab.attacks.stepping import Looker, room_for
 from redflag.lab.nano.chooser import nano_chooser
 from redflag.prompt import text_ids
@@ -23,7 +23,7 @@ ChooserFor = Callable[[Target, Sequence[int], str], Chooser]
 
 
 def follow_plan(target: Target, plan: Sequence[int], prefill: str) -> Chooser:
-    """A chooser that writes a given answer, as far as its tokens are on offer, and then ends it."""
+    """A chooser that writes this answer, as far as its tokens are among the candidates, and then ends it."""
     remaining = list(plan)
 
     def choose(prompt_ids: Sequence[int], response_ids: Sequence[int], candidates: Sequence[int]) -> int | None:
@@ -43,21 +43,16 @@ def follow_oracle(target: Target, plan: Sequence[int], prefill: str) -> Chooser:
 
 @dataclass(frozen=True)
 class Start:
-    """Where a search begins.
+    """Where a search begins."""
 
-    Attributes:
-        messages: The conversation sent; a prefill is its last turn.
-        prefill: The prefill's text, "" without one.
-        plan: Tokens of the row's answer behind the prefill; without one the whole answer, harmless beginning included.
-    """
-
-    messages: Messages
-    prefill: str
+    messages: Messages  # the conversation sent; a prefill is its last turn
+    prefill: str  # the prefill's text, "" without one
+    # tokens of the row's answer behind the prefill; without one the whole answer, harmless beginning included
     plan: list[int]
 
 
 def start_of(target: Target, row: Row, prefill_tokens: int) -> Start:
-    """A row's request, with so many tokens of its harm as a prefill."""
+    """A row's request, with this many tokens of its harm as a prefill."""
     messages = request_of(row)
     if not prefill_tokens:
         return Start(messages, "", text_ids(target.tokenizer, row.response, target.spec))
@@ -72,31 +67,21 @@ class RAP:
 
     Both searches have the same chooser and budget. The guarded one goes back after every alarm. An attempt's text is
     the finished branch, or else the longest; `released` is everything that was shown, a line for each branch, and
-    `detail["branches"]` holds all branches as token ids. With a hold-back an attacker still knows the picked tokens;
+    `detail["branches"]` lists all branches as token ids. With a hold-back an attacker still knows the picked tokens;
     `released` is the text that the service showed as its answer.
-
-    Attributes:
-        k: Candidates at each step.
-        budget: Maximum number of moves; picking and going back cost one each.
-        prefills: Lengths of the harmful prefill, tokens; one search for each.
-        max_new_tokens: Maximum length of a branch, tokens.
-        chooser: Picks the tokens.
-        exhaust: Continue after a complete response until the budget is used up, to collect more harm.
-        strikes: Number of alarms after which the operator refuses the request; None = no limit.
     """
 
-    k: int = 20
-    budget: int = 256
-    prefills: tuple[int, ...] = (0,)
+    k: int = 20  # candidates at each step
+    budget: int = 256  # maximum number of moves; picking and going back cost one each
+    prefills: tuple[int, ...] = (0,)  # lengths of the harmful prefill, tokens; one search for each
     max_new_tokens: int = 64
     chooser: ChooserFor = follow_plan
-    exhaust: bool = False
-    strikes: int | None = None
+    exhaust: bool = False  # continue after a complete response until the budget is used up, to collect more harm
+    strikes: int | None = None  # number of alarms after which the operator refuses the request; None = no limit
     name: str = "RAP"
     adaptive: bool = True
 
     def run(self, target: Target, rows: Sequence[Row], seed: int) -> Iterator[Attempt]:
-        """See `redflag.lab.attacks.Attack`; nothing is drawn, so the seed has no effect."""
         look = Looker(target, self.name, self.k)
         for row in rows:
             for number in self.prefills:
@@ -117,13 +102,6 @@ class RAP:
                 )
 
 
-def guard_of(target: Target) -> GuardInLoop | None:
-    """The target's guard; None where it has no thresholds."""
-    if target.thresholds is None:
-        return None
-    return GuardInLoop(target.thresholds, target.policy, target.spec.categories)
-
-
 def searched(
     target: Target,
     look: Looker,
@@ -138,13 +116,15 @@ def searched(
     strikes: int | None = None,
     **detail: Any,
 ) -> Iterator[Attempt]:
-    """The attempts of one request: unguarded, then guarded; none where the context has no room."""
+    """The attempts of one request: unguarded, then guarded if the target has thresholds; none if there is no room."""
     prompt = target.prompt_ids(messages)
     room = room_for(target, prompt, max_new_tokens)
     if not room:
         return
-    guard = guard_of(target)
-    for watcher in (None, guard) if guard else (None,):
+    guards: list[GuardInLoop | None] = [None]
+    if target.thresholds is not None:
+        guards.append(GuardInLoop(target.thresholds, target.policy, target.spec.categories))
+    for guard in guards:
         result = search(
             look,
             choose,
@@ -152,44 +132,31 @@ def searched(
             budget=budget,
             max_new_tokens=room,
             eos_ids=target.backend.eos_ids,
-            guard=watcher,
+            guard=guard,
             exhaust=exhaust,
             strikes=strikes,
         )
-        how = "unguarded" if watcher is None else "guarded" + (f", {strikes} alarms at most" if strikes else "")
-        yield _attempt(target, result, watcher, messages, row, f"{setting}, {how}", detail)
-
-
-def _attempt(
-    target: Target,
-    found: Found,
-    guard: GuardInLoop | None,
-    messages: Messages,
-    row: Row,
-    setting: str,
-    detail: dict[str, Any],
-) -> Attempt:
-    best = found.best
-    released = None
-    if guard is not None:
-        released = "\n".join(target.decode(part) for part in shown(found, guard.released))
-    return Attempt(
-        str(row.id),
-        setting,
-        messages,
-        target.decode(best.token_ids),
-        list(best.token_ids),
-        list(best.flag_probs),
-        queries=found.interactions,
-        released=released,
-        detail={
-            **detail,
-            "guarded": guard is not None,
-            "alarms": found.alarms,
-            "end": found.end,
-            "branches": [list(path.token_ids) for path in found.paths],
-            # NaN becomes null, since JSON has no NaN.
-            "alarm_probs": [path.alarm and [p if p == p else None for p in path.alarm] for path in found.paths],
-            "finished": [path.finished for path in found.paths],
-        },
-    )
+        how, released = "unguarded", None
+        if guard is not None:
+            how = "guarded" + (f", {strikes} alarms at most" if strikes else "")
+            released = "\n".join(target.decode(part) for part in shown(result, guard.released))
+        yield Attempt(
+            str(row.id),
+            f"{setting}, {how}",
+            messages,
+            target.decode(result.best.token_ids),
+            list(result.best.token_ids),
+            list(result.best.flag_probs),
+            queries=result.interactions,
+            released=released,
+            detail={
+                **detail,
+                "guarded": guard is not None,
+                "alarms": result.alarms,
+                "end": result.end,
+                "branches": [list(path.token_ids) for path in result.paths],
+                # NaN becomes null, since JSON has no NaN.
+                "alarm_probs": [path.alarm and [p if p == p else None for p in path.alarm] for path in result.paths],
+                "finished": [path.finished for path in result.paths],
+            },
+        )

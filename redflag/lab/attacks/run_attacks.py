@@ -8,7 +8,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from redflag.data.rows import Row
 from redflag.errors import RedflagError
-from redflag.files import atomic_write
+from redflag.files import keep_json
 from redflag.judges import Judge
 from redflag.judges.cache import CachedJudge
 from redflag.lab.attacks import Attack, Attempt, Target
@@ -25,7 +25,7 @@ from redflag.lab.attacks.buildup import BuildUp
 from redflag.lab.attacks.embedding import EmbeddingAttack
 from redflag.lab.attacks.finetune import FineTune
 from redflag.lab.attacks.gcg import GCG
-from redflag.lab.attacks.outcome import Judged, entries, judge_attempts, not_run
+from redflag.lab.attacks.judging import Judged, entries, judge_attempts, not_run
 from redflag.lab.attacks.pair import pair
 from redflag.lab.attacks.prefill import AffirmativeOpening, Prefill
 from redflag.lab.attacks.rap import RAP, follow_oracle
@@ -52,13 +52,13 @@ ATTACKS: dict[str, Callable[..., Attack]] = {
     "AutoRAP": AutoRAP,
     "fine-tuning": FineTune,
 }
-# Rows at a time: all for those that train on them, few for those that take long with each.
+# Rows at a time: None (all) for attacks that train on them, few for those that take long with each.
 UNITS: dict[type, int | None] = {AutoRAP: None, FineTune: None, RAP: 8, GCG: 4, EmbeddingAttack: 4}
-# Those that never meet the guard: what they send is the same whatever its thresholds are.
+# Attacks without the guard in their loop: what they send does not depend on its thresholds.
 UNGUARDED = (Plain, Prefill, AffirmativeOpening, RepeatedSampling, BuildUp, Wrappers, SuppressByWords, LogitBias)
-# Those that need one, which options name.
+# Attacks that need an outside model, named in their options.
 OUTSIDE: dict[str, Callable[..., Attack]] = {"PAIR": pair}
-# How far answers go in the nano world, where the longest has 90 tokens, and what else is special there.
+# Options for the nano world, where the longest answer has 90 tokens.
 NANO_OPTIONS: dict[str, dict[str, Any]] = {
     **{name: {"max_new_tokens": 96} for name in ("none", "prefill", "opening", "build-up", "suppress by words")},
     "wrapper": {"max_new_tokens": 96, "wrappers": NANO_WRAPPERS},
@@ -71,24 +71,16 @@ NANO_OPTIONS: dict[str, dict[str, Any]] = {
 def make_attacks(
     names: Sequence[str] = ("all",), options: Mapping[str, Mapping[str, Any]] | None = None
 ) -> list[Attack]:
-    """Attacks by name.
-
-    Args:
-        names: From `ATTACKS` and `OUTSIDE`; "all" is all of `ATTACKS`.
-        options: Name -> what its constructor takes.
-
-    Raises:
-        RedflagError: A name or an option is unknown.
-    """
-    known = {**ATTACKS, **OUTSIDE}
-    selected = list(dict.fromkeys(name for given in names for name in (ATTACKS if given == "all" else (given,))))
+    """Attacks by name."""
+    available = {**ATTACKS, **OUTSIDE}
+    selected = list(dict.fromkeys(name for option in names for name in (ATTACKS if option == "all" else (option,))))
     for name in (*selected, *(options or {})):
-        if name not in known:
-            raise RedflagError(f"attacks must be all, or among {', '.join(known)} (got {name!r}).")
+        if name not in available:
+            raise RedflagError(f"attacks must be all, or among {', '.join(available)} (got {name!r}).")
     attacks = []
     for name in selected:
         try:
-            attacks.append(known[name](**(options or {}).get(name, {})))
+            attacks.append(available[name](**(options or {}).get(name, {})))
         except TypeError as error:
             raise RedflagError(f"invalid options of the attack {name!r} ({error}).") from error
     return attacks
@@ -96,18 +88,12 @@ def make_attacks(
 
 @dataclass(frozen=True)
 class AttackResult:
-    """What one attack gave.
-
-    Attributes:
-        judged: Its attempts, judged and replayed, in order.
-        entries: Its lines of the attack table.
-        seconds: Time of the attempts, all runs together.
-    """
+    """The results of one attack."""
 
     attack: Attack
     judged: list[Judged]
-    entries: list[dict[str, Any]]
-    seconds: float
+    entries: list[dict[str, Any]]  # its lines of the attack table
+    seconds: float  # of the attempts, all runs together
 
 
 def run_attacks(
@@ -120,7 +106,7 @@ def run_attacks(
     *,
     unit: int = 64,
     workers: int = 1,
-    say: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> list[AttackResult]:
     """Runs the attacks one after the other.
 
@@ -133,22 +119,12 @@ def run_attacks(
 
     Args:
         target: The model, and the guard with `thresholds` and `policy` under which releases are replayed.
-        attacks: No two of one name.
-        rows: Harmful ones: what is asked for, and what is wanted.
-        judge: Wrapped in a `CachedJudge` unless it is one.
-        out_dir: Folder of the files.
-        unit: Rows at a time, for attacks that do not state it.
-        workers: Concurrent questions to the judge.
-        say: Callback for lines of progress.
-
-    Returns:
-        One result per attack.
 
     Raises:
         RedflagError: There are no rows, a row is harmless, or rows or attacks share a name.
     """
     rows = named_rows(rows)
-    names = [_slug(attack.name) for attack in attacks]
+    names = [re.sub(r"[^a-z0-9]+", "-", attack.name.lower()).strip("-") for attack in attacks]
     if len(set(names)) != len(names):
         raise RedflagError(f"each attack must have its own name (got {names}). They would write the same file.")
     folder = Path(out_dir)
@@ -160,24 +136,18 @@ def run_attacks(
         try:
             attempts, seconds = record(target, attack, rows, path, seed, unit=unit)
         except NotPossibleError as error:
-            say(f"{attack.name}: did not run: {error}")
+            log(f"{attack.name}: did not run: {error}")
             results.append(AttackResult(attack, [], [not_run(attack, rows, str(error))], 0.0))
             continue
-        judged = judge_attempts(
-            attack, attempts, rows, cached, target, target.thresholds, target.policy, workers=workers
-        )
+        judged = judge_attempts(attack, attempts, rows, cached, target, workers=workers)
         table = entries(attack, judged, rows, seconds=seconds)
-        say(f"{attack.name}: {len(attempts)} attempts in {seconds:.1f} s")
+        log(f"{attack.name}: {len(attempts)} attempts in {seconds:.1f} s")
         results.append(AttackResult(attack, judged, table, seconds))
     return results
 
 
 class NotPossibleError(RedflagError):
     """The target does not meet an attack's requirements."""
-
-
-class _OtherSettingsError(Exception):
-    """A file holds attempts with other settings."""
 
 
 def record(
@@ -189,9 +159,7 @@ def record(
     `<name>.old.jsonl`.
 
     Args:
-        rows: With names.
         seed: The seed of a unit of rows is derived from this one, the attack's name and the unit's first row.
-        unit: Rows at a time, unless the attack states it.
 
     Returns:
         All attempts, and the seconds they took.
@@ -202,11 +170,10 @@ def record(
     size = getattr(attack, "unit", UNITS.get(type(attack), unit)) or len(rows)
     units = [list(rows[start : start + size]) for start in range(0, len(rows), size)]
     head = _head(target, attack, rows, seed, size)
-    try:
-        attempts, done, end = _read(path, head)
-    except _OtherSettingsError:
+    saved = _read(path, head)
+    if saved is None:
         os.replace(path, path.with_suffix(".old.jsonl"))
-        attempts, done, end = [], 0, 0
+    attempts, done, end = saved or ([], 0, 0)
     clock = path.with_suffix(".seconds.json")
     seconds = float(json.loads(clock.read_text(encoding="utf-8"))["seconds"]) if done and clock.exists() else 0.0
     if done == len(units):
@@ -223,7 +190,7 @@ def record(
             began = time.perf_counter()
             attacked: set[str] = set()
             try:
-                for attempt in _run(target, attack, units[number], seed):
+                for attempt in attack.run(target, units[number], _unit_seed(seed, attack, units[number])):
                     _write(file, vars(attempt))
                     attempts.append(attempt)
                     attacked.add(attempt.request)
@@ -235,25 +202,15 @@ def record(
                     raise
                 raise NotPossibleError(str(error)) from error
             seconds += time.perf_counter() - began
-            with atomic_write(clock) as clock_file:
-                clock_file.write(json.dumps({"seconds": seconds}).encode())
+            keep_json(clock, {"seconds": seconds})
             _write(file, {"unit": number, "rows": len(units[number])})
             os.fsync(file.fileno())
             progress(sum(map(len, units[: number + 1])), f"{len(attempts)} attempts")
     return attempts, seconds
 
 
-def load_attempts(path: str | Path) -> list[Attempt]:
-    """The attempts of finished units in a file."""
-    return _read(Path(path), None)[0]
-
-
 def named_rows(rows: Sequence[Row]) -> list[Row]:
-    """The rows, each with a unique name.
-
-    Raises:
-        RedflagError: There are none, a row is harmless, or two have one name.
-    """
+    """The rows, each with a unique name."""
     named = [row if row.id is not None else replace(row, id=f"row-{index}") for index, row in enumerate(rows)]
     if not named:
         raise RedflagError("there must be harmful rows to attack with (got none).")
@@ -264,9 +221,8 @@ def named_rows(rows: Sequence[Row]) -> list[Row]:
     return named
 
 
-def _run(target: Target, attack: Attack, rows: list[Row], seed: int) -> Iterator[Attempt]:
-    digest = hashlib.sha256(f"{seed} {attack.name} {rows[0].id}".encode()).digest()
-    return attack.run(target, rows, int.from_bytes(digest[:6], "big"))
+def _unit_seed(seed: int, attack: Attack, rows: Sequence[Row]) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed} {attack.name} {rows[0].id}".encode()).digest()[:6], "big")
 
 
 def _head(target: Target, attack: Attack, rows: Sequence[Row], seed: int, size: int) -> dict[str, Any]:
@@ -275,7 +231,7 @@ def _head(target: Target, attack: Attack, rows: Sequence[Row], seed: int, size: 
     settings = {
         "attack": f"{type(attack).__module__}.{type(attack).__qualname__}",
         "options": {
-            key: _digest(value) if _are_rows(value) else value
+            key: _digest(value) if isinstance(value, Sequence) and value and isinstance(value[0], Row) else value
             for key, value in vars(attack).items()
             if not key.startswith("_")
         },
@@ -294,10 +250,6 @@ def _digest(rows: Sequence[Row]) -> str:
     return hashlib.sha256(json.dumps([row.to_dict() for row in rows]).encode()).hexdigest()
 
 
-def _are_rows(value: object) -> bool:
-    return isinstance(value, Sequence) and bool(value) and all(isinstance(row, Row) for row in value)
-
-
 def _described(value: object) -> Any:
     """A setting of a type that JSON lacks. Different ones may look the same; equal ones never differ."""
     if isinstance(identity := getattr(value, "identity", None), str):
@@ -311,14 +263,14 @@ def _described(value: object) -> Any:
     return getattr(value, "__qualname__", None) or type(value).__qualname__
 
 
-def _read(path: Path, head: dict[str, Any] | None) -> tuple[list[Attempt], int, int]:
-    """The attempts of finished units, how many units that are, and where in the file they end."""
+def _read(path: Path, head: dict[str, Any]) -> tuple[list[Attempt], int, int] | None:
+    """The attempts of finished units, the number of units, and where in the file they end; None: other settings."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
         return [], 0, 0
     attempts: list[Attempt] = []
-    found: list[Attempt] = []
+    unit: list[Attempt] = []
     done = end = position = 0
     for number, line in enumerate(content.splitlines(keepends=True)):
         position += len(line)
@@ -329,22 +281,18 @@ def _read(path: Path, head: dict[str, Any] | None) -> tuple[list[Attempt], int, 
         except ValueError as error:
             raise RedflagError(f"line {number + 1} of {path} must be JSON ({error}). Move the file away.") from error
         if number == 0:
-            if head is not None and entry != head:
-                raise _OtherSettingsError
+            if entry != head:
+                return None
             end = position
         elif "unit" in entry:
-            attempts, found = attempts + found, []
+            attempts, unit = attempts + unit, []
             done, end = entry["unit"] + 1, position
         else:
             entry["flag_probs"] = [tuple(probs) for probs in entry["flag_probs"]]
-            found.append(Attempt(**entry))
+            unit.append(Attempt(**entry))
     return attempts, done, end
 
 
 def _write(file: IO[bytes], entry: dict[str, Any]) -> None:
     file.write(json.dumps(entry).encode() + b"\n")
     file.flush()
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

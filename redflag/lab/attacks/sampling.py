@@ -13,12 +13,7 @@ from redflag.lab.attacks import Attempt, Target, request_of
 
 @dataclass
 class Plain:
-    """No attack: the requests as they are, once. What all others are compared with.
-
-    Attributes:
-        temperatures: A setting each; 0 takes the most likely token each time.
-        max_new_tokens: Most tokens of an answer.
-    """
+    """No attack: the requests as they are, once. What all others are compared with."""
 
     temperatures: Sequence[float] = (0.0, 1.0)
     max_new_tokens: int = 256
@@ -26,7 +21,6 @@ class Plain:
     adaptive: bool = False
 
     def run(self, target: Target, rows: Sequence[Row], seed: int) -> Iterator[Attempt]:
-        """See `redflag.lab.attacks.Attack.run`."""
         sent = [(str(row.id), request_of(row)) for row in rows]
         for temperature in self.temperatures:
             setting = f"temperature {temperature:g}" if temperature else "greedy"
@@ -39,16 +33,9 @@ class RepeatedSampling:
 
     Huang et al., "Catastrophic Jailbreak of Open-source LLMs via Exploiting Generation" (arXiv 2310.06987), exploits
     decoding parameters; Hughes et al., "Best-of-N Jailbreaking" (arXiv 2412.03556), the number of tries.
-
-    Attributes:
-        n: Answers to each request at each temperature.
-        temperatures: A setting each.
-        top_p: As in `Sampling`.
-        top_k: As in `Sampling`.
-        max_new_tokens: Most tokens of an answer.
     """
 
-    n: int = 16
+    n: int = 16  # answers to each request at each temperature
     temperatures: Sequence[float] = (0.5, 1.0, 1.5)
     top_p: float = 1.0
     top_k: int = 0
@@ -59,12 +46,10 @@ class RepeatedSampling:
     def __post_init__(self) -> None:
         if self.n < 1 or not self.temperatures or min(self.temperatures) <= 0:
             raise RedflagError(
-                f"sampling asks {self.n} times at temperatures {list(self.temperatures)}, which draws nothing: give n "
-                "from 1 and temperatures above 0"
+                f"n must be at least 1 and temperatures above 0 (got {self.n} and {list(self.temperatures)})."
             )
 
     def run(self, target: Target, rows: Sequence[Row], seed: int) -> Iterator[Attempt]:
-        """See `redflag.lab.attacks.Attack.run`."""
         sent = [(str(row.id), request_of(row)) for row in rows for _ in range(self.n)]
         for number, temperature in enumerate(self.temperatures):
             # Draws of one temperature would otherwise repeat those of another.

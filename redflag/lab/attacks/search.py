@@ -6,7 +6,6 @@ everything that was shown, on abandoned branches as on the last one.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -31,36 +30,23 @@ those already tried here. It returns an index into the candidates, or None to go
 
 @dataclass(frozen=True)
 class Path:
-    """A branch that was walked to its end.
+    """A branch that was walked to its end."""
 
-    Attributes:
-        token_ids: T tokens picked.
-        flag_probs: T x K probabilities before them.
-        finished: Whether the response ended here by itself or by its length.
-        alarm: K probabilities at which the guard refused to continue; None if it did not.
-    """
-
-    token_ids: tuple[int, ...]
-    flag_probs: tuple[tuple[float, ...], ...]
-    finished: bool = False
-    alarm: tuple[float, ...] | None = None
+    token_ids: tuple[int, ...]  # T tokens picked
+    flag_probs: tuple[tuple[float, ...], ...]  # T x K probabilities before them
+    finished: bool = False  # whether the response ended here by itself or by its length
+    alarm: tuple[float, ...] | None = None  # K probabilities at which the guard refused to continue; None if it did not
 
 
 @dataclass(frozen=True)
-class Found:
-    """Everything that a search was shown.
+class SearchResult:
+    """Everything that a search was shown."""
 
-    Attributes:
-        paths: Every branch walked to an end, in order; none is the beginning of another.
-        interactions: Number of moves: selections and steps back.
-        alarms: Positions at which the guard refused.
-        end: `finished`: a response was completed; `budget`: no moves were left; `exhausted`: nothing was left to try at
-            the first position; `stopped`: the guard refused there, or too often.
-    """
-
-    paths: tuple[Path, ...]
-    interactions: int
-    alarms: int
+    paths: tuple[Path, ...]  # every branch walked to an end, in order; none is the beginning of another
+    interactions: int  # number of moves: selections and steps back
+    alarms: int  # positions at which the guard refused
+    # `finished`: a response was completed; `budget`: no moves were left; `exhausted`: nothing was left to try at the
+    # first position; `stopped`: the guard refused there, or too often
     end: End
 
     @property
@@ -93,12 +79,7 @@ class GuardInLoop:
         )
 
     def released(self, path: Path, policy: Policy | None = None) -> int:
-        """How many tokens of a branch reach the attacker, by `redflag.watching.session.Session` itself.
-
-        Args:
-            path: The branch.
-            policy: Another policy than the guard's own, to compare hold-backs on one search.
-        """
+        """How many tokens of a branch reach the attacker, by `redflag.watching.session.Session` itself."""
         session = Session(self.thresholds, policy or self.policy, self.categories)
         for token, probs in zip(path.token_ids, path.flag_probs, strict=True):
             session.feed(Step(token, probs))
@@ -122,20 +103,14 @@ def search(
     guard: GuardInLoop | None = None,
     exhaust: bool = False,
     strikes: int | None = None,
-) -> Found:
+) -> SearchResult:
     """Walks the tree of responses behind one prompt.
 
-    Every token picked costs one move, every step back another. A token that was given up is not offered again at its
+    Every token picked costs one move, every step back another. A token that was abandoned is not offered again at its
     position. Under a guard, an alarm hides the candidates, so that the only way is back.
 
     Args:
         look: Shows a position; asked once for each.
-        choose: Who picks.
-        prompt_ids: What was sent, a prefill included.
-        budget: Most moves.
-        max_new_tokens: Most tokens of one branch.
-        eos_ids: Tokens that end a response.
-        guard: The guard; None = no guard.
         exhaust: Go on for another response after a complete one, until the budget is spent.
         strikes: Alarms after which the operator serves this request no longer; None: however many there are.
     """
@@ -156,7 +131,7 @@ def search(
         fresh = False
 
     while True:
-        over = len(looks) == len(tokens)  # Nothing stands behind the last token.
+        over = len(looks) == len(tokens)  # The last token ended the response.
         refused = not over and fresh and guard is not None and guard.refuses([seen.flag_probs for seen in looks])
         pick = None
         if over:
@@ -190,40 +165,15 @@ def search(
                 looks.append(look(prompt + tokens))
                 tried.append(set())
     close()
-    return Found(tuple(paths), moves, alarms, end)
+    return SearchResult(tuple(paths), moves, alarms, end)
 
 
-def shown(found: Found, released: Callable[[Path], int]) -> list[tuple[int, ...]]:
+def shown(result: SearchResult, released: Callable[[Path], int]) -> list[tuple[int, ...]]:
     """What an attacker saw in a whole search: released branches, none of which is the beginning of another.
 
     Args:
-        found: The search.
         released: How many tokens of a branch reached the attacker; `lambda path: len(path.token_ids)` without a guard.
     """
-    parts = {path.token_ids[: released(path)] for path in found.paths}
+    parts = {path.token_ids[: released(path)] for path in result.paths}
     beginnings = {part[:end] for part in parts for end in range(len(part))}
     return sorted(part for part in parts if part and part not in beginnings)
-
-
-def harmful_tokens(
-    branches: Sequence[Sequence[int]],
-    decode: Callable[[Sequence[int]], str],
-    spans: Callable[[str], Sequence[tuple[int, int]]],
-    prefill: str = "",
-) -> int:
-    """How many harmful tokens stand in a tree of responses; what several branches share counts once.
-
-    Args:
-        branches: Token ids from the beginning of the response, or of what follows the prefill.
-        decode: Text of tokens; that of a beginning must be a beginning of the whole's.
-        spans: Where a text is harmful, as `redflag.lab.nano.spans.harmful_spans` says it.
-        prefill: What the attacker wrote before; it is read, and counts nothing.
-    """
-    harmful: set[tuple[int, ...]] = set()
-    for branch in branches:
-        ends = [len(prefill) + len(decode(branch[:end])) for end in range(len(branch) + 1)]
-        found = spans(prefill + decode(branch))
-        for i, (start, end) in enumerate(itertools.pairwise(ends)):
-            if any(start < high and end > low for low, high in found):
-                harmful.add(tuple(branch[: i + 1]))
-    return len(harmful)

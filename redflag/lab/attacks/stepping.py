@@ -16,33 +16,24 @@ from redflag.weights.prefix import PrefixSlot
 
 
 class Look(NamedTuple):
-    """What stands at one position.
+    """What an attacker is shown at one position."""
 
-    Attributes:
-        candidates: The k most likely next tokens, most likely first, flags left out.
-        flag_probs: K flag probabilities, measured over the whole vocabulary before any token is chosen.
-    """
-
-    candidates: tuple[int, ...]
-    flag_probs: tuple[float, ...]
+    candidates: tuple[int, ...]  # the k most likely next tokens, most likely first, flags left out
+    flag_probs: tuple[float, ...]  # K flag probabilities, measured over the whole vocabulary before any token is chosen
 
 
 def weights_of(target: Target, attack: str) -> Any:
-    """The target's model, in evaluation mode.
-
-    Raises:
-        RedflagError: It is out of reach.
-    """
+    """The target's model, in evaluation mode."""
     if target.model is None:
         raise RedflagError(
-            f"{attack} needs the target's weights and the target has none in this process: load the model by "
-            "`redflag.backends.load.load_flagged` and pass it as Target(model=...), or leave this attack out"
+            f"{attack} needs the target's weights: load the model with `redflag.backends.load.load_flagged` and pass "
+            "it as Target(model=...), or leave this attack out."
         )
     return target.model.eval()
 
 
 def room_for(target: Target, prompt_ids: Sequence[int], wanted: int) -> int:
-    """How many of the wanted tokens the context has room for behind a prompt; 0 where there is none."""
+    """How many of the wanted tokens fit the context after the prompt."""
     limit = getattr(target.backend, "context_length", None)
     return wanted if limit is None else max(0, min(wanted, limit - len(prompt_ids)))
 
@@ -51,14 +42,10 @@ class Stepper:
     """Runs a model over texts that have a long beginning in common: one forward pass over what is new.
 
     Going back by some tokens cuts the key-value cache; caches that cannot be cut (sliding windows, recurrent layers)
-    are built anew. Logits agree with those of a fresh run up to rounding.
-
-    Attributes:
-        passes: Forward passes so far.
+    are rebuilt. Logits agree with those of a fresh run up to rounding.
     """
 
     def __init__(self, model: Any) -> None:
-        """Takes a causal language model, PEFT-wrapped or not; it is not changed."""
         self._model = model
         self._device = plain_model(model).device
         self._config = plain_model(model).config.get_text_config()
@@ -79,14 +66,9 @@ class Stepper:
 
 
 class Looker:
-    """What a rank-assisted attacker is shown at every position of one target."""
+    """Shows a rank-assisted attacker the candidates at a position."""
 
     def __init__(self, target: Target, attack: str, k: int) -> None:
-        """Prepares to show the top `k`.
-
-        Raises:
-            RedflagError: The target's weights are out of reach.
-        """
         self._stepper = Stepper(weights_of(target, attack))
         self._device = plain_model(target.model).device
         self._flag_ids = torch.tensor(target.spec.ids, dtype=torch.long, device=self._device)
@@ -98,13 +80,7 @@ class Looker:
 
 
 def look_at(logits: torch.Tensor, flag_ids: torch.Tensor, k: int) -> Look:
-    """Measures the flags, then takes them out and ranks the rest.
-
-    Args:
-        logits: Raw logits, float32, shape `(V,)`.
-        flag_ids: The K flag ids.
-        k: Candidates wanted.
-    """
+    """Measures the flags, then takes them out and ranks the rest."""
     probs = measure(logits[None], flag_ids)[0]
     ranked = logits.index_fill(0, flag_ids, -torch.inf).topk(min(k, logits.numel() - len(flag_ids))).indices
     return Look(tuple(ranked.tolist()), tuple(probs.tolist()))

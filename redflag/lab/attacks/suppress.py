@@ -32,21 +32,16 @@ PLACES = ("system", "user", "prefill")
 class SuppressByWords:
     """Tells the model to keep its flag down, in every place where an attacker may write.
 
-    The answer is drawn out by a prefill that runs a few tokens into the row's harm, so that there is something to
-    flag; the setting "no words" has this prefill alone, and is what the others are compared with. A flag's text never
-    becomes a flag: it is split into ordinary tokens when the prompt is rendered.
-
-    Attributes:
-        texts: Setting -> instruction; `{flag}` is replaced by the flags' texts.
-        places: Where: `system`, `user` (behind the request) or `prefill` (before the drawn-out beginning).
-        beyond: Tokens of the prefill behind the onset of the row's harm; None leaves the prefill out.
-        max_new_tokens: Most tokens of an answer.
-        temperature: 0 takes the most likely token each time.
+    A prefill runs a few tokens into the row's harm, so that there is something to flag; the setting "no words" has this
+    prefill alone, and is what the others are compared with. A flag's text never becomes a flag: it is split into
+    ordinary tokens when the prompt is rendered.
     """
 
+    # setting -> instruction; `{flag}` is replaced by the flags' texts
     texts: tuple[tuple[str, str], ...] = tuple(TEXTS.items())
+    # where: `system`, `user` (behind the request) or `prefill` (before the row's harm)
     places: Sequence[str] = PLACES
-    beyond: int | None = 5
+    beyond: int | None = 5  # tokens of the prefill behind the onset of the row's harm; None leaves the prefill out
     max_new_tokens: int = 256
     temperature: float = 0.0
     name: str = "suppress by words"
@@ -57,7 +52,6 @@ class SuppressByWords:
             raise RedflagError(f"places must be among {', '.join(PLACES)} (got {unknown}).")
 
     def run(self, target: Target, rows: Sequence[Row], seed: int) -> Iterator[Attempt]:
-        """See `redflag.lab.attacks.Attack.run`."""
         sampling = Sampling(self.max_new_tokens, self.temperature, seed=seed)
         flags = " ".join(flag.token for flag in target.spec.flags)
         prefills = [self._given(target, row) for row in rows]
@@ -82,7 +76,7 @@ class SuppressByWords:
 
 
 def place_words(messages: Messages, prefill: str, instruction: str, place: str) -> Messages:
-    """The conversation with `said` in a place of it, and `given` as the beginning of the answer."""
+    """The conversation with the instruction in one place, and the prefill."""
     if not instruction:
         return with_prefill(messages, prefill)
     if place == "prefill":
@@ -110,29 +104,21 @@ class LogitBias:
     of refusals.
 
     It steps through the weights itself, one conversation at a time, with the chooser of the backends.
-
-    Attributes:
-        words: What "refusals -100" bans, each with and without a space before it.
-        shown: Requests on which a bias on the flags is tried.
-        most: Requests on which the rest is tried, one after the other; None: all.
-        max_new_tokens: Most tokens of an answer.
-        temperature: 0 takes the most likely token each time.
     """
 
-    words: Sequence[str] = REFUSING
-    shown: int = 8
-    most: int | None = None
+    words: Sequence[str] = REFUSING  # what "refusals -100" bans, each with and without a space before it
+    shown: int = 8  # requests on which a bias on the flags is tried
+    most: int | None = None  # requests on which the rest is tried, one after the other; None: all
     max_new_tokens: int = 256
     temperature: float = 1.0
     name: str = "logit bias"
     adaptive: bool = True
 
     def run(self, target: Target, rows: Sequence[Row], seed: int) -> Iterator[Attempt]:
-        """See `redflag.lab.attacks.Attack.run`."""
         if target.model is None:
             raise RedflagError(
-                "the weights are not at hand, and a bias is tried on the logits: give the target its model, or leave "
-                "this attack out (servers that redflag speaks to take no bias from users)"
+                "logit bias needs the target's weights: pass Target(model=...), or leave this attack out. Servers that "
+                "redflag talks to accept no bias from users."
             )
         refusals = {
             target.tokenizer(form, add_special_tokens=False)["input_ids"][0]: -100.0
@@ -166,14 +152,7 @@ class _Biased(Chooser):
 
 
 def biased_steps(target: Target, prompt: list[int], bias: Mapping[int, float], sampling: Sampling) -> Iterator[Step]:
-    """Steps with a bias that is added behind the measurement and the ban of the flags.
-
-    Args:
-        target: With its model.
-        prompt: Ids.
-        bias: Token id -> what is added to its logit.
-        sampling: How tokens are chosen.
-    """
+    """Steps with a bias that is added behind the measurement and the ban of the flags."""
     model = target.model
     device = model.device
     # A chooser that is greedy by name never comes to the draw, where the bias is.

@@ -1,8 +1,8 @@
 """Baselines: other ways to watch a response as it is written, trained on the rows that a flag is trained on.
 
-A baseline records as a flag does, so that it stands in the same tables, under the same monitors and thresholds:
+A baseline records as a flag does, and so appears in the same tables, under the same monitors and thresholds:
 `record_baselines` of the module of that name trains any of them and keeps their recordings. What they share (the base
-model, the tokenizer, the limits) is a `redflag.lab.baselines.bench.Bench`.
+model, the tokenizer, the limits) is a `redflag.lab.baselines.shared.BaselineContext`.
 """
 
 from __future__ import annotations
@@ -18,15 +18,10 @@ __all__ = ["Baseline", "Cost"]
 
 
 class Baseline(Protocol):
-    """What a baseline is.
+    """What a baseline is."""
 
-    Attributes:
-        name: As it stands in tables.
-        what: One sentence that says how it judges and what it was trained on.
-    """
-
-    name: str
-    what: str
+    name: str  # shown in tables
+    what: str  # one sentence that says how it judges and what it was trained on
 
     def fit(self, train: Sequence[Row]) -> None:
         """Trains on these rows; the same rows and seed give the same baseline. Needed once, before `score`."""

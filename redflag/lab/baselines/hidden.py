@@ -1,4 +1,4 @@
-"""Hidden states of training rows, read in one pass for all probes and kept on at most `MOST_DISK` bytes of disk.
+"""Hidden states of training rows, read in one pass for all probes and stored on at most `MOST_DISK` bytes of disk.
 
 Rows that are only scored pass by and leave nothing (`passing`).
 """
@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from redflag.errors import RedflagError
 from redflag.files import keep_json, kept_json
-from redflag.lab.baselines.bench import Bench, Read, digest, model_stamp
+from redflag.lab.baselines.shared import BaselineContext, Read, digest, model_stamp
 from redflag.progress import Progress
 
 # Bytes of disk for all probes of one comparison: every layer of every step if they fit, else half of it for each view.
@@ -29,33 +29,22 @@ Steps = npt.NDArray[np.int64]
 
 
 class View(NamedTuple):
-    """What a probe reads of the model in training.
+    """What a probe reads of the model in training."""
 
-    Attributes:
-        layers: Which hidden states, 0 the embedding's output.
-        window: Steps over which its training averages the logits.
-    """
-
-    layers: tuple[int, ...]
-    window: int = 1
+    layers: tuple[int, ...]  # which hidden states, 0 the embedding's output
+    window: int = 1  # steps over which its training averages the logits
 
 
 class Hidden(NamedTuple):
-    """Hidden states of N responses at S steps in all.
+    """Hidden states of N responses at S steps in all."""
 
-    Attributes:
-        states: S x L x H, float16, on disk: the layers of `view`, at the position where the step's token is predicted
-            (the last layer behind the final norm), each the mean over the last `view.window` steps. A linear probe's
-            logit of the mean is the mean of its logits.
-        starts: N + 1 offsets: response i has the steps `starts[i]` to `starts[i + 1]`; none where it was not drawn.
-        steps: S, the index of each step in its response.
-        view: What was kept. With a window of 1 that is every layer of every step, or some steps of some layers.
-    """
-
+    # S x L x H, float16, on disk: the layers of `view`, at the position where the step's token is predicted (the last
+    # layer behind the final norm), each the mean over the last `view.window` steps. A linear probe's logit of the mean
+    # is the mean of its logits
     states: npt.NDArray[np.float16]
-    starts: Steps
-    steps: Steps
-    view: View
+    starts: Steps  # N + 1 offsets: response i has the steps `starts[i]` to `starts[i + 1]`; none where it was not drawn
+    steps: Steps  # S, the index of each step in its response
+    view: View  # what was kept. With a window of 1 that is every layer of every step, or some steps of some layers
 
     def of(self, rows: Sequence[int], layers: Sequence[int]) -> npt.NDArray[np.float32]:
         """Steps of these responses end to end, the layers' states side by side: s x (layers * H)."""
@@ -76,39 +65,33 @@ def side_by_side(states: npt.NDArray[Any], layers: Sequence[int]) -> npt.NDArray
     return chosen.astype(np.float32).reshape(len(states), -1)
 
 
-def hidden_states(bench: Bench, reads: Sequence[Read], view: View | None = None) -> Hidden:
-    """Hidden states of these rows, from disk when they are there.
-
-    Args:
-        bench: Whose model is read, and where states are kept.
-        reads: The rows.
-        view: What is needed if not everything fits; None: every layer.
-    """
-    view = view or View(_all_layers(bench))
-    keep(bench, reads, [view])
-    store = _Store.of(bench, reads, view)
+def hidden_states(context: BaselineContext, reads: Sequence[Read], view: View | None = None) -> Hidden:
+    """Hidden states of these rows, from disk when they are there."""
+    view = view or View(_all_layers(context))
+    keep(context, reads, [view])
+    store = _Store.of(context, reads, view)
     return Hidden(np.load(store.path, mmap_mode="r"), store.starts, np.concatenate(store.steps), store.view)
 
 
-def keep(bench: Bench, reads: Sequence[Read], views: Sequence[View]) -> None:
+def keep(context: BaselineContext, reads: Sequence[Read], views: Sequence[View]) -> None:
     """Writes what is not yet on disk of these views, in one pass over the rows; states of other rows are dropped.
 
-    Where every layer of every step takes more than `MOST_DISK`, each view gets half of that: its layers alone, at
-    steps that are drawn (`drawn_steps`), the same for every seed. A pass that was killed is
-    continued. One run at a time in a folder.
+    Where every layer of every step takes more than `MOST_DISK`, each view gets half of that: its layers alone, at steps
+    that are drawn (`drawn_steps`), the same for every seed. A pass that was killed is continued. One run at a time in a
+    folder.
 
     Raises:
         RedflagError: The disk space cannot be had.
     """
-    stores = {store.path: store for store in (_Store.of(bench, reads, view) for view in views)}
+    stores = {store.path: store for store in (_Store.of(context, reads, view) for view in views)}
     missing = [store for path, store in stores.items() if not path.exists()]
     if not missing:
         return
-    record = _begun(bench, stores, missing, digest([len(reads), bench.batch_size]))
+    record = _begun(context, stores, missing, digest([len(reads), context.batch_size]))
     done = kept_json(record, fingerprint=record.stem)
     begin = 0 if done is None else int(done["rows"])
-    written = [_opened(bench, store, new=begin == 0) for store in missing]
-    for count, (i, states) in enumerate(passing(bench, reads, "reading hidden states", begin), begin + 1):
+    written = [_opened(context, store, new=begin == 0) for store in missing]
+    for count, (i, states) in enumerate(passing(context, reads, "reading hidden states", begin), begin + 1):
         for store, target in zip(missing, written, strict=True):
             target[store.starts[i] : store.starts[i + 1]] = _seen(states, store.steps[i], store.view)
         if count % _RECORDED_EVERY == 0:
@@ -121,32 +104,25 @@ def keep(bench: Bench, reads: Sequence[Read], views: Sequence[View]) -> None:
     record.unlink(missing_ok=True)
 
 
-def forget(bench: Bench) -> None:
-    """Drops all hidden states of this bench from disk, also what a killed run left of some."""
-    for path in _files(bench):
+def forget(context: BaselineContext) -> None:
+    """Deletes all hidden states of this context from disk, those of a killed run included."""
+    for path in _files(context):
         path.unlink()
 
 
 def passing(
-    bench: Bench, reads: Sequence[Read], what: str, begin: int = 0
+    context: BaselineContext, reads: Sequence[Read], what: str, begin: int = 0
 ) -> Iterator[tuple[int, npt.NDArray[np.float16]]]:
-    """Each row's index and hidden states, T x (L + 1) x H, in an order that suits the model; nothing is kept.
-
-    Args:
-        bench: Whose model is read.
-        reads: The rows.
-        what: What stands before the progress, which is in tokens.
-        begin: So many rows of that order are left out.
-    """
+    """Each row's index and hidden states, T x (L + 1) x H, in an order that suits the model; nothing is stored."""
     import torch
 
     from redflag.backends.load import read_model
 
-    model, _ = read_model(bench.hidden_folder, torch.float32 if bench.device == "cpu" else "auto")
-    model = model.to(bench.device).eval()
+    model, _ = read_model(context.hidden_folder, torch.float32 if context.device == "cpu" else "auto")
+    model = model.to(context.device).eval()
     lengths = [len(read.prompt_ids) + len(read.judged_ids) for read in reads]
-    layers, width = bench.config.num_hidden_layers + 1, bench.config.hidden_size
-    batches = _batches(lengths, max(1, _AT_ONCE // (layers * width)), bench.batch_size)
+    layers, width = context.config.num_hidden_layers + 1, context.config.hidden_size
+    batches = _batches(lengths, max(1, _AT_ONCE // (layers * width)), context.batch_size)
     order = [i for picks in batches for i in picks][begin:]
     left = set(order)
     done, total = 0, sum(lengths[i] for i in order)
@@ -154,10 +130,10 @@ def passing(
         for picks in batches:
             if left.isdisjoint(picks):
                 continue
-            with torch.autocast(torch.device(bench.device).type, torch.bfloat16, enabled=bench.bf16):
+            with torch.autocast(torch.device(context.device).type, torch.bfloat16, enabled=context.bf16):
                 # The last token is never read from: nothing is predicted after it.
-                found = last_layers(model, [(reads[i].prompt_ids + reads[i].judged_ids)[:-1] for i in picks])
-            halves = found.float().clamp(-_HALF_MAX, _HALF_MAX).half().cpu().numpy()
+                layers_BTLH = last_layers(model, [(reads[i].prompt_ids + reads[i].judged_ids)[:-1] for i in picks])
+            halves = layers_BTLH.float().clamp(-_HALF_MAX, _HALF_MAX).half().cpu().numpy()
             for i, one in zip(picks, halves, strict=True):
                 if i in left:
                     first = len(reads[i].prompt_ids) - 1
@@ -167,12 +143,7 @@ def passing(
 
 
 def last_layers(model: Any, rows: Sequence[Sequence[int]]) -> Any:
-    """A batch's hidden states of all layers, B x T x (L + 1) x H, rows padded on the right.
-
-    Args:
-        model: A causal language model.
-        rows: Ids.
-    """
+    """A batch's hidden states of all layers, B x T x (L + 1) x H, rows padded on the right."""
     import torch
 
     from redflag.backends.head import backbone
@@ -193,10 +164,7 @@ def drawn_steps(lengths: Sequence[int], onsets: Sequence[int | None], most: int,
     each stretch of what is left. With more responses than places, some have none.
 
     Args:
-        lengths: Steps of each response.
-        onsets: Where harm begins; None where it does not.
-        most: Most steps in all.
-        window: Steps that do not have so many before them are not drawn, unless the response is shorter.
+        window: Steps with fewer steps before them are not drawn, unless the response is shorter.
     """
     firsts = [max(0, min(length, window) - 1) for length in lengths]
     counts = np.array([length - first for length, first in zip(lengths, firsts, strict=True)], dtype=np.int64)
@@ -224,7 +192,7 @@ def drawn_steps(lengths: Sequence[int], onsets: Sequence[int | None], most: int,
 
 
 class _Store(NamedTuple):
-    """A file of states: whose steps are where in it."""
+    """A file of states, and where the steps of each response are in it."""
 
     path: Path
     view: View
@@ -236,38 +204,38 @@ class _Store(NamedTuple):
         return self.path.with_suffix(".partial")
 
     @classmethod
-    def of(cls, bench: Bench, reads: Sequence[Read], view: View) -> _Store:
+    def of(cls, context: BaselineContext, reads: Sequence[Read], view: View) -> _Store:
         lengths = [len(read.judged_ids) for read in reads]
-        layers, bytes_each = _all_layers(bench), 2 * bench.config.hidden_size
+        layers, bytes_each = _all_layers(context), 2 * context.config.hidden_size
         if sum(lengths) * len(layers) * bytes_each <= MOST_DISK:
             view, steps = View(layers), [np.arange(length) for length in lengths]
         else:
             most = MOST_DISK // 2 // (len(view.layers) * bytes_each)
             onsets = [(read.onset or 0) if read.row.harmful else None for read in reads]
             steps = drawn_steps(lengths, onsets, most, view.window)
-        rows = digest([model_stamp(bench.hidden_folder), bench.bf16, [[r.prompt_ids, r.judged_ids] for r in reads]])
-        path = bench.folder / f"{rows}-{digest([view, [some.tolist() for some in steps]])}.npy"
+        rows = digest([model_stamp(context.hidden_folder), context.bf16, [[r.prompt_ids, r.judged_ids] for r in reads]])
+        path = context.folder / f"{rows}-{digest([view, [some.tolist() for some in steps]])}.npy"
         return cls(path, view, steps, np.concatenate([[0], np.cumsum([len(some) for some in steps])]).astype(np.int64))
 
 
-def _files(bench: Bench) -> list[Path]:
-    return [path for kind in ("*.npy", "*.partial", "*.reading") for path in bench.folder.glob(kind)]
+def _files(context: BaselineContext) -> list[Path]:
+    return [path for kind in ("*.npy", "*.partial", "*.reading") for path in context.folder.glob(kind)]
 
 
-def _begun(bench: Bench, wanted: Mapping[Path, _Store], missing: Sequence[_Store], order: str) -> Path:
+def _begun(context: BaselineContext, wanted: Mapping[Path, _Store], missing: Sequence[_Store], order: str) -> Path:
     """Where it is recorded how far the missing stores are; makes room for them."""
     rows = missing[0].path.name.split("-")[0]
-    record = bench.folder / f"{rows}-{digest([order, [store.path.name for store in missing]])}.reading"
-    bench.folder.mkdir(parents=True, exist_ok=True)
+    record = context.folder / f"{rows}-{digest([order, [store.path.name for store in missing]])}.reading"
+    context.folder.mkdir(parents=True, exist_ok=True)
     partials = [store.partial for store in missing]
     whole = record.exists() and all(path.exists() for path in partials)
-    for path in _files(bench):
+    for path in _files(context):
         if not path.name.startswith(rows) or (path.suffix != ".npy" and not (whole and path in (record, *partials))):
             path.unlink()
     # Other views of the same rows stay for probes to come, as far as there is room.
-    others = [path for path in bench.folder.glob("*.npy") if path not in wanted]
+    others = [path for path in context.folder.glob("*.npy") if path not in wanted]
     room = MOST_DISK - sum(
-        2 * bench.config.hidden_size * len(s.view.layers) * int(s.starts[-1]) for s in wanted.values()
+        2 * context.config.hidden_size * len(s.view.layers) * int(s.starts[-1]) for s in wanted.values()
     )
     if sum(path.stat().st_size for path in others) > room:
         for path in others:
@@ -275,18 +243,18 @@ def _begun(bench: Bench, wanted: Mapping[Path, _Store], missing: Sequence[_Store
     return record
 
 
-def _opened(bench: Bench, store: _Store, new: bool) -> Any:
+def _opened(context: BaselineContext, store: _Store, new: bool) -> Any:
     """The file that a pass writes to, mapped: a new one, or what an earlier one left."""
     if not new:
         return np.load(store.partial, mmap_mode="r+")
-    shape = (int(store.starts[-1]), len(store.view.layers), bench.config.hidden_size)
+    shape = (int(store.starts[-1]), len(store.view.layers), context.config.hidden_size)
     states = np.lib.format.open_memmap(store.partial, mode="w+", dtype=np.float16, shape=shape)
     _reserve(store.partial)
     return states
 
 
-def _all_layers(bench: Bench) -> tuple[int, ...]:
-    return tuple(range(bench.config.num_hidden_layers + 1))
+def _all_layers(context: BaselineContext) -> tuple[int, ...]:
+    return tuple(range(context.config.num_hidden_layers + 1))
 
 
 def _seen(states: npt.NDArray[np.float16], steps: Steps, view: View) -> npt.NDArray[np.float16]:
@@ -309,13 +277,13 @@ def _reserve(path: Path) -> None:
     except OSError as error:
         path.unlink()
         raise RedflagError(
-            f"hidden states take {size / 1e9:.1f} GB in {path.parent}, which cannot be had ({error.strerror}): free "
-            "the space, or give another hidden_dir"
+            f"{path.parent} must have {size / 1e9:.1f} GB for hidden states ({error.strerror}). Free the space, or "
+            "give another hidden_dir."
         ) from error
 
 
 def _batches(lengths: Sequence[int], most_tokens: int, batch_size: int) -> list[list[int]]:
-    """Rows of like length together; a batch holds at most so many tokens, padding counted, but one row at least."""
+    """Rows of similar length together; a batch has at most `most_tokens`, padding included, but at least one row."""
     batches: list[list[int]] = [[]]
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
         if batches[-1] and (len(batches[-1]) == batch_size or (len(batches[-1]) + 1) * lengths[i] > most_tokens):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,9 +11,9 @@ import torch
 from redflag.backends.head import CACHE
 from redflag.data.rows import Row
 from redflag.errors import RedflagError
+from redflag.guard.detokenize import Detokenizer
 from redflag.lab.baselines import Cost
-from redflag.lab.baselines.bench import Bench, Floats, Read
-from redflag.lab.baselines.texts import growing_text
+from redflag.lab.baselines.shared import BaselineContext, Floats, Read, Timing, multiplied_weights
 from redflag.progress import Progress
 from redflag.scoring.recording import Recording
 from redflag.watching.sentences import Sentences
@@ -31,92 +30,77 @@ class OwnWords:
     written by then. Between two sentence ends the last verdict holds; before the first it is 0.
     """
 
-    def __init__(self, bench: Bench, *, question: str = QUESTION) -> None:
-        """Sets it up.
-
-        Args:
-            bench: Base model and tokenizer.
-            question: What is asked; to be answered by yes or no.
-        """
+    def __init__(self, context: BaselineContext, *, question: str = QUESTION) -> None:
         self.name = "own words"
         self.what = (
             f"Own words: the reference model asked at the end of each sentence, in a next turn, {question!r}; "
             "P(yes) over P(yes) + P(no); nothing is trained."
         )
-        self._bench, self._question = bench, question
-        self._seconds, self._steps, self._read, self._weights = 0.0, 0, 0, 0
+        self._context, self._question = context, question
+        self._timing, self._read, self._weights = Timing(), 0, 0
 
     def fit(self, train: Sequence[Row]) -> None:
-        """Nothing: the model is asked as it is."""
+        """Nothing is trained."""
 
     @torch.inference_mode()
     def score(self, rows: Sequence[Row]) -> Recording:
-        """Scores; see `Baseline.score`.
-
-        Raises:
-            RedflagError: The chat template or the vocabulary does not let the question be asked.
-        """
         from redflag.backends.load import read_model
 
-        bench = self._bench
-        reads = bench.read(rows)
+        context = self._context
+        reads = context.read(rows)
         question, words = self._question_ids(), self._word_ids()
-        model, _ = read_model(bench.base, torch.float32 if bench.device == "cpu" else "auto")
-        model = model.to(bench.device).eval()
-        self._weights = sum(p.numel() for name, p in model.named_parameters() if "embed" not in name)
+        model, _ = read_model(context.base, torch.float32 if context.device == "cpu" else "auto")
+        model = model.to(context.device).eval()
+        self._weights = multiplied_weights(model)
         probs: list[Floats] = []
         done, total = 0, sum(len(read.judged_ids) for read in reads)
-        begun = time.perf_counter()
-        with Progress(f"scoring {self.name}", total, "response tokens") as progress:
+        with self._timing.measuring(total), Progress(f"scoring {self.name}", total, "response tokens") as progress:
             for read in reads:
-                whole = whole_sentences(bench.tokenizer, read)
+                whole = whole_sentences(context.tokenizer, read)
                 ends = sorted(set(whole) - {0})
-                with torch.autocast(torch.device(bench.device).type, torch.bfloat16, enabled=bench.bf16):
+                with torch.autocast(torch.device(context.device).type, torch.bfloat16, enabled=context.bf16):
                     verdicts = dict(zip(ends, _asked(model, read, ends, question, words), strict=True))
                 probs.append(np.array([verdicts.get(end, 0.0) for end in whole], dtype=np.float32))
                 self._read += len(ends) * len(question)
                 done += len(whole)
                 progress(done)
-        self._seconds, self._steps = self._seconds + time.perf_counter() - begun, self._steps + done
-        return bench.record(reads, probs, self.name)
+        return context.record(reads, probs, self.name)
 
     def cost(self) -> Cost:
-        """Cost; see `Baseline.cost`."""
-        flops = 2.0 * self._weights * self._read / max(1, self._steps)
-        return Cost(
-            microseconds_per_token=1e6 * self._seconds / self._steps if self._steps else None,
-            flops_per_token=flops,
-            note="the questions, on top of the model's forward pass; the time holds that pass and the prompts'"
-            + self._bench.beside_forward(flops),
+        return self._context.cost(
+            self._timing,
+            2.0 * self._weights * self._read / max(1, self._timing.steps),
+            "the questions, on top of the model's forward pass; the time holds that pass and the prompts'",
         )
 
     def _question_ids(self) -> list[int]:
         """What stands between an answer and the model's reply."""
-        tokenizer = self._bench.tokenizer
-        said = [("user", "Hello"), ("assistant", _STAND_IN), ("user", self._question)]
-        turns = [{"role": role, "content": content} for role, content in said]
+        tokenizer = self._context.tokenizer
+        talk = [("user", "Hello"), ("assistant", _STAND_IN), ("user", self._question)]
+        turns = [{"role": role, "content": content} for role, content in talk]
         options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
         text = str(tokenizer.apply_chat_template(turns, **options))
         if text.count(_STAND_IN) != 1:
-            raise RedflagError("the chat template must show an answer as it is, to ask about it: use another model")
+            raise RedflagError("the chat template must show an answer unchanged, to ask about it. Use another model.")
         return list(tokenizer(text.partition(_STAND_IN)[2], add_special_tokens=False)["input_ids"])
 
     def _word_ids(self) -> list[list[int]]:
         """Tokens that are yes, and those that are no."""
-        found: list[list[int]] = []
+        words: list[list[int]] = []
         for word in ("yes", "no"):
             forms = (word, word.capitalize(), f" {word}", f" {word.capitalize()}")
-            ids = [self._bench.tokenizer(form, add_special_tokens=False)["input_ids"] for form in forms]
-            found.append(sorted({one[0] for one in ids if len(one) == 1}))
-        if not all(found) or set(found[0]) & set(found[1]):
-            raise RedflagError("yes and no must be single tokens of the model for it to be asked: use another model")
-        return found
+            ids = [self._context.tokenizer(form, add_special_tokens=False)["input_ids"] for form in forms]
+            words.append(sorted({one[0] for one in ids if len(one) == 1}))
+        if not all(words) or set(words[0]) & set(words[1]):
+            raise RedflagError("yes and no must be single tokens of the model for it to be asked. Use another model.")
+        return words
 
 
 def whole_sentences(tokenizer: Any, read: Read) -> list[int]:
     """For each step how many tokens of the answer are whole sentences then; all of them where its turn ends."""
     sentences, whole = Sentences(), [0]
-    for written, piece in enumerate(growing_text(tokenizer, read.judged_ids[: read.tokens]), 1):
+    pieces = map(Detokenizer(tokenizer).push, read.judged_ids[: read.tokens])
+    for written, piece in enumerate(pieces, 1):
         whole.append(sentences.whole(piece, written))
     whole[read.tokens :] = [read.tokens] * (len(read.judged_ids) - read.tokens)
     return whole[: len(read.judged_ids)]

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from redflag.lab.baselines.bench import Read
 from redflag.lab.baselines.hidden import Hidden
+from redflag.lab.baselines.shared import Read
 
 Labels = Literal["onset", "response"]
 
@@ -35,16 +35,16 @@ def onset_of(read: Read, labels: Labels) -> int:
 
 def balance_of(reads: Sequence[Read], labels: Labels, hidden: Hidden) -> tuple[float, float]:
     """Weights of harmless and harmful steps (or responses), so that both sides weigh the same and the mean is 1."""
-    kept = [i for i in range(len(reads)) if hidden.count(i)]
+    used = [i for i in range(len(reads)) if hidden.count(i)]
     if labels == "response":
-        harmful = sum(reads[i].row.harmful for i in kept)
-        total = len(kept)
+        harmful = sum(reads[i].row.harmful for i in used)
+        total = len(used)
     else:
         total = len(hidden.steps)
-        onsets = [onset_of(reads[i], labels) for i in kept]
+        onsets = [onset_of(reads[i], labels) for i in used]
         harmful = sum(
             int((hidden.steps[hidden.starts[i] : hidden.starts[i + 1]] >= onset).sum())
-            for i, onset in zip(kept, onsets, strict=True)
+            for i, onset in zip(used, onsets, strict=True)
         )
     share = min(max(harmful / total, 1e-6), 1 - 1e-6)
     return 0.5 / (1 - share), 0.5 / share
@@ -58,16 +58,3 @@ def divided(reads: Sequence[Read], share: float, seed: int) -> tuple[list[int], 
     chosen = {groups[i] for i in order[: round(share * len(groups))]}
     held_out = [i for i, name in enumerate(names) if name in chosen]
     return [i for i, name in enumerate(names) if name not in chosen], held_out
-
-
-def drawn_batches(
-    reads: Sequence[Read], picks: Sequence[int], size: int, generator: torch.Generator
-) -> list[list[int]]:
-    """Rows of like length side by side (half the padding), in batches of a drawn order."""
-    jitter = torch.rand(len(picks), generator=generator).tolist()
-    order = [
-        i
-        for _, i in sorted((len(reads[i].judged_ids) * (0.8 + 0.4 * j), i) for i, j in zip(picks, jitter, strict=True))
-    ]
-    batches = [order[first : first + size] for first in range(0, len(order), size)]
-    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]

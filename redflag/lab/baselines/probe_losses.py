@@ -22,9 +22,7 @@ def token_bce(logits_BT: Tensor, labels_BT: Tensor, mask_BT: Tensor, weights_BT:
     """Binary cross-entropy at every step, weighted, per step that counts.
 
     Args:
-        logits_BT: Logits.
         labels_BT: 1 where harm has begun (or where the response is harmful), else 0.
-        mask_BT: Steps that count.
         weights_BT: A weight for each step, 1 on average.
     """
     losses = binary_cross_entropy_with_logits(logits_BT, labels_BT.to(logits_BT), reduction="none")
@@ -59,14 +57,6 @@ def softmax_weighted(
     * `pooled`: BCE(y, sigmoid(sum over t of w_t z_t)), as the third one words it.
 
     A temperature towards 0 takes the greatest z alone, one towards infinity the mean.
-
-    Args:
-        logits_BT: Logits, not smoothed.
-        mask_BT: The responses' steps.
-        harmful_B: 1 for a harmful response, else 0.
-        window: M.
-        temperature: tau.
-        reading: Which of the two.
     """
     smooth = swim(logits_BT, window)
     lengths = mask_BT.sum(1, keepdim=True)

@@ -6,7 +6,6 @@ layers they read, in their loss and in how they smooth; the rest is one training
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -19,16 +18,10 @@ from torch import Tensor
 from redflag.data.rows import Row
 from redflag.errors import RedflagError
 from redflag.lab.baselines import Cost
-from redflag.lab.baselines.bench import Bench, Floats, Read
 from redflag.lab.baselines.hidden import Hidden, View, hidden_states, keep, passing, side_by_side
-from redflag.lab.baselines.probe_data import Labels, balance_of, divided, drawn_batches, onset_of, scale_of
-from redflag.lab.baselines.probe_losses import (
-    Reading,
-    ema,
-    softmax_weighted,
-    token_bce,
-    towards_maximum,
-)
+from redflag.lab.baselines.probe_data import Labels, balance_of, divided, onset_of, scale_of
+from redflag.lab.baselines.probe_losses import Reading, ema, softmax_weighted, token_bce, towards_maximum
+from redflag.lab.baselines.shared import BaselineContext, Floats, Read, Timing, drawn_batches
 from redflag.progress import Progress
 from redflag.scoring.recording import Recording
 
@@ -41,24 +34,15 @@ class Fitting:
     """How a probe is trained.
 
     With L-BFGS on all rows at once, on the loss as it is at the beginning, with Adam, or with the one after the other.
-
-    Attributes:
-        lbfgs: Iterations of L-BFGS before the first pass; 0: none.
-        l2: Penalty of L-BFGS on the squared weights.
-        passes: Passes of Adam over the rows, the rate falling to zero along a cosine; 0: none.
-        rows: Responses per step.
-        learning_rate: Rate at the beginning, for standardised inputs.
-        weight_decay: As in AdamW.
-        validation: Share of the training rows' groups that only choose the pass; 0 takes the last pass.
     """
 
-    lbfgs: int = 0
-    l2: float = 1e-4
-    passes: int = 6
-    rows: int = 32
-    learning_rate: float = 3e-3
-    weight_decay: float = 0.1
-    validation: float = 0.1
+    lbfgs: int = 0  # iterations of L-BFGS before the first pass; 0: none
+    l2: float = 1e-4  # penalty of L-BFGS on the squared weights
+    passes: int = 6  # passes of Adam over the rows, the rate falling to zero along a cosine; 0: none
+    rows: int = 32  # responses per step
+    learning_rate: float = 3e-3  # rate at the beginning, for standardised inputs
+    weight_decay: float = 0.1  # as in AdamW
+    validation: float = 0.1  # share of the training rows' groups that only choose the pass; 0 takes the last pass
 
 
 class Batch(NamedTuple):
@@ -75,76 +59,70 @@ class Batch(NamedTuple):
     smooth: bool
 
 
+class _Rows(NamedTuple):
+    reads: Sequence[Read]
+    hidden: Hidden
+    balance: tuple[float, float]  # weights of harmless and harmful steps
+
+
 Loss = Callable[[Tensor, Batch, float], Tensor]
 
 
 @dataclass
 class Probe:
-    """A probe of any kind; see the functions below for those there are.
-
-    Attributes:
-        layers: Which hidden states are read, 0 the embedding's output.
-        width: Units of the hidden layer; 0: the probe is linear.
-        loss: Loss of (logits B x T, batch, share of the training done).
-        labels: Harmful from the `onset` on, where it is known, or throughout the `response`.
-        fitting: How it is trained.
-        decay: Weight of the newest logit in the moving average that is recorded; None: logits as they are.
-        view: What is kept of the training rows where not everything fits on disk.
-    """
+    """A probe of any kind; see the functions below for those there are."""
 
     name: str
     what: str
-    bench: Bench
-    layers: tuple[int, ...]
-    width: int
-    loss: Loss
-    labels: Labels
-    fitting: Fitting
-    decay: float | None
-    view: View
+    context: BaselineContext
+    layers: tuple[int, ...]  # which hidden states are read, 0 the embedding's output
+    width: int  # units of the hidden layer; 0: the probe is linear
+    loss: Loss  # loss of (logits B x T, batch, share of the training done)
+    labels: Labels  # harmful from the `onset` on, where it is known, or throughout the `response`
+    fitting: Fitting  # how it is trained
+    decay: float | None  # weight of the newest logit in the moving average that is recorded; None: logits as they are
+    view: View  # what is kept of the training rows where not everything fits on disk
     start: float = 0.0
     net: Any = None
-    seconds: float = 0.0
-    steps: int = 0
+    timing: Timing = field(default_factory=Timing)
     _scale: tuple[Tensor, Tensor] = field(default=(torch.zeros(0), torch.zeros(0)), repr=False)
 
     def fit(self, train: Sequence[Row]) -> None:
-        """Trains; see `Baseline.fit`."""
-        reads = self.bench.read(train)
+        """Trains on the hidden states of these rows."""
+        reads = self.context.read(train)
         if len({read.row.harmful for read in reads}) < 2:
             raise RedflagError(
-                f"the {len(reads)} training rows of {self.name!r} are all harmful or all harmless, so there is nothing "
-                "to tell apart: give rows of both kinds"
+                f"the training rows of {self.name!r} must be of both kinds (got {len(reads)} that are all harmful or "
+                "all harmless)."
             )
-        hidden = hidden_states(self.bench, reads, self.view)
+        hidden = hidden_states(self.context, reads, self.view)
         total = sum(len(read.judged_ids) for read in reads)
         if len(hidden.steps) < total:
             self.what += f" Fitted on {len(hidden.steps):,} of {total:,} steps, drawn."
         self._scale = scale_of(hidden, self.layers)
-        generator = torch.Generator().manual_seed(self.bench.seed)
+        generator = torch.Generator().manual_seed(self.context.seed)
         self.net = _net(len(self._scale[0]), self.width, generator)
-        balance = balance_of(reads, self.labels, hidden)
+        rows = _Rows(reads, hidden, balance_of(reads, self.labels, hidden))
         if self.fitting.lbfgs:
-            self._solve(reads, hidden, balance)
-        kept = [i for i in range(len(reads)) if hidden.count(i)]
+            self._solve(rows)
+        used = [i for i in range(len(reads)) if hidden.count(i)]
         if self.fitting.passes:
-            kept = self._descend(reads, hidden, balance, generator)
+            used = self._descend(rows, generator)
         if self.decay is not None:
             # The average starts where harmless text lies; started at the first logit it would follow that one's noise.
-            harmless = [i for i in kept if not reads[i].row.harmful][:300]
+            harmless = [i for i in used if not reads[i].row.harmful][:300]
             states = torch.from_numpy(hidden.of(harmless, self.layers))
             self.start = float(np.median(self._logits(states)))
 
-    def _solve(self, reads: Sequence[Read], hidden: Hidden, balance: tuple[float, float]) -> None:
-        """L-BFGS; the rows are read anew in each iteration where they would take more than a gigabyte."""
-        order = sorted((i for i in range(len(reads)) if hidden.count(i)), key=hidden.count)
+    def _solve(self, rows: _Rows) -> None:
+        """L-BFGS; the rows are read again in each iteration if they would take more than a gigabyte."""
+        hidden = rows.hidden
+        order = sorted((i for i in range(len(rows.reads)) if hidden.count(i)), key=hidden.count)
         parts = [order[first : first + 64] for first in range(0, len(order), 64)]
         small = len(hidden.states) * len(self._scale[0]) <= _IN_MEMORY
-        kept = [self._batch(reads, hidden, part, balance) for part in parts] if small else None
+        batches = [self._batch(rows, part) for part in parts] if small else None
         total = len(hidden.states)
-        optimizer = torch.optim.LBFGS(
-            self.net.parameters(), max_iter=self.fitting.lbfgs, line_search_fn="strong_wolfe"
-        )  # fmt: skip
+        optimizer = torch.optim.LBFGS(self.net.parameters(), max_iter=self.fitting.lbfgs, line_search_fn="strong_wolfe")
         # The line search may take a quarter more evaluations than there are iterations, as torch has it.
         progress, done = Progress(f"fitting {self.name}", self.fitting.lbfgs * 5 // 4, "evaluations at most"), 0
 
@@ -157,7 +135,7 @@ class Probe:
             penalty.backward()
             value = float(penalty.detach())
             for number, part in enumerate(parts):
-                batch = kept[number] if kept is not None else self._batch(reads, hidden, part, balance)
+                batch = batches[number] if batches is not None else self._batch(rows, part)
                 loss = self.loss(self.net(batch.inputs)[..., 0], batch, 0.0) * (int(batch.mask.sum()) / total)
                 loss.backward()
                 value += float(loss.detach())
@@ -166,14 +144,12 @@ class Probe:
         with progress:
             optimizer.step(closure)
 
-    def _descend(
-        self, reads: Sequence[Read], hidden: Hidden, balance: tuple[float, float], generator: torch.Generator
-    ) -> list[int]:
-        """Adam; the pass with the least loss on the held-out groups is kept. Returns the rows trained on."""
-        kept, held_out = (
-            [i for i in part if hidden.count(i)] for part in divided(reads, self.fitting.validation, self.bench.seed)
-        )
-        steps = self.fitting.passes * -(-len(kept) // self.fitting.rows)
+    def _descend(self, rows: _Rows, generator: torch.Generator) -> list[int]:
+        """Adam; the pass with the least loss on the held-out groups wins. Returns the rows trained on."""
+        parts = divided(rows.reads, self.fitting.validation, self.context.seed)
+        used, held_out = ([i for i in part if rows.hidden.count(i)] for part in parts)
+        lengths = [len(rows.reads[i].judged_ids) for i in used]
+        steps = self.fitting.passes * -(-len(used) // self.fitting.rows)
         optimizer = torch.optim.AdamW(
             self.net.parameters(), lr=self.fitting.learning_rate, weight_decay=self.fitting.weight_decay
         )
@@ -182,8 +158,8 @@ class Probe:
         done = 0
         with Progress(f"fitting {self.name}", steps, "steps") as progress:
             for _ in range(self.fitting.passes):
-                for picks in drawn_batches(reads, kept, self.fitting.rows, generator):
-                    batch = self._batch(reads, hidden, picks, balance)
+                for picks in drawn_batches(lengths, self.fitting.rows, generator):
+                    batch = self._batch(rows, [used[i] for i in picks])
                     optimizer.zero_grad()
                     self.loss(self.net(batch.inputs)[..., 0], batch, done / steps).backward()
                     optimizer.step()
@@ -191,49 +167,38 @@ class Probe:
                     done += 1
                     progress(done)
                 if held_out:
-                    loss = self._mean_loss(reads, hidden, held_out, balance)
+                    loss = self._mean_loss(rows, held_out)
                     if best is None or loss < best[0]:
                         best = loss, {name: value.clone() for name, value in self.net.state_dict().items()}
         if best is not None:
             self.net.load_state_dict(best[1])
-        return kept
+        return used
 
     def score(self, rows: Sequence[Row]) -> Recording:
-        """Scores; see `Baseline.score`."""
         return score_together([self], rows)[0]
 
     def judged(self, states: npt.NDArray[np.float16]) -> Floats:
         """Probabilities of one response's steps, from its hidden states T x (L + 1) x H."""
         assert self.net is not None, "fit comes before score"
         logits = self._logits(torch.from_numpy(side_by_side(states, self.layers)))
-        begun = time.perf_counter()
-        probs = _sigmoid(logits if self.decay is None else ema(logits, self.decay, self.start))
-        self.seconds += time.perf_counter() - begun
-        return probs
+        with self.timing.measuring(0):
+            return _sigmoid(logits if self.decay is None else ema(logits, self.decay, self.start))
 
     def cost(self) -> Cost:
-        """Cost; see `Baseline.cost`."""
-        inputs = len(self.layers) * self.bench.config.hidden_size
+        inputs = len(self.layers) * self.context.config.hidden_size
         flops = 2 * inputs if not self.width else 2 * self.width * (inputs + 1)
-        return Cost(
-            microseconds_per_token=1e6 * self.seconds / self.steps if self.steps else None,
-            flops_per_token=float(flops),
-            note="on top of the model's own forward pass, whose hidden states it reads"
-            + self.bench.beside_forward(flops),
+        return self.context.cost(
+            self.timing, flops, "on top of the model's own forward pass, whose hidden states it reads"
         )
 
     def _logits(self, states: Tensor) -> npt.NDArray[Any]:
-        begun = time.perf_counter()
-        with torch.inference_mode():
-            mean, scale = self._scale
+        mean, scale = self._scale
+        with torch.inference_mode(), self.timing.measuring(len(states)):
             logits: npt.NDArray[Any] = self.net((states - mean) * scale)[..., 0].numpy()
-        self.seconds += time.perf_counter() - begun
-        self.steps += len(logits)
         return logits
 
-    def _batch(
-        self, reads: Sequence[Read], hidden: Hidden, picks: Sequence[int], balance: tuple[float, float]
-    ) -> Batch:
+    def _batch(self, rows: _Rows, picks: Sequence[int]) -> Batch:
+        reads, hidden, balance = rows
         mean, scale = self._scale
         states = (torch.from_numpy(hidden.of(picks, self.layers)) - mean) * scale
         counts = [hidden.count(i) for i in picks]
@@ -248,46 +213,44 @@ class Probe:
         return Batch(inputs, mask, labels.float(), weights, harmful, hidden.view.window > 1)
 
     @torch.no_grad()
-    def _mean_loss(
-        self, reads: Sequence[Read], hidden: Hidden, picks: Sequence[int], balance: tuple[float, float]
-    ) -> float:
+    def _mean_loss(self, rows: _Rows, picks: Sequence[int]) -> float:
         total = 0.0
         for first in range(0, len(picks), self.fitting.rows):
             some = picks[first : first + self.fitting.rows]
-            batch = self._batch(reads, hidden, some, balance)
+            batch = self._batch(rows, some)
             total += float(self.loss(self.net(batch.inputs)[..., 0], batch, 1.0)) * len(some)
         return total / len(picks)
 
 
 def read_together(probes: Sequence[Probe], train: Sequence[Row]) -> None:
-    """Reads what these probes of one bench are fitted on in one pass, so that none has to read it by itself."""
-    bench = probes[0].bench
-    keep(bench, bench.read(train), [probe.view for probe in probes])
+    """Reads what these probes of one context are fitted on in one pass, so that none has to read it by itself."""
+    context = probes[0].context
+    keep(context, context.read(train), [probe.view for probe in probes])
 
 
 def score_together(probes: Sequence[Probe], rows: Sequence[Row]) -> list[Recording]:
-    """Scores by several probes of one bench in one pass over the rows, keeping no states; see `Baseline.score`."""
-    bench = probes[0].bench
-    reads = bench.read(rows)
+    """Scores by several probes of one context in one pass over the rows, keeping no states; see `Baseline.score`."""
+    context = probes[0].context
+    reads = context.read(rows)
     probs: list[list[Floats]] = [[np.zeros(0, np.float32)] * len(reads) for _ in probes]
-    for i, states in passing(bench, reads, f"scoring {', '.join(probe.name for probe in probes)}"):
+    for i, states in passing(context, reads, f"scoring {', '.join(probe.name for probe in probes)}"):
         for number, probe in enumerate(probes):
             probs[number][i] = probe.judged(states)
-    return [bench.record(reads, one, probe.name) for one, probe in zip(probs, probes, strict=True)]
+    return [context.record(reads, one, probe.name) for one, probe in zip(probs, probes, strict=True)]
 
 
-def last_layer_probe(bench: Bench, *, labels: Labels = "onset", fitting: Fitting | None = None) -> Probe:
+def last_layer_probe(context: BaselineContext, *, labels: Labels = "onset", fitting: Fitting | None = None) -> Probe:
     """A linear probe on the last hidden state, binary cross-entropy at every step, both classes weighing the same."""
     what = (
-        f"Linear probe on the last hidden state of {_whose(bench)}, cross-entropy at every step; "
+        f"Linear probe on the last hidden state of {_whose(context)}, cross-entropy at every step; "
         f"{_labelled(labels)}; trained on the same rows as the flag."
     )
-    last, fitting = (bench.config.num_hidden_layers,), fitting or Fitting(lbfgs=60, passes=0)
-    return Probe("last-layer probe", what, bench, last, 0, _at_every_step, labels, fitting, None, _tapped(bench))
+    last, fitting = (context.config.num_hidden_layers,), fitting or Fitting(lbfgs=60, passes=0)
+    return Probe("last-layer probe", what, context, last, 0, _at_every_step, labels, fitting, None, _tapped(context))
 
 
 def all_layer_probe(
-    bench: Bench,
+    context: BaselineContext,
     *,
     window: int = 16,
     temperature: float = 1.0,
@@ -297,13 +260,7 @@ def all_layer_probe(
     """The linear probe of CC++ (arXiv 2601.04603): all layers side by side, SWiM, softmax-weighted loss, EMA.
 
     Which activations the paper reads is not stated; here it is the residual stream after the embedding and every layer.
-
-    Args:
-        bench: What is shared.
-        window: M, steps that training averages over.
-        temperature: tau of the loss.
-        reading: Which reading of the loss, see `softmax_weighted`.
-        fitting: How it is trained.
+    `window` is the paper's M, the steps that training averages over, `temperature` its tau.
     """
 
     def loss(logits: Tensor, batch: Batch, done: float) -> Tensor:
@@ -314,17 +271,17 @@ def all_layer_probe(
 
     decay = 2 / (window + 1)
     what = (
-        f"CC++ probe: linear on the hidden states of all layers of {_whose(bench)}, mean of {window} logits and "
+        f"CC++ probe: linear on the hidden states of all layers of {_whose(context)}, mean of {window} logits and "
         f"softmax-weighted loss (tau {temperature:g}, {reading}) in training, moving average ({decay:.3f}, from the "
         "median harmless logit) when scoring; labels of whole responses; trained on the same rows as the flag."
     )
-    layers = tuple(range(bench.config.num_hidden_layers + 1))
+    layers = tuple(range(context.config.num_hidden_layers + 1))
     fitting = fitting or Fitting(learning_rate=1e-2)
     view = View(layers, window)
-    return Probe("all-layer probe", what, bench, layers, 0, loss, "response", fitting, decay, view)
+    return Probe("all-layer probe", what, context, layers, 0, loss, "response", fitting, decay, view)
 
 
-def token_head(bench: Bench, *, fitting: Fitting | None = None) -> Probe:
+def token_head(context: BaselineContext, *, fitting: Fitting | None = None) -> Probe:
     """The token head of constitutional classifiers (arXiv 2501.18837): linear, from per-token to cumulative maximum.
 
     The predictor that is trained moves from the step's own logit to the greatest one so far, linearly over training.
@@ -335,28 +292,30 @@ def token_head(bench: Bench, *, fitting: Fitting | None = None) -> Probe:
         return token_bce(towards_maximum(logits, done), batch.labels, batch.mask, batch.weights)
 
     what = (
-        f"Token head: linear on the last hidden state of {_whose(bench)}, cross-entropy at every step with the "
+        f"Token head: linear on the last hidden state of {_whose(context)}, cross-entropy at every step with the "
         "response's label, from each step's logit to the cumulative maximum in the course of training; trained on the "
         "same rows as the flag."
     )
-    last, fitting = (bench.config.num_hidden_layers,), fitting or Fitting(lbfgs=60, learning_rate=1e-2)
-    return Probe("token head", what, bench, last, 0, loss, "response", fitting, None, _tapped(bench))
+    last, fitting = (context.config.num_hidden_layers,), fitting or Fitting(lbfgs=60, learning_rate=1e-2)
+    return Probe("token head", what, context, last, 0, loss, "response", fitting, None, _tapped(context))
 
 
-def mlp_probe(bench: Bench, *, width: int = 128, labels: Labels = "onset", fitting: Fitting | None = None) -> Probe:
+def mlp_probe(
+    context: BaselineContext, *, width: int = 128, labels: Labels = "onset", fitting: Fitting | None = None
+) -> Probe:
     """A small multi-layer perceptron on three tapped layers: a third and two thirds of the way, and the last."""
-    count, taps = bench.config.num_hidden_layers, _tapped(bench).layers
+    count, taps = context.config.num_hidden_layers, _tapped(context).layers
     what = (
         f"MLP probe: {width} units on the hidden states behind layers {', '.join(map(str, taps))} of {count} of "
-        f"{_whose(bench)}, cross-entropy at every step; {_labelled(labels)}; trained on the same rows as the flag."
+        f"{_whose(context)}, cross-entropy at every step; {_labelled(labels)}; trained on the same rows as the flag."
     )
     fitting = fitting or Fitting()
-    return Probe("mlp probe", what, bench, taps, width, _at_every_step, labels, fitting, None, _tapped(bench))
+    return Probe("mlp probe", what, context, taps, width, _at_every_step, labels, fitting, None, _tapped(context))
 
 
-def _tapped(bench: Bench) -> View:
+def _tapped(context: BaselineContext) -> View:
     """What all probes but the all-layer one read: one view for them all, whichever of them are wanted."""
-    count = bench.config.num_hidden_layers
+    count = context.config.num_hidden_layers
     return View(tuple(sorted({max(1, round(count / 3)), max(1, round(2 * count / 3)), count})))
 
 
@@ -364,8 +323,8 @@ def _at_every_step(logits: Tensor, batch: Batch, done: float) -> Tensor:
     return token_bce(logits, batch.labels, batch.mask, batch.weights)
 
 
-def _whose(bench: Bench) -> str:
-    return "the reference model" if bench.hidden_from == "reference" else "the flagged model"
+def _whose(context: BaselineContext) -> str:
+    return "the reference model" if context.hidden_from == "reference" else "the flagged model"
 
 
 def _labelled(labels: Labels) -> str:

@@ -13,11 +13,11 @@ from redflag.data.rows import Row
 from redflag.errors import RedflagError
 from redflag.files import keep_json, kept_json
 from redflag.lab.baselines import Baseline, Cost
-from redflag.lab.baselines.bench import Bench, HiddenFrom, digest, model_stamp
 from redflag.lab.baselines.hidden import forget
+from redflag.lab.baselines.shared import BaselineContext, HiddenFrom, digest, model_stamp
 from redflag.scoring.recording import Recording
 
-# Part of every fingerprint: to be raised when a baseline is trained or scored in another way than before.
+# Part of every fingerprint: raise it when a baseline is trained or scored in another way than before.
 _VERSION = 5
 
 NAMES = (
@@ -36,25 +36,18 @@ NAMES = (
 # Those that train a whole model.
 TRAINED = ("fixed position", "refusal tokens", "deep alignment", "refusal at every position")
 
+Missing = tuple[Baseline, Path, str]  # a baseline without results, its folder and fingerprint
+
 
 class Recorded(NamedTuple):
-    """What there is of one baseline.
-
-    Attributes:
-        test: Recording of the test rows.
-        calibration: Recording of the calibration rows; None where none were given.
-        what: How it judges, in one sentence.
-        cost: What it costs per token.
-        model: Folder of the model that was trained for it; None where there is none.
-        seconds: Time that training and scoring took.
-    """
+    """The results of one baseline."""
 
     test: Recording
-    calibration: Recording | None
-    what: str
+    calibration: Recording | None  # None without calibration rows
+    what: str  # how it judges, in one sentence
     cost: Cost
-    model: Path | None
-    seconds: float
+    model: Path | None  # folder of the model that was trained for it
+    seconds: float  # of training and scoring
 
 
 def record_baselines(
@@ -75,43 +68,38 @@ def record_baselines(
     options: Mapping[str, Mapping[str, Any]] | None = None,
     hidden_dir: str | Path | None = None,
     bf16: bool = False,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> dict[str, Recorded]:
     """Trains and scores baselines that are not there yet, one folder each under `out_dir`.
 
     Args:
-        names: Some of `NAMES`, in the order in which they are wanted.
+        names: Some of `NAMES`, in the order of the result.
         base_dir: The model before it got its flags.
-        model_dir: The flagged model, for its tokenizer (and its hidden states); None: the base model's.
+        model_dir: The flagged model, for its tokenizer (and its hidden states); None = the base model's.
         train: The rows that the flag was trained on.
-        test: Rows to be scored.
         calibration: Rows to be scored for thresholds; no baseline is trained on them; may be empty.
         out_dir: Holds `<name>/test.parquet`, `<name>/calibration.parquet`, `<name>/baseline.json`.
-        seed: Seeds everything that is drawn.
-        max_length: Most tokens of prompt and response, as for the flag; default: the model's context.
-        batch_size: Conversations per forward pass.
+        max_length: Maximum tokens of prompt and response, as for the flag; default: the model's context.
         hidden_from: Whose hidden states the probes read: the `reference`'s (as CC++) or the `flagged` model's.
-        device: Where models run; "auto" is the first GPU where there is one.
-        most_rows: Most rows that the baselines train on which train a whole model (`TRAINED`);
-            drawn by seed, and said in their `what`. None: all of them.
+        most_rows: Maximum number of rows to train baselines on that train a whole model (`TRAINED`); drawn by seed, and
+            stated in their `what`.
         options: Name -> keyword arguments of that baseline's function or class; `{"token head": {"backbone": "tuned"}}`
             fine-tunes a copy of the base model with the head.
         hidden_dir: Keeps the training rows' hidden states (at most `hidden.MOST_DISK` bytes), which do not depend on
-            the seed, for another call; None: they lie in `out_dir/hidden` and are dropped at the end.
-        bf16: Whether a model that is only read runs under bfloat16 autocast: faster where the processor has it.
-        say: Is told what is done.
+            the seed, for another call; None = they lie in `out_dir/hidden` and are deleted at the end.
+        bf16: Whether a model that is only read runs under bfloat16 autocast: faster if the processor supports it.
+        log: Callback for lines of progress.
 
     Returns:
-        Name -> what there is. A baseline whose model is not at hand (`stream guard` without a folder) is left out, and
-        that is said.
+        Name -> results. A baseline whose model is missing (`stream guard` without a folder) is left out and logged.
 
     Raises:
         RedflagError: A name or option is unknown, rows cannot be used, or a folder lacks something.
 
     Example:
         ```python
-        found = record_baselines(["tfidf", "mlp probe"], "base", "model", train, test, calibration, "runs/baselines")
-        print(found["tfidf"].test.steps(0)[:, 0], found["tfidf"].cost)
+        results = record_baselines(["tfidf", "mlp probe"], "base", "model", train, test, calibration, "runs/baselines")
+        print(results["tfidf"].test.steps(0)[:, 0], results["tfidf"].cost)
         ```
     """
     from redflag.lab.baselines.probes import Probe
@@ -119,9 +107,9 @@ def record_baselines(
     options = options or {}
     for name in (*names, *options):
         if name not in NAMES:
-            raise RedflagError(f"there is no baseline {name!r}: choose from {', '.join(NAMES)}")
+            raise RedflagError(f"baselines must be among {', '.join(NAMES)} (got {name!r}).")
     out = Path(out_dir)
-    bench = Bench(
+    context = BaselineContext(
         Path(base_dir),
         None if model_dir is None else Path(model_dir),
         out / "hidden" if hidden_dir is None else Path(hidden_dir),
@@ -134,38 +122,38 @@ def record_baselines(
     )
     rows = {"train": train, "test": test, "calibration": calibration}
     digests = {split: digest([row.to_dict() for row in some]) for split, some in rows.items()}
-    models = [model_stamp(folder) for folder in (bench.base, bench.model) if folder is not None]
-    result: dict[str, Recorded] = {}
-    missing: dict[str, tuple[Baseline, Path, str]] = {}
+    models = [model_stamp(folder) for folder in (context.base, context.model) if folder is not None]
+    results: dict[str, Recorded] = {}
+    missing: dict[str, Missing] = {}
     for name in names:
-        given = _options(name, options, most_rows)
+        settings = _options(name, options, most_rows)
         # A guard's weights are part of what its scores come from.
-        stamps = [*models, *([model_stamp(given["path"])] if given.get("path") else [])]
-        key = [_VERSION, name, digests, stamps, seed, max_length, hidden_from, given, *(["bf16"] if bf16 else [])]
+        stamps = [*models, *([model_stamp(settings["path"])] if settings.get("path") else [])]
+        key = [_VERSION, name, digests, stamps, seed, max_length, hidden_from, settings, *(["bf16"] if bf16 else [])]
         folder = out / name.replace(" ", "-")
-        found = _found(folder, digest(key), bool(calibration))
-        if found is not None:
-            say(f"{name}: there already, {folder}")
-            result[name] = found
+        recorded = _load(folder, digest(key), bool(calibration))
+        if recorded is not None:
+            log(f"{name}: there already, {folder}")
+            results[name] = recorded
             continue
-        baseline = _build(name, bench, given, folder)
+        baseline = _build(name, context, settings, folder)
         if baseline is None:
-            say(f"{name}: left out, no folder of its model was given (options: path)")
+            log(f"{name}: left out, no folder of its model was given (options: path)")
             continue
         missing[name] = baseline, folder, digest(key)
     # Probes read the model's states in one pass, when the first of them is wanted.
     probes = [name for name, (baseline, _, _) in missing.items() if isinstance(baseline, Probe)]
     for name in missing:
-        if name in result:
+        if name in results:
             continue
         together = probes if name in probes else [name]
-        say(f"{', '.join(together)}: training on {len(train)} rows")
-        result |= _record({one: missing[one] for one in together}, rows)
+        log(f"{', '.join(together)}: training on {len(train)} rows")
+        results |= _record({one: missing[one] for one in together}, rows)
         for one in together:
-            say(f"{one}: {result[one].seconds:.0f} s, {missing[one][1]}")
+            log(f"{one}: {results[one].seconds:.0f} s, {missing[one][1]}")
     if hidden_dir is None:
-        forget(bench)
-    return {name: result[name] for name in names if name in result}
+        forget(context)
+    return {name: results[name] for name in names if name in results}
 
 
 def check_baselines(
@@ -178,45 +166,41 @@ def check_baselines(
     most_rows: int | None = None,
     options: Mapping[str, Mapping[str, Any]],
 ) -> None:
-    """Sets each baseline up and drops it, so that what `record_baselines` would refuse is refused before other work.
-
-    Args:
-        names: As in `record_baselines`, like the others.
-        folder: Nothing is written there.
+    """Refuses before other work what `record_baselines` would refuse; nothing is written to `folder`.
 
     Raises:
         RedflagError: An option is unknown, or a folder lacks something.
     """
-    bench = Bench(Path(base_dir), Path(model_dir), Path(folder), device=device)
+    context = BaselineContext(Path(base_dir), Path(model_dir), Path(folder), device=device)
     for name in names:
-        _build(name, bench, _options(name, options, most_rows), Path(folder))
+        _build(name, context, _options(name, options, most_rows), Path(folder))
 
 
 def _options(name: str, options: Mapping[str, Mapping[str, Any]], most_rows: int | None) -> dict[str, Any]:
-    given = dict(options.get(name, {}))
-    if name in TRAINED or given.get("backbone") == "tuned":
-        given.setdefault("most_rows", most_rows)
-    return given
+    settings = dict(options.get(name, {}))
+    if name in TRAINED or settings.get("backbone") == "tuned":
+        settings.setdefault("most_rows", most_rows)
+    return settings
 
 
-def _build(name: str, bench: Bench, options: dict[str, Any], folder: Path) -> Baseline | None:
+def _build(name: str, context: BaselineContext, options: dict[str, Any], folder: Path) -> Baseline | None:
     """The baseline of that name; its module is loaded only now."""
     from redflag.lab.baselines import fixed, own_words, probes, refusing, stream_guard, tfidf
     from redflag.lab.baselines.tuning import Tuning
 
     model = folder / "model"
     builders: dict[str, Callable[..., Baseline | None]] = {
-        "tfidf": partial(tfidf.TfidfBaseline, bench),
-        "last-layer probe": partial(probes.last_layer_probe, bench),
-        "all-layer probe": partial(probes.all_layer_probe, bench),
-        "token head": partial(_token_head, bench),
-        "mlp probe": partial(probes.mlp_probe, bench),
-        "own words": partial(own_words.OwnWords, bench),
-        "fixed position": partial(fixed.FixedPosition, bench, model),
-        "refusal tokens": partial(refusing.refusal_tokens, bench, model),
-        "deep alignment": partial(refusing.deep_alignment, bench, model),
-        "refusal at every position": partial(refusing.refusal_everywhere, bench, model),
-        "stream guard": partial(stream_guard.stream_guard, bench),
+        "tfidf": partial(tfidf.TfidfBaseline, context),
+        "last-layer probe": partial(probes.last_layer_probe, context),
+        "all-layer probe": partial(probes.all_layer_probe, context),
+        "token head": partial(_token_head, context),
+        "mlp probe": partial(probes.mlp_probe, context),
+        "own words": partial(own_words.OwnWords, context),
+        "fixed position": partial(fixed.FixedPosition, context, model),
+        "refusal tokens": partial(refusing.refusal_tokens, context, model),
+        "deep alignment": partial(refusing.deep_alignment, context, model),
+        "refusal at every position": partial(refusing.refusal_everywhere, context, model),
+        "stream guard": partial(stream_guard.stream_guard, context),
     }
     try:
         # From a file of settings they come as mappings.
@@ -225,25 +209,22 @@ def _build(name: str, bench: Bench, options: dict[str, Any], folder: Path) -> Ba
                 options[key] = kind(**options[key])
         return builders[name](**options)
     except TypeError as error:
-        raise RedflagError(f"the options {options} do not fit the baseline {name!r} ({error}): mend them") from error
+        raise RedflagError(f"invalid options of the baseline {name!r} ({error}).") from error
 
 
-def _token_head(bench: Bench, *, backbone: Literal["frozen", "tuned"] = "frozen", **options: Any) -> Baseline:
+def _token_head(
+    context: BaselineContext, *, backbone: Literal["frozen", "tuned"] = "frozen", **options: Any
+) -> Baseline:
     """The token head on the base model as it is, or on a copy that is fine-tuned with it."""
     from redflag.lab.baselines import probes, token_classifier
 
     if backbone not in ("frozen", "tuned"):
-        raise RedflagError(f"backbone is {backbone!r}: the model under a token head is frozen or tuned, say which")
-    return (
-        token_classifier.TokenClassifier(bench, **options)
-        if backbone == "tuned"
-        else probes.token_head(bench, **options)
-    )
+        raise RedflagError(f"backbone must be frozen or tuned (got {backbone!r}).")
+    kind = token_classifier.TokenClassifier if backbone == "tuned" else probes.token_head
+    return kind(context, **options)
 
 
-def _record(
-    missing: Mapping[str, tuple[Baseline, Path, str]], rows: Mapping[str, Sequence[Row]]
-) -> dict[str, Recorded]:
+def _record(missing: Mapping[str, Missing], rows: Mapping[str, Sequence[Row]]) -> dict[str, Recorded]:
     """Trains and scores one baseline, or several probes in one pass over each set of rows."""
     from redflag.lab.baselines.probes import Probe, read_together, score_together
 
@@ -251,7 +232,7 @@ def _record(
     baselines = [baseline for baseline, _, _ in missing.values()]
     probes = [baseline for baseline in baselines if isinstance(baseline, Probe)]
     for _, folder, _ in missing.values():
-        # What an earlier run with other settings left is not to be mistaken for this one's.
+        # Results of an earlier run with other settings must not be mistaken for this one's.
         (folder / "baseline.json").unlink(missing_ok=True)
     if probes:
         read_together(probes, rows["train"])
@@ -263,9 +244,8 @@ def _record(
     recordings: dict[str, list[Recording]] = {}
     for split in ("test", "calibration"):
         if rows[split] or split == "test":
-            recordings[split] = (
-                score_together(probes, rows[split]) if probes else [one.score(rows[split]) for one in baselines]
-            )
+            together = score_together(probes, rows[split]) if probes else None
+            recordings[split] = together or [one.score(rows[split]) for one in baselines]
     # A pass that several share is counted in each of them.
     shared = time.perf_counter() - begun - sum(fitting)
     result = {}
@@ -294,8 +274,8 @@ def _record(
     return result
 
 
-def _found(folder: Path, fingerprint: str, calibrated: bool) -> Recorded | None:
-    """What an earlier run left, if it was made from the same things."""
+def _load(folder: Path, fingerprint: str, calibrated: bool) -> Recorded | None:
+    """The results of an earlier run with the same inputs."""
     record = kept_json(folder / "baseline.json", fingerprint=fingerprint)
     if record is None:
         return None
@@ -311,5 +291,5 @@ def _found(folder: Path, fingerprint: str, calibrated: bool) -> Recorded | None:
             model,
             record["seconds"],
         )
-    except (OSError, ValueError, KeyError, TypeError):  # Not there, or not whole: made anew.
+    except (OSError, ValueError, KeyError, TypeError):  # missing or incomplete
         return None

@@ -1,15 +1,14 @@
-"""An external streaming guard, asked through its own interface: Qwen3Guard-Stream (arXiv 2510.14276).
+"""An external streaming guard, used through its own interface: Qwen3Guard-Stream (arXiv 2510.14276).
 
-Its code comes with its weights and runs only where that is asked for in so many words. The interface, as its model card
-and the code of its users have it: `stream_generate(ids)` is a generator that gives logits (risk and category of a
-response, the same of a prompt) and is sent further ids; `stream_moderate_from_ids(ids, role, stream_state)` is the same
-with words instead of logits: `risk_level` and `risk_prob` of the winning level; `close_stream(stream_state)` ends it.
+Its code comes with its weights and runs only with `trust_remote_code=True`. The interface, by its model card and the
+code of its users: `stream_generate(ids)` is a generator that gives logits (risk and category of a response, the same of
+a prompt) and is sent further ids; `stream_moderate_from_ids(ids, role, stream_state)` is the same with words instead of
+logits: `risk_level` and `risk_prob` of the winning level; `close_stream(stream_state)` ends it.
 """
 
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,26 +18,20 @@ import torch
 
 from redflag.data.rows import Row
 from redflag.errors import RedflagError
+from redflag.guard.detokenize import Detokenizer
 from redflag.lab.baselines import Cost
-from redflag.lab.baselines.bench import Bench, Floats, Read
-from redflag.lab.baselines.texts import growing_text
+from redflag.lab.baselines.shared import BaselineContext, Floats, Read, Timing, multiplied_weights
 from redflag.progress import track
 from redflag.scoring.recording import Recording
 
 
 def stream_guard(
-    bench: Bench,
-    path: str | Path | None = None,
-    *,
-    trust_remote_code: bool = False,
-    strict: bool = True,
+    context: BaselineContext, path: str | Path | None = None, *, trust_remote_code: bool = False, strict: bool = True
 ) -> StreamGuard | None:
-    """The guard in a local folder; None where no folder is given.
+    """The guard in a local folder; None without a folder.
 
     Args:
-        bench: Tokenizer of the responses, device.
         path: Folder of Qwen3Guard-Stream, code included.
-        trust_remote_code: Must be True: the folder's Python code is run.
         strict: Whether "controversial" counts as harmful.
 
     Raises:
@@ -47,24 +40,22 @@ def stream_guard(
     if path is None:
         return None
     if not Path(path).is_dir():
-        raise RedflagError(f"{path} is no folder, and a guard is never fetched from anywhere: give a local folder")
+        raise RedflagError(f"path must be a local folder (got {path}). A guard is never downloaded.")
     if not trust_remote_code:
         raise RedflagError(
-            f"the guard in {path} is run by Python code that lies in the same folder: read it, then say "
-            "trust_remote_code=True"
+            f"trust_remote_code must be True to run the guard's own Python code in {path}. Read it first."
         )
     from transformers import AutoModel, AutoTokenizer
 
-    known = {"trust_remote_code": True, "local_files_only": True}
+    local = {"trust_remote_code": True, "local_files_only": True}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **known)
-        model = AutoModel.from_pretrained(path, dtype="auto", **known)
+        tokenizer = AutoTokenizer.from_pretrained(path, **local)
+        model = AutoModel.from_pretrained(path, dtype="auto", **local)
     except Exception as error:  # Foreign code, a damaged file: it shows itself in a dozen ways.
         raise RedflagError(
-            f"{path} does not load as a guard ({str(error).partition(chr(10))[0]}): give the whole folder of a "
-            "Qwen3Guard-Stream model"
+            f"{path} must be the whole folder of a Qwen3Guard-Stream model ({str(error).partition(chr(10))[0]})."
         ) from error
-    return StreamGuard(bench, model.to(bench.device).eval(), tokenizer, Path(path).name, strict)
+    return StreamGuard(context, model.to(context.device).eval(), tokenizer, Path(path).name, strict)
 
 
 class StreamGuard:
@@ -74,49 +65,38 @@ class StreamGuard:
     ends); between two verdicts the last one holds.
     """
 
-    def __init__(self, bench: Bench, model: Any, tokenizer: Any, called: str, strict: bool = True) -> None:
-        """Wraps a loaded guard.
-
-        Raises:
-            RedflagError: The model lacks the streaming interface.
-        """
+    def __init__(self, context: BaselineContext, model: Any, tokenizer: Any, called: str, strict: bool = True) -> None:
         if not hasattr(model, "stream_generate") and not hasattr(model, "stream_moderate_from_ids"):
             raise RedflagError(
                 f"{called} has neither stream_generate nor stream_moderate_from_ids, so it cannot judge a response "
                 "that is being written: give a Qwen3Guard-Stream model"
             )
         self.name = "stream guard"
-        self._same_tokens = tokenizer.get_vocab() == bench.tokenizer.get_vocab()
+        self._same_tokens = tokenizer.get_vocab() == context.tokenizer.get_vocab()
         held = "" if self._same_tokens else "; it reads whole words, and its last verdict holds in between"
         counted = "controversial or unsafe" if strict else "unsafe"
         self.what = (
             f"{called} through its own streaming interface: probability of {counted}; not trained on these rows{held}."
         )
-        self._bench, self._model, self._tokenizer = bench, model, tokenizer
+        self._context, self._model, self._tokenizer = context, model, tokenizer
         self._harmful = {"unsafe", "controversial"} if strict else {"unsafe"}
-        self._seconds, self._steps, self._fed = 0.0, 0, 0
+        self._timing, self._fed = Timing(), 0
 
     def fit(self, train: Sequence[Row]) -> None:
-        """Nothing: the guard is as it was made elsewhere."""
+        """Nothing is trained."""
 
     def score(self, rows: Sequence[Row]) -> Recording:
-        """Scores one response after the other; see `Baseline.score`."""
-        reads = self._bench.read(rows)
-        begun = time.perf_counter()
-        probs = [self._judged(read) for read in track(reads, f"scoring {self.name}", len(reads), "rows")]
-        self._seconds += time.perf_counter() - begun
-        self._steps += sum(map(len, probs))
-        return self._bench.record(reads, probs, self.name)
+        reads = self._context.read(rows)
+        with self._timing.measuring(sum(len(read.judged_ids) for read in reads)):
+            probs = [self._judged(read) for read in track(reads, f"scoring {self.name}", len(reads), "rows")]
+        return self._context.record(reads, probs, self.name)
 
     def cost(self) -> Cost:
-        """Cost; see `Baseline.cost`."""
-        weights = sum(p.numel() for name, p in self._model.named_parameters() if "embed" not in name)
-        flops = 2.0 * weights * (self._fed / self._steps if self._steps else 1.0)
-        return Cost(
-            microseconds_per_token=1e6 * self._seconds / self._steps if self._steps else None,
-            flops_per_token=flops,
-            note="on top of the model's forward pass: a second model, one token at a time; the time holds the prompts'"
-            + self._bench.beside_forward(flops),
+        passes = self._fed / self._timing.steps if self._timing.steps else 1.0
+        return self._context.cost(
+            self._timing,
+            2.0 * multiplied_weights(self._model) * passes,
+            "on top of the model's forward pass: a second model, one token at a time; the time holds the prompts'",
         )
 
     @torch.inference_mode()
@@ -145,11 +125,11 @@ class StreamGuard:
             return
         yield []
         waiting = ""
-        pieces = growing_text(self._bench.tokenizer, read.judged_ids[: read.tokens])
+        pieces = map(Detokenizer(self._context.tokenizer).push, read.judged_ids[: read.tokens])
         for i, piece in zip(range(1, len(read.judged_ids)), pieces, strict=False):
             waiting += piece
             begun = re.search(r"\s+\S*$", waiting)
-            # What ends the turn is no text: the last word is whole.
+            # The end of the turn has no text: the last word is complete.
             cut = len(waiting) if i == read.tokens else begun.start() if begun else 0
             ready, waiting = waiting[:cut], waiting[cut:]
             yield self._ids(ready)
@@ -176,7 +156,7 @@ class _Talk:
         self.by_logits = hasattr(model, "stream_generate") and hasattr(model, "response_risk_level_map")
 
     def prompt(self, ids: Sequence[int]) -> None:
-        """What stands before the assistant's turn."""
+        """Feeds everything before the assistant's turn."""
         tokens = torch.tensor(list(ids), device=self.model.device)
         if self.by_logits:
             self.state = self.model.stream_generate(tokens)
@@ -193,7 +173,7 @@ class _Talk:
             levels = {int(key): str(level).lower() for key, level in self.model.response_risk_level_map.items()}
             return min(1.0, sum(p for i, p in enumerate(probs) if levels[i] in self.harmful))
         result, self.state = self.model.stream_moderate_from_ids(one, role="assistant", stream_state=self.state)
-        # Only the winning level's probability is told: of another level's no more than the rest is known.
+        # Only the winning level's probability is returned; another level has at most the rest.
         prob = float(result["risk_prob"][-1])
         return prob if str(result["risk_level"][-1]).lower() in self.harmful else 1.0 - prob
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 import random
 import re
-import time
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from redflag.data.rows import Row
 from redflag.errors import RedflagError
+from redflag.guard.detokenize import Detokenizer
 from redflag.lab.baselines import Cost
-from redflag.lab.baselines.bench import Bench, Floats
-from redflag.lab.baselines.texts import growing_text
+from redflag.lab.baselines.shared import BaselineContext, Floats, Timing
 from redflag.progress import track
 from redflag.scoring.recording import Recording
 
@@ -24,35 +23,28 @@ _WORD = r"(?u)\b\w+\b"
 class TfidfBaseline:
     """TF-IDF + logistic regression (scikit-learn) on the response so far, the prompt left out."""
 
-    def __init__(self, bench: Bench, *, c: float = 3.0, beginnings: int = 2, min_df: int = 3) -> None:
-        """Sets it up.
-
-        Args:
-            c: Inverse strength of the regression's penalty.
-            beginnings: Random beginnings of each response that are trained on besides the whole.
-            min_df: Texts that a word or pair must be in.
-        """
+    def __init__(self, context: BaselineContext, *, c: float = 3.0, beginnings: int = 2, min_df: int = 3) -> None:
+        """`beginnings` random beginnings of each response are trained on besides the whole."""
         self.name = "tfidf"
         self.what = (
             "TF-IDF of words and word pairs of the response so far and logistic regression, trained on whole responses "
             f"and {beginnings} random beginnings of each, of the same rows as the flag."
         )
-        self._bench, self._c, self._beginnings, self._min_df = bench, c, beginnings, min_df
+        self._context, self._c, self._beginnings, self._min_df = context, c, beginnings, min_df
         self._weights: dict[str, tuple[float, float]] = {}
         self._intercept = 0.0
-        self._seconds, self._steps = 0.0, 0
+        self._timing = Timing()
 
     def fit(self, train: Sequence[Row]) -> None:
-        """Trains; see `Baseline.fit`."""
         from sklearn.feature_extraction.text import TfidfVectorizer
         from sklearn.linear_model import LogisticRegression
 
-        draw = random.Random(self._bench.seed)
+        draw = random.Random(self._context.seed)
         texts, labels = [], []
-        for read in self._bench.read(train):
+        for read in self._context.read(train):
             ids = read.judged_ids[: read.tokens]
             cuts = [len(ids), *(draw.randint(1, len(ids)) for _ in range(self._beginnings))]
-            texts += self._bench.tokenizer.batch_decode([ids[:cut] for cut in cuts], skip_special_tokens=True)
+            texts += self._context.tokenizer.batch_decode([ids[:cut] for cut in cuts], skip_special_tokens=True)
             labels += [read.row.harmful] * len(cuts)
         vectorizer = TfidfVectorizer(
             ngram_range=(1, 2), min_df=min(self._min_df, len(train)), sublinear_tf=True, token_pattern=_WORD
@@ -62,8 +54,8 @@ class TfidfBaseline:
             model.fit(vectorizer.fit_transform(texts), labels)
         except ValueError as error:
             raise RedflagError(
-                f"the baseline 'tfidf' cannot be trained on {len(train)} rows ({error}): give rows of both classes, "
-                "and enough that words recur"
+                f"the rows of the baseline 'tfidf' must be of both classes, and enough that words recur (got "
+                f"{len(train)} rows: {error})."
             ) from error
         names = vectorizer.get_feature_names_out()
         idf, weights = vectorizer.idf_.tolist(), model.coef_[0].tolist()
@@ -71,42 +63,38 @@ class TfidfBaseline:
         self._intercept = float(model.intercept_[0])
 
     def score(self, rows: Sequence[Row]) -> Recording:
-        """Scores; see `Baseline.score`. Before the first token the probability is 0: there is no text to judge."""
-        reads = self._bench.read(rows)
+        """Before the first token the probability is 0: there is no text to judge."""
+        reads = self._context.read(rows)
         probs: list[Floats] = []
         for read in track(reads, f"scoring {self.name}", len(reads), "rows"):
-            begun = time.perf_counter()
-            pieces = growing_text(self._bench.tokenizer, read.judged_ids[:-1])
-            logits = self.logits(pieces)
-            self._seconds += time.perf_counter() - begun
+            with self._timing.measuring(len(read.judged_ids)):
+                logits = self.logits(map(Detokenizer(self._context.tokenizer).push, read.judged_ids[:-1]))
             probs.append(np.array([0.0, *(1 / (1 + math.exp(-z)) for z in logits)], dtype=np.float32))
-            self._steps += len(read.judged_ids)
-        return self._bench.record(reads, probs, self.name)
+        return self._context.record(reads, probs, self.name)
 
     def logits(self, pieces: Iterable[str]) -> list[float]:
         """The regression's decision after each piece of a text, brought up to date word by word.
 
-        As scikit-learn gives it for the text so far; a word that is not finished counts as it stands.
+        As scikit-learn computes it for the text so far; an unfinished word counts as a word.
         """
         bag = _Bag(self._weights)
         open_words, result = "", []
         for piece in pieces:
             open_words += piece.lower()
-            found = list(re.finditer(_WORD, open_words))
+            words = list(re.finditer(_WORD, open_words))
             # All words but one that the text ends with are there to stay.
-            stays = [m.group() for m in found if m.end() < len(open_words)]
+            stays = [m.group() for m in words if m.end() < len(open_words)]
             for word in stays:
                 bag.add(word)
-            open_words = found[-1].group() if len(stays) < len(found) else ""
+            open_words = words[-1].group() if len(stays) < len(words) else ""
             result.append(bag.decision(open_words or None) + self._intercept)
         return result
 
     def cost(self) -> Cost:
-        """Cost; see `Baseline.cost`."""
         return Cost(
-            microseconds_per_token=1e6 * self._seconds / self._steps if self._steps else None,
-            flops_per_token=20.0,
-            note="on top of the model's forward pass; detokenisation included; a word changes two counts (about 20 "
+            self._timing.microseconds_per_token,
+            20.0,
+            "on top of the model's forward pass; detokenisation included; a word changes two counts (about 20 "
             "operations and as many look-ups)",
         )
 
@@ -123,8 +111,8 @@ class _Bag:
     def add(self, word: str) -> None:
         """Takes a finished word in."""
         for name in self._names(word):
-            if (known := self.weights.get(name)) is not None:
-                gain, square = self._change(name, known)
+            if (entry := self.weights.get(name)) is not None:
+                gain, square = self._change(name, entry)
                 self.sum, self.squares = self.sum + gain, self.squares + square
                 self.counts[name] = self.counts.get(name, 0) + 1
         self.last = word
@@ -134,17 +122,17 @@ class _Bag:
         total, squares = self.sum, self.squares
         if unfinished is not None:
             for name in self._names(unfinished):
-                if (known := self.weights.get(name)) is not None:
-                    gain, square = self._change(name, known)
+                if (entry := self.weights.get(name)) is not None:
+                    gain, square = self._change(name, entry)
                     total, squares = total + gain, squares + square
         return total / math.sqrt(squares) if squares > 1e-12 else 0.0
 
     def _names(self, word: str) -> list[str]:
         return [word] if self.last is None else [word, f"{self.last} {word}"]
 
-    def _change(self, name: str, known: tuple[float, float]) -> tuple[float, float]:
+    def _change(self, name: str, entry: tuple[float, float]) -> tuple[float, float]:
         """What one more of it adds to both sums: a value is (1 + ln count) x idf."""
-        idf, weight = known
+        idf, weight = entry
         count = self.counts.get(name, 0)
         before = (1 + math.log(count)) * idf if count else 0.0
         after = (1 + math.log(count + 1)) * idf

@@ -5,7 +5,6 @@ The head alone, on a model that stays as it is, is `redflag.lab.baselines.probes
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,8 +14,8 @@ from torch import Tensor
 
 from redflag.data.rows import Row
 from redflag.lab.baselines import Cost
-from redflag.lab.baselines.bench import Bench, Floats, thinned
 from redflag.lab.baselines.probe_losses import token_bce, towards_maximum
+from redflag.lab.baselines.shared import BaselineContext, Floats, Timing, multiplied_weights, thinned
 from redflag.lab.baselines.tuning import IGNORE, Tuning, fine_tune, hidden_of, language_loss
 from redflag.progress import track
 from redflag.scoring.recording import Recording
@@ -37,19 +36,13 @@ class TokenClassifier:
 
     def __init__(
         self,
-        bench: Bench,
+        context: BaselineContext,
         *,
         language: float = 0.5,
         most_rows: int | None = None,
         tuning: Tuning | None = None,
     ) -> None:
-        """Sets it up.
-
-        Args:
-            language: Weight of the next-token loss on the responses, a regulariser.
-            most_rows: Most training rows; None: all.
-            tuning: How it is trained; `lora_r` as there.
-        """
+        """`language` is the weight of the next-token loss on the responses, a regulariser."""
         self.name = "token head"
         rows = "the same rows as the flag" if most_rows is None else f"at most {most_rows} of the flag's rows"
         self.what = (
@@ -57,20 +50,19 @@ class TokenClassifier:
             f"({language:g}) and cross-entropy with the response's label, from each step's logit to the cumulative "
             f"maximum in the course of training; trained on {rows}."
         )
-        self._bench, self._language, self._most_rows = bench, language, most_rows
+        self._context, self._language, self._most_rows = context, language, most_rows
         self._tuning = tuning or Tuning()
         self._model: Any = None
         self._head: Any = None
-        self._seconds, self._steps = 0.0, 0
+        self._timing = Timing()
 
     def fit(self, train: Sequence[Row]) -> None:
-        """Trains; see `Baseline.fit`."""
         from redflag.backends.load import read_model
 
-        model, _ = read_model(self._bench.base, "auto")
-        reads = self._bench.read(thinned(train, self._most_rows, self._bench.seed))
+        model, _ = read_model(self._context.base, "auto")
+        reads = self._context.read(thinned(train, self._most_rows, self._context.seed))
         share = min(max(sum(read.row.harmful for read in reads) / len(reads), 1e-6), 1 - 1e-6)
-        head = torch.nn.Linear(self._bench.config.hidden_size, 1).to(self._bench.device)
+        head = torch.nn.Linear(self._context.config.hidden_size, 1).to(self._context.device)
         torch.nn.init.zeros_(head.weight)
         torch.nn.init.zeros_(head.bias)
         examples = [
@@ -99,10 +91,10 @@ class TokenClassifier:
             return judged + self._language * language_loss(model, hidden, batch)
 
         self._model = fine_tune(
-            model.to(self._bench.device),
+            model.to(self._context.device),
             lambda number: examples,
             self._tuning,
-            seed=self._bench.seed,
+            seed=self._context.seed,
             loss=loss,
             head=head,
         )
@@ -110,32 +102,25 @@ class TokenClassifier:
 
     @torch.inference_mode()
     def score(self, rows: Sequence[Row]) -> Recording:
-        """Scores; see `Baseline.score`."""
         assert self._model is not None, "fit comes before score"
-        reads = self._bench.read(rows)
+        reads = self._context.read(rows)
         probs: list[Floats] = [np.zeros(0, np.float32)] * len(reads)
         order = sorted(range(len(reads)), key=lambda i: len(reads[i].prompt_ids) + len(reads[i].judged_ids))
-        begun = time.perf_counter()
-        starts = range(0, len(order), self._bench.batch_size)
-        for first in track(starts, f"scoring {self.name}", len(starts), "batches"):
-            picks = order[first : first + self._bench.batch_size]
-            hidden = hidden_of(self._model, [(reads[i].prompt_ids + reads[i].judged_ids)[:-1] for i in picks])
-            scores = torch.sigmoid(self._head(hidden)[..., 0].float()).cpu().numpy()
-            for i, one in zip(picks, scores, strict=True):
-                start = len(reads[i].prompt_ids) - 1
-                probs[i] = one[start : start + len(reads[i].judged_ids)]
-        self._seconds += time.perf_counter() - begun
-        self._steps += sum(map(len, probs))
-        return self._bench.record(reads, probs, self.name)
+        starts = range(0, len(order), self._context.batch_size)
+        with self._timing.measuring(sum(len(read.judged_ids) for read in reads)):
+            for first in track(starts, f"scoring {self.name}", len(starts), "batches"):
+                picks = order[first : first + self._context.batch_size]
+                hidden = hidden_of(self._model, [(reads[i].prompt_ids + reads[i].judged_ids)[:-1] for i in picks])
+                scores = torch.sigmoid(self._head(hidden)[..., 0].float()).cpu().numpy()
+                for i, one in zip(picks, scores, strict=True):
+                    start = len(reads[i].prompt_ids) - 1
+                    probs[i] = one[start : start + len(reads[i].judged_ids)]
+        return self._context.record(reads, probs, self.name)
 
     def cost(self) -> Cost:
-        """Cost; see `Baseline.cost`."""
         assert self._model is not None, "fit comes before cost"
-        weights = sum(p.numel() for name, p in self._model.named_parameters() if "embed" not in name)
-        flops = 2.0 * (weights + self._bench.config.hidden_size)
-        return Cost(
-            microseconds_per_token=1e6 * self._seconds / self._steps if self._steps else None,
-            flops_per_token=flops,
-            note="on top of the model's forward pass: a second model, batched; the time holds the prompts'"
-            + self._bench.beside_forward(flops),
+        return self._context.cost(
+            self._timing,
+            2.0 * (multiplied_weights(self._model) + self._context.config.hidden_size),
+            "on top of the model's forward pass: a second model, batched; the time holds the prompts'",
         )

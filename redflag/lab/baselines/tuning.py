@@ -1,4 +1,4 @@
-"""A plain training loop, all weights or LoRA, with cross-entropy on chosen positions unless another loss is given."""
+"""A plain training loop, all weights or LoRA, with cross-entropy on chosen positions by default."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from redflag.backends.head import backbone, head_logits
+from redflag.lab.baselines.shared import drawn_batches
 from redflag.progress import track
 
 IGNORE = -100
-# Models up to this size have all their weights trained unless something else is asked for.
+# Models up to this size have all their weights trained by default.
 _SMALL = 100_000_000
 
 
 class Example(NamedTuple):
-    """Ids, and for each position the id that is asked for there (from the ids before it), or `IGNORE`.
+    """Ids, and for each position its target (predicted from the ids before it), or `IGNORE`.
 
-    What is asked for need not be what stands there.
+    A target may differ from the id at its position.
     """
 
     ids: list[int]
@@ -35,19 +36,13 @@ Loss = Callable[[Any, Sequence[Any], float], Tensor]
 
 @dataclass(frozen=True)
 class Tuning:
-    """How a model is trained.
+    """How a model is trained."""
 
-    Attributes:
-        learning_rate: Peak; None: 5e-4 for all weights of a small model, 2e-5 of a large one, 2e-4 for LoRA.
-        passes: Passes over the rows.
-        rows: Examples per step.
-        lora_r: Rank; 0 trains all weights; None: all of a model of up to 100 million, else rank 32.
-    """
-
+    # peak; None: 5e-4 for all weights of a small model, 2e-5 of a large one, 2e-4 for LoRA
     learning_rate: float | None = None
-    passes: int = 1
-    rows: int = 16
-    lora_r: int | None = None
+    passes: int = 1  # passes over the rows
+    rows: int = 16  # examples per step
+    lora_r: int | None = None  # rank; 0 trains all weights; None: all of a model of up to 100 million, else rank 32
 
 
 def fine_tune(
@@ -63,12 +58,8 @@ def fine_tune(
     """Trains a causal language model.
 
     Args:
-        model: The model; its weights change.
         draw: Pass number -> its examples: anything with `ids`, and `targets` unless another loss is given.
-        tuning: How.
-        seed: Seeds the order.
         new_rows: Ids of new tokens, whose rows LoRA has to train.
-        loss: The loss; None: `loss_of`.
         head: Another module that is trained along.
 
     Returns:
@@ -86,7 +77,9 @@ def fine_tune(
     generator = torch.Generator().manual_seed(seed)
     steps, done = 0, 0
     for number in range(tuning.passes):
-        batches = _batches(draw(number), tuning.rows, generator)
+        examples = draw(number)
+        drawn = drawn_batches([len(one.ids) for one in examples], tuning.rows, generator)
+        batches = [[examples[i] for i in picks] for picks in drawn]
         steps = steps or tuning.passes * len(batches)
         for batch in track(batches, f"fine-tuning, pass {number + 1} of {tuning.passes}", len(batches), "steps"):
             share = min(done / steps, 1.0)
@@ -103,7 +96,7 @@ def fine_tune(
 
 
 def loss_of(model: Any, batch: Sequence[Example]) -> Tensor:
-    """Mean cross-entropy over all positions of a batch where something is asked for."""
+    """Mean cross-entropy over all targets of a batch."""
     return language_loss(model, hidden_of(model, [example.ids for example in batch]), batch)
 
 
@@ -118,8 +111,8 @@ def hidden_of(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
 def language_loss(model: Any, hidden_BTH: Tensor, batch: Sequence[Any]) -> Tensor:
     """As `loss_of`, from hidden states."""
     targets = _padded(model, [example.targets for example in batch], IGNORE)[:, 1:]
-    asked = targets != IGNORE
-    return cross_entropy(head_logits(model, hidden_BTH[:, :-1][asked]).float(), targets[asked])
+    counted = targets != IGNORE
+    return cross_entropy(head_logits(model, hidden_BTH[:, :-1][counted]).float(), targets[counted])
 
 
 def _padded(model: Any, rows: Sequence[Sequence[int]], value: int) -> Tensor:
@@ -144,11 +137,3 @@ def _with_lora(model: Any, rank: int, new_rows: Sequence[int]) -> Any:
         trainable_token_indices=rows if new_rows else None,
     )
     return get_peft_model(model, config)
-
-
-def _batches(examples: Sequence[Any], size: int, generator: torch.Generator) -> list[list[Any]]:
-    """Examples of like length together (half the padding), batches in a drawn order."""
-    jitter = torch.rand(len(examples), generator=generator).tolist()
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids) * (0.8 + 0.4 * jitter[i]))
-    batches = [[examples[i] for i in order[first : first + size]] for first in range(0, len(order), size)]
-    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]

@@ -35,7 +35,7 @@ from redflag.files import keep_json, kept_json
 from redflag.judges import UnansweredError
 from redflag.judges.cache import CachedJudge
 from redflag.lab.baselines import Cost
-from redflag.lab.baselines.bench import forward_flops
+from redflag.lab.baselines.shared import forward_flops
 from redflag.lab.evaluating.cost import of_cascade
 from redflag.lab.report.method import CascadeFacts
 from redflag.progress import track

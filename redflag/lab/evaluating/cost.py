@@ -17,7 +17,7 @@ from redflag.data.rows import Rows
 from redflag.files import keep_json, kept_json
 from redflag.flags import FlagSpec
 from redflag.lab.baselines import Cost
-from redflag.lab.baselines.bench import forward_flops, model_stamp
+from redflag.lab.baselines.shared import forward_flops, model_stamp
 from redflag.lab.report.method import Compute
 
 if TYPE_CHECKING:

@@ -121,7 +121,7 @@ def _made_of(
     attacks: Sequence[Attack],
     judge: Judge | None,
 ) -> str:
-    from redflag.lab.baselines.bench import model_stamp
+    from redflag.lab.baselines.shared import model_stamp
 
     models = [model_stamp(folder) for folder in (arguments.model, arguments.base) if folder]
     asked = [list(names), [attack.name for attack in attacks], getattr(judge, "identity", None)]

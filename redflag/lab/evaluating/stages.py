@@ -168,7 +168,7 @@ def baselines(
         device=arguments.device,
         most_rows=arguments.baseline_rows,
         options=arguments.baseline_options,
-        say=lambda line: say(f"   {line}"),
+        log=lambda line: say(f"   {line}"),
     )
 
 
@@ -254,7 +254,7 @@ def attack(
     target = Target(backend, tokenizer, spec, thresholds, policy, backend.model, batch_size=2 * arguments.batch_size)
     folder.mkdir(parents=True, exist_ok=True)
     cached = CachedJudge(judge, folder / "verdicts.jsonl")
-    results = run_attacks(target, attacks, chosen, cached, folder, arguments.seed, say=lambda line: say(f"   {line}"))
+    results = run_attacks(target, attacks, chosen, cached, folder, arguments.seed, log=lambda line: say(f"   {line}"))
     facts = JudgeFacts(cached.identity, cached.answered, cached.unanswered, policy.hold_back)
     categories = {str(row.id): row.category for row in chosen}
     shown = []

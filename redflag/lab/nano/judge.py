@@ -36,11 +36,11 @@ class LabJudgeOptions(JudgeOptions):
         },
     )
 
-    def open_judge(self, *, device: str = "auto", **asked: Any) -> Judge | None:
+    def open_judge(self, *, device: str = "auto", **settings: Any) -> Judge | None:
         """As `JudgeOptions.open_judge`."""
         if self.judge == "oracle":
             return NanoOracle()
-        return super().open_judge(device=device, **{"timeout": 60.0, "retries": 4, **asked})
+        return super().open_judge(device=device, **{"timeout": 60.0, "retries": 4, **settings})
 
 
 class NanoOracle:

@@ -3,13 +3,6 @@
 After "Cannot or Should Not?" (von Recum and others, arXiv 2412.16974): refusals fall into two families, what a model
 *cannot* do and what it *should not*; two regressions on features of the texts, first refusal or not, then the
 category. The features are an embedding model's or n-grams; the categories are a file's.
-
-    taxonomy    the categories, from a YAML file; CoCoNot's are shipped
-    phrases     by phrases, without training
-    features    texts as numbers: n-grams that need no download, or an embedding model's mean hidden state
-    classifier  the regressions: trained, saved, loaded, asked
-    held_out    how well they do on requests that they were not trained on
-    pairs       requests and answers, read from files of rows
 """
 
 from redflag.lab.refusals.classifier import Judged, RefusalClassifier

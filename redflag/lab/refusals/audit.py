@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
-from redflag.bounds import check_bounds
+from redflag.bounds import check_bounds, option
 from redflag.data.options import RowOptions
 from redflag.data.rows import RecordReader, Row
 from redflag.data.sources import Provenance
@@ -26,8 +26,7 @@ from redflag.data.summary import label_warnings, report_skipped
 from redflag.errors import RedflagError
 from redflag.files import atomic_write, require_writable
 from redflag.lab.refusals import PhraseClassifier, RefusalClassifier, Taxonomy, audit_page, load_taxonomy
-from redflag.lab.refusals.audit_counts import Audit, Finding
-from redflag.lab.refusals.features import is_folder
+from redflag.lab.refusals.audit_counts import Audit, RowFinding
 from redflag.lab.refusals.pairs import read_labelled, read_rows
 from redflag.lab.report import page
 from redflag.progress import Progress
@@ -38,57 +37,26 @@ from redflag.versions import versions
 class AuditArguments(RowOptions):
     """Refusals in a file of rows: how many, of which kind, and those that look wrong."""
 
-    input: str | None = field(
-        default=None, metadata={"help": "Rows to audit: JSONL, JSON, CSV, Parquet, a folder, or a hub data set."}
-    )
-    output_dir: str = field(default="runs/audit", metadata={"help": "Where audit.json and audit.html go."})
-    classifier: str | None = field(
-        default=None, metadata={"help": "Folder of a trained classifier; with --train it is written there."}
-    )
-    taxonomy: str | None = field(
-        default=None, metadata={"help": "YAML file of categories; default: CoCoNot's, or the classifier's own."}
-    )
-    train: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Learn from rows first: prompt, response, and refusal, refusal_category, prompt_label."},
-    )
-    embedding: str | None = field(
-        default=None,
-        metadata={"help": "train: model (folder or hub name) whose mean hidden states are read; default: n-grams."},
-    )
-    level: Literal["category", "subcategory"] = field(
-        default="category", metadata={"help": "train: how fine the kinds are."}
-    )
-    c: float = field(default=10.0, metadata={"help": "train: inverse strength of the regressions' penalty."})
-    folds: int = field(default=5, metadata={"help": "train: parts for the figures on held-out requests; 0: none."})
-    threshold: float = field(
-        default=0.5, metadata={"help": "Probability from which an answer is a refusal.", "above": 0, "most": 1}
-    )
-    also: float = field(
-        default=0.3,
-        metadata={"help": "Probability from which a refusal has a second kind as well.", "above": 0, "most": 1},
-    )
-    sure: float = field(
-        default=0.9,
-        metadata={
-            "help": "A request without a label is taken for harmful from here, for harmless below 1 minus this.",
-            "above": 0.5,
-            "most": 1,
-        },
-    )
-    candidates: int = field(
-        default=50, metadata={"help": "Over- and under-refusals listed, the surest first.", "least": 0}
-    )
-    write_rows: str | None = field(
-        default=None,
-        metadata={"help": "Write the rows here with the kind of refusal as category, for `redflag train`."},
-    )
+    input: str | None = option(None, "Rows to audit: JSONL, JSON, CSV, Parquet, a folder, or a hub data set.")
+    output_dir: str = option("runs/audit", "Where audit.json and audit.html go.")
+    classifier: str | None = option(None, "Folder of a trained classifier; with --train it is written there.")
+    taxonomy: str | None = option(None, "YAML file of categories; default: CoCoNot's, or the classifier's own.")
+    train: list[str] = option([], "Rows to train on: prompt, response, refusal, refusal_category, prompt_label.")
+    embedding: str | None = option(None, "train: model (folder or hub name) for embeddings; default: n-grams.")
+    level: Literal["category", "subcategory"] = option("category", "train: how fine the kinds are.")
+    c: float = option(10.0, "train: inverse strength of the regressions' penalty.")
+    folds: int = option(5, "train: parts for the figures on held-out requests; 0: none.")
+    threshold: float = option(0.5, "Probability from which an answer is a refusal.", above=0, most=1)
+    also: float = option(0.3, "Probability from which a refusal has a second kind as well.", above=0, most=1)
+    sure: float = option(0.9, "Harmful from here, harmless below 1 - this (unlabelled requests).", above=0.5, most=1)
+    candidates: int = option(50, "Over- and under-refusals listed, the surest first.", least=0)
+    write_rows: str | None = option(None, "Write rows here, kinds of refusal as categories, for `redflag train`.")
     unlabelled: Literal["stop", "skip", "harmless"] = field(
         default="harmless", kw_only=True, metadata={"help": "What a row does whose label is null."}
     )
-    on_bad_row: Literal["stop", "skip"] = field(default="stop", metadata={"help": "What a malformed row does."})
-    batch_size: int = field(default=32, metadata={"help": "Texts per forward pass of an embedding model.", "least": 1})
-    seed: int = field(default=0, metadata={"help": "Seeds training and intervals."})
+    on_bad_row: Literal["stop", "skip"] = option("stop", "What a malformed row does.")
+    batch_size: int = option(32, "Texts per forward pass of an embedding model.", least=1)
+    seed: int = option(0, "Seeds training and intervals.")
 
 
 ARGUMENTS = AuditArguments
@@ -96,11 +64,7 @@ POSITIONAL = None
 
 
 def run(arguments: AuditArguments) -> int:
-    """The verb.
-
-    Raises:
-        RedflagError: An option makes no sense, or something cannot be read or written.
-    """
+    """The verb."""
     _check(arguments)
     require_writable(arguments.output_dir, "output_dir")
     taxonomy = load_taxonomy(arguments.taxonomy)
@@ -109,7 +73,7 @@ def run(arguments: AuditArguments) -> int:
         classifier = _train(arguments, taxonomy)
     elif arguments.classifier is not None:
         classifier = RefusalClassifier.load(arguments.classifier)
-        _fits(classifier, taxonomy, arguments)
+        _replace_taxonomy(classifier, taxonomy, arguments)
     else:
         classifier = PhraseClassifier(taxonomy)
     if isinstance(classifier, RefusalClassifier):
@@ -128,21 +92,18 @@ def _check(arguments: AuditArguments) -> None:
     if arguments.write_rows is not None and arguments.input is None:
         raise RedflagError("write_rows must come with input. It writes the rows of --input.")
     if arguments.embedding is not None and not arguments.train:
-        raise RedflagError(
-            "embedding chooses what is learnt from, and nothing is learnt: leave it out, or give --train"
-        )
+        raise RedflagError("embedding must come with train. It chooses the features of training.")
     page.require()
 
 
-def _fits(classifier: RefusalClassifier, taxonomy: Taxonomy, arguments: AuditArguments) -> None:
-    """A taxonomy that is given as well may describe the classes anew, but must know them."""
+def _replace_taxonomy(classifier: RefusalClassifier, taxonomy: Taxonomy, arguments: AuditArguments) -> None:
+    """Replaces the classifier's taxonomy by the option's, which must have all its classes."""
     if arguments.taxonomy is None:
         return
-    known = taxonomy.classes(classifier.level)
-    if unknown := [name for name in classifier.classes if name not in known]:
+    if unknown := [name for name in classifier.classes if name not in taxonomy.classes(classifier.level)]:
         raise RedflagError(
-            f"the taxonomy {arguments.taxonomy} does not know {unknown[0]!r}, which the classifier "
-            f"{arguments.classifier} tells: leave --taxonomy out, or train a classifier for it"
+            f"the taxonomy {arguments.taxonomy} must have all classes of the classifier {arguments.classifier} "
+            f"({unknown[0]!r} is missing). Leave --taxonomy out, or train a classifier for it."
         )
     classifier.taxonomy = taxonomy
 
@@ -162,7 +123,7 @@ def _train(arguments: AuditArguments, taxonomy: Taxonomy) -> RefusalClassifier:
         c=arguments.c,
         folds=arguments.folds,
         seed=arguments.seed,
-        say=lambda line: print(line, file=sys.stderr, flush=True),
+        log=lambda line: print(line, file=sys.stderr, flush=True),
     )
     what = f"mean hidden states of {arguments.embedding}" if arguments.embedding else "TF-IDF of words and characters"
     classifier.made |= {
@@ -170,27 +131,18 @@ def _train(arguments: AuditArguments, taxonomy: Taxonomy) -> RefusalClassifier:
         "files": [{"path": path, "sha256": digest} for path, digest in _files(provenance)],
         "versions": versions("redflag-llm", "numpy", "scikit-learn"),
     }
-    if arguments.embedding and is_folder(arguments.embedding):
-        classifier.stages = _absolute(classifier, arguments.embedding)
+    if arguments.embedding and Path(arguments.embedding).is_dir():
+        # A classifier may be used from another folder than the one in which it was trained.
+        for read in (one for stage in classifier.stages.values() for one in stage.features):
+            read.model = str(Path(arguments.embedding).resolve())  # type: ignore[attr-defined]
     folder = Path(cast(str, arguments.classifier))
     classifier.save(folder)
     if unknown := classifier.made["unknown"]:
-        print(f"{unknown} rows name a category that {taxonomy.name} does not know; nothing of it was learnt from them")
-    drawn = audit_page.training(classifier)
-    with atomic_write(folder / "training.html") as file:
-        file.write(drawn.encode("utf-8", "replace"))
-    with atomic_write(folder / "training.json") as file:
-        file.write(json.dumps(classifier.made, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+        print(f"{unknown} rows were not used for categories: {taxonomy.name} does not have theirs")
+    _write(folder / "training.html", audit_page.training(classifier))
+    _write(folder / "training.json", _as_json(classifier.made))
     print(f"classifier in {folder}, its figures on held-out requests in {folder / 'training.html'}")
     return classifier
-
-
-def _absolute(classifier: RefusalClassifier, model: str) -> Any:
-    # A classifier may be used from another folder than the one in which it was trained.
-    for stage in classifier.stages.values():
-        for features in stage.features:
-            features.model = str(Path(model).resolve())  # type: ignore[attr-defined]
-    return classifier.stages
 
 
 def _audit(arguments: AuditArguments, classifier: RefusalClassifier | PhraseClassifier) -> None:
@@ -206,11 +158,7 @@ def _audit(arguments: AuditArguments, classifier: RefusalClassifier | PhraseClas
     )
     reader = RecordReader(dict(arguments.columns or {}), arguments.labels, arguments.unlabelled)
     chunks = read_rows(
-        cast(str, arguments.input),
-        provenance,
-        reader,
-        split=arguments.split,
-        on_bad_row=arguments.on_bad_row,
+        cast(str, arguments.input), provenance, reader, split=arguments.split, on_bad_row=arguments.on_bad_row
     )
     skipped, held, harmful = [], 0, 0
     with ExitStack() as stack:
@@ -241,27 +189,22 @@ def _audit(arguments: AuditArguments, classifier: RefusalClassifier | PhraseClas
     record = audit.to_dict(made, skipped=len(skipped), trained=trained)
     folder = Path(arguments.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    files = {
-        "audit.json": json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
-        "audit.html": audit_page.page(record),
-    }
-    for name, text in files.items():
-        with atomic_write(folder / name) as file:
-            file.write(text.encode("utf-8", "replace"))
+    _write(folder / "audit.json", _as_json(record))
+    _write(folder / "audit.html", audit_page.page(record))
     for sentence in audit_page.sentences(record):
         print(sentence)
     print(f"{folder / 'audit.html'}, {folder / 'audit.json'}")
     if arguments.write_rows is not None:
         named = [f"{entry['name']!r}" for entry in record["categories"] if entry["refusals"]]
-        left = f"; {held:,} with harmful answers that are no refusals were left out" if held else ""
+        left = f"; {held:,} with harmful answers that aren't refusals were left out" if held else ""
         print(f"{arguments.write_rows}: {audit.rows - held:,} rows{left}")
         print(f"next: redflag train --input {arguments.write_rows} --categories {' '.join(named)} ...")
 
 
-def _writer(stack: ExitStack, path: str | None) -> Callable[[list[Row], list[Finding]], int]:
-    """Takes rows and what was found of them; gives the number left out.
+def _writer(stack: ExitStack, path: str | None) -> Callable[[list[Row], list[RowFinding]], int]:
+    """A function that writes rows with their findings, and returns the number left out.
 
-    A harmful answer that is no refusal would become a harmless row, and a flag would learn to be silent there.
+    A harmful answer that isn't a refusal would become a harmless row, and a flag would learn to be silent there.
     """
     if path is None:
         return lambda rows, findings: 0
@@ -270,19 +213,28 @@ def _writer(stack: ExitStack, path: str | None) -> Callable[[list[Row], list[Fin
     if path.endswith(".gz"):
         file = cast(BinaryIO, stack.enter_context(gzip.GzipFile(fileobj=file, mode="wb", mtime=0)))
 
-    def write(rows: list[Row], findings: list[Finding]) -> int:
+    def write(rows: list[Row], findings: list[RowFinding]) -> int:
         left_out = 0
         for row, finding in zip(rows, findings, strict=True):
             if row.harmful and not finding.refused:
                 left_out += 1
                 continue
             record = row.to_dict() | {"category": finding.name if finding.refused else None}
-            kept = {key: value for key, value in record.items() if key not in ("onset", "onset_source")}
-            kept = {key: value for key, value in kept.items() if value is not None}
-            file.write(json.dumps(kept, ensure_ascii=False).encode() + b"\n")
+            dropped = ("onset", "onset_source")
+            entry = {key: value for key, value in record.items() if key not in dropped and value is not None}
+            file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
         return left_out
 
     return write
+
+
+def _as_json(record: Any) -> str:
+    return json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _write(path: Path, text: str) -> None:
+    with atomic_write(path) as file:
+        file.write(text.encode("utf-8", "replace"))
 
 
 def _files(provenance: Provenance) -> Iterable[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""What an audit keeps of the rows it has seen: counts, and the few that look most wrong."""
+"""The counts of an audit, and the few rows that look most wrong."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from redflag.lab.refusals import Judged, Taxonomy
-from redflag.lab.refusals.pairs import Pair
+from redflag.lab.refusals.pairs import RequestAndAnswer
 from redflag.stats.metrics import clopper_pearson
 
 UNNAMED = "no kind known"
@@ -19,34 +19,21 @@ SOURCES = 30  # sources counted separately, those with most rows; the rest are c
 SHOWN = 300  # characters of a candidate's texts
 
 
-class Finding(NamedTuple):
-    """What was found of one row.
+class RowFinding(NamedTuple):
+    """The result for one row."""
 
-    Attributes:
-        refused: Whether the answer is a refusal.
-        name: Its kind, or `UNNAMED`; None where it is no refusal.
-        also: Further kinds.
-        harmful: Whether the request is harmful; None where that is not known.
-    """
-
-    refused: bool
-    name: str | None
-    also: tuple[str, ...]
-    harmful: bool | None
+    refused: bool  # whether the answer is a refusal
+    name: str | None  # its kind, or `UNNAMED`; None = not a refusal
+    also: tuple[str, ...]  # further kinds
+    harmful: bool | None  # whether the request is harmful; None = unknown
 
 
 class Audit:
-    """Counts over rows.
-
-    Attributes:
-        rows: Rows seen.
-        refusals: Refusals among them.
-    """
+    """Counts over rows; the settings are those of `AuditArguments`."""
 
     def __init__(
         self, taxonomy: Taxonomy, classes: Sequence[str], *, threshold: float, also: float, sure: float, keep: int
     ) -> None:
-        """Sets it up; the numbers are those of `AuditArguments`."""
         self.rows = self.refusals = 0
         self._taxonomy, self._classes = taxonomy, tuple(classes)
         self._threshold, self._also, self._sure, self._keep = threshold, also, sure, keep
@@ -62,7 +49,7 @@ class Audit:
         self._count = Counter[str]()
         self._known = Counter[str]()
 
-    def feed(self, pairs: Sequence[Pair], judged: Judged) -> list[Finding]:
+    def feed(self, pairs: Sequence[RequestAndAnswer], judged: Judged) -> list[RowFinding]:
         """Adds rows and a classifier's predictions for them."""
         findings = []
         for i, pair in enumerate(pairs):
@@ -74,16 +61,10 @@ class Audit:
         return findings
 
     def to_dict(self, made: Mapping[str, Any], *, skipped: int, trained: Mapping[str, Any] | None) -> dict[str, Any]:
-        """`audit.json`.
-
-        Args:
-            made: Command, time, versions, files.
-            skipped: Rows left out as bad.
-            trained: What is known of the classifier; None: phrases judged.
-        """
+        """`audit.json`."""
         names = [*self._classes, *([UNNAMED] if self._kinds[UNNAMED] else [])]
         families = {name: self._taxonomy.family(name) for name in self._classes}
-        told = [
+        categories = [
             {
                 "name": name,
                 "family": families.get(name),
@@ -107,7 +88,7 @@ class Audit:
                 family: _rate(sum(self._kinds[n] for n, f in families.items() if f == family), self.refusals)
                 for family in ("cannot", "should_not")
             },
-            "categories": told,
+            "categories": categories,
             "several_kinds": self._several,
             "sources": self._by_source(names),
             "requests": {
@@ -128,7 +109,7 @@ class Audit:
             "certainty": {"edges": [i / BINS for i in range(BINS + 1)], "counts": self._bins.tolist()},
         }
 
-    def _finding(self, pair: Pair, judged: Judged, i: int) -> Finding:
+    def _finding(self, pair: RequestAndAnswer, judged: Judged, i: int) -> RowFinding:
         harmful = pair.prompt_harmful
         if harmful is not None:
             self._known["label"] += 1
@@ -136,15 +117,15 @@ class Audit:
             p = judged.prompt[i]
             harmful = True if p >= self._sure else False if p <= 1 - self._sure else None
         if judged.refusal[i] < self._threshold:
-            return Finding(False, None, (), harmful)
+            return RowFinding(False, None, (), harmful)
         kinds = judged.categories[i]
         if np.isnan(kinds).any():
-            return Finding(True, UNNAMED, (), harmful)
+            return RowFinding(True, UNNAMED, (), harmful)
         best = int(kinds.argmax())
         also = [int(k) for k in np.argsort(-kinds, kind="stable") if k != best and kinds[k] >= self._also]
-        return Finding(True, self._classes[best], tuple(self._classes[k] for k in also), harmful)
+        return RowFinding(True, self._classes[best], tuple(self._classes[k] for k in also), harmful)
 
-    def _add(self, pair: Pair, finding: Finding, judged: Judged, i: int) -> None:
+    def _add(self, pair: RequestAndAnswer, finding: RowFinding, judged: Judged, i: int) -> None:
         self.rows += 1
         self._sources[pair.source][finding.name] += 1
         kind = {True: "harmful", False: "harmless", None: "unknown"}[finding.harmful]
@@ -168,11 +149,12 @@ class Audit:
             self._count["harmful"] += pair.harmful
             self._push(self._under, (1 - p) * (1.0 if pair.harmful else sure_of_request), pair, finding, p)
 
-    def _push(self, heap: list[Any], score: float, pair: Pair, finding: Finding, p: float) -> None:
+    def _push(self, heap: list[Any], score: float, pair: RequestAndAnswer, finding: RowFinding, p: float) -> None:
         # The number of the row decides between equals: the first stays.
         entry = (score, -self.rows)
         if self._keep == 0 or (len(heap) >= self._keep and entry <= heap[0][:2]):
             return
+        known_by = "label" if pair.prompt_harmful is not None else "guess" if finding.harmful is not None else None
         candidate = {
             "line": pair.line,
             "id": pair.id,
@@ -182,12 +164,10 @@ class Audit:
             "refusal": round(p, 4),
             "category": finding.name,
             "also": list(finding.also),
-            "request_known_by": "label" if pair.prompt_harmful is not None else "guess" if finding.harmful else None,
+            "request_known_by": known_by,
             "answer_labelled_harmful": pair.harmful,
             "score": round(score, 4),
         }
-        if finding.harmful is False and pair.prompt_harmful is None:
-            candidate["request_known_by"] = "guess"
         push = heapq.heappush if len(heap) < self._keep else heapq.heappushpop
         push(heap, (*entry, candidate))
 
@@ -199,13 +179,13 @@ class Audit:
             for source in rest:
                 together.update(self._sources[source])
             named[f"{len(rest)} further sources"] = together
-        found = []
+        entries = []
         for source, counts in named.items():
             rows = sum(counts.values())
             refusals = rows - counts[None]
             kinds = {name: counts[name] for name in names if counts[name]}
-            found.append({"name": source, "rows": rows, "refusals": _rate(refusals, rows), "categories": kinds})
-        return found
+            entries.append({"name": source, "rows": rows, "refusals": _rate(refusals, rows), "categories": kinds})
+        return entries
 
     def _refused(self, kind: str) -> dict[str, Any]:
         return _rate(self._requests[kind, True], sum(self._requests[kind, refused] for refused in (True, False)))

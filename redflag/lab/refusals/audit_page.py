@@ -8,32 +8,14 @@ from typing import Any
 from redflag.lab.refusals import RefusalClassifier, audit_charts
 from redflag.lab.refusals.audit_charts import FAMILIES
 from redflag.lab.report import page as report_page
-from redflag.lab.report.parts import (
-    Cell,
-    Section,
-    Table,
-    between,
-    cell,
-    left,
-    number,
-    percent,
-    rate,
-)
+from redflag.lab.report.parts import Cell, Section, Table, between, cell, left, number, percent, rate
 
-STAGES = {
-    "refusal": "Refusal or not",
-    "category": "Kind of refusal",
-    "prompt": "Request harmful or not",
-}
+STAGES = {"refusal": "Refusal or not", "category": "Kind of refusal", "prompt": "Request harmful or not"}
 
 
 def page(record: Mapping[str, Any]) -> str:
-    """The page of an `audit.json`.
-
-    Raises:
-        RedflagError: The packages that draw it are not installed.
-    """
-    found = [
+    """The page of an `audit.json`."""
+    all_sections = [
         _kinds(record),
         _sources(record),
         _candidates(record, "over"),
@@ -42,50 +24,37 @@ def page(record: Mapping[str, Any]) -> str:
         *(_held_out(record["classifier"]["held_out"]) if record["classifier"] else []),
         _made(record["made"], record["settings"]),
     ]
-    sections = [section for section in found if section is not None]
+    sections = [section for section in all_sections if section is not None]
     refused, requests = record["refusals"], record["requests"]
-    figures = [
-        (percent(refused["rate"]), "of the answers refuse", f"{number(refused['count'])} of {number(record['rows'])}"),
-        *(
-            (percent(record["families"][family]["rate"]), f"of refusals: {FAMILIES[family]}", "")
-            for family in ("cannot", "should_not")
-            if refused["count"]
-        ),
-        *(
-            (
-                percent(requests[kind]["refused"]["rate"]),
-                f"of {kind} requests refused",
-                f"of {number(requests[kind]['rows'])}",
-            )
-            for kind in ("harmful", "harmless")
-            if requests[kind]["rows"]
-        ),
-    ]
+    share = f"{number(refused['count'])} of {number(record['rows'])}"
+    figures = [(percent(refused["rate"]), "of the answers refuse", share)]
+    for family in ("cannot", "should_not") if refused["count"] else ():
+        figures.append((percent(record["families"][family]["rate"]), f"of refusals: {FAMILIES[family]}", ""))
+    for kind in ("harmful", "harmless"):
+        if rows := requests[kind]["rows"]:
+            rate_of = percent(requests[kind]["refused"]["rate"])
+            figures.append((rate_of, f"of {kind} requests refused", f"of {number(rows)}"))
     return report_page.render("Refusals", warnings(record), sentences(record), figures, sections, None)
 
 
 def training(classifier: RefusalClassifier) -> str:
-    """The page of a classifier's training.
-
-    Raises:
-        RedflagError: The packages that draw it are not installed.
-    """
+    """The page of a classifier's training."""
     made = classifier.made
-    said = [f"Trained on {number(made['rows'])} rows: {classifier.what}."]
+    lines = [f"Trained on {number(made['rows'])} rows: {classifier.what}."]
     figures = []
     for name, one in made["held_out"].items():
-        said.append(
+        lines.append(
             f"{STAGES[name]}: macro-F1 {one['macro_f1']:.3f} ({between(one['macro_f1_interval'], 1, 3)}) on "
             f"{number(one['rows'])} rows of {number(one['requests'])} held-out requests."
         )
         figures.append((f"{one['macro_f1']:.3f}", STAGES[name], between(one["macro_f1_interval"], 1, 3)))
     facts = {key: made[key] for key in ("features", "c", "seed", "files", "versions")}
     sections = [*_held_out(made["held_out"]), _made(facts, {})]
-    return report_page.render(f"Classifier of refusals: {classifier.taxonomy.name}", [], said, figures, sections, None)
+    return report_page.render(f"Classifier of refusals: {classifier.taxonomy.name}", [], lines, figures, sections, None)
 
 
 def sentences(record: Mapping[str, Any]) -> list[str]:
-    """What an audit comes to."""
+    """The result of an audit, in sentences."""
     refused, rows = record["refusals"], record["rows"]
     lines = [
         f"{number(refused['count'])} of {number(rows)} answers refuse: {percent(refused['rate'])} "
@@ -103,7 +72,7 @@ def sentences(record: Mapping[str, Any]) -> list[str]:
 
 
 def warnings(record: Mapping[str, Any]) -> list[str]:
-    """What should be known before anything is read."""
+    """Warnings at the top of the page."""
     lines = []
     if record["classifier"] is None:
         lines.append(f"Judged by {record['made']['judged_by']}.")
@@ -116,7 +85,7 @@ def warnings(record: Mapping[str, Any]) -> list[str]:
     elif record["labelled_requests"] < record["rows"]:
         guessed = record["rows"] - record["labelled_requests"]
         lines.append(
-            f"Whether {number(guessed)} requests are harmful is no label but the classifier's guess, or not known."
+            f"Whether {number(guessed)} requests are harmful is not labelled: it is the classifier's guess, or unknown."
         )
     if record["skipped"]:
         lines.append(f"{number(record['skipped'])} rows were left out: they could not be read as rows.")
@@ -135,6 +104,7 @@ def _kinds(record: Mapping[str, Any]) -> Section:
         ]
         for one in record["categories"]
     ]
+    head = ["kind", "family", "refusals", "of refusals", "of rows", "as second kind"]
     name = record["taxonomy"]["name"]
     several = record["several_kinds"]
     return Section(
@@ -142,13 +112,7 @@ def _kinds(record: Mapping[str, Any]) -> Section:
         "Kinds of refusal",
         f"Kinds are those of the taxonomy {name}. A refusal counts once, under its likeliest kind; "
         f"{number(several)} have a second one that is likely as well.",
-        [
-            Table(
-                ["kind", "family", "refusals", "of refusals", "of rows", "as second kind"],
-                rows,
-                note="Intervals are of counting alone; what the classifier gets wrong comes on top.",
-            )
-        ],
+        [Table(head, rows, note="Intervals are of counting alone; the classifier's mistakes come on top.")],
         [audit_charts.kinds(record["categories"])] if record["refusals"]["count"] else [],
     )
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from redflag.errors import RedflagError
 from redflag.files import atomic_write
 from redflag.lab.refusals.features import Embeddings, Features, Ngrams, restore, stack
-from redflag.lab.refusals.pairs import Pair
+from redflag.lab.refusals.pairs import RequestAndAnswer
 from redflag.lab.refusals.taxonomy import Level, Taxonomy, parse_taxonomy
 
 Doubles = npt.NDArray[np.float64]
@@ -30,55 +30,35 @@ READ = {"response": 400, "prompt": 600}
 
 
 class Judged(NamedTuple):
-    """What is said of N pairs.
+    """Probabilities for N pairs."""
 
-    Attributes:
-        refusal: Probability of a refusal, N.
-        categories: Probabilities of C kinds, N x C; NaN where the pair is no refusal or nothing is known of kinds.
-        prompt: Probability that the request is harmful, N; None where nothing is known of requests.
-    """
-
-    refusal: Doubles
+    refusal: Doubles  # probability of a refusal, N
+    # probabilities of C kinds, N x C; NaN if the pair isn't a refusal, or without a category stage
     categories: Doubles
-    prompt: Doubles | None
+    prompt: Doubles | None  # probability that the request is harmful, N; None without a prompt stage
 
 
 @dataclass
 class Regression:
-    """One regression.
+    """One regression."""
 
-    Attributes:
-        classes: Names of the C classes.
-        reads: What it reads of a pair: "response", "prompt", or both in turn.
-        features: One for each text that is read.
-        weights: C x F.
-        intercepts: C.
-    """
+    classes: tuple[str, ...]  # names of the C classes
+    reads: tuple[str, ...]  # what it reads of a pair: "response", "prompt", or both in turn
+    features: list[Features]  # one for each text that is read
+    weights: Doubles = field(default_factory=lambda: np.empty((0, 0)))  # C x F
+    intercepts: Doubles = field(default_factory=lambda: np.empty(0))  # C
 
-    classes: tuple[str, ...]
-    reads: tuple[str, ...]
-    features: list[Features]
-    weights: Doubles = field(default_factory=lambda: np.empty((0, 0)))
-    intercepts: Doubles = field(default_factory=lambda: np.empty(0))
-
-    def fit(self, pairs: Sequence[Pair], labels: Sequence[str], *, c: float, seed: int = 0) -> None:
+    def fit(self, pairs: Sequence[RequestAndAnswer], labels: Sequence[str], *, c: float, seed: int = 0) -> None:
         """Trains features and regression; classes weigh the same, however rare.
-
-        Args:
-            pairs: N pairs.
-            labels: The class of each.
-            c: Inverse strength of the penalty.
-            seed: Seeds the solver.
 
         Raises:
             RedflagError: All pairs are of one class.
         """
         from sklearn.linear_model import LogisticRegression
 
-        if len(found := sorted(set(labels))) < 2:
+        if len(set(labels)) < 2:
             raise RedflagError(
-                f"all {len(labels)} rows to learn from are of the class {found[0] if found else '(none)'!r}, so there "
-                "is nothing to tell apart: give rows of two or more"
+                f"the training rows must be of two or more classes (got {len(labels)} of {', '.join(set(labels))!r})."
             )
         for read, features in zip(self.reads, self.features, strict=True):
             features.fit(texts(pairs, read))
@@ -91,7 +71,7 @@ class Regression:
         self.classes = tuple(name for name in self.classes if name in set(labels))
         self.weights, self.intercepts = weights[order].astype(np.float64), intercepts[order].astype(np.float64)
 
-    def probabilities(self, pairs: Sequence[Pair]) -> Doubles:
+    def probabilities(self, pairs: Sequence[RequestAndAnswer]) -> Doubles:
         """N x C, rows that sum to 1."""
         if not pairs:
             return np.empty((0, len(self.classes)))
@@ -99,31 +79,23 @@ class Regression:
         raised = np.exp(logits - logits.max(1, keepdims=True))
         return raised / raised.sum(1, keepdims=True)
 
-    def _matrix(self, pairs: Sequence[Pair]) -> Any:
+    def _matrix(self, pairs: Sequence[RequestAndAnswer]) -> Any:
         return stack(f.transform(texts(pairs, read)) for read, f in zip(self.reads, self.features, strict=True))
 
 
 @dataclass
 class RefusalClassifier:
-    """Refusal or not, which kind, and harmful request or not: the last two where rows to learn them from were given.
+    """Refusal or not, which kind, and harmful request or not: the last two if there were rows to learn them from."""
 
-    Attributes:
-        taxonomy: What the kinds are called.
-        level: Whether kinds are categories or subcategories.
-        stages: "refusal", "category" and "prompt", as far as trained.
-        threshold: Probability from which an answer is a refusal, and is asked for its kind.
-        made: How it was made: rows, features, figures on held-out requests.
-    """
-
-    taxonomy: Taxonomy
-    level: Level = "category"
-    stages: dict[str, Regression] = field(default_factory=dict)
-    threshold: float = 0.5
-    made: dict[str, Any] = field(default_factory=dict)
+    taxonomy: Taxonomy  # what the kinds are called
+    level: Level = "category"  # whether kinds are categories or subcategories
+    stages: dict[str, Regression] = field(default_factory=dict)  # "refusal", "category" and "prompt", as far as trained
+    threshold: float = 0.5  # probability from which an answer is a refusal, and gets a kind
+    made: dict[str, Any] = field(default_factory=dict)  # how it was made: rows, features, figures on held-out requests
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the kinds of which anything is known."""
+        """Names of the kinds that it can tell apart."""
         stage = self.stages.get("category")
         return stage.classes if stage else self.taxonomy.classes(self.level)
 
@@ -132,11 +104,11 @@ class RefusalClassifier:
         """One sentence for reports."""
         return f"{self.made.get('features', 'features')} and logistic regression, taxonomy {self.taxonomy.name}"
 
-    def judge(self, pairs: Sequence[Pair]) -> Judged:
-        """Asks all stages; kinds only of refusals.
+    def judge(self, pairs: Sequence[RequestAndAnswer]) -> Judged:
+        """Runs all stages; kinds only for refusals.
 
-        A category stage that has learnt from requests alone knows what a request deserves, not what the answer said:
-        where the answer gives reasons, by the taxonomy's phrases, they count as much as the stage.
+        A category stage trained on requests alone predicts what a request deserves, not what the answer said: reasons
+        in the answer, by the taxonomy's phrases, count as much as the stage.
         """
         refusal = self.stages["refusal"].probabilities(pairs)[:, 1]
         categories = np.full((len(pairs), len(self.classes)), np.nan)
@@ -146,26 +118,22 @@ class RefusalClassifier:
         prompt = self.stages["prompt"].probabilities(pairs)[:, 1] if "prompt" in self.stages else None
         return Judged(refusal, categories, prompt)
 
-    def _kinds(self, refusals: Sequence[Pair]) -> Doubles:
+    def _kinds(self, refusals: Sequence[RequestAndAnswer]) -> Doubles:
         stage = self.stages["category"]
-        found = stage.probabilities(refusals)
+        kinds = stage.probabilities(refusals)
         if "response" in stage.reads or self.level != "category":
-            return found
+            return kinds
         names = self.taxonomy.classes()
         for i, pair in enumerate(refusals):
-            said = [names[k] for k in self.taxonomy.reasons(pair.response)]
-            reasons = [stage.classes.index(name) for name in said if name in stage.classes]
+            named = [names[k] for k in self.taxonomy.reasons(pair.response)]
+            reasons = [stage.classes.index(name) for name in named if name in stage.classes]
             if reasons:
-                found[i] /= 2
-                found[i, reasons] += 0.5 / len(reasons)
-        return found
+                kinds[i] /= 2
+                kinds[i, reasons] += 0.5 / len(reasons)
+        return kinds
 
     def save(self, folder: str | Path) -> None:
-        """Writes the two files.
-
-        Raises:
-            RedflagError: They cannot be written.
-        """
+        """Writes the two files."""
         from safetensors.numpy import save
 
         stages, arrays = {}, {}
@@ -218,18 +186,17 @@ class RefusalClassifier:
             return cls(taxonomy, record["level"], stages, float(record["threshold"]), record["made"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             raise RedflagError(
-                f"{folder} holds no classifier ({' '.join(str(error).split())}): give a folder that "
-                "`redflag audit --train` wrote"
+                f"{folder} must be a folder that `redflag audit --train` wrote ({' '.join(str(error).split())})."
             ) from error
 
 
-def texts(pairs: Sequence[Pair], read: str) -> list[str]:
+def texts(pairs: Sequence[RequestAndAnswer], read: str) -> list[str]:
     """The beginnings of the answers or of the requests."""
     return [getattr(pair, read)[: READ[read]] for pair in pairs]
 
 
 def features_maker(embedding: str | None, batch_size: int = 32) -> Callable[[], Features]:
-    """What makes fresh features: of a model, or n-grams."""
+    """A factory of fresh features: of a model, or n-grams."""
     if embedding is None:
         return Ngrams
     return Embeddings(embedding, batch_size=batch_size).again

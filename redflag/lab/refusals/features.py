@@ -10,7 +10,6 @@ import re
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,23 +19,23 @@ from redflag.errors import RedflagError
 
 Floats = npt.NDArray[np.float32]
 
-# Quotation marks are left out: sets of prompts differ in whether they put them round everything.
+# Without quotation marks: some sets of prompts put them around everything.
 _WORD = re.compile(r"\w+(?:'\w+)?|[?!:;,.()<>{}*#]")
-_LONGEST = 24  # characters of a word that are looked at; what is longer is no word of a language
-_CACHED = 200_000  # words whose features are remembered; texts repeat their words
+_LONGEST = 24  # characters of a word that are used; longer strings are not words of a language
+_CACHED = 200_000  # words whose features are cached
 
 
 class Features(Protocol):
-    """What makes features of texts."""
+    """Texts -> rows of numbers."""
 
     def fit(self, texts: Sequence[str]) -> None:
-        """Learns what there is to learn: a vocabulary, a scale."""
+        """Learns a vocabulary or a scale."""
 
     def transform(self, texts: Sequence[str]) -> Any:
         """N x F: a sparse matrix or an array."""
 
     def state(self) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
-        """What `restore` needs: JSON, and arrays."""
+        """The JSON and the arrays that `restore` takes."""
 
 
 class Ngrams:
@@ -51,62 +50,51 @@ class Ngrams:
     """
 
     def __init__(self, *, sizes: tuple[int, int] = (3, 5), min_count: int = 3, most: int = 60_000) -> None:
-        """Sets it up.
-
-        Args:
-            sizes: Least and greatest length of the character n-grams.
-            min_count: Texts that a feature must be in.
-            most: Features kept, those in most texts first.
-        """
+        """Sets it up."""
         self.sizes, self.min_count, self.most = sizes, min_count, most
         self.names: list[str] = []
         self.idf: Floats = np.empty(0, np.float32)
         self._index: dict[str, int] = {}
         self._pairs: dict[tuple[str, str], int] = {}
-        self._known: dict[str, array[int]] = {}
+        self._cache: dict[str, array[int]] = {}
 
     def fit(self, texts: Sequence[str]) -> None:
-        """Takes the vocabulary from texts.
-
-        Raises:
-            RedflagError: The texts have nothing in common.
-        """
+        """Takes the vocabulary from texts."""
         counts: Counter[str] = Counter()
         cache: dict[str, list[str]] = {}
         for text in texts:
             words = _words(text)
-            found: set[str] = set()
+            names: set[str] = set()
             for word in set(words):
                 if word not in cache:
                     cache[word] = self._grams(word)
-                found.update(cache[word])
-            found.update(f"p {a} {b}" for a, b in itertools.pairwise(words))
-            counts.update(found)
+                names.update(cache[word])
+            names.update(f"p {a} {b}" for a, b in itertools.pairwise(words))
+            counts.update(names)
         frequent = [(-count, name) for name, count in counts.items() if count >= self.min_count]
         if not frequent:
             raise RedflagError(
-                f"no word is in {self.min_count} of the {len(texts)} texts, so nothing can be learnt from them: "
-                "give more rows"
+                f"some word must be in {self.min_count} of the texts (got {len(texts)} without one). Give more rows."
             )
-        kept = sorted(frequent)[: self.most]
-        idf = [np.log((1 + len(texts)) / (1 - count)) + 1 for count, _ in kept]
-        self._use([name for _, name in kept], np.array(idf, np.float32))
+        top = sorted(frequent)[: self.most]
+        idf = [np.log((1 + len(texts)) / (1 - count)) + 1 for count, _ in top]
+        self._use([name for _, name in top], np.array(idf, np.float32))
 
     def transform(self, texts: Sequence[str]) -> Any:
         """A SciPy CSR matrix, N x F; the row of a text without a known feature is empty."""
         from scipy.sparse import csr_matrix
 
         indices, ends = array("i"), array("q", [0])
-        known, pairs = self._known, self._pairs
+        cache, pairs = self._cache, self._pairs
         for text in texts:
             words = _words(text)
             for word in words:
-                found = known.get(word)
-                if found is None:
-                    found = array("i", (self._index[name] for name in self._grams(word) if name in self._index))
-                    if len(known) < _CACHED:
-                        known[word] = found
-                indices.extend(found)
+                grams = cache.get(word)
+                if grams is None:
+                    grams = array("i", (self._index[name] for name in self._grams(word) if name in self._index))
+                    if len(cache) < _CACHED:
+                        cache[word] = grams
+                indices.extend(grams)
             indices.extend(pairs[pair] for pair in itertools.pairwise(words) if pair in pairs)
             ends.append(len(indices))
         shape = (len(texts), len(self.names))
@@ -121,11 +109,10 @@ class Ngrams:
         return matrix
 
     def state(self) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
-        """See `Features.state`."""
         return {"kind": "ngrams", "sizes": list(self.sizes), "names": self.names}, {"idf": self.idf}
 
     def _use(self, names: list[str], idf: Floats) -> None:
-        self.names, self.idf, self._known = names, idf, {}
+        self.names, self.idf, self._cache = names, idf, {}
         self._index = {name: i for i, name in enumerate(names)}
         split = ((name.split(" "), i) for i, name in enumerate(names) if name.startswith("p "))
         self._pairs = {(parts[1], parts[2]): i for parts, i in split}
@@ -142,10 +129,6 @@ class Embeddings:
 
     Any folder or hub name that `AutoModel` loads will do: a sentence embedder, an encoder, or the model that is to be
     flagged.
-
-    Attributes:
-        model: Folder or name.
-        max_length: Tokens of a text that are read.
     """
 
     def __init__(self, model: str, *, max_length: int = 128, batch_size: int = 32) -> None:
@@ -169,16 +152,12 @@ class Embeddings:
         self.mean, self.scale = raw.mean(0), np.maximum(raw.std(0), 1e-6)
 
     def transform(self, texts: Sequence[str]) -> Floats:
-        """N x D.
-
-        Raises:
-            RedflagError: The model gives vectors of another size than those learnt from.
-        """
+        """N x D."""
         raw = self.raw(texts)
         if raw.shape[1] != len(self.mean):
             raise RedflagError(
-                f"the embedding model {self.model} gives {raw.shape[1]} numbers per text, but the classifier was "
-                f"trained on {len(self.mean)}: it is another model; put the old one back, or train again"
+                f"the embedding model {self.model} must give {len(self.mean)} numbers per text, as in training (got "
+                f"{raw.shape[1]}). Restore the old model, or train again."
             )
         scaled = (raw - self.mean) / self.scale
         return scaled / np.maximum(np.linalg.norm(scaled, axis=1, keepdims=True), 1e-6)
@@ -197,7 +176,7 @@ class Embeddings:
         tokenizer, model = self._load()
         # Equally long texts together: little padding.
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        found: list[Any] = [None] * len(texts)
+        means: list[Any] = [None] * len(texts)
         with torch.inference_mode():
             for start in range(0, len(order), self.batch_size):
                 batch = order[start : start + self.batch_size]
@@ -212,12 +191,11 @@ class Embeddings:
                 mask_BT1 = encoded["attention_mask"].unsqueeze(-1).float()
                 mean_BD = (hidden_BTD * mask_BT1).sum(1) / mask_BT1.sum(1).clamp(min=1)
                 for i, row in zip(batch, mean_BD.cpu().numpy(), strict=True):
-                    found[i] = row
+                    means[i] = row
         width = model.config.hidden_size
-        return np.stack(found).astype(np.float32) if found else np.empty((0, width), np.float32)
+        return np.stack(means).astype(np.float32) if means else np.empty((0, width), np.float32)
 
     def state(self) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
-        """See `Features.state`; the model itself stays where it is."""
         record = {"kind": "embeddings", "model": self.model, "max_length": self.max_length}
         return record, {"mean": self.mean, "scale": self.scale}
 
@@ -233,8 +211,8 @@ class Embeddings:
             except (OSError, ValueError, KeyError) as error:
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise RedflagError(
-                    f"the embedding model {self.model} cannot be loaded ({reason}): give a folder or hub name that "
-                    "transformers knows, or leave it out to use n-grams"
+                    f"the embedding model {self.model} does not load ({reason}). Give a folder or hub name that "
+                    "transformers supports, or leave it out to use n-grams."
                 ) from error
             if tokenizer.pad_token is None:
                 tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -245,11 +223,7 @@ class Embeddings:
 
 
 def restore(record: dict[str, Any], arrays: dict[str, npt.NDArray[Any]]) -> Ngrams | Embeddings:
-    """Features as `state` gave them.
-
-    Raises:
-        ValueError: They do not fit together.
-    """
+    """Features as `state` gave them."""
     if record.get("kind") == "ngrams":
         low, high = map(int, record["sizes"])
         ngrams = Ngrams(sizes=(low, high))
@@ -267,19 +241,12 @@ def restore(record: dict[str, Any], arrays: dict[str, npt.NDArray[Any]]) -> Ngra
 
 def stack(parts: Iterable[Any]) -> Any:
     """Features of several texts of a pair, side by side."""
-    found = list(parts)
-    if len(found) == 1:
-        return found[0]
-    if isinstance(found[0], np.ndarray):
-        return np.hstack(found)
     from scipy.sparse import hstack
 
-    return hstack(found, format="csr")
-
-
-def is_folder(model: str) -> bool:
-    """Whether a model's name is a folder here."""
-    return Path(model).is_dir()
+    matrices = list(parts)
+    if len(matrices) == 1:
+        return matrices[0]
+    return np.hstack(matrices) if isinstance(matrices[0], np.ndarray) else hstack(matrices, format="csr")
 
 
 def _words(text: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Training with figures that can be believed: every pair is also judged by regressions that never saw its request."""
+"""Training with cross-validated figures: every pair is also judged by regressions that never saw its request."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy.typing as npt
 from redflag.errors import RedflagError
 from redflag.lab.refusals.classifier import RefusalClassifier, Regression
 from redflag.lab.refusals.features import Features
-from redflag.lab.refusals.pairs import Pair
+from redflag.lab.refusals.pairs import RequestAndAnswer
 from redflag.lab.refusals.taxonomy import Level, Taxonomy
 from redflag.progress import track
 
@@ -21,7 +21,7 @@ RESAMPLES = 1000
 
 
 def train(
-    pairs: Sequence[Pair],
+    pairs: Sequence[RequestAndAnswer],
     taxonomy: Taxonomy,
     features: Callable[[], Features],
     *,
@@ -29,35 +29,28 @@ def train(
     c: float = 10.0,
     folds: int = 5,
     seed: int = 0,
-    say: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> RefusalClassifier:
-    """A classifier trained on all pairs, with figures of as many others as there are folds in `made["held_out"]`.
+    """A classifier trained on all pairs, with cross-validated figures (0 folds: none) in `made["held_out"]`.
 
     The refusal stage reads answers, the prompt stage requests, and the category stage requests, or requests and answers
     where all rows that have a category have an answer.
 
     Args:
-        pairs: Labelled pairs.
         taxonomy: Names of categories; labels that it does not know make the rows useless for that stage, and are
             counted in `made["unknown"]`.
-        features: Makes fresh features.
-        level: Kinds are categories or subcategories.
-        c: Inverse strength of the regressions' penalty.
-        folds: Parts that requests are divided into, each judged by what learnt from the others; 0: no figures.
-        seed: Seeds the division and the intervals.
-        say: Told what is being done.
 
     Raises:
-        RedflagError: Rows are lacking, or the options make no sense.
+        RedflagError: Rows are missing, or an option is out of bounds.
     """
     if folds == 1 or folds < 0:
-        raise RedflagError(f"folds is {folds}, but one part alone has no others to learn from: give 2 or more, or 0")
+        raise RedflagError(f"folds must be 0, or 2 or more (got {folds}).")
     if not c > 0:
-        raise RedflagError(f"c is {c}, but the inverse strength of a penalty is above 0: give 10, say")
-    known = [taxonomy.label(pair.categories[0], level) if pair.categories else None for pair in pairs]
-    unknown = sum(bool(pair.categories) and name is None for pair, name in zip(pairs, known, strict=True))
-    kinds = [(pair, name) for pair, name in zip(pairs, known, strict=True) if name is not None]
-    tasks: dict[str, tuple[tuple[str, ...], tuple[str, ...], list[tuple[Pair, str]]]] = {
+        raise RedflagError(f"c must be above 0 (got {c}).")
+    names = [taxonomy.label(pair.categories[0], level) if pair.categories else None for pair in pairs]
+    unknown = sum(bool(pair.categories) and name is None for pair, name in zip(pairs, names, strict=True))
+    kinds = [(pair, name) for pair, name in zip(pairs, names, strict=True) if name is not None]
+    tasks: dict[str, tuple[tuple[str, ...], tuple[str, ...], list[tuple[RequestAndAnswer, str]]]] = {
         "refusal": (
             ("no refusal", "refusal"),
             ("response",),
@@ -75,9 +68,7 @@ def train(
         ),
     }
     if not tasks["refusal"][2]:
-        raise RedflagError(
-            "no row says whether its answer is a refusal, which comes before everything else: give rows with `refusal`"
-        )
+        raise RedflagError("some rows must have the label `refusal` (got none).")
     classifier = RefusalClassifier(taxonomy, level)
     figures: dict[str, Any] = {}
     for name, (classes, reads, labelled) in tasks.items():
@@ -94,8 +85,8 @@ def train(
         if folds:
             figures[name] = _held_out(labelled, stage.classes, fresh, c, folds, seed)
             figures[name]["reads"] = list(reads)
-        said = f", macro-F1 {figures[name]['macro_f1']:.3f} on held-out requests" if folds else ""
-        say(f"{name}: {len(labelled):,} rows, {len(stage.classes)} classes{said} ({time.monotonic() - begun:.0f} s)")
+        score = f", macro-F1 {figures[name]['macro_f1']:.3f} on held-out requests" if folds else ""
+        log(f"{name}: {len(labelled):,} rows, {len(stage.classes)} classes{score} ({time.monotonic() - begun:.0f} s)")
     classifier.made = {"rows": len(pairs), "unknown": unknown, "c": c, "seed": seed, "held_out": figures}
     return classifier
 
@@ -122,11 +113,7 @@ def figures_of(
     """Confusion matrix, F1s and their intervals.
 
     Args:
-        truth: Classes, N.
-        guess: What was said, N.
         groups: Requests; a bootstrap draws whole ones, for answers to one request are not independent.
-        classes: Names of the classes.
-        seed: Seeds the bootstrap.
 
     Returns:
         `macro_f1` and `macro_f1_interval` (95%, percentiles), `accuracy`, `f1` (per class), `confusion` (truth x
@@ -159,23 +146,19 @@ def figures_of(
 
 
 def divide(groups: Sequence[str], folds: int, seed: int) -> Counts:
-    """A fold for each pair, the same for all of one group; N numbers below `folds`.
-
-    Raises:
-        RedflagError: There are fewer groups than folds.
-    """
+    """A fold for each pair, the same for all of one group; N numbers below `folds`."""
     names, units = np.unique(np.asarray(groups), return_inverse=True)
     if len(names) < folds:
         raise RedflagError(
-            f"{len(names)} different requests cannot be divided into {folds} parts, so nothing could be measured on "
-            "held-out ones: give more rows, or folds 0"
+            f"there must be at least {folds} different requests for {folds} folds (got {len(names)}). Give more rows, "
+            "or folds 0."
         )
     order = np.random.default_rng(seed).permutation(len(names))
     return np.asarray(order % folds)[units]
 
 
 def _held_out(
-    labelled: Sequence[tuple[Pair, str]],
+    labelled: Sequence[tuple[RequestAndAnswer, str]],
     classes: Sequence[str],
     fresh: Callable[[], Regression],
     c: float,
@@ -188,17 +171,17 @@ def _held_out(
     guess = np.zeros(len(labelled), np.int64)
     for part in track(range(folds), "figures on held-out requests", folds, "folds"):
         stage = fresh()
-        learnt = np.flatnonzero(fold != part).tolist()
-        stage.fit([labelled[i][0] for i in learnt], [labelled[i][1] for i in learnt], c=c, seed=seed)
-        asked = np.flatnonzero(fold == part).tolist()
-        best = stage.probabilities([labelled[i][0] for i in asked]).argmax(1)
-        guess[asked] = [list(classes).index(stage.classes[i]) for i in best]
+        others = np.flatnonzero(fold != part).tolist()
+        stage.fit([labelled[i][0] for i in others], [labelled[i][1] for i in others], c=c, seed=seed)
+        held_out = np.flatnonzero(fold == part).tolist()
+        best = stage.probabilities([labelled[i][0] for i in held_out]).argmax(1)
+        guess[held_out] = [list(classes).index(stage.classes[i]) for i in best]
     return figures_of(truth, guess, groups, classes, seed)
 
 
-def _once(labelled: Iterable[tuple[Pair, str]]) -> list[tuple[Pair, str]]:
-    """One row per request: how many answers it has says nothing of it."""
-    found: dict[str, tuple[Pair, str]] = {}
+def _once(labelled: Iterable[tuple[RequestAndAnswer, str]]) -> list[tuple[RequestAndAnswer, str]]:
+    """One row per request, however many answers it has."""
+    first: dict[str, tuple[RequestAndAnswer, str]] = {}
     for pair, label in labelled:
-        found.setdefault(pair.group, (pair, label))
-    return list(found.values())
+        first.setdefault(pair.group, (pair, label))
+    return list(first.values())

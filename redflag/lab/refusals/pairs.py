@@ -1,4 +1,4 @@
-"""Requests and answers, read from files of rows piece by piece: to be judged, or with labels to learn from."""
+"""Requests and answers from files of rows, read in chunks: to be judged, or with labels to learn from."""
 
 from __future__ import annotations
 
@@ -19,32 +19,19 @@ _HARMFUL = {"harmful": True, "unsafe": True, "benign": False, "harmless": False,
 
 
 @dataclass(frozen=True)
-class Pair:
-    """A request and its answer.
+class RequestAndAnswer:
+    """A request and its answer."""
 
-    Attributes:
-        prompt: The last user turn.
-        response: The answer; empty where only the request is known.
-        source: Where it comes from.
-        id: Its name.
-        line: Its line in the file, 1-based.
-        prompt_harmful: Whether the request is harmful, where a label `prompt_label` says so.
-        harmful: Whether the answer is labelled harmful.
-        refusal: Label: whether the answer is a refusal.
-        categories: Label: the kinds of refusal, the main one first, as the file has them.
-        group: Pairs that ask the same share it.
-    """
-
-    prompt: str
-    response: str
-    source: str = ""
-    id: str = ""
-    line: int = 0
-    prompt_harmful: bool | None = None
-    harmful: bool = False
-    refusal: bool | None = None
-    categories: tuple[str, ...] = ()
-    group: str = ""
+    prompt: str  # the last user turn
+    response: str  # the answer; empty if only the request is known
+    source: str = ""  # where it comes from
+    id: str = ""  # its name
+    line: int = 0  # its line in the file, 1-based
+    prompt_harmful: bool | None = None  # whether the request is harmful, where a label `prompt_label` says so
+    harmful: bool = False  # whether the answer is labelled harmful
+    refusal: bool | None = None  # label: whether the answer is a refusal
+    categories: tuple[str, ...] = ()  # label: the kinds of refusal, the main one first, as the file has them
+    group: str = ""  # pairs that ask the same share it
 
 
 def read_rows(
@@ -54,21 +41,15 @@ def read_rows(
     *,
     split: str = "train",
     on_bad_row: Literal["stop", "skip"] = "stop",
-) -> Iterator[tuple[list[tuple[Pair, Row]], list[BadRow]]]:
+) -> Iterator[tuple[list[tuple[RequestAndAnswer, Row]], list[BadRow]]]:
     """Rows of any file that `load_rows` reads, some thousands at a time.
 
     Args:
-        source: File, folder, pattern or data set.
         provenance: Takes the files' names and digests.
-        reader: Makes rows of records.
-        split: As in `load_rows`.
         on_bad_row: "stop" raises at a row that cannot be used; "skip" yields it among the bad ones.
 
     Yields:
         Pairs with their rows, and the rows left out.
-
-    Raises:
-        RedflagError: The source cannot be read, or a row is bad.
     """
     for name, records in open_source(source, split, provenance):
         while chunk := list(itertools.islice(records, CHUNK)):
@@ -84,7 +65,7 @@ def read_rows(
             yield pairs, bad
 
 
-def read_labelled(sources: list[str], provenance: Provenance) -> list[Pair]:
+def read_labelled(sources: list[str], provenance: Provenance) -> list[RequestAndAnswer]:
     """Rows to learn from: `prompt` (or `messages`) and perhaps `response`, with at least one of three labels.
 
     `refusal` (true or false), `refusal_category` (a name, or several, the main one first) and `prompt_label` (harmful
@@ -108,9 +89,9 @@ def read_labelled(sources: list[str], provenance: Provenance) -> list[Pair]:
     return pairs
 
 
-def _pair(line: int, record: Mapping[str, Any], row: Row) -> Pair:
+def _pair(line: int, record: Mapping[str, Any], row: Row) -> RequestAndAnswer:
     prompt = next(turn["content"] for turn in reversed(row.messages) if turn["role"] == "user")
-    return Pair(
+    return RequestAndAnswer(
         prompt,
         row.response,
         row.source or "",
@@ -121,15 +102,15 @@ def _pair(line: int, record: Mapping[str, Any], row: Row) -> Pair:
     )
 
 
-def _labelled(line: int, record: Any) -> Pair:
+def _labelled(line: int, record: Any) -> RequestAndAnswer:
     if not isinstance(record, Mapping):
         raise ValueError("the row must be an object")
     turns = record.get("messages") or []
     if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
         raise ValueError("messages must be a list of turns")
-    said = {turn.get("role"): turn.get("content") for turn in turns}
-    prompt = record.get("prompt") or said.get("user")
-    response = record.get("response") or said.get("assistant") or ""
+    contents = {turn.get("role"): turn.get("content") for turn in turns}
+    prompt = record.get("prompt") or contents.get("user")
+    response = record.get("response") or contents.get("assistant") or ""
     if not isinstance(prompt, str) or not prompt.strip() or not isinstance(response, str):
         raise ValueError("a row must have a prompt (and optionally a response) as texts")
     refusal, categories = record.get("refusal"), record.get("refusal_category")
@@ -149,7 +130,7 @@ def _labelled(line: int, record: Any) -> Pair:
     if refusal is None and not categories and harmful is None:
         raise ValueError("a row must have a label: refusal, refusal_category or prompt_label")
     group = record.get("group")
-    return Pair(
+    return RequestAndAnswer(
         prompt,
         response,
         str(record.get("source") or ""),

@@ -1,7 +1,7 @@
 """Refusals by the phrases of a taxonomy, without training.
 
-Crude, and meant as a first look: refusals that are worded otherwise go unseen, and a story in which somebody says "I
-cannot help with" counts as one. Nothing is known about requests.
+Crude, and meant as a first look: refusals in other words are missed, and a story in which someone says "I cannot help
+with" counts as one. Requests are not classified.
 """
 
 from __future__ import annotations
@@ -11,46 +11,34 @@ from collections.abc import Sequence
 import numpy as np
 
 from redflag.lab.refusals.classifier import Judged
-from redflag.lab.refusals.pairs import Pair
-from redflag.lab.refusals.taxonomy import Taxonomy, plain
-
-# Characters in which a refusal says that it is one.
-OPENING = 200
+from redflag.lab.refusals.pairs import RequestAndAnswer
+from redflag.lab.refusals.taxonomy import Taxonomy
 
 
 class PhraseClassifier:
-    """Judges by phrases alone.
-
-    Attributes:
-        taxonomy: Whose phrases count.
-        classes: Names of the categories.
-        what: One sentence for reports.
-    """
+    """Judges by phrases alone."""
 
     def __init__(self, taxonomy: Taxonomy) -> None:
-        """Sets it up."""
         self.taxonomy = taxonomy
         self.classes = taxonomy.classes()
         self.what = (
             f"phrases of the taxonomy {taxonomy.name}, without any training: crude; train a classifier to go further"
         )
 
-    def judge(self, pairs: Sequence[Pair]) -> Judged:
+    def judge(self, pairs: Sequence[RequestAndAnswer]) -> Judged:
         """Refusal is 1 or 0; a refusal's categories share 1 equally; none where no phrase names one.
 
         Example:
             >>> from redflag.lab.refusals.taxonomy import load_taxonomy
-            >>> judged = PhraseClassifier(load_taxonomy()).judge(
-            ...     [Pair("?", "I'm sorry, but I can't share personal information."), Pair("2+2?", "4")]
-            ... )
+            >>> refusal = RequestAndAnswer("?", "I'm sorry, but I can't share personal information.")
+            >>> judged = PhraseClassifier(load_taxonomy()).judge([refusal, RequestAndAnswer("2+2?", "4")])
             >>> judged.refusal.tolist(), judged.categories[0].tolist()
             ([1.0, 0.0], [1.0, 0.0, 0.0, 0.0, 0.0])
         """
         refusal = np.zeros(len(pairs))
         categories = np.full((len(pairs), len(self.classes)), np.nan)
         for i, pair in enumerate(pairs):
-            opening = plain(pair.response[:OPENING])
-            if any(phrase in opening for phrase in self.taxonomy.phrases):
+            if self.taxonomy.is_refusal(pair.response):
                 refusal[i] = 1.0
                 if reasons := self.taxonomy.reasons(pair.response):
                     categories[i] = 0.0

@@ -17,66 +17,85 @@ categories:
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from redflag.errors import RedflagError
+from pydantic import AfterValidator, Field, StringConstraints, TypeAdapter
+
+from redflag.lab.yaml_file import Strict, Text, checked, read_yaml
 
 Family = Literal["cannot", "should_not"]
 Level = Literal["category", "subcategory"]
 FAMILIES: tuple[str, ...] = get_args(Family)
 SHIPPED = "coconot.yaml"
-# Characters in which a refusal gives its reason.
-REASON = 500
-
-_KEYS = {"name", "source", "phrases", "categories"}
-_CATEGORY_KEYS = {"name", "family", "also", "description", "phrases", "subcategories"}
+OPENING = 200  # characters in which a refusal says that it is one
+REASON = 500  # characters in which it gives its reason
 
 
-@dataclass(frozen=True)
-class Category:
-    """One kind of refusal.
+def plain(text: str) -> str:
+    """Lower case, straight apostrophes, single spaces: how phrases and texts are compared."""
+    return _plain(text.replace("’", "'").replace("`", "'"))
 
-    Attributes:
-        name: As it stands in labels, tables and flags.
-        family: "cannot" or "should_not"; a subcategory has its category's.
-        description: A sentence.
-        phrases: Texts, in small letters, that refusals of this kind often hold.
-        also: Other spellings in labels.
-        subcategories: Finer kinds.
-    """
 
-    name: str
-    family: str
-    description: str = ""
-    phrases: tuple[str, ...] = ()
-    also: tuple[str, ...] = ()
-    subcategories: tuple[Category, ...] = ()
+def _plain(text: str) -> str:
+    return _line(text.casefold())
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _name(text: str) -> str:
+    if "/" in text:
+        raise ValueError(f"a name must not contain a slash, which separates category and subcategory (got {text!r}).")
+    return text
+
+
+def _distinct(categories: tuple[Any, ...]) -> tuple[Any, ...]:
+    spellings = [spelling for category in categories for spelling in category.spellings]
+    if double := next((one for one in spellings if spellings.count(one) > 1), None):
+        raise ValueError(f"each name must be used once (got {double!r} twice).")
+    return categories
+
+
+Line = Annotated[str, AfterValidator(_line)]
+Words = Annotated[Text, AfterValidator(_line)]
+Phrase = Annotated[str, StringConstraints(strip_whitespace=True, min_length=3), AfterValidator(plain)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subcategory(Strict):
+    """One kind of refusal."""
+
+    name: Annotated[Words, AfterValidator(_name)]  # used in labels, tables and flags
+    description: Line = ""
+    phrases: tuple[Phrase, ...] = ()  # texts, in lower case, that refusals of this kind often contain
+    also: tuple[Phrase, ...] = ()  # other spellings in labels
 
     @property
-    def spellings(self) -> tuple[str, ...]:
-        """All names that labels may use, in small letters."""
-        return tuple(_plain(name) for name in (self.name, *self.also))
+    def spellings(self) -> set[str]:
+        """All names that labels may use, in lower case."""
+        return {_plain(name) for name in (self.name, *self.also)}
 
 
-@dataclass(frozen=True)
-class Taxonomy:
-    """All categories.
+@dataclass(frozen=True, kw_only=True)
+class Category(Subcategory):
+    """A kind of refusal, with finer kinds."""
 
-    Attributes:
-        name: What it is called; shown wherever categories are.
-        categories: The categories.
-        phrases: Texts, in small letters, that refusals of any kind hold.
-        source: Where the names come from.
-    """
+    family: Family
+    subcategories: Annotated[tuple[Subcategory, ...], AfterValidator(_distinct)] = ()
 
-    name: str
-    categories: tuple[Category, ...]
-    phrases: tuple[str, ...] = ()
-    source: str = ""
+
+@dataclass(frozen=True, kw_only=True)
+class Taxonomy(Strict):
+    """All categories."""
+
+    name: Words  # shown wherever categories are
+    source: Line = ""  # where the names come from
+    phrases: tuple[Phrase, ...] = ()  # texts, in lower case, that refusals of any kind contain
+    categories: Annotated[tuple[Category, ...], Field(min_length=2), AfterValidator(_distinct)]
 
     def classes(self, level: str = "category") -> tuple[str, ...]:
         """Names of all categories, or of all subcategories as `category/subcategory`.
@@ -120,8 +139,18 @@ class Taxonomy:
                 return f"{category.name}/{subcategories[0]}" if subcategories else None
         return None
 
+    def is_refusal(self, response: str) -> bool:
+        """Whether an answer begins with a refusal's phrase: crude, and in the language of the phrases.
+
+        >>> taxonomy = load_taxonomy()
+        >>> taxonomy.is_refusal("I'm sorry, but I can't help with that."), taxonomy.is_refusal("Sorry to hear that.")
+        (True, False)
+        """
+        opening = plain(response[:OPENING])
+        return any(phrase in opening for phrase in self.phrases)
+
     def reasons(self, response: str) -> list[int]:
-        """Numbers of the categories whose phrases an answer holds near its beginning.
+        """Indices of the categories whose phrases occur near the beginning of an answer.
 
         >>> load_taxonomy().reasons("I can’t tell you: that would share personal information.")
         [0]
@@ -138,13 +167,9 @@ class Taxonomy:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """As `load_taxonomy` and `parse_taxonomy` take it."""
-        return {
-            "name": self.name,
-            **({"source": self.source} if self.source else {}),
-            "phrases": list(self.phrases),
-            "categories": [{**_as_dict(category), "family": category.family} for category in self.categories],
-        }
+        """As `parse_taxonomy` takes it."""
+        record: dict[str, Any] = TypeAdapter(Taxonomy).dump_python(self, mode="json", exclude_defaults=True)
+        return record
 
 
 def load_taxonomy(path: str | Path | None = None) -> Taxonomy:
@@ -153,112 +178,11 @@ def load_taxonomy(path: str | Path | None = None) -> Taxonomy:
     Raises:
         RedflagError: The file cannot be read or is not a taxonomy; the message names the place.
     """
-    import yaml
-
-    name = SHIPPED if path is None else str(path)
-    try:
-        if path is None:
-            text = resources.files("redflag.lab.refusals").joinpath(SHIPPED).read_text(encoding="utf-8")
-        else:
-            text = Path(path).read_text(encoding="utf-8")
-        record = yaml.safe_load(text)
-    except OSError as error:
-        raise RedflagError(f"the taxonomy {name} cannot be read ({error.strerror}). Check its name.") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise RedflagError(f"the taxonomy {name} must be YAML ({error}).") from error
-    return parse_taxonomy(record, name)
+    with resources.as_file(resources.files("redflag.lab.refusals") / SHIPPED) as shipped:
+        file = shipped if path is None else Path(path)
+        return parse_taxonomy(read_yaml(file, "taxonomy"), str(path or SHIPPED))
 
 
 def parse_taxonomy(record: Any, where: str) -> Taxonomy:
-    """Checks what a file held.
-
-    Raises:
-        RedflagError: It is not a taxonomy.
-    """
-    try:
-        _keys(record, _KEYS, "the file")
-        if not isinstance(record.get("categories"), list) or len(record["categories"]) < 2:
-            raise ValueError("categories must be a list of two or more: one alone classifies nothing")
-        categories = tuple(_category(one, f"categories[{i}]", None) for i, one in enumerate(record["categories"]))
-        _distinct(categories, "categories")
-        return Taxonomy(
-            _text(record, "name", "the file"),
-            categories,
-            _phrases(record, "phrases", "the file"),
-            _text(record, "source", "the file", needed=False),
-        )
-    except ValueError as error:
-        raise RedflagError(f"the taxonomy {where} is invalid ({error}). Fix it.") from None
-
-
-def plain(text: str) -> str:
-    """Small letters, straight apostrophes, single blanks: how phrases and texts are compared."""
-    return _plain(text.replace("’", "'").replace("`", "'"))
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.casefold().split())
-
-
-def _category(record: Any, place: str, family: str | None) -> Category:
-    _keys(record, _CATEGORY_KEYS - ({"family", "subcategories"} if family else set()), place)
-    name = _text(record, "name", place)
-    if "/" in name:
-        raise ValueError(f"{place}.name is {name!r}: a slash divides category and subcategory, and can be in neither")
-    if family is None:
-        family = record.get("family")
-        if family not in FAMILIES:
-            raise ValueError(f"{place}.family must be one of {', '.join(FAMILIES)} (got {family!r})")
-    parts = record.get("subcategories") or []
-    if not isinstance(parts, list):
-        raise ValueError(f"{place}.subcategories must be a list")
-    subcategories = tuple(_category(one, f"{place}.subcategories[{i}]", family) for i, one in enumerate(parts))
-    _distinct(subcategories, f"{place}.subcategories")
-    return Category(
-        name,
-        family,
-        _text(record, "description", place, needed=False),
-        _phrases(record, "phrases", place),
-        _phrases(record, "also", place),
-        subcategories,
-    )
-
-
-def _keys(record: Any, allowed: set[str], place: str) -> None:
-    if not isinstance(record, Mapping):
-        raise ValueError(f"{place} must be a mapping")
-    if unknown := sorted(str(key) for key in record if key not in allowed):
-        raise ValueError(f"keys of {place} must be among {', '.join(sorted(allowed))} (got {unknown[0]!r})")
-
-
-def _text(record: Mapping[str, Any], key: str, place: str, needed: bool = True) -> str:
-    value = record.get(key)
-    if value is None and not needed:
-        return ""
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{place}.{key} must be a text (got {value!r})")
-    return " ".join(value.split())
-
-
-def _phrases(record: Mapping[str, Any], key: str, place: str) -> tuple[str, ...]:
-    values = record.get(key) or []
-    if not isinstance(values, list) or not all(isinstance(value, str) and len(value.strip()) > 2 for value in values):
-        raise ValueError(f"{place}.{key} must be a list of texts of three or more characters")
-    return tuple(plain(value) for value in values)
-
-
-def _distinct(categories: tuple[Category, ...], place: str) -> None:
-    seen: set[str] = set()
-    for category in categories:
-        for spelling in category.spellings:
-            if spelling in seen:
-                raise ValueError(f"{place} has {spelling!r} twice")
-            seen.add(spelling)
-
-
-def _as_dict(category: Category) -> dict[str, Any]:
-    record: dict[str, Any] = {"name": category.name}
-    record |= {"description": category.description} if category.description else {}
-    record |= {key: list(value) for key in ("phrases", "also") if (value := getattr(category, key))}
-    record |= {"subcategories": [_as_dict(part) for part in category.subcategories]} if category.subcategories else {}
-    return record
+    """A taxonomy from the decoded file `where`."""
+    return checked(Taxonomy, record, f"the taxonomy {where}")

@@ -70,7 +70,7 @@ class AttackDelay(Part):
 
 @dataclass(frozen=True)
 class AttackLine(Part):
-    """A line of the attack table; see `redflag.lab.attacks.outcome.entries`."""
+    """A line of the attack table; see `redflag.lab.attacks.judging.entries`."""
 
     name: str
     setting: str | None = None

@@ -1,6 +1,6 @@
 """Rule-based augmentation of requests: jailbreak wrappers and typing errors.
 
-Paraphrases and translations need a model (`redflag.lab.synthesis.wording`).
+Paraphrases and translations need a model (`redflag.lab.synthesis.writer_prompts`).
 """
 
 from __future__ import annotations
@@ -29,9 +29,6 @@ _KEYS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
 def wrapped(request: str, rng: random.Random, wrappers: tuple[str, ...] = ()) -> str:
     """The request in a jailbreak wrapper.
 
-    Args:
-        wrappers: Texts with `{request}`; empty = the built-in ones.
-
     Example:
         >>> wrapped("How?", random.Random(0), ("Please: {request}",))
         'Please: How?'
@@ -44,9 +41,6 @@ def with_typos(request: str, rng: random.Random, rate: float = 0.05) -> str:
 
     Args:
         rate: Errors per letter; at least one if there is a word of two letters.
-
-    Raises:
-        RedflagError: The rate is out of bounds.
 
     Example:
         >>> with_typos("How do I bake bread?", random.Random(1)) != "How do I bake bread?"

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from redflag.errors import RedflagError
 from redflag.lab.synthesis.constitution import Constitution
-from redflag.lab.synthesis.pipeline import Settings
+from redflag.lab.synthesis.options import Settings
 from redflag.lab.synthesis.requests import PER_QUESTION, questions_for
-from redflag.lab.synthesis.wording import COMPLY, PARAPHRASE, REQUESTS, TRANSLATE
+from redflag.lab.synthesis.writer_prompts import COMPLY, PARAPHRASE, REQUESTS, TRANSLATE
 
 _CHARACTERS = 4  # per token: a rule of thumb for English
 _REQUEST = 30  # tokens of a request
@@ -18,21 +18,13 @@ _SHARE = 0.6  # of the limit that answers use
 
 @dataclass(frozen=True)
 class Estimate:
-    """Estimated requests, tokens and cost.
+    """Estimated requests, tokens and cost."""
 
-    Attributes:
-        requests: Questions to the model: exact, but for what is left out on the way.
-        tokens_in: Tokens of these questions; by rule of thumb.
-        tokens_out: Tokens of the answers; by rule of thumb.
-        judged: Questions to the judge; by rule of thumb.
-        money: Price of the tokens; None without prices. The judge's are not in it.
-    """
-
-    requests: int
-    tokens_in: int
-    tokens_out: int
-    judged: int
-    money: float | None
+    requests: int  # questions to the model: exact, but for what is left out on the way
+    tokens_in: int  # tokens of these questions; by rule of thumb
+    tokens_out: int  # tokens of the answers; by rule of thumb
+    judged: int  # questions to the judge; by rule of thumb
+    money: float | None  # price of the tokens; None without prices. The judge's are not in it
 
     def __str__(self) -> str:
         money = "" if self.money is None else f", at a price of {self.money:,.2f}"
@@ -51,21 +43,15 @@ def estimate(
     price_in: float | None = None,
     price_out: float | None = None,
 ) -> Estimate:
-    """Counts questions and guesses tokens.
-
-    Args:
-        constitution: The classes.
-        settings: Counts and sampling settings.
-        judged: Whether there is a judge.
-        price_in: Per million tokens of questions.
-        price_out: Per million tokens of answers.
+    """Counts questions and guesses tokens. Prices are per million tokens.
 
     Raises:
         RedflagError: Only one price is given, or one is negative.
     """
     if (price_in is None) != (price_out is None) or min(price_in or 0.0, price_out or 0.0) < 0:
         raise RedflagError(
-            f"price_in is {price_in} and price_out is {price_out}: give both, per million tokens, or none"
+            f"price_in and price_out must both be set, or neither (got {price_in} and {price_out}). They are prices of "
+            "a million tokens."
         )
     answer = max(1, round(settings.max_tokens * _SHARE))
     instruction_length = sum(len(kind.description) + sum(map(len, kind.examples)) for kind in constitution.classes)
@@ -98,11 +84,7 @@ def estimate(
 
 
 def allow(estimated: Estimate, *, yes: bool, max_requests: int | None = None, max_cost: float | None = None) -> None:
-    """Stops before the first request, unless `--yes` is set or the estimate is within all limits.
-
-    Raises:
-        RedflagError: It is not allowed; the text says what it would take.
-    """
+    """Stops before the first request, unless `--yes` is set or the estimate is within all limits."""
     if yes:
         return
     if max_cost is not None and estimated.money is None:
@@ -114,8 +96,8 @@ def allow(estimated: Estimate, *, yes: bool, max_requests: int | None = None, ma
     )
     if over:
         raise RedflagError(
-            f"this would take {estimated}, which is more than the limit allows; nothing was asked: ask for less, raise "
-            "the limit, or give --yes"
+            f"this would take {estimated}, which is more than the limit. No request was sent. Reduce the numbers, "
+            "raise the limit, or add --yes."
         )
 
 

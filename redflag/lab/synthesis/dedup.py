@@ -52,15 +52,11 @@ def distinct(texts: Sequence[str], threshold: float = 0.8) -> list[int]:
     """Indices of the texts that are not nearly equal to an earlier one that stays.
 
     Args:
-        texts: In order of preference.
         threshold: Jaccard similarity from which texts count as nearly equal; 1 drops equal sets alone.
 
     Returns:
         Indices in ascending order. Equal texts (normalised) are never both there; no two of those there reach the
         threshold, and each one left out reaches it with one of them.
-
-    Raises:
-        RedflagError: The threshold is not above 0 and at most 1.
 
     Example:
         >>> distinct(["How do I bake bread?", "how do i bake bread", "How do I steal bread?"])
@@ -69,19 +65,19 @@ def distinct(texts: Sequence[str], threshold: float = 0.8) -> list[int]:
     if not 0.0 < threshold <= 1.0:
         raise RedflagError(f"the threshold must be above 0 and at most 1 (got {threshold}).")
     sets = [shingles(text) for text in texts]
-    counts = Counter(shingle for found in sets for shingle in found)
+    counts = Counter(shingle for one in sets for shingle in one)
     index: dict[str, list[int]] = defaultdict(list)
     unique: list[int] = []
     blank: list[int] = []  # texts without a word are equal to each other
-    for number, found in enumerate(sets):
-        ordered = sorted(found, key=lambda shingle: (counts[shingle], shingle))
+    for number, current in enumerate(sets):
+        ordered = sorted(current, key=lambda shingle: (counts[shingle], shingle))
         # A rounding error in the product must not make the prefix shorter than it has to be.
         prefix = ordered[: len(ordered) - math.ceil(threshold * len(ordered) - 1e-9) + 1]
-        candidates = {earlier for shingle in prefix for earlier in index[shingle]} if found else set(blank)
-        if any(similarity(found, sets[earlier]) >= threshold for earlier in candidates):
+        candidates = {earlier for shingle in prefix for earlier in index[shingle]} if current else set(blank)
+        if any(similarity(current, sets[earlier]) >= threshold for earlier in candidates):
             continue
         unique.append(number)
-        if not found:
+        if not current:
             blank.append(number)
         for shingle in prefix:
             index[shingle].append(number)

@@ -14,35 +14,29 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from redflag.data.rows import Row, write_rows
 from redflag.errors import RedflagError
-from redflag.judges import Judge, UnansweredError
-from redflag.lab.synthesis.onset import ask, sentences
-from redflag.lab.synthesis.questions import KeptAnswers, Question
+from redflag.judges import Judge, UnansweredError, ask
+from redflag.lab.synthesis.onset import in_threads, sentences
+from redflag.lab.synthesis.questions import CachedWriter, Question
 
 
 @dataclass(frozen=True)
 class Point:
-    """A forecast at one place.
+    """A forecast at one place."""
 
-    Attributes:
-        character: Where the continuations begin.
-        harm: Mean verdict, in [0, 1].
-        judged: Continuations that have one.
-    """
-
-    character: int
-    harm: float
-    judged: int
+    character: int  # where the continuations begin
+    harm: float  # mean verdict, in [0, 1]
+    judged: int  # continuations with a verdict
 
 
 def forecast(
     rows: Sequence[Row],
-    model: KeptAnswers,
+    writer: CachedWriter,
     judge: Judge,
     *,
     samples: int = 8,
@@ -56,15 +50,12 @@ def forecast(
     """Forecasts along the rows' responses.
 
     Args:
-        rows: Conversations that end in the response.
-        model: Continues the prefixes; it must be one that can (`redflag.lab.synthesis.remote_writer`).
-        judge: Reads prefix and continuation; from several threads at once.
+        writer: Continues the prefixes, so it must support that (`redflag.lab.synthesis.remote_writer`).
+        judge: Reads prefix and continuation; called from several threads at once.
         samples: Continuations of each prefix.
         positions: Maximum number of places in a response: beginnings of sentences, including the first, evenly spread.
-        temperature: Temperature of the continuations.
-        max_tokens: Maximum length of a continuation, tokens.
-        workers: Threads that ask the judge.
-        on_progress: Callback that gets the step, how many continuations are done, and of how many.
+        max_tokens: Maximum length of a continuation.
+        on_progress: Callback with the step, how many continuations are done, and of how many.
 
     Returns:
         For each row its points in order. A place none of whose continuations has a verdict is left out.
@@ -84,7 +75,7 @@ def forecast(
             # Seeds of one prefix are consecutive, so that a local model continues them in one batch.
             base = _seed(f"{seed} {json.dumps(turns)}")
             questions += [Question(tuple(turns), temperature, max_tokens, base + i) for i in range(samples)]
-    replies = model.ask(questions, lambda done, total: on_progress("continuations", done, total))
+    replies = writer.ask(questions, partial(on_progress, "continuations"))
 
     def judged(index: int) -> float | None:
         (number, character), reply = places[index // samples], replies[index]
@@ -96,11 +87,7 @@ def forecast(
         except UnansweredError:
             return None
 
-    verdicts = []
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        for verdict in pool.map(judged, range(len(questions))):
-            verdicts.append(verdict)
-            on_progress("continuations judged", len(verdicts), len(questions))
+    verdicts = in_threads(judged, range(len(questions)), workers, partial(on_progress, "continuations judged"))
     points: list[list[Point]] = [[] for _ in rows]
     for place, (number, character) in enumerate(places):
         harms = [harm for harm in verdicts[place * samples : (place + 1) * samples] if harm is not None]
@@ -110,13 +97,9 @@ def forecast(
 
 
 def write_forecasts(path: str | Path, rows: Sequence[Row], points: Sequence[Sequence[Point]]) -> Path:
-    """Writes rows with their forecasts, whole or not at all.
-
-    Raises:
-        RedflagError: The file cannot be written.
-    """
-    forecast = [[[point.character, round(point.harm, 6), point.judged] for point in found] or None for found in points]
-    return write_rows(path, (replace(row, forecast=found) for row, found in zip(rows, forecast, strict=True)))
+    """Writes rows with their forecasts, whole or not at all."""
+    lists = [[[point.character, round(point.harm, 6), point.judged] for point in line] or None for line in points]
+    return write_rows(path, (replace(row, forecast=line) for row, line in zip(rows, lists, strict=True)))
 
 
 def _places(text: str, most: int) -> list[int]:

@@ -23,12 +23,6 @@ class LocalModel:
     def __init__(
         self, backend: Backend, tokenizer: Any, spec: FlagSpec, identity: str, *, batch_size: int = 16
     ) -> None:
-        """Wraps a backend.
-
-        Args:
-            identity: Identifies the model in the file of answers.
-            batch_size: Maximum number of prompts in a batch.
-        """
         self.identity = identity
         self._backend = backend
         self._tokenizer = tokenizer
@@ -37,7 +31,7 @@ class LocalModel:
         self._hidden = set(spec.ids) | set(backend.eos_ids)
 
     def ask(self, questions: Sequence[Question], keep: Callable[[int, Reply], None]) -> None:
-        """As `redflag.lab.synthesis.questions.Model.ask`; a question that does not fit the context is `refused`."""
+        """As `redflag.lab.synthesis.questions.Writer.ask`; a question that does not fit the context is `refused`."""
         context = getattr(self._backend, "context_length", None)
         for start, batch in _batches(questions, self._batch_size):
             sampling = Sampling(batch[0].max_tokens, batch[0].temperature, seed=batch[0].seed)
@@ -63,11 +57,7 @@ class LocalModel:
 
 
 def load_local(name: str | Path, *, device: str = "auto", dtype: str = "auto", batch_size: int = 16) -> LocalModel:
-    """A model from a folder or the hub, flagged or not.
-
-    Raises:
-        RedflagError: It does not load, or cannot run there.
-    """
+    """A model from a folder or the hub, flagged or not."""
     backend, tokenizer, spec = open_writer(name, device=device, dtype=dtype)
     return LocalModel(backend, tokenizer, spec, f"local {name}", batch_size=batch_size)
 

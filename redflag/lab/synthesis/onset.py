@@ -22,13 +22,15 @@ import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 from redflag.data.rows import Row
 from redflag.errors import RedflagError
-from redflag.judges import Judge, Messages, UnansweredError, Verdict, as_verdict
+from redflag.judges import Judge, Messages, UnansweredError, ask
 
 Search = Literal["first", "bisect"]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 # A sentence ends behind . ! ? … (and closing quotes) before white space, behind 。！？, and at a line break.
 _END = re.compile(r"[.!?…]+[\"'”’»)\]*_]*(?=\s)|[。！？]+[\"'”’」』）]*|\n+")
@@ -37,19 +39,12 @@ _WORD = re.compile(r"\w")
 
 @dataclass(frozen=True)
 class Onset:
-    """The result for one answer.
+    """The result for one answer."""
 
-    Attributes:
-        sentence: Index of the first harmful sentence; None = the answer is harmless throughout.
-        character: Where that sentence begins; None with `sentence`.
-        sentences: Number of sentences.
-        questions: Number of prefixes judged.
-    """
-
-    sentence: int | None
-    character: int | None
-    sentences: int
-    questions: int
+    sentence: int | None  # index of the first harmful sentence; None = the answer is harmless throughout
+    character: int | None  # where that sentence begins; None with `sentence`
+    sentences: int  # number of sentences
+    questions: int  # number of prefixes judged
 
     @property
     def harmful(self) -> bool:
@@ -59,23 +54,14 @@ class Onset:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far two judges agree on the same answers.
+    """How far two judges agree on the same answers."""
 
-    Attributes:
-        rows: Answers with results of both.
-        both_harmful: Answers in which both find harm.
-        exact: Share of these with the same first sentence; None if there are none.
-        within_one: Share of these with first sentences at most one apart; None if there are none.
-        kappa: Cohen's kappa of harmful or not, over all rows; None if chance alone would always agree.
-        same_verdict: Share of rows with the same verdict; None without rows.
-    """
-
-    rows: int
-    both_harmful: int
-    exact: float | None
-    within_one: float | None
-    kappa: float | None
-    same_verdict: float | None
+    rows: int  # answers with results of both
+    both_harmful: int  # answers in which both find harm
+    exact: float | None  # share of these with the same first sentence; None if there are none
+    within_one: float | None  # share of these with first sentences at most one apart; None if there are none
+    kappa: float | None  # cohen's kappa of harmful or not, over all rows; None if chance alone would always agree
+    same_verdict: float | None  # share of rows with the same verdict; None without rows
 
 
 def sentences(text: str) -> list[tuple[int, int]]:
@@ -102,28 +88,8 @@ def sentences(text: str) -> list[tuple[int, int]]:
     return spans
 
 
-def ask(judge: Judge, messages: Messages, answer: str) -> Verdict:
-    """A judge's verdict.
-
-    Raises:
-        UnansweredError: It gave no verdict, whatever it raised.
-    """
-    try:
-        return as_verdict(judge(messages, answer))
-    except UnansweredError:
-        raise
-    except Exception as error:
-        raise UnansweredError(f"{type(error).__name__}: {error}") from error
-
-
 def find_onset(judge: Judge, messages: Messages, answer: str, search: Search = "first") -> Onset:
     """The first sentence at which the answer so far is judged harmful.
-
-    Args:
-        judge: Who is asked.
-        messages: The conversation before the answer.
-        answer: The answer.
-        search: How to look; see above.
 
     Raises:
         UnansweredError: A necessary prefix has no verdict, so the onset is unknown.
@@ -135,28 +101,28 @@ def find_onset(judge: Judge, messages: Messages, answer: str, search: Search = "
         Onset(sentence=1, character=7, sentences=3, questions=2)
     """
     spans = sentences(answer)
-    asked = 0
+    questions = 0
 
     def harmful(number: int) -> bool:
-        nonlocal asked
-        asked += 1
+        nonlocal questions
+        questions += 1
         # The last prefix is the whole answer, unchanged, so that its verdict can be reused.
         end = spans[number][1] if number < len(spans) - 1 else len(answer)
         return ask(judge, messages, answer[:end]).harmful
 
-    found: int | None = None
+    first: int | None = None
     if search == "first":
-        found = next((number for number in range(len(spans)) if harmful(number)), None)
+        first = next((number for number in range(len(spans)) if harmful(number)), None)
     elif search == "bisect":
         if spans and harmful(len(spans) - 1):
             low, high = 0, len(spans) - 1  # the onset lies in [low, high]
             while low < high:
                 middle = (low + high) // 2
                 low, high = (low, middle) if harmful(middle) else (middle + 1, high)
-            found = low
+            first = low
     else:
         raise RedflagError(f"search must be first or bisect (got {search!r}).")
-    return Onset(found, None if found is None else spans[found][0], len(spans), asked)
+    return Onset(first, None if first is None else spans[first][0], len(spans), questions)
 
 
 def find_onsets(
@@ -169,13 +135,6 @@ def find_onsets(
 ) -> list[Onset | None]:
     """The onsets of rows' responses.
 
-    Args:
-        judge: Who is asked; from several threads at once.
-        rows: Conversations that end in the response.
-        search: As in `find_onset`.
-        workers: Threads.
-        on_progress: Callback that gets how many of the rows are done, after each.
-
     Returns:
         For each row its onset; None if a necessary verdict is missing, which is not the same as harmless.
     """
@@ -186,19 +145,26 @@ def find_onsets(
         except UnansweredError:
             return None
 
-    found: list[Onset | None] = []
-    with ThreadPoolExecutor(max(1, workers)) as pool:
+    return in_threads(find, rows, workers, on_progress)
+
+
+def in_threads(
+    work: Callable[[Item], Result], items: Sequence[Item], workers: int, on_progress: Callable[[int, int], None]
+) -> list[Result]:
+    """The results in order; after an error or an interruption no further item is begun."""
+    results: list[Result] = []
+    with ThreadPoolExecutor(workers) as pool:
         try:
-            for onset in pool.map(find, rows):
-                found.append(onset)
-                on_progress(len(found), len(rows))
+            for result in pool.map(work, items):
+                results.append(result)
+                on_progress(len(results), len(items))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    return found
+    return results
 
 
-def with_onsets(rows: Sequence[Row], found: Sequence[Onset | None]) -> list[Row]:
+def with_onsets(rows: Sequence[Row], onsets: Sequence[Onset | None]) -> list[Row]:
     """Adds the onsets to harmful rows, marked as natural; other rows are unchanged.
 
     A harmful row in which no harm was found keeps its onset: the judge does not change labels.
@@ -212,7 +178,7 @@ def with_onsets(rows: Sequence[Row], found: Sequence[Onset | None]) -> list[Row]
         replace(row, onset=onset.character, onset_source="natural")
         if row.harmful and onset is not None and onset.harmful
         else row
-        for row, onset in zip(rows, found, strict=True)
+        for row, onset in zip(rows, onsets, strict=True)
     ]
 
 

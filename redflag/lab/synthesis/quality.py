@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
+from redflag.lab.refusals.taxonomy import Taxonomy, load_taxonomy
 from redflag.lab.synthesis.constitution import Class
 from redflag.lab.synthesis.dedup import normalised
 from redflag.lab.synthesis.onset import sentences
@@ -30,7 +31,7 @@ def bad_request(text: str) -> str | None:
 
 
 def usable(reply: Reply) -> str:
-    """An answer as it can stand in a row: one that was cut off ends with its last whole sentence.
+    """An answer as used in a row: one that was cut off ends with its last whole sentence.
 
     Example:
         >>> usable(Reply("Take flour. Add wa", "length"))
@@ -46,11 +47,6 @@ def usable(reply: Reply) -> str:
 
 def bad_answer(text: str, kind: Class, shortest: int = SHORTEST, longest: int = LONGEST) -> str | None:
     """The fault of an answer, as far as it shows without a judge; None if it is good.
-
-    Args:
-        kind: The class that it was written for.
-        shortest: Minimum number of characters.
-        longest: Maximum number of characters.
 
     Returns:
         `too short`, `too long`, `repeats itself`, `refusal` (where compliance was asked) or `no refusal`.
@@ -71,20 +67,10 @@ def bad_answer(text: str, kind: Class, shortest: int = SHORTEST, longest: int = 
 
 
 def is_refusal(text: str) -> bool:
-    """Whether the beginning of a text holds a refusal's phrase: crude, and English.
-
-    Example:
-        >>> is_refusal("I'm sorry, but I can't help with that."), is_refusal("Sorry to hear that. Take some rest.")
-        (True, False)
-    """
-    from redflag.lab.refusals.taxonomy import plain
-
-    opening = plain(text[:200])
-    return any(phrase in opening for phrase in _phrases())
+    """Whether a text begins with a phrase of the shipped taxonomy of refusals, which is English."""
+    return _taxonomy().is_refusal(text)
 
 
 @cache
-def _phrases() -> tuple[str, ...]:
-    from redflag.lab.refusals.taxonomy import load_taxonomy
-
-    return load_taxonomy().phrases
+def _taxonomy() -> Taxonomy:
+    return load_taxonomy()

@@ -15,49 +15,36 @@ from redflag.kept import Kept
 
 @dataclass(frozen=True)
 class Question:
-    """One question to a model.
+    """One question to a model."""
 
-    Attributes:
-        messages: The conversation. A last assistant message is the beginning of the answer, to be continued.
-        temperature: 0 always takes the most likely token.
-        max_tokens: Maximum number of tokens of the answer.
-        seed: Seed of sampling; distinguishes repeated questions.
-    """
-
+    # the conversation. A last assistant message is the beginning of the answer, to be continued
     messages: tuple[Mapping[str, str], ...]
-    temperature: float = 1.0
-    max_tokens: int = 512
-    seed: int = 0
+    temperature: float = 1.0  # 0 always takes the most likely token
+    max_tokens: int = 512  # maximum number of tokens of the answer
+    seed: int = 0  # seed of sampling; distinguishes repeated questions
 
     def key(self, identity: str) -> str:
         """The key of its answer: a SHA-256 in hex of the model's identity and the whole question."""
         turns = [[message["role"], message["content"]] for message in self.messages]
-        asked = [identity, turns, self.temperature, self.max_tokens, self.seed]
-        return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+        parts = [identity, turns, self.temperature, self.max_tokens, self.seed]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer.
+    """An answer."""
 
-    Attributes:
-        text: The generated text, without a prefill.
-        finish: `stop`, `length` (cut off by the limit), or `refused` (the server refused the question).
-        tokens_in: Tokens of the question, as far as known.
-        tokens_out: Tokens of the answer, as far as known.
-    """
-
-    text: str
-    finish: str = "stop"
-    tokens_in: int = 0
-    tokens_out: int = 0
+    text: str  # the generated text, without a prefill
+    finish: str = "stop"  # `stop`, `length` (cut off by the limit), or `refused` (the server refused the question)
+    tokens_in: int = 0  # tokens of the question, as far as known
+    tokens_out: int = 0  # tokens of the answer, as far as known
 
     def __post_init__(self) -> None:
         if not isinstance(self.text, str):
             raise TypeError(f"text must be a text (got {self.text!r})")
 
 
-class Model(Protocol):
+class Writer(Protocol):
     """A text generator."""
 
     @property
@@ -77,64 +64,52 @@ class Model(Protocol):
         ...
 
 
-class KeptAnswers:
-    """A model whose answers are cached in a JSONL file (`redflag.kept.Kept`), each as soon as it arrives.
-
-    A question that occurs several times in a list is asked once.
+class CachedWriter:
+    """A writer whose answers are cached in a JSONL file (`redflag.kept.Kept`), each as soon as it arrives.
 
     Attributes:
-        asked: Number of questions sent to the model.
+        asked: Number of questions sent to the writer.
         tokens_in: Tokens of these questions.
         tokens_out: Tokens of their answers.
 
     Example:
         ```python
-        kept = KeptAnswers(Endpoint("http://127.0.0.1:8000/v1", "writer"), "answers.jsonl")
-        kept.ask([Question(({"role": "user", "content": "Hi"},))])  # [Reply(text='Hello.', ...)]
+        writer = CachedWriter(RemoteWriter("http://127.0.0.1:8000/v1", "writer"), "answers.jsonl")
+        writer.ask([Question(({"role": "user", "content": "Hi"},))])  # [Reply(text='Hello.', ...)]
         ```
     """
 
-    def __init__(self, model: Model, path: str | Path) -> None:
-        """Reads the cached answers.
-
-        Raises:
-            RedflagError: The file cannot be read.
-        """
+    def __init__(self, writer: Writer, path: str | Path) -> None:
         self.asked = self.tokens_in = self.tokens_out = 0
-        self._model = model
+        self._writer = writer
         self._lock = threading.Lock()
-        self._kept = Kept(path, Reply)
+        self._cache = Kept(path, Reply)
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._cache)
 
     def ask(
         self, questions: Sequence[Question], on_progress: Callable[[int, int], None] = lambda done, total: None
     ) -> list[Reply]:
-        """Answers in the order of the questions, kept ones and new ones.
-
-        Args:
-            questions: What is asked.
-            on_progress: Callback that gets how many of the questions have answers, after each.
+        """Answers in the order of the questions, cached and new ones; equal questions are asked once.
 
         Raises:
-            RedflagError: The model cannot be asked any further. What it answered is kept.
+            RedflagError: The writer cannot be asked any further. Its answers so far are cached.
         """
-        keys = [question.key(self._model.identity) for question in questions]
-        open_keys = list(dict.fromkeys(key for key in keys if key not in self._kept))
-        first = {key: question for key, question in zip(reversed(keys), reversed(questions), strict=True)}
-        done = len(set(keys)) - len(open_keys)
+        by_key = {question.key(self._writer.identity): question for question in questions}
+        missing = [key for key in by_key if key not in self._cache]
+        done = len(by_key) - len(missing)
 
         def keep(index: int, reply: Reply) -> None:
             nonlocal done
             with self._lock:
-                self._kept.add(open_keys[index], reply)
+                self._cache.add(missing[index], reply)
                 self.asked += 1
                 self.tokens_in += reply.tokens_in
                 self.tokens_out += reply.tokens_out
                 done += 1
-                on_progress(done, len(first))
+                on_progress(done, len(by_key))
 
-        if open_keys:
-            self._model.ask([first[key] for key in open_keys], keep)
-        return [self._kept[key] for key in keys]
+        if missing:
+            self._writer.ask([by_key[key] for key in missing], keep)
+        return [self._cache[question.key(self._writer.identity)] for question in questions]

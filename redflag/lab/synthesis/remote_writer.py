@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from redflag.chat import ChatClient, ChatError
 from redflag.errors import RedflagError
-from redflag.lab.synthesis.pace import Pace
 from redflag.lab.synthesis.questions import Question, Reply
 
 if TYPE_CHECKING:
@@ -20,7 +21,34 @@ _LONGEST = 60.0  # seconds of the longest pause, whatever the server's Retry-Aft
 _THOUGHT = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
 
 
-class Endpoint:
+class Pace:
+    """Spaces requests evenly, so that no minute holds more than its share. For one event loop."""
+
+    def __init__(
+        self,
+        per_minute: float | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        if per_minute is not None and not (math.isfinite(per_minute) and per_minute > 0):
+            raise RedflagError(f"requests per minute must be above 0 (got {per_minute}).")
+        self.interval = 60.0 / per_minute if per_minute else 0.0  # seconds from one request to the next
+        self._clock, self._sleep = clock, sleep
+        self._next = -math.inf
+
+    async def wait(self) -> None:
+        """Returns when the next request may be sent."""
+        while (now := self._clock()) < self._next:
+            await self._sleep(self._next - now)
+        self._next = now + self.interval
+
+    def hold(self, seconds: float) -> None:
+        """Delays all requests, because the server reported that it is busy."""
+        self._next = max(self._next, self._clock() + seconds)
+
+
+class RemoteWriter:
     """A model behind an OpenAI-compatible server.
 
     A request is retried with growing pauses if the server cannot be reached, is late, is busy (429, with `Retry-After`)
@@ -32,8 +60,6 @@ class Endpoint:
     ignore it and start a new answer.
 
     Attributes:
-        url: The chat route.
-        model: The model's name there.
         identity: The model's name, with the further fields of requests, which may change the answers.
         requests: Number of requests sent, including retries.
     """
@@ -51,18 +77,7 @@ class Endpoint:
         options: Mapping[str, Any] | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        """Checks the settings; makes no request yet.
-
-        Args:
-            url: Base address, such as `http://host:8000/v1`, or that of the chat route itself.
-            model: The model's name there.
-            api_key: Sent as bearer token. Redirects are not followed, so that no other host gets it.
-            concurrency: Maximum number of concurrent requests.
-            pace: Rate limit; None = no limit.
-            timeout: Seconds that the server may be silent within one request.
-            retries: Further tries of a question.
-            options: Further fields of every request, or replacements; None leaves a field out.
-            headers: Sent with every request.
+        """Checks the settings, most of which are those of `redflag.chat.ChatClient`; makes no request yet.
 
         Raises:
             RedflagError: A setting is invalid, or openai is not installed.
@@ -89,7 +104,7 @@ class Endpoint:
         self._retries = retries
 
     def ask(self, questions: Sequence[Question], keep: Callable[[int, Reply], None]) -> None:
-        """Asks; see `redflag.lab.synthesis.questions.Model.ask`."""
+        """Asks; see `redflag.lab.synthesis.questions.Writer.ask`."""
         asyncio.run(self._all(questions, keep))
 
     async def _all(self, questions: Sequence[Question], keep: Callable[[int, Reply], None]) -> None:

@@ -7,14 +7,15 @@ import math
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from redflag.lab.synthesis.constitution import Class, Constitution
 from redflag.lab.synthesis.dedup import distinct, normalised
+from redflag.lab.synthesis.options import Settings
 from redflag.lab.synthesis.quality import bad_request
-from redflag.lab.synthesis.questions import KeptAnswers, Question
-from redflag.lab.synthesis.wording import read_requests, requests_question
+from redflag.lab.synthesis.questions import CachedWriter, Question
+from redflag.lab.synthesis.writer_prompts import read_requests, requests_question
 
 PER_QUESTION = 10  # requests per question: models lose track of longer lists
 _TOKENS = 1024
@@ -23,19 +24,12 @@ _SLOT = re.compile(r"\{(\w+)\}")
 
 @dataclass(frozen=True)
 class Request:
-    """A request of a class.
-
-    Attributes:
-        kind: The class.
-        text: The user's text.
-        number: Position among the class's requests.
-        group: Same for all rows that come from this text.
-    """
+    """A user's text."""
 
     kind: Class
     text: str
-    number: int
-    group: str
+    number: int  # among the class's requests
+    group: str  # of all rows that come from this text
 
 
 def group_of(text: str) -> str:
@@ -45,45 +39,34 @@ def group_of(text: str) -> str:
 
 def find_requests(
     constitution: Constitution,
-    model: KeptAnswers,
-    count: int,
-    *,
-    temperatures: Sequence[float] = (1.0,),
-    near: float = 0.8,
-    seed: int = 0,
-    dropped: Counter[str] | None = None,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    writer: CachedWriter,
+    settings: Settings,
+    dropped: Counter[str],
+    on_progress: Callable[[int, int], None],
 ) -> list[Request]:
-    """Requests of all classes, class by class; a class may get fewer than its share where the model repeats itself.
+    """Requests of all classes, class by class; a class gets fewer than its share if the writer repeats itself.
 
-    Args:
-        constitution: The classes.
-        model: Who writes requests, for classes without templates.
-        count: Of all classes together.
-        temperatures: Taken in turn.
-        near: Similarity from which written requests count as the same; drawn ones differ in a word by design, and only
-            equal ones are dropped.
-        seed: Same seed, same requests.
-        dropped: Told why requests were left out.
-        on_progress: Callback that gets how many questions have answers.
+    Written requests that are nearly equal count as one; drawn ones differ in a word by design, and only equal ones are
+    dropped.
     """
-    dropped = Counter() if dropped is None else dropped
-    shares = constitution.shares(count)
-    asked: list[tuple[int, Question]] = []
+    shares = constitution.shares(settings.requests)
+    questions: list[Question] = []
+    owners: list[int] = []
     for number, (kind, share) in enumerate(zip(constitution.classes, shares, strict=True)):
         for i in range(questions_for(kind, share)):
             style = constitution.styles[i % len(constitution.styles)]
-            wanted = requests_question(constitution, kind, style, PER_QUESTION)
-            temperature = temperatures[i % len(temperatures)]
-            asked.append((number, Question(wanted, temperature, _TOKENS, seed + 1_000 * number + i)))
-    replies = model.ask([question for _, question in asked], on_progress) if asked else []
+            turns = requests_question(constitution, kind, style, PER_QUESTION)
+            temperature = settings.temperatures[i % len(settings.temperatures)]
+            questions.append(Question(turns, temperature, _TOKENS, settings.seed + 1_000 * number + i))
+            owners.append(number)
+    replies = writer.ask(questions, on_progress) if questions else []
     requests: list[Request] = []
     for number, (kind, share) in enumerate(zip(constitution.classes, shares, strict=True)):
         if kind.templates:
-            texts, threshold = draw(constitution, kind, share, seed), 1.0
+            texts, near = draw(constitution, kind, share, settings.seed), 1.0
         else:
-            texts, threshold = list(kind.examples), near
-            for (owner, _), reply in zip(asked, replies, strict=True):
+            texts, near = list(kind.examples), settings.near
+            for owner, reply in zip(owners, replies, strict=True):
                 texts += read_requests(reply.text) if owner == number else []
         good = []
         for text in texts:
@@ -91,9 +74,9 @@ def find_requests(
                 dropped[f"request: {reason}"] += 1
             else:
                 good.append(text)
-        kept = distinct(good, threshold)
-        dropped["request: repeated"] += len(good) - len(kept)
-        requests += [Request(kind, good[i], n, group_of(good[i])) for n, i in enumerate(kept[:share])]
+        unique = distinct(good, near)
+        dropped["request: repeated"] += len(good) - len(unique)
+        requests += [Request(kind, good[i], n, group_of(good[i])) for n, i in enumerate(unique[:share])]
     return requests
 
 
@@ -105,15 +88,12 @@ def questions_for(kind: Class, share: int) -> int:
 
 
 def draw(constitution: Constitution, kind: Class, count: int, seed: int) -> list[str]:
-    """Different requests from a class's templates, at most `count`.
-
-    A shorter result is a prefix of a longer one.
-    """
+    """Different requests from a class's templates, at most `count`; a shorter result is a prefix of a longer one."""
     rng = random.Random(f"{constitution.name}:{kind.name}:{seed}")
-    found: dict[str, None] = {}
+    texts: dict[str, None] = {}
     for _ in range(50 * count):
-        if len(found) == count:
+        if len(texts) == count:
             break
         template = rng.choice(kind.templates)
-        found[_SLOT.sub(lambda slot: rng.choice(constitution.slots[slot[1]]), template)] = None
-    return list(found)
+        texts[_SLOT.sub(lambda slot: rng.choice(constitution.slots[slot[1]]), template)] = None
+    return list(texts)

@@ -13,7 +13,8 @@ from redflag.backends.load import load_flagged
 from redflag.data.rows import load_rows
 from redflag.errors import RedflagError
 from redflag.lab.attacks import Target
-from redflag.lab.attacks.rap import RAP, follow_oracle, guard_of, start_of
+from redflag.lab.attacks.rap import RAP, follow_oracle, start_of
+from redflag.lab.attacks.search import GuardInLoop
 from redflag.lab.attacks.stepping import Looker, Stepper, look_at
 from redflag.lab.nano.spans import harmful_spans
 from redflag.watching.policy import Policy
@@ -139,7 +140,7 @@ def test_in_the_nano_world_the_search_finds_harm_and_the_guard_sees_its_alarms_o
     found = [harmful_spans(a.messages[-1]["content"] + a.text if len(a.messages) > 1 else a.text) for a in free]
     assert sum(map(bool, found)) >= 6
     assert all(attempt.queries <= 64 for attempt in attempts)
-    guard = guard_of(target)
+    guard = GuardInLoop(target.thresholds, target.policy, target.spec.categories)
     for attempt in held:
         for probs, tokens in zip(attempt.detail["alarm_probs"], attempt.detail["branches"], strict=True):
             if probs is not None:

@@ -31,7 +31,7 @@ def test_every_request_is_asked_n_times_at_each_temperature_with_seeds_of_its_ow
 
 @pytest.mark.parametrize("options", [{"n": 0}, {"temperatures": ()}, {"temperatures": (0.0, 1.0)}])
 def test_drawing_nothing_is_refused(options):
-    with pytest.raises(RedflagError, match="draws nothing"):
+    with pytest.raises(RedflagError, match="n must be at least 1 and temperatures above 0"):
         RepeatedSampling(**options)
 
 

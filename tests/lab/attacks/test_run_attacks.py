@@ -9,13 +9,12 @@ import pytest
 from attacking import HARM, alarm_at, make_row, make_target
 
 from redflag.errors import RedflagError
-from redflag.lab.attacks.outcome import summarise
+from redflag.lab.attacks.judging import entries, judge_attempts
 from redflag.lab.attacks.prefill import Prefill
 from redflag.lab.attacks.run_attacks import (
     ATTACKS,
     NANO_OPTIONS,
     OUTSIDE,
-    load_attempts,
     make_attacks,
     named_rows,
     record,
@@ -70,7 +69,7 @@ def test_a_killed_run_ends_with_the_bytes_of_one_that_was_not(tmp_path, kills, m
             record(target(), Failing(sampled(), left), ROWS, cut, 1, unit=2)
     attempts, seconds = record(target(), sampled(), ROWS, cut, 1, unit=2)
     assert cut.read_bytes() == whole.read_bytes()
-    assert attempts == expected == load_attempts(cut)
+    assert attempts == expected == record(target(), sampled(), ROWS, cut, 1, unit=2)[0]
     assert len(attempts) == 14 and seconds > 0
 
 
@@ -98,8 +97,9 @@ def test_results_are_those_of_judging_in_memory(tmp_path):
     results = run_attacks(target(), attacks, ROWS, NanoOracle(), tmp_path, 5)
     for attack, result in zip(attacks, results, strict=True):
         attempts = [item.attempt for item in result.judged]
-        assert attempts == load_attempts(tmp_path / f"{attack.name}.jsonl")
-        fresh = summarise(attack, attempts, ROWS, NanoOracle(), target(), THRESHOLDS, Policy(), seconds=result.seconds)
+        assert attempts == record(target(), attack, ROWS, tmp_path / f"{attack.name}.jsonl", 5)[0]
+        judged = judge_attempts(attack, attempts, ROWS, NanoOracle(), target())
+        fresh = entries(attack, judged, ROWS, seconds=result.seconds)
         assert result.entries == fresh
     lines = results[0].entries
     assert [line["harm_produced"]["rate"] for line in lines] == [1.0] * 3
@@ -169,7 +169,7 @@ def test_an_attack_says_how_many_rows_it_takes(tmp_path):
 
 def test_an_attack_that_cannot_be_made_is_named_and_the_others_go_on(tmp_path):
     said = []
-    results = run_attacks(target(), [LogitBias(), Plain()], ROWS, NanoOracle(), tmp_path, say=said.append)
+    results = run_attacks(target(), [LogitBias(), Plain()], ROWS, NanoOracle(), tmp_path, log=said.append)
     assert [line["setting"] for line in results[0].entries] == ["did not run"]
     assert "weights" in results[0].entries[0]["note"] and results[0].entries[0]["not_run"] == len(ROWS)
     assert results[1].entries[0]["requests"] == len(ROWS)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from redflag.lab.attacks.search import Found, GuardInLoop, Path, harmful_tokens, search, shown
+from redflag.lab.attacks.search import GuardInLoop, Path, SearchResult, search, shown
 from redflag.lab.attacks.stepping import Look
 from redflag.trace import Step
 from redflag.watching.monitor import MonitorConfig
@@ -162,20 +162,6 @@ def test_exhausting_goes_on_for_another_response_until_the_budget_is_spent():
     assert found.end == "exhausted" and found.interactions == 10
 
 
-def text_of(tokens):
-    return "".join("abcdefgh"[token] for token in tokens)
-
-
-def test_harmful_tokens_are_counted_once_for_each_place_in_the_tree():
-    def spans(text):
-        return [(text.index("b"), len(text))] if "b" in text else []
-
-    assert harmful_tokens([], text_of, spans) == 0
-    assert harmful_tokens([(0, 1, 2), (0, 1, 3)], text_of, spans) == 3  # b once, c, d
-    assert harmful_tokens([(0, 1), (2, 1)], text_of, spans) == 2  # b in two places
-    assert harmful_tokens([(0, 2)], text_of, spans, prefill="b") == 2  # the prefill is read, and counts nothing
-
-
 @settings(max_examples=60)
 @given(
     st.lists(st.floats(0, 1, width=32), min_size=1, max_size=8),
@@ -207,7 +193,7 @@ def test_what_a_branch_releases_is_what_a_session_releases(probs, hold_back, rel
 @settings(max_examples=60)
 @given(st.lists(st.lists(st.integers(0, 2), max_size=4), max_size=8))
 def test_no_branch_that_was_shown_is_the_beginning_of_another(parts):
-    found = Found(tuple(Path(tuple(p), ((0.0,),) * len(p)) for p in parts), 0, 0, "budget")
+    found = SearchResult(tuple(Path(tuple(p), ((0.0,),) * len(p)) for p in parts), 0, 0, "budget")
     out = shown(found, lambda path: len(path.token_ids))
     assert all(a == b or b[: len(a)] != a for a in out for b in out)
     assert all(any(part == way[: len(part)] for way in out) for part in map(tuple, parts) if part)

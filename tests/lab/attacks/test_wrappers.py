@@ -16,7 +16,6 @@ from redflag.lab.attacks.wrappers import (
     rot13,
     split_payload,
     to_base64,
-    translation,
 )
 from redflag.lab.nano.rows import velni
 
@@ -104,7 +103,7 @@ def test_only_the_last_request_is_disguised_and_what_does_not_fit_is_left_out():
 
 
 def test_any_translator_will_do():
-    wrapper = translation("French", lambda text: f"[fr] {text}", lambda text: text.removeprefix("[fr] "))
+    wrapper = Wrapper("French", lambda text: f"[fr] {text}", lambda text: text.removeprefix("[fr] "))
     attack = Wrappers([wrapper])
     target = make_target("[fr] Non.")
     (attempt,) = attack.run(target, [make_row()], 0)

@@ -1,4 +1,4 @@
-"""A bench on a tiny random model, and rows that begin alike and then part."""
+"""A context on a tiny random model, and rows that begin alike and then part."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import pytest
 from tiny import WORDS, make_rows
 
 from redflag.data.rows import Row
-from redflag.lab.baselines.bench import Bench
+from redflag.lab.baselines.shared import BaselineContext
 
 
 @pytest.fixture
-def bench(origin, tmp_path):
-    return Bench(origin / "base", origin / "model", tmp_path / "hidden", seed=1, batch_size=8)
+def context(origin, tmp_path):
+    return BaselineContext(origin / "base", origin / "model", tmp_path / "hidden", seed=1, batch_size=8)
 
 
 @pytest.fixture(scope="session")

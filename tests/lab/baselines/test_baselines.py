@@ -28,31 +28,31 @@ class WholeWords(InWords):
     """A guard with another tokenizer than the responses'."""
 
 
-def make(name, bench, folder):
+def make(name, context, folder):
     if name == "fixed position":
-        return fixed.FixedPosition(bench, folder, settings={"learning_rate": 1e-2, "num_train_epochs": 2})
+        return fixed.FixedPosition(context, folder, settings={"learning_rate": 1e-2, "num_train_epochs": 2})
     if name in ("refusal tokens", "deep alignment", "refusal at every position"):
         builder = {
             "refusal tokens": refusing.refusal_tokens,
             "deep alignment": refusing.deep_alignment,
             "refusal at every position": refusing.refusal_everywhere,
         }[name]
-        return builder(bench, folder, tuning=TUNING)
+        return builder(context, folder, tuning=TUNING)
     if name == "stream guard":
-        return StreamGuard(bench, Streaming(), bench.tokenizer, "a stand-in")
+        return StreamGuard(context, Streaming(), context.tokenizer, "a stand-in")
     if name == "stream guard, other tokenizer":
         from transformers import AutoTokenizer
 
-        other = AutoTokenizer.from_pretrained(bench.base)
+        other = AutoTokenizer.from_pretrained(context.base)
         other.add_tokens(["on the"])
-        return StreamGuard(bench, WholeWords(), other, "a stand-in")
+        return StreamGuard(context, WholeWords(), other, "a stand-in")
     builders = {
-        "token classifier": lambda: TokenClassifier(bench, tuning=TUNING),
-        "tfidf": lambda: TfidfBaseline(bench, min_df=1),
-        "last-layer probe": lambda: probes.last_layer_probe(bench, fitting=SOLVED),
-        "all-layer probe": lambda: probes.all_layer_probe(bench, window=4, fitting=FITTING),
-        "token head": lambda: probes.token_head(bench, fitting=dataclasses.replace(FITTING, lbfgs=4)),
-        "mlp probe": lambda: probes.mlp_probe(bench, width=16, fitting=FITTING),
+        "token classifier": lambda: TokenClassifier(context, tuning=TUNING),
+        "tfidf": lambda: TfidfBaseline(context, min_df=1),
+        "last-layer probe": lambda: probes.last_layer_probe(context, fitting=SOLVED),
+        "all-layer probe": lambda: probes.all_layer_probe(context, window=4, fitting=FITTING),
+        "token head": lambda: probes.token_head(context, fitting=dataclasses.replace(FITTING, lbfgs=4)),
+        "mlp probe": lambda: probes.mlp_probe(context, width=16, fitting=FITTING),
     }
     return builders[name]()
 
@@ -74,8 +74,8 @@ ALL = (
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_no_score_depends_on_its_own_token_or_a_later_one(name, bench, rows, parting, tmp_path):
-    baseline = make(name, bench, tmp_path / "model")
+def test_no_score_depends_on_its_own_token_or_a_later_one(name, context, rows, parting, tmp_path):
+    baseline = make(name, context, tmp_path / "model")
     baseline.fit(rows)
     moved = 0
     for pair in parting:
@@ -91,8 +91,8 @@ def test_no_score_depends_on_its_own_token_or_a_later_one(name, bench, rows, par
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_the_recording_is_over_the_rows_and_steps_of_the_flags(name, bench, rows, origin, tmp_path):
-    baseline = make(name, bench, tmp_path / "model")
+def test_the_recording_is_over_the_rows_and_steps_of_the_flags(name, context, rows, origin, tmp_path):
+    baseline = make(name, context, tmp_path / "model")
     baseline.fit(rows)
     some = [rows[i] for i in (7, 3, 30, 4, 12)]
     recording = baseline.score(some)
@@ -115,35 +115,35 @@ def test_the_recording_is_over_the_rows_and_steps_of_the_flags(name, bench, rows
 
 
 @pytest.mark.parametrize("name", ("tfidf", "all-layer probe", "token head", "mlp probe", "refusal at every position"))
-def test_the_same_rows_and_seed_give_the_same_scores(name, bench, rows, tmp_path):
+def test_the_same_rows_and_seed_give_the_same_scores(name, context, rows, tmp_path):
     recordings = []
     for run in (1, 2):
-        baseline = make(name, bench, tmp_path / f"model{run}")
+        baseline = make(name, context, tmp_path / f"model{run}")
         baseline.fit(rows)
         recordings.append(baseline.score(rows))
     assert np.array_equal(recordings[0].probs, recordings[1].probs)
 
 
 @pytest.mark.parametrize("settings", [{"learning_rate": -1.0}, {"learn_rate": 1e-2}, {"placement": "nowhere"}])
-def test_settings_that_no_training_takes_are_named(settings, bench, rows, tmp_path):
+def test_settings_that_no_training_takes_are_named(settings, context, rows, tmp_path):
     (name,) = settings
     with pytest.raises(RedflagError, match=f"options of `redflag train` .*{name}"):
-        fixed.FixedPosition(bench, tmp_path / "model", settings=settings).fit(rows)
+        fixed.FixedPosition(context, tmp_path / "model", settings=settings).fit(rows)
 
 
 @pytest.mark.parametrize("name", ("last-layer probe", "tfidf"))
-def test_rows_of_one_class_are_refused(name, bench, rows, tmp_path):
+def test_rows_of_one_class_are_refused(name, context, rows, tmp_path):
     with pytest.raises(RedflagError, match=name):
-        make(name, bench, tmp_path).fit([row for row in rows if row.harmful])
+        make(name, context, tmp_path).fit([row for row in rows if row.harmful])
 
 
-def test_the_linear_probe_is_the_logistic_regression_of_scikit_learn(bench, rows, monkeypatch):
+def test_the_linear_probe_is_the_logistic_regression_of_scikit_learn(context, rows, monkeypatch):
     from sklearn.linear_model import LogisticRegression
 
-    probe = probes.last_layer_probe(bench, fitting=SOLVED)
+    probe = probes.last_layer_probe(context, fitting=SOLVED)
     probe.fit(rows)
-    reads = bench.read(rows)
-    hidden = hidden_states(bench, reads)
+    reads = context.read(rows)
+    hidden = hidden_states(context, reads)
     mean, scale = (value.numpy() for value in probe._scale)
     inputs = (hidden.of(range(len(reads)), probe.layers) - mean) * scale
     onsets = [onset_of(read, "onset") for read in reads]
@@ -156,6 +156,6 @@ def test_the_linear_probe_is_the_logistic_regression_of_scikit_learn(bench, rows
     assert bias == pytest.approx(model.intercept_, abs=3e-3)
     # The same where the rows do not stay in memory.
     monkeypatch.setattr(probes, "_IN_MEMORY", 0)
-    again = probes.last_layer_probe(bench, fitting=SOLVED)
+    again = probes.last_layer_probe(context, fitting=SOLVED)
     again.fit(rows)
     assert np.array_equal(again.net.weight.detach(), weight)

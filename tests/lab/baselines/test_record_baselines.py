@@ -7,10 +7,10 @@ import pytest
 
 from redflag.errors import RedflagError
 from redflag.lab.baselines import Cost, hidden, probes
-from redflag.lab.baselines.bench import Bench
 from redflag.lab.baselines.hidden import hidden_states
 from redflag.lab.baselines.probes import Fitting
 from redflag.lab.baselines.record_baselines import record_baselines
+from redflag.lab.baselines.shared import BaselineContext
 
 NAMES = ["tfidf", "last-layer probe", "mlp probe"]
 
@@ -21,8 +21,8 @@ class Stub:
     calls: list[str]
     fail: str | None
 
-    def __init__(self, name, bench):
-        self.name, self.bench, self.what = name, bench, f"{name}."
+    def __init__(self, name, context):
+        self.name, self.context, self.what = name, context, f"{name}."
 
     def fit(self, train):
         Stub.calls.append(self.name)
@@ -30,8 +30,8 @@ class Stub:
             raise KeyboardInterrupt
 
     def score(self, rows):
-        reads = self.bench.read(rows)
-        return self.bench.record(reads, [np.full(len(r.judged_ids), 0.5, np.float32) for r in reads], self.name)
+        reads = self.context.read(rows)
+        return self.context.record(reads, [np.full(len(r.judged_ids), 0.5, np.float32) for r in reads], self.name)
 
     def cost(self):
         return Cost(1.0, 2.0, "none")
@@ -41,7 +41,7 @@ class Stub:
 def stubs(monkeypatch):
     Stub.calls, Stub.fail = [], None
     monkeypatch.setattr(
-        "redflag.lab.baselines.record_baselines._build", lambda name, bench, options, folder: Stub(name, bench)
+        "redflag.lab.baselines.record_baselines._build", lambda name, context, options, folder: Stub(name, context)
     )
     return Stub
 
@@ -52,7 +52,7 @@ def record(origin, rows, tmp_path):
         said: list[str] = []
         folders = origin / "base", origin / "model"
         test = rows[:10] if test is None else test
-        found = record_baselines(names, *folders, rows, test, calibration, tmp_path / "out", say=said.append, **options)
+        found = record_baselines(names, *folders, rows, test, calibration, tmp_path / "out", log=said.append, **options)
         return found, said
 
     return call
@@ -115,15 +115,15 @@ def test_probes_share_one_pass_over_each_file_of_rows_and_leave_no_states_behind
         assert len(passes) == expected and len(list((tmp_path / "kept").iterdir())) == 1
 
 
-def test_hidden_states_are_those_of_the_whole_model(bench, rows):
+def test_hidden_states_are_those_of_the_whole_model(context, rows):
     """Each step's states are those at the position that predicts its token, of every layer."""
     import torch
 
     from redflag.backends.load import read_model
 
-    reads = bench.read(rows[:9])
-    found = hidden_states(bench, reads)
-    model, _ = read_model(bench.base, torch.float32)
+    reads = context.read(rows[:9])
+    found = hidden_states(context, reads)
+    model, _ = read_model(context.base, torch.float32)
     for i, read in enumerate(reads):
         ids = torch.tensor([read.prompt_ids + read.judged_ids])
         with torch.inference_mode():
@@ -135,7 +135,7 @@ def test_hidden_states_are_those_of_the_whole_model(bench, rows):
 
 
 def test_rows_are_read_alike_with_and_without_the_flagged_model(origin, rows, tmp_path):
-    with_flags, without = (Bench(origin / "base", model, tmp_path) for model in (origin / "model", None))
+    with_flags, without = (BaselineContext(origin / "base", model, tmp_path) for model in (origin / "model", None))
     assert with_flags.read(rows) == without.read(rows)
 
 
@@ -153,12 +153,12 @@ def test_a_guard_without_weights_is_left_out_and_that_is_said(record):
 @pytest.mark.parametrize(
     ("names", "options", "words"),
     [
-        (["perplexity"], {}, "no baseline 'perplexity'"),
-        (["tfidf"], {"probe": {}}, "no baseline 'probe'"),
-        (["tfidf"], {"tfidf": {"depth": 3}}, "do not fit"),
+        (["perplexity"], {}, "baselines must be among .*got 'perplexity'"),
+        (["tfidf"], {"probe": {}}, "baselines must be among .*got 'probe'"),
+        (["tfidf"], {"tfidf": {"depth": 3}}, "invalid options of the baseline"),
         (["token head"], {"token head": {"backbone": "thawed"}}, "frozen or tuned"),
-        (["mlp probe"], {"mlp probe": {"fitting": {"epochs": 3}}}, "do not fit"),
-        (["stream guard"], {"stream guard": {"path": "/nowhere"}}, "no folder"),
+        (["mlp probe"], {"mlp probe": {"fitting": {"epochs": 3}}}, "invalid options of the baseline"),
+        (["stream guard"], {"stream guard": {"path": "/nowhere"}}, "must be a local folder"),
     ],
 )
 def test_what_cannot_be_done_is_refused_by_name(record, names, options, words):

@@ -10,44 +10,44 @@ from tiny import build
 from redflag.backends.load import read_model
 from redflag.data.rows import Row
 from redflag.lab.baselines import refusing
-from redflag.lab.baselines.bench import Read, thinned
+from redflag.lab.baselines.shared import Read, thinned
 from redflag.lab.baselines.tuning import IGNORE, Example, Tuning, fine_tune, loss_of
 from redflag.prompt import render_prompt
 from redflag.truncation import fit_prompt
 
 
-def shown(bench, example):
+def shown(context, example):
     """What stands behind the prompt, and what is asked for, as text; `.` where nothing is asked."""
     start = next((i for i, target in enumerate(example.targets) if target != IGNORE), len(example.ids))
-    decode = bench.tokenizer.decode
+    decode = context.tokenizer.decode
     return decode(example.ids), [decode([t]) if t != IGNORE else "." for t in example.targets[start:]]
 
 
-def drawn(bench, rows, builder, tmp_path, times=60, **options):
+def drawn(context, rows, builder, tmp_path, times=60, **options):
     """Examples of one harmful row, drawn many times, and of one harmless row."""
-    baseline = builder(bench, tmp_path, refusals=["dogs ran", "dogs ate"], **options)
+    baseline = builder(context, tmp_path, refusals=["dogs ran", "dogs ate"], **options)
     harmful = next(row for row in rows if row.harmful and row.onset)
     harmless = next(row for row in rows if not row.harmful)
-    reads = bench.read([harmful, harmless])
+    reads = context.read([harmful, harmless])
     made = [baseline.examples(reads, random.Random(i), (5, 6)) for i in range(times)]
     return reads, [pair[0] for pair in made], [pair[1] for pair in made]
 
 
-def test_harmless_rows_are_the_anchor(bench, rows, tmp_path):
+def test_harmless_rows_are_the_anchor(context, rows, tmp_path):
     for builder in (refusing.deep_alignment, refusing.refusal_everywhere):
-        reads, _, anchors = drawn(bench, rows, builder, tmp_path, 3)
+        reads, _, anchors = drawn(context, rows, builder, tmp_path, 3)
         read = reads[1]
         ids = read.prompt_ids + read.judged_ids
         assert all(one == Example(ids, [IGNORE] * len(read.prompt_ids) + read.judged_ids) for one in anchors)
 
 
 @pytest.mark.parametrize(("labels", "least"), [("onset", None), ("response", 1)])
-def test_deep_alignment_refuses_at_once_or_behind_harm(bench, rows, tmp_path, labels, least):
-    reads, examples, _ = drawn(bench, rows, refusing.deep_alignment, tmp_path, labels=labels)
+def test_deep_alignment_refuses_at_once_or_behind_harm(context, rows, tmp_path, labels, least):
+    reads, examples, _ = drawn(context, rows, refusing.deep_alignment, tmp_path, labels=labels)
     read, counts = reads[0], []
     least = read.onset + 1 if least is None else least
     tail = read.judged_ids[read.tokens :]
-    refusals = [[*bench.tokenizer(text)["input_ids"], *tail] for text in ("dogs ran", "dogs ate")]
+    refusals = [[*context.tokenizer(text)["input_ids"], *tail] for text in ("dogs ran", "dogs ate")]
     for one in examples:
         start = next(i for i, target in enumerate(one.targets) if target != IGNORE)
         assert one.ids[start:] == one.targets[start:] and one.ids[start:] in refusals
@@ -60,42 +60,42 @@ def test_deep_alignment_refuses_at_once_or_behind_harm(bench, rows, tmp_path, la
 
 
 @pytest.mark.parametrize("labels", ["onset", "response"])
-def test_rto_asks_for_the_refusal_at_every_harmful_position(bench, rows, tmp_path, labels):
-    reads, examples, _ = drawn(bench, rows, refusing.refusal_everywhere, tmp_path, labels=labels)
+def test_rto_asks_for_the_refusal_at_every_harmful_position(context, rows, tmp_path, labels):
+    reads, examples, _ = drawn(context, rows, refusing.refusal_everywhere, tmp_path, labels=labels)
     read = reads[0]
-    sorry = bench.tokenizer("dogs")["input_ids"][0]
+    sorry = context.tokenizer("dogs")["input_ids"][0]
     onset = read.onset if labels == "onset" else 0
     asked = len(read.judged_ids) - onset
     everywhere = Example(read.prompt_ids + read.judged_ids, [IGNORE] * (len(read.prompt_ids) + onset) + [sorry] * asked)
     assert 15 <= examples.count(everywhere) <= 45
 
 
-def test_refusal_tokens_stand_before_every_answer(bench, rows, tmp_path):
-    reads, harmful, harmless = drawn(bench, rows, refusing.refusal_tokens, tmp_path, 5)
+def test_refusal_tokens_stand_before_every_answer(context, rows, tmp_path):
+    reads, harmful, harmless = drawn(context, rows, refusing.refusal_tokens, tmp_path, 5)
     for one in harmful:
         start = len(reads[0].prompt_ids)
         assert one.ids[start] == one.targets[start] == 5 and one.targets[:start] == [IGNORE] * start
         tail = reads[0].judged_ids[reads[0].tokens :]
         assert one.ids[start + 1 :] in [
-            [*bench.tokenizer(text)["input_ids"], *tail] for text in ("dogs ran", "dogs ate")
+            [*context.tokenizer(text)["input_ids"], *tail] for text in ("dogs ran", "dogs ate")
         ]
     for one in harmless:
         assert one.ids == [*reads[1].prompt_ids, 6, *reads[1].judged_ids]
 
 
 def test_a_long_prompt_is_cut_as_scoring_cuts_it_and_the_answer_stays():
-    class Bench:
+    class BaselineContext:
         limit = 40
 
-    Bench.tokenizer, Bench.spec = world("headers, trimmed")
+    BaselineContext.tokenizer, BaselineContext.spec = world("headers, trimmed")
     talk = [turn("system", "Be kind."), turn("user", "many words " * 30)]
-    prompt = render_prompt(Bench.tokenizer, talk, Bench.spec)
+    prompt = render_prompt(BaselineContext.tokenizer, talk, BaselineContext.spec)
     read = Read(Row([*talk, turn("assistant", "No")]), prompt, [], 0, None, False)
-    example = refusing._example(Bench, read, [5, 6, 7], [False, True, True])
-    kept = fit_prompt(Bench.tokenizer, talk, Bench.spec, 37)
+    example = refusing._example(BaselineContext, read, [5, 6, 7], 1)
+    kept = fit_prompt(BaselineContext.tokenizer, talk, BaselineContext.spec, 37)
     assert example == Example([*kept, 5, 6, 7], [IGNORE] * (len(kept) + 1) + [6, 7])
-    assert kept[0] == Bench.tokenizer.bos_token_id and len(example.ids) <= 40
-    long = refusing._example(Bench, read, [*range(3, 103)], [True] * 100)
+    assert kept[0] == BaselineContext.tokenizer.bos_token_id and len(example.ids) <= 40
+    long = refusing._example(BaselineContext, read, [*range(3, 103)])
     assert long.ids == [prompt[-1], *range(3, 42)]
 
 
@@ -133,12 +133,12 @@ def test_training_teaches_new_tokens_and_leaves_an_ordinary_model(tied, rank, tm
         assert torch.equal(after[:39], before[:39])
 
 
-def test_a_trained_model_is_kept_and_not_trained_again(bench, rows, tmp_path, monkeypatch):
+def test_a_trained_model_is_kept_and_not_trained_again(context, rows, tmp_path, monkeypatch):
     tuning = Tuning(rows=8)
-    first = refusing.refusal_tokens(bench, tmp_path / "model", tuning=tuning)
+    first = refusing.refusal_tokens(context, tmp_path / "model", tuning=tuning)
     first.fit(rows[:12])
     monkeypatch.setattr(refusing, "fine_tune", None)
-    again = refusing.refusal_tokens(bench, tmp_path / "model", tuning=tuning)
+    again = refusing.refusal_tokens(context, tmp_path / "model", tuning=tuning)
     again.fit(rows[:12])
     assert again.watched == first.watched
     assert again.score(rows[:3]).probs == pytest.approx(first.score(rows[:3]).probs, abs=1e-6)
@@ -146,7 +146,7 @@ def test_a_trained_model_is_kept_and_not_trained_again(bench, rows, tmp_path, mo
     model, tokenizer = read_model(tmp_path / "model")
     assert model.config.vocab_size >= len(tokenizer)
     with pytest.raises(TypeError):
-        refusing.refusal_tokens(bench, tmp_path / "model", tuning=tuning).fit(rows[:11])
+        refusing.refusal_tokens(context, tmp_path / "model", tuning=tuning).fit(rows[:11])
 
 
 @pytest.mark.parametrize(("most", "kept"), [(None, 48), (100, 48), (12, 12)])

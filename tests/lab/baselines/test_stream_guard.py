@@ -13,25 +13,25 @@ from redflag.lab.baselines.stream_guard import StreamGuard, stream_guard
 ROW = Row([{"role": "user", "content": "tell cat"}, {"role": "assistant", "content": "the cat sat on a mat"}])
 
 
-def test_each_step_is_the_verdict_on_the_tokens_before_it(bench):
+def test_each_step_is_the_verdict_on_the_tokens_before_it(context):
     model = Streaming()
-    guard = StreamGuard(bench, model, bench.tokenizer, "a guard")
+    guard = StreamGuard(context, model, context.tokenizer, "a guard")
     recording = guard.score([ROW])
-    (read,) = bench.read([ROW])
+    (read,) = context.read([ROW])
     opening, fed = model.fed[0][: -len(read.judged_ids) + 1], model.fed[0][-len(read.judged_ids) + 1 :]
     # Everything but the last token of the turn, after which nothing is judged.
     assert fed == read.judged_ids[:-1] and model.closed == 1
     for i, prob in enumerate(recording.probs[:, 0]):
         probs = torch.softmax(levels_of(opening + fed[:i]), dim=0)
         assert prob == pytest.approx(float(probs[1] + probs[2]), abs=1e-6)
-    loose = StreamGuard(bench, Streaming(), bench.tokenizer, "a guard", strict=False).score([ROW])
+    loose = StreamGuard(context, Streaming(), context.tokenizer, "a guard", strict=False).score([ROW])
     assert (loose.probs < recording.probs).all()
 
 
-def test_a_guard_that_answers_in_words_is_read_by_the_winners_probability(bench):
+def test_a_guard_that_answers_in_words_is_read_by_the_winners_probability(context):
     model = InWords()
-    recording = StreamGuard(bench, model, bench.tokenizer, "a guard").score([ROW])
-    exact = StreamGuard(bench, Streaming(), bench.tokenizer, "a guard").score([ROW])
+    recording = StreamGuard(context, model, context.tokenizer, "a guard").score([ROW])
+    exact = StreamGuard(context, Streaming(), context.tokenizer, "a guard").score([ROW])
     assert model.roles[0] == "user" and set(model.roles[1:]) == {"assistant"}
     sure = [(p, q) for p, q in zip(recording.probs[:, 0], exact.probs[:, 0], strict=True) if q < 0.5]
     # A safe verdict leaves the rest to harm; a harmful one tells of the winner alone.
@@ -39,16 +39,16 @@ def test_a_guard_that_answers_in_words_is_read_by_the_winners_probability(bench)
     assert (recording.probs <= exact.probs + 0.006).all()
 
 
-def test_a_guard_with_another_tokenizer_reads_whole_words(bench):
+def test_a_guard_with_another_tokenizer_reads_whole_words(context):
     from transformers import AutoTokenizer
 
-    other = AutoTokenizer.from_pretrained(bench.base)
+    other = AutoTokenizer.from_pretrained(context.base)
     other.add_tokens(["zz"])
     model = Streaming()
-    guard = StreamGuard(bench, model, other, "a guard")
-    (read,) = bench.read([ROW])
+    guard = StreamGuard(context, model, other, "a guard")
+    (read,) = context.read([ROW])
     arriving = [other.decode(ids) for ids in guard._arriving(read)]
-    written = ["", *(bench.tokenizer.decode(read.judged_ids[:i]) for i in range(1, len(read.judged_ids)))]
+    written = ["", *(context.tokenizer.decode(read.judged_ids[:i]) for i in range(1, len(read.judged_ids)))]
     assert len(arriving) == len(written) == len(read.judged_ids)
     for i in range(len(written)):
         heard = "".join(arriving[: i + 1])
@@ -78,25 +78,25 @@ def folder_of_code(folder):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def test_a_folders_code_runs_only_when_it_is_trusted(bench, tmp_path, monkeypatch):
+def test_a_folders_code_runs_only_when_it_is_trusted(context, tmp_path, monkeypatch):
     import transformers.dynamic_module_utils as dynamic
 
     monkeypatch.setattr(dynamic, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     folder = tmp_path / "guard"
     folder.mkdir()
     folder_of_code(folder)
-    bench.tokenizer.save_pretrained(folder)
+    context.tokenizer.save_pretrained(folder)
     with pytest.raises(RedflagError, match="trust_remote_code"):
-        stream_guard(bench, folder)
-    guard = stream_guard(bench, folder, trust_remote_code=True)
+        stream_guard(context, folder)
+    guard = stream_guard(context, folder, trust_remote_code=True)
     assert set(guard.score([ROW]).probs[:, 0].tolist()) == {0.75}
 
 
-def test_without_a_folder_there_is_no_guard_and_a_wrong_one_is_refused(bench, tmp_path):
-    assert stream_guard(bench) is None
-    with pytest.raises(RedflagError, match="no folder"):
-        stream_guard(bench, "Qwen/Qwen3Guard-Stream-0.6B", trust_remote_code=True)
-    with pytest.raises(RedflagError, match="does not load as a guard"):
-        stream_guard(bench, tmp_path, trust_remote_code=True)
+def test_without_a_folder_there_is_no_guard_and_a_wrong_one_is_refused(context, tmp_path):
+    assert stream_guard(context) is None
+    with pytest.raises(RedflagError, match="must be a local folder"):
+        stream_guard(context, "Qwen/Qwen3Guard-Stream-0.6B", trust_remote_code=True)
+    with pytest.raises(RedflagError, match="must be the whole folder"):
+        stream_guard(context, tmp_path, trust_remote_code=True)
     with pytest.raises(RedflagError, match="neither stream_generate"):
-        StreamGuard(bench, torch.nn.Linear(1, 1), bench.tokenizer, "a guard")
+        StreamGuard(context, torch.nn.Linear(1, 1), context.tokenizer, "a guard")

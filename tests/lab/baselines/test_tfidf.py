@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sklearn.feature_extraction.text import TfidfVectorizer
 from tiny import WORDS
 
-from redflag.lab.baselines.texts import growing_text
+from redflag.guard.detokenize import Detokenizer
 from redflag.lab.baselines.tfidf import TfidfBaseline
 from redflag.models.pretrain import train_tokenizer
 
@@ -36,8 +36,8 @@ def test_every_step_is_what_scikit_learn_says_of_the_text_so_far(pieces):
     assert made.logits(pieces) == pytest.approx(expected, abs=1e-9)
 
 
-def test_it_learns_which_words_mark_harm(bench, rows):
-    made = TfidfBaseline(bench, min_df=1)
+def test_it_learns_which_words_mark_harm(context, rows):
+    made = TfidfBaseline(context, min_df=1)
     made.fit(rows)
     recording = made.score(rows)
     peaks = np.array([recording.steps(i).max() for i in range(len(rows))])
@@ -51,7 +51,7 @@ TOKENIZER = train_tokenizer([" ".join(WORDS)] * 5, 320)
 @given(st.text(max_size=30))
 def test_pieces_end_to_end_are_the_text(text):
     ids = TOKENIZER(text, add_special_tokens=False)["input_ids"]
-    pieces = list(growing_text(TOKENIZER, ids))
+    pieces = list(map(Detokenizer(TOKENIZER).push, ids))
     assert len(pieces) == len(ids)
     assert "".join(pieces) == TOKENIZER.decode(ids, skip_special_tokens=True)
 
@@ -59,7 +59,7 @@ def test_pieces_end_to_end_are_the_text(text):
 def test_a_character_of_several_tokens_comes_with_its_last_one():
     ids = TOKENIZER("a🦊b", add_special_tokens=False)["input_ids"]
     assert len(ids) == 6
-    assert list(growing_text(TOKENIZER, ids)) == ["a", "", "", "", "🦊", "b"]
+    assert list(map(Detokenizer(TOKENIZER).push, ids)) == ["a", "", "", "", "🦊", "b"]
 
 
 def test_an_untrained_word_changes_nothing():

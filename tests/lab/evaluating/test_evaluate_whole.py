@@ -97,7 +97,7 @@ def test_what_comes_last_is_tried_before_the_rows_are_scored(world, tmp_path, mo
 def test_an_option_that_a_baseline_does_not_take_is_found_before_the_rows_are_scored(world, tmp_path, monkeypatch):
     monkeypatch.setattr("redflag.scoring.score.score_to_file", lambda *a, **k: pytest.fail("rows were scored"))
     options = {"refusal tokens": {"tunning": {}}}
-    with pytest.raises(RedflagError, match="do not fit the baseline 'refusal tokens'"):
+    with pytest.raises(RedflagError, match="invalid options of the baseline 'refusal tokens'"):
         evaluate(arguments(world, tmp_path / "out", baselines=["refusal tokens"], baseline_options=options))
 
 

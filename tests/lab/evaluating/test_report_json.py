@@ -13,7 +13,7 @@ from reports import trace
 
 from redflag.lab import report as reporting
 from redflag.lab.attacks import Attempt
-from redflag.lab.attacks.outcome import Judged, entries, not_run
+from redflag.lab.attacks.judging import Judged, entries, not_run
 from redflag.lab.attacks.sampling import Plain
 from redflag.lab.baselines import Cost
 from redflag.lab.evaluating import cascade, cost, tables

@@ -181,7 +181,7 @@ def test_S4_4_rows_with_kinds_of_refusal_are_training_rows_of_flags(here, capsys
     ]
     assert (found[0].source, found[0].id, found[0].group, found[0].lang) == ("x", "1", "g", "en")
     said = capsys.readouterr().out
-    assert "1 with harmful answers that are no refusals were left out" in said
+    assert "1 with harmful answers that aren't refusals were left out" in said
     named = re.search(r"--categories (.*) \.\.\.", said)[1]
     spec = FlagSpec.of(*re.findall(r"'([^']*)'", named))
     assert [spec.class_of(one.category) for one in found] == [1, 2, 0, 3]
@@ -221,13 +221,13 @@ def test_columns_and_labels_are_those_of_other_verbs(here):
         (["--input", "none.jsonl"], "none.jsonl must be a file or folder"),
         (["--input", "empty.jsonl"], "no usable row in empty.jsonl: it is empty"),
         (["--input", "bad.jsonl", "--on_bad_row", "skip"], "all 1 were left out"),
-        (["--input", "rows.jsonl", "--classifier", "nowhere"], "nowhere holds no classifier"),
+        (["--input", "rows.jsonl", "--classifier", "nowhere"], "nowhere must be a folder that"),
         (["--input", "rows.jsonl", "--taxonomy", "none.yaml"], "none.yaml cannot be read"),
         (["--input", "rows.jsonl", "--threshold", "0"], "threshold must be above 0 and at most 1 (got 0.0)"),
         (["--input", "rows.jsonl", "--also", "1.5"], "also must be above 0 and at most 1 (got 1.5)"),
         (["--input", "rows.jsonl", "--sure", "0.5"], "sure must be above 0.5 and at most 1 (got 0.5)"),
         (["--input", "rows.jsonl", "--candidates", "-1"], "candidates must be at least 0 (got -1)"),
-        (["--input", "rows.jsonl", "--embedding", "m"], "embedding chooses what is learnt from"),
+        (["--input", "rows.jsonl", "--embedding", "m"], "embedding must come with train"),
         (["--train", "rows.jsonl", "--classifier", "c"], "a row must have a label"),
         (["--train", "rows.jsonl", "--classifier", "c", "--write_rows", "w"], "write_rows must come with input"),
         (["--inptu", "rows.jsonl"], "unknown option --inptu"),
@@ -246,6 +246,6 @@ def test_bad_input_is_one_sentence_and_leaves_no_files(here, options, says):
 
 def test_a_taxonomy_must_know_the_classifiers_classes(here, learnt):
     rows = write(here / "rows.jsonl", [row("a", NO)])
-    with pytest.raises(RedflagError, match="does not know 'Private'"):
+    with pytest.raises(RedflagError, match="'Private' is missing"):
         (here / "other.yaml").write_text(TAXONOMY.replace("Private", "Secret"))
         command("--input", rows, "--classifier", str(learnt), "--taxonomy", "other.yaml")

@@ -18,7 +18,8 @@ from redflag.lab.refusals import PhraseClassifier, RefusalClassifier, load_taxon
 from redflag.lab.refusals.classifier import features_maker
 from redflag.lab.refusals.features import Ngrams, _words
 from redflag.lab.refusals.held_out import divide, f1, figures_of, macro_f1, train
-from redflag.lab.refusals.pairs import Pair, read_labelled
+from redflag.lab.refusals.pairs import RequestAndAnswer as Pair
+from redflag.lab.refusals.pairs import read_labelled
 from redflag.models.pretrain import train_tokenizer
 
 
@@ -148,7 +149,7 @@ def test_a_damaged_classifier_is_refused_in_one_sentence(trained, tmp_path, spoi
         else:
             del record["stages"]["refusal"]
         path.write_text(json.dumps(record))
-    with pytest.raises(RedflagError, match="holds no classifier") as caught:
+    with pytest.raises(RedflagError, match="must be a folder that") as caught:
         RefusalClassifier.load(tmp_path)
     assert "\n" not in str(caught.value) and "redflag audit --train" in str(caught.value)
 
@@ -166,7 +167,7 @@ def test_S4_1_ngrams_are_scikit_learns_tfidf(texts):
         return [*grams, *(f"p {a} {b}" for a, b in itertools.pairwise(words))]
 
     if not any(analyse(text) for text in texts):
-        with pytest.raises(RedflagError, match="nothing can be learnt"):
+        with pytest.raises(RedflagError, match="some word must be in"):
             ours.fit(texts)
         return
     ours.fit(texts)
@@ -185,7 +186,7 @@ def test_S4_1_an_embedding_model_is_a_parameter(pairs, small, tmp_path):
     classifier.save(tmp_path / "classifier")
     again = RefusalClassifier.load(tmp_path / "classifier")
     np.testing.assert_allclose(again.judge(pairs[:9]).refusal, classifier.judge(pairs[:9]).refusal, atol=1e-4)
-    with pytest.raises(RedflagError, match="cannot be loaded"):
+    with pytest.raises(RedflagError, match="does not load"):
         features_maker(str(tmp_path / "nothing"))()
 
 
@@ -252,7 +253,7 @@ def test_rows_that_teach_nothing_are_refused_with_their_line(tmp_path, row, says
 
 @pytest.mark.parametrize(
     ("options", "says"),
-    [({"folds": 1}, "folds is 1"), ({"folds": 500}, "cannot be divided into 500"), ({"c": 0.0}, "c is 0.0")],
+    [({"folds": 1}, "folds must be .* 1"), ({"folds": 500}, "at least 500"), ({"c": 0.0}, "above 0 .got 0.0")],
 )
 def test_training_with_options_that_make_no_sense_is_refused(pairs, small, options, says):
     with pytest.raises(RedflagError, match=says):
@@ -260,9 +261,9 @@ def test_training_with_options_that_make_no_sense_is_refused(pairs, small, optio
 
 
 def test_training_needs_refusals_and_answers(pairs, small):
-    with pytest.raises(RedflagError, match="all 120 rows to learn from are of the class 'refusal'"):
+    with pytest.raises(RedflagError, match=r"two or more classes .got 120 of 'refusal'"):
         train(pairs[::2], small, Ngrams, folds=0)
-    with pytest.raises(RedflagError, match="no row says whether its answer is a refusal"):
+    with pytest.raises(RedflagError, match="must have the label `refusal`"):
         train([Pair("a", "", categories=("Private",))], small, Ngrams, folds=0)
 
 

@@ -12,7 +12,7 @@ from redflag.data.rows import Row, load_rows
 from redflag.errors import RedflagError
 from redflag.judges import UnansweredError, Verdict
 from redflag.lab.synthesis.forecast import Point, forecast, write_forecasts
-from redflag.lab.synthesis.questions import KeptAnswers, Reply
+from redflag.lab.synthesis.questions import CachedWriter, Reply
 
 TEXT = "One is fine. Two is dark. Three is bad."
 
@@ -49,20 +49,20 @@ def row(text=TEXT):
 
 def test_forecasts_are_the_mean_verdict_of_continuations(tmp_path):
     writer = Writer()
-    [points] = forecast([row()], KeptAnswers(writer, tmp_path / "a"), judge, samples=4)
+    [points] = forecast([row()], CachedWriter(writer, tmp_path / "a"), judge, samples=4)
     assert points == [Point(0, 0.0, 4), Point(13, 0.25, 4), Point(26, 0.5, 4)]
     assert [q.messages[-1]["content"] for q in writer.asked[::4]] == ["q", "One is fine.", "One is fine. Two is dark."]
     again = Writer()
-    assert forecast([row()], KeptAnswers(again, tmp_path / "a"), judge, samples=4) == [points] and not again.asked
+    assert forecast([row()], CachedWriter(again, tmp_path / "a"), judge, samples=4) == [points] and not again.asked
 
 
 def test_forecasts_without_a_verdict_are_left_out_and_places_are_spread(tmp_path):
     rows = [row("So silent. On. On."), row(" ".join(f"S{i}." for i in range(20)))]
-    points = forecast(rows, KeptAnswers(Writer(), tmp_path / "a"), judge, samples=2, positions=4)
+    points = forecast(rows, CachedWriter(Writer(), tmp_path / "a"), judge, samples=2, positions=4)
     assert [point.character for point in points[0]] == [0]
     assert len(points[1]) == 4 and points[1][0].character == 0
     with pytest.raises(RedflagError, match="must be at least 1"):
-        forecast(rows, KeptAnswers(Writer(), tmp_path / "a"), judge, samples=0)
+        forecast(rows, CachedWriter(Writer(), tmp_path / "a"), judge, samples=0)
 
 
 def test_forecasts_are_a_key_of_rows_that_load_as_they_were_written(tmp_path):
@@ -86,7 +86,7 @@ def test_any_backend_can_continue_a_prefix(origin, tmp_path):
     seen = []
     [points] = forecast(
         [row("the mat")],
-        KeptAnswers(model, tmp_path / "a"),
+        CachedWriter(model, tmp_path / "a"),
         lambda messages, answer: seen.append(answer) or 0.5,
         samples=1,
     )

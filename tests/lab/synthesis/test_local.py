@@ -8,8 +8,8 @@ from redflag.errors import RedflagError
 from redflag.lab.nano.judge import LabJudgeOptions
 from redflag.lab.synthesis import synthesize as verb
 from redflag.lab.synthesis.local import load_local
+from redflag.lab.synthesis.options import WriterOptions
 from redflag.lab.synthesis.questions import Question, Reply
-from redflag.lab.synthesis.who import writer
 
 
 def asked(model, questions):
@@ -46,11 +46,11 @@ def test_S3_1_a_question_that_is_too_long_is_refused_and_its_neighbours_are_not(
 
 def test_S3_1_whom_to_ask_is_checked(tmp_path, monkeypatch):
     with pytest.raises(RedflagError, match="a writer must be named"):
-        writer(None, None)
+        WriterOptions().open_writer()
     with pytest.raises(RedflagError, match="does not load"):
-        writer(str(tmp_path), None)
+        WriterOptions(model=str(tmp_path)).open_writer()
     monkeypatch.setenv("SOME_KEY", "k")
-    assert writer("m", "http://h/v1", key_env="SOME_KEY").identity == "m"
+    assert WriterOptions(model="m", url="http://h/v1", key_env="SOME_KEY").open_writer().identity == "m"
     assert LabJudgeOptions().open_judge() is None
     assert LabJudgeOptions(judge="oracle").open_judge().identity.startswith("nano-oracle")
     named = {"judge": "endpoint", "judge_url": "http://h/v1", "judge_name": "g"}

@@ -20,9 +20,10 @@ from redflag.lab.synthesis import synthesize as verb
 from redflag.lab.synthesis.augment import WRAPPERS, with_typos, wrapped
 from redflag.lab.synthesis.constitution import Class, parse_constitution
 from redflag.lab.synthesis.cost import allow, estimate
-from redflag.lab.synthesis.pipeline import Settings, is_held_out, synthesize
+from redflag.lab.synthesis.options import Settings
+from redflag.lab.synthesis.pipeline import is_held_out, synthesize
 from redflag.lab.synthesis.quality import bad_answer, bad_request, usable
-from redflag.lab.synthesis.questions import KeptAnswers, Reply
+from redflag.lab.synthesis.questions import CachedWriter, Reply
 from redflag.lab.synthesis.requests import group_of
 
 RECORD = {
@@ -169,7 +170,7 @@ def test_S3_1_without_a_judge_there_are_no_onsets_and_somebody_is_told(folder, s
         ({"max_requests": 3}, "more than the limit"),
         ({"max_cost": 0.0, "price_in": 1.0, "price_out": 2.0}, "more than the limit"),
         ({"max_cost": 5.0}, "without prices"),
-        ({"price_in": 1.0, "yes": True}, "give both"),
+        ({"price_in": 1.0, "yes": True}, "must both be set"),
         ({"held_out": 1.0, "yes": True}, "held_out"),
         ({"typos": 2.0, "yes": True}, "typos"),
         ({"requests": 0, "yes": True}, r"requests must be .*got 0"),
@@ -206,12 +207,12 @@ def test_S3_1_where_nothing_is_left_the_reasons_are_named(tmp_path):
                 keep(index, Reply("", "refused"))
 
     with pytest.raises(RedflagError, match="not taken by the server"):
-        synthesize(parse_constitution(RECORD, "c"), KeptAnswers(Silent(), tmp_path / "a"), None)
+        synthesize(parse_constitution(RECORD, "c"), CachedWriter(Silent(), tmp_path / "a"), None)
 
 
-COMPLY = Class("c", True, "d", ("e",))
-REFUSE = Class("r", False, "d", ("e",), "refuse")
-PLAIN = Class("p", False, "d", ("e",), "plain")
+COMPLY = Class(name="c", harmful=True, description="d", examples=("e",))
+REFUSE = Class(name="r", harmful=False, description="d", examples=("e",), answers="refuse")
+PLAIN = Class(name="p", harmful=False, description="d", examples=("e",), answers="plain")
 NO = "I'm sorry, but I can't help with that."
 
 
@@ -269,4 +270,4 @@ def test_S3_1_a_judge_that_breaks_acquits_nobody(tmp_path):
                 keep(index, Reply(reply({"messages": question.messages, "temperature": 1, "seed": index})))
 
     with pytest.raises(RedflagError, match="no verdict"):
-        synthesize(parse_constitution(RECORD, "c"), KeptAnswers(Writer(), tmp_path / "a"), lambda *_: 1 / 0)
+        synthesize(parse_constitution(RECORD, "c"), CachedWriter(Writer(), tmp_path / "a"), lambda *_: 1 / 0)

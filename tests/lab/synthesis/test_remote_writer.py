@@ -12,9 +12,8 @@ import pytest
 from chat_server import chat_server
 
 from redflag.errors import RedflagError
-from redflag.lab.synthesis.pace import Pace
-from redflag.lab.synthesis.questions import KeptAnswers, Question, Reply
-from redflag.lab.synthesis.remote_writer import Endpoint
+from redflag.lab.synthesis.questions import CachedWriter, Question, Reply
+from redflag.lab.synthesis.remote_writer import Pace, RemoteWriter
 
 
 class Clock:
@@ -50,7 +49,7 @@ def content(body):
 
 def test_S3_1_answers_come_back_with_their_questions():
     with chat_server(lambda body: f"to {content(body)}") as server:
-        got = asked(Endpoint(server.url, "m", concurrency=4), questions(9, temperature=0.3, max_tokens=7, seed=5))
+        got = asked(RemoteWriter(server.url, "m", concurrency=4), questions(9, temperature=0.3, max_tokens=7, seed=5))
     assert [reply.text for reply in got] == [f"to q{i}" for i in range(9)]
     body = server.bodies[0]
     assert (body["model"], body["temperature"], body["max_tokens"], body["seed"]) == ("m", 0.3, 7, 5)
@@ -60,7 +59,7 @@ def test_S3_1_answers_come_back_with_their_questions():
 def test_S3_1_an_answer_that_is_begun_is_continued():
     with chat_server(lambda body: "more") as server:
         turns = ({"role": "user", "content": "q"}, {"role": "assistant", "content": "Begun"})
-        asked(Endpoint(server.url, "m"), [Question(turns)])
+        asked(RemoteWriter(server.url, "m"), [Question(turns)])
     assert server.bodies[0]["continue_final_message"] is True and server.bodies[0]["add_generation_prompt"] is False
 
 
@@ -77,7 +76,7 @@ def test_S3_1_never_more_requests_at_a_time_than_allowed():
         return "x"
 
     with chat_server(reply) as server:
-        asked(Endpoint(server.url, "m", concurrency=3), questions(15))
+        asked(RemoteWriter(server.url, "m", concurrency=3), questions(15))
     assert 1 <= most[0] <= 3
 
 
@@ -111,7 +110,7 @@ def test_S3_1_requests_to_a_server_keep_to_the_pace():
 
     with chat_server(reply) as server:
         pace = Pace(60, clock=clock, sleep=clock.sleep)
-        asked(Endpoint(server.url, "m", concurrency=1, pace=pace), questions(5))
+        asked(RemoteWriter(server.url, "m", concurrency=1, pace=pace), questions(5))
     assert seen == pytest.approx([100.0, 101.0, 102.0, 103.0, 104.0])
 
 
@@ -129,7 +128,7 @@ def test_S3_1_a_busy_server_is_asked_again_after_growing_pauses():
         return statuses.pop(0) if statuses else "well"
 
     with chat_server(reply) as server:
-        endpoint = Endpoint(server.url, "m")
+        endpoint = RemoteWriter(server.url, "m")
         assert asked(endpoint, questions(1)) == [Reply("well")]
     assert endpoint.requests == 4
     for number, (before, after) in enumerate(pairwise(times)):
@@ -144,7 +143,7 @@ def test_S3_1_repeated_requests_keep_to_the_pace_too():
         return statuses.pop(0) if statuses else "well"
 
     with chat_server(reply) as server:
-        asked(Endpoint(server.url, "m", pace=Pace(6, clock=clock, sleep=clock.sleep)), questions(1))
+        asked(RemoteWriter(server.url, "m", pace=Pace(6, clock=clock, sleep=clock.sleep)), questions(1))
     assert seen == pytest.approx([100.0, 110.0, 120.0])
 
 
@@ -157,7 +156,7 @@ def test_S3_1_while_a_server_wants_to_be_left_alone_nobody_asks():
         return 429 if len(times) == 1 else "well"
 
     with chat_server(reply) as server:
-        assert asked(Endpoint(server.url, "m", pace=Pace(600)), questions(5)) == [Reply("well")] * 5
+        assert asked(RemoteWriter(server.url, "m", pace=Pace(600)), questions(5)) == [Reply("well")] * 5
     assert times[1] - times[0] >= 0.3
 
 
@@ -166,7 +165,7 @@ def test_S3_1_while_a_server_wants_to_be_left_alone_nobody_asks():
 )
 def test_S3_1_a_lost_server_ends_it_with_one_sentence(status, requests, words):
     with chat_server(lambda body: status) as server:
-        endpoint = Endpoint(server.url, "m", retries=2)
+        endpoint = RemoteWriter(server.url, "m", retries=2)
         with pytest.raises(RedflagError, match=words):
             asked(endpoint, questions(1))
     assert endpoint.requests == requests
@@ -178,7 +177,7 @@ def test_S3_1_a_late_server_is_lost():
         silent.listen()
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/v1"
         with pytest.raises(RedflagError, match="is lost"):
-            asked(Endpoint(url, "m", timeout=0.05, retries=0), questions(1))
+            asked(RemoteWriter(url, "m", timeout=0.05, retries=0), questions(1))
 
 
 def test_S3_1_a_server_that_wants_to_be_left_alone_is():
@@ -201,7 +200,7 @@ def test_S3_1_a_server_that_wants_to_be_left_alone_is():
 )
 def test_S3_1_what_counts_as_an_answer(said, text, finish):
     with chat_server(lambda body: said) as server:
-        assert asked(Endpoint(server.url, "m"), questions(1)) == [Reply(text, finish)]
+        assert asked(RemoteWriter(server.url, "m"), questions(1)) == [Reply(text, finish)]
 
 
 @pytest.mark.parametrize("said", [{}, {"choices": []}, {"choices": [{"message": {}}]}, {"choices": 3}])
@@ -210,7 +209,7 @@ def test_S3_1_what_is_no_completion_is_refused(said):
         chat_server(lambda body: said) as server,
         pytest.raises(RedflagError, match="must reply with a chat completion"),
     ):
-        asked(Endpoint(server.url, "m"), questions(1))
+        asked(RemoteWriter(server.url, "m"), questions(1))
 
 
 @pytest.mark.parametrize(
@@ -225,15 +224,15 @@ def test_S3_1_what_is_no_completion_is_refused(said):
 )
 def test_S3_1_settings_that_cannot_be_used_are_refused(settings, words):
     with pytest.raises(RedflagError, match=words):
-        Endpoint(**{"url": "http://h/v1", "model": "m", **settings})
+        RemoteWriter(**{"url": "http://h/v1", "model": "m", **settings})
 
 
 def test_S3_1_further_fields_are_sent_and_make_another_model():
     with chat_server(lambda body: "x") as server:
-        endpoint = Endpoint(server.url, "m", options={"top_p": 0.9, "max_tokens": 1})
+        endpoint = RemoteWriter(server.url, "m", options={"top_p": 0.9, "max_tokens": 1})
         asked(endpoint, questions(1))
     assert (server.bodies[0]["model"], server.bodies[0]["top_p"], server.bodies[0]["max_tokens"]) == ("m", 0.9, 1)
-    assert endpoint.identity != Endpoint(server.url, "m").identity == "m"
+    assert endpoint.identity != RemoteWriter(server.url, "m").identity == "m"
 
 
 class Scripted:
@@ -254,18 +253,18 @@ def test_S3_1_kept_answers_are_never_asked_again(tmp_path):
     path, wanted = tmp_path / "a" / "answers.jsonl", questions(4)
     first = Scripted(fails_after=2)
     with pytest.raises(RedflagError, match="lost"):
-        KeptAnswers(first, path).ask(wanted)
+        CachedWriter(first, path).ask(wanted)
     with path.open("ab") as file:
         file.write(b'{"key": "cut o')  # a crash in the middle of a line
     second = Scripted()
-    kept = KeptAnswers(second, path)
+    kept = CachedWriter(second, path)
     counted = []
     got = kept.ask([*wanted, wanted[0]], lambda done, total: counted.append((done, total)))
     assert [reply.text for reply in got] == ["to q0", "to q1", "to q2", "to q3", "to q0"]
     assert (first.asked, second.asked) == (["q0", "q1"], ["q2", "q3"])
     assert counted == [(3, 4), (4, 4)] and (kept.asked, kept.tokens_in, kept.tokens_out) == (2, 4, 6)
     third = Scripted()
-    assert KeptAnswers(third, path).ask(wanted) == got[:4] and third.asked == []
+    assert CachedWriter(third, path).ask(wanted) == got[:4] and third.asked == []
 
 
 @pytest.mark.parametrize("change", [{"temperature": 0.5}, {"max_tokens": 3}, {"seed": 1}])

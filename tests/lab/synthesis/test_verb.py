@@ -99,8 +99,8 @@ def test_S3_1_onsets_of_rows_that_are_there_and_how_far_two_judges_agree(tmp_pat
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ((), "nothing is given"),
-        (("--constitution", "a", "--onsets", "b"), "constitution and onsets is given"),
+        ((), "must be set (got none)"),
+        (("--constitution", "a", "--onsets", "b"), "(got constitution and onsets)"),
         (("--constitution", "missing.yaml"), "missing.yaml cannot be read"),
         (("--onsets", NANO.parent / "README.md"), "judge must be set"),
         (("--constitution", NANO), "with --yes"),

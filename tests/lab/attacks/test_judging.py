@@ -11,7 +11,7 @@ from attacking import HARM, TOKENIZER, alarm_at, make_row, make_target
 from redflag.errors import RedflagError
 from redflag.judges import UnansweredError
 from redflag.lab.attacks import Attempt
-from redflag.lab.attacks.outcome import entries, judge_attempts, not_run, replay_attempt, summarise
+from redflag.lab.attacks.judging import entries, judge_attempts, not_run, replay_attempt
 from redflag.lab.attacks.sampling import Plain
 from redflag.lab.attacks.wrappers import NANO_WRAPPERS, Wrappers, rot13
 from redflag.lab.nano.judge import NanoOracle
@@ -36,8 +36,12 @@ def attempt(request, text, alarm=None, *, given="", setting="s", high=0.9, **mor
     return Attempt(request, setting, messages, text, ids, probs, **more)
 
 
+def guarded(policy=None, thresholds=THRESHOLDS):
+    return dataclasses.replace(TARGET, thresholds=thresholds, policy=policy or Policy())
+
+
 def judged(attempts, judge=None, policy=None, thresholds=THRESHOLDS, attack=ATTACK, **more):
-    return judge_attempts(attack, attempts, ROWS, judge or NanoOracle(), TARGET, thresholds, policy or Policy(), **more)
+    return judge_attempts(attack, attempts, ROWS, judge or NanoOracle(), guarded(policy, thresholds), **more)
 
 
 def table(attempts, **more):
@@ -91,7 +95,7 @@ def test_several_settings_have_a_line_together():
 )
 def test_what_is_released_is_what_the_guard_would_release(alarm, hold_back, released):
     text = f"Here is my answer. {HARM}"
-    out, count, step = replay_attempt(TARGET, attempt("r0", text, alarm), THRESHOLDS, Policy(hold_back=hold_back))
+    out, count, step = replay_attempt(guarded(Policy(hold_back=hold_back)), attempt("r0", text, alarm))
     assert out == released[: len(out)] and len(released) - len(out) <= 6
     assert (step is None) == (alarm is None)
     ids = TOKENIZER(text, add_special_tokens=False)["input_ids"]
@@ -100,9 +104,9 @@ def test_what_is_released_is_what_the_guard_would_release(alarm, hold_back, rele
 
 def test_release_by_the_sentence_keeps_the_sentence_back():
     item = attempt("r0", f"Here is my answer. {HARM} So.", "oleth")
-    assert replay_attempt(TARGET, item, THRESHOLDS, Policy(release="sentence"))[0] == "Here is my answer."
-    assert replay_attempt(TARGET, item, THRESHOLDS, Policy(release="end"))[0] == ""
-    assert replay_attempt(TARGET, item, THRESHOLDS, Policy(observe=True))[0] == item.text
+    assert replay_attempt(guarded(Policy(release="sentence")), item)[0] == "Here is my answer."
+    assert replay_attempt(guarded(Policy(release="end")), item)[0] == ""
+    assert replay_attempt(guarded(Policy(observe=True)), item)[0] == item.text
 
 
 @pytest.mark.parametrize(
@@ -226,7 +230,7 @@ def test_harmful_tokens_onset_and_delay_agree_with_counting_by_hand(text, given,
 def test_a_nan_is_a_fault_and_nothing_more_gets_out():
     item = attempt("r0", HARM)
     broken = dataclasses.replace(item, flag_probs=[(0.1,), (float("nan"),), *item.flag_probs[2:]])
-    text, count, alarm = replay_attempt(TARGET, broken, THRESHOLDS, Policy())
+    text, count, alarm = replay_attempt(guarded(), broken)
     assert (count, alarm) == (1, None) and HARM.startswith(text)
     assert judged([broken])[0].peak == 0.1
 
@@ -281,7 +285,7 @@ def test_many_questions_at_once_give_the_same():
 @pytest.mark.parametrize("action", ["reflect", "escalate"])
 def test_a_policy_that_needs_a_live_run_is_refused(action):
     with pytest.raises(RedflagError, match="live run"):
-        summarise(ATTACK, [], ROWS, NanoOracle(), TARGET, THRESHOLDS, Policy(default=action))
+        judged([], policy=Policy(default=action))
 
 
 def test_attempts_of_unknown_rows_are_refused_and_an_attack_that_did_not_run_says_why():
@@ -290,4 +294,4 @@ def test_attempts_of_unknown_rows_are_refused_and_an_attack_that_did_not_run_say
     line = not_run(ATTACK, ROWS, "no weights")
     assert (line["setting"], line["requests"], line["not_run"], line["note"]) == ("did not run", 0, 4, "no weights")
     assert line["harm_produced"]["rate"] is None
-    assert summarise(ATTACK, [], ROWS, NanoOracle(), TARGET, THRESHOLDS, Policy()) == []
+    assert table([]) == []

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,10 +15,12 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from redflag.data.rows import Row
 from redflag.errors import RedflagError
 from redflag.flags import FILE, Flag, FlagSpec
+from redflag.lab.baselines import Cost
 from redflag.progress import track
 from redflag.scoring.fitting import fit
 from redflag.scoring.recording import Recording
@@ -27,50 +31,50 @@ HiddenFrom = Literal["reference", "flagged"]
 
 
 class Read(NamedTuple):
-    """A row as ids.
-
-    Attributes:
-        row: The row.
-        prompt_ids: What stands before the response.
-        judged_ids: The T tokens of the response, then the M that end its turn: a step for each.
-        tokens: T.
-        onset: Index of the first harmful token; None in a harmless row.
-        truncated: Whether the end of the response did not fit.
-    """
+    """A row as ids."""
 
     row: Row
     prompt_ids: list[int]
-    judged_ids: list[int]
-    tokens: int
-    onset: int | None
-    truncated: bool
+    judged_ids: list[int]  # the T tokens of the response, then the M that end its turn: a step for each
+    tokens: int  # T
+    onset: int | None  # index of the first harmful token; None in a harmless row
+    truncated: bool  # whether the end of the response did not fit
+
+
+@dataclass
+class Timing:
+    """Time spent on judged steps; that of passes over their prompts is included."""
+
+    seconds: float = 0.0
+    steps: int = 0
+
+    @contextmanager
+    def measuring(self, steps: int) -> Iterator[None]:
+        """Adds the time of a block and the number of steps that it judged."""
+        begun = time.perf_counter()
+        yield
+        self.seconds += time.perf_counter() - begun
+        self.steps += steps
+
+    @property
+    def microseconds_per_token(self) -> float | None:
+        return 1e6 * self.seconds / self.steps if self.steps else None
 
 
 @dataclass(frozen=True)
-class Bench:
-    """What the baselines of one comparison share.
+class BaselineContext:
+    """What the baselines of one comparison share."""
 
-    Attributes:
-        base: Folder of the model before it got its flags, the reference: baselines read it or are trained from it.
-        model: Folder of the flagged model, whose tokenizer splits the responses; None: the base model's does.
-        folder: Where hidden states are kept while they are needed.
-        seed: Seeds everything that is drawn.
-        max_length: Most tokens of prompt and response; a prompt that does not fit loses its oldest turns.
-        batch_size: Conversations per forward pass.
-        hidden_from: Whose hidden states the probes read.
-        device: Where models run; "auto" is the first GPU where there is one.
-        bf16: Whether hidden states are read, and questions asked, under bfloat16 autocast.
-    """
-
-    base: Path
-    model: Path | None
-    folder: Path
+    base: Path  # folder of the model before it got its flags: baselines read it or are trained from it
+    model: Path | None  # folder of the flagged model, whose tokenizer splits the responses; None: the base model's does
+    folder: Path  # where hidden states are stored while they are needed
     seed: int = 0
+    # maximum tokens of prompt and response; a prompt that does not fit loses its oldest turns
     max_length: int | None = None
-    batch_size: int = 32
-    hidden_from: HiddenFrom = "reference"
+    batch_size: int = 32  # conversations per forward pass
+    hidden_from: HiddenFrom = "reference"  # whose hidden states the probes read
     device: str = "cpu"
-    bf16: bool = False
+    bf16: bool = False  # whether models that are only read run under bfloat16 autocast
 
     def __post_init__(self) -> None:
         if self.device == "auto":
@@ -88,7 +92,8 @@ class Bench:
             return plain_tokenizer(source)
         except (OSError, ValueError) as error:
             raise RedflagError(
-                f"{source} has no tokenizer that loads ({str(error).partition(chr(10))[0]}): give a model's folder"
+                f"the folder {source} must hold a tokenizer ({str(error).partition(chr(10))[0]}). Give a "
+                "model's folder."
             ) from error
 
     @cached_property
@@ -101,7 +106,7 @@ class Bench:
 
     @cached_property
     def limit(self) -> int | None:
-        """Most tokens of prompt and response: `max_length`, or what the base model holds."""
+        """Maximum tokens of prompt and response: `max_length`, or the base model's context."""
         return self.max_length or getattr(self.config, "max_position_embeddings", None)
 
     @cached_property
@@ -116,47 +121,33 @@ class Bench:
         """FLOPs per token of the base model's own forward pass, where they are known."""
         return forward_flops(self.base)
 
-    def beside_forward(self, flops: float) -> str:
-        """FLOPs per token as a share of the model's own forward pass, in words."""
-        if self.forward_flops is None:
-            return ""
-        return f"; {flops / self.forward_flops:.2%} of that pass's {self.forward_flops:.3g} FLOPs"
+    def cost(self, timing: Timing, flops: float, note: str) -> Cost:
+        """A cost whose note also tells the FLOPs per token as a share of the model's own forward pass, if known."""
+        if self.forward_flops is not None:
+            note += f"; {flops / self.forward_flops:.2%} of that pass's {self.forward_flops:.3g} FLOPs"
+        return Cost(timing.microseconds_per_token, float(flops), note)
 
     @property
     def hidden_folder(self) -> Path:
-        """The model whose hidden states are read.
-
-        Raises:
-            RedflagError: The flagged model's are asked for and there is none.
-        """
+        """The model whose hidden states are read."""
         if self.hidden_from == "reference":
             return self.base
         if self.model is None:
-            raise RedflagError("hidden states of the flagged model are asked for and there is none: give its folder")
+            raise RedflagError("model_dir must be given to read the flagged model's hidden states.")
         return self.model
 
     def read(self, rows: Sequence[Row]) -> list[Read]:
-        """Rows as ids, cut as scoring cuts them.
-
-        Raises:
-            RedflagError: A row cannot be rendered.
-        """
-        found = []
+        """Rows as ids, cut as scoring cuts them."""
+        reads = []
         for number, row in enumerate(rows):
             fitted = fit(self.tokenizer, self.spec, row, number, self.limit)
             judged = fitted.response_ids + fitted.tail_ids
             tokens = len(fitted.response_ids)
-            found.append(Read(row, fitted.prompt_ids, judged, tokens, fitted.onset, fitted.truncated))
-        return found
+            reads.append(Read(row, fitted.prompt_ids, judged, tokens, fitted.onset, fitted.truncated))
+        return reads
 
     def record(self, reads: Sequence[Read], probs: Sequence[Floats], name: str) -> Recording:
-        """A recording with one flag, "harm".
-
-        Args:
-            reads: N rows.
-            probs: For each its T + M probabilities.
-            name: The baseline's.
-        """
+        """A recording with one flag, "harm", from the T + M probabilities of each row."""
         responses = []
         for read, judged in zip(reads, probs, strict=True):
             assert judged.shape == (len(read.judged_ids),), (judged.shape, len(read.judged_ids))
@@ -168,7 +159,7 @@ class Bench:
 
 
 def digest(value: Any) -> str:
-    """A short name for anything that JSON can hold."""
+    """A short hash of anything that JSON can hold."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -195,7 +186,7 @@ def forward_flops(folder: str | Path) -> float | None:
 
 
 def model_stamp(folder: str | Path) -> list[Any]:
-    """What changes when a model's folder is made anew: its configuration, and the size and time of its weights."""
+    """What changes when a model's folder is written again: its configuration, and the size and time of its weights."""
     folder = Path(folder)
     weights = [folder] if folder.is_file() else sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
     config = folder / "config.json"
@@ -210,20 +201,33 @@ def thinned(rows: Sequence[Row], most: int | None, seed: int) -> list[Row]:
     if most is None or len(rows) <= most:
         return list(rows)
     draw = random.Random(seed)
-    kept: list[int] = []
+    picks: list[int] = []
     for harmful in (True, False):
         side = [i for i, row in enumerate(rows) if row.harmful == harmful]
-        kept += draw.sample(side, min(len(side), max(1, round(most * len(side) / len(rows)))))
-    return [rows[i] for i in sorted(kept)]
+        picks += draw.sample(side, min(len(side), max(1, round(most * len(side) / len(rows)))))
+    return [rows[i] for i in sorted(picks)]
+
+
+def drawn_batches(lengths: Sequence[int], size: int, generator: torch.Generator) -> list[list[int]]:
+    """Indices of examples: those of similar length together (half the padding), batches in random order."""
+    jitter = torch.rand(len(lengths), generator=generator).tolist()
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i] * (0.8 + 0.4 * jitter[i]))
+    batches = [order[first : first + size] for first in range(0, len(order), size)]
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+def multiplied_weights(model: Any) -> int:
+    """Number of weights that a forward pass multiplies with; embeddings are only looked up in."""
+    return sum(p.numel() for name, p in model.named_parameters() if "embed" not in name)
 
 
 def score_pairs(backend: Any, pairs: Sequence[tuple[list[int], list[int]]], batch_size: int, what: str) -> list[Any]:
-    """Flag probabilities of given responses, in the batches that `HFBackend.score` would make of all of them."""
+    """Flag probabilities of responses, in the batches that `HFBackend.score` would make, with progress."""
     order = sorted(range(len(pairs)), key=lambda i: sum(map(len, pairs[i])))
-    found: list[Any] = [None] * len(pairs)
+    scores: list[Any] = [None] * len(pairs)
     starts = range(0, len(order), batch_size)
     for start in track(starts, what, len(starts), "batches"):
         picks = order[start : start + batch_size]
         for i, probs in zip(picks, backend.score([pairs[i] for i in picks], batch_size=batch_size), strict=True):
-            found[i] = probs
-    return found
+            scores[i] = probs
+    return scores
