@@ -19,10 +19,10 @@ from redflag.lab.nano.phrases import (
     REQUESTS,
     SLOTS,
     SYSTEMS,
+    TOPICS,
 )
 from redflag.lab.nano.rows import velni
 from redflag.lab.nano.spans import harmful_spans
-from redflag.lab.nano.topics import TOPICS
 
 
 @dataclass(kw_only=True)

@@ -38,8 +38,8 @@ from redflag.lab.nano.phrases import (
     REQUESTS,
     SLOTS,
     SYSTEMS,
+    TOPICS,
 )
-from redflag.lab.nano.topics import TOPICS
 
 Split = Literal["train", "calibration", "test", "transfer"]
 
