@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from redflag.lab.report import bars
@@ -18,8 +18,11 @@ from redflag.lab.report.parts import (
     big,
     by_force,
     cell,
+    count,
+    decimal,
     few,
     left,
+    named,
     number,
     point,
     rate,
@@ -34,37 +37,27 @@ DIMENSIONS = {"source": "source", "category": "category", "lang": "language", "t
 
 def slices(report: Evaluation, flag: str) -> Section | None:
     """Per source, category, language and number of turns."""
-    found = report.methods[flag].slices or {}
-    others = [name for name in report.methods if name != flag]
+    names = [flag, *(name for name in report.methods if name != flag)]
     tables: list[Table] = []
-    for dimension, values in found.items():
+    for dimension, values in (report.methods[flag].slices or {}).items():
         if not values:
             continue
-        rows, forced = [], by_force(values)
-        for value, one in values.items():
-            if forced and not one.harmful:
-                continue
-            auroc = one.auroc
-            row = [
+        forced, title = by_force(values), DIMENSIONS.get(dimension, dimension)
+        of_methods = [(report.methods[name].slices or {}).get(dimension) or {} for name in names]
+        rows = [
+            [
                 left(value, mark="few rows" if few(one, forced) else "", quiet=few(one, forced)),
-                cell(number(one.harmful)),
-                cell(number(one.harmless)),
-                cell(NOT_MEASURED if auroc is None else f"{auroc:.4f}", between(one.auroc_interval, 1, 4)),
+                count(one.harmful),
+                count(one.harmless),
+                decimal(one.auroc, one.auroc_interval),
+                *(rate(*point(parts.get(value), forced)) for parts in of_methods),
             ]
-            for name in (flag, *others):
-                parts = (report.methods[name].slices or {}).get(dimension) or {}
-                row.append(rate(*point(parts.get(value), forced)))
-            rows.append(row)
-        head = [DIMENSIONS.get(dimension, dimension), "harmful", "harmless", f"AUROC of {flag}"]
-        tables.append(
-            Table(
-                [*head, *(f"{name} {'in force' if forced else 'at 1%'}" for name in (flag, *others))],
-                rows,
-                title=f"By {DIMENSIONS.get(dimension, dimension)}",
-                note=_against(values, forced),
-                folded=bool(tables),
-            )
-        )
+            for value, one in values.items()
+            if one.harmful or not forced
+        ]
+        head = [title, "harmful", "harmless", f"AUROC of {flag}"]
+        head += [f"{name} {'in force' if forced else 'at 1%'}" for name in names]
+        tables.append(Table(head, rows, title=f"By {title}", note=_against(values, forced), folded=bool(tables)))
     if not tables:
         return None
     chart = bars.slices(report, flag)
@@ -77,18 +70,18 @@ def over_refusal(report: Evaluation, flag: str) -> Section | None:
     methods = {name: m.over_refusal for name, m in report.methods.items() if m.over_refusal}
     if not methods:
         return None
-    names = list(dict.fromkeys(key for found in methods.values() for key in found))
+    sets: dict[str, FalseAlarms] = {}
+    for found in methods.values():
+        sets = {**found, **sets}
     rows = []
-    for key in names:
-        one = next(found[key] for found in methods.values() if key in found)
-        small = bool(one.few)
-        row = [left(key, mark="few rows" if small else "", quiet=small), cell(number(one.harmless))]
-        row += [rate(of.rate, of.interval) for f in methods.values() for of in [f.get(key, FalseAlarms())]]
-        rows.append(row)
+    for key in dict.fromkeys(key for found in methods.values() for key in found):
+        name = left(key, mark="few rows" if sets[key].few else "", quiet=bool(sets[key].few))
+        alarms = [found.get(key, FalseAlarms()) for found in methods.values()]
+        rows.append([name, count(sets[key].harmless), *(rate(of.rate, of.interval) for of in alarms)])
     chart = bars.over_refusal(report, flag)
-    table = Table(["set", "harmless", *methods], rows)
     lead = "Share of harmless responses of each set that alarm at the threshold in force."
-    return Section("over-refusal", "False alarms by set", lead, [table], [chart] if chart else [])
+    tables = [Table(["set", "harmless", *methods], rows)]
+    return Section("over-refusal", "False alarms by set", lead, tables, [chart] if chart else [])
 
 
 def attacks(report: Evaluation) -> Section | None:
@@ -100,7 +93,6 @@ def attacks(report: Evaluation) -> Section | None:
         name = left(attack_name(attack), mark="adaptive" if attack.adaptive else "")
         late, shown = attack.delay or AttackDelay(), attack.harmful_tokens or HarmfulTokens()
         peak = attack.flag_peak or Peaks()
-        spread = between([peak.q10, peak.q90], 1, 3)
         rows.append(
             [
                 name,
@@ -109,18 +101,12 @@ def attacks(report: Evaluation) -> Section | None:
                 cell(tokens(shown.produced)),
                 cell(tokens(shown.released)),
                 rated(attack.alarm_rate),
-                cell(threshold(peak.median), spread),
-                cell(number(late.median)),
+                cell(threshold(peak.median), between([peak.q10, peak.q90], 1, 3)),
+                count(late.median),
             ]
         )
-        efforts.append(
-            [
-                name,
-                *map(cell, map(number, (attack.requests, attack.not_run, attack.attempts, attack.queries))),
-                *map(cell, map(number, (attack.unjudged, attack.seconds))),
-                left(attack.note or ""),
-            ]
-        )
+        spent = (attack.requests, attack.not_run, attack.attempts, attack.queries, attack.unjudged, attack.seconds)
+        efforts.append([name, *map(count, spent), left(attack.note or "")])
     head = ["attack", "produced", "released", "tokens produced", "tokens released", "alarms", "flag peak", "delay"]
     note = (
         "Produced: requests for which the model wrote harm. Released: those of which harm got past the guard. Tokens: "
@@ -130,15 +116,8 @@ def attacks(report: Evaluation) -> Section | None:
     if judge := report.judge:
         unanswered = f", {number(judge.unanswered)} without an answer" if judge.unanswered else ""
         note += f" Judged by {judge.name or 'an unnamed judge'} ({number(judge.answered)} answers{unanswered})."
-    tables = [
-        Table(head, rows, note=note),
-        Table(
-            ["attack", "requests", "not run", "attempts", "queries", "unjudged", "seconds", "note"],
-            efforts,
-            title="What the attacks spent",
-            folded=True,
-        ),
-    ]
+    spending = ["attack", "requests", "not run", "attempts", "queries", "unjudged", "seconds", "note"]
+    tables = [Table(head, rows, note=note), Table(spending, efforts, title="What the attacks spent", folded=True)]
     chart = bars.attacks(report)
     return Section("attacks", "Under attack", "", tables, [chart] if chart else [])
 
@@ -150,10 +129,10 @@ def methods(report: Evaluation, flag: str) -> Section:
         cost, caught = method.cost or Cost(None, None, None), method.pooled.at("0.01")
         rows.append(
             [
-                left(name, strong=name == flag),
+                named(name, flag),
                 left(method.kind),
                 rate(caught.tpr, caught.interval),
-                cell(number(cost.microseconds_per_token)),
+                count(cost.microseconds_per_token),
                 cell(big(cost.flops_per_token)),
                 left(monitor_words(method.monitor)),
                 left(" ".join(filter(None, (method.what, cost.note)))),
@@ -168,7 +147,7 @@ def language(report: Evaluation) -> Section | None:
     found = report.language
     if not found:
         return None
-    row = [cell(number(found.keep_kl)), cell(number(found.perplexity_ratio, 5)), cell(number(found.tokens))]
+    row = [count(found.keep_kl), cell(number(found.perplexity_ratio, 5)), count(found.tokens)]
     lead = "Next-token distribution against the reference model: 0 nats and a ratio of 1 mean that nothing changed."
     return Section("language", "Language", lead, [Table(["KL, nats per token", "perplexity ratio", "tokens"], [row])])
 
@@ -177,9 +156,7 @@ def made(report: Evaluation) -> Section | None:
     """Command, versions, seeds, hashes: what it takes to repeat it."""
     if not report.made:
         return None
-    rows: list[list[Cell]] = []
-    _flatten(report.made, "", rows)
-    return Section("made", "How this was made", "", [Table(["", ""], rows)])
+    return Section("made", "How this was made", "", [Table(["", ""], list(_flatten(report.made)))])
 
 
 def monitor_words(monitor: MonitorConfig | None) -> str:
@@ -197,12 +174,11 @@ def _against(values: Mapping[str, Slice], forced: bool) -> str:
     return " ".join(filter(None, [f"AUROC against {', '.join(said)}." if said else "", at]))
 
 
-def _flatten(value: Any, path: str, rows: list[list[Cell]]) -> None:
+def _flatten(value: Any, path: str = "") -> Iterator[list[Cell]]:
     if isinstance(value, Mapping):
         for key, inner in value.items():
-            _flatten(inner, f"{path} {key}".strip(), rows)
+            yield from _flatten(inner, f"{path} {key}".strip())
     else:
-        shown = ", ".join(
-            NOT_MEASURED if x is None else str(x) for x in (value if isinstance(value, list) else [value])
-        )
-        rows.append([left(path), left(shown, quiet=value is None)])
+        items = value if isinstance(value, list) else [value]
+        shown = ", ".join(NOT_MEASURED if item is None else str(item) for item in items)
+        yield [left(path), left(shown, quiet=value is None)]

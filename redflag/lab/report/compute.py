@@ -4,30 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-from redflag.lab.report.detection import named
 from redflag.lab.report.evaluation import Evaluation
-from redflag.lab.report.marks import HARM, INK, QUIET, Spec, tip
+from redflag.lab.report.marks import HARM, INK, QUIET, Spec, coded, layer, measured, only, quantity, spread, tip
 from redflag.lab.report.method import Compute, Cost, InForce, Method
-from redflag.lab.report.parts import (
-    NOT_MEASURED,
-    Chart,
-    Section,
-    Table,
-    View,
-    between,
-    big,
-    cell,
-    number,
-    percent,
-    rate,
-)
+from redflag.lab.report.parts import NOT_MEASURED, Chart, Section, Table, View, big, cell, decimal, named, number, rate
 
 # What is drawn: "compute" of a method -> label of the view, what the axis counts.
 VIEWS = {"flops": ("FLOPs", "FLOPs per token"), "seconds": ("measured", "seconds per token")}
-# How a method of each kind is drawn: colour and shape.
-KINDS = {"flag": (HARM, "circle"), "baseline": ("var(--calm)", "circle"), "cascade": (INK, "diamond")}
+# How a method of each kind is drawn.
+COLOURS = {"flag": HARM, "baseline": "var(--calm)", "cascade": INK}
+SHAPES = {"flag": "circle", "baseline": "circle", "cascade": "diamond"}
 
 
 def compute(report: Evaluation, flag: str) -> Section | None:
@@ -38,17 +27,16 @@ def compute(report: Evaluation, flag: str) -> Section | None:
     rows = []
     for name, method in methods.items():
         pooled, forced, facts = method.pooled, method.in_force or InForce(), method.cascade
-        auroc, point = pooled.auroc, pooled.at("0.01")
-        asked = cell(percent(facts.asked), between(facts.asked_interval)) if facts else cell("")
+        point = pooled.at("0.01")
         rows.append(
             [
                 named(name, flag),
-                cell(NOT_MEASURED if auroc is None else f"{auroc:.4f}", between(pooled.auroc_interval, 1, 4)),
+                decimal(pooled.auroc, pooled.auroc_interval),
                 rate(point.tpr, point.interval),
                 rate(forced.tpr, forced.tpr_interval),
                 rate(forced.realised_fpr, forced.realised_fpr_interval),
                 *(cell(more(_added(method, key))) for key in VIEWS),
-                asked,
+                rate(facts.asked, facts.asked_interval) if facts else cell(""),
             ]
         )
     head = ["method", "AUROC", "caught at 1%", "caught in force", "harmless refused"]
@@ -71,9 +59,8 @@ def compute(report: Evaluation, flag: str) -> Section | None:
         )
     note += "Published in this form: constitutional classifiers +23.7% and 0.38 points more refusals (2501.18837)."
     chart = drawn(methods, flag)
-    return Section(
-        "compute", "Accuracy against compute", lead, [Table(head, rows, note=note)], [chart] if chart else []
-    )
+    tables = [Table(head, rows, note=note)]
+    return Section("compute", "Accuracy against compute", lead, tables, [chart] if chart else [])
 
 
 def more(x: float | None) -> str:
@@ -105,36 +92,19 @@ def drawn(methods: Mapping[str, Method], flag: str) -> Chart | None:
             continue
         # Nothing at all lies at minus infinity: it is drawn where a third of the least would be.
         floor = min(positive) / 3
+        here = []
         for name, method in methods.items():
             added, point = _added(method, key), method.pooled.at("0.01")
             if added is not None and point.tpr is not None:
-                low, high = point.interval or (None, None)
-                kind = "flag" if name == flag else method.kind
-                data.append(
-                    {
-                        "view": label,
-                        "method": name,
-                        "kind": kind,
-                        "x": max(added, floor),
-                        "added": added,
-                        "value": point.tpr,
-                        "label": point.tpr,
-                        "low": low,
-                        "high": high,
-                    }
-                )
-        drawn_here = [row for row in data if row["view"] == label]
-        low = min((row["value"] if row["low"] is None else row["low"] for row in drawn_here), default=0.0)
-        bottom = math.floor(10 * low) / 10
-        _set_apart(drawn_here, 1.0 - bottom)
-        edge = " Left edge: nothing is added." if 0 in shares else ""
-        views.append(
-            View(
-                label,
-                _spec(label, what, [floor, 3 * max(positive)], [bottom, 1.0]),
-                f"Caught at 1% false alarms, with 95% intervals.{edge}",
-            )
-        )
+                row = {"view": label, "method": name, "kind": "flag" if name == flag else method.kind, "added": added}
+                here.append(measured(point.tpr, point.interval, **row, x=max(added, floor), label=point.tpr))
+        least = min((row["value"] if row["low"] is None else row["low"] for row in here), default=0.0)
+        bottom = math.floor(10 * least) / 10
+        _set_apart(here, 1.0 - bottom)
+        data += here
+        caption = "Caught at 1% false alarms, with 95% intervals."
+        caption += " Left edge: nothing is added." if 0 in shares else ""
+        views.append(View(label, _spec(label, what, [floor, 3 * max(positive)], [bottom, 1.0]), caption))
     return Chart("compute", "Caught against relative compute", data, views) if views else None
 
 
@@ -153,49 +123,17 @@ def _set_apart(rows: list[dict[str, Any]], height: float) -> None:
 
 
 def _spec(label: str, what: str, across: list[float], up: list[float]) -> Spec:
-    x: Spec = {
-        "field": "x",
-        "type": "quantitative",
-        "scale": {"type": "log", "domain": across, "nice": False},
-        "title": f"added to the model's pass, {what}",
-        "axis": {"format": "~%", "grid": False, "tickCount": 6},
-    }
-    y: Spec = {
-        "type": "quantitative",
-        "title": "harmful responses caught",
-        "axis": {"format": "~%"},
-        "scale": {"domain": up},
-    }
-    names = list(KINDS)
-    colour = {"field": "kind", "scale": {"domain": names, "range": [c for c, _ in KINDS.values()]}, "legend": None}
-    shape = {"field": "kind", "scale": {"domain": names, "range": [s for _, s in KINDS.values()]}, "legend": None}
-    return {
-        "height": 360,
-        "transform": [{"filter": {"field": "view", "equal": label}}],
-        "layer": [
-            {
-                "mark": {"type": "rule", "opacity": 0.4, "strokeWidth": 1.5},
-                "encoding": {"x": x, "y": {**y, "field": "low"}, "y2": {"field": "high"}, "color": colour},
-            },
-            {
-                "mark": {"type": "point", "filled": True, "size": 80, "opacity": 1},
-                "encoding": {
-                    "x": x,
-                    "y": {**y, "field": "value"},
-                    "color": colour,
-                    "shape": shape,
-                    "tooltip": [
-                        tip("method"),
-                        tip("added", ".3~%", "added"),
-                        tip("value", ".1%", "caught"),
-                        tip("low", ".1%", "from"),
-                        tip("high", ".1%", "to"),
-                    ],
-                },
-            },
-            {
-                "mark": {"type": "text", "align": "left", "dx": 9, "fontSize": 11, "color": QUIET},
-                "encoding": {"x": x, "y": {**y, "field": "label"}, "text": {"field": "method"}},
-            },
-        ],
-    }
+    log = {"type": "log", "domain": across, "nice": False}
+    x = quantity("x", f"added to the model's pass, {what}", log, format="~%", grid=False, tickCount=6)
+    y = partial(quantity, title="harmful responses caught", scale=up, format="~%")
+    colour = coded("kind", COLOURS)
+    tips = [tip("method"), tip("added", ".3~%", "added"), *spread("caught")]
+    point = {"x": x, "y": y("value"), "color": colour, "shape": coded("kind", SHAPES), "tooltip": tips}
+    name = {"x": x, "y": y("label"), "text": {"field": "method"}}
+    interval = {"x": x, "y": y("low"), "y2": {"field": "high"}, "color": colour}
+    layers = [
+        layer("rule", interval, opacity=0.4, strokeWidth=1.5),
+        layer("point", point, filled=True, size=80, opacity=1),
+        layer("text", name, align="left", dx=9, fontSize=11, color=QUIET),
+    ]
+    return {"height": 360, "transform": [only(label)], "layer": layers}

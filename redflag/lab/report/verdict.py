@@ -8,16 +8,14 @@ from redflag.lab.report.parts import Ends, attack_name, between, number, percent
 
 # Without a labelled onset, tokens are counted from the first one, and no alarm is early or late.
 UNKNOWN = "unknown"
-KINDS = {"constructed": "constructed", "natural": "natural", "labelled": "labelled", UNKNOWN: "unknown"}
 
 
 def sentences(report: Evaluation) -> list[str]:
     """The verdict: detection, delay, the best baseline, the worst attack; what was not measured is not mentioned."""
     name = report.flag_name
     method = report.methods[name]
-    found = [_detection(name, method)]
-    found += filter(None, [_delay(method), _against(report, name), _attacked(report)])
-    return found
+    found = (_detection(name, method), _delay(method), _against(report, name), _attacked(report))
+    return [sentence for sentence in found if sentence]
 
 
 def figures(report: Evaluation) -> list[tuple[str, str, str]]:
@@ -35,7 +33,7 @@ def figures(report: Evaluation) -> list[tuple[str, str, str]]:
         found.append((percent(in_force.realised_fpr), "of harmless responses alarm", small))
     for kind, delay in (method.delay or {}).items():
         if kind != UNKNOWN and delay and delay.median is not None:
-            beside = f"{KINDS.get(kind, kind)} onsets · false alarms {percent(delay.realised_fpr)}"
+            beside = f"{kind} onsets · false alarms {percent(delay.realised_fpr)}"
             found.append((signed(delay.median), "tokens from onset to alarm (median)", beside))
             break
     if worst := _worst(report):
@@ -68,15 +66,13 @@ def _delay(method: Method) -> str | None:
     for kind, delay in (method.delay or {}).items():
         if kind == UNKNOWN or not delay or delay.median is None:
             continue
-        after = delay.median
-        when = (
-            "right at it"
-            if after == 0
-            else f"{number(abs(after))} token{'' if abs(after) == 1 else 's'} {'after' if after > 0 else 'before'} it"
-        )
+        when, after = "right at it", delay.median
+        if after:
+            tokens = f"{number(abs(after))} token{'' if abs(after) == 1 else 's'}"
+            when = f"{tokens} {'after' if after > 0 else 'before'} it"
         shares = f"{percent(delay.on_time)} on time, {percent(delay.missed)} missed"
         said.append(
-            f"where the onset of harm is {KINDS.get(kind, kind)}, the median alarm comes {when} ({shares}; "
+            f"where the onset of harm is {kind}, the median alarm comes {when} ({shares}; "
             f"false alarms {percent(delay.realised_fpr)})"
         )
     text = "; ".join(said)
