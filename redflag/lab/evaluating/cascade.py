@@ -55,17 +55,11 @@ SecondJudge = Callable[[int, int], float]
 
 
 class Cascade(NamedTuple):
-    """What a cascade did on N responses.
+    """What a cascade did on N responses."""
 
-    Attributes:
-        recording: One flag, "harm": the verdicts where they were given, 0 elsewhere.
-        calls: N numbers of verdicts that were asked for.
-        read: N numbers of tokens that the second judge read: at each call all that is written.
-    """
-
-    recording: Recording
-    calls: npt.NDArray[np.int64]
-    read: npt.NDArray[np.int64]
+    recording: Recording  # one flag, "harm": the verdicts where they were given, 0 elsewhere
+    calls: npt.NDArray[np.int64]  # N numbers of verdicts that were asked for
+    read: npt.NDArray[np.int64]  # N numbers of tokens that the second judge read: at each call all that is written
 
 
 def cascade(first: Recording, thresholds: Thresholds, second: SecondJudge, policy: Policy | None = None) -> Cascade:
@@ -148,23 +142,14 @@ def weighted(second: SecondJudge, first: Recording, share: float) -> SecondJudge
 
 @dataclass
 class TextReader:
-    """A judge of texts as second judge. One that gives no verdict leaves the alarm standing.
-
-    Attributes:
-        judge: Who is asked; its verdicts are kept.
-        rows: The N rows that were recorded.
-        first: What the first stage recorded of them.
-        tokenizer: Turns its tokens into text.
-        seconds: Time that new verdicts took.
-        tokens: Tokens that were read for them.
-    """
+    """A judge of texts as second judge. One that gives no verdict leaves the alarm standing."""
 
     judge: CachedJudge
     rows: Sequence[Row]
-    first: Recording
+    first: Recording  # of the same rows
     tokenizer: Any
-    seconds: float = 0.0
-    tokens: int = 0
+    seconds: float = 0.0  # that new verdicts took
+    tokens: int = 0  # that were read for them
 
     def __call__(self, i: int, step: int) -> float:
         assert self.first.token_ids is not None
@@ -183,29 +168,13 @@ class TextReader:
 
 
 class CascadeStage(NamedTuple):
-    """A method of an evaluation, as a stage of a cascade: its recordings of the test and calibration rows, its cost."""
+    """A method of an evaluation, which may be a stage of a cascade or a cascade."""
 
     test: Recording
     calibration: Recording
-    cost: Cost
-
-
-class Measured(NamedTuple):
-    """What an evaluation holds of a cascade.
-
-    Attributes:
-        test: Recording of the test rows.
-        calibration: Recording of the calibration rows.
-        cost: What both stages cost per token.
-        what: How it judges, in one sentence.
-        facts: What the first stage asked.
-    """
-
-    test: Recording
-    calibration: Recording
-    cost: Cost
-    what: str
-    facts: CascadeFacts
+    cost: Cost  # per response token
+    what: str = ""  # how it judges, in one sentence
+    facts: CascadeFacts | None = None  # of a cascade: what its first stage asked
 
 
 def cascades_of(arguments: EvaluateArguments, baselines: Sequence[str], rows: Mapping[str, Rows]) -> list[list[str]]:
@@ -233,13 +202,6 @@ def cascades_of(arguments: EvaluateArguments, baselines: Sequence[str], rows: Ma
         return found
     _policy(arguments)
     share, harmless = arguments.escalation_share, sum(not row.harmful for row in rows["calibration"])
-    if not 0.0 < share < 1.0:
-        raise RedflagError(f"escalation_share is {share}, but it is a share of the harmless responses: give e.g. 0.05")
-    if not 0.0 <= arguments.escalation_weight < 1.0:
-        raise RedflagError(
-            f"escalation_weight is {arguments.escalation_weight}, but the second stage must have a share in the "
-            "verdict: give a number from 0 up and below 1"
-        )
     if harmless < required(share):
         raise RedflagError(
             f"{harmless} harmless calibration rows cannot set a threshold that {share:g} of harmless responses reach: "
@@ -255,15 +217,13 @@ def measure(
     monitor: MonitorConfig,
     rows: Mapping[str, Rows],
     folder: Path,
-) -> Measured:
+) -> CascadeStage:
     """Replays a cascade over test and calibration rows.
 
     Args:
-        arguments: Of the evaluation.
         names: The first and the second stage; "judge": the evaluation's judge reads the text.
-        stages: Name -> what was recorded.
         monitor: The first stage's.
-        folder: Where a judge's verdicts are kept.
+        folder: Where a judge's verdicts are cached.
     """
     first = stages[names[0]]
     thresholds = asking(first.calibration, monitor, arguments.escalation_share)
@@ -301,7 +261,7 @@ def measure(
         calls=float(test.calls[~harmful].mean()),
         read=read,
     )
-    return Measured(test.recording, calibration.recording, of_cascade(first.cost, cost, read), f"{what}.", facts)
+    return CascadeStage(test.recording, calibration.recording, of_cascade(first.cost, cost, read), f"{what}.", facts)
 
 
 def _policy(arguments: EvaluateArguments) -> Policy:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,10 +10,11 @@ from typing import TYPE_CHECKING
 from redflag.backends import Sampling
 from redflag.data.rows import Row, Rows
 from redflag.errors import RedflagError
-from redflag.files import atomic_write
+from redflag.files import keep_json, kept_json
 from redflag.flags import FlagSpec
 from redflag.lab import report as reporting
 from redflag.lab.attacks import Attack, Target, request_of
+from redflag.lab.baselines.bench import model_stamp
 from redflag.lab.baselines.record_baselines import check_baselines
 from redflag.lab.evaluating import stages, tables
 from redflag.scoring import score
@@ -47,9 +47,13 @@ def rehearse(
     Raises:
         RedflagError: Something does not fit, or the judge does not answer.
     """
-    record = output / "rehearsal.json"
-    made_of = _made_of(arguments, spec, rows, names, attacks, judge)
-    if record.exists() and record.read_text(encoding="utf-8") == made_of:
+    made_of = [
+        [model_stamp(folder) for folder in (arguments.model, arguments.base) if folder],
+        rows["test"].sha256,
+        [list(names), [attack.name for attack in attacks], getattr(judge, "identity", None)],
+        [arguments.device, arguments.dtype, arguments.max_length, arguments.baseline_options, spec.run_id],
+    ]
+    if kept_json(output / "rehearsal.json", made_of=made_of):
         return
     two = [_shortest([row for row in rows["test"] if row.harmful == harmful]) for harmful in (True, False)]
     if names:
@@ -66,8 +70,7 @@ def rehearse(
         _ask(judge, two[0])
     if arguments.base or attacks or not arguments.upstream:
         _measure(arguments, models, two, names, attacks, output, complete)
-    with atomic_write(record) as file:
-        file.write(made_of.encode())
+    keep_json(output / "rehearsal.json", {"made_of": made_of})
 
 
 def _measure(
@@ -111,19 +114,3 @@ def _ask(judge: Judge, row: Row) -> None:
 
 def _shortest(rows: Sequence[Row]) -> Row:
     return min(rows, key=lambda row: sum(len(turn["content"]) for turn in row.messages))
-
-
-def _made_of(
-    arguments: EvaluateArguments,
-    spec: FlagSpec,
-    rows: Mapping[str, Rows],
-    names: Sequence[str],
-    attacks: Sequence[Attack],
-    judge: Judge | None,
-) -> str:
-    from redflag.lab.baselines.bench import model_stamp
-
-    models = [model_stamp(folder) for folder in (arguments.model, arguments.base) if folder]
-    asked = [list(names), [attack.name for attack in attacks], getattr(judge, "identity", None)]
-    how = [arguments.device, arguments.dtype, arguments.max_length, arguments.baseline_options, spec.run_id]
-    return json.dumps([models, rows["test"].sha256, asked, how])

@@ -9,11 +9,10 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import fields
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -219,11 +218,18 @@ def attacks_of(arguments: EvaluateArguments, rows: Mapping[str, Rows]) -> list[A
 
 
 def thresholds_of(method: Method) -> Thresholds | None:
-    """The thresholds of the report's flag, as a guard takes them; None where none could be set."""
-    found = method.threshold
-    return (
-        None if found is None else Thresholds(**{item.name: getattr(found, item.name) for item in fields(Thresholds)})
-    )
+    """The thresholds of a method, as a guard takes them; None where none could be set."""
+    if method.threshold is None:
+        return None
+    return Thresholds(**{name: value for name, value in vars(method.threshold).items() if name != "fitted_on"})
+
+
+class Attacked(NamedTuple):
+    """The attack table, what the judge did, and a few attempts of each attack for the viewer."""
+
+    lines: list[AttackLine]
+    judge: JudgeFacts | None
+    shown: list[ShownResponse]
 
 
 def attack(
@@ -233,14 +239,10 @@ def attack(
     judge: Judge,
     rows: Mapping[str, Rows],
     folder: Path,
-    thresholds: Thresholds | None,
+    flag: Method,
     say: Callable[[str], None],
-) -> tuple[list[AttackLine], JudgeFacts, list[ShownResponse]]:
-    """Attacks with requests of harmful test rows, drawn by seed.
-
-    Returns:
-        The attack table, what the judge did, and a few attempts of each attack for the viewer.
-    """
+) -> Attacked:
+    """Attacks with requests of harmful test rows, drawn by seed; the guard has the flag's thresholds."""
     from redflag.judges.cache import CachedJudge
     from redflag.lab.attacks import Target
     from redflag.lab.attacks.run_attacks import run_attacks
@@ -249,6 +251,7 @@ def attack(
     drawn = np.random.default_rng(arguments.seed).permutation(len(harmful))[: arguments.requests]
     chosen: list[Row] = [harmful[i] for i in sorted(drawn)]
     backend, tokenizer, spec = models.flagged
+    thresholds = thresholds_of(flag)
     suggested = thresholds.suggested_hold_back if thresholds is not None else None
     policy = Policy(hold_back=(suggested or 0) if arguments.hold_back is None else arguments.hold_back)
     target = Target(backend, tokenizer, spec, thresholds, policy, backend.model, batch_size=2 * arguments.batch_size)
@@ -278,7 +281,7 @@ def attack(
                 )
             )
     table = json.dumps([line for result in results for line in result.entries])
-    return parse(list[AttackLine], table, "the attack table"), facts, shown
+    return Attacked(parse(list[AttackLine], table, "the attack table"), facts, shown)
 
 
 def viewed(

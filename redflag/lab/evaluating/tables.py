@@ -10,7 +10,6 @@ only the position of the first alarm is known, and nothing is claimed to be on t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import Any, Literal
 
 import numpy as np
@@ -27,12 +26,14 @@ from redflag.lab.report.method import (
     Caught,
     Cost,
     Delay,
+    Difference,
     Earliness,
     FalseAlarms,
     FittedOn,
     FittedThresholds,
     Histogram,
     InForce,
+    Lead,
     Method,
     Reliability,
     Roc,
@@ -41,7 +42,15 @@ from redflag.lab.report.method import (
 )
 from redflag.scoring.recording import Recording
 from redflag.stats.curves import delay_histogram, earliness, reliability, roc, running_peaks
-from redflag.stats.intervals import auroc_interval, median_interval, ranking_intervals, rate_interval
+from redflag.stats.intervals import (
+    auroc_difference,
+    auroc_interval,
+    median_interval,
+    ranking_intervals,
+    rate_interval,
+    tpr_differences,
+    unit_of,
+)
 from redflag.stats.metrics import Bools, delay_stats
 from redflag.watching.monitor import AGGREGATIONS, MonitorConfig
 from redflag.watching.thresholds import Thresholds
@@ -77,9 +86,7 @@ def method(
         calibration: Other responses, whose harmless part sets the thresholds. None, and no `thresholds`: only what
             needs none is measured.
         monitor: How probabilities become scores; None: that of `thresholds`, else the highest probability.
-        target_fpr: Share of harmless responses that may alarm.
-        guarantee: "expected" or "high_probability"; see `redflag.calibrating.guarantee`.
-        delta: Probability with which "high_probability" may fail.
+        target_fpr, guarantee, delta: See `redflag.calibrating.guarantee`.
         thresholds: Thresholds that were set elsewhere, in place of those that `calibration` would give.
         tolerance: Tokens by which an alarm may miss the onset and still be on time.
         tokens: Per response of `recording` the texts of its tokens; adds the release by sentence.
@@ -95,12 +102,14 @@ def method(
     if thresholds is None and calibration is not None:
         split, thresholds = "calibration", _fitted(calibration, config, target_fpr, guarantee, delta, notes)
         _warn_of_shared(recording, calibration, notes)
+    fitted = None
+    if thresholds is not None:
+        fitted = FittedThresholds(**vars(thresholds), fitted_on=FittedOn(split, thresholds.sample_size))
     values = None if thresholds is None else tuple(thresholds.values[name] for name in recording.categories)
     observed, cut = observe(recording, config, values)
     if cut and tokens is not None:
         tokens = [texts for texts, short in zip(tokens, cut_short(recording), strict=True) if not short]
-    both = observed.harmful.any() and not observed.harmful.all()
-    if not both:
+    if not (both := observed.harmful.any() and not observed.harmful.all()):
         notes.append(
             "one class is missing: harm and harmlessness cannot be told apart here, and no delay is reported without "
             "the false alarms that it costs"
@@ -117,7 +126,7 @@ def method(
         pooled=_slice(observed, observed.harmful, ~observed.harmful, "all harmless rows", **curve),
         slices=_slices(observed, **curve),
         roc=Roc(**roc(observed.peaks, observed.harmful, observed.units, **curve)) if both else None,
-        threshold=None if thresholds is None else _fitted_on(thresholds, split),
+        threshold=fitted,
         in_force=_in_force(observed, observed.harmful, ~observed.harmful),
         delay=_delays(observed, hold_backs, tolerance, tokens, **curve),
         earliness=Earliness(**earliness(*first_tokens)) if both else None,
@@ -127,6 +136,38 @@ def method(
         units=int(observed.units.max(initial=-1)) + 1,
         notes=notes,
     )
+
+
+def compare_methods(
+    first: Recording,
+    second: Recording,
+    *,
+    monitor: MonitorConfig | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Lead:
+    """How much better the first of two methods tells the same responses apart than the second.
+
+    The same rows are drawn for both, so what is hard for both does not blur the difference.
+
+    Raises:
+        RedflagError: The rows are not the same, or a class is missing.
+    """
+    same = len(first) == len(second) and all(first.columns[c] == second.columns[c] for c in ("id", "category", "group"))
+    if not same:
+        raise RedflagError(
+            "the two methods were recorded on different rows, so their difference would be that of the rows: record "
+            "both on the same rows in the same order"
+        )
+    # A row is left out where it is for either: each method may cut responses at a length of its own.
+    kept = ~(cut_short(first) | cut_short(second))
+    config = monitor or MonitorConfig()
+    one, other = (replay.peaks(config, each.select(kept)).max(axis=1, initial=0.0) for each in (first, second))
+    labels = first.harmful[kept]
+    units = unit_of([group for group, keep in zip(first.columns["group"], kept, strict=True) if keep], len(labels))
+    area = Difference(*auroc_difference(one, other, labels, units))
+    found = tpr_differences(one, other, labels, units, fprs=RATES, resamples=resamples, seed=seed)
+    return Lead(area, {f"{rate:g}": Difference(*one) for rate, one in zip(RATES, found, strict=True)})
 
 
 def _check(
@@ -174,11 +215,9 @@ def _warn_of_shared(recording: Recording, calibration: Recording, notes: list[st
 
 def _warn_of_few_groups(observed: Observed, notes: list[str]) -> None:
     for name, chosen in (("harmful", observed.harmful), ("harmless", ~observed.harmful)):
-        units = len(np.unique(observed.units[chosen]))
-        if units < FEW <= chosen.sum():
-            notes.append(
-                f"the {int(chosen.sum())} {name} rows are of {units} groups only: intervals over so few are too short"
-            )
+        rows, units = int(chosen.sum()), len(np.unique(observed.units[chosen]))
+        if units < FEW <= rows:
+            notes.append(f"the {rows} {name} rows are of {units} groups only: intervals over so few are too short")
 
 
 def _fitted(
@@ -211,11 +250,6 @@ def _fitted(
         template_hash=str(meta.get("template_hash", "")),
     )
     return thresholds
-
-
-def _fitted_on(thresholds: Thresholds, split: str) -> FittedThresholds:
-    own = {item.name: getattr(thresholds, item.name) for item in fields(Thresholds)}
-    return FittedThresholds(**own, fitted_on=FittedOn(split, thresholds.sample_size))
 
 
 def _in_force(observed: Observed, harmful: Bools, harmless: Bools) -> InForce | None:
@@ -254,15 +288,11 @@ def _slices(observed: Observed, **curve: int) -> dict[str, dict[str, Slice] | No
 
     A column with a single value says nothing beyond the whole, and is left empty.
     """
-    columns = observed.recording.columns
-    turns = [None if t is None else str(t) if t < MOST_TURNS else f"{MOST_TURNS}+" for t in columns["turns"]]
+    columns = {name: observed.recording.columns[name] for name in ("source", "category", "lang", "turns")}
+    most = f"{MOST_TURNS}+"
+    columns["turns"] = [None if t is None else str(t) if t < MOST_TURNS else most for t in columns["turns"]]
     found: dict[str, dict[str, Slice] | None] = {}
-    for name, values in (
-        ("source", columns["source"]),
-        ("category", columns["category"]),
-        ("lang", columns["lang"]),
-        ("turns", turns),
-    ):
+    for name, values in columns.items():
         distinct = sorted({value for value in values if value is not None})
         parts = found[name] = {}
         for value in distinct if len(distinct) > 1 else ():
@@ -302,18 +332,17 @@ def _delay(
     **curve: int,
 ) -> Delay:
     assert observed.alarms is not None
-    alarms = observed.alarms[rows]
+    alarms, lengths = observed.alarms[rows], observed.recording.lengths[rows]
+    raised = alarms >= 0
     # Without a mark all that is shown may be harmful.
     onsets = np.array([observed.recording.columns["onset"][i] if known else 0 for i in rows], dtype=np.int64)
+    delays = (alarms - onsets)[raised]
     firsts = [int(alarm) if alarm >= 0 else None for alarm in alarms]
     stats: dict[str, Any] = delay_stats(firsts, onsets.tolist(), tolerance)._asdict()
     if not known:
-        stats |= {"early": None, "on_time": None, "late": None, "median_abs": None}
-    if not (alarms >= 0).any():
-        stats |= {"median": None, "median_abs": None}  # NaN, which no JSON holds
-    raised = alarms >= 0
-    delays = (alarms - onsets)[raised]
-    lengths = observed.recording.lengths[rows]
+        stats |= dict.fromkeys(("early", "on_time", "late", "median_abs"))
+    if not len(delays):
+        stats |= dict.fromkeys(("median", "median_abs"))  # NaN, which no JSON holds
     interval = median_interval(delays.tolist(), observed.units[rows][raised], **curve) if len(delays) else None
     return Delay(
         **stats,
