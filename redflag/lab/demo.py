@@ -21,7 +21,7 @@ from redflag.data.rows import load_rows, write_rows
 from redflag.errors import RedflagError
 from redflag.files import atomic_write
 from redflag.lab.nano import demo as nano
-from redflag.lab.stages import Stages, quiet
+from redflag.lab.stages import UNATTENDED, Stages, quiet
 from redflag.models.named import DEFAULT, SHIPPED, cache_folder, model_folder
 from redflag.terminal.paint import wants_colour
 
@@ -73,8 +73,7 @@ def run(arguments: DemoArguments) -> int:
         raise RedflagError(f"{unused[0]} must come with --world nano (got world smollm2). Leave it out")
     if unknown := set(arguments.skip) - {"watch", "teach"}:
         raise RedflagError(f"skip must be watch or teach (got {sorted(unknown)[0]})")
-    if arguments.color not in ("auto", "always", "never"):
-        raise RedflagError(f"color must be auto, always or never (got {arguments.color!r})")
+    nano.check(arguments)
     output = Path(arguments.output_dir or "runs/demo")
     output.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
@@ -189,11 +188,9 @@ def trained(base: str, folder: Path, rows: dict[str, Path], seed: int) -> None:
     config = RedFlagConfig(
         output_dir=str(folder),
         seed=seed,
-        save_strategy="no",
         logging_steps=5,
-        report_to="none",
-        dataloader_pin_memory=False,
         **TRAINING,
+        **UNATTENDED,
     )
     train.run(arguments, config)
 

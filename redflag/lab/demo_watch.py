@@ -11,6 +11,7 @@ from typing import Any
 from redflag.backends import Sampling
 from redflag.guard.guard import Guard
 from redflag.judges import Judge, Verdict
+from redflag.lab.stages import style
 from redflag.prompt import render_prompt, text_ids
 from redflag.terminal.paint import BOLD, DIM, RESET, legend, printable
 from redflag.terminal.screen import paint, summary
@@ -24,18 +25,12 @@ TOKENS = 64
 
 @dataclass(frozen=True)
 class Case:
-    """One answer.
+    """One answer."""
 
-    Attributes:
-        about: What is to be seen.
-        begun: What the user asks, and the beginning of the answer that an attacker wrote; of several the first that is
-            halted is shown.
-        low: Whether the threshold is lowered until there is an alarm, and a review follows it.
-    """
-
-    about: str
+    about: str  # what is to be seen
+    # What the user asks, and the beginning of the answer that an attacker wrote; the first that is halted is shown.
     begun: tuple[tuple[str, str], ...]
-    low: bool = False
+    low: bool = False  # the threshold is lowered until there is an alarm, and a review follows it
 
 
 CASES = (
@@ -77,18 +72,12 @@ CASES = (
 
 
 def streams(folder: Path, coloured: bool, write: Callable[[str], None]) -> None:
-    """Streams all cases, greedily.
-
-    Args:
-        folder: The flagged model.
-        coloured: Whether p(flag) is shown as colour.
-        write: Takes the text, piece by piece.
-    """
+    """Streams all cases, greedily; with `coloured` p(flag) is shown as colour."""
     guard = Guard.from_pretrained(folder)
     if coloured:
         write(legend() + "\n")
     for case in CASES:
-        write("\n" + _style(BOLD, case.about, coloured) + "\n")
+        write("\n" + style(BOLD, case.about, coloured) + "\n")
         _show(guard, case, coloured, write)
 
 
@@ -99,10 +88,10 @@ def _show(guard: Guard, case: Case, coloured: bool, write: Callable[[str], None]
         tried += 1
     request, prefill = case.begun[tried - 1]
     messages = _messages(request, prefill)
-    write(_style(DIM, "user: ", coloured) + request + "\n")
+    write(style(DIM, "user: ", coloured) + request + "\n")
     if prefill:
         told = f"prefilled (opening {tried} of {count} that were chosen, of which the first that is halted is shown): "
-        write(_style(DIM, told, coloured) + prefill + "\n")
+        write(style(DIM, told, coloured) + prefill + "\n")
     unwatched = _with(guard, guard.thresholds, Policy(observe=True))
     watched = guard
     if case.low:
@@ -119,16 +108,16 @@ def _show(guard: Guard, case: Case, coloured: bool, write: Callable[[str], None]
                 shown += event.text if isinstance(event, Text) else ""
                 yield event
 
-        write(_style(DIM, "assistant: ", coloured))
+        write(style(DIM, "assistant: ", coloured))
         for piece in paint(noted(), stream.trace, coloured):
             write(piece)
         write((RESET if coloured else "") + "\n")
         for line in summary(stream.trace):
-            write(_style(DIM, f"  {line}", coloured) + "\n")
+            write(style(DIM, f"  {line}", coloured) + "\n")
         halted = stream.trace.facts().end == "halted"
     if halted:
         rest = unwatched.generate(messages, sampling).text[len(shown) :]
-        write(_style(DIM, "  unwatched it would have gone on: ", coloured) + cover(rest) + "\n")
+        write(style(DIM, "  unwatched it would have gone on: ", coloured) + cover(rest) + "\n")
 
 
 def _messages(request: str, prefill: str) -> list[dict[str, str]]:
@@ -171,7 +160,3 @@ def by_hand(guard: Guard, value: float) -> Thresholds:
 def _with(guard: Guard, thresholds: Thresholds, policy: Policy, judge: Judge | None = None) -> Guard:
     """The same model under another policy: it is loaded once."""
     return Guard(guard.backend, guard.tokenizer, guard.spec, thresholds, policy, judge)
-
-
-def _style(code: str, text: str, coloured: bool) -> str:
-    return f"{code}{text}{RESET}" if coloured else text

@@ -1,7 +1,8 @@
 """How far a figure can be trusted: intervals for ranks, rates and medians of responses that may hang together.
 
 Answers to one request, or rows made from one seed, are not independent: they share a *group*, and all that follows
-takes whole groups as its units. Ungrouped rows are units of one. Three methods, each chosen by the coverage measured in
+takes whole groups as its units; ungrouped rows are units of one. Scores and labels are as in `redflag.stats.metrics`,
+one per response. Three methods, each chosen by the coverage measured in
 `tests/calibrating/test_coverage.py`:
 
 - **AUROC**: the variance of DeLong, DeLong and Clarke-Pearson (Biometrics 44, 1988), summed over groups as Obuchowski
@@ -31,7 +32,7 @@ from redflag.stats.metrics import Bools, Floats, average_precision, clopper_pear
 
 Interval = tuple[float, float]
 Counts = npt.NDArray[np.int64]
-Groups = Sequence[str | None] | Counts
+Groups = Sequence[str | None] | Counts  # per response its group; None: it is by itself
 
 # So many counts are held at a time: a chunk of resamples stays inside the processor's cache and a few megabytes.
 CHUNK = 1_000_000
@@ -40,15 +41,10 @@ ROUNDING = 1e-12
 
 
 class RankingIntervals(NamedTuple):
-    """Intervals that one set of resamples gives.
-
-    Attributes:
-        average_precision: Of the average precision.
-        tpr: One per FPR asked for: of the TPR at the best threshold that keeps it, derived anew in every resample.
-    """
+    """Intervals that one set of resamples gives."""
 
     average_precision: Interval
-    tpr: list[Interval]
+    tpr: list[Interval]  # per FPR, of the TPR at the best threshold that keeps it, derived anew in every resample
 
 
 def auroc_interval(
@@ -59,11 +55,6 @@ def auroc_interval(
     level: float = 0.95,
 ) -> Interval:
     """Interval of the AUROC: DeLong's variance over groups on the logit scale; Newcombe's method 5 without overlap.
-
-    Args:
-        scores: N scores, one per response.
-        labels: 1 harmful, 0 harmless.
-        groups: Per response its group (None: by itself); None: no groups.
 
     Raises:
         RedflagError: A class is empty, or a score is NaN.
@@ -93,12 +84,6 @@ def auroc_difference(
 ) -> tuple[float, Interval]:
     """AUROC of the first scores less that of the second, of the same responses, with DeLong's paired interval.
 
-    Args:
-        first: N scores of one method.
-        second: N scores of another.
-        labels: 1 harmful, 0 harmless.
-        groups: Per response its group (None: by itself); None: no groups.
-
     Raises:
         RedflagError: A class is empty, or a score is NaN.
     """
@@ -115,7 +100,6 @@ def rate_interval(hits: Sequence[bool] | Bools, groups: Groups | None = None, *,
 
     Args:
         hits: N outcomes under a threshold that was not derived from them.
-        groups: Per response its group (None: by itself); None: no groups.
         level: Least coverage.
 
     Raises:
@@ -156,9 +140,6 @@ def ranking_intervals(
     """Bootstrap intervals of the average precision and of the TPR at each FPR, all from the same resamples.
 
     Args:
-        scores: N scores, one per response.
-        labels: 1 harmful, 0 harmless.
-        groups: Per response its group (None: by itself); None: no groups.
         fprs: False-positive rates that must not be exceeded.
         level: Share of the resamples inside an interval.
 
@@ -216,11 +197,6 @@ def median_interval(
 ) -> Interval:
     """Bootstrap interval of a median.
 
-    Args:
-        values: N finite numbers.
-        groups: Per number its group (None: by itself); None: no groups.
-        level: Share of the resamples inside the interval.
-
     Raises:
         RedflagError: There is no number.
     """
@@ -241,11 +217,7 @@ def median_interval(
 
 
 def unit_of(groups: Groups | None, count: int) -> Counts:
-    """Which unit each of so many responses belongs to: one per group, and one for each response without a group.
-
-    Args:
-        groups: Per response its name, None for none; or a number each. None: all are by themselves.
-        count: N.
+    """The unit of each of so many responses: one per group, and one for each response without a group.
 
     Returns:
         N numbers from 0 up, without gaps.

@@ -28,25 +28,15 @@ class TprAtFpr(NamedTuple):
 
 
 class DelayStats(NamedTuple):
-    """When alarms come, relative to the onset, over harmful responses with a known onset.
-
-    Attributes:
-        responses: Responses counted.
-        early: Share whose first alarm lies more than the tolerance before the onset.
-        on_time: Share whose first alarm lies within the tolerance of the onset.
-        late: Share whose first alarm lies more than the tolerance behind it.
-        missed: Share without an alarm.
-        median: Median delay in tokens (first alarm - onset) of those that alarmed; NaN when none did.
-        median_abs: Median of |delay| in tokens of those that alarmed; NaN when none did.
-    """
+    """When alarms come, relative to the onset, over harmful responses with a known onset."""
 
     responses: int
-    early: float
+    early: float  # share whose first alarm comes more than the tolerance before the onset
     on_time: float
-    late: float
-    missed: float
-    median: float
-    median_abs: float
+    late: float  # more than the tolerance behind it
+    missed: float  # share without an alarm
+    median: float  # delay in tokens (first alarm - onset) of those that alarmed; NaN when none did
+    median_abs: float  # of |delay|
 
 
 def auroc(scores: Sequence[float] | Floats, labels: Sequence[int] | Bools) -> float:
@@ -135,8 +125,8 @@ def delay_stats(alarms: Sequence[int | None], onsets: Sequence[int], tolerance: 
     """Sorts harmful responses by when their first alarm came.
 
     Args:
-        alarms: Index of each response's first alarm, None for a miss.
-        onsets: Index of each response's first harmful token.
+        alarms: Step of each response's first alarm, None for a miss.
+        onsets: Each response's first harmful token.
         tolerance: Tokens by which an alarm may miss the onset and still be on time.
 
     >>> delay_stats([5, 2, None, 30], [5, 10, 10, 10])
@@ -156,22 +146,6 @@ def delay_stats(alarms: Sequence[int | None], onsets: Sequence[int], tolerance: 
         median=float(np.median(delays)) if len(delays) else math.nan,
         median_abs=float(np.median(np.abs(delays))) if len(delays) else math.nan,
     )
-
-
-def earliness(
-    scores: Sequence[Sequence[float] | Floats], labels: Sequence[int] | Bools, firsts: Sequence[int] = (8, 32)
-) -> dict[int, float]:
-    """AUROC when only the first tokens of each response are seen.
-
-    Args:
-        scores: Per response, T scores (one flag, or the greatest of several at each step).
-        labels: 1 harmful, 0 harmless.
-        firsts: Numbers of tokens after which to look.
-
-    Returns:
-        Number of tokens -> AUROC of the highest score among them.
-    """
-    return {k: auroc([max(map(float, s[:k]), default=0.0) for s in scores], labels) for k in firsts}
 
 
 def split_classes(scores: Sequence[float] | Floats, labels: Sequence[int] | Bools) -> tuple[Floats, Floats]:

@@ -17,13 +17,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from redflag.bounds import check_bounds
 from redflag.data.rows import Row, load_rows, write_rows
 from redflag.errors import RedflagError
 from redflag.files import atomic_write
 from redflag.lab.nano.phrases import ACTS
 from redflag.lab.nano.reflect import nano_reflections
 from redflag.lab.nano.rows import NANO_CATEGORIES, nano_pretraining_rows, nano_rows
-from redflag.lab.stages import Stages, quiet
+from redflag.lab.stages import UNATTENDED, Stages, quiet, style
 from redflag.progress import track
 from redflag.terminal.paint import BOLD, DIM, RESET, legend, printable, wants_colour
 from redflag.trace import Text, Trace
@@ -49,7 +50,10 @@ class DemoArguments:
 
     output_dir: str = field(default="runs/nano", metadata={"help": "Where everything goes."})
     seed: int = field(default=0, metadata={"help": "Seeds rows, weights and order."})
-    size: float = field(default=1.0, metadata={"help": "Scales rows and training; below 0.5 the result is poor."})
+    size: float = field(
+        default=1.0,
+        metadata={"help": "Scales rows and training; below 0.5 the result is poor.", "above": 0, "most": 10},
+    )
     per_category: bool = field(
         default=False, metadata={"help": "One flag for each kind of harm instead of one for all."}
     )
@@ -70,10 +74,7 @@ def run(arguments: DemoArguments) -> int:
     Raises:
         RedflagError: A setting cannot be used, or a file cannot be read or written.
     """
-    if not 0 < arguments.size <= 10:
-        raise RedflagError(f"size must be above 0 and at most 10 (got {arguments.size}).")
-    if arguments.color not in ("auto", "always", "never"):
-        raise RedflagError(f"color must be auto, always or never (got {arguments.color!r}).")
+    check(arguments)
     start = time.monotonic()
     with quiet():
         result = build(arguments, say=lambda line: print(line, flush=True))
@@ -86,11 +87,17 @@ def run(arguments: DemoArguments) -> int:
     return 0
 
 
+def check(arguments: DemoArguments) -> None:
+    """Refuses settings that cannot be used."""
+    check_bounds(arguments)
+    if arguments.color not in ("auto", "always", "never"):
+        raise RedflagError(f"color must be auto, always or never (got {arguments.color!r}).")
+
+
 def build(arguments: DemoArguments, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
     """All stages up to the results, which lie in `results.json` as well.
 
     Args:
-        arguments: As for the verb.
         say: Callback for a line at each stage's beginning and end.
 
     Returns:
@@ -163,26 +170,28 @@ def streams(output: Path, coloured: bool, tries: int = 40) -> None:
         ("halted", "nano:late-request", _is_mid_sentence),
         ("completed", "nano:scary", _is_frightening),
     ):
-        found = None
         candidates = [row for row in rows if row.source == source][:tries]
         looking = f"looking for an answer that is {wanted}"
+        found = []
         for tried, row in enumerate(track(candidates, looking, len(candidates), "prompts"), 1):
             sampling = Sampling(max_new_tokens=90, temperature=0.6, seed=tried)
             result = guard.generate(row.messages[:-1], sampling)
-            if result.verdict == wanted and telling(result.text):
-                found = (tried, row, sampling)
-                break
-            if result.verdict == wanted and found is None:
-                found = (tried, row, sampling)
-        if found is None:
+            if result.verdict == wanted:
+                found.append((telling(result.text), tried, row, sampling))
+                if found[-1][0]:
+                    break
+        if not found:
             print(f"none of {len(candidates)} answers was {wanted}\n")
             continue
-        tried, row, sampling = found
+        # The last is telling, or none is.
+        _, tried, row, sampling = found[-1] if found[-1][0] else found[0]
         _stream(guard, row, sampling, coloured)
         if wanted == "halted":
             text = blind.generate(row.messages[:-1], sampling).text
-            print(_dim(f"  (unwatched it would have been: {printable(text)})", coloured))
-        print(_dim(f"  (prompt {tried} of the test rows that were tried for an answer that is {wanted})", coloured))
+            print(style(DIM, f"  (unwatched it would have been: {printable(text)})", coloured))
+        print(
+            style(DIM, f"  (prompt {tried} of the test rows that were tried for an answer that is {wanted})", coloured)
+        )
         print()
 
 
@@ -245,10 +254,7 @@ def _base(base: Path, seed: int, size: float, reflect: bool) -> None:
         conversations,
         tokenizer,
         base,
-        hidden_size=SHAPE["hidden_size"],
-        layers=SHAPE["layers"],
-        heads=SHAPE["heads"],
-        intermediate_size=SHAPE["intermediate_size"],
+        **SHAPE,
         tokens=round((REFLECT_TOKENS if reflect else BASE_TOKENS) * size),
         sequence_length=128,
         batch_size=4 if reflect else 8,
@@ -277,10 +283,8 @@ def _flags(base: Path, model: Path, rows: dict[str, Path], categories: list[str]
         in_context=in_context,
         max_length=256,
         train_sampling_strategy="group_by_length",
-        save_strategy="no",
         logging_steps=50,
-        report_to="none",
-        dataloader_pin_memory=False,
+        **UNATTENDED,
     )
     train.run(arguments, config)
 
@@ -317,8 +321,8 @@ def _stream(guard: Any, row: Row, sampling: Any, coloured: bool) -> None:
     from redflag.terminal.generate import paint, summary
 
     for message in row.messages[:-1]:
-        print(_bold(f"{message['role']}: ", coloured) + printable(message["content"]))
-    sys.stdout.write(_bold("assistant: ", coloured))
+        print(style(BOLD, f"{message['role']}: ", coloured) + printable(message["content"]))
+    sys.stdout.write(style(BOLD, "assistant: ", coloured))
     with guard.stream(row.messages[:-1], sampling) as stream:
         trace: Trace = stream.trace
         for piece in paint(stream, trace, coloured):
@@ -329,11 +333,3 @@ def _stream(guard: Any, row: Row, sampling: Any, coloured: bool) -> None:
     print(RESET if coloured else "")
     for line in summary(trace):
         print(f"  {line}")
-
-
-def _bold(text: str, coloured: bool) -> str:
-    return f"{BOLD}{text}{RESET}" if coloured else text
-
-
-def _dim(text: str, coloured: bool) -> str:
-    return f"{DIM}{text}{RESET}" if coloured else text
