@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from redflag.data.rows import load_rows, write_rows
 from redflag.errors import RedflagError
-from redflag.files import atomic_write
+from redflag.files import atomic_write, keep_json
 from redflag.lab.nano import demo as nano
 from redflag.lab.stages import UNATTENDED, Stages, quiet
 from redflag.models.named import DEFAULT, SHIPPED, cache_folder, model_folder
@@ -66,11 +66,10 @@ def run(arguments: DemoArguments) -> int:
     if arguments.world == "nano":
         if arguments.skip:
             raise RedflagError("skip must come with the world smollm2 (got nano). Leave it out")
-        own = {item.name: getattr(arguments, item.name) for item in dataclasses.fields(nano.DemoArguments)}
-        return nano.run(nano.DemoArguments(**{**own, "output_dir": arguments.output_dir or "runs/nano"}))
-    unused = [name for name in ("size", "per_category", "reflect") if getattr(arguments, name) != _default(name)]
-    if unused:
-        raise RedflagError(f"{unused[0]} must come with --world nano (got world smollm2). Leave it out")
+        return nano.run(dataclasses.replace(arguments, output_dir=arguments.output_dir or "runs/nano"))
+    for name in ("size", "per_category", "reflect"):
+        if getattr(arguments, name) != getattr(nano.DemoArguments, name):
+            raise RedflagError(f"{name} must come with --world nano (got world smollm2). Leave it out")
     if unknown := set(arguments.skip) - {"watch", "teach"}:
         raise RedflagError(f"skip must be watch or teach (got {sorted(unknown)[0]})")
     nano.check(arguments)
@@ -157,8 +156,7 @@ def teach(output: Path, seed: int, say: Callable[[str], None]) -> dict[str, Any]
     result = {name: _summary(output / name, output / f"{name}.jsonl") for name in ("before", "after")}
     metrics = json.loads((output / "after" / "train.json").read_text(encoding="utf-8"))["metrics"]
     result |= {"keep_kl": metrics["eval_keep_kl_harmless"], "seconds": stages.seconds}
-    with atomic_write(output / "results.json") as file:
-        file.write(json.dumps(result, indent=2).encode())
+    keep_json(output / "results.json", result, indent=2)
     return result
 
 
@@ -256,7 +254,3 @@ def _summary(folder: Path, scored: Path) -> dict[str, Any]:
 
 def _digest(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
-
-
-def _default(name: str) -> Any:
-    return next(item.default for item in dataclasses.fields(nano.DemoArguments) if item.name == name)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from redflag.files import atomic_write
+from redflag.files import keep_json, kept_json
 from redflag.terminal.paint import RESET
 
 # Settings of a training that only its result is wanted of.
@@ -25,10 +25,7 @@ class Stages:
     def __init__(self, path: Path, say: Callable[[str], None]) -> None:
         self.path, self.say, self.chain = path, say, ""
         self.seconds: dict[str, float] = {}
-        try:
-            self.done: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            self.done = {}
+        self.done: dict[str, Any] = kept_json(path) or {}
 
     @contextmanager
     def stage(self, name: str, settings: dict[str, Any], *files: Path) -> Iterator[bool]:
@@ -45,8 +42,7 @@ class Stages:
         yield True
         self.seconds[name] = round(time.monotonic() - start, 1)
         self.done[name] = {"fingerprint": self.chain, "seconds": self.seconds[name]}
-        with atomic_write(self.path) as file:
-            file.write(json.dumps(self.done, indent=2).encode())
+        keep_json(self.path, self.done, indent=2)
         self.say(f"   {self.seconds[name]:.0f} s")
 
 

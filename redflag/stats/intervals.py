@@ -202,7 +202,7 @@ def median_interval(
     """
     array = np.asarray(values, dtype=np.float64)
     if not len(array):
-        raise RedflagError("a median of nothing has no interval: give at least one number")
+        raise RedflagError("the values of a median must be at least one (got none).")
     order = np.argsort(array, kind="stable")
     ordered = array[order]
     medians = []
@@ -225,7 +225,7 @@ def unit_of(groups: Groups | None, count: int) -> Counts:
     if groups is None:
         return np.arange(count)
     if len(groups) != count:
-        raise RedflagError(f"{len(groups)} groups came with {count} responses: give one for each, None for none")
+        raise RedflagError(f"groups must be one per response, or None (got {len(groups)} for {count}).")
     if isinstance(groups, np.ndarray):
         return np.unique(groups, return_inverse=True)[1].astype(np.int64)
     known: dict[Any, int] = {}

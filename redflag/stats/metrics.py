@@ -70,7 +70,7 @@ def tpr_at_fpr(scores: Sequence[float] | Floats, labels: Sequence[int] | Bools, 
     catches anything is allowed, `threshold` is infinity and both rates are 0.
     """
     if not 0.0 <= fpr <= 1.0:
-        raise RedflagError(f"the false-positive rate asked for is {fpr}, but a rate lies in [0, 1]: give e.g. 0.01")
+        raise RedflagError(f"fpr must be from 0 to 1 (got {fpr}).")
     harmful, harmless = (np.sort(part) for part in split_classes(scores, labels))
     # Only harmful scores need be tried: between two of them a threshold costs or saves false alarms, never catches.
     thresholds = np.unique(harmful)
@@ -99,7 +99,7 @@ def clopper_pearson(k: float, n: float, level: float = 0.95) -> tuple[float, flo
     (0.0, 0.0362)
     """
     if n <= 0 or not 0 <= k <= n:
-        raise RedflagError(f"{k} of {n} is not a rate: an interval needs 0 <= k <= n and n >= 1")
+        raise RedflagError(f"a rate must be of 0 <= k <= n and n >= 1 (got {k} of {n}).")
     from scipy.special import betaincinv
 
     tail = (1.0 - level) / 2.0
@@ -110,12 +110,7 @@ def clopper_pearson(k: float, n: float, level: float = 0.95) -> tuple[float, flo
 def first_alarm(
     scores: Sequence[Sequence[float]] | npt.NDArray[np.floating], thresholds: Sequence[float]
 ) -> int | None:
-    """Index of the first step at which any category's score reaches its threshold; None when none does.
-
-    Args:
-        scores: T x K scores.
-        thresholds: K thresholds.
-    """
+    """Index of the first of T steps at which any of K scores reaches its threshold; None when none does."""
     table = np.asarray(scores, dtype=np.float64).reshape(len(scores), len(thresholds))
     hits = np.flatnonzero((table >= np.asarray(thresholds)).any(axis=1))
     return int(hits[0]) if len(hits) else None
@@ -157,15 +152,10 @@ def split_classes(scores: Sequence[float] | Floats, labels: Sequence[int] | Bool
     values = np.asarray(scores, dtype=np.float64)
     truth = np.asarray(labels).astype(bool)
     if values.shape != truth.shape or values.ndim != 1:
-        raise RedflagError(f"{values.shape} scores came with {truth.shape} labels: give one of each per response")
+        raise RedflagError(f"scores and labels must be one of each per response (got {values.shape}, {truth.shape}).")
     if np.isnan(values).any():
-        raise RedflagError(
-            f"score {int(np.flatnonzero(np.isnan(values))[0])} is NaN, which no threshold can judge: "
-            "find out why the model gave it before measuring anything"
-        )
+        raise RedflagError(f"scores must be numbers (score {int(np.isnan(values).argmax())} is NaN).")
     if truth.all() or not truth.any():
-        raise RedflagError(
-            f"{int(truth.sum())} harmful and {int((~truth).sum())} harmless responses: telling them apart can be "
-            "measured only with at least one of each"
-        )
+        counts = f"{int(truth.sum())} harmful and {int((~truth).sum())} harmless"
+        raise RedflagError(f"responses must be of both classes (got {counts} ones).")
     return values[truth], values[~truth]

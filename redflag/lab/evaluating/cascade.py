@@ -42,7 +42,7 @@ from redflag.progress import track
 from redflag.scoring.recording import Recording
 from redflag.stats.intervals import rate_interval, unit_of
 from redflag.trace import Step
-from redflag.watching.monitor import LOGIT_CLIP, MonitorConfig
+from redflag.watching.monitor import MonitorConfig, _logit
 from redflag.watching.policy import Policy
 from redflag.watching.session import Session
 from redflag.watching.thresholds import Thresholds
@@ -67,7 +67,6 @@ def cascade(first: Recording, thresholds: Thresholds, second: SecondJudge, polic
 
     Args:
         thresholds: At which its alarms ask; their monitor folds the probabilities.
-        second: The second judge.
         policy: How alarms are muted and how often may be asked; its action must be `escalate`.
 
     Example:
@@ -121,8 +120,8 @@ def so_far(second: Recording, first: Recording) -> SecondJudge:
     """
     if second.columns["id"] != first.columns["id"] or not np.array_equal(second.starts, first.starts):
         raise RedflagError(
-            "the two stages of a cascade were recorded on other rows, or cut at other lengths, so that the second "
-            "cannot be asked about a step of the first: record both on the same rows with the same max_length"
+            "the stages of a cascade must be recorded on the same rows with the same max_length (got other rows or "
+            "lengths). Else the second cannot be asked about a step of the first."
         )
     return lambda i, step: float(second.steps(i)[: step + 2].max())
 
@@ -135,7 +134,8 @@ def weighted(second: SecondJudge, first: Recording, share: float) -> SecondJudge
 
     def judge(i: int, step: int) -> float:
         ours, theirs = float(first.steps(i)[step].max()), second(i, step)
-        return _sigmoid(share * _log_odds(ours) + (1 - share) * _log_odds(theirs))
+        log_odds = share * _logit(ours) + (1 - share) * _logit(theirs)
+        return 1.0 / (1.0 + math.exp(-log_odds))
 
     return judge if share else second
 
@@ -189,13 +189,13 @@ def cascades_of(arguments: EvaluateArguments, baselines: Sequence[str], rows: Ma
         stages = [name.strip() for name in given.split(" then ")]
         if len(stages) != 2 or stages[0] not in known or stages[1] not in (*known, "judge") or stages[0] == stages[1]:
             raise RedflagError(
-                f"the cascade {given!r} does not name two methods of this evaluation: write 'FIRST then SECOND' with "
-                f"any of {', '.join(known)}, or judge as the second"
+                f"cascades must be 'FIRST then SECOND', with any of {', '.join(known)}, or judge as the second "
+                f"(got {given!r})."
             )
         if stages[1] == "judge" and arguments.judge in ("none", "oracle"):
             raise RedflagError(
-                f"the cascade {given!r} asks a judge and --judge is {arguments.judge}, which no guard could ask: give "
-                "--judge endpoint or model"
+                f"judge must be endpoint or model for the cascade {given!r} (got {arguments.judge}). No guard could "
+                "ask another."
             )
         found.append(stages)
     if not found:
@@ -204,8 +204,8 @@ def cascades_of(arguments: EvaluateArguments, baselines: Sequence[str], rows: Ma
     share, harmless = arguments.escalation_share, sum(not row.harmful for row in rows["calibration"])
     if harmless < required(share):
         raise RedflagError(
-            f"{harmless} harmless calibration rows cannot set a threshold that {share:g} of harmless responses reach: "
-            f"give {required(share)} rows or a larger escalation_share"
+            f"calibration must hold at least {required(share)} harmless rows (got {harmless}), for {share:g} of them "
+            "to reach a threshold. Give more, or a larger escalation_share."
         )
     return found
 
@@ -292,12 +292,3 @@ def _cost_of_judge(arguments: EvaluateArguments, readers: Sequence[TextReader], 
         flops_per_token=flops,
         note="a judge that reads the text anew at each question",
     )
-
-
-def _log_odds(p: float) -> float:
-    p = min(max(p, LOGIT_CLIP), 1.0 - LOGIT_CLIP)
-    return math.log(p / (1.0 - p))
-
-
-def _sigmoid(z: float) -> float:
-    return 1.0 / (1.0 + math.exp(-z))

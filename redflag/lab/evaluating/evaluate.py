@@ -182,20 +182,20 @@ def _check(arguments: EvaluateArguments, rows: Mapping[str, Rows]) -> list[str]:
     """Refuses what would make the numbers untrue; returns what makes them weaker."""
     if rows["test"].sha256 == rows["calibration"].sha256:
         raise RedflagError(
-            f"{arguments.test} and {arguments.calibration} hold the same rows: thresholds would be judged by the rows "
-            "that they were fitted on; give others for calibration"
+            f"calibration must hold other rows than test (got the same in {arguments.calibration} and "
+            f"{arguments.test}). Thresholds look better than they are on the rows that set them."
         )
     for option in ("train", "base"):
         if arguments.baselines and not getattr(arguments, option):
             raise RedflagError(
-                f"baselines are trained on the flag's rows and read its base model, but there is no {option}: give "
-                f"--{option}, or leave --baselines out"
+                f"{option} must be given for baselines (got none). They are trained on the flag's rows and read its "
+                "base model."
             )
     harmful = sum(row.harmful for row in rows["test"])
     if not harmful or harmful == len(rows["test"]):
         raise RedflagError(
-            f"{arguments.test} holds {harmful} harmful rows of {len(rows['test'])}: telling harmful from harmless "
-            "needs both kinds"
+            f"test must hold harmful and harmless rows (got {harmful} harmful ones of {len(rows['test'])} in "
+            f"{arguments.test})."
         )
     check_rates(arguments.target_fpr, arguments.guarantee, arguments.delta)
     warnings = []

@@ -139,7 +139,7 @@ def baselines_of(arguments: EvaluateArguments) -> list[str]:
     names = [name for given in arguments.baselines for name in (NAMES if given == "all" else (given,))]
     for name in (*names, *arguments.baseline_options):
         if name not in NAMES:
-            raise RedflagError(f"there is no baseline {name!r}: use all, or any of {', '.join(NAMES)}")
+            raise RedflagError(f"baselines must be all, or among {', '.join(NAMES)} (got {name!r}).")
     return list(dict.fromkeys(names))
 
 
@@ -190,8 +190,8 @@ def judge_of(arguments: EvaluateArguments) -> Judge:
     judge = arguments.open_judge(device=arguments.device)
     if judge is None:
         raise RedflagError(
-            "nobody is named who says whether an attack's answer is harmful: give --judge endpoint or model (oracle in "
-            "the nano world), or leave --attacks out"
+            "judge must be endpoint or model, or oracle in the nano world (got none). It says whether an attack's "
+            "answer is harmful."
         )
     return judge
 

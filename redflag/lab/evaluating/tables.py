@@ -41,16 +41,7 @@ from redflag.lab.report.method import (
     StepReliability,
 )
 from redflag.scoring.recording import Recording
-from redflag.stats.curves import delay_histogram, earliness, reliability, roc, running_peaks
-from redflag.stats.intervals import (
-    auroc_difference,
-    auroc_interval,
-    median_interval,
-    ranking_intervals,
-    rate_interval,
-    tpr_differences,
-    unit_of,
-)
+from redflag.stats import curves, intervals
 from redflag.stats.metrics import Bools, delay_stats
 from redflag.watching.monitor import AGGREGATIONS, MonitorConfig
 from redflag.watching.thresholds import Thresholds
@@ -125,11 +116,11 @@ def method(
         cost=cost,
         pooled=_slice(observed, observed.harmful, ~observed.harmful, "all harmless rows", **curve),
         slices=_slices(observed, **curve),
-        roc=Roc(**roc(observed.peaks, observed.harmful, observed.units, **curve)) if both else None,
+        roc=Roc(**curves.roc(observed.peaks, observed.harmful, observed.units, **curve)) if both else None,
         threshold=fitted,
         in_force=_in_force(observed, observed.harmful, ~observed.harmful),
         delay=_delays(observed, hold_backs, tolerance, tokens, **curve),
-        earliness=Earliness(**earliness(*first_tokens)) if both else None,
+        earliness=Earliness(**curves.earliness(*first_tokens)) if both else None,
         reliability=_reliability(observed),
         over_refusal=_over_refusal(observed),
         cut=cut,
@@ -156,17 +147,16 @@ def compare_methods(
     same = len(first) == len(second) and all(first.columns[c] == second.columns[c] for c in ("id", "category", "group"))
     if not same:
         raise RedflagError(
-            "the two methods were recorded on different rows, so their difference would be that of the rows: record "
-            "both on the same rows in the same order"
+            "two methods must be recorded on the same rows in the same order (got different ones). Else their "
+            "difference is that of the rows."
         )
     # A row is left out where it is for either: each method may cut responses at a length of its own.
     kept = ~(cut_short(first) | cut_short(second))
-    config = monitor or MonitorConfig()
-    one, other = (replay.peaks(config, each.select(kept)).max(axis=1, initial=0.0) for each in (first, second))
-    labels = first.harmful[kept]
-    units = unit_of([group for group, keep in zip(first.columns["group"], kept, strict=True) if keep], len(labels))
-    area = Difference(*auroc_difference(one, other, labels, units))
-    found = tpr_differences(one, other, labels, units, fprs=RATES, resamples=resamples, seed=seed)
+    first, second = first.select(kept), second.select(kept)
+    one, other = (replay.peaks(monitor or MonitorConfig(), each).max(axis=1, initial=0.0) for each in (first, second))
+    labels, units = first.harmful, intervals.unit_of(first.columns["group"], len(first))
+    area = Difference(*intervals.auroc_difference(one, other, labels, units))
+    found = intervals.tpr_differences(one, other, labels, units, fprs=RATES, resamples=resamples, seed=seed)
     return Lead(area, {f"{rate:g}": Difference(*one) for rate, one in zip(RATES, found, strict=True)})
 
 
@@ -174,30 +164,26 @@ def _check(
     recording: Recording, calibration: Recording | None, thresholds: Thresholds | None, config: MonitorConfig
 ) -> None:
     if not len(recording):
-        raise RedflagError("the recording holds no responses, so there is nothing to measure: record some")
+        raise RedflagError("recording must hold responses (got none).")
     if thresholds is not None:
         if set(thresholds.values) != set(recording.categories):
-            raise RedflagError(
-                f"the thresholds are for {sorted(thresholds.values)} and the recording is of "
-                f"{sorted(recording.categories)}: give thresholds of the same flags"
-            )
+            flags = f"{sorted(recording.categories)} (got {sorted(thresholds.values)})"
+            raise RedflagError(f"thresholds must be for the recording's flags {flags}.")
         if thresholds.monitor != config:
             raise RedflagError(
-                f"the thresholds were set for {thresholds.monitor} and {config} is asked for, whose scores they say "
-                "nothing about: give a calibration recording instead"
+                f"thresholds must belong to the monitor {config} (got {thresholds.monitor}). Give a calibration "
+                "recording instead."
             )
     if calibration is None:
         return
     if calibration.categories != recording.categories:
-        raise RedflagError(
-            f"the calibration recording is of {list(calibration.categories)} and the test recording of "
-            f"{list(recording.categories)}, so no threshold carries over: record both with the same method"
-        )
+        flags = f"{list(recording.categories)} (got {list(calibration.categories)})"
+        raise RedflagError(f"calibration must be of the test recording's flags {flags}.")
     same = len(calibration) == len(recording) and np.array_equal(calibration.starts, recording.starts)
     if calibration is recording or (same and np.array_equal(calibration.probs, recording.probs)):
         raise RedflagError(
-            "the calibration recording is the test recording: thresholds reported on the rows that set them look "
-            "better than they are; give a recording of other rows"
+            "calibration must be a recording of other rows (got the test recording). Thresholds look better than they "
+            "are on the rows that set them."
         )
 
 
@@ -263,8 +249,8 @@ def _slice(observed: Observed, harmful: Bools, harmless: Bools, against: str, *,
     peaks, labels, units = observed.peaks[chosen], harmful[chosen], observed.units[chosen]
     found: dict[str, Any] = {"tpr": {}, **ranking(peaks, labels, RATES)}
     if caught := found["tpr"]:
-        bounds = ranking_intervals(peaks, labels, units, fprs=RATES, resamples=resamples, seed=seed)
-        found["auroc_interval"] = auroc_interval(peaks, labels, units)
+        bounds = intervals.ranking_intervals(peaks, labels, units, fprs=RATES, resamples=resamples, seed=seed)
+        found["auroc_interval"] = intervals.auroc_interval(peaks, labels, units)
         found["average_precision_interval"] = bounds.average_precision
         pairs = zip(caught, bounds.tpr, strict=True)
         found["tpr"] = {rate: Caught(**caught[rate], interval=interval) for rate, interval in pairs}
@@ -343,14 +329,16 @@ def _delay(
         stats |= dict.fromkeys(("early", "on_time", "late", "median_abs"))
     if not len(delays):
         stats |= dict.fromkeys(("median", "median_abs"))  # NaN, which no JSON holds
-    interval = median_interval(delays.tolist(), observed.units[rows][raised], **curve) if len(delays) else None
+    interval = (
+        intervals.median_interval(delays.tolist(), observed.units[rows][raised], **curve) if len(delays) else None
+    )
     return Delay(
         **stats,
         tolerance=tolerance,
         counted_from="onset" if known else "first token",
         median_interval=interval,
         realised_fpr=float((observed.alarms >= 0)[~observed.harmful].mean()),
-        histogram=Histogram(**delay_histogram(delays, int((~raised).sum()), tolerance)),
+        histogram=Histogram(**curves.delay_histogram(delays, int((~raised).sum()), tolerance)),
         exposed={**exposure(alarms, onsets, lengths, hold_backs=hold_backs, tokens=tokens)},
     )
 
@@ -360,8 +348,8 @@ def _reliability(observed: Observed) -> Reliability:
     recording = observed.recording
     probs = recording.probs.max(axis=1, initial=0.0).astype(np.float64)
     counts = np.diff(recording.starts)
-    peaks = running_peaks(probs, recording.starts, [int(counts.max(initial=1))])[:, 0]
-    bins, brier = _bins(reliability(peaks, observed.harmful, observed.units))
+    peaks = curves.running_peaks(probs, recording.starts, [int(counts.max(initial=1))])[:, 0]
+    bins, brier = _bins(curves.reliability(peaks, observed.harmful, observed.units))
     flags = len(recording.categories)
     of = "response peak against harmful" + (f", the highest of {flags} flags" if flags > 1 else "")
     per_step = None
@@ -372,7 +360,7 @@ def _reliability(observed: Observed) -> Reliability:
         steps = np.arange(len(probs)) - np.repeat(recording.starts[:-1], counts)
         told = np.repeat(known | ~observed.harmful, counts)
         begun, units = steps >= np.repeat(begins, counts), np.repeat(observed.units, counts)
-        per_step = StepReliability(*_bins(reliability(probs[told], begun[told], units[told])))
+        per_step = StepReliability(*_bins(curves.reliability(probs[told], begun[told], units[told])))
     return Reliability(bins, brier, of, per_step)
 
 
@@ -393,7 +381,7 @@ def _over_refusal(observed: Observed) -> dict[str, FalseAlarms]:
             harmless=len(raised),
             alarms=int(raised.sum()),
             rate=float(raised.mean()),
-            interval=rate_interval(raised, observed.units[inside]),
+            interval=intervals.rate_interval(raised, observed.units[inside]),
             few=len(raised) < FEW,
         )
     return found

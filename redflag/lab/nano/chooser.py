@@ -26,7 +26,7 @@ def continues_harm(text: str, written: int = 0) -> bool:
 
     Args:
         text: The answer so far; its last sentence may break off anywhere.
-        written: So many characters at its beginning are somebody else's, and are not asked about.
+        written: Number of characters at its beginning that somebody else wrote, and that do not count.
 
     Example:
         >>> [continues_harm(text) for text in ("Quietly, poi", "Poison Ma", "Poison Marlo wi", "Poison ivy")]
@@ -58,9 +58,7 @@ def nano_chooser(
     It takes the most likely token that continues harmful text; where there is none, the next token of its plan.
 
     Args:
-        decode: Text of tokens.
         plan: A harmful answer's tokens, harmless sentences before the harm included.
-        prefill: What stands before the answer.
         eos_ids: Tokens that end an answer: picked once harm is done and its sentence complete.
     """
 

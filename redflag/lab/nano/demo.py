@@ -20,7 +20,7 @@ from typing import Any
 from redflag.bounds import check_bounds
 from redflag.data.rows import Row, load_rows, write_rows
 from redflag.errors import RedflagError
-from redflag.files import atomic_write
+from redflag.files import keep_json
 from redflag.lab.nano.phrases import ACTS
 from redflag.lab.nano.reflect import nano_reflections
 from redflag.lab.nano.rows import NANO_CATEGORIES, nano_pretraining_rows, nano_rows
@@ -113,6 +113,7 @@ def build(arguments: DemoArguments, say: Callable[[str], None] = lambda line: No
     counts = {split: max(500 if split == "calibration" else 200, round(n * size)) for split, n in ROWS.items()}
     rows = {split: output / "rows" / f"{split}.jsonl" for split in counts}
     base, model, scored = output / "base", output / "model", output / "scored.jsonl"
+    how: dict[str, Any] = {"model": str(model), "batch_size": 32}
 
     with stages.stage("rows", {"seed": seed, "counts": counts, "world": _world()}, *rows.values()) as todo:
         if todo:
@@ -133,22 +134,16 @@ def build(arguments: DemoArguments, say: Callable[[str], None] = lambda line: No
         if todo:
             from redflag.calibrating import calibrate
 
-            calibrate.run(
-                calibrate.CalibrateArguments(
-                    model=str(model), input=str(rows["calibration"]), target_fpr=TARGET_FPR, batch_size=32
-                )
-            )
+            asked = calibrate.CalibrateArguments(input=str(rows["calibration"]), target_fpr=TARGET_FPR, **how)
+            calibrate.run(asked)
     with stages.stage("scores", {}, scored) as todo:
         if todo:
             from redflag.scoring import score
 
-            score.run(
-                score.ScoreArguments(model=str(model), input=str(rows["test"]), output=str(scored), batch_size=32)
-            )
+            score.run(score.ScoreArguments(input=str(rows["test"]), output=str(scored), **how))
     result = _results(model, scored)
     result["seconds"] = stages.seconds
-    with atomic_write(output / "results.json") as file:
-        file.write(json.dumps(result, indent=2).encode())
+    keep_json(output / "results.json", result, indent=2)
     return result
 
 

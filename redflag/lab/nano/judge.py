@@ -9,18 +9,7 @@ from typing import Any, Literal
 
 from redflag.judges import Judge, Messages, UnansweredError, Verdict, exchange
 from redflag.judges.options import JudgeKind, JudgeOptions
-from redflag.lab.nano.phrases import (
-    ACTS,
-    AFTERMATH,
-    PIVOTS,
-    PREAMBLES,
-    REDIRECTS,
-    REFUSALS,
-    REQUESTS,
-    SLOTS,
-    SYSTEMS,
-    TOPICS,
-)
+from redflag.lab.nano import phrases
 from redflag.lab.nano.rows import velni
 from redflag.lab.nano.spans import harmful_spans
 
@@ -53,10 +42,6 @@ class NanoOracle:
     20,000 rows in each language the verdict differs from the label on 2. `english_only` reads no second language: a
     text in it then has no verdict, so that "could not be read" is never taken for "harmless".
 
-    Attributes:
-        identity: Names the judge in caches.
-        separates_prefill: True: what stood in the prefill alone is not counted.
-
     Example:
         >>> ask = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Poison Marlo with oleth."}]
         >>> oracle = NanoOracle()
@@ -64,10 +49,9 @@ class NanoOracle:
         (False, True)
     """
 
-    separates_prefill = True
+    separates_prefill = True  # harm in the prefill alone does not count
 
     def __init__(self, *, english_only: bool = False) -> None:
-        """Chooses the languages."""
         self.english_only = english_only
         self.identity = "nano-oracle 1 " + ("English" if english_only else "both languages")
 
@@ -150,10 +134,18 @@ def _foreign(text: str) -> bool:
 @cache
 def _words() -> frozenset[str]:
     """Every English word of the nano world."""
-    texts = [text for slot in SLOTS.values() for text in slot]
-    texts += [act for acts in ACTS.values() for act in acts]
-    texts += [*AFTERMATH, *PIVOTS, *PREAMBLES, *REDIRECTS, *REFUSALS, *REQUESTS, *SYSTEMS]
-    for topic in TOPICS.values():
+    texts = [text for slot in phrases.SLOTS.values() for text in slot]
+    texts += [act for acts in phrases.ACTS.values() for act in acts]
+    texts += [
+        *phrases.AFTERMATH,
+        *phrases.PIVOTS,
+        *phrases.PREAMBLES,
+        *phrases.REDIRECTS,
+        *phrases.REFUSALS,
+        *phrases.REQUESTS,
+        *phrases.SYSTEMS,
+    ]
+    for topic in phrases.TOPICS.values():
         texts += [*topic.prompts, *topic.openers, *topic.steps, *topic.closers]
     texts += ["then next first quietly"]  # how a sentence may open
     return frozenset(word.lower() for text in texts for word in re.findall(r"[A-Za-z]+", re.sub(r"\{\w+\}", "", text)))
@@ -162,7 +154,7 @@ def _words() -> frozenset[str]:
 @cache
 def _dictionary() -> dict[str, str]:
     """Second language -> English, words that both have left out. Of words that are one there, an act's goes first."""
-    acting = {word for acts in ACTS.values() for act in acts for word in act.split()}
+    acting = {word for acts in phrases.ACTS.values() for act in acts for word in act.split()}
     words = sorted(_words(), key=lambda word: (word in acting, word))
     translations = {velni(f"the {word}"): f"the {word}" for word in words}
     translations |= {velni(word): word for word in words}
@@ -173,5 +165,5 @@ def _dictionary() -> dict[str, str]:
 def _vocabularies() -> tuple[frozenset[str], frozenset[str]]:
     """Words that only English has, and those that only the second language has."""
     english, other = _words(), frozenset(_dictionary())
-    names = {name.lower() for name in (*SLOTS["name"], *SLOTS["city"])}
+    names = {name.lower() for name in (*phrases.SLOTS["name"], *phrases.SLOTS["city"])}
     return english - other - names, other

@@ -33,7 +33,7 @@ def render(
 
     Args:
         figures: Headline numbers: value, what it is, small print.
-        traces: Packed responses; None: no viewer.
+        traces: Packed responses, for the viewer.
 
     Raises:
         RedflagError: The packages that draw it are not installed.

@@ -51,8 +51,7 @@ def pack(traces: Sequence[ShownResponse], method: Method) -> dict[str, Any]:
     """Packs responses.
 
     Args:
-        traces: The responses, all of K flags.
-        method: The report's entry of the flag: its monitor and its thresholds go along.
+        method: The flag, whose monitor and thresholds go along.
 
     Returns:
         `flags`, `thresholds` (None: none was set), `monitor`, `vocabulary`, `tokens` (indices into it, little-endian,

@@ -268,12 +268,12 @@ def test_a_threshold_above_every_score_is_named() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"recording": recording([])}, "holds no responses"),
-        ({"calibration": "same"}, "is the test recording"),
-        ({"calibration": recording(TEST)}, "is the test recording"),
-        ({"calibration": recording([], ("fraud",))}, r"\['fraud'\].*\['harm'\]"),
-        ({"thresholds": Thresholds.manual(0.5, ["fraud"])}, r"\['fraud'\].*\['harm'\]"),
-        ({"thresholds": HALF, "monitor": MonitorConfig("run", window=2)}, "whose scores they say nothing about"),
+        ({"recording": recording([])}, "must hold responses"),
+        ({"calibration": "same"}, "got the test recording"),
+        ({"calibration": recording(TEST)}, "got the test recording"),
+        ({"calibration": recording([], ("fraud",))}, r"\['harm'\] \(got \['fraud'\]\)"),
+        ({"thresholds": Thresholds.manual(0.5, ["fraud"])}, r"\['harm'\] \(got \['fraud'\]\)"),
+        ({"thresholds": HALF, "monitor": MonitorConfig("run", window=2)}, "must belong to the monitor"),
     ],
 )
 def test_what_would_mislead_is_refused(changes: Mapping[str, Any], message: str) -> None:
@@ -300,7 +300,7 @@ def test_two_methods_are_compared_on_the_same_rows() -> None:
     itself = compare_methods(blunt, blunt, resamples=20)
     assert itself.auroc == Difference(0.0, (0.0, 0.0))
     assert itself.tpr["0.01"] == Difference(0.0, (0.0, 0.0))
-    with pytest.raises(RedflagError, match="recorded on different rows"):
+    with pytest.raises(RedflagError, match="recorded on the same rows in the same order"):
         compare_methods(sharp, blunt.select(range(119, -1, -1)))
 
 
