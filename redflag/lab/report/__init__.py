@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from redflag.files import atomic_write
-from redflag.lab.report import breakdown, compute, detection, markdown, page, timing, verdict
+from redflag.lab.report import breakdown, detection, markdown, page, verdict
 from redflag.lab.report.evaluation import Evaluation, as_json, read_report
 from redflag.lab.report.page import require
 from redflag.lab.report.parts import Section
@@ -59,10 +59,10 @@ def _sections(report: Evaluation, flag: str) -> list[Section]:
     found = [
         detection.detection(report, flag),
         detection.in_force(report, flag),
-        compute.compute(report, flag),
+        breakdown.compute(report, flag),
         breakdown.methods(report, flag),
-        timing.delay(report, flag),
-        timing.earliness(report, flag),
+        detection.delay(report, flag),
+        detection.earliness(report, flag),
         detection.reliability(report, flag),
         breakdown.slices(report, flag),
         breakdown.over_refusal(report, flag),

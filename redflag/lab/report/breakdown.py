@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from redflag.lab.report import bars
+from redflag.lab.report import bars, charts
 from redflag.lab.report.evaluation import AttackDelay, Evaluation, HarmfulTokens, Peaks
-from redflag.lab.report.method import Cost, FalseAlarms, Slice
+from redflag.lab.report.method import Cost, FalseAlarms, InForce, Slice
 from redflag.lab.report.parts import (
     NOT_MEASURED,
     Cell,
@@ -122,6 +122,50 @@ def attacks(report: Evaluation) -> Section | None:
     return Section("attacks", "Under attack", "", tables, [chart] if chart else [])
 
 
+def compute(report: Evaluation, flag: str) -> Section | None:
+    """What each method catches, what it refuses wrongly, and what it adds to the model's own pass."""
+    methods = {name: m for name, m in report.methods.items() if m.compute}
+    if not methods:
+        return None
+    rows = []
+    for name, method in methods.items():
+        pooled, forced, facts = method.pooled, method.in_force or InForce(), method.cascade
+        point = pooled.at("0.01")
+        rows.append(
+            [
+                named(name, flag),
+                decimal(pooled.auroc, pooled.auroc_interval),
+                rate(point.tpr, point.interval),
+                rate(forced.tpr, forced.tpr_interval),
+                rate(forced.realised_fpr, forced.realised_fpr_interval),
+                *(cell(more(charts.added_by(method, key))) for key in charts.VIEWS),
+                rate(facts.asked, facts.asked_interval) if facts else cell(""),
+            ]
+        )
+    head = ["method", "AUROC", "caught at 1%", "caught in force", "harmless refused"]
+    head += ["compute, FLOPs", "compute, measured", "escalated"]
+    own = report.model_pass or Cost(None, None, None)
+    lead = (
+        "What watching adds to the model's own forward pass "
+        f"({big(own.flops_per_token)} FLOPs and {number(own.microseconds_per_token)} µs per token), and "
+        "what it buys. Measured time holds that of the prompts, FLOPs do not."
+    )
+    note = (
+        "Harmless refused: alarms on harmless responses at the threshold in force. Measured: batched, on this machine, "
+        "with all that formulas pass over. A method that takes the model's place adds no FLOPs, and its time is the "
+        "pass's own. "
+    )
+    if any(method.cascade for method in methods.values()):
+        note += (
+            "Escalated: share of harmless responses about which the first stage asks the second; a cascade costs its "
+            "first stage at every token and its second at the tokens that this one reads. "
+        )
+    note += "Published in this form: constitutional classifiers +23.7% and 0.38 points more refusals (2501.18837)."
+    chart = charts.compute(methods, flag)
+    tables = [Table(head, rows, note=note)]
+    return Section("compute", "Accuracy against compute", lead, tables, [chart] if chart else [])
+
+
 def methods(report: Evaluation, flag: str) -> Section:
     """What the methods are and cost."""
     rows = []
@@ -157,6 +201,19 @@ def made(report: Evaluation) -> Section | None:
     if not report.made:
         return None
     return Section("made", "How this was made", "", [Table(["", ""], list(_flatten(report.made)))])
+
+
+def more(x: float | None) -> str:
+    """What is added, as a share.
+
+    >>> more(0.237), more(4.7e-05), more(0.0), more(12.5), more(None)
+    ('+23.7%', '+0.0047%', '+0%', '+1,250%', 'not measured')
+    """
+    if x is None:
+        return NOT_MEASURED
+    if 0 < x < 0.001:
+        return f"+{float(f'{100 * x:.2g}'):f}".rstrip("0").rstrip(".") + "%"
+    return f"+{number(100 * x)}%"
 
 
 def monitor_words(monitor: MonitorConfig | None) -> str:

@@ -1,9 +1,9 @@
-"""Curves and histograms as Vega-Lite specifications: ROC, delays, earliness, reliability."""
+"""Curves, points and histograms as Vega-Lite specifications: ROC, delays, earliness, reliability, compute."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,20 +11,28 @@ from redflag.lab.report.evaluation import Evaluation
 from redflag.lab.report.marks import (
     DASHES,
     HARM,
+    INK,
     PAPER,
     QUIET,
     Spec,
     by_method,
     coded,
     layer,
+    measured,
     only,
     quantity,
     spread,
     tip,
     where,
 )
-from redflag.lab.report.method import Histogram, Reliability
+from redflag.lab.report.method import Compute, Histogram, Method, Reliability
 from redflag.lab.report.parts import Chart, View, number, percent
+
+# What is drawn: "compute" of a method -> label of the view, what the axis counts.
+VIEWS = {"flops": ("FLOPs", "FLOPs per token"), "seconds": ("measured", "seconds per token")}
+# How a method of each kind is drawn.
+COLOURS = {"flag": HARM, "baseline": "var(--calm)", "cascade": INK}
+SHAPES = {"flag": "circle", "baseline": "circle", "cascade": "diamond"}
 
 
 def roc(report: Evaluation, flag: str) -> Chart | None:
@@ -184,6 +192,39 @@ def reliability(report: Evaluation, flag: str) -> Chart | None:
     return Chart("reliability", f"Reliability of {flag}", data, views) if views else None
 
 
+def compute(methods: Mapping[str, Method], flag: str) -> Chart | None:
+    """A point per method: relative compute on a log axis, what is caught upwards."""
+    data: list[dict[str, Any]] = []
+    views = []
+    for key, (label, what) in VIEWS.items():
+        shares = [x for m in methods.values() if (x := added_by(m, key)) is not None]
+        positive = [x for x in shares if x > 0]
+        if len(shares) < 2 or not positive:
+            continue
+        # Nothing at all lies at minus infinity: it is drawn where a third of the least would be.
+        floor = min(positive) / 3
+        here = []
+        for name, method in methods.items():
+            added, point = added_by(method, key), method.pooled.at("0.01")
+            if added is not None and point.tpr is not None:
+                row = {"view": label, "method": name, "kind": "flag" if name == flag else method.kind, "added": added}
+                here.append(measured(point.tpr, point.interval, **row, x=max(added, floor), label=point.tpr))
+        least = min((row["value"] if row["low"] is None else row["low"] for row in here), default=0.0)
+        bottom = math.floor(10 * least) / 10
+        _set_apart(here, 1.0 - bottom)
+        data += here
+        caption = "Caught at 1% false alarms, with 95% intervals."
+        caption += " Left edge: nothing is added." if 0 in shares else ""
+        views.append(View(label, _compute(label, what, [floor, 3 * max(positive)], [bottom, 1.0]), caption))
+    return Chart("compute", "Caught against relative compute", data, views) if views else None
+
+
+def added_by(method: Method, key: str) -> float | None:
+    """What a method adds to the model's own pass, as a share; None where that was not measured."""
+    found: float | None = getattr(method.compute or Compute(), key)
+    return found
+
+
 def _histogram(label: str, order: Sequence[str]) -> Spec:
     axis = {"labelAngle": 0, "labelOverlap": True}
     colours = {"early": "var(--s4)", "on time": "var(--s2)", "late": "var(--s3)", "missed": QUIET}
@@ -223,3 +264,34 @@ def _columns(points: int, *columns: Sequence[float | None] | None) -> list[Seque
 def _minus(x: float | None) -> str:
     x = x or 0
     return f"{'−' if x < 0 else ''}{number(abs(x))}"
+
+
+def _set_apart(rows: list[dict[str, Any]], height: float) -> None:
+    """Moves labels down that would lie over another, in a picture of 900 x 360 points: 6 to a letter, 12 to a line."""
+    decades = math.log10(3 * max(row["x"] for row in rows) / min(row["x"] for row in rows)) if rows else 1.0
+    line = height * 12 / 360
+    placed: list[dict[str, Any]] = []
+    for row in sorted(rows, key=lambda row: (-row["value"], row["x"])):
+        for other in placed:
+            left, right = sorted((row, other), key=lambda one: float(one["x"]))
+            gap = math.log10(right["x"] / left["x"]) * 900 / decades
+            if gap < 6 * len(left["method"]) + 9 and abs(other["label"] - row["label"]) < line:
+                row["label"] = other["label"] - line
+        placed.append(row)
+
+
+def _compute(label: str, what: str, across: list[float], up: list[float]) -> Spec:
+    log = {"type": "log", "domain": across, "nice": False}
+    x = quantity("x", f"added to the model's pass, {what}", log, format="~%", grid=False, tickCount=6)
+    y = partial(quantity, title="harmful responses caught", scale=up, format="~%")
+    colour = coded("kind", COLOURS)
+    tips = [tip("method"), tip("added", ".3~%", "added"), *spread("caught")]
+    point = {"x": x, "y": y("value"), "color": colour, "shape": coded("kind", SHAPES), "tooltip": tips}
+    name = {"x": x, "y": y("label"), "text": {"field": "method"}}
+    interval = {"x": x, "y": y("low"), "y2": {"field": "high"}, "color": colour}
+    layers = [
+        layer("rule", interval, opacity=0.4, strokeWidth=1.5),
+        layer("point", point, filled=True, size=80, opacity=1),
+        layer("text", name, align="left", dx=9, fontSize=11, color=QUIET),
+    ]
+    return {"height": 360, "transform": [only(label)], "layer": layers}
