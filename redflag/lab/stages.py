@@ -7,7 +7,7 @@ import json
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,23 +27,26 @@ class Stages:
         self.seconds: dict[str, float] = {}
         self.done: dict[str, Any] = kept_json(path) or {}
 
-    @contextmanager
-    def stage(self, name: str, settings: dict[str, Any], *files: Path) -> Iterator[bool]:
-        """Whether a stage is to be done: its settings, an earlier stage or its files are not what they were."""
+    def run(self, name: str, settings: dict[str, Any], files: Iterable[Path], make: Callable[[], object]) -> bool:
+        """Makes a stage's files, unless they are there from the same settings and the same stages before.
+
+        Returns:
+            Whether they were made.
+        """
         self.chain = hashlib.sha256((self.chain + name + json.dumps(settings, sort_keys=True)).encode()).hexdigest()
         known = self.done.get(name, {})
         self.seconds[name] = float(known.get("seconds", 0.0))
         if known.get("fingerprint") == self.chain and all(path.exists() for path in files):
             self.say(f"== {name}: done before")
-            yield False
-            return
+            return False
         self.say(f"== {name}")
         start = time.monotonic()
-        yield True
+        make()
         self.seconds[name] = round(time.monotonic() - start, 1)
         self.done[name] = {"fingerprint": self.chain, "seconds": self.seconds[name]}
         keep_json(self.path, self.done, indent=2)
         self.say(f"   {self.seconds[name]:.0f} s")
+        return True
 
 
 @contextmanager

@@ -55,7 +55,8 @@ def rehearse(
     ]
     if kept_json(output / "rehearsal.json", made_of=made_of):
         return
-    two = [_shortest([row for row in rows["test"] if row.harmful == harmful]) for harmful in (True, False)]
+    shortest = sorted(rows["test"], key=lambda row: sum(len(turn["content"]) for turn in row.messages))
+    two = [next(row for row in shortest if row.harmful == harmful) for harmful in (True, False)]
     if names:
         check_baselines(
             names,
@@ -110,7 +111,3 @@ def _ask(judge: Judge, row: Row) -> None:
             f"the judge of the attacks must answer (got {type(error).__name__}: {error}). Without it no attack's "
             "answer could be judged: see to it, or leave --attacks out"
         ) from error
-
-
-def _shortest(rows: Sequence[Row]) -> Row:
-    return min(rows, key=lambda row: sum(len(turn["content"]) for turn in row.messages))

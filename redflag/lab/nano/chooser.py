@@ -70,7 +70,8 @@ def nano_chooser(
         for index, token in enumerate(candidates):
             before = prefill + decode(response_ids)
             if token in eos_ids:
-                if before.rstrip().endswith((".", "!", "?")) and _covers_end(before):
+                written, spans = before.rstrip(), harmful_spans(before)
+                if written.endswith((".", "!", "?")) and spans and spans[-1][1] >= len(written):
                     return index
                 continue
             text = prefill + decode([*response_ids, token])
@@ -81,11 +82,6 @@ def nano_chooser(
         return planned
 
     return choose
-
-
-def _covers_end(text: str) -> bool:
-    spans = harmful_spans(text)
-    return bool(spans) and spans[-1][1] >= len(text.rstrip())
 
 
 @lru_cache(100_000)

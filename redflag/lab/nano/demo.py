@@ -14,20 +14,26 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from redflag.bounds import check_bounds
+from redflag.calibrating import calibrate
+from redflag.calibrating.summary import summarise
 from redflag.data.rows import Row, load_rows, write_rows
 from redflag.errors import RedflagError
 from redflag.files import keep_json
+from redflag.flags import FlagSpec
 from redflag.lab.nano.phrases import ACTS
 from redflag.lab.nano.reflect import nano_reflections
 from redflag.lab.nano.rows import NANO_CATEGORIES, nano_pretraining_rows, nano_rows
 from redflag.lab.stages import UNATTENDED, Stages, quiet, style
 from redflag.progress import track
+from redflag.scoring import score
 from redflag.terminal.paint import BOLD, DIM, RESET, legend, printable, wants_colour
 from redflag.trace import Text, Trace
+from redflag.watching.thresholds import Thresholds
 
 # The base model's shape (2.1 million parameters) and what it reads: about two minutes on two cores.
 SHAPE = {"hidden_size": 192, "layers": 3, "heads": 6, "intermediate_size": 512}
@@ -115,32 +121,23 @@ def build(arguments: DemoArguments, say: Callable[[str], None] = lambda line: No
     base, model, scored = output / "base", output / "model", output / "scored.jsonl"
     how: dict[str, Any] = {"model": str(model), "batch_size": 32}
 
-    with stages.stage("rows", {"seed": seed, "counts": counts, "world": _world()}, *rows.values()) as todo:
-        if todo:
-            for split, path in rows.items():
-                write_rows(path, nano_rows(split, counts[split], seed, harmful=HARMFUL_SHARE[split]))  # type: ignore[arg-type]
+    def write() -> None:
+        for split, path in rows.items():
+            write_rows(path, nano_rows(split, counts[split], seed, harmful=HARMFUL_SHARE[split]))  # type: ignore[arg-type]
+
+    stages.run("rows", {"seed": seed, "counts": counts, "world": _world()}, rows.values(), write)
     settings = {"seed": seed, "size": size, "shape": SHAPE, "rows": BASE_ROWS, "tokens": BASE_TOKENS, "world": _world()}
     flags: dict[str, Any] = {"seed": seed, "categories": categories}
     if arguments.reflect:
         settings |= {"tokens": REFLECT_TOKENS, "reflect": [REFLECT_ROWS, nano_reflections(20, [""])]}
         flags["in_context"] = IN_CONTEXT
-    with stages.stage("base model", settings, base / "pretrain.json") as todo:
-        if todo:
-            _base(base, seed, size, arguments.reflect)
-    with stages.stage("flags", flags, model / "redflag.json") as todo:
-        if todo:
-            _flags(base, model, rows, categories, seed, flags.get("in_context", 0.0))
-    with stages.stage("thresholds", {"target": TARGET_FPR}, model / "thresholds.json") as todo:
-        if todo:
-            from redflag.calibrating import calibrate
-
-            asked = calibrate.CalibrateArguments(input=str(rows["calibration"]), target_fpr=TARGET_FPR, **how)
-            calibrate.run(asked)
-    with stages.stage("scores", {}, scored) as todo:
-        if todo:
-            from redflag.scoring import score
-
-            score.run(score.ScoreArguments(input=str(rows["test"]), output=str(scored), **how))
+    stages.run("base model", settings, [base / "pretrain.json"], lambda: _base(base, seed, size, arguments.reflect))
+    train = partial(_flags, base, model, rows, categories, seed, flags.get("in_context", 0.0))
+    stages.run("flags", flags, [model / "redflag.json"], train)
+    asked = calibrate.CalibrateArguments(input=str(rows["calibration"]), target_fpr=TARGET_FPR, **how)
+    stages.run("thresholds", {"target": TARGET_FPR}, [model / "thresholds.json"], lambda: calibrate.run(asked))
+    scoring = score.ScoreArguments(input=str(rows["test"]), output=str(scored), **how)
+    stages.run("scores", {}, [scored], lambda: score.run(scoring))
     result = _results(model, scored)
     result["seconds"] = stages.seconds
     keep_json(output / "results.json", result, indent=2)
@@ -284,20 +281,19 @@ def _flags(base: Path, model: Path, rows: dict[str, Path], categories: list[str]
     train.run(arguments, config)
 
 
-def _results(model: Path, scored: Path) -> dict[str, Any]:
-    from redflag.calibrating.summary import summarise
-    from redflag.flags import FlagSpec
-    from redflag.scoring.score import read_scored
-    from redflag.watching.thresholds import Thresholds
+def scored_summary(model: Path, scored: Path) -> dict[str, Any]:
+    """As `redflag.calibrating.summary.summarise`, of a file of scored rows and the model's thresholds."""
+    categories = FlagSpec.load(model).categories
+    return summarise(score.read_scored(scored), Thresholds.load(model), categories=categories)
 
-    thresholds = Thresholds.load(model)
-    summary = summarise(read_scored(scored), thresholds, categories=FlagSpec.load(model).categories)
+
+def _results(model: Path, scored: Path) -> dict[str, Any]:
     metrics = json.loads((model / "train.json").read_text(encoding="utf-8"))["metrics"]
     return {
-        "summary": summary,
+        "summary": scored_summary(model, scored),
         "keep_kl": metrics["eval_keep_kl_harmless"],
         "perplexity_ratio": metrics["eval_perplexity_ratio"],
-        "thresholds": thresholds.to_dict(),
+        "thresholds": Thresholds.load(model).to_dict(),
     }
 
 

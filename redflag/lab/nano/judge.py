@@ -134,21 +134,11 @@ def _foreign(text: str) -> bool:
 @cache
 def _words() -> frozenset[str]:
     """Every English word of the nano world."""
-    texts = [text for slot in phrases.SLOTS.values() for text in slot]
-    texts += [act for acts in phrases.ACTS.values() for act in acts]
-    texts += [
-        *phrases.AFTERMATH,
-        *phrases.PIVOTS,
-        *phrases.PREAMBLES,
-        *phrases.REDIRECTS,
-        *phrases.REFUSALS,
-        *phrases.REQUESTS,
-        *phrases.SYSTEMS,
-    ]
-    for topic in phrases.TOPICS.values():
-        texts += [*topic.prompts, *topic.openers, *topic.steps, *topic.closers]
-    texts += ["then next first quietly"]  # how a sentence may open
-    return frozenset(word.lower() for text in texts for word in re.findall(r"[A-Za-z]+", re.sub(r"\{\w+\}", "", text)))
+    lists = [*phrases.SLOTS.values(), *phrases.ACTS.values(), phrases.AFTERMATH, phrases.PIVOTS, phrases.PREAMBLES]
+    lists += [phrases.REDIRECTS, phrases.REFUSALS, phrases.REQUESTS, phrases.SYSTEMS]
+    lists += [part for topic in phrases.TOPICS.values() for part in topic[1:]]
+    text = " ".join(text for texts in lists for text in texts) + " then next first quietly"  # how a sentence may open
+    return frozenset(re.findall(r"[a-z]+", re.sub(r"\{\w+\}", "", text).lower()))
 
 
 @cache

@@ -163,22 +163,21 @@ def reliability(report: Evaluation, flag: str) -> Chart | None:
         "responses": "Peak of the response; the size of a point is its number of responses.",
         "steps": "Probability at a step against whether harm had begun; known onsets only.",
     }
-    data: list[dict[str, Any]] = []
     bins = {"responses": found.bins or [], "steps": found.per_step.bins if found.per_step else []}
-    for label, parts in bins.items():
-        for one in parts:
-            if one.count and one.rate is not None and one.mean is not None:
-                low, high = one.interval or (None, None)
-                row = {"view": label, "mean": one.mean, "rate": one.rate, "low": low, "high": high, "count": one.count}
-                data.append(row)
+    data = [
+        measured(one.rate, one.interval, view=label, mean=one.mean, count=one.count)
+        for label, parts in bins.items()
+        for one in parts
+        if one.count and one.rate is not None and one.mean is not None
+    ]
     share = partial(quantity, scale=[0, 1])
     x = share("mean", "mean probability in the bin", grid=False, tickCount=6)
     diagonal = layer("line", {"x": share("a"), "y": share("a")}, strokeDash=[3, 3], color=QUIET, strokeWidth=1)
     point = {
         "x": x,
-        "y": share("rate", "observed share of harm"),
+        "y": share("value", "observed share of harm"),
         "size": {**quantity("count", scale={"type": "sqrt", "range": [20, 260]}), "legend": None},
-        "tooltip": [tip("mean", ".3f", "mean probability"), tip("rate", ".1%", "observed"), tip("count")],
+        "tooltip": [tip("mean", ".3f", "mean probability"), tip("value", ".1%", "observed"), tip("count")],
     }
     layers = [
         {"data": {"values": [{"a": 0}, {"a": 1}]}, **diagonal},

@@ -204,7 +204,7 @@ def _bins(chart: Chart) -> list[Table]:
         Table(
             head,
             [
-                [count(one["mean"]), rate(one["rate"], [one["low"], one["high"]]), count(one["count"])]
+                [count(one["mean"]), rate(one["value"], [one["low"], one["high"]]), count(one["count"])]
                 for one in chart.rows(view)
             ],
             title=f"Bins, {view.label}",
