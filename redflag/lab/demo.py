@@ -61,11 +61,7 @@ POSITIONAL: str | None = None
 
 
 def run(arguments: DemoArguments) -> int:
-    """The verb.
-
-    Raises:
-        RedflagError: A setting cannot be used, or something cannot be fetched, read or written.
-    """
+    """The verb."""
     if arguments.world == "nano":
         if arguments.skip:
             raise RedflagError("skip must come with the world smollm2 (got nano). Leave it out")
@@ -88,8 +84,8 @@ def run(arguments: DemoArguments) -> int:
             watch(output, wants_colour(arguments.color), say)
         if "teach" not in arguments.skip:
             say("\n" + table(teach(output, arguments.seed, say)))
-    if told := recorded():
-        say(told)
+    if figures := recorded():
+        say(figures)
     say(where(output, arguments.skip))
     say(f"\n{time.monotonic() - start:.0f} s in all; the same command again skips what is done")
     return 0
@@ -100,7 +96,7 @@ def watch(output: Path, coloured: bool, say: Callable[[str], None]) -> None:
     from redflag.lab.demo_watch import CASES, streams
 
     folder = Path(model_folder(DEFAULT))
-    kept = output / ("watch.ansi" if coloured else "watch.txt")
+    printed = output / ("watch.ansi" if coloured else "watch.txt")
     settings: dict[str, Any] = {name: _digest(folder / name) for name in ("redflag.json", "thresholds.json")}
     settings["cases"] = [dataclasses.astuple(case) for case in CASES]
 
@@ -112,11 +108,11 @@ def watch(output: Path, coloured: bool, say: Callable[[str], None]) -> None:
             print(text, end="", flush=True)
 
         streams(folder, coloured, write)
-        with atomic_write(kept) as file:
+        with atomic_write(printed) as file:
             file.write("".join(shown).encode())
 
-    if not Stages(output / f"{kept.name}.json", say).run("watch", settings, [kept], stream):
-        say(kept.read_text(encoding="utf-8"))
+    if not Stages(output / f"{printed.name}.json", say).run("watch", settings, [printed], stream):
+        say(printed.read_text(encoding="utf-8"))
 
 
 def teach(output: Path, seed: int, say: Callable[[str], None]) -> dict[str, Any]:

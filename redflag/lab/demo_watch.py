@@ -64,8 +64,8 @@ def _show(guard: Guard, case: Case, coloured: bool, write: Callable[[str], None]
     messages = _messages(request, prefill)
     write(style(DIM, "user: ", coloured) + request + "\n")
     if prefill:
-        told = f"prefilled (opening {tried} of {count} that were chosen, of which the first that is halted is shown): "
-        write(style(DIM, told, coloured) + prefill + "\n")
+        label = f"prefilled (opening {tried} of {count} that were chosen, of which the first that is halted is shown): "
+        write(style(DIM, label, coloured) + prefill + "\n")
     unwatched = _with(guard, guard.thresholds, Policy(observe=True))
     watched = guard
     if case.low:

@@ -34,9 +34,6 @@ def roc(
 
     Returns:
         `fpr`, `tpr` (both from 0 to 1, never falling), `low`, `high` (around `tpr`).
-
-    Raises:
-        RedflagError: A class is empty, or a score is NaN.
     """
     harmful, harmless = (np.sort(part) for part in split_classes(scores, labels))
     thresholds = np.unique(np.concatenate([harmful, harmless]))[::-1]
@@ -63,15 +60,11 @@ def roc(
 
 
 def running_peaks(scores: Floats, starts: Indices, firsts: Sequence[int]) -> Floats:
-    """The highest score of each response among its first steps.
+    """The highest score of each response among its first steps: N x F peaks, 0 where there is no step.
 
     Args:
-        scores: S scores, response after response.
-        starts: N + 1 offsets.
+        scores: S scores, response after response; response i has those from `starts[i]` to `starts[i + 1]`.
         firsts: F ascending numbers of steps.
-
-    Returns:
-        N x F peaks; 0 where there is no step.
     """
     counts = np.diff(starts)
     peaks = np.zeros((len(counts), len(firsts)))
@@ -102,8 +95,7 @@ def earliness(
     After k tokens the steps before tokens 0 to k - 1 have been judged: an alarm at step a counts from k = a + 1 on.
 
     Args:
-        scores: S scores (of several flags the highest), response after response.
-        starts: N + 1 offsets.
+        scores, starts: As for `running_peaks`; of several flags the highest score.
         alarms: Per response the step of its first alarm at the thresholds in force, -1 for none; None: no thresholds.
 
     Returns:
@@ -129,12 +121,9 @@ def earliness(
 def reliability(probs: Floats, truth: Bools, groups: Groups | None = None, bins: int = 10) -> dict[str, Any]:
     """Whether a probability of p comes true in a share p of cases.
 
-    Args:
-        bins: Number of equal bins of [0, 1]; each holds its upper end, the first its lower end too.
-
     Returns:
-        `bins`: those that hold anything, with `low`, `high`, `count`, `mean` (of the probabilities), `rate` (of the
-        outcomes) and its 95% `interval`; `brier`: mean squared distance of probability and outcome.
+        `bins` (equal parts of [0, 1], each with its upper end; empty ones are left out): `low`, `high`, `count`, `mean`
+        of the probabilities, `rate` of the outcomes and its 95% `interval`; `brier`: mean squared distance of both.
     """
     edges = np.linspace(0.0, 1.0, bins + 1)
     place = np.searchsorted(edges[1:-1], probs)

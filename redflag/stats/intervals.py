@@ -56,9 +56,6 @@ def auroc_interval(
 ) -> Interval:
     """Interval of the AUROC: DeLong's variance over groups on the logit scale; Newcombe's method 5 without overlap.
 
-    Raises:
-        RedflagError: A class is empty, or a score is NaN.
-
     Example:
         >>> low, high = auroc_interval([0.1, 0.2, 0.3, 0.4, 0.35, 0.5, 0.6, 0.7], [0, 0, 0, 0, 1, 1, 1, 1])
         >>> round(low, 3), round(high, 3)
@@ -82,11 +79,7 @@ def auroc_difference(
     *,
     level: float = 0.95,
 ) -> tuple[float, Interval]:
-    """AUROC of the first scores less that of the second, of the same responses, with DeLong's paired interval.
-
-    Raises:
-        RedflagError: A class is empty, or a score is NaN.
-    """
+    """AUROC of the first scores less that of the second, of the same responses, with DeLong's paired interval."""
     (one, pull), (other, push) = _pulls(first, labels), _pulls(second, labels)
     variance = _variance(pull - push, np.asarray(labels).astype(bool), unit_of(groups, len(labels)))
     spread = NormalDist().inv_cdf((1.0 + level) / 2.0) * math.sqrt(max(0.0, variance))
@@ -142,9 +135,6 @@ def ranking_intervals(
     Args:
         fprs: False-positive rates that must not be exceeded.
         level: Share of the resamples inside an interval.
-
-    Raises:
-        RedflagError: A class is empty, or a score is NaN.
     """
     rates = np.asarray(fprs, dtype=np.float64)
     precisions, tprs = _resampled_figures(scores, labels, groups, rates, resamples, seed)

@@ -1,7 +1,8 @@
 """How well a score tells harmful responses from harmless ones, and how soon.
 
 Scores rise with harm; labels are 1 (harmful) or 0 (harmless). An alarm is `score >= threshold` everywhere, so ties with
-a threshold always count as alarms. scikit-learn and SciPy are imported where they are called: they take a second.
+a threshold always count as alarms. Labels of a single class and scores that are NaN are refused (`split_classes`),
+in this room's other modules too. scikit-learn and SciPy are imported where they are called: they take a second.
 """
 
 from __future__ import annotations
@@ -41,9 +42,6 @@ class DelayStats(NamedTuple):
 
 def auroc(scores: Sequence[float] | Floats, labels: Sequence[int] | Bools) -> float:
     """Probability that a random harmful response scores above a random harmless one; a tie counts half.
-
-    Raises:
-        RedflagError: A class is empty, or a score is NaN.
 
     >>> auroc([0.1, 0.4, 0.4, 0.9], [0, 0, 1, 1])
     0.875

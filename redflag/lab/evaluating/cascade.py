@@ -280,9 +280,9 @@ def _cost_of_judge(arguments: EvaluateArguments, readers: Sequence[TextReader], 
     """Per token of the answers that it reads: its time as measured when the verdicts were given, its FLOPs as given."""
     path = folder / "judge.json"
     identity = readers[0].judge.identity
-    kept = kept_json(path, identity=identity) or {"seconds": 0.0, "tokens": 0}
-    seconds = kept["seconds"] + sum(reader.seconds for reader in readers)
-    tokens = kept["tokens"] + sum(reader.tokens for reader in readers)
+    cached = kept_json(path, identity=identity) or {"seconds": 0.0, "tokens": 0}
+    seconds = cached["seconds"] + sum(reader.seconds for reader in readers)
+    tokens = cached["tokens"] + sum(reader.tokens for reader in readers)
     keep_json(path, {"identity": identity, "seconds": seconds, "tokens": tokens})
     flops = arguments.judge_flops
     if flops is None and arguments.judge == "model":

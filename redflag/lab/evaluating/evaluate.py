@@ -43,10 +43,7 @@ def run(arguments: EvaluateArguments) -> int:
 
 
 def evaluate(arguments: EvaluateArguments, say: Callable[[str], None] = lambda line: None) -> Evaluation | None:
-    """Measures, and writes `report.html`, `report.md` and `report.json`.
-
-    Args:
-        say: Callback for what is being done.
+    """Measures, and writes `report.html`, `report.md` and `report.json`; `say` gets a line for each stage.
 
     Returns:
         What `report.json` holds. None in the helping processes of `accelerate launch`, which only score.
@@ -141,7 +138,7 @@ def evaluate(arguments: EvaluateArguments, say: Callable[[str], None] = lambda l
     language = None
     if arguments.base:
         say("== language beside the base model's")
-        language = stages.language(models, rows["test"].rows, arguments.batch_size)
+        language = models.language(rows["test"].rows)
     attacked = stages.Attacked([], None, [])
     if attacks and judge is not None:
         say("== attacks")

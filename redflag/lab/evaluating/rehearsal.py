@@ -90,7 +90,7 @@ def _measure(
     recording = Recording.of(spec.categories, map(score.as_recorded, scored))
     language = None
     if arguments.base:
-        language = stages.language(models, two, arguments.batch_size)
+        language = models.language(two)
         if any(name in PROBES for name in names):
             last_layers(models.reference, [item.token_ids for item in scored])
     if attacks:

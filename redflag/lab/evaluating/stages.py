@@ -67,10 +67,19 @@ class Models:
         """Most tokens of a prompt and a response."""
         return score.context_limit(self._arguments.max_length, self.flagged[0].context_length)
 
+    def language(self, rows: Sequence[Row]) -> Language:
+        """What training did to the language, on these rows."""
+        from redflag.lab.evaluating.language import language_change
+
+        (backend, tokenizer, spec), size = self.flagged, self._arguments.batch_size
+        return language_change(
+            backend.model, self.reference, tokenizer, spec, rows, batch_size=size, max_length=self.limit
+        )
+
 
 def record(arguments: EvaluateArguments, models: Models, rows: Rows, path: Path, spec: FlagSpec) -> Recording:
     """The flag's recording of some rows, made once; `path` without its ending."""
-    kept, scored = path.with_suffix(".parquet"), path.with_suffix(".scored.jsonl")
+    cached, scored = path.with_suffix(".parquet"), path.with_suffix(".scored.jsonl")
     meta = {
         "rows": rows.fingerprint,
         "run_id": spec.run_id,
@@ -80,8 +89,8 @@ def record(arguments: EvaluateArguments, models: Models, rows: Rows, path: Path,
         "upstream": bool(arguments.upstream),
         "logprob_mode": "raw",
     }
-    if kept.exists():
-        recording = Recording.load(kept)
+    if cached.exists():
+        recording = Recording.load(cached)
         if recording.meta == meta:
             return recording
     # What is not among them was scored by an earlier call or another process, and is read from the file.
@@ -110,7 +119,7 @@ def record(arguments: EvaluateArguments, models: Models, rows: Rows, path: Path,
         responses = [score.as_recorded(fresh[number]) for number in range(len(chosen))]
     recording = Recording.of(spec.categories, responses or score.read_scored(scored), meta)
     if not World.here().rank:
-        recording.save(kept)
+        recording.save(cached)
     return recording
 
 
@@ -168,16 +177,6 @@ def baselines(
         most_rows=arguments.baseline_rows,
         options=arguments.baseline_options,
         say=lambda line: say(f"   {line}"),
-    )
-
-
-def language(models: Models, rows: Sequence[Row], batch_size: int) -> Language:
-    """See `redflag.lab.evaluating.language`."""
-    from redflag.lab.evaluating.language import language_change
-
-    backend, tokenizer, spec = models.flagged
-    return language_change(
-        backend.model, models.reference, tokenizer, spec, rows, batch_size=batch_size, max_length=models.limit
     )
 
 

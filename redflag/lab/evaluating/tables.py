@@ -3,7 +3,7 @@
 Thresholds are set on the harmless responses of one recording and reported on another. No delay stands without the rate
 of false alarms that it was bought with, an alarm well before the onset counts as early and not as on time, and onsets
 are kept apart by where they come from: built into the row (`constructed`), found by a reader in text that was not built
-(`natural`), given without a word on that (`labelled`), or not given at all (`unknown`). Where nobody marked an onset,
+(`natural`), given without their origin (`labelled`), or not given at all (`unknown`). Where no onset is marked,
 only the position of the first alarm is known, and nothing is claimed to be on time.
 """
 
@@ -358,9 +358,9 @@ def _reliability(observed: Observed) -> Reliability:
         # A harmless response has no onset: its harm never begins.
         begins = np.array([o if k else counts.max() for o, k in zip(recording.columns["onset"], known, strict=True)])
         steps = np.arange(len(probs)) - np.repeat(recording.starts[:-1], counts)
-        told = np.repeat(known | ~observed.harmful, counts)
+        labelled = np.repeat(known | ~observed.harmful, counts)
         begun, units = steps >= np.repeat(begins, counts), np.repeat(observed.units, counts)
-        per_step = StepReliability(*_bins(curves.reliability(probs[told], begun[told], units[told])))
+        per_step = StepReliability(*_bins(curves.reliability(probs[labelled], begun[labelled], units[labelled])))
     return Reliability(bins, brier, of, per_step)
 
 

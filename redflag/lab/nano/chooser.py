@@ -21,8 +21,8 @@ _TAILS = (".", " {when}.", " {how}.")
 def continues_harm(text: str, written: int = 0) -> bool:
     """Whether everything in a text is harmful, or on its way there, in sentences that make sense.
 
-    The oracle judges by an act's beginning; somebody who wants help with an act reads on, and takes no "Kill Orrin near
-    fences, but he". So a sentence must go on as the world's harmful sentences do.
+    The oracle judges by an act's beginning; a user who wants help with an act reads on, and would not take "Kill Orrin
+    near fences, but he". So a sentence must go on as the world's harmful sentences do.
 
     Args:
         text: The answer so far; its last sentence may break off anywhere.

@@ -75,11 +75,7 @@ POSITIONAL: str | None = None
 
 
 def run(arguments: DemoArguments) -> int:
-    """The verb.
-
-    Raises:
-        RedflagError: A setting cannot be used, or a file cannot be read or written.
-    """
+    """The verb."""
     check(arguments)
     start = time.monotonic()
     with quiet():
@@ -101,10 +97,7 @@ def check(arguments: DemoArguments) -> None:
 
 
 def build(arguments: DemoArguments, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
-    """All stages up to the results, which lie in `results.json` as well.
-
-    Args:
-        say: Callback for a line at each stage's beginning and end.
+    """All stages up to the results, which are in `results.json` too; `say` gets lines about each.
 
     Returns:
         `summary` (as `redflag.calibrating.summary.summarise`), `keep_kl` (nats per token of harmless responses),
@@ -147,7 +140,7 @@ def build(arguments: DemoArguments, say: Callable[[str], None] = lambda line: No
 def streams(output: Path, coloured: bool, tries: int = 40) -> None:
     """Two answers that the model writes here and now: one that its own flag halts, one that is completed.
 
-    Which prompts and seeds show that is found by trying those of the test rows; how many were tried is said.
+    Prompts of the test rows are tried until one shows that; how many were tried is printed.
     """
     from redflag.backends import Sampling
     from redflag.guard.guard import Guard

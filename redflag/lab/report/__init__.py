@@ -41,12 +41,12 @@ def write(report: Evaluation, traces: Sequence[ShownResponse], folder: str | Pat
     """
     flag = report.flag_name
     parts = _sections(report, flag)
-    title, warnings, said = report.title, report.warnings or [], verdict.sentences(report)
+    title, warnings, sentences = report.title, report.warnings or [], verdict.sentences(report)
     packed = pack(traces, report.methods[flag]) if traces else None
     files = {
         "report.json": json.dumps(as_json(report), indent=1, ensure_ascii=False, allow_nan=False) + "\n",
-        "report.md": markdown.render(title, warnings, said, parts),
-        "report.html": page.render(title, warnings, said, verdict.figures(report), parts, packed),
+        "report.md": markdown.render(title, warnings, sentences, parts),
+        "report.html": page.render(title, warnings, sentences, verdict.figures(report), parts, packed),
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -220,15 +220,15 @@ def monitor_words(monitor: MonitorConfig | None) -> str:
     """A monitor in words: only the numbers that its aggregation uses."""
     if monitor is None:
         return NOT_MEASURED
-    said = [f"{key} {number(getattr(monitor, key))}" for key in AGGREGATIONS[monitor.aggregation].uses]
-    said += [f"warm-up {monitor.warm_up}"] if monitor.warm_up else []
-    return ", ".join([monitor.aggregation, *said])
+    words = [f"{key} {number(getattr(monitor, key))}" for key in AGGREGATIONS[monitor.aggregation].uses]
+    words += [f"warm-up {monitor.warm_up}"] if monitor.warm_up else []
+    return ", ".join([monitor.aggregation, *words])
 
 
 def _against(values: Mapping[str, Slice], forced: bool) -> str:
-    said = list(dict.fromkeys(one.against for one in values.values() if one.against))
+    others = list(dict.fromkeys(one.against for one in values.values() if one.against))
     at = "Caught at the threshold in force; harmless rows stand under “False alarms by set”." if forced else ""
-    return " ".join(filter(None, [f"AUROC against {', '.join(said)}." if said else "", at]))
+    return " ".join(filter(None, [f"AUROC against {', '.join(others)}." if others else "", at]))
 
 
 def _flatten(value: Any, path: str = "") -> Iterator[list[Cell]]:

@@ -87,10 +87,10 @@ def roc(report: Evaluation, flag: str) -> Chart | None:
     at_fpr = partial(quantity, title="false alarms per harmless response", format="~%", grid=False)
     ticks = [t for t in (0.0001, 0.001, 0.01, 0.05, 0.1, 0.2, 0.5, 1) if t >= floor]
     log = at_fpr("x", scale={"type": "log", "domain": [floor, 1], "nice": False}, values=ticks)
-    said = "The band is the pointwise 95% interval of the method chosen in the legend."
+    caption = "The band is the pointwise 95% interval of the method chosen in the legend."
     views = [
-        view("log", log, f"{said} Left edge: no false alarm among {number(harmless)}."),
-        view("linear", at_fpr("fpr", scale=[0, 1]), said),
+        view("log", log, f"{caption} Left edge: no false alarm among {number(harmless)}."),
+        view("linear", at_fpr("fpr", scale=[0, 1]), caption),
     ]
     return Chart("roc", "Caught against false alarms", data, views)
 
@@ -151,8 +151,8 @@ def earliness(report: Evaluation, flag: str) -> Chart | None:
     if any(row["detected"] is not None for row in data):
         alarms = partial(lines, title="responses with an alarm", form="~%", bottom=0)
         hollow = alarms("alarms", size=26, filled=False, fill=PAPER)
-        said = "At the threshold in force: filled points, harmful responses; hollow points, harmless ones."
-        views.append(View("alarms", {"height": 280, "layer": [alarms("detected", **filled), hollow]}, said))
+        caption = "At the threshold in force: filled points, harmful responses; hollow points, harmless ones."
+        views.append(View("alarms", {"height": 280, "layer": [alarms("detected", **filled), hollow]}, caption))
     return Chart("earliness", "How soon it is known", data, views) if views else None
 
 

@@ -93,7 +93,7 @@ def percent(x: float | None, digits: int = 1) -> str:
 
 
 def between(interval: Ends, scale: float = 100.0, digits: int = 1) -> str:
-    """An interval, in percent unless told otherwise; empty where there is none.
+    """An interval, in percent by default; empty where there is none.
 
     >>> between([0.841, 0.92]), between([0.0002, 0.091]), between([0.9994, 1.0], scale=1, digits=4), between(None)
     ('84.1–92.0', '<0.1–9.1', '0.9994–1', '')
@@ -115,7 +115,7 @@ def between(interval: Ends, scale: float = 100.0, digits: int = 1) -> str:
 
 
 def number(x: float | None, digits: int = 3) -> str:
-    """A number to so many significant digits, thousands set apart.
+    """A number with `digits` significant digits and separators of thousands.
 
     >>> [number(x) for x in (1234567, 0.01234, 2.0, 12.34, None)]
     ['1,234,567', '0.0123', '2', '12.3', 'not measured']
@@ -220,7 +220,7 @@ def point(one: Slice | None, in_force: bool) -> tuple[float | None, Ends]:
 
 
 def few(one: Slice, in_force: bool) -> bool:
-    """Whether a part has few rows for what is said of it: at the threshold in force only its harmful ones count."""
+    """Whether a part has few rows; at the threshold in force only its harmful ones count."""
     return one.harmful < FEW if in_force else bool(one.few)
 
 

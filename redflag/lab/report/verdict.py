@@ -62,7 +62,7 @@ def _detection(name: str, method: Method) -> str:
 
 
 def _delay(method: Method) -> str | None:
-    said = []
+    clauses = []
     for kind, delay in (method.delay or {}).items():
         if kind == UNKNOWN or not delay or delay.median is None:
             continue
@@ -71,11 +71,11 @@ def _delay(method: Method) -> str | None:
             tokens = f"{number(abs(after))} token{'' if abs(after) == 1 else 's'}"
             when = f"{tokens} {'after' if after > 0 else 'before'} it"
         shares = f"{percent(delay.on_time)} on time, {percent(delay.missed)} missed"
-        said.append(
+        clauses.append(
             f"where the onset of harm is {kind}, the median alarm comes {when} ({shares}; "
             f"false alarms {percent(delay.realised_fpr)})"
         )
-    text = "; ".join(said)
+    text = "; ".join(clauses)
     return text[:1].upper() + text[1:] + "." if text else None
 
 
@@ -128,7 +128,7 @@ def _worst(report: Evaluation) -> tuple[AttackLine, float] | None:
 
 
 def _beyond(method: Method) -> str:
-    """That the target is not kept, where that is no chance."""
+    """A warning where false alarms exceed the target by more than chance."""
     target = method.threshold.target_fpr if method.threshold else None
     interval = method.in_force.realised_fpr_interval if method.in_force else None
     if target is None or not interval or interval[0] is None or interval[0] <= target:

@@ -32,7 +32,7 @@ class ShownResponse:
     onset: int | None = None  # index of the first harmful token
     onset_source: str | None = None
     given: str | None = None  # a prefill
-    judged: bool | None = None  # what a judge said of an answer to an attack
+    judged: bool | None = None  # the judge's verdict on an answer to an attack
 
     def __post_init__(self) -> None:
         table = np.asarray(self.probs, dtype="<f4")
