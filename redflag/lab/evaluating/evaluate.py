@@ -100,27 +100,30 @@ def evaluate(arguments: EvaluateArguments, say: Callable[[str], None] = lambda l
     if World.here().rank:
         return None
     fit: dict[str, Any] = {
+        "monitor": monitor,
         "target_fpr": arguments.target_fpr,
         "guarantee": arguments.guarantee,
         "delta": arguments.delta,
         "tolerance": arguments.tolerance,
         "seed": arguments.seed,
     }
+
+    def measure(one: cascade.CascadeStage, **about: Any) -> Method:
+        return tables.method(one.test, one.calibration, what=one.what, cost=one.cost, **{**fit, **about})
+
     say("== tables")
     tokens = stages.token_texts(recordings["test"], arguments.model)
     own, reading = cost.passes(arguments, models, rows["test"], spec, output / "passes.json")
     what = "the probability of the flag, as the guard measures it"
     watched = {"flag": cascade.CascadeStage(recordings["test"], recordings["calibration"], reading, what)}
-    flag = tables.method(*watched["flag"][:2], what=what, cost=reading, tokens=tokens, monitor=monitor, **fit)
-    methods = {"flag": flag}
+    methods = {"flag": measure(watched["flag"], tokens=tokens)}
     if names:
         say("== baselines")
         for name, found in stages.baselines(arguments, names, rows, output / "baselines", say).items():
             assert found.calibration is not None
             watched[name] = cascade.CascadeStage(found.test, found.calibration, found.cost, found.what)
-            about: dict[str, Any] = {"kind": "baseline", "what": found.what, "cost": found.cost, "monitor": monitor}
             ahead = tables.compare_methods(recordings["test"], found.test, monitor=monitor, seed=arguments.seed)
-            methods[name] = replace(tables.method(found.test, found.calibration, **about, **fit), flag_ahead=ahead)
+            methods[name] = replace(measure(watched[name], kind="baseline"), flag_ahead=ahead)
     for pair in cascades:
         title = " then ".join(pair)
         say(f"== cascade: {title}")
@@ -129,8 +132,7 @@ def evaluate(arguments: EvaluateArguments, say: Callable[[str], None] = lambda l
             continue
         replayed = cascade.measure(arguments, pair, watched, monitor, rows, output / "cascades")
         # A cascade records verdicts, which no monitor has to smooth.
-        about = {"kind": "cascade", "what": replayed.what, "cost": replayed.cost, "monitor": MonitorConfig()}
-        method = tables.method(replayed.test, replayed.calibration, **about, **fit)
+        method = measure(replayed, kind="cascade", monitor=MonitorConfig())
         same = monitor == MonitorConfig()
         lead = tables.compare_methods(recordings["test"], replayed.test, seed=arguments.seed) if same else None
         methods[title] = replace(method, flag_ahead=lead, cascade=replayed.facts)
@@ -142,12 +144,12 @@ def evaluate(arguments: EvaluateArguments, say: Callable[[str], None] = lambda l
     attacked = stages.Attacked([], None, [])
     if attacks and judge is not None:
         say("== attacks")
-        attacked = stages.attack(arguments, models, attacks, judge, rows, output / "attacks", flag, say)
+        attacked = stages.attack(arguments, models, attacks, judge, rows, output / "attacks", methods["flag"], say)
     for name, method in methods.items():
         warnings += [f"{name}: {note}" for note in method.notes]
     result = complete(methods, language=language, attacks=attacked.lines, judge=attacked.judge, model_pass=own)
     say("== report")
-    shown = stages.viewed(arguments, recordings["test"], tokens, flag)
+    shown = stages.viewed(arguments, recordings["test"], tokens, methods["flag"])
     reporting.write(result, [*shown, *attacked.shown], output)
     return result
 
