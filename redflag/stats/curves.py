@@ -128,10 +128,10 @@ def reliability(probs: Floats, truth: Bools, groups: Groups | None = None, bins:
     edges = np.linspace(0.0, 1.0, bins + 1)
     place = np.searchsorted(edges[1:-1], probs)
     units = unit_of(groups, len(probs))
-    found = []
+    held = []
     for i in np.unique(place):
         inside = place == i
-        found.append(
+        held.append(
             {
                 "low": float(edges[i]),
                 "high": float(edges[i + 1]),
@@ -141,7 +141,7 @@ def reliability(probs: Floats, truth: Bools, groups: Groups | None = None, bins:
                 "interval": rate_interval(truth[inside], units[inside]),
             }
         )
-    return {"bins": found, "brier": float(np.mean((probs - truth) ** 2)) if len(probs) else None}
+    return {"bins": held, "brier": float(np.mean((probs - truth) ** 2)) if len(probs) else None}
 
 
 def delay_histogram(delays: Sequence[int] | Indices, missed: int, tolerance: int) -> dict[str, Any]:

@@ -139,15 +139,15 @@ def ranking_intervals(
     rates = np.asarray(fprs, dtype=np.float64)
     precisions, tprs = _resampled_figures(scores, labels, groups, rates, resamples, seed)
     tails = [(1.0 - level) / 2.0, (1.0 + level) / 2.0]
-    found = average_precision(scores, labels)
+    average = average_precision(scores, labels)
     spread = float(precisions.std())
     harmful = [True] * int(np.sum(labels))
     inside = None if groups is None else [g for g, label in zip(groups, labels, strict=True) if label]
     whole = rate_interval(harmful, inside, level=level)
-    if found < 1.0 and spread > ROUNDING:
-        precision = _logit_interval(found, spread, NormalDist().inv_cdf(tails[1]))
+    if average < 1.0 and spread > ROUNDING:
+        precision = _logit_interval(average, spread, NormalDist().inv_cdf(tails[1]))
     else:
-        precision = min(found, whole[0]), 1.0
+        precision = min(average, whole[0]), 1.0
     bounds = []
     for rate, low, high in zip(rates.tolist(), *np.quantile(tprs, tails, axis=0).tolist(), strict=True):
         tpr = tpr_at_fpr(scores, labels, rate).tpr
@@ -173,8 +173,8 @@ def tpr_differences(
     rates = np.asarray(fprs, dtype=np.float64)
     one, other = (_resampled_figures(scores, labels, groups, rates, resamples, seed)[1] for scores in (first, second))
     lows, highs = np.quantile(one - other, [(1.0 - level) / 2.0, (1.0 + level) / 2.0], axis=0)
-    found = [tpr_at_fpr(first, labels, float(f)).tpr - tpr_at_fpr(second, labels, float(f)).tpr for f in rates]
-    return [(d, (float(low), float(high))) for d, low, high in zip(found, lows, highs, strict=True)]
+    differences = [tpr_at_fpr(first, labels, float(f)).tpr - tpr_at_fpr(second, labels, float(f)).tpr for f in rates]
+    return [(d, (float(low), float(high))) for d, low, high in zip(differences, lows, highs, strict=True)]
 
 
 def median_interval(
@@ -309,14 +309,14 @@ def _score_interval(area: float, m: int, n: int, z: float) -> Interval:
         variance = t * (1.0 - t) * (1.0 + extra * (1.0 - t) / (2.0 - t) + extra * t / (1.0 + t)) / (m * n)
         return (t - area) ** 2 > z * z * variance
 
-    found = []
+    ends = []
     for far in (0.0, 1.0):
         inner, outer = area, far
         for _ in range(60):
             middle = (inner + outer) / 2.0
             inner, outer = (inner, middle) if outside(middle) else (middle, outer)
-        found.append(inner)
-    return found[0], found[1]
+        ends.append(inner)
+    return ends[0], ends[1]
 
 
 def _logit_interval(value: float, error: float, z: float) -> Interval:

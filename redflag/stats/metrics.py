@@ -57,8 +57,8 @@ def average_precision(scores: Sequence[float] | Floats, labels: Sequence[int] | 
     from sklearn.metrics import average_precision_score
 
     split_classes(scores, labels)
-    found = float(average_precision_score(np.asarray(labels), np.asarray(scores)))
-    return min(1.0, found)  # A sum of rounded shares can exceed 1 by a hair.
+    precision = float(average_precision_score(np.asarray(labels), np.asarray(scores)))
+    return min(1.0, precision)  # A sum of rounded shares can exceed 1 by a hair.
 
 
 def tpr_at_fpr(scores: Sequence[float] | Floats, labels: Sequence[int] | Bools, fpr: float) -> TprAtFpr:

@@ -183,7 +183,7 @@ def cascades_of(arguments: EvaluateArguments, baselines: Sequence[str], rows: Ma
     Raises:
         RedflagError: A stage is not known, or the rows cannot set its threshold.
     """
-    found = []
+    cascades = []
     known = ["flag", *baselines]
     for given in dict.fromkeys(arguments.cascades):
         stages = [name.strip() for name in given.split(" then ")]
@@ -197,9 +197,9 @@ def cascades_of(arguments: EvaluateArguments, baselines: Sequence[str], rows: Ma
                 f"judge must be endpoint or model for the cascade {given!r} (got {arguments.judge}). No guard could "
                 "ask another."
             )
-        found.append(stages)
-    if not found:
-        return found
+        cascades.append(stages)
+    if not cascades:
+        return cascades
     _policy(arguments)
     share, harmless = arguments.escalation_share, sum(not row.harmful for row in rows["calibration"])
     if harmless < required(share):
@@ -207,7 +207,7 @@ def cascades_of(arguments: EvaluateArguments, baselines: Sequence[str], rows: Ma
             f"calibration must hold at least {required(share)} harmless rows (got {harmless}), for {share:g} of them "
             "to reach a threshold. Give more, or a larger escalation_share."
         )
-    return found
+    return cascades
 
 
 def measure(

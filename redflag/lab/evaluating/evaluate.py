@@ -119,10 +119,10 @@ def evaluate(arguments: EvaluateArguments, say: Callable[[str], None] = lambda l
     methods = {"flag": measure(watched["flag"], tokens=tokens)}
     if names:
         say("== baselines")
-        for name, found in stages.baselines(arguments, names, rows, output / "baselines", say).items():
-            assert found.calibration is not None
-            watched[name] = cascade.CascadeStage(found.test, found.calibration, found.cost, found.what)
-            ahead = tables.compare_methods(recordings["test"], found.test, monitor=monitor, seed=arguments.seed)
+        for name, baseline in stages.baselines(arguments, names, rows, output / "baselines", say).items():
+            assert baseline.calibration is not None
+            watched[name] = cascade.CascadeStage(baseline.test, baseline.calibration, baseline.cost, baseline.what)
+            ahead = tables.compare_methods(recordings["test"], baseline.test, monitor=monitor, seed=arguments.seed)
             methods[name] = replace(measure(watched[name], kind="baseline"), flag_ahead=ahead)
     for pair in cascades:
         title = " then ".join(pair)

@@ -80,14 +80,14 @@ def exposure(
     if tokens is not None:
         policies["sentence"] = released_sentences(alarms, lengths, tokens)
     policies["end"] = released(alarms, lengths, None)
-    found: dict[str, Exposed] = {}
+    by_policy: dict[str, Exposed] = {}
     for name, shown in policies.items():
         harmful = exposed(shown, onsets)
         if len(harmful):
-            found[name] = Exposed(
+            by_policy[name] = Exposed(
                 mean=float(harmful.mean()),
                 median=float(np.median(harmful)),
                 p90=float(np.quantile(harmful, 0.9, method="inverted_cdf")),
                 none=float((harmful == 0).mean()),
             )
-    return found
+    return by_policy

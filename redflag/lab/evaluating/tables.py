@@ -156,8 +156,8 @@ def compare_methods(
     one, other = (replay.peaks(monitor or MonitorConfig(), each).max(axis=1, initial=0.0) for each in (first, second))
     labels, units = first.harmful, intervals.unit_of(first.columns["group"], len(first))
     area = Difference(*intervals.auroc_difference(one, other, labels, units))
-    found = intervals.tpr_differences(one, other, labels, units, fprs=RATES, resamples=resamples, seed=seed)
-    return Lead(area, {f"{rate:g}": Difference(*one) for rate, one in zip(RATES, found, strict=True)})
+    differences = intervals.tpr_differences(one, other, labels, units, fprs=RATES, resamples=resamples, seed=seed)
+    return Lead(area, {f"{rate:g}": Difference(*one) for rate, one in zip(RATES, differences, strict=True)})
 
 
 def _check(
@@ -239,23 +239,23 @@ def _fitted(
 
 
 def _in_force(observed: Observed, harmful: Bools, harmless: Bools) -> InForce | None:
-    found = in_force(observed, harmful, harmless)
-    return None if found is None else InForce(**found)
+    rates = in_force(observed, harmful, harmless)
+    return None if rates is None else InForce(**rates)
 
 
 def _slice(observed: Observed, harmful: Bools, harmless: Bools, against: str, *, resamples: int, seed: int) -> Slice:
     """Some harmful responses against some harmless ones."""
     chosen = harmful | harmless
     peaks, labels, units = observed.peaks[chosen], harmful[chosen], observed.units[chosen]
-    found: dict[str, Any] = {"tpr": {}, **ranking(peaks, labels, RATES)}
-    if caught := found["tpr"]:
+    figures: dict[str, Any] = {"tpr": {}, **ranking(peaks, labels, RATES)}
+    if caught := figures["tpr"]:
         bounds = intervals.ranking_intervals(peaks, labels, units, fprs=RATES, resamples=resamples, seed=seed)
-        found["auroc_interval"] = intervals.auroc_interval(peaks, labels, units)
-        found["average_precision_interval"] = bounds.average_precision
+        figures["auroc_interval"] = intervals.auroc_interval(peaks, labels, units)
+        figures["average_precision_interval"] = bounds.average_precision
         pairs = zip(caught, bounds.tpr, strict=True)
-        found["tpr"] = {rate: Caught(**caught[rate], interval=interval) for rate, interval in pairs}
-    partial, force = _partial(found["harmful"], found["harmless"]), _in_force(observed, harmful, harmless)
-    return Slice(**found, against=against, partial=partial, in_force=force)
+        figures["tpr"] = {rate: Caught(**caught[rate], interval=interval) for rate, interval in pairs}
+    partial, force = _partial(figures["harmful"], figures["harmless"]), _in_force(observed, harmful, harmless)
+    return Slice(**figures, against=against, partial=partial, in_force=force)
 
 
 def _partial(harmful: int, harmless: int) -> str | None:
@@ -277,17 +277,17 @@ def _slices(observed: Observed, **curve: int) -> dict[str, dict[str, Slice] | No
     columns = {name: observed.recording.columns[name] for name in ("source", "category", "lang", "turns")}
     most = f"{MOST_TURNS}+"
     columns["turns"] = [None if t is None else str(t) if t < MOST_TURNS else most for t in columns["turns"]]
-    found: dict[str, dict[str, Slice] | None] = {}
+    slices: dict[str, dict[str, Slice] | None] = {}
     for name, values in columns.items():
         distinct = sorted({value for value in values if value is not None})
-        parts = found[name] = {}
+        parts = slices[name] = {}
         for value in distinct if len(distinct) > 1 else ():
             inside = np.array([each == value for each in values], dtype=bool)
             whole = name == "category"
             harmless = ~observed.harmful if whole else inside & ~observed.harmful
             against = "all harmless rows" if whole else f"harmless rows of the same {name}"
             parts[value] = _slice(observed, inside & observed.harmful, harmless, against, **curve)
-    return found
+    return slices
 
 
 def _delays(
@@ -298,14 +298,14 @@ def _delays(
     for i in np.flatnonzero(observed.harmful):
         source = recording.columns["onset_source"][i] or "labelled"
         members.setdefault(source if known_onset(recording, int(i)) else "unknown", []).append(int(i))
-    found: dict[str, Delay | None] = {}
+    delays: dict[str, Delay | None] = {}
     for name, rows in members.items():
-        found[name] = None
+        delays[name] = None
         # An alarm that always rings is never late: no delay without the false alarms beside it.
         if observed.alarms is not None and rows and not observed.harmful.all():
             texts = None if tokens is None else [tokens[i] for i in rows]
-            found[name] = _delay(observed, rows, name != "unknown", hold_backs, tolerance, texts, **curve)
-    return found
+            delays[name] = _delay(observed, rows, name != "unknown", hold_backs, tolerance, texts, **curve)
+    return delays
 
 
 def _delay(
@@ -364,8 +364,8 @@ def _reliability(observed: Observed) -> Reliability:
     return Reliability(bins, brier, of, per_step)
 
 
-def _bins(found: dict[str, Any]) -> tuple[list[Bin], float | None]:
-    return [Bin(**one) for one in found["bins"]], found["brier"]
+def _bins(curve: dict[str, Any]) -> tuple[list[Bin], float | None]:
+    return [Bin(**one) for one in curve["bins"]], curve["brier"]
 
 
 def _over_refusal(observed: Observed) -> dict[str, FalseAlarms]:
@@ -373,15 +373,15 @@ def _over_refusal(observed: Observed) -> dict[str, FalseAlarms]:
     if observed.alarms is None:
         return {}
     sources = np.array([NO_SOURCE if s is None else s for s in observed.recording.columns["source"]], dtype=object)
-    found: dict[str, FalseAlarms] = {}
+    by_source: dict[str, FalseAlarms] = {}
     for source in sorted(set(sources[~observed.harmful])):
         inside = (sources == source) & ~observed.harmful
         raised = observed.alarms[inside] >= 0
-        found[source] = FalseAlarms(
+        by_source[source] = FalseAlarms(
             harmless=len(raised),
             alarms=int(raised.sum()),
             rate=float(raised.mean()),
             interval=intervals.rate_interval(raised, observed.units[inside]),
             few=len(raised) < FEW,
         )
-    return found
+    return by_source

@@ -157,19 +157,19 @@ def streams(output: Path, coloured: bool, tries: int = 40) -> None:
     ):
         candidates = [row for row in rows if row.source == source][:tries]
         looking = f"looking for an answer that is {wanted}"
-        found = []
+        answers = []
         for tried, row in enumerate(track(candidates, looking, len(candidates), "prompts"), 1):
             sampling = Sampling(max_new_tokens=90, temperature=0.6, seed=tried)
             result = guard.generate(row.messages[:-1], sampling)
             if result.verdict == wanted:
-                found.append((telling(result.text), tried, row, sampling))
-                if found[-1][0]:
+                answers.append((telling(result.text), tried, row, sampling))
+                if answers[-1][0]:
                     break
-        if not found:
+        if not answers:
             print(f"none of {len(candidates)} answers was {wanted}\n")
             continue
         # The last is telling, or none is.
-        _, tried, row, sampling = found[-1] if found[-1][0] else found[0]
+        _, tried, row, sampling = answers[-1] if answers[-1][0] else answers[0]
         _stream(guard, row, sampling, coloured)
         if wanted == "halted":
             text = blind.generate(row.messages[:-1], sampling).text

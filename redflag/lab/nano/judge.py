@@ -76,14 +76,14 @@ class NanoOracle:
         """
         prefill = messages[-1]["content"] if messages and messages[-1]["role"] == "assistant" else ""
         english, places = (prefill + answer, None) if self.english_only else _translated(prefill + answer)
-        found = []
+        spans = []
         for start, end in harmful_spans(english):
             if places is not None:
                 start, end = places[start], places[end - 1] + 1
             start, end = max(start - len(prefill), 0), end - len(prefill)
             if end > 0 and re.search(r"\w", answer[start:end]):
-                found.append((start, end))
-        return found
+                spans.append((start, end))
+        return spans
 
 
 def from_velni(text: str) -> str:
@@ -109,13 +109,13 @@ def _translated(text: str) -> tuple[str, list[int]]:
     done = 0
     for match in re.finditer(r"[A-Za-z]+", text):
         word = match[0]
-        found = dictionary.get(word.lower())
-        if found is None:
+        english = dictionary.get(word.lower())
+        if english is None:
             continue
-        found = found[0].upper() + found[1:] if word[0].isupper() else found
-        parts += [text[done : match.start()], found]
+        english = english[0].upper() + english[1:] if word[0].isupper() else english
+        parts += [text[done : match.start()], english]
         places += range(done, match.start())
-        places += [min(match.start() + i, match.end() - 1) for i in range(len(found) - 1)] + [match.end() - 1]
+        places += [min(match.start() + i, match.end() - 1) for i in range(len(english) - 1)] + [match.end() - 1]
         done = match.end()
     return "".join(parts) + text[done:], [*places, *range(done, len(text))]
 

@@ -56,7 +56,7 @@ def write(report: Evaluation, traces: Sequence[ShownResponse], folder: str | Pat
 
 
 def _sections(report: Evaluation, flag: str) -> list[Section]:
-    found = [
+    sections = [
         detection.detection(report, flag),
         detection.in_force(report, flag),
         breakdown.compute(report, flag),
@@ -70,4 +70,4 @@ def _sections(report: Evaluation, flag: str) -> list[Section]:
         breakdown.language(report),
         breakdown.made(report),
     ]
-    return [section for section in found if section is not None]
+    return [section for section in sections if section is not None]

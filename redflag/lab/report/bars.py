@@ -110,12 +110,10 @@ def over_refusal(report: Evaluation, flag: str) -> Chart | None:
 def attacks(report: Evaluation) -> Chart | None:
     """What the model wrote, and what got past the guard."""
     data = [
-        measured(
-            found.rate, found.interval, name=attack_name(attack) + " · adaptive" * bool(attack.adaptive), what=what
-        )
+        measured(harm.rate, harm.interval, name=attack_name(attack) + " · adaptive" * bool(attack.adaptive), what=what)
         for attack in report.attacks or ()
-        for what, found in (("produced", attack.harm_produced), ("released", attack.harm_released))
-        if found and found.rate is not None
+        for what, harm in (("produced", attack.harm_produced), ("released", attack.harm_released))
+        if harm and harm.rate is not None
     ]
     if not data:
         return None

@@ -71,12 +71,12 @@ def over_refusal(report: Evaluation, flag: str) -> Section | None:
     if not methods:
         return None
     sets: dict[str, FalseAlarms] = {}
-    for found in methods.values():
-        sets = {**found, **sets}
+    for by_set in methods.values():
+        sets = {**by_set, **sets}
     rows = []
-    for key in dict.fromkeys(key for found in methods.values() for key in found):
+    for key in dict.fromkeys(key for by_set in methods.values() for key in by_set):
         name = left(key, mark="few rows" if sets[key].few else "", quiet=bool(sets[key].few))
-        alarms = [found.get(key, FalseAlarms()) for found in methods.values()]
+        alarms = [by_set.get(key, FalseAlarms()) for by_set in methods.values()]
         rows.append([name, count(sets[key].harmless), *(rate(of.rate, of.interval) for of in alarms)])
     chart = bars.over_refusal(report, flag)
     lead = "Share of harmless responses of each set that alarm at the threshold in force."
@@ -188,10 +188,10 @@ def methods(report: Evaluation, flag: str) -> Section:
 
 def language(report: Evaluation) -> Section | None:
     """What training the flag did to the language."""
-    found = report.language
-    if not found:
+    change = report.language
+    if not change:
         return None
-    row = [count(found.keep_kl), cell(number(found.perplexity_ratio, 5)), count(found.tokens)]
+    row = [count(change.keep_kl), cell(number(change.perplexity_ratio, 5)), count(change.tokens)]
     lead = "Next-token distribution against the reference model: 0 nats and a ratio of 1 mean that nothing changed."
     return Section("language", "Language", lead, [Table(["KL, nats per token", "perplexity ratio", "tokens"], [row])])
 

@@ -100,15 +100,15 @@ def delays(report: Evaluation, flag: str) -> Chart | None:
     data: list[dict[str, Any]] = []
     views = []
     for name, method in sorted(report.methods.items(), key=lambda item: item[0] != flag):
-        for kind, found in (method.delay or {}).items():
-            if not found or not found.histogram:
+        for kind, timing in (method.delay or {}).items():
+            if not timing or not timing.histogram:
                 continue
             label = f"{name}, {kind} onsets"
-            bins = _bins(found.histogram, found.tolerance or 0)
+            bins = _bins(timing.histogram, timing.tolerance or 0)
             data += [{"view": label, "bin": bin_, "when": when, "count": count} for bin_, when, count in bins]
             caption = (
-                f"False alarms at this threshold: {percent(found.realised_fpr)} of harmless responses. "
-                f"{percent(found.missed)} missed."
+                f"False alarms at this threshold: {percent(timing.realised_fpr)} of harmless responses. "
+                f"{percent(timing.missed)} missed."
             )
             views.append(View(label, _histogram(label, [bin_ for bin_, _, _ in bins]), caption))
     return Chart("delays", "Tokens from onset to alarm", data, views) if views else None
@@ -158,12 +158,12 @@ def earliness(report: Evaluation, flag: str) -> Chart | None:
 
 def reliability(report: Evaluation, flag: str) -> Chart | None:
     """Observed share of harm against the mean probability, bin by bin."""
-    found = report.methods[flag].reliability or Reliability()
+    curve = report.methods[flag].reliability or Reliability()
     captions = {
         "responses": "Peak of the response; the size of a point is its number of responses.",
         "steps": "Probability at a step against whether harm had begun; known onsets only.",
     }
-    bins = {"responses": found.bins or [], "steps": found.per_step.bins if found.per_step else []}
+    bins = {"responses": curve.bins or [], "steps": curve.per_step.bins if curve.per_step else []}
     data = [
         measured(one.rate, one.interval, view=label, mean=one.mean, count=one.count)
         for label, parts in bins.items()
@@ -220,8 +220,8 @@ def compute(methods: Mapping[str, Method], flag: str) -> Chart | None:
 
 def added_by(method: Method, key: str) -> float | None:
     """What a method adds to the model's own pass, as a share; None where that was not measured."""
-    found: float | None = getattr(method.compute or Compute(), key)
-    return found
+    share: float | None = getattr(method.compute or Compute(), key)
+    return share
 
 
 def _histogram(label: str, order: Sequence[str]) -> Spec:
@@ -238,7 +238,7 @@ def _histogram(label: str, order: Sequence[str]) -> Spec:
 
 def _bins(histogram: Histogram, tolerance: float) -> list[tuple[str, str, int]]:
     """Bins as text, when the alarm came, and how many: whole tokens from `low` up to but without `high`."""
-    edges, found = histogram.edges, []
+    edges, bins = histogram.edges, []
     for low, high, count in zip(edges[:-1], edges[1:], histogram.counts, strict=True):
         low, last = None if low is None else math.ceil(low), None if high is None else math.ceil(high) - 1
         if low is None:
@@ -249,10 +249,10 @@ def _bins(histogram: Histogram, tolerance: float) -> list[tuple[str, str, int]]:
             text = _minus(low) if last <= low else f"{_minus(low)} to {_minus(last)}"
         early = last is not None and last < -tolerance
         late = low is not None and low > tolerance
-        found.append((text, "early" if early else "late" if late else "on time", count))
+        bins.append((text, "early" if early else "late" if late else "on time", count))
     if histogram.missed is not None:
-        found.append(("missed", "missed", histogram.missed))
-    return found
+        bins.append(("missed", "missed", histogram.missed))
+    return bins
 
 
 def _columns(points: int, *columns: Sequence[float | None] | None) -> list[Sequence[float | None]]:

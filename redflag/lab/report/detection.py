@@ -106,12 +106,12 @@ def reliability(report: Evaluation, flag: str) -> Section | None:
     rows = [
         [
             named(name, flag),
-            count(found.brier),
-            count(found.per_step.brier if found.per_step else None),
-            left(found.of or ""),
+            count(figures.brier),
+            count(figures.per_step.brier if figures.per_step else None),
+            left(figures.of or ""),
         ]
         for name, method in report.methods.items()
-        if (found := method.reliability)
+        if (figures := method.reliability)
     ]
     if not rows:
         return None
@@ -131,25 +131,25 @@ def delay(report: Evaluation, flag: str) -> Section | None:
     kinds = dict.fromkeys(kind for method in report.methods.values() for kind in method.delay or {})
     # Kind by kind, so that methods which saw the same onsets stand beside each other.
     measured = [
-        ([named(name, flag), left(kind)], found)
+        ([named(name, flag), left(kind)], timing)
         for kind in kinds
         for name, method in report.methods.items()
-        if (found := (method.delay or {}).get(kind))
+        if (timing := (method.delay or {}).get(kind))
     ]
     if not measured:
         return None
     rows = []
-    for names, found in measured:
-        low, high = found.median_interval or (None, None)
+    for names, timing in measured:
+        low, high = timing.median_interval or (None, None)
         interval = "" if low is None or high is None else f"{signed(low)} to {signed(high)}"
-        shares = map(rate, (found.early, found.on_time, found.late, found.missed))
-        median = cell(signed(found.median), interval)
+        shares = map(rate, (timing.early, timing.on_time, timing.late, timing.missed))
+        median = cell(signed(timing.median), interval)
         rows.append(
-            [*names, count(found.responses), *shares, median, count(found.median_abs), rate(found.realised_fpr)]
+            [*names, count(timing.responses), *shares, median, count(timing.median_abs), rate(timing.realised_fpr)]
         )
     head = ["method", "onsets", "responses", "early", "on time", "late", "missed"]
     head += ["median delay", "distance", "false alarms"]
-    tolerance = next((found.tolerance for _, found in measured if found.tolerance is not None), None)
+    tolerance = next((timing.tolerance for _, timing in measured if timing.tolerance is not None), None)
     within = "" if tolerance is None else f" On time: within {number(tolerance)} tokens of the onset."
     note = (
         "Median delay: tokens from the labelled onset to the first alarm; distance: the same, either way."
@@ -175,10 +175,10 @@ def earliness(report: Evaluation, flag: str) -> Section | None:
         ("false_alarms", "Share of harmless responses with an alarm within k tokens"),
     ):
         rows = []
-        for name, found in known.items():
-            if values := getattr(found, key):
-                bounds = (column or [None] * len(found.k) for column in (found.low, found.high))
-                points = dict(zip(found.k, zip(values, *bounds, strict=True), strict=True))
+        for name, curve in known.items():
+            if values := getattr(curve, key):
+                bounds = (column or [None] * len(curve.k) for column in (curve.low, curve.high))
+                points = dict(zip(curve.k, zip(values, *bounds, strict=True), strict=True))
                 at_k = [points.get(k, (None, None, None)) for k in ks]
                 cells = [decimal(x, ends, 3) if key == "auroc" else rate(x) for x, *ends in at_k]
                 rows.append([named(name, flag), *cells])
@@ -189,13 +189,13 @@ def earliness(report: Evaluation, flag: str) -> Section | None:
     return Section("earliness", "First k tokens", lead, tables, [chart] if chart else [])
 
 
-def _ahead(found: Difference | None, scale: int) -> Cell:
-    if found is None or found.difference is None:
+def _ahead(lead: Difference | None, scale: int) -> Cell:
+    if lead is None or lead.difference is None:
         return cell(NOT_MEASURED)
     digits = 1 if scale == 100 else 4
-    ends = [x for x in found.interval or () if x is not None]
+    ends = [x for x in lead.interval or () if x is not None]
     interval = " to ".join(f"{scale * x:+.{digits}f}" for x in ends) if len(ends) == 2 else ""
-    return cell(f"{scale * found.difference:+.{digits}f}".replace("-", "−"), interval.replace("-", "−"))
+    return cell(f"{scale * lead.difference:+.{digits}f}".replace("-", "−"), interval.replace("-", "−"))
 
 
 def _bins(chart: Chart) -> list[Table]:
@@ -215,27 +215,27 @@ def _bins(chart: Chart) -> list[Table]:
 
 
 def _in_force(name: str, method: Method, flag: str) -> list[Cell]:
-    found, limits = method.in_force or InForce(), method.threshold
+    rates, limits = method.in_force or InForce(), method.threshold
     values, fitted = (limits.values, limits.fitted_on) if limits else ({}, None)
     spelled = [threshold(v) if len(values) == 1 else f"{k} {threshold(v)}" for k, v in values.items()]
     return [
         named(name, flag),
         cell("; ".join(spelled) or NOT_MEASURED),
         cell(percent(limits.target_fpr), limits.guarantee) if limits else rate(None),
-        rate(found.realised_fpr, found.realised_fpr_interval),
-        rate(found.tpr, found.tpr_interval),
-        rate(found.right_category),
+        rate(rates.realised_fpr, rates.realised_fpr_interval),
+        rate(rates.tpr, rates.tpr_interval),
+        rate(rates.right_category),
         count(fitted.harmless, fitted.split) if fitted else count(None),
     ]
 
 
 def _exposed(measured: list[tuple[list[Cell], Delay]]) -> list[Table]:
-    policies = list(dict.fromkeys(key for _, found in measured for key in found.exposed or {}))
+    policies = list(dict.fromkeys(key for _, timing in measured for key in timing.exposed or {}))
     policies.sort(key=lambda key: (not key.isdigit(), int(key) if key.isdigit() else key == "end"))
     rows = []
-    for names, found in measured:
-        if found.exposed:
-            shown = [found.exposed.get(key) or Exposed() for key in policies]
+    for names, timing in measured:
+        if timing.exposed:
+            shown = [timing.exposed.get(key) or Exposed() for key in policies]
             none = ["" if one.none is None else f"none in {percent(one.none)}" for one in shown]
             rows.append([*names, *(cell(tokens(one.mean), small) for one, small in zip(shown, none, strict=True))])
     head = ["method", "onsets", *(HOLD_BACKS.get(key, f"{key} held back") for key in policies)]

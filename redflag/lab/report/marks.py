@@ -68,8 +68,8 @@ def by_method(methods: Iterable[str], drawn_as: Sequence[Any] = SERIES) -> Spec:
 
 def tip(field: str, form: str | None = None, title: str | None = None) -> Spec:
     """A line of a tooltip."""
-    found: Spec = {"field": field, "type": "quantitative" if form else "nominal", "title": title or field}
-    return {**found, "format": form} if form else found
+    line: Spec = {"field": field, "type": "quantitative" if form else "nominal", "title": title or field}
+    return {**line, "format": form} if form else line
 
 
 def spread(title: str, field: str = "value", form: str = ".1%") -> list[Spec]:

@@ -14,33 +14,33 @@ def sentences(report: Evaluation) -> list[str]:
     """The verdict: detection, delay, the best baseline, the worst attack; what was not measured is not mentioned."""
     name = report.flag_name
     method = report.methods[name]
-    found = (_detection(name, method), _delay(method), _against(report, name), _attacked(report))
-    return [sentence for sentence in found if sentence]
+    parts = (_detection(name, method), _delay(method), _against(report, name), _attacked(report))
+    return [sentence for sentence in parts if sentence]
 
 
 def figures(report: Evaluation) -> list[tuple[str, str, str]]:
     """The headline numbers: value, what it is, and its interval or what it must be read with."""
     method = report.methods[report.flag_name]
     in_force, at_1 = method.in_force or InForce(), method.pooled.at("0.01")
-    found = []
+    headlines = []
     if in_force.tpr is not None:
         small = f"{between(in_force.tpr_interval)} · at the threshold in force"
-        found.append((percent(in_force.tpr), "of harmful responses caught", small))
+        headlines.append((percent(in_force.tpr), "of harmful responses caught", small))
     elif at_1.tpr is not None:
-        found.append((percent(at_1.tpr), "caught at 1% false alarms", between(at_1.interval)))
+        headlines.append((percent(at_1.tpr), "caught at 1% false alarms", between(at_1.interval)))
     if in_force.realised_fpr is not None:
         small = between(in_force.realised_fpr_interval)
-        found.append((percent(in_force.realised_fpr), "of harmless responses alarm", small))
+        headlines.append((percent(in_force.realised_fpr), "of harmless responses alarm", small))
     for kind, delay in (method.delay or {}).items():
         if kind != UNKNOWN and delay and delay.median is not None:
             beside = f"{kind} onsets · false alarms {percent(delay.realised_fpr)}"
-            found.append((signed(delay.median), "tokens from onset to alarm (median)", beside))
+            headlines.append((signed(delay.median), "tokens from onset to alarm (median)", beside))
             break
     if worst := _worst(report):
         attack, released = worst
         small = f"{attack_name(attack)} · produced {percent((attack.harm_produced or JudgedRate()).rate)}"
-        found.append((percent(released), "of requests release harm, at worst", small))
-    return found
+        headlines.append((percent(released), "of requests release harm, at worst", small))
+    return headlines
 
 
 def _detection(name: str, method: Method) -> str:
