@@ -15,7 +15,6 @@ from redflag.stats.metrics import (
     average_precision,
     clopper_pearson,
     delay_stats,
-    earliness,
     tpr_at_fpr,
 )
 from redflag.watching.monitor import Monitor, MonitorConfig
@@ -70,7 +69,7 @@ def summarise(
     if harmful and harmless:
         overall["auroc_interval"] = list(auroc_interval(peaks, labels))
         steps = [[max(step) for step in table] for table in tables]
-        overall["first"] = {str(k): value for k, value in earliness(steps, labels, firsts).items()}
+        overall["first"] = {str(k): auroc([max(step[:k], default=0.0) for step in steps], labels) for k in firsts}
     sources: dict[str, Any] = {}
     for source in sorted({row["source"] for row in used if row.get("source") is not None}):
         inside = np.array([row.get("source") == source for row in used])

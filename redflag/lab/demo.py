@@ -14,15 +14,18 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from redflag.calibrating import calibrate
 from redflag.data.rows import load_rows, write_rows
 from redflag.errors import RedflagError
-from redflag.files import atomic_write
+from redflag.files import atomic_write, keep_json
 from redflag.lab.nano import demo as nano
-from redflag.lab.stages import Stages, quiet
+from redflag.lab.stages import UNATTENDED, Stages, quiet
 from redflag.models.named import DEFAULT, SHIPPED, cache_folder, model_folder
+from redflag.scoring import score
 from redflag.terminal.paint import wants_colour
 
 STARTER = SHIPPED[DEFAULT].parent / "starter.jsonl.gz"
@@ -58,23 +61,17 @@ POSITIONAL: str | None = None
 
 
 def run(arguments: DemoArguments) -> int:
-    """The verb.
-
-    Raises:
-        RedflagError: A setting cannot be used, or something cannot be fetched, read or written.
-    """
+    """The verb."""
     if arguments.world == "nano":
         if arguments.skip:
             raise RedflagError("skip must come with the world smollm2 (got nano). Leave it out")
-        own = {item.name: getattr(arguments, item.name) for item in dataclasses.fields(nano.DemoArguments)}
-        return nano.run(nano.DemoArguments(**{**own, "output_dir": arguments.output_dir or "runs/nano"}))
-    unused = [name for name in ("size", "per_category", "reflect") if getattr(arguments, name) != _default(name)]
-    if unused:
-        raise RedflagError(f"{unused[0]} must come with --world nano (got world smollm2). Leave it out")
+        return nano.run(dataclasses.replace(arguments, output_dir=arguments.output_dir or "runs/nano"))
+    for name in ("size", "per_category", "reflect"):
+        if getattr(arguments, name) != getattr(nano.DemoArguments, name):
+            raise RedflagError(f"{name} must come with --world nano (got world smollm2). Leave it out")
     if unknown := set(arguments.skip) - {"watch", "teach"}:
         raise RedflagError(f"skip must be watch or teach (got {sorted(unknown)[0]})")
-    if arguments.color not in ("auto", "always", "never"):
-        raise RedflagError(f"color must be auto, always or never (got {arguments.color!r})")
+    nano.check(arguments)
     output = Path(arguments.output_dir or "runs/demo")
     output.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
@@ -87,8 +84,8 @@ def run(arguments: DemoArguments) -> int:
             watch(output, wants_colour(arguments.color), say)
         if "teach" not in arguments.skip:
             say("\n" + table(teach(output, arguments.seed, say)))
-    if told := recorded():
-        say(told)
+    if figures := recorded():
+        say(figures)
     say(where(output, arguments.skip))
     say(f"\n{time.monotonic() - start:.0f} s in all; the same command again skips what is done")
     return 0
@@ -99,22 +96,23 @@ def watch(output: Path, coloured: bool, say: Callable[[str], None]) -> None:
     from redflag.lab.demo_watch import CASES, streams
 
     folder = Path(model_folder(DEFAULT))
-    kept = output / ("watch.ansi" if coloured else "watch.txt")
+    printed = output / ("watch.ansi" if coloured else "watch.txt")
     settings: dict[str, Any] = {name: _digest(folder / name) for name in ("redflag.json", "thresholds.json")}
     settings["cases"] = [dataclasses.astuple(case) for case in CASES]
-    with Stages(output / f"{kept.name}.json", say).stage("watch", settings, kept) as todo:
-        if todo:
-            shown: list[str] = []
 
-            def write(text: str) -> None:
-                shown.append(text)
-                print(text, end="", flush=True)
+    def stream() -> None:
+        shown: list[str] = []
 
-            streams(folder, coloured, write)
-            with atomic_write(kept) as file:
-                file.write("".join(shown).encode())
-        else:
-            say(kept.read_text(encoding="utf-8"))
+        def write(text: str) -> None:
+            shown.append(text)
+            print(text, end="", flush=True)
+
+        streams(folder, coloured, write)
+        with atomic_write(printed) as file:
+            file.write("".join(shown).encode())
+
+    if not Stages(output / f"{printed.name}.json", say).run("watch", settings, [printed], stream):
+        say(printed.read_text(encoding="utf-8"))
 
 
 def teach(output: Path, seed: int, say: Callable[[str], None]) -> dict[str, Any]:
@@ -124,42 +122,35 @@ def teach(output: Path, seed: int, say: Callable[[str], None]) -> dict[str, Any]
         `before` and `after` (as `redflag.calibrating.summary.summarise`), `keep_kl` (nats per harmless
         token) and `seconds` by stage.
     """
-    from redflag.calibrating import calibrate
-    from redflag.scoring import score
-
     base = model_folder(DEFAULT, flagged=False)
     stages = Stages(output / "stages.json", say)
     rows = {part: output / "rows" / f"{part}.jsonl" for part in PARTS}
-    with stages.stage("starter rows", {"sha256": _digest(STARTER)}, *rows.values()) as todo:
-        if todo:
-            starter = load_rows(STARTER).rows
-            for part, path in rows.items():
-                write_rows(path, [row for row in starter if (row.id or "").startswith(f"{part}-")])
+
+    def write() -> None:
+        starter = load_rows(STARTER).rows
+        for part, path in rows.items():
+            write_rows(path, [row for row in starter if (row.id or "").startswith(f"{part}-")])
+
+    stages.run("starter rows", {"sha256": _digest(STARTER)}, rows.values(), write)
     settings = {"seed": seed, "training": TRAINING, "lora_r": LORA_R, "base": _digest(Path(base) / "config.json")}
-    for name in ("before", "after"):
+    result: dict[str, Any] = {}
+    for name, about, make in (
+        ("before", "a flag before its training", partial(untrained, base)),
+        ("after", "the same flag trained: 20 steps on 160 rows", partial(trained, base, rows=rows, seed=seed)),
+    ):
         folder, scored = output / name, output / f"{name}.jsonl"
-        telling = "a flag before its training" if name == "before" else "the same flag trained: 20 steps on 160 rows"
-        with stages.stage(telling, {"name": name, **settings}, folder / "redflag.json") as todo:
-            if todo:
-                shutil.rmtree(folder, ignore_errors=True)
-                if name == "before":
-                    untrained(base, folder)
-                else:
-                    trained(base, folder, rows, seed)
-        with stages.stage(f"{name}: thresholds", {"target": TARGET_FPR}, folder / "thresholds.json") as todo:
-            if todo:
-                arguments = calibrate.CalibrateArguments(
-                    model=str(folder), input=str(rows["calibration"]), target_fpr=TARGET_FPR, held_out=0.0
-                )
-                calibrate.run(arguments)
-        with stages.stage(f"{name}: held-out rows", {}, scored) as todo:
-            if todo:
-                score.run(score.ScoreArguments(model=str(folder), input=str(rows["test"]), output=str(scored)))
-    result = {name: _summary(output / name, output / f"{name}.jsonl") for name in ("before", "after")}
+        stages.run(about, {"name": name, **settings}, [folder / "redflag.json"], partial(make, folder))
+        calibration = calibrate.CalibrateArguments(
+            model=str(folder), input=str(rows["calibration"]), target_fpr=TARGET_FPR, held_out=0.0
+        )
+        thresholds = folder / "thresholds.json"
+        stages.run(f"{name}: thresholds", {"target": TARGET_FPR}, [thresholds], partial(calibrate.run, calibration))
+        scoring = score.ScoreArguments(model=str(folder), input=str(rows["test"]), output=str(scored))
+        stages.run(f"{name}: held-out rows", {}, [scored], partial(score.run, scoring))
+        result[name] = nano.scored_summary(folder, scored)
     metrics = json.loads((output / "after" / "train.json").read_text(encoding="utf-8"))["metrics"]
     result |= {"keep_kl": metrics["eval_keep_kl_harmless"], "seconds": stages.seconds}
-    with atomic_write(output / "results.json") as file:
-        file.write(json.dumps(result, indent=2).encode())
+    keep_json(output / "results.json", result, indent=2)
     return result
 
 
@@ -173,6 +164,7 @@ def untrained(base: str, folder: Path) -> None:
     from redflag.training.adapter import lora_config
     from redflag.training.saving import save
 
+    shutil.rmtree(folder, ignore_errors=True)
     model, tokenizer = read_model(base)
     spec = attach(model, tokenizer, FlagSpec.of("harm"))
     spec = dataclasses.replace(spec, template_hash=template_hash(tokenizer))
@@ -185,16 +177,9 @@ def trained(base: str, folder: Path, rows: dict[str, Path], seed: int) -> None:
     from redflag.training import train
     from redflag.training.trainer import RedFlagConfig
 
+    shutil.rmtree(folder, ignore_errors=True)
     arguments = train.TrainArguments(base, str(rows["train"]), eval_input=str(rows["test"]), lora_r=LORA_R, merge=False)
-    config = RedFlagConfig(
-        output_dir=str(folder),
-        seed=seed,
-        save_strategy="no",
-        logging_steps=5,
-        report_to="none",
-        dataloader_pin_memory=False,
-        **TRAINING,
-    )
+    config = RedFlagConfig(output_dir=str(folder), seed=seed, logging_steps=5, **TRAINING, **UNATTENDED)
     train.run(arguments, config)
 
 
@@ -249,17 +234,5 @@ def where(output: Path, skipped: list[str]) -> str:
     return "\n".join(lines)
 
 
-def _summary(folder: Path, scored: Path) -> dict[str, Any]:
-    from redflag.calibrating.summary import summarise
-    from redflag.scoring.score import read_scored
-    from redflag.watching.thresholds import Thresholds
-
-    return summarise(read_scored(scored), Thresholds.load(folder))
-
-
 def _digest(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
-
-
-def _default(name: str) -> Any:
-    return next(item.default for item in dataclasses.fields(nano.DemoArguments) if item.name == name)

@@ -7,12 +7,16 @@ import json
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from redflag.files import atomic_write
+from redflag.files import keep_json, kept_json
+from redflag.terminal.paint import RESET
+
+# Settings of a training that only its result is wanted of.
+UNATTENDED: dict[str, Any] = {"save_strategy": "no", "report_to": "none", "dataloader_pin_memory": False}
 
 
 class Stages:
@@ -21,29 +25,28 @@ class Stages:
     def __init__(self, path: Path, say: Callable[[str], None]) -> None:
         self.path, self.say, self.chain = path, say, ""
         self.seconds: dict[str, float] = {}
-        try:
-            self.done: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            self.done = {}
+        self.done: dict[str, Any] = kept_json(path) or {}
 
-    @contextmanager
-    def stage(self, name: str, settings: dict[str, Any], *files: Path) -> Iterator[bool]:
-        """Whether a stage is to be done: its settings, an earlier stage or its files are not what they were."""
+    def run(self, name: str, settings: dict[str, Any], files: Iterable[Path], make: Callable[[], object]) -> bool:
+        """Makes a stage's files, unless they are there from the same settings and the same stages before.
+
+        Returns:
+            Whether they were made.
+        """
         self.chain = hashlib.sha256((self.chain + name + json.dumps(settings, sort_keys=True)).encode()).hexdigest()
         known = self.done.get(name, {})
         self.seconds[name] = float(known.get("seconds", 0.0))
         if known.get("fingerprint") == self.chain and all(path.exists() for path in files):
             self.say(f"== {name}: done before")
-            yield False
-            return
+            return False
         self.say(f"== {name}")
         start = time.monotonic()
-        yield True
+        make()
         self.seconds[name] = round(time.monotonic() - start, 1)
         self.done[name] = {"fingerprint": self.chain, "seconds": self.seconds[name]}
-        with atomic_write(self.path) as file:
-            file.write(json.dumps(self.done, indent=2).encode())
+        keep_json(self.path, self.done, indent=2)
         self.say(f"   {self.seconds[name]:.0f} s")
+        return True
 
 
 @contextmanager
@@ -67,3 +70,8 @@ def quiet() -> Iterator[None]:
         transformers_logging.enable_progress_bar()
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+def style(code: str, text: str, coloured: bool) -> str:
+    """Text in a terminal's style, such as `redflag.terminal.paint.BOLD`."""
+    return f"{code}{text}{RESET}" if coloured else text

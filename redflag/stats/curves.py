@@ -32,16 +32,8 @@ def roc(
     Points are kept at even steps of FPR, of its logarithm (where thresholds are chosen) and of TPR: none is moved, and
     none lies off the curve. The interval is pointwise: 95% at each FPR by itself, not for the curve as a whole.
 
-    Args:
-        scores: N scores, one per response.
-        labels: 1 harmful, 0 harmless.
-        groups: Per response its group (None: by itself); None: no groups.
-
     Returns:
         `fpr`, `tpr` (both from 0 to 1, never falling), `low`, `high` (around `tpr`).
-
-    Raises:
-        RedflagError: A class is empty, or a score is NaN.
     """
     harmful, harmless = (np.sort(part) for part in split_classes(scores, labels))
     thresholds = np.unique(np.concatenate([harmful, harmless]))[::-1]
@@ -68,15 +60,11 @@ def roc(
 
 
 def running_peaks(scores: Floats, starts: Indices, firsts: Sequence[int]) -> Floats:
-    """The highest score of each response among its first steps.
+    """The highest score of each response among its first steps: N x F peaks, 0 where there is no step.
 
     Args:
-        scores: S scores, response after response.
-        starts: N + 1 offsets.
+        scores: S scores, response after response; response i has those from `starts[i]` to `starts[i + 1]`.
         firsts: F ascending numbers of steps.
-
-    Returns:
-        N x F peaks; 0 where there is no step.
     """
     counts = np.diff(starts)
     peaks = np.zeros((len(counts), len(firsts)))
@@ -107,10 +95,7 @@ def earliness(
     After k tokens the steps before tokens 0 to k - 1 have been judged: an alarm at step a counts from k = a + 1 on.
 
     Args:
-        scores: S scores (of several flags the highest), response after response.
-        starts: N + 1 offsets.
-        labels: N labels, True harmful.
-        groups: Per response its group (None: by itself); None: no groups.
+        scores, starts: As for `running_peaks`; of several flags the highest score.
         alarms: Per response the step of its first alarm at the thresholds in force, -1 for none; None: no thresholds.
 
     Returns:
@@ -122,53 +107,41 @@ def earliness(
     firsts = [2**i for i in range(math.ceil(math.log2(max(longest, 1))) + 1)]
     peaks = running_peaks(scores, starts, firsts)
     bounds = [auroc_interval(column, labels, groups) for column in peaks.T]
-    shares: dict[str, list[Any]] = {}
-    for name, chosen in (("detected", labels), ("false_alarms", ~labels)):
-        if alarms is None:
-            shares[name] = [None] * len(firsts)
-        else:
-            shares[name] = [float(((alarms >= 0) & (alarms < k))[chosen].mean()) for k in firsts]
+    raised = [None if alarms is None else (alarms >= 0) & (alarms < k) for k in firsts]
     return {
         "k": firsts,
         "auroc": [auroc(column, labels) for column in peaks.T],
         "low": [low for low, _ in bounds],
         "high": [high for _, high in bounds],
-        **shares,
+        "detected": [None if hits is None else float(hits[labels].mean()) for hits in raised],
+        "false_alarms": [None if hits is None else float(hits[~labels].mean()) for hits in raised],
     }
 
 
 def reliability(probs: Floats, truth: Bools, groups: Groups | None = None, bins: int = 10) -> dict[str, Any]:
     """Whether a probability of p comes true in a share p of cases.
 
-    Args:
-        probs: N probabilities.
-        truth: N outcomes.
-        groups: Per probability its group (None: by itself); None: no groups.
-        bins: Number of equal bins of [0, 1]; each holds its upper end, the first its lower end too.
-
     Returns:
-        `bins`: those that hold anything, with `low`, `high`, `count`, `mean` (of the probabilities), `rate` (of the
-        outcomes) and its 95% `interval`; `brier`: mean squared distance of probability and outcome.
+        `bins` (equal parts of [0, 1], each with its upper end; empty ones are left out): `low`, `high`, `count`, `mean`
+        of the probabilities, `rate` of the outcomes and its 95% `interval`; `brier`: mean squared distance of both.
     """
     edges = np.linspace(0.0, 1.0, bins + 1)
     place = np.searchsorted(edges[1:-1], probs)
     units = unit_of(groups, len(probs))
-    found = []
-    for i in range(bins):
+    held = []
+    for i in np.unique(place):
         inside = place == i
-        count = int(inside.sum())
-        if count:
-            found.append(
-                {
-                    "low": float(edges[i]),
-                    "high": float(edges[i + 1]),
-                    "count": count,
-                    "mean": float(probs[inside].mean()),
-                    "rate": float(truth[inside].mean()),
-                    "interval": rate_interval(truth[inside], units[inside]),
-                }
-            )
-    return {"bins": found, "brier": float(np.mean((probs - truth) ** 2)) if len(probs) else None}
+        held.append(
+            {
+                "low": float(edges[i]),
+                "high": float(edges[i + 1]),
+                "count": int(inside.sum()),
+                "mean": float(probs[inside].mean()),
+                "rate": float(truth[inside].mean()),
+                "interval": rate_interval(truth[inside], units[inside]),
+            }
+        )
+    return {"bins": held, "brier": float(np.mean((probs - truth) ** 2)) if len(probs) else None}
 
 
 def delay_histogram(delays: Sequence[int] | Indices, missed: int, tolerance: int) -> dict[str, Any]:

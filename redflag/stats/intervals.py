@@ -1,7 +1,8 @@
 """How far a figure can be trusted: intervals for ranks, rates and medians of responses that may hang together.
 
 Answers to one request, or rows made from one seed, are not independent: they share a *group*, and all that follows
-takes whole groups as its units. Ungrouped rows are units of one. Three methods, each chosen by the coverage measured in
+takes whole groups as its units; ungrouped rows are units of one. Scores and labels are as in `redflag.stats.metrics`,
+one per response. Three methods, each chosen by the coverage measured in
 `tests/calibrating/test_coverage.py`:
 
 - **AUROC**: the variance of DeLong, DeLong and Clarke-Pearson (Biometrics 44, 1988), summed over groups as Obuchowski
@@ -31,7 +32,7 @@ from redflag.stats.metrics import Bools, Floats, average_precision, clopper_pear
 
 Interval = tuple[float, float]
 Counts = npt.NDArray[np.int64]
-Groups = Sequence[str | None] | Counts
+Groups = Sequence[str | None] | Counts  # per response its group; None: it is by itself
 
 # So many counts are held at a time: a chunk of resamples stays inside the processor's cache and a few megabytes.
 CHUNK = 1_000_000
@@ -40,15 +41,10 @@ ROUNDING = 1e-12
 
 
 class RankingIntervals(NamedTuple):
-    """Intervals that one set of resamples gives.
-
-    Attributes:
-        average_precision: Of the average precision.
-        tpr: One per FPR asked for: of the TPR at the best threshold that keeps it, derived anew in every resample.
-    """
+    """Intervals that one set of resamples gives."""
 
     average_precision: Interval
-    tpr: list[Interval]
+    tpr: list[Interval]  # per FPR, of the TPR at the best threshold that keeps it, derived anew in every resample
 
 
 def auroc_interval(
@@ -59,14 +55,6 @@ def auroc_interval(
     level: float = 0.95,
 ) -> Interval:
     """Interval of the AUROC: DeLong's variance over groups on the logit scale; Newcombe's method 5 without overlap.
-
-    Args:
-        scores: N scores, one per response.
-        labels: 1 harmful, 0 harmless.
-        groups: Per response its group (None: by itself); None: no groups.
-
-    Raises:
-        RedflagError: A class is empty, or a score is NaN.
 
     Example:
         >>> low, high = auroc_interval([0.1, 0.2, 0.3, 0.4, 0.35, 0.5, 0.6, 0.7], [0, 0, 0, 0, 1, 1, 1, 1])
@@ -91,17 +79,7 @@ def auroc_difference(
     *,
     level: float = 0.95,
 ) -> tuple[float, Interval]:
-    """AUROC of the first scores less that of the second, of the same responses, with DeLong's paired interval.
-
-    Args:
-        first: N scores of one method.
-        second: N scores of another.
-        labels: 1 harmful, 0 harmless.
-        groups: Per response its group (None: by itself); None: no groups.
-
-    Raises:
-        RedflagError: A class is empty, or a score is NaN.
-    """
+    """AUROC of the first scores less that of the second, of the same responses, with DeLong's paired interval."""
     (one, pull), (other, push) = _pulls(first, labels), _pulls(second, labels)
     variance = _variance(pull - push, np.asarray(labels).astype(bool), unit_of(groups, len(labels)))
     spread = NormalDist().inv_cdf((1.0 + level) / 2.0) * math.sqrt(max(0.0, variance))
@@ -115,7 +93,6 @@ def rate_interval(hits: Sequence[bool] | Bools, groups: Groups | None = None, *,
 
     Args:
         hits: N outcomes under a threshold that was not derived from them.
-        groups: Per response its group (None: by itself); None: no groups.
         level: Least coverage.
 
     Raises:
@@ -156,27 +133,21 @@ def ranking_intervals(
     """Bootstrap intervals of the average precision and of the TPR at each FPR, all from the same resamples.
 
     Args:
-        scores: N scores, one per response.
-        labels: 1 harmful, 0 harmless.
-        groups: Per response its group (None: by itself); None: no groups.
         fprs: False-positive rates that must not be exceeded.
         level: Share of the resamples inside an interval.
-
-    Raises:
-        RedflagError: A class is empty, or a score is NaN.
     """
     rates = np.asarray(fprs, dtype=np.float64)
     precisions, tprs = _resampled_figures(scores, labels, groups, rates, resamples, seed)
     tails = [(1.0 - level) / 2.0, (1.0 + level) / 2.0]
-    found = average_precision(scores, labels)
+    average = average_precision(scores, labels)
     spread = float(precisions.std())
     harmful = [True] * int(np.sum(labels))
     inside = None if groups is None else [g for g, label in zip(groups, labels, strict=True) if label]
     whole = rate_interval(harmful, inside, level=level)
-    if found < 1.0 and spread > ROUNDING:
-        precision = _logit_interval(found, spread, NormalDist().inv_cdf(tails[1]))
+    if average < 1.0 and spread > ROUNDING:
+        precision = _logit_interval(average, spread, NormalDist().inv_cdf(tails[1]))
     else:
-        precision = min(found, whole[0]), 1.0
+        precision = min(average, whole[0]), 1.0
     bounds = []
     for rate, low, high in zip(rates.tolist(), *np.quantile(tprs, tails, axis=0).tolist(), strict=True):
         tpr = tpr_at_fpr(scores, labels, rate).tpr
@@ -202,8 +173,8 @@ def tpr_differences(
     rates = np.asarray(fprs, dtype=np.float64)
     one, other = (_resampled_figures(scores, labels, groups, rates, resamples, seed)[1] for scores in (first, second))
     lows, highs = np.quantile(one - other, [(1.0 - level) / 2.0, (1.0 + level) / 2.0], axis=0)
-    found = [tpr_at_fpr(first, labels, float(f)).tpr - tpr_at_fpr(second, labels, float(f)).tpr for f in rates]
-    return [(d, (float(low), float(high))) for d, low, high in zip(found, lows, highs, strict=True)]
+    differences = [tpr_at_fpr(first, labels, float(f)).tpr - tpr_at_fpr(second, labels, float(f)).tpr for f in rates]
+    return [(d, (float(low), float(high))) for d, low, high in zip(differences, lows, highs, strict=True)]
 
 
 def median_interval(
@@ -216,17 +187,12 @@ def median_interval(
 ) -> Interval:
     """Bootstrap interval of a median.
 
-    Args:
-        values: N finite numbers.
-        groups: Per number its group (None: by itself); None: no groups.
-        level: Share of the resamples inside the interval.
-
     Raises:
         RedflagError: There is no number.
     """
     array = np.asarray(values, dtype=np.float64)
     if not len(array):
-        raise RedflagError("a median of nothing has no interval: give at least one number")
+        raise RedflagError("the values of a median must be at least one (got none).")
     order = np.argsort(array, kind="stable")
     ordered = array[order]
     medians = []
@@ -241,11 +207,7 @@ def median_interval(
 
 
 def unit_of(groups: Groups | None, count: int) -> Counts:
-    """Which unit each of so many responses belongs to: one per group, and one for each response without a group.
-
-    Args:
-        groups: Per response its name, None for none; or a number each. None: all are by themselves.
-        count: N.
+    """The unit of each of so many responses: one per group, and one for each response without a group.
 
     Returns:
         N numbers from 0 up, without gaps.
@@ -253,7 +215,7 @@ def unit_of(groups: Groups | None, count: int) -> Counts:
     if groups is None:
         return np.arange(count)
     if len(groups) != count:
-        raise RedflagError(f"{len(groups)} groups came with {count} responses: give one for each, None for none")
+        raise RedflagError(f"groups must be one per response, or None (got {len(groups)} for {count}).")
     if isinstance(groups, np.ndarray):
         return np.unique(groups, return_inverse=True)[1].astype(np.int64)
     known: dict[Any, int] = {}
@@ -347,14 +309,14 @@ def _score_interval(area: float, m: int, n: int, z: float) -> Interval:
         variance = t * (1.0 - t) * (1.0 + extra * (1.0 - t) / (2.0 - t) + extra * t / (1.0 + t)) / (m * n)
         return (t - area) ** 2 > z * z * variance
 
-    found = []
+    ends = []
     for far in (0.0, 1.0):
         inner, outer = area, far
         for _ in range(60):
             middle = (inner + outer) / 2.0
             inner, outer = (inner, middle) if outside(middle) else (middle, outer)
-        found.append(inner)
-    return found[0], found[1]
+        ends.append(inner)
+    return ends[0], ends[1]
 
 
 def _logit_interval(value: float, error: float, z: float) -> Interval:

@@ -90,3 +90,8 @@ def test_nothing_but_harmless_rows_can_be_summarised_too() -> None:
     assert "auroc" not in found["overall"] and found["in_force"]["realised_fpr"] == 0.5
     assert found["delay"]["responses"] == 0 and found["delay"]["median"] is None
     json.dumps(found, allow_nan=False)
+
+
+def test_what_the_first_tokens_tell_is_seen_in_them_alone() -> None:
+    rows = [scored([0.1, 0.1, 0.9], "harm", 0), scored([0.2, 0.2, 0.2]), scored([])]
+    assert summarise(rows, firsts=(1, 3))["overall"]["first"] == {"1": 0.5, "3": 1.0}

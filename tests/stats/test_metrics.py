@@ -17,7 +17,6 @@ from redflag.stats.metrics import (
     binomial_cdf,
     clopper_pearson,
     delay_stats,
-    earliness,
     first_alarm,
     tpr_at_fpr,
 )
@@ -105,11 +104,6 @@ def test_delays_are_early_on_time_late_or_missed_and_the_shares_sum_to_one() -> 
     nothing = delay_stats([None], [3])
     assert nothing.missed == 1.0 and math.isnan(nothing.median_abs)
     assert delay_stats([], []).responses == 0
-
-
-def test_earliness_sees_only_the_first_tokens() -> None:
-    scores = [[0.1, 0.1, 0.9], [0.2, 0.2, 0.2], []]
-    assert earliness(scores, [1, 0, 0], firsts=(1, 3)) == {1: 0.5, 3: 1.0}
 
 
 @pytest.mark.parametrize(

@@ -128,13 +128,19 @@ def test_S3_5_the_report_sets_flag_baselines_and_cascades_against_relative_compu
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"cascades": ["flag"]}, "'flag' does not name two methods"),
-        ({"cascades": ["flag then nosuch"]}, "does not name two methods"),
-        ({"cascades": ["flag then flag"]}, "does not name two methods"),
-        ({"cascades": ["flag then judge"], "judge": "oracle"}, "which no guard could ask"),
-        ({"cascades": ["flag then tfidf"], "escalation_share": 0.0}, "escalation_share is 0.0"),
-        ({"cascades": ["flag then tfidf"], "escalation_share": 0.001}, "999 rows or a larger"),
-        ({"cascades": ["flag then tfidf"], "escalation_weight": 1.0}, "escalation_weight is 1.0"),
+        ({"cascades": ["flag"]}, "'FIRST then SECOND', .*got 'flag'"),
+        ({"cascades": ["flag then nosuch"]}, "must be 'FIRST then SECOND'"),
+        ({"cascades": ["flag then flag"]}, "must be 'FIRST then SECOND'"),
+        ({"cascades": ["flag then judge"], "judge": "oracle"}, "judge must be endpoint or model"),
+        (
+            {"cascades": ["flag then tfidf"], "escalation_share": 0.0},
+            r"escalation_share must be above 0 and below 1 \(got 0.0\)",
+        ),
+        ({"cascades": ["flag then tfidf"], "escalation_share": 0.001}, "at least 999 harmless rows"),
+        (
+            {"cascades": ["flag then tfidf"], "escalation_weight": 1.0},
+            r"escalation_weight must be at least 0 and below 1 \(got 1.0\)",
+        ),
     ],
 )
 def test_S3_5_a_cascade_that_cannot_be_measured_is_refused_before_anything_is_computed(

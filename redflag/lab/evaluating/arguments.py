@@ -48,10 +48,16 @@ class EvaluateArguments(RowOptions, ScoringOptions, MonitorOptions, LabJudgeOpti
         metadata={"help": "'FIRST then SECOND': an alarm of the first method asks the second, or the judge."},
     )
     escalation_share: float = field(
-        default=0.05, metadata={"help": "Cascades: share of harmless responses whose first stage may ask."}
+        default=0.05,
+        metadata={"help": "Cascades: share of harmless responses whose first stage may ask.", "above": 0, "below": 1},
     )
     escalation_weight: float = field(
-        default=0.0, metadata={"help": "Cascades: the first stage's share in the verdict (log-odds; CC++: 0.55)."}
+        default=0.0,
+        metadata={
+            "help": "Cascades: the first stage's share in the verdict (log-odds; CC++: 0.55).",
+            "least": 0,
+            "below": 1,
+        },
     )
     mute_limit: int = field(
         default=Policy.mute_limit, metadata={"help": "Cascades: tokens after which a score that stays high asks again."}

@@ -42,7 +42,7 @@ from redflag.progress import track
 from redflag.scoring.recording import Recording
 from redflag.stats.intervals import rate_interval, unit_of
 from redflag.trace import Step
-from redflag.watching.monitor import LOGIT_CLIP, MonitorConfig
+from redflag.watching.monitor import MonitorConfig, _logit
 from redflag.watching.policy import Policy
 from redflag.watching.session import Session
 from redflag.watching.thresholds import Thresholds
@@ -55,17 +55,11 @@ SecondJudge = Callable[[int, int], float]
 
 
 class Cascade(NamedTuple):
-    """What a cascade did on N responses.
+    """What a cascade did on N responses."""
 
-    Attributes:
-        recording: One flag, "harm": the verdicts where they were given, 0 elsewhere.
-        calls: N numbers of verdicts that were asked for.
-        read: N numbers of tokens that the second judge read: at each call all that is written.
-    """
-
-    recording: Recording
-    calls: npt.NDArray[np.int64]
-    read: npt.NDArray[np.int64]
+    recording: Recording  # one flag, "harm": the verdicts where they were given, 0 elsewhere
+    calls: npt.NDArray[np.int64]  # N numbers of verdicts that were asked for
+    read: npt.NDArray[np.int64]  # N numbers of tokens that the second judge read: at each call all that is written
 
 
 def cascade(first: Recording, thresholds: Thresholds, second: SecondJudge, policy: Policy | None = None) -> Cascade:
@@ -73,7 +67,6 @@ def cascade(first: Recording, thresholds: Thresholds, second: SecondJudge, polic
 
     Args:
         thresholds: At which its alarms ask; their monitor folds the probabilities.
-        second: The second judge.
         policy: How alarms are muted and how often may be asked; its action must be `escalate`.
 
     Example:
@@ -127,8 +120,8 @@ def so_far(second: Recording, first: Recording) -> SecondJudge:
     """
     if second.columns["id"] != first.columns["id"] or not np.array_equal(second.starts, first.starts):
         raise RedflagError(
-            "the two stages of a cascade were recorded on other rows, or cut at other lengths, so that the second "
-            "cannot be asked about a step of the first: record both on the same rows with the same max_length"
+            "the stages of a cascade must be recorded on the same rows with the same max_length (got other rows or "
+            "lengths). Else the second cannot be asked about a step of the first."
         )
     return lambda i, step: float(second.steps(i)[: step + 2].max())
 
@@ -141,30 +134,22 @@ def weighted(second: SecondJudge, first: Recording, share: float) -> SecondJudge
 
     def judge(i: int, step: int) -> float:
         ours, theirs = float(first.steps(i)[step].max()), second(i, step)
-        return _sigmoid(share * _log_odds(ours) + (1 - share) * _log_odds(theirs))
+        log_odds = share * _logit(ours) + (1 - share) * _logit(theirs)
+        return 1.0 / (1.0 + math.exp(-log_odds))
 
     return judge if share else second
 
 
 @dataclass
 class TextReader:
-    """A judge of texts as second judge. One that gives no verdict leaves the alarm standing.
-
-    Attributes:
-        judge: Who is asked; its verdicts are kept.
-        rows: The N rows that were recorded.
-        first: What the first stage recorded of them.
-        tokenizer: Turns its tokens into text.
-        seconds: Time that new verdicts took.
-        tokens: Tokens that were read for them.
-    """
+    """A judge of texts as second judge. One that gives no verdict leaves the alarm standing."""
 
     judge: CachedJudge
     rows: Sequence[Row]
-    first: Recording
+    first: Recording  # of the same rows
     tokenizer: Any
-    seconds: float = 0.0
-    tokens: int = 0
+    seconds: float = 0.0  # that new verdicts took
+    tokens: int = 0  # that were read for them
 
     def __call__(self, i: int, step: int) -> float:
         assert self.first.token_ids is not None
@@ -183,29 +168,13 @@ class TextReader:
 
 
 class CascadeStage(NamedTuple):
-    """A method of an evaluation, as a stage of a cascade: its recordings of the test and calibration rows, its cost."""
+    """A method of an evaluation, which may be a stage of a cascade or a cascade."""
 
     test: Recording
     calibration: Recording
-    cost: Cost
-
-
-class Measured(NamedTuple):
-    """What an evaluation holds of a cascade.
-
-    Attributes:
-        test: Recording of the test rows.
-        calibration: Recording of the calibration rows.
-        cost: What both stages cost per token.
-        what: How it judges, in one sentence.
-        facts: What the first stage asked.
-    """
-
-    test: Recording
-    calibration: Recording
-    cost: Cost
-    what: str
-    facts: CascadeFacts
+    cost: Cost  # per response token
+    what: str = ""  # how it judges, in one sentence
+    facts: CascadeFacts | None = None  # of a cascade: what its first stage asked
 
 
 def cascades_of(arguments: EvaluateArguments, baselines: Sequence[str], rows: Mapping[str, Rows]) -> list[list[str]]:
@@ -214,38 +183,31 @@ def cascades_of(arguments: EvaluateArguments, baselines: Sequence[str], rows: Ma
     Raises:
         RedflagError: A stage is not known, or the rows cannot set its threshold.
     """
-    found = []
+    cascades = []
     known = ["flag", *baselines]
     for given in dict.fromkeys(arguments.cascades):
         stages = [name.strip() for name in given.split(" then ")]
         if len(stages) != 2 or stages[0] not in known or stages[1] not in (*known, "judge") or stages[0] == stages[1]:
             raise RedflagError(
-                f"the cascade {given!r} does not name two methods of this evaluation: write 'FIRST then SECOND' with "
-                f"any of {', '.join(known)}, or judge as the second"
+                f"cascades must be 'FIRST then SECOND', with any of {', '.join(known)}, or judge as the second "
+                f"(got {given!r})."
             )
         if stages[1] == "judge" and arguments.judge in ("none", "oracle"):
             raise RedflagError(
-                f"the cascade {given!r} asks a judge and --judge is {arguments.judge}, which no guard could ask: give "
-                "--judge endpoint or model"
+                f"judge must be endpoint or model for the cascade {given!r} (got {arguments.judge}). No guard could "
+                "ask another."
             )
-        found.append(stages)
-    if not found:
-        return found
+        cascades.append(stages)
+    if not cascades:
+        return cascades
     _policy(arguments)
     share, harmless = arguments.escalation_share, sum(not row.harmful for row in rows["calibration"])
-    if not 0.0 < share < 1.0:
-        raise RedflagError(f"escalation_share is {share}, but it is a share of the harmless responses: give e.g. 0.05")
-    if not 0.0 <= arguments.escalation_weight < 1.0:
-        raise RedflagError(
-            f"escalation_weight is {arguments.escalation_weight}, but the second stage must have a share in the "
-            "verdict: give a number from 0 up and below 1"
-        )
     if harmless < required(share):
         raise RedflagError(
-            f"{harmless} harmless calibration rows cannot set a threshold that {share:g} of harmless responses reach: "
-            f"give {required(share)} rows or a larger escalation_share"
+            f"calibration must hold at least {required(share)} harmless rows (got {harmless}), for {share:g} of them "
+            "to reach a threshold. Give more, or a larger escalation_share."
         )
-    return found
+    return cascades
 
 
 def measure(
@@ -255,15 +217,13 @@ def measure(
     monitor: MonitorConfig,
     rows: Mapping[str, Rows],
     folder: Path,
-) -> Measured:
+) -> CascadeStage:
     """Replays a cascade over test and calibration rows.
 
     Args:
-        arguments: Of the evaluation.
         names: The first and the second stage; "judge": the evaluation's judge reads the text.
-        stages: Name -> what was recorded.
         monitor: The first stage's.
-        folder: Where a judge's verdicts are kept.
+        folder: Where a judge's verdicts are cached.
     """
     first = stages[names[0]]
     thresholds = asking(first.calibration, monitor, arguments.escalation_share)
@@ -301,7 +261,7 @@ def measure(
         calls=float(test.calls[~harmful].mean()),
         read=read,
     )
-    return Measured(test.recording, calibration.recording, of_cascade(first.cost, cost, read), f"{what}.", facts)
+    return CascadeStage(test.recording, calibration.recording, of_cascade(first.cost, cost, read), f"{what}.", facts)
 
 
 def _policy(arguments: EvaluateArguments) -> Policy:
@@ -320,9 +280,9 @@ def _cost_of_judge(arguments: EvaluateArguments, readers: Sequence[TextReader], 
     """Per token of the answers that it reads: its time as measured when the verdicts were given, its FLOPs as given."""
     path = folder / "judge.json"
     identity = readers[0].judge.identity
-    kept = kept_json(path, identity=identity) or {"seconds": 0.0, "tokens": 0}
-    seconds = kept["seconds"] + sum(reader.seconds for reader in readers)
-    tokens = kept["tokens"] + sum(reader.tokens for reader in readers)
+    cached = kept_json(path, identity=identity) or {"seconds": 0.0, "tokens": 0}
+    seconds = cached["seconds"] + sum(reader.seconds for reader in readers)
+    tokens = cached["tokens"] + sum(reader.tokens for reader in readers)
     keep_json(path, {"identity": identity, "seconds": seconds, "tokens": tokens})
     flops = arguments.judge_flops
     if flops is None and arguments.judge == "model":
@@ -332,12 +292,3 @@ def _cost_of_judge(arguments: EvaluateArguments, readers: Sequence[TextReader], 
         flops_per_token=flops,
         note="a judge that reads the text anew at each question",
     )
-
-
-def _log_odds(p: float) -> float:
-    p = min(max(p, LOGIT_CLIP), 1.0 - LOGIT_CLIP)
-    return math.log(p / (1.0 - p))
-
-
-def _sigmoid(z: float) -> float:
-    return 1.0 / (1.0 + math.exp(-z))

@@ -29,10 +29,10 @@ _ROWS, _ROUNDS = 64, 3
 
 
 def passes(arguments: EvaluateArguments, models: Models, rows: Rows, spec: FlagSpec, path: Path) -> tuple[Cost, Cost]:
-    """The model's own forward pass, and what reading the flags adds to it; measured on a few rows, once, and kept."""
+    """The model's own forward pass, and what reading the flags adds to it; measured once, on a few rows."""
     made_of = [model_stamp(arguments.model), rows.fingerprint, arguments.device, arguments.dtype, arguments.batch_size]
-    if kept := kept_json(path, made_of=made_of):
-        return Cost(**kept["pass"]), Cost(**kept["flags"])
+    if cached := kept_json(path, made_of=made_of):
+        return Cost(**cached["pass"]), Cost(**cached["flags"])
     plain, reading, width = (None, None, None) if arguments.upstream else _timed(models, rows, arguments.batch_size)
     own = Cost(
         microseconds_per_token=plain,

@@ -26,9 +26,8 @@ from redflag.scoring.processes import World
 from redflag.watching.monitor import MonitorConfig
 
 if TYPE_CHECKING:
-    from redflag.lab.report.evaluation import AttackLine, Evaluation, JudgeFacts, Rate
+    from redflag.lab.report.evaluation import Evaluation, Rate
     from redflag.lab.report.method import Method
-    from redflag.lab.report.viewer_data import ShownResponse
 
 ARGUMENTS = EvaluateArguments
 POSITIONAL: str | None = None
@@ -44,22 +43,17 @@ def run(arguments: EvaluateArguments) -> int:
 
 
 def evaluate(arguments: EvaluateArguments, say: Callable[[str], None] = lambda line: None) -> Evaluation | None:
-    """Measures, and writes `report.html`, `report.md` and `report.json`.
-
-    Args:
-        arguments: As for the verb.
-        say: Is told what is being done.
+    """Measures, and writes `report.html`, `report.md` and `report.json`; `say` gets a line for each stage.
 
     Returns:
         What `report.json` holds. None in the helping processes of `accelerate launch`, which only score.
 
     Raises:
-        RedflagError: Bad input: said before anything is computed where that is possible.
+        RedflagError: Invalid input, refused before anything is computed where that is possible.
     """
     from redflag.lab import report as reporting
     from redflag.lab.evaluating import cascade, cost, stages, tables
     from redflag.lab.evaluating.rehearsal import rehearse
-    from redflag.lab.evaluating.versus import versus
 
     check_bounds(arguments)
     reporting.require()
@@ -105,56 +99,58 @@ def evaluate(arguments: EvaluateArguments, say: Callable[[str], None] = lambda l
         recordings[split] = recorded.part("answer")
     if World.here().rank:
         return None
-    fit: dict[str, Any] = {"monitor": monitor, "target_fpr": arguments.target_fpr, "guarantee": arguments.guarantee}
-    fit |= {"delta": arguments.delta, "tolerance": arguments.tolerance, "seed": arguments.seed}
+    fit: dict[str, Any] = {
+        "monitor": monitor,
+        "target_fpr": arguments.target_fpr,
+        "guarantee": arguments.guarantee,
+        "delta": arguments.delta,
+        "tolerance": arguments.tolerance,
+        "seed": arguments.seed,
+    }
+
+    def measure(one: cascade.CascadeStage, **about: Any) -> Method:
+        return tables.method(one.test, one.calibration, what=one.what, cost=one.cost, **{**fit, **about})
+
     say("== tables")
     tokens = stages.token_texts(recordings["test"], arguments.model)
-    what = "the probability of the flag, as the guard measures it"
     own, reading = cost.passes(arguments, models, rows["test"], spec, output / "passes.json")
-    about: dict[str, Any] = {"kind": "flag", "what": what, "tokens": tokens, "cost": reading}
-    flag = tables.method(recordings["test"], recordings["calibration"], **about, **fit)
-    methods = {"flag": flag}
-    watched = {"flag": cascade.CascadeStage(recordings["test"], recordings["calibration"], reading)}
+    what = "the probability of the flag, as the guard measures it"
+    watched = {"flag": cascade.CascadeStage(recordings["test"], recordings["calibration"], reading, what)}
+    methods = {"flag": measure(watched["flag"], tokens=tokens)}
     if names:
         say("== baselines")
-        for name, found in stages.baselines(arguments, names, rows, output / "baselines", say).items():
-            about = {"kind": "baseline", "what": found.what, "cost": found.cost}
-            ahead = versus(recordings["test"], found.test, monitor=monitor, seed=arguments.seed)
-            method = tables.method(found.test, found.calibration, **about, **fit)
-            methods[name] = replace(method, flag_ahead=ahead)
-            assert found.calibration is not None
-            watched[name] = cascade.CascadeStage(found.test, found.calibration, found.cost)
+        for name, baseline in stages.baselines(arguments, names, rows, output / "baselines", say).items():
+            assert baseline.calibration is not None
+            watched[name] = cascade.CascadeStage(baseline.test, baseline.calibration, baseline.cost, baseline.what)
+            ahead = tables.compare_methods(recordings["test"], baseline.test, monitor=monitor, seed=arguments.seed)
+            methods[name] = replace(measure(watched[name], kind="baseline"), flag_ahead=ahead)
     for pair in cascades:
-        say(f"== cascade: {' then '.join(pair)}")
+        title = " then ".join(pair)
+        say(f"== cascade: {title}")
         if left_out := [name for name in pair if name not in (*watched, "judge")]:
-            warnings.append(f"the cascade {' then '.join(pair)} was left out: there is no {left_out[0]}")
+            warnings.append(f"the cascade {title} was left out: there is no {left_out[0]}")
             continue
         replayed = cascade.measure(arguments, pair, watched, monitor, rows, output / "cascades")
-        about = {"kind": "cascade", "what": replayed.what, "cost": replayed.cost}
         # A cascade records verdicts, which no monitor has to smooth.
-        method = tables.method(replayed.test, replayed.calibration, **about, **{**fit, "monitor": MonitorConfig()})
+        method = measure(replayed, kind="cascade", monitor=MonitorConfig())
         same = monitor == MonitorConfig()
-        lead = versus(recordings["test"], replayed.test, seed=arguments.seed) if same else None
-        methods[" then ".join(pair)] = replace(method, flag_ahead=lead, cascade=replayed.facts)
+        lead = tables.compare_methods(recordings["test"], replayed.test, seed=arguments.seed) if same else None
+        methods[title] = replace(method, flag_ahead=lead, cascade=replayed.facts)
     methods = {name: replace(method, compute=cost.relative(method.cost, own)) for name, method in methods.items()}
     language = None
     if arguments.base:
         say("== language beside the base model's")
-        language = stages.language(models, rows["test"].rows, arguments.batch_size)
-    table: list[AttackLine] = []
-    judged: JudgeFacts | None = None
-    attempts: list[ShownResponse] = []
+        language = models.language(rows["test"].rows)
+    attacked = stages.Attacked([], None, [])
     if attacks and judge is not None:
         say("== attacks")
-        thresholds = stages.thresholds_of(flag)
-        table, judged, attempts = stages.attack(
-            arguments, models, attacks, judge, rows, output / "attacks", thresholds, say
-        )
+        attacked = stages.attack(arguments, models, attacks, judge, rows, output / "attacks", methods["flag"], say)
     for name, method in methods.items():
         warnings += [f"{name}: {note}" for note in method.notes]
-    result = complete(methods, language=language, attacks=table, judge=judged, model_pass=own)
+    result = complete(methods, language=language, attacks=attacked.lines, judge=attacked.judge, model_pass=own)
     say("== report")
-    reporting.write(result, [*stages.viewed(arguments, recordings["test"], tokens, flag), *attempts], output)
+    shown = stages.viewed(arguments, recordings["test"], tokens, methods["flag"])
+    reporting.write(result, [*shown, *attacked.shown], output)
     return result
 
 
@@ -185,20 +181,20 @@ def _check(arguments: EvaluateArguments, rows: Mapping[str, Rows]) -> list[str]:
     """Refuses what would make the numbers untrue; returns what makes them weaker."""
     if rows["test"].sha256 == rows["calibration"].sha256:
         raise RedflagError(
-            f"{arguments.test} and {arguments.calibration} hold the same rows: thresholds would be judged by the rows "
-            "that they were fitted on; give others for calibration"
+            f"calibration must hold other rows than test (got the same in {arguments.calibration} and "
+            f"{arguments.test}). Thresholds look better than they are on the rows that set them."
         )
     for option in ("train", "base"):
         if arguments.baselines and not getattr(arguments, option):
             raise RedflagError(
-                f"baselines are trained on the flag's rows and read its base model, but there is no {option}: give "
-                f"--{option}, or leave --baselines out"
+                f"{option} must be given for baselines (got none). They are trained on the flag's rows and read its "
+                "base model."
             )
     harmful = sum(row.harmful for row in rows["test"])
     if not harmful or harmful == len(rows["test"]):
         raise RedflagError(
-            f"{arguments.test} holds {harmful} harmful rows of {len(rows['test'])}: telling harmful from harmless "
-            "needs both kinds"
+            f"test must hold harmful and harmless rows (got {harmful} harmful ones of {len(rows['test'])} in "
+            f"{arguments.test})."
         )
     check_rates(arguments.target_fpr, arguments.guarantee, arguments.delta)
     warnings = []

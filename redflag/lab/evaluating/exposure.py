@@ -10,6 +10,8 @@ A halting alarm at step a ends a response of T tokens. What `redflag.watching.se
 
 Without an alarm all T are shown. An alarm while the turn ends (a >= T) comes when all tokens have been judged, but the
 last h of them are still held. Harmful are the tokens from the onset on.
+
+`alarms` are N steps of the first halting alarm, -1 for none; `lengths` are N numbers of response tokens.
 """
 
 from __future__ import annotations
@@ -26,12 +28,7 @@ Indices = npt.NDArray[np.int64]
 
 
 def released(alarms: Indices, lengths: Indices, hold_back: int | None) -> Indices:
-    """Tokens shown of each response, released step by step; None: only the complete response is released.
-
-    Args:
-        alarms: N steps of the first halting alarm, -1 for none.
-        lengths: N numbers of response tokens.
-        hold_back: h, in tokens.
+    """Tokens shown of each response, released step by step; without a hold-back only when it is complete.
 
     >>> released(np.array([5, 5, 12, -1]), np.array([10, 10, 10, 10]), 4)
     array([ 1,  1,  8, 10])
@@ -43,14 +40,7 @@ def released(alarms: Indices, lengths: Indices, hold_back: int | None) -> Indice
 def released_sentences(
     alarms: Indices, lengths: Indices, tokens: Sequence[Sequence[str]], hold_back: int = 0
 ) -> Indices:
-    """Tokens shown of each response, released in whole sentences.
-
-    Args:
-        alarms: N steps of the first halting alarm, -1 for none.
-        lengths: N numbers of response tokens.
-        tokens: Per response the text of each of its tokens.
-        hold_back: h, in tokens.
-    """
+    """Tokens shown of each response, released in whole sentences; `tokens` are their texts."""
     shown = lengths.copy()
     for i in np.flatnonzero(alarms >= 0).tolist():
         assert len(tokens[i]) == lengths[i], f"response {i} has {lengths[i]} tokens and {len(tokens[i])} texts"
@@ -79,10 +69,7 @@ def exposure(
     """Harmful tokens shown under each release policy, over all harmful responses: also those that never alarm.
 
     Args:
-        alarms: N steps of the first alarm, -1 for none.
         onsets: N indices of the first harmful token.
-        lengths: N numbers of response tokens.
-        hold_backs: Hold-backs to report.
         tokens: Per response the text of each token; None: whole sentences are left out.
 
     Returns:
@@ -93,14 +80,14 @@ def exposure(
     if tokens is not None:
         policies["sentence"] = released_sentences(alarms, lengths, tokens)
     policies["end"] = released(alarms, lengths, None)
-    found: dict[str, Exposed] = {}
+    by_policy: dict[str, Exposed] = {}
     for name, shown in policies.items():
         harmful = exposed(shown, onsets)
         if len(harmful):
-            found[name] = Exposed(
+            by_policy[name] = Exposed(
                 mean=float(harmful.mean()),
                 median=float(np.median(harmful)),
                 p90=float(np.quantile(harmful, 0.9, method="inverted_cdf")),
                 none=float((harmful == 0).mean()),
             )
-    return found
+    return by_policy

@@ -53,12 +53,12 @@ def language_change(
             pairs += [pair] if fits else []
             left_out += not fits
     if not pairs:
-        raise RedflagError("no harmless response fits the context, so the language cannot be compared: give others")
+        raise RedflagError("the rows must have a harmless response that fits the context (got none). Give others.")
     words = [plain_model(model).get_output_embeddings().weight.shape[0] for model in (flagged, reference)]
     if words[0] < words[1] or max(max(p + r) for p, r in pairs) >= words[1]:
         raise RedflagError(
-            f"the flagged model has {words[0]} output rows and the reference {words[1]}: they are not the same model "
-            "before and after training, so give the one that the flags were trained on as the base"
+            f"base must be the model that the flags were trained on (got one of {words[1]} output rows, and "
+            f"{words[0]} with flags)."
         )
     device = plain_model(flagged).device
     models = [flagged.eval(), reference.to(device).eval()]

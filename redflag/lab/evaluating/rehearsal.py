@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,10 +10,11 @@ from typing import TYPE_CHECKING
 from redflag.backends import Sampling
 from redflag.data.rows import Row, Rows
 from redflag.errors import RedflagError
-from redflag.files import atomic_write
+from redflag.files import keep_json, kept_json
 from redflag.flags import FlagSpec
 from redflag.lab import report as reporting
 from redflag.lab.attacks import Attack, Target, request_of
+from redflag.lab.baselines.shared import model_stamp
 from redflag.lab.baselines.record_baselines import check_baselines
 from redflag.lab.evaluating import stages, tables
 from redflag.scoring import score
@@ -47,11 +47,16 @@ def rehearse(
     Raises:
         RedflagError: Something does not fit, or the judge does not answer.
     """
-    record = output / "rehearsal.json"
-    made_of = _made_of(arguments, spec, rows, names, attacks, judge)
-    if record.exists() and record.read_text(encoding="utf-8") == made_of:
+    made_of = [
+        [model_stamp(folder) for folder in (arguments.model, arguments.base) if folder],
+        rows["test"].sha256,
+        [list(names), [attack.name for attack in attacks], getattr(judge, "identity", None)],
+        [arguments.device, arguments.dtype, arguments.max_length, arguments.baseline_options, spec.run_id],
+    ]
+    if kept_json(output / "rehearsal.json", made_of=made_of):
         return
-    two = [_shortest([row for row in rows["test"] if row.harmful == harmful]) for harmful in (True, False)]
+    shortest = sorted(rows["test"], key=lambda row: sum(len(turn["content"]) for turn in row.messages))
+    two = [next(row for row in shortest if row.harmful == harmful) for harmful in (True, False)]
     if names:
         check_baselines(
             names,
@@ -66,8 +71,7 @@ def rehearse(
         _ask(judge, two[0])
     if arguments.base or attacks or not arguments.upstream:
         _measure(arguments, models, two, names, attacks, output, complete)
-    with atomic_write(record) as file:
-        file.write(made_of.encode())
+    keep_json(output / "rehearsal.json", {"made_of": made_of})
 
 
 def _measure(
@@ -86,7 +90,7 @@ def _measure(
     recording = Recording.of(spec.categories, map(score.as_recorded, scored))
     language = None
     if arguments.base:
-        language = stages.language(models, two, arguments.batch_size)
+        language = models.language(two)
         if any(name in PROBES for name in names):
             last_layers(models.reference, [item.token_ids for item in scored])
     if attacks:
@@ -107,23 +111,3 @@ def _ask(judge: Judge, row: Row) -> None:
             f"the judge of the attacks must answer (got {type(error).__name__}: {error}). Without it no attack's "
             "answer could be judged: see to it, or leave --attacks out"
         ) from error
-
-
-def _shortest(rows: Sequence[Row]) -> Row:
-    return min(rows, key=lambda row: sum(len(turn["content"]) for turn in row.messages))
-
-
-def _made_of(
-    arguments: EvaluateArguments,
-    spec: FlagSpec,
-    rows: Mapping[str, Rows],
-    names: Sequence[str],
-    attacks: Sequence[Attack],
-    judge: Judge | None,
-) -> str:
-    from redflag.lab.baselines.shared import model_stamp
-
-    models = [model_stamp(folder) for folder in (arguments.model, arguments.base) if folder]
-    asked = [list(names), [attack.name for attack in attacks], getattr(judge, "identity", None)]
-    how = [arguments.device, arguments.dtype, arguments.max_length, arguments.baseline_options, spec.run_id]
-    return json.dumps([models, rows["test"].sha256, asked, how])

@@ -9,11 +9,10 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import fields
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -68,10 +67,19 @@ class Models:
         """Most tokens of a prompt and a response."""
         return score.context_limit(self._arguments.max_length, self.flagged[0].context_length)
 
+    def language(self, rows: Sequence[Row]) -> Language:
+        """What training did to the language, on these rows."""
+        from redflag.lab.evaluating.language import language_change
+
+        (backend, tokenizer, spec), size = self.flagged, self._arguments.batch_size
+        return language_change(
+            backend.model, self.reference, tokenizer, spec, rows, batch_size=size, max_length=self.limit
+        )
+
 
 def record(arguments: EvaluateArguments, models: Models, rows: Rows, path: Path, spec: FlagSpec) -> Recording:
     """The flag's recording of some rows, made once; `path` without its ending."""
-    kept, scored = path.with_suffix(".parquet"), path.with_suffix(".scored.jsonl")
+    cached, scored = path.with_suffix(".parquet"), path.with_suffix(".scored.jsonl")
     meta = {
         "rows": rows.fingerprint,
         "run_id": spec.run_id,
@@ -81,8 +89,8 @@ def record(arguments: EvaluateArguments, models: Models, rows: Rows, path: Path,
         "upstream": bool(arguments.upstream),
         "logprob_mode": "raw",
     }
-    if kept.exists():
-        recording = Recording.load(kept)
+    if cached.exists():
+        recording = Recording.load(cached)
         if recording.meta == meta:
             return recording
     # What is not among them was scored by an earlier call or another process, and is read from the file.
@@ -111,7 +119,7 @@ def record(arguments: EvaluateArguments, models: Models, rows: Rows, path: Path,
         responses = [score.as_recorded(fresh[number]) for number in range(len(chosen))]
     recording = Recording.of(spec.categories, responses or score.read_scored(scored), meta)
     if not World.here().rank:
-        recording.save(kept)
+        recording.save(cached)
     return recording
 
 
@@ -140,7 +148,7 @@ def baselines_of(arguments: EvaluateArguments) -> list[str]:
     names = [name for given in arguments.baselines for name in (NAMES if given == "all" else (given,))]
     for name in (*names, *arguments.baseline_options):
         if name not in NAMES:
-            raise RedflagError(f"there is no baseline {name!r}: use all, or any of {', '.join(NAMES)}")
+            raise RedflagError(f"baselines must be all, or among {', '.join(NAMES)} (got {name!r}).")
     return list(dict.fromkeys(names))
 
 
@@ -172,16 +180,6 @@ def baselines(
     )
 
 
-def language(models: Models, rows: Sequence[Row], batch_size: int) -> Language:
-    """See `redflag.lab.evaluating.language`."""
-    from redflag.lab.evaluating.language import language_change
-
-    backend, tokenizer, spec = models.flagged
-    return language_change(
-        backend.model, models.reference, tokenizer, spec, rows, batch_size=batch_size, max_length=models.limit
-    )
-
-
 def judge_of(arguments: EvaluateArguments) -> Judge:
     """The judge of the attacks.
 
@@ -191,8 +189,8 @@ def judge_of(arguments: EvaluateArguments) -> Judge:
     judge = arguments.open_judge(device=arguments.device)
     if judge is None:
         raise RedflagError(
-            "nobody is named who says whether an attack's answer is harmful: give --judge endpoint or model (oracle in "
-            "the nano world), or leave --attacks out"
+            "judge must be endpoint or model, or oracle in the nano world (got none). It says whether an attack's "
+            "answer is harmful."
         )
     return judge
 
@@ -219,11 +217,18 @@ def attacks_of(arguments: EvaluateArguments, rows: Mapping[str, Rows]) -> list[A
 
 
 def thresholds_of(method: Method) -> Thresholds | None:
-    """The thresholds of the report's flag, as a guard takes them; None where none could be set."""
-    found = method.threshold
-    return (
-        None if found is None else Thresholds(**{item.name: getattr(found, item.name) for item in fields(Thresholds)})
-    )
+    """The thresholds of a method, as a guard takes them; None where none could be set."""
+    if method.threshold is None:
+        return None
+    return Thresholds(**{name: value for name, value in vars(method.threshold).items() if name != "fitted_on"})
+
+
+class Attacked(NamedTuple):
+    """The attack table, what the judge did, and a few attempts of each attack for the viewer."""
+
+    lines: list[AttackLine]
+    judge: JudgeFacts | None
+    shown: list[ShownResponse]
 
 
 def attack(
@@ -233,14 +238,10 @@ def attack(
     judge: Judge,
     rows: Mapping[str, Rows],
     folder: Path,
-    thresholds: Thresholds | None,
+    flag: Method,
     say: Callable[[str], None],
-) -> tuple[list[AttackLine], JudgeFacts, list[ShownResponse]]:
-    """Attacks with requests of harmful test rows, drawn by seed.
-
-    Returns:
-        The attack table, what the judge did, and a few attempts of each attack for the viewer.
-    """
+) -> Attacked:
+    """Attacks with requests of harmful test rows, drawn by seed; the guard has the flag's thresholds."""
     from redflag.judges.cache import CachedJudge
     from redflag.lab.attacks import Target
     from redflag.lab.attacks.run_attacks import run_attacks
@@ -249,6 +250,7 @@ def attack(
     drawn = np.random.default_rng(arguments.seed).permutation(len(harmful))[: arguments.requests]
     chosen: list[Row] = [harmful[i] for i in sorted(drawn)]
     backend, tokenizer, spec = models.flagged
+    thresholds = thresholds_of(flag)
     suggested = thresholds.suggested_hold_back if thresholds is not None else None
     policy = Policy(hold_back=(suggested or 0) if arguments.hold_back is None else arguments.hold_back)
     target = Target(backend, tokenizer, spec, thresholds, policy, backend.model, batch_size=2 * arguments.batch_size)
@@ -278,7 +280,7 @@ def attack(
                 )
             )
     table = json.dumps([line for result in results for line in result.entries])
-    return parse(list[AttackLine], table, "the attack table"), facts, shown
+    return Attacked(parse(list[AttackLine], table, "the attack table"), facts, shown)
 
 
 def viewed(

@@ -3,14 +3,13 @@
 Thresholds are set on the harmless responses of one recording and reported on another. No delay stands without the rate
 of false alarms that it was bought with, an alarm well before the onset counts as early and not as on time, and onsets
 are kept apart by where they come from: built into the row (`constructed`), found by a reader in text that was not built
-(`natural`), given without a word on that (`labelled`), or not given at all (`unknown`). Where nobody marked an onset,
+(`natural`), given without their origin (`labelled`), or not given at all (`unknown`). Where no onset is marked,
 only the position of the first alarm is known, and nothing is claimed to be on time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import Any, Literal
 
 import numpy as np
@@ -27,12 +26,14 @@ from redflag.lab.report.method import (
     Caught,
     Cost,
     Delay,
+    Difference,
     Earliness,
     FalseAlarms,
     FittedOn,
     FittedThresholds,
     Histogram,
     InForce,
+    Lead,
     Method,
     Reliability,
     Roc,
@@ -40,8 +41,7 @@ from redflag.lab.report.method import (
     StepReliability,
 )
 from redflag.scoring.recording import Recording
-from redflag.stats.curves import delay_histogram, earliness, reliability, roc, running_peaks
-from redflag.stats.intervals import auroc_interval, median_interval, ranking_intervals, rate_interval
+from redflag.stats import curves, intervals
 from redflag.stats.metrics import Bools, delay_stats
 from redflag.watching.monitor import AGGREGATIONS, MonitorConfig
 from redflag.watching.thresholds import Thresholds
@@ -77,9 +77,7 @@ def method(
         calibration: Other responses, whose harmless part sets the thresholds. None, and no `thresholds`: only what
             needs none is measured.
         monitor: How probabilities become scores; None: that of `thresholds`, else the highest probability.
-        target_fpr: Share of harmless responses that may alarm.
-        guarantee: "expected" or "high_probability"; see `redflag.calibrating.guarantee`.
-        delta: Probability with which "high_probability" may fail.
+        target_fpr, guarantee, delta: See `redflag.calibrating.guarantee`.
         thresholds: Thresholds that were set elsewhere, in place of those that `calibration` would give.
         tolerance: Tokens by which an alarm may miss the onset and still be on time.
         tokens: Per response of `recording` the texts of its tokens; adds the release by sentence.
@@ -95,12 +93,14 @@ def method(
     if thresholds is None and calibration is not None:
         split, thresholds = "calibration", _fitted(calibration, config, target_fpr, guarantee, delta, notes)
         _warn_of_shared(recording, calibration, notes)
+    fitted = None
+    if thresholds is not None:
+        fitted = FittedThresholds(**vars(thresholds), fitted_on=FittedOn(split, thresholds.sample_size))
     values = None if thresholds is None else tuple(thresholds.values[name] for name in recording.categories)
     observed, cut = observe(recording, config, values)
     if cut and tokens is not None:
         tokens = [texts for texts, short in zip(tokens, cut_short(recording), strict=True) if not short]
-    both = observed.harmful.any() and not observed.harmful.all()
-    if not both:
+    if not (both := observed.harmful.any() and not observed.harmful.all()):
         notes.append(
             "one class is missing: harm and harmlessness cannot be told apart here, and no delay is reported without "
             "the false alarms that it costs"
@@ -116,11 +116,11 @@ def method(
         cost=cost,
         pooled=_slice(observed, observed.harmful, ~observed.harmful, "all harmless rows", **curve),
         slices=_slices(observed, **curve),
-        roc=Roc(**roc(observed.peaks, observed.harmful, observed.units, **curve)) if both else None,
-        threshold=None if thresholds is None else _fitted_on(thresholds, split),
+        roc=Roc(**curves.roc(observed.peaks, observed.harmful, observed.units, **curve)) if both else None,
+        threshold=fitted,
         in_force=_in_force(observed, observed.harmful, ~observed.harmful),
         delay=_delays(observed, hold_backs, tolerance, tokens, **curve),
-        earliness=Earliness(**earliness(*first_tokens)) if both else None,
+        earliness=Earliness(**curves.earliness(*first_tokens)) if both else None,
         reliability=_reliability(observed),
         over_refusal=_over_refusal(observed),
         cut=cut,
@@ -129,34 +129,61 @@ def method(
     )
 
 
+def compare_methods(
+    first: Recording,
+    second: Recording,
+    *,
+    monitor: MonitorConfig | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Lead:
+    """How much better the first of two methods tells the same responses apart than the second.
+
+    The same rows are drawn for both, so what is hard for both does not blur the difference.
+
+    Raises:
+        RedflagError: The rows are not the same, or a class is missing.
+    """
+    same = len(first) == len(second) and all(first.columns[c] == second.columns[c] for c in ("id", "category", "group"))
+    if not same:
+        raise RedflagError(
+            "two methods must be recorded on the same rows in the same order (got different ones). Else their "
+            "difference is that of the rows."
+        )
+    # A row is left out where it is for either: each method may cut responses at a length of its own.
+    kept = ~(cut_short(first) | cut_short(second))
+    first, second = first.select(kept), second.select(kept)
+    one, other = (replay.peaks(monitor or MonitorConfig(), each).max(axis=1, initial=0.0) for each in (first, second))
+    labels, units = first.harmful, intervals.unit_of(first.columns["group"], len(first))
+    area = Difference(*intervals.auroc_difference(one, other, labels, units))
+    differences = intervals.tpr_differences(one, other, labels, units, fprs=RATES, resamples=resamples, seed=seed)
+    return Lead(area, {f"{rate:g}": Difference(*one) for rate, one in zip(RATES, differences, strict=True)})
+
+
 def _check(
     recording: Recording, calibration: Recording | None, thresholds: Thresholds | None, config: MonitorConfig
 ) -> None:
     if not len(recording):
-        raise RedflagError("the recording holds no responses, so there is nothing to measure: record some")
+        raise RedflagError("recording must hold responses (got none).")
     if thresholds is not None:
         if set(thresholds.values) != set(recording.categories):
-            raise RedflagError(
-                f"the thresholds are for {sorted(thresholds.values)} and the recording is of "
-                f"{sorted(recording.categories)}: give thresholds of the same flags"
-            )
+            flags = f"{sorted(recording.categories)} (got {sorted(thresholds.values)})"
+            raise RedflagError(f"thresholds must be for the recording's flags {flags}.")
         if thresholds.monitor != config:
             raise RedflagError(
-                f"the thresholds were set for {thresholds.monitor} and {config} is asked for, whose scores they say "
-                "nothing about: give a calibration recording instead"
+                f"thresholds must belong to the monitor {config} (got {thresholds.monitor}). Give a calibration "
+                "recording instead."
             )
     if calibration is None:
         return
     if calibration.categories != recording.categories:
-        raise RedflagError(
-            f"the calibration recording is of {list(calibration.categories)} and the test recording of "
-            f"{list(recording.categories)}, so no threshold carries over: record both with the same method"
-        )
+        flags = f"{list(recording.categories)} (got {list(calibration.categories)})"
+        raise RedflagError(f"calibration must be of the test recording's flags {flags}.")
     same = len(calibration) == len(recording) and np.array_equal(calibration.starts, recording.starts)
     if calibration is recording or (same and np.array_equal(calibration.probs, recording.probs)):
         raise RedflagError(
-            "the calibration recording is the test recording: thresholds reported on the rows that set them look "
-            "better than they are; give a recording of other rows"
+            "calibration must be a recording of other rows (got the test recording). Thresholds look better than they "
+            "are on the rows that set them."
         )
 
 
@@ -174,11 +201,9 @@ def _warn_of_shared(recording: Recording, calibration: Recording, notes: list[st
 
 def _warn_of_few_groups(observed: Observed, notes: list[str]) -> None:
     for name, chosen in (("harmful", observed.harmful), ("harmless", ~observed.harmful)):
-        units = len(np.unique(observed.units[chosen]))
-        if units < FEW <= chosen.sum():
-            notes.append(
-                f"the {int(chosen.sum())} {name} rows are of {units} groups only: intervals over so few are too short"
-            )
+        rows, units = int(chosen.sum()), len(np.unique(observed.units[chosen]))
+        if units < FEW <= rows:
+            notes.append(f"the {rows} {name} rows are of {units} groups only: intervals over so few are too short")
 
 
 def _fitted(
@@ -213,29 +238,24 @@ def _fitted(
     return thresholds
 
 
-def _fitted_on(thresholds: Thresholds, split: str) -> FittedThresholds:
-    own = {item.name: getattr(thresholds, item.name) for item in fields(Thresholds)}
-    return FittedThresholds(**own, fitted_on=FittedOn(split, thresholds.sample_size))
-
-
 def _in_force(observed: Observed, harmful: Bools, harmless: Bools) -> InForce | None:
-    found = in_force(observed, harmful, harmless)
-    return None if found is None else InForce(**found)
+    rates = in_force(observed, harmful, harmless)
+    return None if rates is None else InForce(**rates)
 
 
 def _slice(observed: Observed, harmful: Bools, harmless: Bools, against: str, *, resamples: int, seed: int) -> Slice:
     """Some harmful responses against some harmless ones."""
     chosen = harmful | harmless
     peaks, labels, units = observed.peaks[chosen], harmful[chosen], observed.units[chosen]
-    found: dict[str, Any] = {"tpr": {}, **ranking(peaks, labels, RATES)}
-    if caught := found["tpr"]:
-        bounds = ranking_intervals(peaks, labels, units, fprs=RATES, resamples=resamples, seed=seed)
-        found["auroc_interval"] = auroc_interval(peaks, labels, units)
-        found["average_precision_interval"] = bounds.average_precision
+    figures: dict[str, Any] = {"tpr": {}, **ranking(peaks, labels, RATES)}
+    if caught := figures["tpr"]:
+        bounds = intervals.ranking_intervals(peaks, labels, units, fprs=RATES, resamples=resamples, seed=seed)
+        figures["auroc_interval"] = intervals.auroc_interval(peaks, labels, units)
+        figures["average_precision_interval"] = bounds.average_precision
         pairs = zip(caught, bounds.tpr, strict=True)
-        found["tpr"] = {rate: Caught(**caught[rate], interval=interval) for rate, interval in pairs}
-    partial, force = _partial(found["harmful"], found["harmless"]), _in_force(observed, harmful, harmless)
-    return Slice(**found, against=against, partial=partial, in_force=force)
+        figures["tpr"] = {rate: Caught(**caught[rate], interval=interval) for rate, interval in pairs}
+    partial, force = _partial(figures["harmful"], figures["harmless"]), _in_force(observed, harmful, harmless)
+    return Slice(**figures, against=against, partial=partial, in_force=force)
 
 
 def _partial(harmful: int, harmless: int) -> str | None:
@@ -254,24 +274,20 @@ def _slices(observed: Observed, **curve: int) -> dict[str, dict[str, Slice] | No
 
     A column with a single value says nothing beyond the whole, and is left empty.
     """
-    columns = observed.recording.columns
-    turns = [None if t is None else str(t) if t < MOST_TURNS else f"{MOST_TURNS}+" for t in columns["turns"]]
-    found: dict[str, dict[str, Slice] | None] = {}
-    for name, values in (
-        ("source", columns["source"]),
-        ("category", columns["category"]),
-        ("lang", columns["lang"]),
-        ("turns", turns),
-    ):
+    columns = {name: observed.recording.columns[name] for name in ("source", "category", "lang", "turns")}
+    most = f"{MOST_TURNS}+"
+    columns["turns"] = [None if t is None else str(t) if t < MOST_TURNS else most for t in columns["turns"]]
+    slices: dict[str, dict[str, Slice] | None] = {}
+    for name, values in columns.items():
         distinct = sorted({value for value in values if value is not None})
-        parts = found[name] = {}
+        parts = slices[name] = {}
         for value in distinct if len(distinct) > 1 else ():
             inside = np.array([each == value for each in values], dtype=bool)
             whole = name == "category"
             harmless = ~observed.harmful if whole else inside & ~observed.harmful
             against = "all harmless rows" if whole else f"harmless rows of the same {name}"
             parts[value] = _slice(observed, inside & observed.harmful, harmless, against, **curve)
-    return found
+    return slices
 
 
 def _delays(
@@ -282,14 +298,14 @@ def _delays(
     for i in np.flatnonzero(observed.harmful):
         source = recording.columns["onset_source"][i] or "labelled"
         members.setdefault(source if known_onset(recording, int(i)) else "unknown", []).append(int(i))
-    found: dict[str, Delay | None] = {}
+    delays: dict[str, Delay | None] = {}
     for name, rows in members.items():
-        found[name] = None
+        delays[name] = None
         # An alarm that always rings is never late: no delay without the false alarms beside it.
         if observed.alarms is not None and rows and not observed.harmful.all():
             texts = None if tokens is None else [tokens[i] for i in rows]
-            found[name] = _delay(observed, rows, name != "unknown", hold_backs, tolerance, texts, **curve)
-    return found
+            delays[name] = _delay(observed, rows, name != "unknown", hold_backs, tolerance, texts, **curve)
+    return delays
 
 
 def _delay(
@@ -302,26 +318,27 @@ def _delay(
     **curve: int,
 ) -> Delay:
     assert observed.alarms is not None
-    alarms = observed.alarms[rows]
+    alarms, lengths = observed.alarms[rows], observed.recording.lengths[rows]
+    raised = alarms >= 0
     # Without a mark all that is shown may be harmful.
     onsets = np.array([observed.recording.columns["onset"][i] if known else 0 for i in rows], dtype=np.int64)
+    delays = (alarms - onsets)[raised]
     firsts = [int(alarm) if alarm >= 0 else None for alarm in alarms]
     stats: dict[str, Any] = delay_stats(firsts, onsets.tolist(), tolerance)._asdict()
     if not known:
-        stats |= {"early": None, "on_time": None, "late": None, "median_abs": None}
-    if not (alarms >= 0).any():
-        stats |= {"median": None, "median_abs": None}  # NaN, which no JSON holds
-    raised = alarms >= 0
-    delays = (alarms - onsets)[raised]
-    lengths = observed.recording.lengths[rows]
-    interval = median_interval(delays.tolist(), observed.units[rows][raised], **curve) if len(delays) else None
+        stats |= dict.fromkeys(("early", "on_time", "late", "median_abs"))
+    if not len(delays):
+        stats |= dict.fromkeys(("median", "median_abs"))  # NaN, which no JSON holds
+    interval = (
+        intervals.median_interval(delays.tolist(), observed.units[rows][raised], **curve) if len(delays) else None
+    )
     return Delay(
         **stats,
         tolerance=tolerance,
         counted_from="onset" if known else "first token",
         median_interval=interval,
         realised_fpr=float((observed.alarms >= 0)[~observed.harmful].mean()),
-        histogram=Histogram(**delay_histogram(delays, int((~raised).sum()), tolerance)),
+        histogram=Histogram(**curves.delay_histogram(delays, int((~raised).sum()), tolerance)),
         exposed={**exposure(alarms, onsets, lengths, hold_backs=hold_backs, tokens=tokens)},
     )
 
@@ -331,8 +348,8 @@ def _reliability(observed: Observed) -> Reliability:
     recording = observed.recording
     probs = recording.probs.max(axis=1, initial=0.0).astype(np.float64)
     counts = np.diff(recording.starts)
-    peaks = running_peaks(probs, recording.starts, [int(counts.max(initial=1))])[:, 0]
-    bins, brier = _bins(reliability(peaks, observed.harmful, observed.units))
+    peaks = curves.running_peaks(probs, recording.starts, [int(counts.max(initial=1))])[:, 0]
+    bins, brier = _bins(curves.reliability(peaks, observed.harmful, observed.units))
     flags = len(recording.categories)
     of = "response peak against harmful" + (f", the highest of {flags} flags" if flags > 1 else "")
     per_step = None
@@ -341,14 +358,14 @@ def _reliability(observed: Observed) -> Reliability:
         # A harmless response has no onset: its harm never begins.
         begins = np.array([o if k else counts.max() for o, k in zip(recording.columns["onset"], known, strict=True)])
         steps = np.arange(len(probs)) - np.repeat(recording.starts[:-1], counts)
-        told = np.repeat(known | ~observed.harmful, counts)
+        labelled = np.repeat(known | ~observed.harmful, counts)
         begun, units = steps >= np.repeat(begins, counts), np.repeat(observed.units, counts)
-        per_step = StepReliability(*_bins(reliability(probs[told], begun[told], units[told])))
+        per_step = StepReliability(*_bins(curves.reliability(probs[labelled], begun[labelled], units[labelled])))
     return Reliability(bins, brier, of, per_step)
 
 
-def _bins(found: dict[str, Any]) -> tuple[list[Bin], float | None]:
-    return [Bin(**one) for one in found["bins"]], found["brier"]
+def _bins(curve: dict[str, Any]) -> tuple[list[Bin], float | None]:
+    return [Bin(**one) for one in curve["bins"]], curve["brier"]
 
 
 def _over_refusal(observed: Observed) -> dict[str, FalseAlarms]:
@@ -356,15 +373,15 @@ def _over_refusal(observed: Observed) -> dict[str, FalseAlarms]:
     if observed.alarms is None:
         return {}
     sources = np.array([NO_SOURCE if s is None else s for s in observed.recording.columns["source"]], dtype=object)
-    found: dict[str, FalseAlarms] = {}
+    by_source: dict[str, FalseAlarms] = {}
     for source in sorted(set(sources[~observed.harmful])):
         inside = (sources == source) & ~observed.harmful
         raised = observed.alarms[inside] >= 0
-        found[source] = FalseAlarms(
+        by_source[source] = FalseAlarms(
             harmless=len(raised),
             alarms=int(raised.sum()),
             rate=float(raised.mean()),
-            interval=rate_interval(raised, observed.units[inside]),
+            interval=intervals.rate_interval(raised, observed.units[inside]),
             few=len(raised) < FEW,
         )
-    return found
+    return by_source

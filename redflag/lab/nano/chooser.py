@@ -21,12 +21,12 @@ _TAILS = (".", " {when}.", " {how}.")
 def continues_harm(text: str, written: int = 0) -> bool:
     """Whether everything in a text is harmful, or on its way there, in sentences that make sense.
 
-    The oracle judges by an act's beginning; somebody who wants help with an act reads on, and takes no "Kill Orrin near
-    fences, but he". So a sentence must go on as the world's harmful sentences do.
+    The oracle judges by an act's beginning; a user who wants help with an act reads on, and would not take "Kill Orrin
+    near fences, but he". So a sentence must go on as the world's harmful sentences do.
 
     Args:
         text: The answer so far; its last sentence may break off anywhere.
-        written: So many characters at its beginning are somebody else's, and are not asked about.
+        written: Number of characters at its beginning that somebody else wrote, and that do not count.
 
     Example:
         >>> [continues_harm(text) for text in ("Quietly, poi", "Poison Ma", "Poison Marlo wi", "Poison ivy")]
@@ -58,9 +58,7 @@ def nano_chooser(
     It takes the most likely token that continues harmful text; where there is none, the next token of its plan.
 
     Args:
-        decode: Text of tokens.
         plan: A harmful answer's tokens, harmless sentences before the harm included.
-        prefill: What stands before the answer.
         eos_ids: Tokens that end an answer: picked once harm is done and its sentence complete.
     """
 
@@ -72,7 +70,8 @@ def nano_chooser(
         for index, token in enumerate(candidates):
             before = prefill + decode(response_ids)
             if token in eos_ids:
-                if before.rstrip().endswith((".", "!", "?")) and _covers_end(before):
+                written, spans = before.rstrip(), harmful_spans(before)
+                if written.endswith((".", "!", "?")) and spans and spans[-1][1] >= len(written):
                     return index
                 continue
             text = prefill + decode([*response_ids, token])
@@ -83,11 +82,6 @@ def nano_chooser(
         return planned
 
     return choose
-
-
-def _covers_end(text: str) -> bool:
-    spans = harmful_spans(text)
-    return bool(spans) and spans[-1][1] >= len(text.rstrip())
 
 
 @lru_cache(100_000)

@@ -14,19 +14,26 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from redflag.bounds import check_bounds
+from redflag.calibrating import calibrate
+from redflag.calibrating.summary import summarise
 from redflag.data.rows import Row, load_rows, write_rows
 from redflag.errors import RedflagError
-from redflag.files import atomic_write
+from redflag.files import keep_json
+from redflag.flags import FlagSpec
 from redflag.lab.nano.phrases import ACTS
 from redflag.lab.nano.reflect import nano_reflections
 from redflag.lab.nano.rows import NANO_CATEGORIES, nano_pretraining_rows, nano_rows
-from redflag.lab.stages import Stages, quiet
+from redflag.lab.stages import UNATTENDED, Stages, quiet, style
 from redflag.progress import track
+from redflag.scoring import score
 from redflag.terminal.paint import BOLD, DIM, RESET, legend, printable, wants_colour
 from redflag.trace import Text, Trace
+from redflag.watching.thresholds import Thresholds
 
 # The base model's shape (2.1 million parameters) and what it reads: about two minutes on two cores.
 SHAPE = {"hidden_size": 192, "layers": 3, "heads": 6, "intermediate_size": 512}
@@ -49,7 +56,10 @@ class DemoArguments:
 
     output_dir: str = field(default="runs/nano", metadata={"help": "Where everything goes."})
     seed: int = field(default=0, metadata={"help": "Seeds rows, weights and order."})
-    size: float = field(default=1.0, metadata={"help": "Scales rows and training; below 0.5 the result is poor."})
+    size: float = field(
+        default=1.0,
+        metadata={"help": "Scales rows and training; below 0.5 the result is poor.", "above": 0, "most": 10},
+    )
     per_category: bool = field(
         default=False, metadata={"help": "One flag for each kind of harm instead of one for all."}
     )
@@ -65,15 +75,8 @@ POSITIONAL: str | None = None
 
 
 def run(arguments: DemoArguments) -> int:
-    """The verb.
-
-    Raises:
-        RedflagError: A setting cannot be used, or a file cannot be read or written.
-    """
-    if not 0 < arguments.size <= 10:
-        raise RedflagError(f"size must be above 0 and at most 10 (got {arguments.size}).")
-    if arguments.color not in ("auto", "always", "never"):
-        raise RedflagError(f"color must be auto, always or never (got {arguments.color!r}).")
+    """The verb."""
+    check(arguments)
     start = time.monotonic()
     with quiet():
         result = build(arguments, say=lambda line: print(line, flush=True))
@@ -86,12 +89,15 @@ def run(arguments: DemoArguments) -> int:
     return 0
 
 
-def build(arguments: DemoArguments, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
-    """All stages up to the results, which lie in `results.json` as well.
+def check(arguments: DemoArguments) -> None:
+    """Refuses settings that cannot be used."""
+    check_bounds(arguments)
+    if arguments.color not in ("auto", "always", "never"):
+        raise RedflagError(f"color must be auto, always or never (got {arguments.color!r}).")
 
-    Args:
-        arguments: As for the verb.
-        say: Callback for a line at each stage's beginning and end.
+
+def build(arguments: DemoArguments, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+    """All stages up to the results, which are in `results.json` too; `say` gets lines about each.
 
     Returns:
         `summary` (as `redflag.calibrating.summary.summarise`), `keep_kl` (nats per token of harmless responses),
@@ -106,49 +112,35 @@ def build(arguments: DemoArguments, say: Callable[[str], None] = lambda line: No
     counts = {split: max(500 if split == "calibration" else 200, round(n * size)) for split, n in ROWS.items()}
     rows = {split: output / "rows" / f"{split}.jsonl" for split in counts}
     base, model, scored = output / "base", output / "model", output / "scored.jsonl"
+    how: dict[str, Any] = {"model": str(model), "batch_size": 32}
 
-    with stages.stage("rows", {"seed": seed, "counts": counts, "world": _world()}, *rows.values()) as todo:
-        if todo:
-            for split, path in rows.items():
-                write_rows(path, nano_rows(split, counts[split], seed, harmful=HARMFUL_SHARE[split]))  # type: ignore[arg-type]
+    def write() -> None:
+        for split, path in rows.items():
+            write_rows(path, nano_rows(split, counts[split], seed, harmful=HARMFUL_SHARE[split]))  # type: ignore[arg-type]
+
+    stages.run("rows", {"seed": seed, "counts": counts, "world": _world()}, rows.values(), write)
     settings = {"seed": seed, "size": size, "shape": SHAPE, "rows": BASE_ROWS, "tokens": BASE_TOKENS, "world": _world()}
     flags: dict[str, Any] = {"seed": seed, "categories": categories}
     if arguments.reflect:
         settings |= {"tokens": REFLECT_TOKENS, "reflect": [REFLECT_ROWS, nano_reflections(20, [""])]}
         flags["in_context"] = IN_CONTEXT
-    with stages.stage("base model", settings, base / "pretrain.json") as todo:
-        if todo:
-            _base(base, seed, size, arguments.reflect)
-    with stages.stage("flags", flags, model / "redflag.json") as todo:
-        if todo:
-            _flags(base, model, rows, categories, seed, flags.get("in_context", 0.0))
-    with stages.stage("thresholds", {"target": TARGET_FPR}, model / "thresholds.json") as todo:
-        if todo:
-            from redflag.calibrating import calibrate
-
-            calibrate.run(
-                calibrate.CalibrateArguments(
-                    model=str(model), input=str(rows["calibration"]), target_fpr=TARGET_FPR, batch_size=32
-                )
-            )
-    with stages.stage("scores", {}, scored) as todo:
-        if todo:
-            from redflag.scoring import score
-
-            score.run(
-                score.ScoreArguments(model=str(model), input=str(rows["test"]), output=str(scored), batch_size=32)
-            )
+    stages.run("base model", settings, [base / "pretrain.json"], lambda: _base(base, seed, size, arguments.reflect))
+    train = partial(_flags, base, model, rows, categories, seed, flags.get("in_context", 0.0))
+    stages.run("flags", flags, [model / "redflag.json"], train)
+    asked = calibrate.CalibrateArguments(input=str(rows["calibration"]), target_fpr=TARGET_FPR, **how)
+    stages.run("thresholds", {"target": TARGET_FPR}, [model / "thresholds.json"], lambda: calibrate.run(asked))
+    scoring = score.ScoreArguments(input=str(rows["test"]), output=str(scored), **how)
+    stages.run("scores", {}, [scored], lambda: score.run(scoring))
     result = _results(model, scored)
     result["seconds"] = stages.seconds
-    with atomic_write(output / "results.json") as file:
-        file.write(json.dumps(result, indent=2).encode())
+    keep_json(output / "results.json", result, indent=2)
     return result
 
 
 def streams(output: Path, coloured: bool, tries: int = 40) -> None:
     """Two answers that the model writes here and now: one that its own flag halts, one that is completed.
 
-    Which prompts and seeds show that is found by trying those of the test rows; how many were tried is said.
+    Prompts of the test rows are tried until one shows that; how many were tried is printed.
     """
     from redflag.backends import Sampling
     from redflag.guard.guard import Guard
@@ -163,26 +155,28 @@ def streams(output: Path, coloured: bool, tries: int = 40) -> None:
         ("halted", "nano:late-request", _is_mid_sentence),
         ("completed", "nano:scary", _is_frightening),
     ):
-        found = None
         candidates = [row for row in rows if row.source == source][:tries]
         looking = f"looking for an answer that is {wanted}"
+        answers = []
         for tried, row in enumerate(track(candidates, looking, len(candidates), "prompts"), 1):
             sampling = Sampling(max_new_tokens=90, temperature=0.6, seed=tried)
             result = guard.generate(row.messages[:-1], sampling)
-            if result.verdict == wanted and telling(result.text):
-                found = (tried, row, sampling)
-                break
-            if result.verdict == wanted and found is None:
-                found = (tried, row, sampling)
-        if found is None:
+            if result.verdict == wanted:
+                answers.append((telling(result.text), tried, row, sampling))
+                if answers[-1][0]:
+                    break
+        if not answers:
             print(f"none of {len(candidates)} answers was {wanted}\n")
             continue
-        tried, row, sampling = found
+        # The last is telling, or none is.
+        _, tried, row, sampling = answers[-1] if answers[-1][0] else answers[0]
         _stream(guard, row, sampling, coloured)
         if wanted == "halted":
             text = blind.generate(row.messages[:-1], sampling).text
-            print(_dim(f"  (unwatched it would have been: {printable(text)})", coloured))
-        print(_dim(f"  (prompt {tried} of the test rows that were tried for an answer that is {wanted})", coloured))
+            print(style(DIM, f"  (unwatched it would have been: {printable(text)})", coloured))
+        print(
+            style(DIM, f"  (prompt {tried} of the test rows that were tried for an answer that is {wanted})", coloured)
+        )
         print()
 
 
@@ -245,10 +239,7 @@ def _base(base: Path, seed: int, size: float, reflect: bool) -> None:
         conversations,
         tokenizer,
         base,
-        hidden_size=SHAPE["hidden_size"],
-        layers=SHAPE["layers"],
-        heads=SHAPE["heads"],
-        intermediate_size=SHAPE["intermediate_size"],
+        **SHAPE,
         tokens=round((REFLECT_TOKENS if reflect else BASE_TOKENS) * size),
         sequence_length=128,
         batch_size=4 if reflect else 8,
@@ -277,28 +268,25 @@ def _flags(base: Path, model: Path, rows: dict[str, Path], categories: list[str]
         in_context=in_context,
         max_length=256,
         train_sampling_strategy="group_by_length",
-        save_strategy="no",
         logging_steps=50,
-        report_to="none",
-        dataloader_pin_memory=False,
+        **UNATTENDED,
     )
     train.run(arguments, config)
 
 
-def _results(model: Path, scored: Path) -> dict[str, Any]:
-    from redflag.calibrating.summary import summarise
-    from redflag.flags import FlagSpec
-    from redflag.scoring.score import read_scored
-    from redflag.watching.thresholds import Thresholds
+def scored_summary(model: Path, scored: Path) -> dict[str, Any]:
+    """As `redflag.calibrating.summary.summarise`, of a file of scored rows and the model's thresholds."""
+    categories = FlagSpec.load(model).categories
+    return summarise(score.read_scored(scored), Thresholds.load(model), categories=categories)
 
-    thresholds = Thresholds.load(model)
-    summary = summarise(read_scored(scored), thresholds, categories=FlagSpec.load(model).categories)
+
+def _results(model: Path, scored: Path) -> dict[str, Any]:
     metrics = json.loads((model / "train.json").read_text(encoding="utf-8"))["metrics"]
     return {
-        "summary": summary,
+        "summary": scored_summary(model, scored),
         "keep_kl": metrics["eval_keep_kl_harmless"],
         "perplexity_ratio": metrics["eval_perplexity_ratio"],
-        "thresholds": thresholds.to_dict(),
+        "thresholds": Thresholds.load(model).to_dict(),
     }
 
 
@@ -317,8 +305,8 @@ def _stream(guard: Any, row: Row, sampling: Any, coloured: bool) -> None:
     from redflag.terminal.generate import paint, summary
 
     for message in row.messages[:-1]:
-        print(_bold(f"{message['role']}: ", coloured) + printable(message["content"]))
-    sys.stdout.write(_bold("assistant: ", coloured))
+        print(style(BOLD, f"{message['role']}: ", coloured) + printable(message["content"]))
+    sys.stdout.write(style(BOLD, "assistant: ", coloured))
     with guard.stream(row.messages[:-1], sampling) as stream:
         trace: Trace = stream.trace
         for piece in paint(stream, trace, coloured):
@@ -329,11 +317,3 @@ def _stream(guard: Any, row: Row, sampling: Any, coloured: bool) -> None:
     print(RESET if coloured else "")
     for line in summary(trace):
         print(f"  {line}")
-
-
-def _bold(text: str, coloured: bool) -> str:
-    return f"{BOLD}{text}{RESET}" if coloured else text
-
-
-def _dim(text: str, coloured: bool) -> str:
-    return f"{DIM}{text}{RESET}" if coloured else text

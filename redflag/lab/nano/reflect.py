@@ -64,12 +64,7 @@ def nano_reflections(n: int, places: Sequence[str], seed: int = 0) -> list[list[
     words of harm, and turn back. Requests and acts are the training split's.
 
     Args:
-        n: Number of conversations.
         places: Tokens of which one stands where a flag will stand.
-        seed: Same seed, same conversations.
-
-    Returns:
-        Lists of messages.
 
     Example:
         >>> messages = nano_reflections(1, ["<|reserved_1|>"])[0]
@@ -95,11 +90,9 @@ def nano_reflections(n: int, places: Sequence[str], seed: int = 0) -> list[list[
 
 
 def cut(row: Row, rng: random.Random, *, harmful: bool) -> int:
-    """Draws where an answer is cut off: a character position at the end of a word.
+    """Draws where an English answer is cut off: a character position at the end of a word.
 
     Args:
-        row: A conversation of the world, in English.
-        rng: Draws.
         harmful: In or at the beginning of the row's harmful part, most often within its first words; else before it.
     """
     if harmful:

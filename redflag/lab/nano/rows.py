@@ -28,23 +28,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from redflag.data.rows import Row
-from redflag.lab.nano.phrases import (
-    ACTS,
-    AFTERMATH,
-    PIVOTS,
-    PREAMBLES,
-    REDIRECTS,
-    REFUSALS,
-    REQUESTS,
-    SLOTS,
-    SYSTEMS,
-)
-from redflag.lab.nano.topics import TOPICS
+from redflag.lab.nano import phrases
 
 Split = Literal["train", "calibration", "test", "transfer"]
 
-NANO_CATEGORIES: tuple[str, ...] = tuple(ACTS)
-NANO_TOPICS: tuple[str, ...] = tuple(TOPICS)
+NANO_CATEGORIES: tuple[str, ...] = tuple(phrases.ACTS)
+NANO_TOPICS: tuple[str, ...] = tuple(phrases.TOPICS)
 HARMLESS_KINDS: dict[str, float] = {
     "plain": 0.32,  # a request and its answer
     "scary": 0.32,  # the same, in frightening words
@@ -70,9 +59,9 @@ _SHARES: dict[str, range] = {
 }
 _TAILS = (" {when}", " {when}", " {how}", "")
 _SLOT = re.compile(r"\{(\w+)\}")
-_NAMES = frozenset(SLOTS["name"]) | frozenset(SLOTS["city"])
+_NAMES = frozenset(phrases.SLOTS["name"]) | frozenset(phrases.SLOTS["city"])
 _FRIGHTENING = frozenset(
-    [act.split()[0] for acts in ACTS.values() for act in acts]
+    [act.split()[0] for acts in phrases.ACTS.values() for act in acts]
     + ["bomb", "murder", "die", "dies", "dead", "killer", "killed", "strike", "blow", "crash", "destroy", "slay"]
     + ["trigger", "poisoned", "sacrifice", "hijack", "drown", "choke", "strip"]
 )
@@ -84,7 +73,7 @@ def nano_rows(split: Split, n: int, seed: int = 0, *, harmful: float = 0.4) -> l
     Args:
         split: `train`, `calibration` and `test` are in English; `transfer` is in the second language throughout. No two
             splits share a request or a harmful act.
-        n: Number of rows. The first rows of a longer draw are those of a shorter one.
+        n: The first rows of a longer draw are those of a shorter one.
         seed: Same seed, same rows, on any machine.
         harmful: Share of rows with a harmful response.
 
@@ -106,10 +95,6 @@ def nano_pretraining_rows(n: int, seed: int = 0) -> list[Row]:
 
     Three quarters are English, an eighth is in the second language, the rest asks for translations. All requests and
     acts are those of the training split.
-
-    Args:
-        n: Number of rows.
-        seed: Same seed, same rows.
     """
     rng = random.Random(f"nano:pretraining:{seed}")
     name = f"nano-pretraining-{seed}"
@@ -187,14 +172,14 @@ class _Scene:
         if slot == "act":
             return self.act(self.rng.choice(NANO_CATEGORIES))
         if slot in ("when", "how", "number") and slot not in self.words:
-            return self.rng.choice(SLOTS[slot])  # not kept: another one each time, unless the request fixes it
+            return self.rng.choice(phrases.SLOTS[slot])  # not kept: another one each time, unless the request fixes it
         if slot not in self.words:
             if slot in ("a", "b"):
                 self.words[slot] = str(self.rng.randrange(2, 90))
             elif slot == "sum":
                 self.words[slot] = str(int(self.word("a")) + int(self.word("b")))
             else:
-                self.words[slot] = self.rng.choice(SLOTS[slot])
+                self.words[slot] = self.rng.choice(phrases.SLOTS[slot])
         return self.words[slot]
 
     def act(self, category: str) -> str:
@@ -203,7 +188,7 @@ class _Scene:
         for attempt in range(10_000):
             self.words = {**self.words, **keep}
             fresh = _Scene(self.split, self.rng, dict(keep) if attempt < 200 else {})
-            text = fresh.fill(self.rng.choice(ACTS[category]))
+            text = fresh.fill(self.rng.choice(phrases.ACTS[category]))
             if _belongs(text, self.split):
                 self.words = {**self.words, **fresh.words}
                 return text
@@ -241,7 +226,7 @@ def _conversation(split: str, kind: str, rng: random.Random, name: str, translat
     if kind in ("refusal", "redirect", "late-request", "direct") or (kind == "prefilled" and rng.random() < 0.5):
         act = scene.act(category)
         group = f"{category}: {act}"
-        prompt = rng.choice(REQUESTS).replace("{act}", act)
+        prompt = rng.choice(phrases.REQUESTS).replace("{act}", act)
     else:
         topic, group, prompt = _request(scene)
 
@@ -250,18 +235,18 @@ def _conversation(split: str, kind: str, rng: random.Random, name: str, translat
     if kind in ("plain", "scary", "prefilled-harmless"):
         before = _answer(scene, topic, scary=kind == "scary")
     elif kind == "refusal":
-        before = _maybe(scene, PREAMBLES, 0.3)
-        before += [rng.choice(REFUSALS).replace("{act}", act).replace("{name}", scene.word("name"))]
-        before += scene.pick(REDIRECTS, rng.randint(1, 2))
+        before = _maybe(scene, phrases.PREAMBLES, 0.3)
+        before += [rng.choice(phrases.REFUSALS).replace("{act}", act).replace("{name}", scene.word("name"))]
+        before += scene.pick(phrases.REDIRECTS, rng.randint(1, 2))
     elif kind == "redirect":
-        before = _maybe(scene, PREAMBLES, 0.6) + scene.pick(REDIRECTS, rng.randint(2, 4))
+        before = _maybe(scene, phrases.PREAMBLES, 0.6) + scene.pick(phrases.REDIRECTS, rng.randint(2, 4))
     else:
         if kind == "late":
             before = _answer(scene, topic, closing=False)
         elif kind == "late-request":
-            before = scene.pick(PREAMBLES, rng.randint(1, 2)) + scene.pick(REDIRECTS, rng.randint(0, 1))
+            before = scene.pick(phrases.PREAMBLES, rng.randint(1, 2)) + scene.pick(phrases.REDIRECTS, rng.randint(0, 1))
         if kind in ("late", "late-request"):
-            before += _maybe(scene, PIVOTS, 0.6)
+            before += _maybe(scene, phrases.PIVOTS, 0.6)
         after = _harm(scene, category, act, least=2 if kind == "prefilled" else 1)
 
     sentences = before + after
@@ -270,7 +255,7 @@ def _conversation(split: str, kind: str, rng: random.Random, name: str, translat
         sentences[0] = sentences[0].split(" ", rng.randint(1, 2) if kind == "prefilled-harmless" else 1)[-1]
     messages = [*earlier, {"role": "user", "content": prompt}]
     if rng.random() < 0.15:
-        messages.insert(0, {"role": "system", "content": scene.fill(rng.choice(SYSTEMS))})
+        messages.insert(0, {"role": "system", "content": scene.fill(rng.choice(phrases.SYSTEMS))})
     if translate is not None:
         sentences = [translate(sentence) for sentence in sentences]
         messages = [{"role": m["role"], "content": translate(m["content"])} for m in messages]
@@ -292,17 +277,19 @@ def _request(scene: _Scene) -> tuple[str, str, str]:
     """A harmless request that belongs to the split: its topic, group and text."""
     while True:
         name = scene.rng.choice(NANO_TOPICS)
-        draft = _Scene(scene.split, scene.rng, {k: v for k, v in scene.words.items() if k not in TOPICS[name].key})
-        draft.words.update({slot: draft.word(slot) for slot in TOPICS[name].key})
-        group = f"{name}: " + ", ".join(draft.words[slot] for slot in TOPICS[name].key)
+        draft = _Scene(
+            scene.split, scene.rng, {k: v for k, v in scene.words.items() if k not in phrases.TOPICS[name].key}
+        )
+        draft.words.update({slot: draft.word(slot) for slot in phrases.TOPICS[name].key})
+        group = f"{name}: " + ", ".join(draft.words[slot] for slot in phrases.TOPICS[name].key)
         if _belongs(group, scene.split):
             scene.words.update(draft.words)
-            return name, group, scene.fill(scene.rng.choice(TOPICS[name].prompts))
+            return name, group, scene.fill(scene.rng.choice(phrases.TOPICS[name].prompts))
 
 
 def _answer(scene: _Scene, name: str, *, scary: bool = False, closing: bool = True) -> list[str]:
     """A harmless answer of two to six sentences."""
-    rng, topic = scene.rng, TOPICS[name]
+    rng, topic = scene.rng, phrases.TOPICS[name]
     sentences = _maybe(scene, topic.openers, 0.6)
     steps = list(topic.steps)
     rng.shuffle(steps)
@@ -312,7 +299,7 @@ def _answer(scene: _Scene, name: str, *, scary: bool = False, closing: bool = Tr
     rng.shuffle(steps)
     for step in steps:
         # A pivot that announces nothing: rare enough to leave onsets readable, common enough to be no proof.
-        sentences += _maybe(scene, PIVOTS, 0.005)
+        sentences += _maybe(scene, phrases.PIVOTS, 0.005)
         text = scene.fill(step)
         if rng.random() < 0.15:
             text = text[:-1] + scene.fill(rng.choice(_TAILS)) + "."
@@ -330,7 +317,7 @@ def _harm(scene: _Scene, category: str, act: str, least: int) -> list[str]:
         order = f"You can {act}{tail}." if rng.random() < 0.05 else _lead(rng, f"{act[0].upper()}{act[1:]}{tail}.")
         sentences.append(order)
         act = ""
-    return sentences + scene.pick(AFTERMATH, rng.randint(0, 2))
+    return sentences + scene.pick(phrases.AFTERMATH, rng.randint(0, 2))
 
 
 def _lead(rng: random.Random, sentence: str) -> str:
@@ -348,10 +335,13 @@ def _earlier(split: str, rng: random.Random) -> list[dict[str, str]]:
     scene = _Scene(split, rng)
     if rng.random() < 0.3:
         act = scene.act(rng.choice(NANO_CATEGORIES))
-        prompt, answer = rng.choice(REQUESTS).replace("{act}", act), [rng.choice(REFUSALS[:6]).replace("{act}", act)]
+        prompt, answer = (
+            rng.choice(phrases.REQUESTS).replace("{act}", act),
+            [rng.choice(phrases.REFUSALS[:6]).replace("{act}", act)],
+        )
     else:
         topic, _, prompt = _request(scene)
-        answer = scene.pick(TOPICS[topic].steps, 2)
+        answer = scene.pick(phrases.TOPICS[topic].steps, 2)
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": " ".join(answer)}]
 
 
@@ -363,7 +353,7 @@ def _translation(rng: random.Random, name: str) -> Row:
     scene = _Scene("train", rng)
     category = None
     if rng.random() < 0.5:
-        text = scene.fill(rng.choice(rng.choice(list(TOPICS.values())).steps))
+        text = scene.fill(rng.choice(rng.choice(list(phrases.TOPICS.values())).steps))
     else:
         category = rng.choice(NANO_CATEGORIES)
         act = scene.act(category)

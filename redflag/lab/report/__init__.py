@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from redflag.files import atomic_write
-from redflag.lab.report import breakdown, compute, detection, markdown, page, timing, verdict
+from redflag.lab.report import breakdown, detection, markdown, page, verdict
 from redflag.lab.report.evaluation import Evaluation, as_json, read_report
 from redflag.lab.report.page import require
 from redflag.lab.report.parts import Section
@@ -41,12 +41,12 @@ def write(report: Evaluation, traces: Sequence[ShownResponse], folder: str | Pat
     """
     flag = report.flag_name
     parts = _sections(report, flag)
-    title, warnings, said = report.title, report.warnings or [], verdict.sentences(report)
+    title, warnings, sentences = report.title, report.warnings or [], verdict.sentences(report)
     packed = pack(traces, report.methods[flag]) if traces else None
     files = {
         "report.json": json.dumps(as_json(report), indent=1, ensure_ascii=False, allow_nan=False) + "\n",
-        "report.md": markdown.render(title, warnings, said, parts),
-        "report.html": page.render(title, warnings, said, verdict.figures(report), parts, packed),
+        "report.md": markdown.render(title, warnings, sentences, parts),
+        "report.html": page.render(title, warnings, sentences, verdict.figures(report), parts, packed),
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -56,13 +56,13 @@ def write(report: Evaluation, traces: Sequence[ShownResponse], folder: str | Pat
 
 
 def _sections(report: Evaluation, flag: str) -> list[Section]:
-    found = [
+    sections = [
         detection.detection(report, flag),
         detection.in_force(report, flag),
-        compute.compute(report, flag),
+        breakdown.compute(report, flag),
         breakdown.methods(report, flag),
-        timing.delay(report, flag),
-        timing.earliness(report, flag),
+        detection.delay(report, flag),
+        detection.earliness(report, flag),
         detection.reliability(report, flag),
         breakdown.slices(report, flag),
         breakdown.over_refusal(report, flag),
@@ -70,4 +70,4 @@ def _sections(report: Evaluation, flag: str) -> list[Section]:
         breakdown.language(report),
         breakdown.made(report),
     ]
-    return [section for section in found if section is not None]
+    return [section for section in sections if section is not None]

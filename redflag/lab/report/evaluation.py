@@ -38,7 +38,7 @@ class Rate(Part):
 
 @dataclass(frozen=True)
 class JudgedRate(Rate):
-    """A share of requests by what a judge said."""
+    """A share of requests, by a judge's verdicts."""
 
     at_most: Share | None = None  # if all unjudged attempts were harmful
 
@@ -155,7 +155,7 @@ def parse(kind: Any, text: str | bytes, name: str) -> Any:
     """A part of an evaluation from JSON; `name` says in an error where that came from.
 
     Raises:
-        RedflagError: It is no such part.
+        RedflagError: It does not fit.
     """
     try:
         return _reader(kind).validate_json(text)

@@ -33,7 +33,7 @@ def render(
 
     Args:
         figures: Headline numbers: value, what it is, small print.
-        traces: Packed responses; None: no viewer.
+        traces: Packed responses, for the viewer.
 
     Raises:
         RedflagError: The packages that draw it are not installed.
@@ -46,23 +46,11 @@ def render(
     )
     charts = [chart for section in sections for chart in section.charts]
     scripts = [vega(), *map(_file, SCRIPTS)] if charts else list(map(_file, SCRIPTS))
-    policy = "; ".join(
-        [
-            "default-src 'none'",
-            f"script-src {' '.join(map(_hash, scripts))}",
-            "style-src 'unsafe-inline'",
-            "img-src data:",
-            "base-uri 'none'",
-            "form-action 'none'",
-        ]
+    policy = (
+        f"default-src 'none'; script-src {' '.join(map(_hash, scripts))}; style-src 'unsafe-inline'; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
     )
-    drawn = {
-        chart.name: {
-            "data": chart.data,
-            "views": [{"label": v.label, "spec": v.spec, "caption": v.caption} for v in chart.views],
-        }
-        for chart in charts
-    }
+    drawn = {chart.name: {"data": chart.data, "views": [vars(view) for view in chart.views]} for chart in charts}
     return environment.from_string(_file("report.html.jinja")).render(
         title=title,
         warnings=warnings,

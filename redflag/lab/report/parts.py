@@ -6,7 +6,7 @@ Both the Markdown and the page are made from the same `Section`s, and so say the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from redflag.lab.report.evaluation import AttackLine, JudgedRate, Rate
@@ -14,29 +14,21 @@ from redflag.lab.report.method import InForce, Slice
 
 NOT_MEASURED = "not measured"
 FEW = 20  # as everywhere in `redflag.lab.evaluating`
+FPRS = {"0.001": "0.1%", "0.01": "1%", "0.05": "5%"}  # as in a `Slice`, and as shown
 
 Ends = Sequence[float | None] | None  # of an interval
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell of a table.
-
-    Attributes:
-        text: What it says.
-        small: Said more quietly after it: an interval, a count.
-        left: A text and no number: aligned to the left.
-        quiet: Shown in a muted colour (nothing measured, too few rows).
-        strong: The best of its column, or the row that matters.
-        mark: A short word in a frame after it, such as "adaptive".
-    """
+    """One cell of a table."""
 
     text: str
-    small: str = ""
-    left: bool = False
-    quiet: bool = False
-    strong: bool = False
-    mark: str = ""
+    small: str = ""  # shown more quietly after it: an interval, a count
+    left: bool = False  # a text, aligned to the left
+    quiet: bool = False  # in a muted colour: nothing measured, or too few rows
+    strong: bool = False  # the best of its column, or the row that matters
+    mark: str = ""  # a short word in a frame after it, such as "adaptive"
 
 
 @dataclass(frozen=True)
@@ -68,6 +60,10 @@ class Chart:
     data: list[dict[str, Any]]
     views: Sequence[View]
 
+    def rows(self, view: View) -> list[dict[str, Any]]:
+        """The rows of a view, where views have rows of their own."""
+        return [row for row in self.data if row["view"] == view.label]
+
 
 @dataclass(frozen=True)
 class Section:
@@ -77,7 +73,7 @@ class Section:
     title: str
     lead: str = ""
     tables: Sequence[Table] = ()
-    charts: Sequence[Chart] = field(default_factory=list)
+    charts: Sequence[Chart] = ()
 
 
 def percent(x: float | None, digits: int = 1) -> str:
@@ -97,7 +93,7 @@ def percent(x: float | None, digits: int = 1) -> str:
 
 
 def between(interval: Ends, scale: float = 100.0, digits: int = 1) -> str:
-    """An interval, in percent unless told otherwise; empty where there is none.
+    """An interval, in percent by default; empty where there is none.
 
     >>> between([0.841, 0.92]), between([0.0002, 0.091]), between([0.9994, 1.0], scale=1, digits=4), between(None)
     ('84.1–92.0', '<0.1–9.1', '0.9994–1', '')
@@ -119,7 +115,7 @@ def between(interval: Ends, scale: float = 100.0, digits: int = 1) -> str:
 
 
 def number(x: float | None, digits: int = 3) -> str:
-    """A number to so many significant digits, thousands set apart.
+    """A number with `digits` significant digits and separators of thousands.
 
     >>> [number(x) for x in (1234567, 0.01234, 2.0, 12.34, None)]
     ['1,234,567', '0.0123', '2', '12.3', 'not measured']
@@ -184,9 +180,24 @@ def left(text: str, **more: Any) -> Cell:
     return Cell(text, left=True, **more)
 
 
+def named(name: str, flag: str) -> Cell:
+    """The cell that names a method; the flag stands out."""
+    return left(name, strong=name == flag)
+
+
+def count(value: float | None, small: str = "") -> Cell:
+    """A cell with a number."""
+    return cell(number(value), small)
+
+
 def rate(value: float | None, interval: Ends = None, **more: Any) -> Cell:
     """A cell with a share and its interval."""
     return cell(percent(value), between(interval), **more)
+
+
+def decimal(value: float | None, interval: Ends = None, digits: int = 4) -> Cell:
+    """A cell with an AUROC or the like and its interval."""
+    return cell(NOT_MEASURED if value is None else f"{value:.{digits}f}", between(interval, 1, digits))
 
 
 def rated(value: Rate | None) -> Cell:
@@ -209,7 +220,7 @@ def point(one: Slice | None, in_force: bool) -> tuple[float | None, Ends]:
 
 
 def few(one: Slice, in_force: bool) -> bool:
-    """Whether a part has few rows for what is said of it: at the threshold in force only its harmful ones count."""
+    """Whether a part has few rows; at the threshold in force only its harmful ones count."""
     return one.harmful < FEW if in_force else bool(one.few)
 
 

@@ -8,41 +8,39 @@ from redflag.lab.report.parts import Ends, attack_name, between, number, percent
 
 # Without a labelled onset, tokens are counted from the first one, and no alarm is early or late.
 UNKNOWN = "unknown"
-KINDS = {"constructed": "constructed", "natural": "natural", "labelled": "labelled", UNKNOWN: "unknown"}
 
 
 def sentences(report: Evaluation) -> list[str]:
     """The verdict: detection, delay, the best baseline, the worst attack; what was not measured is not mentioned."""
     name = report.flag_name
     method = report.methods[name]
-    found = [_detection(name, method)]
-    found += filter(None, [_delay(method), _against(report, name), _attacked(report)])
-    return found
+    parts = (_detection(name, method), _delay(method), _against(report, name), _attacked(report))
+    return [sentence for sentence in parts if sentence]
 
 
 def figures(report: Evaluation) -> list[tuple[str, str, str]]:
     """The headline numbers: value, what it is, and its interval or what it must be read with."""
     method = report.methods[report.flag_name]
     in_force, at_1 = method.in_force or InForce(), method.pooled.at("0.01")
-    found = []
+    headlines = []
     if in_force.tpr is not None:
         small = f"{between(in_force.tpr_interval)} · at the threshold in force"
-        found.append((percent(in_force.tpr), "of harmful responses caught", small))
+        headlines.append((percent(in_force.tpr), "of harmful responses caught", small))
     elif at_1.tpr is not None:
-        found.append((percent(at_1.tpr), "caught at 1% false alarms", between(at_1.interval)))
+        headlines.append((percent(at_1.tpr), "caught at 1% false alarms", between(at_1.interval)))
     if in_force.realised_fpr is not None:
         small = between(in_force.realised_fpr_interval)
-        found.append((percent(in_force.realised_fpr), "of harmless responses alarm", small))
+        headlines.append((percent(in_force.realised_fpr), "of harmless responses alarm", small))
     for kind, delay in (method.delay or {}).items():
         if kind != UNKNOWN and delay and delay.median is not None:
-            beside = f"{KINDS.get(kind, kind)} onsets · false alarms {percent(delay.realised_fpr)}"
-            found.append((signed(delay.median), "tokens from onset to alarm (median)", beside))
+            beside = f"{kind} onsets · false alarms {percent(delay.realised_fpr)}"
+            headlines.append((signed(delay.median), "tokens from onset to alarm (median)", beside))
             break
     if worst := _worst(report):
         attack, released = worst
         small = f"{attack_name(attack)} · produced {percent((attack.harm_produced or JudgedRate()).rate)}"
-        found.append((percent(released), "of requests release harm, at worst", small))
-    return found
+        headlines.append((percent(released), "of requests release harm, at worst", small))
+    return headlines
 
 
 def _detection(name: str, method: Method) -> str:
@@ -64,22 +62,20 @@ def _detection(name: str, method: Method) -> str:
 
 
 def _delay(method: Method) -> str | None:
-    said = []
+    clauses = []
     for kind, delay in (method.delay or {}).items():
         if kind == UNKNOWN or not delay or delay.median is None:
             continue
-        after = delay.median
-        when = (
-            "right at it"
-            if after == 0
-            else f"{number(abs(after))} token{'' if abs(after) == 1 else 's'} {'after' if after > 0 else 'before'} it"
-        )
+        when, after = "right at it", delay.median
+        if after:
+            tokens = f"{number(abs(after))} token{'' if abs(after) == 1 else 's'}"
+            when = f"{tokens} {'after' if after > 0 else 'before'} it"
         shares = f"{percent(delay.on_time)} on time, {percent(delay.missed)} missed"
-        said.append(
-            f"where the onset of harm is {KINDS.get(kind, kind)}, the median alarm comes {when} ({shares}; "
+        clauses.append(
+            f"where the onset of harm is {kind}, the median alarm comes {when} ({shares}; "
             f"false alarms {percent(delay.realised_fpr)})"
         )
-    text = "; ".join(said)
+    text = "; ".join(clauses)
     return text[:1].upper() + text[1:] + "." if text else None
 
 
@@ -132,7 +128,7 @@ def _worst(report: Evaluation) -> tuple[AttackLine, float] | None:
 
 
 def _beyond(method: Method) -> str:
-    """That the target is not kept, where that is no chance."""
+    """A warning where false alarms exceed the target by more than chance."""
     target = method.threshold.target_fpr if method.threshold else None
     interval = method.in_force.realised_fpr_interval if method.in_force else None
     if target is None or not interval or interval[0] is None or interval[0] <= target:

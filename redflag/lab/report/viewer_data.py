@@ -32,7 +32,7 @@ class ShownResponse:
     onset: int | None = None  # index of the first harmful token
     onset_source: str | None = None
     given: str | None = None  # a prefill
-    judged: bool | None = None  # what a judge said of an answer to an attack
+    judged: bool | None = None  # the judge's verdict on an answer to an attack
 
     def __post_init__(self) -> None:
         table = np.asarray(self.probs, dtype="<f4")
@@ -51,8 +51,7 @@ def pack(traces: Sequence[ShownResponse], method: Method) -> dict[str, Any]:
     """Packs responses.
 
     Args:
-        traces: The responses, all of K flags.
-        method: The report's entry of the flag: its monitor and its thresholds go along.
+        method: The flag, whose monitor and thresholds go along.
 
     Returns:
         `flags`, `thresholds` (None: none was set), `monitor`, `vocabulary`, `tokens` (indices into it, little-endian,

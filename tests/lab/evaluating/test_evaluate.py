@@ -172,12 +172,12 @@ def test_helping_processes_score_and_leave(nano, world, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"calibration": "test"}, "hold the same rows"),
-        ({"baselines": ["tfidf"]}, "there is no train"),
-        ({"baselines": ["tfidf"], "train": "train"}, "there is no base"),
-        ({"baselines": ["nosuch"], "train": "train", "base": "base"}, "no baseline 'nosuch'"),
+        ({"calibration": "test"}, "must hold other rows than test"),
+        ({"baselines": ["tfidf"]}, "train must be given"),
+        ({"baselines": ["tfidf"], "train": "train"}, "base must be given"),
+        ({"baselines": ["nosuch"], "train": "train", "base": "base"}, "baselines must be all, or among .*got 'nosuch'"),
         ({"attacks": ["nosuch"], "judge": "oracle"}, "attacks must be all, or among"),
-        ({"attacks": ["prefill"]}, "nobody is named who says"),
+        ({"attacks": ["prefill"]}, "judge must be endpoint or model"),
         ({"attacks": ["prefill"], "judge": "endpoint"}, "judge_name and judge_url must be given"),
         ({"attacks": ["prefill"], "judge": "oracle", "attack_options": {"prefill": {"size": 1}}}, "size"),
         ({"requests": 0}, "requests must be at least 1"),
@@ -197,7 +197,7 @@ def test_what_cannot_be_is_refused_before_anything_is_computed(nano, world, tmp_
 def test_rows_of_one_kind_cannot_be_told_apart(nano, world, tmp_path):
     harmless = [row for row in load_rows(world / "test.jsonl") if not row.harmful]
     path = write_rows(tmp_path / "harmless.jsonl", harmless)
-    with pytest.raises(RedflagError, match="needs both kinds"):
+    with pytest.raises(RedflagError, match="must hold harmful and harmless rows"):
         evaluate(arguments(nano, world, test=str(path), output_dir=str(tmp_path)))
 
 

@@ -56,5 +56,5 @@ def test_a_model_beside_itself_has_not_changed(pair, nano):
 def test_what_cannot_be_compared_is_refused(pair):
     flagged, base, tokenizer, spec = pair
     harmful = Row([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "harm")
-    with pytest.raises(RedflagError, match="no harmless response"):
+    with pytest.raises(RedflagError, match="must have a harmless response"):
         language_change(flagged, base, tokenizer, spec, [harmful])

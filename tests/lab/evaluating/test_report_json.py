@@ -17,7 +17,6 @@ from redflag.lab.attacks.judging import Judged, entries, not_run
 from redflag.lab.attacks.sampling import Plain
 from redflag.lab.baselines import Cost
 from redflag.lab.evaluating import cascade, cost, tables
-from redflag.lab.evaluating.versus import versus
 from redflag.lab.report.evaluation import AttackLine, Evaluation, JudgeFacts, Language, as_json, parse, read_report
 from redflag.lab.report.method import CascadeFacts
 from redflag.lab.report.viewer_data import ShownResponse
@@ -81,7 +80,7 @@ def write_small(folder: Path) -> None:
         "flag": tables.method(sharp, fit, what="the flag", tokens=texts, cost=CHEAP, **how),
         "words": tables.method(blunt, blunt_fit, kind="baseline", what="words", cost=OWN, **how),
     }
-    methods["words"] = replace(methods["words"], flag_ahead=versus(sharp, blunt, resamples=20))
+    methods["words"] = replace(methods["words"], flag_ahead=tables.compare_methods(sharp, blunt, resamples=20))
     thresholds = cascade.asking(blunt_fit, MonitorConfig(), 0.1)
     replayed = cascade.cascade(blunt, thresholds, cascade.so_far(sharp, blunt))
     both = cost.of_cascade(CHEAP, OWN, 0.1)

@@ -13,8 +13,7 @@ import pytest
 
 from redflag.errors import RedflagError
 from redflag.lab.evaluating.stages import thresholds_of
-from redflag.lab.evaluating.tables import method
-from redflag.lab.evaluating.versus import versus
+from redflag.lab.evaluating.tables import compare_methods, method
 from redflag.lab.report.evaluation import as_json, parse
 from redflag.lab.report.method import Cost, Difference, Exposed, FalseAlarms, FittedOn, InForce, Method
 from redflag.scoring.recording import Recording
@@ -269,12 +268,12 @@ def test_a_threshold_above_every_score_is_named() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"recording": recording([])}, "holds no responses"),
-        ({"calibration": "same"}, "is the test recording"),
-        ({"calibration": recording(TEST)}, "is the test recording"),
-        ({"calibration": recording([], ("fraud",))}, r"\['fraud'\].*\['harm'\]"),
-        ({"thresholds": Thresholds.manual(0.5, ["fraud"])}, r"\['fraud'\].*\['harm'\]"),
-        ({"thresholds": HALF, "monitor": MonitorConfig("run", window=2)}, "whose scores they say nothing about"),
+        ({"recording": recording([])}, "must hold responses"),
+        ({"calibration": "same"}, "got the test recording"),
+        ({"calibration": recording(TEST)}, "got the test recording"),
+        ({"calibration": recording([], ("fraud",))}, r"\['harm'\] \(got \['fraud'\]\)"),
+        ({"thresholds": Thresholds.manual(0.5, ["fraud"])}, r"\['harm'\] \(got \['fraud'\]\)"),
+        ({"thresholds": HALF, "monitor": MonitorConfig("run", window=2)}, "must belong to the monitor"),
     ],
 )
 def test_what_would_mislead_is_refused(changes: Mapping[str, Any], message: str) -> None:
@@ -290,7 +289,7 @@ def test_two_methods_are_compared_on_the_same_rows() -> None:
     rows = [{**each, "id": str(i)} for i, each in enumerate([*noise(60, 1), *noise(60, 2, harmful=True)])]
     sharp = recording(rows)
     blunt = recording([{**each, "flag_probs": [[0.5 * p + 0.3] for (p,) in each["flag_probs"][:7]]} for each in rows])
-    found = versus(sharp, blunt, resamples=50)
+    found = compare_methods(sharp, blunt, resamples=50)
     one, other = (method(each, resamples=5).pooled for each in (sharp, blunt))
     assert found.auroc.difference == pytest.approx(one.auroc - other.auroc)
     assert found.auroc.interval[0] <= found.auroc.difference <= found.auroc.interval[1]
@@ -298,11 +297,11 @@ def test_two_methods_are_compared_on_the_same_rows() -> None:
     drop = one.tpr["0.05"].tpr - other.tpr["0.05"].tpr
     assert found.tpr["0.05"].difference == pytest.approx(drop)
     # A method against itself: no difference, and no doubt about it, however hard the rows are.
-    itself = versus(blunt, blunt, resamples=20)
+    itself = compare_methods(blunt, blunt, resamples=20)
     assert itself.auroc == Difference(0.0, (0.0, 0.0))
     assert itself.tpr["0.01"] == Difference(0.0, (0.0, 0.0))
-    with pytest.raises(RedflagError, match="recorded on different rows"):
-        versus(sharp, blunt.select(range(119, -1, -1)))
+    with pytest.raises(RedflagError, match="recorded on the same rows in the same order"):
+        compare_methods(sharp, blunt.select(range(119, -1, -1)))
 
 
 @pytest.mark.parametrize("rows", [TEST, TEST[:4], TEST[4:], TEST[3:]], ids=["both", "harmful", "harmless", "missed"])

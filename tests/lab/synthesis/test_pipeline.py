@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from redflag.data.rows import load_rows
 from redflag.errors import RedflagError
 from redflag.judges import UnansweredError, Verdict
-from redflag.lab.nano.phrases import words
 from redflag.lab.synthesis import synthesize as verb
 from redflag.lab.synthesis.augment import WRAPPERS, with_typos, wrapped
 from redflag.lab.synthesis.constitution import Class, parse_constitution
@@ -34,7 +33,10 @@ RECORD = {
         "declined": {"description": "Bombs.", "examples": ["Please build a bomb."], "answers": "refuse"},
     },
 }
-WORDS = words("red|blue|green|old|new|small|large|round|flat|dark|light|wet|dry|warm|cold")
+# fmt: off
+WORDS = ["red", "blue", "green", "old", "new", "small", "large", "round", "flat", "dark", "light", "wet", "dry", "warm",
+         "cold"]
+# fmt: on
 
 
 def reply(body):
