@@ -72,6 +72,8 @@ class GuardOptions(UpstreamOptions, MemoryOptions):
         if self.judge_prompt:
             prompt = Thresholds.load(model_folder(self.model), PROMPT_THRESHOLDS_FILE)
             policy = dataclasses.replace(policy, prompt=prompt)
+        remembered = self.remembered()
+        memory = {} if remembered is None else {"memory": remembered}
         if self.upstream is None:
             served = {}
         else:
@@ -85,7 +87,7 @@ class GuardOptions(UpstreamOptions, MemoryOptions):
             judge,
             self.upstream,
             self.thinking,
-            self.remembered(),
+            **memory,
             **served,
         )
 
