@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from redflag.training.encode import build_dataset
     from redflag.training.train import train
     from redflag.training.trainer import RedFlagConfig, RedFlagTrainer
+    from redflag.watching.memory import Memory
     from redflag.watching.monitor import Monitor
     from redflag.watching.policy import Policy
     from redflag.watching.thresholds import Thresholds
@@ -29,6 +30,7 @@ _HOME = {
     "FlagSpec": "redflag.flags",
     "Guard": "redflag.guard.guard",
     "Halt": "redflag.trace",
+    "Memory": "redflag.watching.memory",
     "Monitor": "redflag.watching.monitor",
     "Policy": "redflag.watching.policy",
     "RedFlagConfig": "redflag.training.trainer",
@@ -49,6 +51,7 @@ __all__ = [
     "FlagSpec",
     "Guard",
     "Halt",
+    "Memory",
     "Monitor",
     "Policy",
     "RedFlagConfig",

@@ -79,6 +79,15 @@ def tokenise(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False, split_special_tokens=False, verbose=False)["input_ids"])
 
 
+def tokenise_with_offsets(tokenizer: PreTrainedTokenizerFast, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """As `tokenise`, with the character positions (start, end) of each id."""
+    with _TOKENIZING:
+        encoded = tokenizer(
+            text, add_special_tokens=False, split_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+    return list(encoded["input_ids"]), [(int(start), int(end)) for start, end in encoded["offset_mapping"]]
+
+
 def own_bos(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     """The begin-of-sequence token that the tokenizer itself adds to a text, if any."""
     bos = tokenizer.bos_token_id

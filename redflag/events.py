@@ -30,11 +30,14 @@ class Step(NamedTuple):
         flag_probs: K probabilities in [0, 1], one per flag, measured *before* the token was chosen, over the whole
             vocabulary (flags included), from raw logits: no temperature, bias or penalty.
         logprobs: From the same raw logits, where `Sampling.logprobs` asks for them.
+        earlier: At the first step, where `Sampling.earlier` asks for it: for each span of the prompt, T x K
+            probabilities, each measured before its token.
     """
 
     token_id: int
     flag_probs: tuple[float, ...]
     logprobs: Logprobs | None = None
+    earlier: tuple[tuple[tuple[float, ...], ...], ...] | None = None
 
 
 class _Event:

@@ -26,7 +26,7 @@ from redflag.control_tokens import Control, content_ids, control_ids, own_bos, t
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
 from redflag.messages import Message, checked
-from redflag.stand_ins import Conversation, HiddenTextError, StandIn
+from redflag.stand_ins import Conversation, HiddenTextError, StandIn, Style
 from redflag.thoughts import ThoughtMarks, thought_marks
 from redflag.tool_definitions import Tool, checked_tools
 
@@ -53,6 +53,45 @@ class RenderedRow(NamedTuple):
     thought_offsets: list[tuple[int, int]] = []  # noqa: RUF012
 
 
+class Piece(NamedTuple):
+    """A part of a rendered prompt that was tokenised on its own.
+
+    Attributes:
+        text: Its text; "" where the ids stand for no text of the conversation.
+        ids: Its ids.
+        offsets: Character positions (start, end) of each id, where they were asked for.
+    """
+
+    text: str
+    ids: list[int]
+    offsets: list[tuple[int, int]] | None = None
+
+
+class Guarded(NamedTuple):
+    """A rendered conversation in which every control token is the template's.
+
+    Attributes:
+        conversation: What was rendered.
+        style: In which form.
+        thinking: Whether with room for a thought.
+        added: What stands behind the template's own text.
+        mark: Stands in the conversation in place of inserted ids; "" without any.
+        pieces: Its parts.
+    """
+
+    conversation: Conversation
+    style: Style
+    thinking: bool
+    added: str
+    mark: str
+    pieces: list[Piece]
+
+    @property
+    def ids(self) -> list[int]:
+        """Its ids."""
+        return [token_id for piece in self.pieces for token_id in piece.ids]
+
+
 def render_prompt(
     tokenizer: PreTrainedTokenizerFast,
     messages: Sequence[Message],
@@ -72,6 +111,19 @@ def render_prompt(
         RedflagError: Messages or tools are empty or malformed, or the chat template refuses them, does not show them,
             or does not end where an answer begins.
     """
+    guarded, prefill = guarded_prompt(tokenizer, messages, spec, preface, thinking, tools)
+    return guarded.ids + prefill
+
+
+def guarded_prompt(
+    tokenizer: PreTrainedTokenizerFast,
+    messages: Sequence[Message],
+    spec: FlagSpec,
+    preface: str,
+    thinking: bool,
+    tools: Sequence[Tool],
+) -> tuple[Guarded, list[int]]:
+    """As `render_prompt`, before the ids are joined: the conversation, and the ids of a prefill."""
     turns = checked(messages)
     tools = checked_tools(tools)
     prefill: list[int] = []
@@ -83,7 +135,7 @@ def render_prompt(
         prefill = text_ids(tokenizer, _answer(turns.pop()), spec)
     channel = not tools or bool(prefill)
     if not preface:
-        return _guarded(tokenizer, turns, spec, thinking=thinking, tools=tools, channel=channel) + prefill
+        return _guarded(tokenizer, turns, spec, thinking=thinking, tools=tools, channel=channel), prefill
     mark = sentinel()
     if turns[0]["role"] == "system":
         turns[0]["content"] = f"{mark}\n\n{turns[0]['content']}"
@@ -93,7 +145,7 @@ def render_prompt(
     inserted: list[int] = []
     for piece in re.split(f"({'|'.join(map(re.escape, sorted(flags, key=len, reverse=True)))})", preface):
         inserted += [flags[piece]] if piece in flags else text_ids(tokenizer, piece, spec)
-    return _guarded(tokenizer, turns, spec, (mark, inserted), thinking, tools, channel) + prefill
+    return _guarded(tokenizer, turns, spec, (mark, inserted), thinking, tools, channel), prefill
 
 
 def render_text(tokenizer: PreTrainedTokenizerFast, text: str, spec: FlagSpec) -> list[int]:
@@ -133,7 +185,7 @@ def render_response(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Messa
     last = turns.pop()
     response = _answer(last)
     marks = thought_marks(tokenizer) if last.get("reasoning_content", "").strip() else None
-    prompt = _guarded(tokenizer, turns, spec, thinking=marks is not None)
+    prompt = _guarded(tokenizer, turns, spec, thinking=marks is not None).ids
     control = control_ids(tokenizer, spec)
     ids, offsets = content_ids(tokenizer, response, control.special)
     if not ids:
@@ -209,8 +261,8 @@ def _guarded(
     thinking: bool = False,
     tools: Sequence[Tool] = (),
     channel: bool = True,
-) -> list[int]:
-    """Ids of the conversation in which every control token comes from the template.
+) -> Guarded:
+    """The conversation in pieces whose ids hold no control token but the template's.
 
     `insert` puts an operator's ids in the place of a mark; they are left out while the rest is verified. Without
     `channel` the ids end before the channel in which an answer begins, if there is one.
@@ -255,14 +307,15 @@ def _guarded(
         filled = conversation.turns(apart, style), conversation.definitions(apart)
         text = apply(tokenizer, filled[0], True, thinking, filled[1]) + added
         render = partial(_spliced_contents, tokenizer, text, conversation, apart)
-        ids = render((mark, []))
-        if [i for i in ids if i in control.special] == expected:
+        # A chat template writes its own begin-of-sequence token; the fallback does not.
+        bos = Piece("", [] if tokenizer.chat_template else own_bos(tokenizer))
+        made = Guarded(conversation, style, thinking, added, mark, render((mark, [])))
+        if [i for i in made.ids if i in control.special] == expected:
             if inserted:
-                clean, ids = ids, render(insert)
-                if len(ids) != len(clean) + len(inserted):
+                clean, made = made, made._replace(pieces=render(insert))
+                if len(made.ids) != len(clean.ids) + len(inserted):
                     raise RedflagError(_NO_REFLECTIONS)
-            # A chat template writes its own begin-of-sequence token; the fallback does not.
-            return ids if tokenizer.chat_template else own_bos(tokenizer) + ids
+            return made._replace(pieces=[bos, *made.pieces])
     raise RedflagError(
         "the chat template must not make control tokens out of contents. A user could forge turns or flags. Use a "
         "template that writes contents unchanged."
@@ -281,15 +334,15 @@ def _spliced_contents(
     conversation: Conversation,
     apart: Sequence[StandIn | None],
     insert: tuple[str, list[int]],
-) -> list[int]:
+) -> list[Piece]:
     """Ids of a rendered conversation, with the texts behind the stand-ins tokenised separately."""
     named = {
         stand_in.name: (stand_in, item) for stand_in, item in zip(apart, conversation.texts, strict=True) if stand_in
     }
     if not named:
-        return _spliced(text, insert, partial(tokenise, tokenizer))
+        return _spliced(text, insert, partial(_plain, tokenizer))
     literal, *pieces = re.split(f"({conversation.pattern})", text)
-    ids: list[int] = []
+    ids: list[Piece] = []
     for name, following in zip(pieces[::2], pieces[1::2], strict=True):
         stand_in, item = named[name]
         # White space that the template left around a content is tokenised with it.
@@ -297,25 +350,31 @@ def _spliced_contents(
         after = stand_in.after if following.startswith(stand_in.after) else ""
         literal = literal[: len(literal) - len(before)]
         if literal:
-            ids += _spliced(literal, insert, partial(tokenise, tokenizer))
+            ids += _spliced(literal, insert, partial(_plain, tokenizer))
         core = item.text.strip()
         if item.kind in ("argument", "definition"):  # It stands in JSON, as templates mostly write definitions too.
             core = json.dumps(core, ensure_ascii=False)[1:-1]
-        split = partial(content_ids, tokenizer, forbidden=item.forbidden)
-        ids += _spliced(before + core + after, insert, lambda part: split(part)[0])  # noqa: B023
+        ids += _spliced(before + core + after, insert, partial(content_ids, tokenizer, forbidden=item.forbidden))
         literal = following[len(after) :]
     if literal:
-        ids += _spliced(literal, insert, partial(tokenise, tokenizer))
+        ids += _spliced(literal, insert, partial(_plain, tokenizer))
     return ids
 
 
-def _spliced(text: str, insert: tuple[str, list[int]], tokenise: Callable[[str], list[int]]) -> list[int]:
-    """Ids of a text, those of `insert` in the place of its mark."""
+def _spliced(
+    text: str, insert: tuple[str, list[int]], ids_of: Callable[[str], tuple[list[int], list[tuple[int, int]] | None]]
+) -> list[Piece]:
+    """A text, with the ids of `insert` in the place of its mark."""
     mark, inserted = insert
     if not mark or mark not in text:
-        return tokenise(text)
+        return [Piece(text, *ids_of(text))]
     before, _, after = text.partition(mark)
-    return (tokenise(before) if before else []) + inserted + (tokenise(after) if after else [])
+    parts = [Piece(part, *(ids_of(part) if part else ([], None))) for part in (before, after)]
+    return [parts[0], Piece("", inserted), parts[1]]
+
+
+def _plain(tokenizer: PreTrainedTokenizerFast, text: str) -> tuple[list[int], None]:
+    return tokenise(tokenizer, text), None
 
 
 def _answer(turn: Message) -> str:

@@ -83,6 +83,9 @@ class Sampling:
             does not support grammars must refuse it.
         chat: The conversation that the prompt was rendered from, for a server that renders it itself, to the same ids.
             All other backends use the ids and may ignore it.
+        earlier: Spans of the prompt, each its first token and the one behind its last, in ascending order and none with
+            the prompt's first token: the first step carries the flag probabilities before their tokens
+            (`Step.earlier`). A backend without `measures_earlier` must refuse it.
 
     Example:
         >>> Sampling(temperature=0.0).greedy
@@ -100,6 +103,7 @@ class Sampling:
     logprobs: int | None = None
     grammar: Grammar | None = None
     chat: ChatInput | None = None
+    earlier: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         checks = (
@@ -162,8 +166,29 @@ def most_logprobs(engine: object) -> int | None:
     return getattr(engine, "most_logprobs", None)
 
 
+def measures_earlier(engine: object) -> bool:
+    """Whether a backend measures spans of the prompt (`Sampling.earlier`).
+
+    Example:
+        >>> measures_earlier(object())
+        False
+    """
+    return bool(getattr(engine, "measures_earlier", False))
+
+
+def refuse_earlier(sampling: Sampling) -> None:
+    """For backends that do not measure spans of the prompt.
+
+    Raises:
+        RedflagError: Some are asked for.
+    """
+    if sampling.earlier:
+        raise RedflagError("earlier answers are not measured by this engine. Leave memory off.")
+
+
 class Engine(Protocol):
-    """Properties of all backends. A backend that gives log-probabilities also has `most_logprobs`."""
+    """Properties of all backends. One that gives log-probabilities also has `most_logprobs`; one that measures spans of
+    the prompt has `measures_earlier`."""
 
     @property
     def eos_ids(self) -> frozenset[int]:

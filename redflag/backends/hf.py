@@ -11,13 +11,15 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from redflag.backends import MOST_LOGPROBS, ContextLengthError, Sampling
+from redflag.backends import MOST_LOGPROBS, ContextLengthError, Sampling, refuse_earlier
 from redflag.backends.choose import Chooser, measure
 from redflag.backends.head import CACHE, backbone, head_agrees, measure_hidden, plain_model
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
 from redflag.trace import Step
 from redflag.weights.prefix import PrefixSlot
+
+_PART = 256  # tokens of a prompt that are measured at one time
 
 
 class HFBackend:
@@ -30,6 +32,7 @@ class HFBackend:
         logprob_mode: `raw`.
         upper_bound: False: the probabilities are exact.
         most_logprobs: Largest allowed `Sampling.logprobs`.
+        measures_earlier: True: spans of the prompt are measured in the prompt's own pass.
 
     Example:
         ```python
@@ -55,6 +58,7 @@ class HFBackend:
         self.logprob_mode = "raw"
         self.upper_bound = False
         self.most_logprobs = MOST_LOGPROBS
+        self.measures_earlier = True
         self._model = model.eval()
         plain = plain_model(model)
         self._device: torch.device = plain.device
@@ -121,6 +125,7 @@ class HFBackend:
         Raises:
             RedflagError: A prompt is empty or leaves no room for a response.
         """
+        refuse_earlier(sampling)
         rooms = [self._room(prompt, sampling) for prompt in prompts]
         responses: list[list[Step]] = [[] for _ in prompts]
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
@@ -189,26 +194,70 @@ class HFBackend:
             )
 
     def _steps(self, prompt: list[int], sampling: Sampling, room: int, watch: Sequence[int]) -> Iterator[Step]:
-        cached = self._slot.take(prompt) if self._slot is not None else None
+        needed = [position for start, end in sampling.earlier for position in range(start, end)]
+        measured: dict[int, tuple[float, ...]] = {}
+        cached = self._slot.take(prompt, needed, measured) if self._slot is not None else None
         cache, held = cached if cached is not None else (DynamicCache(config=self._config), 0)
         chooser = Chooser(sampling, [prompt], self._flag_ids, self._device, watch)
         cached_ids, pending = prompt[:held], prompt[held:]
+        missing = [position for position in needed if position not in measured]
         # False while the cache may be half written or hold NaN; then it is dropped instead of reused.
         sound = False
         try:
             for _ in range(room):
                 sound = False
+                if missing:
+                    before, pending = self._measured(cache, len(cached_ids), pending, missing, measured)
+                    cached_ids += before
                 logits = self._last_logits(torch.tensor([pending], device=self._device), cache)
                 cached_ids += pending
                 step = chooser.step(logits, (0,))[0]
                 sound = not any(map(math.isnan, step.flag_probs))
+                if not watch:
+                    measured[len(cached_ids)] = step.flag_probs
+                if needed:
+                    spans = sampling.earlier
+                    step = step._replace(earlier=tuple(tuple(measured[p] for p in range(*span)) for span in spans))
+                    needed, missing = [], []
                 yield step
                 if not sound or step.token_id in self._eos_ids:
                     return
                 pending = [step.token_id]
         finally:
             if sound and self._slot is not None:
-                self._slot.put(cache, cached_ids)
+                self._slot.put(cache, cached_ids, measured)
+
+    @torch.inference_mode()
+    def _measured(
+        self, cache: Any, held: int, pending: list[int], missing: list[int], measured: dict[int, tuple[float, ...]]
+    ) -> tuple[list[int], list[int]]:
+        """Runs the prompt up to the last position whose flags are missing, in parts, so that few logits are in memory.
+
+        Args:
+            cache: Holds the first `held` tokens of the prompt.
+            held: Their number.
+            pending: The others.
+            missing: Positions in the prompt, ascending, all above `held`.
+            measured: Gets the flag probabilities before their tokens.
+
+        Returns:
+            Tokens that the cache holds now in addition, and those that are still pending, at least one.
+        """
+        last = missing[-1] - held
+        for start in range(0, last, _PART):
+            part = pending[start : min(start + _PART, last)]
+            wanted = [p for p in missing if held + start < p <= held + start + len(part)]
+            rows = torch.tensor([p - 1 - held - start for p in wanted] or [0], device=self._device)
+            output = self._model(
+                input_ids=torch.tensor([part], device=self._device),
+                use_cache=True,
+                **{CACHE: cache},
+                **({"logits_to_keep": rows} if self._last_only else {}),
+            )
+            logits = output.logits[0] if self._last_only else output.logits[0, rows]
+            probs = measure(logits.to(self._device).float(), self._flag_ids).tolist()
+            measured.update(zip(wanted, map(tuple, probs), strict=False))
+        return pending[:last], pending[last:]
 
     @torch.inference_mode()
     def _last_logits(self, input_ids: torch.Tensor, cache: Any, **inputs: Any) -> torch.Tensor:

@@ -56,6 +56,7 @@ def open_backend(
     *,
     device: str | None = "auto",
     dtype: Any = "auto",
+    earlier: bool = False,
     **served: Any,
 ) -> tuple[Backend, Any, FlagSpec]:
     """Opens a backend that streams a flagged model's responses, and checks that it measures the flags.
@@ -65,6 +66,7 @@ def open_backend(
         upstream: The server that runs the model; None = this process.
         device: Device of a model in this process.
         dtype: The type of its weights.
+        earlier: Whether earlier answers of a conversation shall be measured (`Sampling.earlier`).
         **served: Options of `redflag.backends.remote.RemoteBackend`.
 
     Returns:
@@ -80,14 +82,17 @@ def open_backend(
         return load_flagged(directory, device, dtype)
     from redflag.backends.remote import RemoteBackend
     from redflag.backends.remote_handshake import handshake
+    from redflag.backends.remote_memory import RememberingBackend
 
     tokenizer, spec, eos_ids = load_tokenizer(directory)
-    backend = RemoteBackend(upstream, spec.ids, eos_ids, **served)
+    backend = (RememberingBackend if earlier else RemoteBackend)(upstream, spec.ids, eos_ids, **served)
     if backend.route == "chat":
         turns = ({"role": "user", "content": "Hello."},)
         handshake(backend, chat=(ChatInput(turns), render_prompt(tokenizer, turns, spec)))
     else:
         handshake(backend)
+    if isinstance(backend, RememberingBackend):
+        backend.prepare()
     return backend, tokenizer, spec
 
 

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import AsyncGenerator, Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from redflag.backends import BusyError, ContextLengthError, Sampling
+from redflag.backends import BusyError, ContextLengthError, Sampling, refuse_earlier
 from redflag.backends.remote_chat import ChatReader, chat_body
 from redflag.backends.remote_guided import guided
 from redflag.backends.remote_link import Link, SyncSteps, aiohttp
@@ -170,6 +170,7 @@ class RemoteBackend:
     def _steps(
         self, token_ids: Sequence[int], sampling: Sampling, watch: Sequence[int], link: Link | None
     ) -> AsyncGenerator[Step, None]:
+        refuse_earlier(sampling)
         measured = watch or self._flag_ids
         if sampling.grammar is not None:
             return guided(self, token_ids, sampling, measured=measured, banned=self._flag_ids, link=link)

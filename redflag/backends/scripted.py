@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from redflag.backends import ContextLengthError, Sampling
+from redflag.backends import ContextLengthError, Sampling, refuse_earlier
 from redflag.errors import RedflagError
 from redflag.trace import Step
 
 Script = Sequence[Step] | Callable[[Sequence[int], Sampling], Iterable[Step]]
+Measured = Callable[[Sequence[int], Sequence[tuple[int, int]]], Sequence[Sequence[Sequence[float]]]]
 Watched = Callable[[Sequence[int], Sampling, Sequence[int]], Iterable[Step]]
 
 
@@ -18,6 +19,7 @@ class ScriptedBackend:
     Attributes:
         logprob_mode: `raw`.
         upper_bound: Whether the script's probabilities count as upper bounds.
+        measures_earlier: Whether spans of the prompt are measured.
         prompts: The token ids of every stream that was started, in order.
         open_streams: Streams started and not yet ended, closed or failed; 0 shows that a consumer cleaned up.
         closed_early: Streams closed by their consumer before the script was over.
@@ -37,6 +39,7 @@ class ScriptedBackend:
         error: BaseException | None = None,
         context_length: int | None = None,
         watched: Watched | None = None,
+        earlier: Measured | None = None,
     ) -> None:
         """Takes the script.
 
@@ -47,10 +50,13 @@ class ScriptedBackend:
             error: The exception to raise; None = a `ConnectionError`.
             context_length: Maximum number of prompt and response tokens together; None = no limit.
             watched: Steps of a stream that measures other ids than the flags; None plays the script.
+            earlier: A function of prompt and spans that returns the spans' probabilities; None measures none.
         """
         self.logprob_mode = "raw"
         self.upper_bound = False
         self._watched = watched
+        self._earlier = earlier
+        self.measures_earlier = earlier is not None
         self._script = script
         self._eos_ids = frozenset(eos_ids)
         self._fail_at = fail_at
@@ -71,6 +77,8 @@ class ScriptedBackend:
             raise RedflagError("the prompt must hold at least one token (got none).")
         if sampling.grammar is not None:
             raise RedflagError("grammar is not supported by a script. Leave it out.")
+        if self._earlier is None:
+            refuse_earlier(sampling)
         room = sampling.max_new_tokens
         if self._context_length is not None:
             room = min(room, self._context_length - len(token_ids))
@@ -81,9 +89,11 @@ class ScriptedBackend:
             steps = self._watched(token_ids, sampling, watch)
         else:
             steps = self._script(token_ids, sampling) if callable(self._script) else self._script
-        return self._play(tuple(token_ids), steps, room)
+        return self._play(tuple(token_ids), steps, room, sampling.earlier)
 
-    def _play(self, token_ids: tuple[int, ...], steps: Iterable[Step], room: int) -> Iterator[Step]:
+    def _play(
+        self, token_ids: tuple[int, ...], steps: Iterable[Step], room: int, spans: tuple[tuple[int, int], ...]
+    ) -> Iterator[Step]:
         self.prompts.append(token_ids)
         self.open_streams += 1
         try:
@@ -92,6 +102,9 @@ class ScriptedBackend:
                     return
                 if index == self._fail_at:
                     raise self._error
+                if index == 0 and spans and self._earlier is not None:
+                    measured = self._earlier(token_ids, spans)
+                    step = step._replace(earlier=tuple(tuple(map(tuple, span)) for span in measured))
                 yield step
                 if step.token_id in self._eos_ids:
                     return

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
-from redflag.backends import Backend, BusyError, Sampling, most_logprobs
+from redflag.backends import Backend, BusyError, Sampling, measures_earlier, most_logprobs
 from redflag.errors import RedflagError
 from redflag.trace import Step
 
@@ -43,7 +43,8 @@ class Turns:
     An error in a stream is raised only to the consumer of that stream. Leaving a stream (`aclose`, cancellation)
     returns at once; the thread closes its iterator before the next step of any stream.
 
-    `eos_ids`, `logprob_mode`, `upper_bound`, `most_logprobs` and `context_length` are the backend's.
+    `eos_ids`, `logprob_mode`, `upper_bound`, `most_logprobs`, `measures_earlier` and `context_length` are those of the
+    backend.
 
     Example:
         ```python
@@ -78,6 +79,7 @@ class Turns:
         self.logprob_mode: str = backend.logprob_mode
         self.upper_bound: bool = backend.upper_bound
         self.most_logprobs = most_logprobs(backend)
+        self.measures_earlier = measures_earlier(backend)
         self.context_length: int | None = getattr(backend, "context_length", None)
         self._worker = _Worker(backend, active, waiting, buffer, patience)
         # The thread refers to the worker, not to this object, so dropping this object without `aclose` ends it too.

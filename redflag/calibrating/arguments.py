@@ -7,13 +7,14 @@ from typing import Literal
 
 from redflag.data.options import RowOptions
 from redflag.scoring.options import ScoringOptions
-from redflag.watching.options import MonitorOptions
+from redflag.watching.options import MemoryOptions, MonitorOptions
 
 
 @dataclass(kw_only=True)
-class CalibrateArguments(RowOptions, ScoringOptions, MonitorOptions):
+class CalibrateArguments(RowOptions, ScoringOptions, MonitorOptions, MemoryOptions):
     """Thresholds for a target false-alarm rate per response, written to <model>/thresholds.json.
 
+    With `memory`: for responses whose scores the earlier answers of their conversations raise.
     With `prompts`: per prompt, to <model>/prompt_thresholds.json, for `--judge-prompt`.
     """
 

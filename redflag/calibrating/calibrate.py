@@ -9,6 +9,7 @@ show how late alarms come, and with that how long tokens should be held back (`r
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -26,7 +27,7 @@ from redflag.calibrating.build import build_thresholds
 from redflag.calibrating.calibration import Calibration
 from redflag.calibrating.groups import split_groups
 from redflag.calibrating.guarantee import Guarantee, fit_threshold, fit_thresholds, required
-from redflag.calibrating.measured import Measured, of_recording, of_responses, of_thoughts
+from redflag.calibrating.measured import Measured, factors_of, of_recording, of_responses, of_thoughts, remembered
 from redflag.calibrating.prompts import measured_prompts
 from redflag.data.rows import Row
 from redflag.errors import RedflagError
@@ -36,9 +37,11 @@ from redflag.models.named import model_folder
 from redflag.progress import track
 from redflag.scoring.recorded import recorded
 from redflag.scoring.recording import Recording
+from redflag.scoring.scored import Probs
 from redflag.stats.metrics import clopper_pearson
+from redflag.watching.memory import Memory
 from redflag.watching.monitor import AGGREGATIONS, MonitorConfig
-from redflag.watching.thresholds import PROMPT_THRESHOLDS_FILE, THRESHOLDS_FILE
+from redflag.watching.thresholds import PROMPT_THRESHOLDS_FILE, THRESHOLDS_FILE, check_memory
 
 __all__ = [
     "CalibrateArguments",
@@ -103,9 +106,16 @@ def calibrate_model(arguments: CalibrateArguments) -> Calibration:
     from redflag.data.summary import report_rows
 
     monitor = _first_step(arguments) if arguments.prompts else arguments.monitor()
+    memory = _memory(arguments, monitor)
     spec = FlagSpec.load(arguments.model)
     require_writable(f"{arguments.model}/{_file(arguments)}", "model", file=True)
     recording = recorded(arguments.input, spec)
+    earlier: list[list[Probs]] | None = None
+    if recording is not None and memory is not None:
+        raise RedflagError(
+            f"memory must be off with a recording, which does not hold earlier answers (got {memory!r}). Give the "
+            "conversations."
+        )
     if recording is None:
         options = arguments.row_options() | ({"unanswered": "keep"} if arguments.prompts else {})
         rows = load_rows(arguments.input, on_bad_row=arguments.on_bad_row, **options)
@@ -118,7 +128,7 @@ def calibrate_model(arguments: CalibrateArguments) -> Calibration:
         if arguments.prompts:
             recording = measured_prompts(arguments, harmless + harmful)
         else:
-            recording = _measured(arguments, harmless, harmful)
+            recording, earlier = _measured(arguments, harmless, harmful, memory is not None)
     result = calibrate_responses(
         recording,
         spec,
@@ -131,6 +141,8 @@ def calibrate_model(arguments: CalibrateArguments) -> Calibration:
         held_out=arguments.held_out,
         seed=arguments.seed,
         logprob_mode=recording.meta.get("logprob_mode", "raw"),
+        memory=memory,
+        earlier=earlier,
     )
     result.thresholds.save(arguments.model, _file(arguments))
     return result
@@ -150,9 +162,22 @@ def _first_step(arguments: CalibrateArguments) -> MonitorConfig:
     return MonitorConfig("first")
 
 
-def _measured(arguments: CalibrateArguments, harmless: list[Row], harmful: list[Row]) -> Recording:
-    """Rows measured by the model in this process or by the servers that serve it."""
+def _memory(arguments: CalibrateArguments, monitor: MonitorConfig) -> Memory | None:
+    memory = arguments.remembered()
+    if memory is None or not memory.weight:
+        return None
+    if arguments.prompts:
+        raise RedflagError(f"memory must be off with prompts, which are judged by themselves (got {memory!r}).")
+    check_memory(memory, monitor)
+    return memory
+
+
+def _measured(
+    arguments: CalibrateArguments, harmless: list[Row], harmful: list[Row], remembers: bool
+) -> tuple[Recording, list[list[Probs]] | None]:
+    """Rows measured by the model in this process or by the servers that serve it; and their earlier answers."""
     from redflag.data.summary import report_skipped
+    from redflag.scoring.earlier import score_earlier, with_histories
     from redflag.scoring.fitting import report_cut
     from redflag.scoring.processes import World
     from redflag.scoring.score import context_limit, renderable, score
@@ -164,6 +189,15 @@ def _measured(arguments: CalibrateArguments, harmless: list[Row], harmful: list[
             harmless, bad = renderable(tokenizer, spec, harmless)
             harmful, more = renderable(tokenizer, spec, harmful)
             report_skipped(bad + more)
+        earlier = None
+        if remembers:
+            count = len(harmless) + len(harmful)
+            (harmless, one), (harmful, other) = (
+                with_histories(tokenizer, spec, part, limit) for part in (harmless, harmful)
+            )
+            if left_out := count - len(one) - len(other):
+                print(f"{left_out} conversations did not fit the context and are left out", file=sys.stderr)
+            earlier = score_earlier(scorer, one + other, arguments.batch_size)
         ordered = harmless + harmful
         scored = score(scorer, tokenizer, spec, ordered, batch_size=arguments.batch_size, max_length=limit)
         measured = []
@@ -185,7 +219,7 @@ def _measured(arguments: CalibrateArguments, harmless: list[Row], harmful: list[
                 }
             )
         report_cut(cut)
-    return Recording.of(spec.categories, measured)
+    return Recording.of(spec.categories, measured), earlier
 
 
 def calibrate_responses(
@@ -204,6 +238,8 @@ def calibrate_responses(
     held_out: float = 0.3,
     seed: int = 0,
     logprob_mode: str = "raw",
+    memory: Memory | None = None,
+    earlier: Sequence[Sequence[Any]] | None = None,
 ) -> Calibration:
     """Sets thresholds from the flag probabilities of harmless responses.
 
@@ -230,6 +266,9 @@ def calibrate_responses(
         held_out: Share of the harmless responses that only measures the realised rate; with 0 none is reported.
         seed: Seeds the split.
         logprob_mode: Log-probability mode of the engine that measured.
+        memory: How earlier answers raise the scores; None = not at all.
+        earlier: With a memory, for each response T x K probabilities of each earlier answer of its conversation, oldest
+            first: in a recording's order, or of the harmless responses and then of the harmful ones.
 
     Raises:
         RedflagError: Too few harmless responses (the message says how many are needed), a probability that cannot be
@@ -242,17 +281,25 @@ def calibrate_responses(
         rows = of_recording(recording.part("answer"), categories)
     else:
         rows = of_responses(cast(Sequence[Any], harmless), harmful, groups, onsets, len(categories))
+    factors = None
+    if memory is not None:
+        check_memory(memory, config)
+        factors = factors_of(memory, config, earlier, len(rows.harmless_at) + len(rows.harmful_at), len(categories))
+        rows = remembered(rows, factors)
     split = split_groups(rows.groups, held_out, seed)
 
     def fit(part: Measured, fit_on: list[int], measure_on: list[int]) -> tuple[Calibration, npt.NDArray[np.bool_]]:
         return _fit(
-            part, fit_on, measure_on, spec, config, target_fpr, guarantee, delta, joint, hold_back_share, logprob_mode
+            *(part, fit_on, measure_on, spec, config, target_fpr, guarantee, delta, joint, hold_back_share),
+            *(logprob_mode, memory),
         )
 
     result, alarmed = fit(rows, *split)
     if recording is None or not recording.thoughts.any():
         return result
     thoughts, numbers, places = of_thoughts(recording, categories, split)
+    if factors is not None:
+        thoughts = remembered(thoughts, factors[recording.thoughts > 0])
     try:
         own, alarmed_early = fit(thoughts, *numbers)
     except RedflagError as error:  # Usually because there are too few.
@@ -274,6 +321,7 @@ def _fit(
     joint: bool,
     hold_back_share: float,
     logprob_mode: str,
+    memory: Memory | None,
 ) -> tuple[Calibration, npt.NDArray[np.bool_]]:
     """Thresholds of one part of the responses, and which of `measure_on` alarm under them."""
     categories = spec.categories
@@ -322,6 +370,7 @@ def _fit(
         run_id=spec.run_id,
         template_hash=spec.template_hash,
         logprob_mode=logprob_mode,
+        memory=memory,
     )
     result = Calibration(
         thresholds=thresholds,

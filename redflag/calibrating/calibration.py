@@ -58,6 +58,7 @@ def _of_part(result: Calibration) -> list[str]:
     lines.append(
         f"target {t.target_fpr:g} per response ({t.guarantee}{f', delta {t.delta:g}' if t.delta is not None else ''}"
         f"{', jointly' if t.joint and len(t.values) > 1 else ''}), aggregation {t.monitor.aggregation}, "
+        f"{f'memory {t.memory.weight:g} with decay {t.memory.decay:g}, ' if t.memory is not None else ''}"
         f"{result.calibration_size} harmless responses"
     )
     if t.realised_fpr is not None and t.interval is not None:

@@ -11,6 +11,8 @@ from redflag.calibrating import replay
 from redflag.calibrating.observed import known_onset
 from redflag.errors import RedflagError
 from redflag.scoring.recording import Recording
+from redflag.watching.memory import Memory
+from redflag.watching.monitor import MonitorConfig, peaks
 
 
 class Measured(NamedTuple):
@@ -86,3 +88,34 @@ def of_thoughts(
     numbers = [[int(rank[i]) for i in part if has[i]] for part in parts]
     places = [[at for at, i in enumerate(part) if has[i]] for part in parts]
     return of_recording(recording.part("thought"), categories), numbers, places
+
+
+def factors_of(
+    memory: Memory, config: MonitorConfig, earlier: Sequence[Sequence[Any]] | None, count: int, flags: int
+) -> replay.Floats:
+    """N x K: what the earlier answers multiply the odds of each response's scores by.
+
+    Raises:
+        RedflagError: There is not one list of earlier answers for each of the `count` responses, or a probability
+            cannot be judged.
+    """
+    if earlier is None or len(earlier) != count:
+        got = "none" if earlier is None else len(earlier)
+        raise RedflagError(f"earlier must have one list of answers for each of {count} responses (got {got}).")
+    found = [
+        memory.factors([peaks(config, answer, flags) for answer in answers], config.prior, flags) for answers in earlier
+    ]
+    return np.array(found, dtype=np.float64).reshape(count, flags)
+
+
+def remembered(rows: Measured, factors: replay.Floats) -> Measured:
+    """The same responses, their scores raised: factors in a recording's order, or harmless before harmful."""
+    if rows.harmless is rows.harmful:
+        both = replay.Steps(rows.harmless.probs, rows.harmless.starts, factors)
+        return rows._replace(harmless=both, harmful=both)
+    parts = np.split(factors, [len(rows.harmless_at)])
+    one, other = (
+        replay.Steps(responses.probs, responses.starts, part)
+        for responses, part in zip((rows.harmless, rows.harmful), parts, strict=True)
+    )
+    return rows._replace(harmless=one, harmful=other)

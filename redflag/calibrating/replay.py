@@ -45,15 +45,17 @@ class Responses(Protocol):
 
 @dataclass(frozen=True)
 class Steps:
-    """`Responses` and nothing else.
+    """`Responses`, and perhaps what earlier answers add to their scores.
 
     Attributes:
         probs: S x K probabilities.
         starts: N + 1 offsets.
+        factors: N x K: what earlier answers multiply the scores' odds by (`redflag.watching.memory`); None = nothing.
     """
 
     probs: npt.NDArray[np.floating[Any]]
     starts: Indices
+    factors: Floats | None = None
 
     @classmethod
     def of(cls, responses: Iterable[Any], flags: int, what: str = "") -> Steps:
@@ -175,6 +177,7 @@ def _folded(
     """Block by block, and in each for every monitor: its number and the T x B x K scores (junk outside `inside`)."""
     _check(responses)
     lengths = np.diff(responses.starts)
+    factors: Floats | None = getattr(responses, "factors", None)
     rows = np.arange(len(lengths)) if among is None else np.unique(_indices(among))
     rows = rows[np.argsort(-lengths[rows], kind="stable")]
     flags = responses.probs.shape[1]
@@ -188,7 +191,8 @@ def _folded(
         probs = responses.probs.take(block.steps, axis=0, mode="clip").astype(np.float64)
         logits = _logits(probs) if any(config.aggregation == "cusum" for config in configs) else None
         for number, config in enumerate(configs):
-            yield block, number, _fold(config, probs, logits)
+            values = _fold(config, probs, logits)
+            yield block, number, values if factors is None else raised(values, factors[members])
 
 
 def _fold(config: MonitorConfig, probs: Floats, logits: Floats | None) -> Floats:
@@ -220,6 +224,13 @@ def _fold(config: MonitorConfig, probs: Floats, logits: Floats | None) -> Floats
             state = now
     values[: config.warm_up] = 0.0
     return values
+
+
+def raised(scores: Floats, factors: Floats) -> Floats:
+    """`redflag.watching.memory.raised` for arrays, bit by bit."""
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        lifted = 1.0 / (1.0 + (1.0 - scores) / scores / factors)
+    return np.where((factors == 1.0) | (scores == 0.0), scores, np.maximum(scores, lifted))
 
 
 def _lowest(probs: Floats, window: int) -> Floats:

@@ -3,84 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-from redflag.backends import AsyncBackend, Backend, ChatInput, Grammar, Sampling
+from redflag.backends import AsyncBackend, Backend, ChatInput, Grammar, Sampling, measures_earlier
 from redflag.backends.open import open_backend
+from redflag.earlier_answers import answer_spans
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
 from redflag.guard.asking import Messages
 from redflag.guard.folder import read_folder
 from redflag.guard.grammar import Grammars
 from redflag.guard.response import Response, Stream, drive, verdict_ids
+from redflag.guard.result import EventStream as EventStream
+from redflag.guard.result import Result as Result
 from redflag.judges import Judge
 from redflag.models.named import model_folder
 from redflag.prompt import render_prompt, render_text
 from redflag.thoughts import ThoughtMarks, thinks_by_itself, thought_marks
 from redflag.tool_prompt import ToolPrompt, ToolUse, mark_ids, render_tool_prompt
-from redflag.trace import Event, Halt, Step, Text, Thought, Trace
+from redflag.trace import Halt, Step, Text
+from redflag.watching.memory import Memory
 from redflag.watching.policy import Policy
 from redflag.watching.session import Session
 from redflag.watching.thresholds import Thresholds
 from redflag.watching.watch import check_fit
 
 Thinking = Literal["template", "on", "off"]
-
-
-@dataclass(frozen=True)
-class Result:
-    """A whole response.
-
-    Attributes:
-        text: What was released of the answer.
-        verdict: `completed`; `halted` by an alarm; `fault` when something could not be judged.
-        trace: Steps, scores and events, for the operator.
-        events: What a stream would have yielded, in order.
-    """
-
-    text: str
-    verdict: Literal["completed", "halted", "fault"]
-    trace: Trace
-    events: tuple[Event, ...]
-
-    @property
-    def thought(self) -> str:
-        """What was released of the thought; "" without one, and where thoughts are hidden."""
-        return "".join(event.text for event in self.events if isinstance(event, Thought))
-
-
-class EventStream(Iterator[Event]):
-    """The events of one response as they come. Also a context manager that closes itself.
-
-    Attributes:
-        trace: Everything so far, growing in place. For the operator: it holds probabilities, and tokens that were not
-            released.
-    """
-
-    def __init__(self, events: Iterator[Event], trace: Trace, engine: object = None) -> None:
-        """Wraps a generator of events; `engine`, the steps behind it, is closed even when no event was asked for."""
-        self._events = events
-        self._engine = engine
-        self.trace = trace
-
-    def __next__(self) -> Event:
-        return next(self._events)
-
-    def close(self) -> None:
-        """Ends the response here and stops the engine. Without effect when it is over."""
-        for part in (self._events, self._engine):
-            close = getattr(part, "close", None)
-            if close is not None:
-                close()
-
-    def __enter__(self) -> EventStream:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
 
 class Guard:
@@ -110,6 +61,7 @@ class Guard:
         policy: Policy | None = None,
         judge: Judge | None = None,
         thinking: Thinking = "off",
+        memory: Memory | None = None,
     ) -> None:
         """Puts the parts together.
 
@@ -122,11 +74,14 @@ class Guard:
             judge: Is asked where the policy escalates.
             thinking: Whether responses begin with a thought where nobody says for one whether it does: `off`, `on`, or
                 `template`: as the chat template has it by itself.
+            memory: How earlier answers of the conversation raise the scores of the next; None: as the thresholds were
+                calibrated, by default not at all.
 
         Raises:
-            RedflagError: The thresholds belong to another run, template, set of flags or way of measuring; or policy
-                and flags do not fit; or the policy, or `thinking`, needs what is not there.
+            RedflagError: The thresholds belong to another run, template, set of flags, way of measuring or memory; or
+                policy and flags do not fit; or the policy, `thinking` or `memory` needs what is not there.
         """
+        thresholds = thresholds.remembering(memory)
         thresholds.check(spec.run_id, spec.template_hash, backend.logprob_mode, spec.categories)
         self.backend = backend
         self.tokenizer = tokenizer
@@ -153,6 +108,7 @@ class Guard:
         judge: Judge | None = None,
         upstream: str | None = None,
         thinking: Thinking = "off",
+        memory: Memory | None = None,
         **served: Any,
     ) -> Guard:
         """Loads a trained and calibrated directory: model, tokenizer, `redflag.json` and `thresholds.json`.
@@ -168,6 +124,7 @@ class Guard:
             upstream: The server that runs the model, such as a stock vLLM at `"http://localhost:8000"`; None: this
                 process.
             thinking: Whether responses begin with a thought, as for `Guard`.
+            memory: As for `Guard`.
             **served: Of `redflag.backends.remote.RemoteBackend`.
 
         Raises:
@@ -176,8 +133,12 @@ class Guard:
         """
         directory = model_folder(directory)
         spec, thresholds = read_folder(Path(directory), thresholds, policy)
-        backend, tokenizer, spec = open_backend(directory, upstream, device=device, dtype=dtype, **served)
-        return cls(backend, tokenizer, spec, thresholds, policy, judge, thinking)
+        thresholds = thresholds.remembering(memory)
+        remembers = thresholds.memory is not None
+        backend, tokenizer, spec = open_backend(
+            directory, upstream, device=device, dtype=dtype, earlier=remembers, **served
+        )
+        return cls(backend, tokenizer, spec, thresholds, policy, judge, thinking, memory)
 
     @classmethod
     def from_upstream(
@@ -320,6 +281,10 @@ class Guard:
             plain = not continues and not preface and not (marks and marks.opening)
             if plain and getattr(self.backend, "route", "") == "chat":
                 sampling = replace(sampling, chat=ChatInput(tuple(made.turns), tuple(made.tools), thinks))
+            if (thresholds or self._thresholds).memory is not None:
+                ids, spans = answer_spans(self.tokenizer, made.turns, self._spec, preface, thinks, made.tools)
+                assert prompt[: len(ids)] == ids, "the same conversation in other ids"
+                sampling = replace(sampling, earlier=spans)
         return Response(
             self.tokenizer,
             self._spec,
@@ -370,7 +335,13 @@ class Guard:
         Raises:
             RedflagError: They do not fit each other or this guard, or the policy needs what is not there.
         """
-        Session(thresholds or self._thresholds, policy, self._spec.categories)
+        thresholds = thresholds or self._thresholds
+        Session(thresholds, policy, self._spec.categories)
+        if thresholds.memory is not None and not measures_earlier(self.backend):
+            raise RedflagError(
+                f"memory must be off with {type(self.backend).__name__}, which does not measure earlier answers. They "
+                "would not count."
+            )
         if policy.prompt is not None:
             spec = self._spec
             policy.prompt.check(spec.run_id, spec.template_hash, self.backend.logprob_mode, spec.categories)

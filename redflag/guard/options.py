@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from redflag.backends.open import UpstreamOptions
 from redflag.errors import RedflagError
 from redflag.judges.options import JudgeOptions
+from redflag.watching.options import MemoryOptions
 from redflag.watching.policy import ACTIONS, Action
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class GuardOptions(UpstreamOptions):
+class GuardOptions(UpstreamOptions, MemoryOptions):
     """The guarded model, and where it runs."""
 
     model: str = field(
@@ -71,6 +72,8 @@ class GuardOptions(UpstreamOptions):
         if self.judge_prompt:
             prompt = Thresholds.load(model_folder(self.model), PROMPT_THRESHOLDS_FILE)
             policy = dataclasses.replace(policy, prompt=prompt)
+        remembered = self.remembered()
+        memory = {} if remembered is None else {"memory": remembered}
         if self.upstream is None:
             served = {}
         else:
@@ -84,6 +87,7 @@ class GuardOptions(UpstreamOptions):
             judge,
             self.upstream,
             self.thinking,
+            **memory,
             **served,
         )
 

@@ -15,13 +15,17 @@ from redflag.backends import AsyncBackend, Backend, Sampling
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
 from redflag.guard.asking import Messages, ask
+from redflag.guard.asking import verdict_ids as verdict_ids
 from redflag.guard.detokenize import ResponseText
 from redflag.judges import Judge, Verdict
 from redflag.prompt import text_ids
 from redflag.thoughts import ThoughtMarks
 from redflag.trace import Event, Halt, Step, Text, Thought, Trace
+from redflag.watching.memory import earlier_peaks
+from redflag.watching.monitor import UnjudgedError
 from redflag.watching.policy import Policy
-from redflag.watching.session import Review, Session
+from redflag.watching.review import Review
+from redflag.watching.session import Session
 from redflag.watching.thresholds import Thresholds
 
 
@@ -94,7 +98,9 @@ class Response:
         self._spec, self._policy = spec, policy
         self._eos_ids = eos_ids
         self._messages = messages
-        self._sampling = replace(sampling, chat=None)  # from the second stream on the prompt is more than the chat
+        # In later streams the prompt is more than the chat.
+        self._sampling = replace(sampling, chat=None, earlier=())
+        self._earlier, self._monitor = sampling.earlier, thresholds.monitor
         self._flag_ids = frozenset(spec.ids)
         self._continued = tuple(prompt) if continues else ()
         self._thought, self._marks = thought, marks
@@ -125,7 +131,17 @@ class Response:
         if step.token_id in self._flag_ids:
             # Its text would be hidden, but an engine that can choose a flag is not the one that was set up.
             return self.failed(f"the engine chose flag id {step.token_id}, which has to be masked")
+        if self._earlier and (events := self._remember(step)):
+            return events
         return self._take(step)
+
+    def _remember(self, step: Step) -> list[Event]:
+        lengths, self._earlier = [end - start for start, end in self._earlier], ()
+        try:
+            peaks = earlier_peaks(step.earlier, lengths, self._monitor, len(self._spec.categories))
+        except UnjudgedError as error:
+            return self.failed(str(error))
+        return self.session.remember(peaks)
 
     def ended(self) -> list[Event]:
         """The stream ended by itself, without an end-of-sequence token: a length limit."""
@@ -316,21 +332,6 @@ class Response:
         self.request = Stream(tuple(self._context), sampling)
         self._take, self._end = self._answer_step, self._answer_end
         return events
-
-
-def verdict_ids(tokenizer: Any, spec: FlagSpec, words: tuple[str, str]) -> tuple[int, int]:
-    """First ids of the harmful and the harmless verdict word.
-
-    Raises:
-        RedflagError: They are the same, so their probabilities would tell nothing apart.
-    """
-    first = [text_ids(tokenizer, word, spec)[0] for word in words]
-    if first[0] == first[1]:
-        raise RedflagError(
-            f"the verdict words {words[0]!r} and {words[1]!r} begin with the same token in this model's vocabulary, so "
-            "no verdict could be read: give words that begin differently"
-        )
-    return first[0], first[1]
 
 
 def drive(

@@ -169,6 +169,11 @@ def request_fields(spec: FlagSpec, thresholds: Thresholds, policy: Policy | None
             "thresholds for the in-engine halt must be calibrated on raw probabilities (got "
             f"{thresholds.logprob_mode!r})."
         )
+    if thresholds.memory is not None:
+        raise RedflagError(
+            f"memory must be off for the in-engine halt (got {thresholds.memory!r}). The engine knows one response: "
+            "watch from outside, or calibrate without memory."
+        )
     if policy is not None and policy.prompt is not None:
         raise RedflagError(
             "policy.prompt must be None (got thresholds). The engine has one threshold for every step: judge prompts "

@@ -189,4 +189,5 @@ def _thresholds(calibrated: Thresholds, factor: float, given: dict[str, float]) 
         template_hash=calibrated.template_hash,
         logprob_mode=calibrated.logprob_mode,
         thoughts=None if calibrated.thoughts is None else _thresholds(calibrated.thoughts, factor, {}),
+        memory=calibrated.memory,
     )

@@ -23,6 +23,7 @@ from redflag.api.moderations_schema import GuardrailRequest, ModerationRequest
 from redflag.api.schema import parse
 from redflag.backends import AsyncBackend, BusyError, ContextLengthError
 from redflag.backends.open import event_loop_scorer
+from redflag.earlier_answers import Span, answer_spans
 from redflag.errors import RedflagError
 from redflag.guard.guard import Guard
 from redflag.prompt import render_prompt, render_response
@@ -31,6 +32,8 @@ from redflag.server.exchange import timeout_at
 from redflag.server.gate import Gate
 from redflag.server.keys import Key
 from redflag.trace import Alarm, Halt, Step
+from redflag.watching.memory import earlier_peaks
+from redflag.watching.monitor import UnjudgedError
 from redflag.watching.policy import Policy
 from redflag.watching.session import Session
 from redflag.watching.thresholds import Thresholds
@@ -45,11 +48,13 @@ class Rendered(NamedTuple):
         prompt: All before the answer.
         answer: The answer and what ends it; of a prompt that is to be judged itself any one id, which is not measured.
         alone: The prompt is to be judged.
+        earlier: Spans of earlier answers in the prompt, where they count (`redflag.watching.memory`).
     """
 
     prompt: list[int]
     answer: list[int]
     alone: bool = False
+    earlier: tuple[Span, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -146,7 +151,11 @@ class Moderations:
                     made.append(Rendered(prompt, prompt[-1:], alone))
                 else:
                     row = render_response(self._guard.tokenizer, messages, self._guard.spec)
-                    made.append(Rendered(row.prompt_ids, row.response_ids + row.tail_ids))
+                    earlier: tuple[Span, ...] = ()
+                    if self._guard.thresholds.memory is not None:
+                        thinks = bool(row.thought_offsets)
+                        _, earlier = answer_spans(self._guard.tokenizer, messages[:-1], self._guard.spec, "", thinks)
+                    made.append(Rendered(row.prompt_ids, row.response_ids + row.tail_ids, earlier=earlier))
             except RedflagError as error:
                 raise ApiError(400, str(error), "invalid_value") from error
         return made
@@ -158,7 +167,9 @@ class Moderations:
         try:
             if room is not None and size > room:  # Nothing is cut off: what is not read would not be judged.
                 raise ContextLengthError(size, room)
-            probs = await self._score(item.prompt, item.answer)
+            # Earlier answers in the same pass.
+            first = item.earlier[0][0] if item.earlier else len(item.prompt)
+            probs = await self._score(item.prompt[:first], item.prompt[first:] + item.answer)
         except (RedflagError, BusyError) as error:
             raise refused_by_engine(error, "input") from error
         except TimeoutError:
@@ -172,7 +183,9 @@ class Moderations:
             thresholds, policy = policy.prompt, Policy()
         # What is said of an answer is said of it alone: its prompt was another's to judge.
         policy = replace(policy, prompt=None)
-        return judged_by(thresholds, policy, self._guard.spec.categories, item.answer, probs.tolist())
+        earlier = [probs[start - first : end - first].tolist() for start, end in item.earlier]
+        probs = probs[len(item.prompt) - first :].tolist()
+        return judged_by(thresholds, policy, self._guard.spec.categories, item.answer, probs, earlier)
 
     def _result(self, item: Judged, operator: bool) -> dict[str, Any]:
         names = self._guard.spec.categories
@@ -190,6 +203,7 @@ def judged_by(
     categories: Sequence[str],
     token_ids: Sequence[int],
     flag_probs: Sequence[Sequence[float]],
+    earlier: Sequence[Sequence[Sequence[float]]] = (),
 ) -> Judged:
     """What a guard says of a response that was measured.
 
@@ -199,11 +213,16 @@ def judged_by(
         categories: K categories.
         token_ids: T tokens, those that end the turn included.
         flag_probs: T x K probabilities.
+        earlier: The same of each earlier answer that counts.
 
     Raises:
         ApiError: 503; a step could not be judged.
     """
     session = Session(thresholds, replace(policy, observe=True), categories)
+    try:
+        session.remember(earlier_peaks(earlier, list(map(len, earlier)), thresholds.monitor, len(categories)))
+    except UnjudgedError as error:
+        raise unavailable() from error
     for token_id, probs in zip(token_ids, flag_probs, strict=True):
         session.feed(Step(token_id, tuple(probs)))
         if session.finished:

@@ -28,6 +28,9 @@ def replay(trace: Trace, thresholds: Thresholds, policy: Policy) -> Trace:
         )
     session = Session(thresholds, policy, trace.categories, thought=trace.answer_at != 0, trace_id=trace.id)
     session.trace.meta = dict(trace.meta)
+    session.remember(trace.meta.get("earlier", ()))
+    if session.finished:
+        return session.trace
     for step in trace.steps():
         session.feed(step)
         if session.finished:

@@ -5,34 +5,16 @@ from __future__ import annotations
 import operator
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import NoReturn
 
 from redflag.trace import Alarm, Done, Escalation, Event, Forced, Halt, Reflection, Resume, Step, Text, Thought, Trace
 from redflag.watching.first_token import Decision
 from redflag.watching.monitor import UnjudgedError, judged
 from redflag.watching.policy import ACTIONS, SEVERITY, Policy
+from redflag.watching.review import Review as Review
 from redflag.watching.sentences import Sentences
 from redflag.watching.thresholds import Thresholds
 from redflag.watching.watch import Crossing, Watch, check_fit
-
-
-@dataclass(frozen=True)
-class Review:
-    """An alarm's pending review: a reflection or a second judge (`Session.answer`), or its flag in the context
-    (`Session.force`). Nothing is released before that.
-
-    Attributes:
-        kind: `reflect`, `escalate` or `force`.
-        position: The step of the alarm, which is the number of tokens before it.
-        category: The first category whose alarm leads to this action.
-        tokens: Maximum number of hidden tokens that may be generated.
-    """
-
-    kind: str
-    position: int
-    category: str
-    tokens: int
 
 
 class Session:
@@ -112,6 +94,7 @@ class Session:
         self.pending: Review | None = None
         self._thresholds = thresholds
         self._policy = policy
+        self._factors: tuple[float, ...] = ()
         self._watch = Watch(thresholds.of_thoughts if thought else thresholds, policy, categories)
         # Categories of the pending review, or of the last one.
         self._reviewed: list[int] = []
@@ -136,6 +119,24 @@ class Session:
     def released(self) -> int:
         """Position of the next release; tokens of a finished hidden thought are counted."""
         return self._released
+
+    def remember(self, earlier: Sequence[Sequence[float]]) -> list[Event]:
+        """Lets earlier responses of the conversation raise the scores (`Thresholds.memory`); before the first step.
+
+        `earlier` are the K peaks of each, oldest first. Returns nothing, or a `Halt` where one cannot be judged.
+        """
+        trace, memory = self.trace, self._thresholds.memory
+        assert not self._begun, "`remember` comes before the first step"
+        if memory is None or not earlier:
+            return []
+        try:
+            self._factors = memory.factors(earlier, self._thresholds.monitor.prior, len(trace.categories))
+        except UnjudgedError as error:
+            return self.fault(f"an earlier response cannot be judged: {error}")
+        trace.meta["earlier"] = [list(map(float, peak)) for peak in earlier]
+        thresholds = self._thresholds.of_thoughts if trace.answer_at is None else self._thresholds
+        self._watch = Watch(thresholds, self._policy, trace.categories, self._factors)
+        return []
 
     def feed(self, step: Step) -> list[Event]:
         """Judges one step and releases what may be released.
@@ -286,7 +287,7 @@ class Session:
         length = len(trace.token_ids)
         events = self._release([], length)
         trace.answer_at, self._hidden = length, False
-        self._watch = Watch(self._thresholds, self._policy, trace.categories)
+        self._watch = Watch(self._thresholds, self._policy, trace.categories, self._factors)
         self._decode = decode
         self._sentences = Sentences() if self._policy.release == "sentence" else None
         trace.events.extend(events)

@@ -6,17 +6,19 @@ import json
 import math
 import os
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args
 
 from redflag.errors import RedflagError
 from redflag.files import atomic_write
+from redflag.watching.memory import Memory
 from redflag.watching.monitor import AGGREGATIONS, MonitorConfig
 
 THRESHOLDS_FILE = "thresholds.json"
 PROMPT_THRESHOLDS_FILE = "prompt_thresholds.json"  # of `Policy.prompt`
 THRESHOLDS_FORMAT = 1
+_MAY_LACK = ("thoughts", "memory")  # keys that a file without them leaves out
 
 Guarantee = Literal["expected", "high_probability", "manual"]
 
@@ -44,6 +46,8 @@ class Thresholds:
             onset was shown; None if too few had an onset.
         thoughts: Thresholds for the thought before an answer, which may name harm without being harmful, set on
             thoughts only; None = those of the answer.
+        memory: How earlier responses of the conversation raise the scores that the values are compared with; None = not
+            at all.
 
     Raises:
         RedflagError: Values are invalid or contradict each other.
@@ -64,6 +68,7 @@ class Thresholds:
     logprob_mode: str = "raw"
     suggested_hold_back: int | None = None
     thoughts: Thresholds | None = None
+    memory: Memory | None = None
 
     def __post_init__(self) -> None:
         self._check_values()
@@ -93,13 +98,16 @@ class Thresholds:
             raise RedflagError(f"suggested_hold_back must be a whole number of at least 0 (got {suggested!r}).")
         if type(self.joint) is not bool:
             raise RedflagError(f"joint must be true or false (got {self.joint!r}).")
+        if self.memory is not None and not isinstance(self.memory, Memory):
+            raise RedflagError(f"memory must be a `Memory` or None (got {self.memory!r}).")
+        check_memory(self.memory, self.monitor)
         if self.thoughts is not None:
             self._check_thoughts(self.thoughts)
 
     def _check_thoughts(self, thoughts: Thresholds) -> None:
         if not isinstance(thoughts, Thresholds) or thoughts.thoughts is not None:
             raise RedflagError(f"thoughts must be thresholds without thoughts of their own (got {thoughts!r})")
-        for name in ("run_id", "template_hash", "logprob_mode"):
+        for name in ("run_id", "template_hash", "logprob_mode", "memory"):
             if (theirs := getattr(thoughts, name)) != (ours := getattr(self, name)):
                 raise RedflagError(
                     f"thoughts must have the answer's {name} {ours!r} (got {theirs!r}). Both belong to one model."
@@ -174,6 +182,24 @@ class Thresholds:
                     "false-alarm rate holds for nothing else. Run `redflag calibrate` again for this model."
                 )
 
+    def remembering(self, memory: Memory | None) -> Thresholds:
+        """These thresholds, with the memory that a guard was asked for; None = what they were calibrated with.
+
+        Raises:
+            RedflagError: They were calibrated with another memory, or without any.
+        """
+        asked = memory if memory is not None and memory.weight else None
+        if memory is None or asked == self.memory:
+            return self
+        if self.guarantee == "manual" and self.memory is None:
+            thoughts = None if self.thoughts is None else replace(self.thoughts, memory=asked)
+            return replace(self, thoughts=thoughts, memory=asked)
+        raise RedflagError(
+            f"memory must be {self.memory or 'off'}, which the thresholds were calibrated with (got {asked or 'off'}). "
+            "Their false-alarm rate holds for nothing else. Run `redflag calibrate` again with this memory, or leave "
+            "it out."
+        )
+
     def save(self, directory: str | os.PathLike[str], name: str = THRESHOLDS_FILE) -> Path:
         """Writes `thresholds.json` (or another name) into an existing directory, whole or not at all.
 
@@ -187,11 +213,11 @@ class Thresholds:
         return path
 
     def to_dict(self) -> dict[str, Any]:
-        """The contents of the file; without `thoughts` if there are none, so that older versions can read it."""
-        record = asdict(self)
-        thoughts = record.pop("thoughts")
+        """The contents of the file; without `thoughts` or `memory` if there is none, so that older versions can read
+        it."""
+        record = {key: value for key, value in asdict(self).items() if value is not None or key not in _MAY_LACK}
         if self.thoughts is not None:
-            record["thoughts"] = {key: value for key, value in thoughts.items() if key != "thoughts"}
+            record["thoughts"] = self.thoughts.to_dict()
         return record
 
     @classmethod
@@ -205,6 +231,8 @@ class Thresholds:
         values = {**record, "monitor": MonitorConfig(**record["monitor"])}
         if record.get("thoughts") is not None:
             values["thoughts"] = cls.of(record["thoughts"])
+        if record.get("memory") is not None:
+            values["memory"] = Memory(**record["memory"])
         return cls(**{**values, "interval": tuple(interval) if isinstance(interval, list) else interval})
 
     @classmethod
@@ -237,7 +265,7 @@ class Thresholds:
         record.setdefault("suggested_hold_back", None)  # absent in older files
         for part in (record, record.get("thoughts")):
             if part is not None:
-                _check_keys(path, part, cls, {"thoughts"})
+                _check_keys(path, part, cls, _MAY_LACK)
                 _check_keys(path, part["monitor"], MonitorConfig)
         if (record.get("thoughts") or {}).get("thoughts") is not None:
             raise _spoilt(path, "has thoughts of thoughts")
@@ -245,6 +273,15 @@ class Thresholds:
             return cls.of(record)
         except (OverflowError, RedflagError, TypeError) as error:
             raise _spoilt(path, f"holds an invalid value ({str(error).rstrip('.')})") from error
+
+
+def check_memory(memory: Memory | None, monitor: MonitorConfig) -> None:
+    """Refuses a memory with a monitor whose scores are no probabilities: they have no odds."""
+    if memory is not None and not AGGREGATIONS[monitor.aggregation].bounded:
+        raise RedflagError(
+            f"memory must be off for the monitor {monitor.aggregation!r}, whose scores are no probabilities (got "
+            f"{memory!r})."
+        )
 
 
 def _check_keys(

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from redflag.errors import RedflagError
 from redflag.watching.first_token import Decision
+from redflag.watching.memory import raised
 from redflag.watching.monitor import Monitor
 from redflag.watching.policy import Policy
 from redflag.watching.thresholds import Thresholds
@@ -25,8 +26,14 @@ class Crossing(NamedTuple):
 class Watch:
     """Scores and crossings, step by step. A thought and its answer have separate ones; nothing is carried over."""
 
-    def __init__(self, thresholds: Thresholds, policy: Policy, categories: Sequence[str]) -> None:
-        """Starts before the part's first step; `categories` are in the order of the flag probabilities."""
+    def __init__(
+        self, thresholds: Thresholds, policy: Policy, categories: Sequence[str], factors: Sequence[float] = ()
+    ) -> None:
+        """Starts before the part's first step; `categories` are in the order of the flag probabilities.
+
+        `factors` are what earlier responses raise the scores by (`redflag.watching.memory`); empty: nothing.
+        """
+        self._factors = tuple(factors)
         self._monitor = Monitor(thresholds.monitor, len(categories))
         self._rules = [(name, thresholds.values[name], policy.decide(name)) for name in categories]
         self._policy = policy
@@ -34,12 +41,13 @@ class Watch:
         self._mute = [0] * len(categories)  # steps for which each category's alarm is still muted
 
     def score(self, probs: tuple[float, ...]) -> tuple[float, ...]:
-        """The K scores of the next step.
+        """The K scores of the next step, raised by earlier responses.
 
         Raises:
             UnjudgedError: The probabilities cannot be judged.
         """
-        return self._monitor.feed(probs)
+        scores = self._monitor.feed(probs)
+        return tuple(map(raised, scores, self._factors)) if self._factors else scores
 
     def crossings(self, scores: tuple[float, ...], decision: Decision | None = None) -> list[Crossing]:
         """The categories that alarm at this step, in order; a `decision` replaces the thresholds."""

@@ -6,7 +6,7 @@ Stopping a stream, editing its end and streaming again costs only the edited par
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -15,18 +15,26 @@ class PrefixSlot:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._kept: tuple[Any, list[int]] | None = None
+        self._kept: tuple[Any, list[int], Mapping[int, Any]] | None = None
 
-    def put(self, cache: Any, token_ids: list[int]) -> None:
-        """Stores a cache that holds exactly `token_ids`, in place of the previous one."""
+    def put(self, cache: Any, token_ids: list[int], measured: Mapping[int, Any] | None = None) -> None:
+        """Stores a cache that holds exactly `token_ids`, in place of the previous one.
+
+        `measured` is what was measured before tokens, by their positions; the position behind the last may be there.
+        """
         with self._lock:
-            self._kept = (cache, token_ids)
+            self._kept = (cache, token_ids, measured or {})
 
-    def take(self, token_ids: Sequence[int]) -> tuple[Any, int] | None:
+    def take(
+        self, token_ids: Sequence[int], needed: Sequence[int] = (), found: dict[int, Any] | None = None
+    ) -> tuple[Any, int] | None:
         """Returns the stored cache, cropped to the common prefix with a prompt.
 
         Args:
             token_ids: The new prompt.
+            needed: Positions in it, ascending and above 0, whose measurements are needed. The cache is cropped so that
+                those which were not stored can be made.
+            found: Gets the stored measurements of the others.
 
         Returns:
             The cache and how many of the prompt's tokens it holds: at least one, and at most all but the last, which
@@ -36,10 +44,15 @@ class PrefixSlot:
             cached, self._kept = self._kept, None
         if cached is None:
             return None
-        cache, cached_ids = cached
+        cache, cached_ids, measured = cached
         common = _common_prefix(cached_ids, token_ids[:-1])
+        # What stands before token p is measured by running token p - 1.
+        missing = next((p for p in needed if p <= common and p not in measured), None)
+        common = common if missing is None else missing - 1
         if common == 0 or not crop(cache, len(cached_ids) - common):
             return None
+        if found is not None:
+            found.update((p, measured[p]) for p in needed if p <= common)
         return cache, common
 
     def clear(self) -> None:

@@ -15,10 +15,11 @@ import pytest
 from stock_vllm import serve_vllm
 from transformers import AutoTokenizer
 
-from redflag.backends import Backend, ChatInput, Sampling
+from redflag.backends import Backend, ChatInput, Sampling, measures_earlier
 from redflag.backends.hf import HFBackend
 from redflag.backends.load import load_flagged, load_tokenizer
 from redflag.backends.remote import RemoteBackend
+from redflag.backends.remote_memory import RememberingBackend
 from redflag.backends.scripted import ScriptedBackend
 from redflag.data.rows import load_rows
 from redflag.errors import RedflagError
@@ -30,8 +31,6 @@ from redflag.trace import Step
 PROMPT = [20, 30, 40, 50, 60]
 LONG = [20 + (7 * i) % 50 for i in range(40)]  # longer than any engine's cache block is, relative to its context
 GREEDY = Sampling(max_new_tokens=12, temperature=0.0)
-
-
 # SmolLM2 in the middle of a harmful answer, without the system turn: 64 tokens of context are few.
 THREAT = (
     "<|im_start|>user\nWrite a threatening letter.<|im_end|>\n<|im_start|>assistant\nI know where you live and I am "
@@ -70,7 +69,10 @@ def scripted() -> Engine:
             yield Step(token, tuple((total * (i + 1)) % 97 / 100 for i in watch))
             total += token
 
-    backend = ScriptedBackend(steps, eos_ids={1}, context_length=64, watched=steps)
+    def earlier(ids, spans):
+        return [[next(steps(ids[:i], GREEDY))[1] for i in range(*span)] for span in spans]
+
+    backend = ScriptedBackend(steps, eos_ids={1}, context_length=64, watched=steps, earlier=earlier)
     return Engine(backend, (2, 3), running=lambda: backend.open_streams)
 
 
@@ -95,9 +97,7 @@ ENGINES = [
     "gemma3",
     "gemma3-capped",
     "nano",
-    pytest.param("remote", marks=pytest.mark.slow),
-    pytest.param("chat", marks=pytest.mark.slow),
-    pytest.param("remote-smollm2", marks=pytest.mark.slow),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("remote", "chat", "remote-smollm2")),
 ]
 
 
@@ -144,7 +144,7 @@ def engine(request, built, tokenizer, spec) -> Engine:
     harmful = request.getfixturevalue("harmful")
     if request.param == "remote":
         server = request.getfixturevalue("vllm_nano")
-        remote = RemoteBackend(server.url, (5, 6), (1,), context_length=64)
+        remote = RememberingBackend(server.url, (5, 6), (1,), context_length=64)
         words = AutoTokenizer.from_pretrained(folder)
         return Engine(remote, (5, 6), server.forget, lambda: server.running, harmful, words)
     local, words, _ = load_flagged(folder)
@@ -225,9 +225,7 @@ def test_interleaved_streams_do_not_disturb_each_other(any_backend):
         for stream, steps in zip(streams, together, strict=True):
             steps.extend(step for step in [next(stream, None)] if step is not None)
     for one, other in zip(alone, together, strict=True):
-        assert [step.token_id for step in one] == [step.token_id for step in other]
-        for left, right in zip(one, other, strict=True):
-            assert left.flag_probs == pytest.approx(right.flag_probs, abs=1e-4)
+        same(one, other)
 
 
 @pytest.mark.parametrize(
@@ -322,6 +320,23 @@ def test_watched_ids_are_measured_in_place_of_the_flags_in_the_order_asked_for(e
         assert all(0.0 <= prob <= 1.0 for prob in step.flag_probs)
     watched = [step.flag_probs[0] for step in backend.stream(PROMPT, GREEDY, (flags[0], 70))]
     assert watched == pytest.approx([step.flag_probs[0] for step in plain], abs=1e-4)
+
+
+def test_spans_of_the_prompt_are_measured_as_in_the_streams_that_wrote_them(engine):
+    prompt, written = PROMPT, []
+    for _ in range(3):  # each behind the ones before, which the engine may still hold
+        asked = replace(GREEDY, earlier=tuple((start, start + len(steps)) for start, steps in written))
+        if written and not measures_earlier(engine.backend):
+            with pytest.raises(RedflagError, match="earlier answers"):
+                next(iter(engine.backend.stream(prompt, asked)))
+            return
+        for forget in (lambda: None, engine.forget):
+            forget()
+            found = list(engine.backend.stream(prompt, asked))
+            for measured, (_, steps) in zip(found[0].earlier or (), written, strict=True):
+                same([Step(step.token_id, probs) for step, probs in zip(steps, measured, strict=True)], steps)
+        written.append((len(prompt), found))
+        prompt = [*prompt, *tokens(found), 33, 44]
 
 
 def test_streams_left_at_any_point_leave_nothing_running(engine):

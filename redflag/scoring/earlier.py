@@ -1,0 +1,44 @@
+"""Flag probabilities of the earlier answers of conversations, for thresholds with memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from redflag.data.rows import Row
+from redflag.earlier_answers import Span, answer_spans
+from redflag.flags import FlagSpec
+from redflag.progress import track
+from redflag.scoring.fitting import fit
+from redflag.scoring.scored import Probs
+from redflag.scoring.scorer import Scorer
+
+
+def with_histories(
+    tokenizer: Any, spec: FlagSpec, rows: Sequence[Row], max_length: int | None
+) -> tuple[list[Row], list[tuple[list[int], tuple[Span, ...]]]]:
+    """The rows that fit the context whole, each with its prompt and the spans of the earlier answers in it.
+
+    A guard refuses a conversation that does not fit, so the others are left out.
+    """
+    whole, histories = [], []
+    for number, row in enumerate(rows):
+        fitted = fit(tokenizer, spec, row, number, max_length)
+        if not fitted.prompt_truncated:
+            whole.append(row)
+            histories.append(answer_spans(tokenizer, row.messages[:-1], spec, thinking=fitted.thought > 0))
+    return whole, histories
+
+
+def score_earlier(
+    scorer: Scorer, histories: Sequence[tuple[list[int], tuple[Span, ...]]], batch_size: int
+) -> list[list[Probs]]:
+    """For each conversation T x K probabilities of each earlier answer, oldest first; one pass over each prompt."""
+    several = [(ids, spans) for ids, spans in histories if spans]
+    pairs = [(ids[: spans[0][0]], ids[spans[0][0] : spans[-1][1]]) for ids, spans in several]
+    measured = iter(track(scorer.score(pairs, batch_size=batch_size), "measuring earlier answers", len(pairs), "rows"))
+    found: list[list[Probs]] = []
+    for _, spans in histories:
+        probs = next(measured) if spans else None
+        found.append([] if probs is None else [probs[start - spans[0][0] : end - spans[0][0]] for start, end in spans])
+    return found
