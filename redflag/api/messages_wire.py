@@ -4,7 +4,7 @@
 |---|---|
 | by itself | `end_turn`, or `stop_sequence` with the text in `stop_sequence` |
 | ... with calls of tools | `tool_use` |
-| at its limit | `max_tokens` |
+| at its limit, with complete calls too | `max_tokens` |
 | an alarm | `refusal`; the reason in words in `stop_details` |
 | a fault, in a stream | none, but the event `error` |
 

@@ -3,7 +3,7 @@
 | how it ended | `status` | besides |
 |---|---|---|
 | by itself, with calls of tools or without | `completed` | |
-| at its limit | `incomplete` | `incomplete_details.reason`: `max_output_tokens` |
+| at its limit | `incomplete` | `incomplete_details.reason`: `max_output_tokens`; calls that were complete before it |
 | an alarm | `incomplete` | `incomplete_details.reason`: `content_filter`; a `refusal` where no text was shown |
 | a fault, in a stream | `failed`, by `response.failed` | `error` |
 

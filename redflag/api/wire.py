@@ -6,7 +6,7 @@ How a response ends, on both routes:
 |---|---|---|
 | `Done("stop")` | `stop` | absent |
 | ... of a chat that calls tools | `tool_calls` | absent |
-| `Done("length")` | `length` | absent |
+| `Done("length")`, behind complete calls too | `length` | absent |
 | `Halt("alarm")` | `content_filter` | `{"verdict": "halted", "reason": "alarm", "category": ...}` |
 | ... with the text of a decoy | `stop` | absent |
 | `Halt("fault")` | none, but an error | `{"verdict": "fault", "reason": "fault", "category": null}`, beside it |
@@ -159,7 +159,9 @@ class Answer:
             if self._reader is not None:
                 text = self._reader.finish()
                 self.tokens += self._waiting
-                self.finish_reason = "tool_calls" if self._reader.calls else self.finish_reason
+                # A limit is told even behind complete calls: a further one may be cut.
+                if self._reader.calls and event.reason != "length":
+                    self.finish_reason = "tool_calls"
         elif isinstance(event, Halt):
             text = event.text
             self._replaced = self._count(text) if text else 0
@@ -216,7 +218,8 @@ class Answer:
     @property
     def calls(self) -> tuple[Call, ...]:
         """The calls of tools; none while the response goes on, nor behind a halt or a fault."""
-        return self._reader.calls if self._reader is not None and self.finish_reason == "tool_calls" else ()
+        ended = self.finish_reason in ("tool_calls", "length")
+        return self._reader.calls if self._reader is not None and ended else ()
 
     def opening(self) -> bytes:
         """What a stream starts with: in a chat, who speaks."""

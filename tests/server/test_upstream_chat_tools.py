@@ -39,8 +39,9 @@ class Stock:
         self.alarm: int | None = None
         self.upstream = Upstream(script=self._answer)
 
-    def say(self, text: str, alarm: int | None = None) -> list[int]:
-        self.ids = [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.tokenizer.eos_token_id]
+    def say(self, text: str, alarm: int | None = None, *, cut: bool = False) -> list[int]:
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        self.ids = [*ids] if cut else [*ids, self.tokenizer.eos_token_id]
         self.alarm = alarm
         return self.ids
 
@@ -64,7 +65,8 @@ class Stock:
         flag = self.spec.ids[0]
         for index, token in enumerate(self.ids):
             top: dict[int, float | None] = {token: -0.1, flag: -0.1 if index == self.alarm else -5.0}
-            sent = event([token], [top], "stop" if token == self.tokenizer.eos_token_id else None)
+            last = "stop" if token == self.tokenizer.eos_token_id else "length"
+            sent = event([token], [top], last if index + 1 == len(self.ids) else None)
             if chat:
                 (one,) = json.loads(sent[6:])["choices"]
                 names = zip(*(one["logprobs"][part] for part in PARTS), strict=True)
@@ -119,6 +121,20 @@ def test_the_upstream_shows_tools_and_redflag_reads_the_calls(door: str, stream:
             assert read(door, ask(server, door, stream, **back), stream).text == "It is 2."
             (call,) = made.asked["messages"][1]["tool_calls"]
             assert call["function"] == {"name": "add", "arguments": '{"a": 1}'} and "messages" in made.asked
+
+
+@pytest.mark.parametrize("route", ["chat", "completions"])
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("door", DOORS)
+def test_a_whole_call_in_an_answer_cut_at_its_limit_is_sent_and_the_end_says_that_it_was_cut(
+    door: str, stream: bool, route: str
+) -> None:
+    made = Stock(FAMILIES["hermes"][0])
+    with made.running(route) as server:
+        for text, calls in ((CALL, 1), (CALL + CALL[: len(CALL) // 2], 1), (CALL[: len(CALL) // 2], 0)):
+            made.say(text, cut=True)
+            answer = read(door, ask(server, door, stream), stream)
+            assert (answer.calls, answer.how) == ([("add", {"a": 1})] * calls, "length")
 
 
 @pytest.mark.parametrize("door", DOORS)
