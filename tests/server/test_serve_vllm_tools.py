@@ -161,7 +161,7 @@ def test_tools_and_thoughts_go_through_a_stock_vllm_at_every_door(caller, upstre
 
 
 def test_a_parser_of_the_upstream_is_not_used(caller, tmp_path):
-    """vLLM would read the calls by itself; it is asked not to, and every token comes with its log-probabilities."""
+    """vLLM would parse the calls itself; it is asked not to, and every token comes with its log-probabilities."""
     parses = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
     with (
         serve_vllm(caller, tmp_path, *parses, name="caller") as upstream,
