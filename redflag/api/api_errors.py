@@ -1,4 +1,4 @@
-"""Errors in OpenAI's shape: what a request is refused with, and what a response that breaks ends with."""
+"""Errors in OpenAI's shape, and in Anthropic's for `/v1/messages`."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ _ANTHROPICS = {
     "server_error": "api_error",
 }
 _WITHOUT_V1 = ("/chat/completions", "/completions", "/models", "/responses", "/moderations")
+_RETRY = {"Retry-After": "1"}
 
 
 class ApiError(Exception):
-    """A refusal, in the words of the API.
+    """A request is refused, or its response has failed.
 
     Attributes:
-        status: The HTTP status.
         code: What is wrong, for programs.
         param: The request's field, as a path such as `messages.0.role`.
-        headers: Headers of the answer.
+        headers: Headers of the response.
 
     Example:
         >>> ApiError(404, "there is no model 'x'", "model_not_found", param="model").body()["error"]["type"]
@@ -39,28 +39,22 @@ class ApiError(Exception):
     """
 
     def __init__(
-        self,
-        status: int,
-        message: str,
-        code: str,
-        *,
-        param: str | None = None,
-        headers: Mapping[str, str] | None = None,
+        self, status: int, message: str, code: str, *, param: str | None = None, headers: dict[str, str] | None = None
     ) -> None:
         super().__init__(message)
         self.status = status
         self.code = code
         self.param = param
-        self.headers = dict(headers or {})
+        self.headers = headers or {}
 
     def body(self) -> dict[str, Any]:
-        """The answer's body."""
+        """The response's body."""
         kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
 def in_anthropics_shape(body: dict[str, Any]) -> dict[str, Any]:
-    """An error's body for a client of `/v1/messages`, which knows other types and no code."""
+    """An error's body for a client of `/v1/messages`, which has other types and no code."""
     error = body["error"]
     kind = _ANTHROPICS.get(error["code"], _ANTHROPICS.get(error["type"], error["type"]))
     return {"type": "error", "error": {"type": kind, "message": error["message"]}}
@@ -69,26 +63,37 @@ def in_anthropics_shape(body: dict[str, Any]) -> dict[str, Any]:
 def error_response(
     error: ApiError, path: str, headers: Mapping[str, str] | None = None, detail: Mapping[str, Any] | None = None
 ) -> Response:
-    """The error as an answer to a request for `path`; `detail` stands beside it in the body."""
-    said = in_anthropics_shape(error.body()) if path.startswith("/v1/messages") else error.body()
-    # In ASCII: what went wrong may hold half a surrogate pair.
-    body = json.dumps({**said, **(detail or {})})
-    return Response(body, error.status, {**(headers or {}), **error.headers}, "application/json")
+    """The response to a request for `path`; `detail` is added to its body."""
+    body = in_anthropics_shape(error.body()) if path.startswith("/v1/messages") else error.body()
+    # In ASCII, since a message may hold half a surrogate pair.
+    content = json.dumps({**body, **(detail or {})})
+    return Response(content, error.status, {**(headers or {}), **error.headers}, "application/json")
+
+
+def short(value: Any) -> str:
+    """A value that a client sent, as part of a message."""
+    text = repr(value)
+    return text if len(text) < 80 else text[:76] + " ..."
+
+
+def invalid(message: str, param: str | None) -> ApiError:
+    """A field's value is invalid."""
+    return ApiError(400, message, "invalid_value", param=param)
+
+
+def unsupported(message: str, param: str) -> ApiError:
+    """A field is not supported."""
+    return ApiError(400, message, "unsupported_parameter", param=param)
 
 
 def busy(message: str) -> ApiError:
     """Too many requests."""
-    return ApiError(429, message, "engine_busy", headers={"Retry-After": "1"})
+    return ApiError(429, message, "engine_busy", headers=_RETRY)
 
 
 def unavailable(shown: bool = False) -> ApiError:
     """The engine failed."""
-    return ApiError(
-        503,
-        f"the engine failed {_WHEN[shown]}; try again",
-        "engine_unavailable",
-        headers={"Retry-After": "1"},
-    )
+    return ApiError(503, f"the engine failed {_WHEN[shown]}; try again", "engine_unavailable", headers=_RETRY)
 
 
 def late(shown: bool = False) -> ApiError:
@@ -97,10 +102,8 @@ def late(shown: bool = False) -> ApiError:
 
 
 def stopping(shown: bool = False) -> ApiError:
-    """The server goes down."""
-    return ApiError(
-        503, f"the server is shutting down {_WHEN[shown]}; try again", "shutting_down", headers={"Retry-After": "1"}
-    )
+    """The server is shutting down."""
+    return ApiError(503, f"the server is shutting down {_WHEN[shown]}; try again", "shutting_down", headers=_RETRY)
 
 
 _WHEN = {
@@ -110,11 +113,9 @@ _WHEN = {
 
 
 def refused_by_engine(error: RedflagError, param: str) -> ApiError:
-    """The engine did not begin: it is full, cannot continue this prompt, or an upstream refuses this server itself.
+    """What a client is told if the engine did not begin the response.
 
-    Args:
-        error: What the engine raised.
-        param: The request's field that holds the prompt.
+    It is busy, the prompt is too long or refused, or an upstream refuses this server. `param` is the prompt's field.
     """
     if isinstance(error, BusyError):
         return busy(str(error))
@@ -127,12 +128,11 @@ def refused_by_engine(error: RedflagError, param: str) -> ApiError:
             "context_length_exceeded",
             param=param,
         )
-    status = getattr(error, "status", 400)
-    return ApiError(400, str(error), "invalid_value") if status in (400, 413, 422) else unavailable()
+    return invalid(str(error), None) if getattr(error, "status", 400) in (400, 413, 422) else unavailable()
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Lets an application answer every error in this shape."""
+    """Makes an application report every error in these shapes."""
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(Exception, _internal_error)
@@ -152,10 +152,10 @@ async def _http_error(request: Request, error: Exception) -> Response:
         message += "; the base URL ends in /v1" if path in _WITHOUT_V1 else ""
     elif error.status_code == 405:
         message, code = f"{request.method} is not supported here", "method_not_allowed"
-    return error_response(ApiError(error.status_code, message, code, headers=error.headers), path)
+    return error_response(ApiError(error.status_code, message, code, headers=dict(error.headers or {})), path)
 
 
 async def _internal_error(request: Request, error: Exception) -> Response:
-    # What went wrong is in the log; its text may hold what nobody outside should read.
+    # The error's text may quote a request: it goes to the log alone.
     made = ApiError(500, "the server has a defect; its log says more", "internal_error")
     return error_response(made, request.url.path)

@@ -1,6 +1,6 @@
-"""The routes that answer: how their requests are read, and in which manner the answer is written.
+"""The routes that answer: the schema of their requests, and the format of their answers.
 
-All of them show the same judged text: an answer sees the events of one response and nothing else.
+All of them send the same judged text: an answer gets the events of one response and nothing else.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class Door:
     """A route that answers.
 
     Attributes:
-        request: The request's body.
-        prefix: Of the ids of its responses.
-        answer: Request, response and the arguments that every `Answer` has -> the answer.
+        request: Schema of the body.
+        prefix: Of response ids.
+        answer: Body, response and the arguments that every `Answer` has -> the answer.
     """
 
     request: type[Body]
@@ -35,7 +35,6 @@ class Door:
     answer: Callable[..., Answer]
 
 
-# Of the API that has them, several choices: `index` and `logprobs` are among the shared arguments; the others have one.
 def _chat(body: ChatRequest, response: Response, **shared: Any) -> Answer:
     return Answer(chat=True, usage=body.wants_usage, **shared)
 

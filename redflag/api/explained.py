@@ -1,41 +1,33 @@
-"""What is wrong with a request body, in words that name the field."""
+"""pydantic's errors -> `ApiError`."""
 
 from __future__ import annotations
 
 from pydantic import ValidationError
 
-from redflag.api.api_errors import ApiError
+from redflag.api.api_errors import ApiError, invalid
 
+_VALUES = ("literal_error", "string_too_short", "string_too_long", "too_long", "too_short", "finite_number")
 _CODES = {
+    **dict.fromkeys((*_VALUES, "greater_than", "greater_than_equal", "less_than", "less_than_equal"), "invalid_value"),
     "missing": "missing_required_parameter",
     "unsupported_turn": "unsupported_parameter",
-    "json_invalid": "invalid_json",
-    "literal_error": "invalid_value",
-    "string_too_short": "invalid_value",
-    "string_too_long": "invalid_value",
-    "too_long": "invalid_value",
-    "too_short": "invalid_value",
-    "greater_than": "invalid_value",
-    "greater_than_equal": "invalid_value",
-    "less_than": "invalid_value",
-    "less_than_equal": "invalid_value",
-    "finite_number": "invalid_value",
     "extra_forbidden": "unsupported_parameter",
 }
 
 
 def explained(error: ValidationError) -> ApiError:
-    """The first fault as an error, 400."""
-    # The values are not repeated: they may be megabytes, and are the client's own.
-    found = error.errors(include_url=False, include_input=False, include_context=False)
-    # Of a union's branches the one that got furthest says what is wrong.
-    first = max(found, key=lambda item: len(item["loc"])) if len({item["loc"][:1] for item in found}) == 1 else found[0]
+    """The first error, as a 400 that names the field."""
+    # Without the values, which may be megabytes.
+    errors = error.errors(include_url=False, include_input=False, include_context=False)
+    # Of a union, the branch that got furthest says best what is wrong.
+    same_field = len({item["loc"][:1] for item in errors}) == 1
+    first = max(errors, key=lambda item: len(item["loc"])) if same_field else errors[0]
     kind = first["type"]
     if kind == "json_invalid":
         return ApiError(400, f"the body is not JSON in UTF-8 ({first['msg']}); fix it", "invalid_json")
     if kind in ("max_completion_tokens", "prompt", "top_logprobs"):
-        return ApiError(400, first["msg"], "invalid_value", param=kind)
-    # Names of union branches stand in the path too; they are no fields.
+        return invalid(first["msg"], kind)
+    # The path also has the names of union branches, which are not fields.
     path = [str(part) for part in first["loc"] if not (isinstance(part, str) and ("[" in part or part == "str"))]
     param = ".".join(path) or None
     if kind == "missing":

@@ -1,7 +1,7 @@
-"""Request fields that the server does not carry out: which are refused by name, and which are ignored.
+"""Request fields that are not supported: which are refused, and which are ignored.
 
-A field that would change the answer is refused, unless it holds a value that changes nothing. Everything else that the
-server does not know is ignored and named (or refused too, where the operator wants that).
+A field that would change the answer is refused, unless its value changes nothing. All other unknown fields are ignored
+and named in a response header, or refused too (`Limits.unknown_fields`).
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote
 
-from redflag.api.api_errors import ApiError
+from redflag.api.api_errors import short, unsupported
 
-# Field -> its values that change nothing; null never does. From the request schemas of OpenAI (openai 3.54) and vLLM
-# (0.32), then what SGLang, llama.cpp and others add.
+# Field -> values that change nothing, besides null. From the request schemas of OpenAI (openai 3.54) and vLLM (0.32),
+# then what SGLang, llama.cpp and others add.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "best_of": (1,),
@@ -99,7 +99,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "conversation": (),
     "mcp_servers": ([],),
     "previous_response_id": (),
-    # of another route: what is asked, and how long the answer may be
+    # of another route: the prompt, and the longest answer
     "input": (),
     "instructions": (),
     "max_new_tokens": (),
@@ -109,7 +109,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "stop_sequences": (),
     "system": (),
 }
-# Fields that change no token, and the values that are honoured: those are not named as ignored.
+# Fields that change no token, and values that the server complies with, so that they are not named as ignored.
 _HARMLESS: dict[str, tuple[Any, ...]] = {
     "include": ([],),
     "parallel_tool_calls": (True, False),
@@ -135,10 +135,7 @@ _MOST_NAMES = 32
 
 
 def ignored_fields(extra: Mapping[str, Any]) -> list[str]:
-    """Names of the fields that the server leaves out of account.
-
-    Args:
-        extra: Top-level fields of a request that its model does not have.
+    """Names of the top-level fields that are ignored, among those that the request's schema does not have.
 
     Raises:
         ApiError: 400; a field would change the answer and is not supported.
@@ -150,22 +147,17 @@ def ignored_fields(extra: Mapping[str, Any]) -> list[str]:
     names = []
     for name, value in extra.items():
         neutral = UNSUPPORTED.get(name, _HARMLESS.get(name, ()))
-        # By type too: true is not 1.
+        # Types are compared too, since True == 1.
         if value is None or any(value == item and type(value) is type(item) for item in neutral):
             continue
         if name in UNSUPPORTED:
-            text = repr(value)
-            text = text if len(text) < 80 else text[:76] + " ..."
-            advice = _ADVICE.get(name, "leave it out")
-            raise ApiError(
-                400, f"{name} is {text}, which is not supported; {advice}", "unsupported_parameter", param=name
-            )
+            raise unsupported(f"{name}={short(value)} is not supported; {_ADVICE.get(name, 'leave it out')}", name)
         names.append(name)
     return names
 
 
 def header(names: list[str]) -> str:
-    """Names as a header's value: a client chose them, so they are cut and escaped.
+    """Names as a header's value. A client chose them, so they are cut and escaped.
 
     Example:
         >>> header(["store", "messages.id", "with\\nline end"])

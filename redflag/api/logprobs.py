@@ -1,4 +1,4 @@
-"""Log-probabilities of what was shown: kept as the engine gives them, and handed out with the text they belong to."""
+"""Log-probabilities of released tokens, sent together with their text."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from redflag.backends import AsyncBackend, Sampling
 from redflag.guard.detokenize import Detokenizer
 from redflag.trace import Logprobs, Step, Text, Trace
 
-_IMPOSSIBLE = -9999.0  # OpenAI's and vLLM's number for what has none that JSON knows
+_IMPOSSIBLE = -9999.0  # what OpenAI and vLLM send in place of -inf
 
 
 class Token(NamedTuple):
-    """One token that was shown.
+    """One released token.
 
     Attributes:
-        text: Its text; of a character that is spread over several tokens the last one has it, the others have none.
+        text: A character that takes several tokens is the last one's; the others have "".
         logprob: In nats, of the language distribution.
-        top: The most likely tokens there with theirs.
+        top: The most likely tokens at this step, with their log-probabilities.
         offset: Characters of the response before it.
     """
 
@@ -31,36 +31,29 @@ class Token(NamedTuple):
 
 
 class ShownLogprobs:
-    """The log-probabilities of one response's shown tokens.
+    """The log-probabilities of one response's released tokens.
 
-    A token is named once its text has been shown and not before: not where it is held back, taken back, part of a stop
-    text or of a flag's text that was taken out, or hidden (an end of sequence, a reflection).
+    A token is listed with its text and never before: not while it is held back, and not at all if it was taken back,
+    belongs to a stop text or to the text of a flag, or is hidden (end of sequence, reflection).
     """
 
     def __init__(self, trace: Trace, tokenizer: Any, hidden_ids: frozenset[int], context: Sequence[int] = ()) -> None:
-        """Starts before the first token.
-
-        Args:
-            trace: The response's, growing.
-            tokenizer: The model's.
-            hidden_ids: Ids that have no text: flags and ends of sequence.
-            context: Ids that the response continues without a break.
-        """
+        """`hidden_ids` (flags, ends of sequence) have no text; the response continues the ids of `context`."""
         self._trace = trace
         self._tokenizer = tokenizer
         self._hidden_ids = hidden_ids
         self._pieces = Detokenizer(tokenizer, context)
         self._measured: dict[int, tuple[int, Logprobs]] = {}
-        self._waiting: deque[Token] = deque()  # released, and their text not shown yet
-        self._text = ""  # shown, and not yet matched with tokens
+        self._waiting: deque[Token] = deque()  # released, but their text was not
+        self._text = ""  # released, but not yet matched with tokens
         self._offset = 0
 
     def of(self, backend: AsyncBackend) -> AsyncBackend:
-        """The engine, whose log-probabilities are kept from now on."""
-        return _Kept(backend, self._trace, self._measured)
+        """Wraps an engine whose log-probabilities are to be recorded."""
+        return _Recorded(backend, self._trace, self._measured)
 
     def shown(self, event: Text) -> list[Token]:
-        """The tokens whose text is shown with this event, those that earlier events had released among them."""
+        """The tokens whose text is released by this event; earlier events may have released the tokens."""
         for position, token_id in enumerate(event.token_ids, event.position):
             measured_id, logprobs = self._measured.pop(position)
             assert measured_id == token_id, "another token was measured at this position"
@@ -69,17 +62,17 @@ class ShownLogprobs:
                 chosen = logprobs.chosen if math.isfinite(logprobs.chosen) else _IMPOSSIBLE
                 self._waiting.append(Token(self._pieces.push(token_id), chosen, top, 0))
         self._text += event.text
-        found = []
+        tokens = []
         while self._waiting and self._text:
             token = self._waiting[0]
             if self._text.startswith(token.text):
-                found.append(token._replace(offset=self._offset))
+                tokens.append(token._replace(offset=self._offset))
                 self._offset += len(token.text)
                 self._text = self._text[len(token.text) :]
             elif token.text.startswith(self._text):
-                break  # the rest of its text is held
-            self._waiting.popleft()  # named, or its text was taken out
-        return found
+                break  # the rest of its text is held back
+            self._waiting.popleft()  # listed, or its text was taken out
+        return tokens
 
     def _name(self, token_id: int) -> str:
         text = str(self._tokenizer.decode([token_id]))
@@ -88,8 +81,8 @@ class ShownLogprobs:
         return f" {text}" if isinstance(raw, str) and raw.startswith("▁") and not text.startswith(" ") else text
 
 
-class _Kept:
-    """An engine whose log-probabilities are kept, by the position that each token takes in the response."""
+class _Recorded:
+    """An engine whose log-probabilities are recorded by the token's position in the response."""
 
     def __init__(self, backend: AsyncBackend, trace: Trace, measured: dict[int, tuple[int, Logprobs]]) -> None:
         self.eos_ids = backend.eos_ids
@@ -120,12 +113,12 @@ class _Kept:
 
 
 def in_chat(tokens: Sequence[Token]) -> dict[str, Any]:
-    """As `/v1/chat/completions` gives them."""
+    """In the shape of `/v1/chat/completions`."""
     return {"content": [_named(t.text, t.logprob, t.top) for t in tokens], "refusal": None}
 
 
 def in_text(tokens: Sequence[Token]) -> dict[str, Any]:
-    """As `/v1/completions` gives them."""
+    """In the shape of `/v1/completions`."""
     return {
         "tokens": [token.text for token in tokens],
         "token_logprobs": [token.logprob for token in tokens],

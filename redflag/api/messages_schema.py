@@ -1,4 +1,4 @@
-"""What a request may say: bodies of `/v1/messages` (Anthropic's Messages API), read as a conversation."""
+"""Request bodies of `/v1/messages` (Anthropic's Messages API)."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class _ResultBlock(BaseModel):
 
 
 class _ThoughtBlock(BaseModel):
-    """Left out of the prompt, as reasoning in a chat's messages is."""
+    """Left out of the prompt."""
 
     model_config = _OPEN
     type: Literal["thinking", "redacted_thinking"]
@@ -71,7 +71,7 @@ class _Turn(BaseModel):
     content: str | list[_Block]
 
     def turns(self) -> Iterator[dict[str, Any]]:
-        """The turn as a chat has it: results of tools are turns of their own, before the user's text."""
+        """The turns of a chat: results of tools are turns of their own, before the user's text."""
         if isinstance(self.content, str):
             yield {"role": self.role, "content": self.content}
             return
@@ -93,7 +93,7 @@ class _Turn(BaseModel):
 class _Thinking(BaseModel):
     model_config = _OPEN
     type: Literal["enabled", "disabled", "adaptive"]
-    budget_tokens: int | None = None  # how much is thought is the model's affair
+    budget_tokens: int | None = None  # without effect
 
 
 class _OutputConfig(BaseModel):
@@ -112,29 +112,25 @@ class CountRequest(OneAnswer, MessagesTools):
     param: ClassVar[str] = "messages"
 
     def input(self) -> list[dict[str, Any]]:
-        """The conversation."""
         system = _joined(self.system or "")
         turns = [{"role": "system", "content": system}] if system else []
         return [*turns, *(turn for message in self.messages for turn in message.turns())]
 
     def asked_schema(self) -> tuple[str, Mapping[str, Any]] | None:
-        """As for every request."""
         form = ("output_config.format", self.output_config.format if self.output_config else None)
         return json_schema(self.response_format, self.structured_outputs, self.guided_json, flat=form)
 
     def asked_thinking(self) -> AskedThinking:
-        """As for every request; with `adaptive` the model thinks if it can."""
+        """With `adaptive` the model thinks if it can."""
         kind = self.thinking.type if self.thinking else None
-        told = {"enabled": True, "disabled": False}.get(kind or "")
-        return AskedThinking(told, kind, "thinking", "thinking")
+        switch = {"enabled": True, "disabled": False}.get(kind or "")
+        return AskedThinking(switch, kind, "thinking", "thinking")
 
     @property
     def prefill(self) -> str | None:
-        """As for a chat."""
         return f"messages.{len(self.messages) - 1}" if self.messages[-1].role == "assistant" else None
 
     def extra(self) -> Iterator[str]:
-        """As for every request; of the messages and blocks too."""
         yield from super().extra()
         yield from self.unused()
         for name, part in (("thinking", self.thinking), ("output_config", self.output_config)):
@@ -155,12 +151,10 @@ class MessagesRequest(CountRequest):
 
     @property
     def user_id(self) -> str | None:
-        """Who asks, as far as the client says."""
         user = (self.metadata or {}).get("user_id")
         return user if isinstance(user, str) else super().user_id
 
     def sampling(self, max_new_tokens: int, choice: int = 0) -> Sampling:
-        """As for every request, with the stop texts of this API."""
         return replace(super().sampling(max_new_tokens, choice), stop=tuple(self.stop_sequences or ()))
 
 

@@ -1,20 +1,18 @@
-"""Events -> Anthropic's Messages: events of a stream, or one object. `redflag.api.wire` says what ends how.
+"""Events -> Anthropic's Messages, streamed or whole; see `redflag.api.wire`.
 
 | how it ended | `stop_reason` |
 |---|---|
 | by itself | `end_turn`, or `stop_sequence` with the text in `stop_sequence` |
 | ... with calls of tools | `tool_use` |
-| at its limit | `max_tokens` |
+| at its limit, with complete calls too | `max_tokens` |
 | an alarm | `refusal`; the reason in words in `stop_details` |
 | a fault, in a stream | none, but the event `error` |
 
-A fault is a 5xx where nothing was sent yet, and for a whole answer.
+A fault is a 5xx if nothing was sent yet, and for a whole answer.
 
-`content` holds a `thinking` block where a thought was shown (its signature is empty, since nothing is signed here), a
-`text` block where there is text, and a `tool_use` block for each call. Calls are sent once the response has ended by
-itself.
-
-`redflag` stands beside `delta` in the event `message_delta`, or in the body.
+`content` has a `thinking` block if a thought was shown (without a signature), a `text` block if there is text, and a
+`tool_use` block for each call, at the end of the response. `redflag` is beside `delta` in the event `message_delta`, or
+in the body.
 """
 
 from __future__ import annotations
@@ -31,37 +29,26 @@ _REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"
 
 
 class MessagesAnswer(Answer):
-    """One response in the manner of `/v1/messages`; otherwise as `Answer`."""
+    """An `Answer` for `/v1/messages`."""
 
     says_done = False
 
     def __init__(self, name: str, model: str, *, stop_text: Callable[[], str | None], **shared: Any) -> None:
-        """Starts before the first event.
-
-        Args:
-            name: The response's id.
-            model: The model's name, as the client knows it.
-            stop_text: Asked at the end: the stop text that ended the response, if one did.
-            **shared: As for `Answer`.
-        """
+        """`stop_text` returns at the end the stop text that ended the response, if any; the rest as for `Answer`."""
         super().__init__(name, model, chat=True, **shared)
         self._stop_text = stop_text
         self._open: Literal["", "thinking", "text"] = ""  # the block that is being sent
 
     def opening(self) -> bytes:
-        """What a stream starts with."""
         return _event("message_start", message=self._message([], {"stop_reason": None, "stop_sequence": None}))
 
     def chunk(self, text: str) -> bytes:
-        """One piece of text."""
         return self._begin("text") + self._delta({"type": "text_delta", "text": text})
 
     def thought_chunk(self, text: str) -> bytes:
-        """One piece of a thought's text."""
         return self._begin("thinking") + self._delta({"type": "thinking_delta", "thinking": text})
 
     def last(self, generated: int, view: dict[str, Any] | None = None) -> bytes:
-        """What a stream ends with; arguments as for `Answer.last`."""
         stop = self._stop()
         before = int(bool(self.thought)) + int(bool(self.text))
         calls = b"".join(_whole_call(before + number, call) for number, call in enumerate(self.calls))
@@ -70,12 +57,10 @@ class MessagesAnswer(Answer):
         return stop + calls + delta + _event("message_stop")
 
     def breaking(self, error: dict[str, Any], view: dict[str, Any] | None = None) -> bytes:
-        """What a stream ends with after a fault; arguments as for `Answer.breaking`."""
         assert self.failed, "nothing has failed"
         return _event("error", **in_anthropics_shape(error), **self.redflag(view))
 
     def body(self, generated: int, view: dict[str, Any] | None = None) -> dict[str, Any]:
-        """The whole response; arguments as for `Answer.body`."""
         thought = [{"type": "thinking", "thinking": self.thought, "signature": ""}] if self.thought else []
         text = [{"type": "text", "text": self.text}] if self.text else []
         content = [*thought, *text, *(_call_block(call, json.loads(call.arguments)) for call in self.calls)]
@@ -83,7 +68,7 @@ class MessagesAnswer(Answer):
         return {**self._message(content, self._end()), **self.redflag(view)}
 
     def _begin(self, kind: Literal["thinking", "text"]) -> bytes:
-        """A block, before what is in it; the block before it ends."""
+        """Begins a block, and ends the one before it."""
         if self._open == kind:
             return b""
         before = self._stop()
@@ -136,12 +121,11 @@ class MessagesAnswer(Answer):
         }
 
 
-def _call_block(call: Call, given: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "tool_use", "id": call.id, "name": call.name, "input": given}
+def _call_block(call: Call, arguments: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "tool_use", "id": call.id, "name": call.name, "input": arguments}
 
 
 def _whole_call(index: int, call: Call) -> bytes:
-    """A call, which comes at once."""
     return (
         _event("content_block_start", index=index, content_block=_call_block(call, {}))
         + _event("content_block_delta", index=index, delta={"type": "input_json_delta", "partial_json": call.arguments})

@@ -1,4 +1,4 @@
-"""What a request may say: texts to be judged, of `/v1/moderations` and of LiteLLM's Generic Guardrail API."""
+"""Request bodies of `/v1/moderations` and of LiteLLM's Generic Guardrail API: texts to be judged."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pydantic_core import PydanticCustomError
 from redflag.api.schema import _OPEN, OneAnswer, _Message, _TextPart
 
 MOST_TEXTS = 256
-_OPENAIS = ("omni-moderation", "text-moderation")  # models of OpenAI's, which clients name unless told otherwise
+_OPENAIS = ("omni-moderation", "text-moderation")  # OpenAI's models, which clients name by default
 
 _Texts = Annotated[list[str], Field(min_length=1, max_length=MOST_TEXTS)]
 _Conversation = Annotated[list[_Message], Field(min_length=1)]
 
 
 class ModerationRequest(OneAnswer):
-    """Body of `/v1/moderations`: a text, several, one in parts, or a conversation (there, or in `messages`)."""
+    """Body of `/v1/moderations`: texts, text parts, or a conversation in `input` or `messages`."""
 
     model: str = ""
     texts: str | _Texts | Annotated[list[_TextPart], Field(min_length=1)] | _Conversation | None = Field(
@@ -36,11 +36,11 @@ class ModerationRequest(OneAnswer):
 
     @property
     def any_model(self) -> bool:
-        """Whether no model is named, or only one that is not expected to be here."""
+        """Whether the model's name does not matter: there is none, or one of OpenAI's."""
         return not self.model or self.model.startswith(_OPENAIS)
 
     def conversations(self) -> list[list[dict[str, Any]]]:
-        """What is to be judged, each with the answer as its last turn; a text alone answers an empty question."""
+        """The conversations to judge, each with the answer as its last turn; a text answers an empty question."""
         texts = self.texts
         if isinstance(texts, str):
             return [_alone(texts)]
@@ -53,7 +53,6 @@ class ModerationRequest(OneAnswer):
         return [_alone(text) for text in texts or () if isinstance(text, str)]
 
     def extra(self) -> Iterator[str]:
-        """As for every request; of the messages too."""
         yield from super().extra()
         for message in self.messages or ():
             yield from message.extra()
@@ -72,7 +71,7 @@ class _Call(BaseModel):
 class GuardrailRequest(OneAnswer):
     """Body of `/beta/litellm_basic_guardrail_api`."""
 
-    model: str | None = None  # type: ignore[assignment]  # the one that LiteLLM asks, not the one that judges
+    model: str | None = None  # type: ignore[assignment]  # the one that LiteLLM asks
     input_type: Literal["request", "response"]
     texts: list[str] | None = None
     images: list[Any] | None = None
@@ -84,14 +83,14 @@ class GuardrailRequest(OneAnswer):
 
     @property
     def unreadable(self) -> str:
-        """What is in it and cannot be judged, in words; "" for nothing."""
+        """Why a part of the request cannot be judged; "" if all of it can."""
         return "images cannot be judged" if self.images else ""
 
     def conversations(self) -> list[list[dict[str, Any]]]:
-        """What is to be judged: each text, and the arguments of each call, as an answer to what came before.
+        """The conversations to judge.
 
-        Of a request it is the prompt: the conversation where it came along, else each text as a question. An answer
-        that the client began itself is judged as one, too.
+        Of a response, each text and the arguments of each call are an answer to the conversation before it. Of a
+        request it is the prompt (the conversation, else each text as a question), and an answer that the client began.
         """
         whole = [message.turn() for message in self.structured_messages or ()]
         turns = list(whole)

@@ -1,4 +1,4 @@
-"""What a request may say: bodies of `/v1/responses`, read as a conversation. Nothing is stored between requests."""
+"""Request bodies of `/v1/responses`. Nothing is stored between requests."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from redflag.api.tool_fields import ResponsesTools
 class _Part(BaseModel):
     model_config = _OPEN
     type: Literal["input_text", "output_text", "text", "refusal"]
-    text: str = ""  # a refusal has none: it was no part of the answer
+    text: str = ""  # a refusal has none: it was not part of the answer
 
 
 class _TextItem(_Message):
-    """A turn, as clients write it or as an answer's `output` holds it."""
+    """A turn that a client wrote, or that an answer's `output` had."""
 
     type: Literal["message"] = "message"
     content: str | list[_Part]  # type: ignore[assignment]  # the parts have other types
 
     def extra(self) -> Iterator[str]:
-        """Keys that mean nothing here; those of answers sent back are expected."""
+        """Unknown keys that answers do not have either."""
         yield from (name for name in super().extra() if name.rpartition(".")[2] not in _OF_ANSWERS)
 
 
@@ -39,12 +39,9 @@ class _CallItem(BaseModel):
     arguments: str
 
     def call(self) -> dict[str, Any]:
-        """The call as a chat's message holds it."""
-        return {
-            "id": self.call_id,
-            "type": "function",
-            "function": {"name": self.name, "arguments": self.arguments},
-        }
+        """The call in a chat's shape."""
+        function = {"name": self.name, "arguments": self.arguments}
+        return {"id": self.call_id, "type": "function", "function": function}
 
 
 class _ResultItem(BaseModel):
@@ -55,7 +52,7 @@ class _ResultItem(BaseModel):
 
 
 class _ReasoningItem(BaseModel):
-    """Left out of the prompt, as reasoning in a chat's messages is."""
+    """Left out of the prompt."""
 
     model_config = _OPEN
     type: Literal["reasoning"]
@@ -109,28 +106,22 @@ class ResponsesRequest(OneAnswer, ResponsesTools):
 
     @property
     def asked_tokens(self) -> int | None:
-        """As for every request."""
         return self.max_output_tokens or super().asked_tokens
 
     @property
     def limit(self) -> str:
-        """The field that says so."""
         return "max_output_tokens" if self.max_output_tokens else super().limit
 
     def asked_schema(self) -> tuple[str, Mapping[str, Any]] | None:
-        """As for every request."""
         form = ("text.format", (self.text or {}).get("format"))
         return json_schema(self.response_format, self.structured_outputs, self.guided_json, flat=form)
 
     def asked_thinking(self) -> AskedThinking:
-        """As for every request."""
         return AskedThinking(None, self.reasoning.effort if self.reasoning else None, "", "reasoning.effort")
 
     def input(self) -> list[dict[str, Any]]:
-        """The conversation: instructions, then the items; what the assistant says and then calls is one turn."""
-        turns: list[dict[str, Any]] = []
-        if self.instructions:
-            turns.append({"role": "system", "content": self.instructions})
+        """Instructions, then the items; text of the assistant and the calls behind it are one turn."""
+        turns: list[dict[str, Any]] = [{"role": "system", "content": self.instructions}] if self.instructions else []
         if isinstance(self.items, str):
             return [*turns, {"role": "user", "content": self.items}]
         for item in self.items:
@@ -147,13 +138,11 @@ class ResponsesRequest(OneAnswer, ResponsesTools):
 
     @property
     def prefill(self) -> str | None:
-        """As for a chat."""
         last = None if isinstance(self.items, str) else self.items[-1]
         wrote = isinstance(last, _TextItem) and last.role == "assistant"
         return f"input.{len(self.items) - 1}" if wrote else None
 
     def extra(self) -> Iterator[str]:
-        """As for every request; of the items too."""
         yield from super().extra()
         yield from self.unused()
         for name, value in ((self.reasoning and self.reasoning.model_extra) or {}).items():

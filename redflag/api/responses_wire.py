@@ -1,18 +1,16 @@
-"""Events -> OpenAI's Responses: typed events of a stream, or one object. `redflag.api.wire` says what ends how.
+"""Events -> OpenAI's Responses, streamed or whole; see `redflag.api.wire`.
 
-| how it ended | `status` | besides |
+| how it ended | `status` | also |
 |---|---|---|
 | by itself, with calls of tools or without | `completed` | |
-| at its limit | `incomplete` | `incomplete_details.reason`: `max_output_tokens` |
-| an alarm | `incomplete` | `incomplete_details.reason`: `content_filter`; a `refusal` where no text was shown |
+| at its limit | `incomplete` | `incomplete_details.reason`: `max_output_tokens`; calls that were complete before it |
+| an alarm | `incomplete` | `incomplete_details.reason`: `content_filter`; a `refusal` if no text was shown |
 | a fault, in a stream | `failed`, by `response.failed` | `error` |
 
-A fault is a 5xx where nothing was sent yet, and for a whole answer.
+A fault is a 5xx if nothing was sent yet, and for a whole answer.
 
-`output` holds a `reasoning` item where a thought was shown, a `message` but where there are calls alone, and a
-`function_call` for each call. Calls are sent once the response has ended by itself.
-
-`redflag` stands in the response object of the last event, or in the body.
+`output` has a `reasoning` item if a thought was shown, a `message` unless there are only calls, and a `function_call`
+for each call, all at the end of the response. `redflag` is in the response object of the last event, or in the body.
 """
 
 from __future__ import annotations
@@ -28,19 +26,12 @@ _REASONS = {"length": "max_output_tokens", "content_filter": "content_filter"}
 
 
 class ResponsesAnswer(Answer):
-    """One response in the manner of `/v1/responses`; otherwise as `Answer`."""
+    """An `Answer` for `/v1/responses`."""
 
     says_done = False
 
     def __init__(self, name: str, model: str, *, asked: ResponsesRequest, **shared: Any) -> None:
-        """Starts before the first event.
-
-        Args:
-            name: The response's id.
-            model: The model's name, as the client knows it.
-            asked: The request, of which the answer repeats some fields.
-            **shared: As for `Answer`.
-        """
+        """`asked` is the request, of which the answer repeats some fields; the rest as for `Answer`."""
         super().__init__(name, model, chat=True, **shared)
         self._asked = asked
         self._open: Literal["", "reasoning", "message"] = ""  # the item that is being sent
@@ -48,24 +39,19 @@ class ResponsesAnswer(Answer):
 
     @property
     def param(self) -> str:
-        """The request's field that holds the prompt."""
         return self._asked.param
 
     def opening(self) -> bytes:
-        """What a stream starts with."""
         made = self._response("in_progress", [])
         return self._event("response.created", response=made) + self._event("response.in_progress", response=made)
 
     def chunk(self, text: str) -> bytes:
-        """One piece of text."""
         return self._begin("message") + self._inside("response.output_text.delta", delta=text, logprobs=[])
 
     def thought_chunk(self, text: str) -> bytes:
-        """One piece of a thought's text."""
         return self._begin("reasoning") + self._inside("response.reasoning_text.delta", delta=text)
 
     def last(self, generated: int, view: dict[str, Any] | None = None) -> bytes:
-        """What a stream ends with; arguments as for `Answer.last`."""
         sent = (self._begin("message") if self._has_message else b"") + self._end()
         before = int(bool(self.thought)) + int(self._has_message)
         sent += b"".join(self._whole_call(before + number, call) for number, call in enumerate(self.calls))
@@ -73,14 +59,12 @@ class ResponsesAnswer(Answer):
         return sent + self._event(f"response.{body['status']}", response=body)
 
     def breaking(self, error: dict[str, Any], view: dict[str, Any] | None = None) -> bytes:
-        """What a stream ends with after a fault; arguments as for `Answer.breaking`."""
         assert self.failed, "nothing has failed"
-        said = {"code": "server_error", "message": error["error"]["message"]}
-        made = self._response("failed", self._output(), error=said)
-        return self._event("response.failed", response={**made, **self.redflag(view)})
+        reason = {"code": "server_error", "message": error["error"]["message"]}
+        response = self._response("failed", self._output(), error=reason)
+        return self._event("response.failed", response={**response, **self.redflag(view)})
 
     def body(self, generated: int, view: dict[str, Any] | None = None) -> dict[str, Any]:
-        """The whole response; arguments as for `Answer.body`."""
         assert self.finish_reason is not None, "the response goes on"
         self._generated = generated
         reason = _REASONS.get(self.finish_reason)
@@ -88,26 +72,22 @@ class ResponsesAnswer(Answer):
         return {**made, "incomplete_details": {"reason": reason} if reason else None, **self.redflag(view)}
 
     def _begin(self, kind: Literal["reasoning", "message"]) -> bytes:
-        """An item and its one part, before what is in it; the item before it ends."""
+        """Begins an item and its one part, and ends the item before it."""
         if self._open == kind:
             return b""
         before = self._end()
         self._open = kind
         item = self._item(kind)
-        part = item["content"][0]
+        part, begun = item["content"][0], {**item, "status": "in_progress", "content": []}
         text = "refusal" if part["type"] == "refusal" else "text"
         return (
             before
-            + self._event(
-                "response.output_item.added",
-                output_index=self._place["output_index"],
-                item={**item, "status": "in_progress", "content": []},
-            )
+            + self._event("response.output_item.added", output_index=self._place["output_index"], item=begun)
             + self._inside("response.content_part.added", part={**part, text: ""})
         )
 
     def _end(self) -> bytes:
-        """What the item that is being sent ends with."""
+        """Ends the open item."""
         if not self._open:
             return b""
         item = self._item(self._open)
@@ -125,7 +105,6 @@ class ResponsesAnswer(Answer):
         return sent
 
     def _whole_call(self, index: int, call: Call) -> bytes:
-        """A call, which comes at once."""
         item = _call_item(call)
         place = {"item_id": item["id"], "output_index": index}
         begun = {**item, "status": "in_progress", "arguments": ""}
@@ -148,7 +127,7 @@ class ResponsesAnswer(Answer):
     def _item(self, kind: Literal["reasoning", "message"]) -> dict[str, Any]:
         whole = self.finish_reason is not None and self.finish_reason not in _REASONS
         if kind == "reasoning":
-            status = "completed" if whole or self.text else "incomplete"  # Text comes behind the whole thought.
+            status = "completed" if whole or self.text else "incomplete"  # text follows a whole thought
             content = [{"type": "reasoning_text", "text": self.thought}]
             return {"id": self._id("rs"), "type": kind, "status": status, "summary": [], "content": content}
         part: dict[str, Any] = {"type": "refusal", "refusal": self.refusal}
@@ -162,7 +141,7 @@ class ResponsesAnswer(Answer):
 
     @property
     def _place(self) -> dict[str, Any]:
-        """Where the part is that is being sent."""
+        """Ids and indices of the open part."""
         if self._open == "reasoning":
             return {"item_id": self._id("rs"), "output_index": 0, "content_index": 0}
         return {"item_id": self._id("msg"), "output_index": int(bool(self.thought)), "content_index": 0}

@@ -1,7 +1,7 @@
-"""What a request may say: bodies of `/v1/chat/completions` and `/v1/completions`.
+"""Request bodies of `/v1/chat/completions` and `/v1/completions`.
 
-Nothing is ignored in silence. Which fields are refused and which are ignored and named stands in
-`redflag.api.fields`; messages that an SDK made of an answer may be sent back as they are.
+`redflag.api.fields` lists the fields that are refused, and ignored ones are named to the client. Messages that an SDK
+returned may be sent back as they are.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from redflag.backends import MOST_LOGPROBS, Sampling
 MOST_STOPS = 16
 LONGEST_STOP = 128
 _MOST_CHOICES = 128  # as at OpenAI; the server's own limit is `Limits.max_choices`
-NO_LIMIT = -1  # what clients send for "as many tokens as there may be"
+NO_LIMIT = -1  # what clients send for "as many tokens as are allowed"
 
 Body = TypeVar("Body", bound="_Request")
 
@@ -46,7 +46,7 @@ def _a_limit(value: int) -> int:
 
 
 def _as_text(value: Any) -> Any:
-    """User names that are numbers: databases have those."""
+    """User names may be numbers, such as the keys of a database."""
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
@@ -55,7 +55,7 @@ def _as_stops(value: Any) -> Any:
 
 
 def _seed(value: int) -> int:
-    """Seeds of 64 bits, as clients draw them, in the 62 that engines take."""
+    """Clients draw seeds of 64 bits, engines take 62."""
     return value if abs(value) < 2**62 else value % 2**62
 
 
@@ -69,7 +69,7 @@ _Stops = Annotated[
     BeforeValidator(_as_stops),
 ]
 _Named = Annotated[int, Field(ge=0, le=MOST_LOGPROBS)]
-# Of a message: what answers of this and other servers hold beside the text. The prompt does not show it.
+# Keys of a message that answers of this and other servers have, and that are not part of the prompt.
 _LEFT_OUT = frozenset(("annotations", "audio", "parsed", "reasoning", "reasoning_content", "refusal"))
 _MISSING: Any = object()
 
@@ -81,10 +81,10 @@ class _TextPart(BaseModel):
 
 
 class _Message(BaseModel):
-    """One turn. What answers hold may be sent back as it is: all but text and tool calls is left out of the prompt.
+    """One turn; of an answer that is sent back, the prompt has text and tool calls.
 
-    An assistant's turn without text (it was halted before its first token, or only thought) is an empty turn: left out
-    altogether, two user turns would follow each other, which some templates refuse.
+    An assistant's turn without text (halted before its first token, or only a thought) stays as an empty turn, since
+    some templates refuse two user turns in a row.
     """
 
     model_config = _OPEN
@@ -122,10 +122,7 @@ class _Message(BaseModel):
         return call
 
     def turn(self) -> dict[str, Any]:
-        """The turn as the chat template knows it; text parts are lines, `developer` is the system.
-
-        Calls of tools and their results go to the template, which may refuse them; a name only with a result.
-        """
+        """The turn for the chat template: text parts as lines, `developer` as `system`, a name only with a result."""
         content = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
         turn: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": content}
         if self.role == "assistant" and self.tool_calls:
@@ -135,7 +132,7 @@ class _Message(BaseModel):
         return turn
 
     def extra(self) -> Iterator[str]:
-        """Keys that mean nothing here."""
+        """Unknown keys."""
         yield from (f"messages.{name}" for name in self.model_extra or {} if name not in _LEFT_OUT)
         if not isinstance(self.content, str):
             for part in self.content:
@@ -177,63 +174,58 @@ class _Request(BaseModel):
         if len({self.max_tokens, self.max_completion_tokens} - {None}) > 1:
             raise PydanticCustomError(
                 "max_completion_tokens",
-                "max_tokens and max_completion_tokens differ, so it is open which one counts; give one of them",
+                "max_tokens and max_completion_tokens must not differ; give one of them",
             )
         return self
 
     @property
     def user_id(self) -> str | None:
-        """Who asks, as far as the client says."""
+        """The end user, if the client names one."""
         return self.safety_identifier or self.user
 
     @property
     def wants_usage(self) -> bool:
-        """Whether the stream shall end with a chunk of token counts."""
+        """Whether the stream ends with a chunk of token counts."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     @property
     def asked_tokens(self) -> int | None:
-        """The most response tokens the client wants; `NO_LIMIT` for as many as there may be."""
+        """The requested maximum of response tokens, or `NO_LIMIT`."""
         return self.max_completion_tokens or self.max_tokens
 
     @property
     def limit(self) -> str:
-        """The field that says so."""
+        """The field of `asked_tokens`."""
         return "max_tokens" if self.max_tokens else "max_completion_tokens"
 
     @property
     def ignored(self) -> list[str]:
-        """Fields that were left out of account."""
+        """Fields that were ignored."""
         return self._ignored
 
     def extra(self) -> Iterator[str]:
-        """Fields below the top level that mean nothing here."""
+        """Unknown fields below the top level."""
         if self.stream_options is not None:
             for name, value in (self.stream_options.model_extra or {}).items():
                 if value not in (None, False):
                     yield f"stream_options.{name}"
 
     def asked_schema(self) -> tuple[str, Mapping[str, Any]] | None:
-        """The field that asks for JSON, and the schema; None without one. Errors as `redflag.api.structured`."""
+        """The field that asks for JSON, and its schema; errors as `redflag.api.structured.json_schema`."""
         return json_schema(self.response_format, self.structured_outputs, self.guided_json)
 
     def asked_thinking(self) -> AskedThinking | None:
-        """What the request says of thoughts; None where there is no place for one."""
+        """The request's settings for thoughts; None if its route has no thoughts."""
         return None
 
     @property
     def named_tokens(self) -> int | None:
-        """How many likely tokens the client wants named beside each of the answer's; None: no log-probabilities."""
-        raise NotImplementedError
+        """How many likely tokens to list beside each token of the answer; None without log-probabilities."""
+        return None
 
     def sampling(self, max_new_tokens: int, choice: int = 0) -> Sampling:
-        """How tokens shall be chosen; what the client leaves open is OpenAI's default.
-
-        Args:
-            max_new_tokens: Most response tokens.
-            choice: Which of several answers: with a seed, each draws from a seed of its own.
-        """
-        given = {
+        """The sampling options, with OpenAI's defaults. With a seed, choice i draws from `seed + i`."""
+        values = {
             "temperature": self.temperature,
             "top_p": self.top_p,
             "top_k": None if self.top_k is None else max(self.top_k, 0),  # -1 switches it off, as for vLLM
@@ -242,19 +234,14 @@ class _Request(BaseModel):
             "seed": None if self.seed is None else _seed(self.seed + choice),
             "logprobs": self.named_tokens,
         }
-        chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-        return Sampling(max_new_tokens, stop=tuple(self.stop or ()), **chosen)
+        options: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
+        return Sampling(max_new_tokens, stop=tuple(self.stop or ()), **options)
 
 
 class OneAnswer(_Request):
     """A request of an API that has one answer, without log-probabilities."""
 
     n: Literal[1] | None = None
-
-    @property
-    def named_tokens(self) -> int | None:
-        """None: no log-probabilities."""
-        return None
 
     def inputs(self) -> list[list[dict[str, Any]]]:
         """The one conversation."""
@@ -289,10 +276,9 @@ class ChatRequest(_Request, ChatTools):
         return self
 
     def asked_thinking(self) -> AskedThinking:
-        """As for every request."""
         options = self.chat_template_kwargs or _TemplateOptions()
-        told = options.enable_thinking if options.enable_thinking is not None else options.thinking
-        return AskedThinking(told, self.reasoning_effort, "chat_template_kwargs", "reasoning_effort")
+        switch = options.enable_thinking if options.enable_thinking is not None else options.thinking
+        return AskedThinking(switch, self.reasoning_effort, "chat_template_kwargs", "reasoning_effort")
 
     def inputs(self) -> list[list[dict[str, Any]]]:
         """The one conversation."""
@@ -304,16 +290,14 @@ class ChatRequest(_Request, ChatTools):
 
     @property
     def named_tokens(self) -> int | None:
-        """As for every request."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def prefill(self) -> str | None:
-        """Where the client wrote the beginning of the response, as a path; None where it did not."""
+        """The path of the message in which the client began the response, if it did."""
         return f"messages.{len(self.messages) - 1}" if self.messages[-1].role == "assistant" else None
 
     def extra(self) -> Iterator[str]:
-        """As for every request; of the messages too."""
         yield from super().extra()
         yield from self.unused()
         for message in self.messages:
@@ -321,7 +305,7 @@ class ChatRequest(_Request, ChatTools):
 
 
 class CompletionRequest(_Request):
-    """Body of `/v1/completions`. Prompts are texts: ids could hold a flag."""
+    """Body of `/v1/completions`. Prompts are texts, since ids could be flags."""
 
     prompt: str | list[Any]
     logprobs: _Named | None = None
@@ -335,8 +319,8 @@ class CompletionRequest(_Request):
 
     @model_validator(mode="after")
     def _texts(self) -> CompletionRequest:
-        given = self.prompt
-        if isinstance(given, list) and not (given and all(isinstance(one, str) for one in given)):
+        texts = self.prompt
+        if isinstance(texts, list) and not (texts and all(isinstance(text, str) for text in texts)):
             raise PydanticCustomError(
                 "prompt",
                 "prompt must be a text or a list of texts. Token ids are not accepted, since some of them are flags: "
@@ -354,30 +338,24 @@ class CompletionRequest(_Request):
 
     @property
     def named_tokens(self) -> int | None:
-        """As for every request; 0 names the answer's own tokens alone."""
         return self.logprobs
 
     @property
     def prefill(self) -> str | None:
-        """A prompt has no turns, so nothing of it is the response."""
+        """A prompt has no turns, so none of it is the response."""
         return None
 
 
 def parse(kind: type[Body], body: bytes, *, refuse_unknown: bool = False) -> Body:
-    """A request body, checked.
-
-    Args:
-        kind: Which request it is.
-        body: JSON.
-        refuse_unknown: Refuse fields that could be ignored.
+    """Parses and checks a body in JSON; `refuse_unknown` also refuses fields that could be ignored.
 
     Raises:
-        ApiError: 400, in words that name the field.
+        ApiError: 400; names the field.
 
     Example:
         >>> parse(CompletionRequest, b'{"model": "m", "prompt": "Once", "best_of": 2}')
         Traceback (most recent call last):
-        redflag.api.api_errors.ApiError: best_of is 2, which is not supported; leave it out
+        redflag.api.api_errors.ApiError: best_of=2 is not supported; leave it out
     """
     try:
         request = kind.model_validate_json(body)

@@ -1,4 +1,4 @@
-"""Which JSON a request asks for: OpenAI's `response_format` and `text.format`, Anthropic's, and vLLM's fields."""
+"""The JSON schema of a request, from OpenAI's, Anthropic's and vLLM's fields."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from redflag.api.api_errors import ApiError
+from redflag.api.api_errors import ApiError, invalid, short, unsupported
 
 _ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 
@@ -14,16 +14,16 @@ _ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 def json_schema(
     response_format: Any, structured_outputs: Any = None, guided_json: Any = None, *, flat: tuple[str, Any] = ("", None)
 ) -> tuple[str, Mapping[str, Any]] | None:
-    """The field that counts, and its schema.
+    """The field that asks for JSON, and its schema.
 
     Args:
         response_format: `{"type": "text" | "json_object" | "json_schema", ...}`.
-        structured_outputs: vLLM's; of its kinds only `{"json": schema}`.
-        guided_json: A schema, as older versions of vLLM take it.
-        flat: Name and value of the field that other APIs have for `response_format`, with the schema itself in it.
+        structured_outputs: vLLM's `{"json": schema}`; its other kinds are not supported.
+        guided_json: A schema, in older versions of vLLM.
+        flat: Name and value of another API's field for `response_format`, which holds the schema directly.
 
     Raises:
-        ApiError: 400; it is malformed, not supported, or two fields ask for something.
+        ApiError: 400; a field is malformed or not supported, or two fields ask for JSON.
 
     Example:
         >>> json_schema({"type": "json_object"})
@@ -41,7 +41,7 @@ def json_schema(
     ]
     if len(wanted) > 1:
         name = wanted[1][0]
-        raise _error(name, f"{name} and {wanted[0][0]} must not be given together. Give one of them.", "invalid_value")
+        raise invalid(f"{name} and {wanted[0][0]} must not be given together. Give one of them.", name)
     return wanted[0] if wanted else None
 
 
@@ -51,20 +51,17 @@ def _of_format(value: Any, name: str, *, flat: bool = False) -> Mapping[str, Any
     kind = value.get("type") if isinstance(value, dict) else value
     if kind == "text":
         return None
-    if kind == "json_object":  # with a schema beside it, as llama.cpp and others take it
+    if kind == "json_object":  # llama.cpp and others take a schema beside it
         schema = value.get("schema") if isinstance(value, dict) else None
         return _ANY_OBJECT if schema is None else _schema(schema, f"{name}.schema")
     if kind != "json_schema":
-        raise _error(
-            f"{name}.type",
-            f"{name}.type must be text, json_object or json_schema (got {_short(kind)}).",
-            "invalid_value",
-        )
+        text = f"{name}.type must be text, json_object or json_schema (got {short(kind)})."
+        raise invalid(text, f"{name}.type")
     if not flat:
         name = f"{name}.json_schema"
         value = value.get("json_schema") if isinstance(value, dict) else None
     if not isinstance(value, dict):
-        raise _error(name, f"{name} must be an object.", "invalid_type")
+        raise ApiError(400, f"{name} must be an object.", "invalid_type", param=name)
     schema = value.get("schema")
     return _ANY_OBJECT if schema is None else _schema(schema, f"{name}.schema")
 
@@ -76,11 +73,8 @@ def _of_outputs(value: Any) -> Mapping[str, Any] | None:
     if given == {"json_object": True}:
         return _ANY_OBJECT
     if given is None or set(given) != {"json"}:
-        raise _error(
-            "structured_outputs",
-            f'structured_outputs must be {{"json": SCHEMA}} (got {_short(value)}). Other kinds are not supported.',
-            "unsupported_parameter",
-        )
+        text = f'structured_outputs must be {{"json": SCHEMA}} (got {short(value)}). Other kinds are not supported.'
+        raise unsupported(text, "structured_outputs")
     return _schema(given["json"], "structured_outputs.json")
 
 
@@ -91,14 +85,5 @@ def _schema(value: Any, param: str) -> Mapping[str, Any]:
         except (ValueError, RecursionError):
             value = None
     if not isinstance(value, dict):
-        raise _error(param, f"{param} must be a JSON schema, as an object.", "invalid_type")
+        raise ApiError(400, f"{param} must be a JSON schema, as an object.", "invalid_type", param=param)
     return value
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) < 80 else text[:76] + " ..."
-
-
-def _error(param: str, message: str, code: str) -> ApiError:
-    return ApiError(400, message, code, param=param)

@@ -1,8 +1,7 @@
-"""Calls of tools in released text: what of it is content, and which calls it makes.
+"""Separates released text into content and calls of tools.
 
-A reader takes text as it is released and gives back what a user may see. What may belong to a call is held until the
-response has ended by itself: only `finish` makes calls. A response that is halted, or breaks, is never finished, so
-nothing of its calls is sent, not even of those that were complete. Text that is no valid call of an offered function is
+What may belong to a call is held until the response has ended: only `finish` makes calls. After a halt or a fault it
+isn't called, so none of the calls is sent, complete or not. Text that isn't a valid call of an offered function is
 content. Marks (`redflag.tool_prompt.MARK` and a text) never are.
 """
 
@@ -23,10 +22,10 @@ _ALPHABET = string.ascii_letters + string.digits
 
 
 class CallReader:
-    """Tells content and calls apart, in any format.
+    """Separates content and calls, in any format.
 
     Attributes:
-        calls: The calls, once the response is over.
+        calls: Empty until `finish`.
 
     Example:
         >>> from redflag.tool_prompt import FORMATS
@@ -44,16 +43,16 @@ class CallReader:
         """Starts before the first text.
 
         Args:
-            use: What may be called, and how calls are written.
-            marks: Those of the format's marks that are tokens: spelled out, they are ordinary text.
-            flags: Flags' texts, which neither content nor a call may hold.
-            parallel: Several calls may be made; else only the first one counts.
+            use: The offered functions and the format.
+            marks: The format's marks that are tokens; spelled out, they are ordinary text.
+            flags: Texts of flags, which neither content nor a call may have.
+            parallel: Several calls are allowed; otherwise the first one counts.
         """
         self.calls: tuple[Call, ...] = ()
         self._names = use.names
         self._flags = tuple(flags)
         self._parallel = parallel
-        # Templates of Mistral's take no other ids.
+        # Mistral's templates require ids of this length.
         self._id_prefix, self._id_length = ("", 9) if use.format.name == "mistral" else ("call_", 24)
         self._marks = re.compile(f"{MARK}(?:{'|'.join(map(re.escape, use.format.marks)) or '(?!)'})")
         self._unmarked = ""
@@ -62,20 +61,20 @@ class CallReader:
 
     @property
     def state(self) -> State:
-        """What becomes of the text that came last: it is shown, held until the end, or never shown."""
+        """Whether the latest text is shown, held until the end, or never shown."""
         return self._parser.state
 
     def push(self, text: str) -> str:
-        """What a user may see now."""
+        """The text that may be shown now."""
         return self._shown(self._parser.push(text))
 
     def finish(self) -> str:
-        """What is left for a user to see when the response has ended by itself; `calls` are known then."""
+        """Ends the response, sets `calls`, and returns the text that is left to be shown."""
         items = self._parser.finish()
         calls = [item for item in items if isinstance(item, Call)]
         left = "".join(item for item in items if isinstance(item, str))
         self.calls = tuple(calls if self._parallel else calls[:1])
-        # A mark that a stop text has cut is none of it.
+        # A mark that a stop text has cut is not content.
         return self._shown(left if left.strip() or not calls else "") + self._filter.flush()
 
     def _shown(self, text: str) -> str:
@@ -87,7 +86,7 @@ class CallReader:
         return self._filter.push(self._marks.sub("", text[:cut]))
 
     def _call(self, name: Any, arguments: Any) -> Call | None:
-        """A valid call of an offered function; None for everything else."""
+        """The call, if it is a valid one of an offered function."""
         if isinstance(arguments, str):
             arguments = next(iter(json_values(arguments) or ()), None)
         if not isinstance(name, str) or name not in self._names or not isinstance(arguments, dict):

@@ -1,4 +1,4 @@
-"""What a request says of tools, in each API's shape: read as definitions in the chat's shape, and one `Choice`.
+"""Tools and `tool_choice` in each API's shape, converted to a chat's definitions and one `Choice`.
 
 | | a tool | a call is asked for by `tool_choice` |
 |---|---|---|
@@ -19,12 +19,12 @@ _OPEN = ConfigDict(extra="allow", strict=True)
 
 
 class Choice(NamedTuple):
-    """Whether a function has to be called.
+    """Whether a function must be called.
 
     Attributes:
         mode: `auto`, `none` or `required`.
-        name: The function that has to be called, "" for any of them.
-        parallel: Several calls may be made; else only the first one counts.
+        name: The function that must be called, "" for any.
+        parallel: Several calls are allowed; otherwise the first one counts.
     """
 
     mode: str
@@ -33,23 +33,23 @@ class Choice(NamedTuple):
 
 
 class ToolFields(BaseModel):
-    """What every API with tools has."""
+    """Fields that all APIs share."""
 
     tools: list[Any] | None = None
     tool_choice: Any = None
 
     @property
     def choice(self) -> Choice:
-        """What `tool_choice` and its companions say."""
+        """`tool_choice` and the fields that belong to it."""
         choice: Choice | None = self.tool_choice
         return choice or Choice("auto")
 
     def definitions(self) -> list[dict[str, Any]]:
-        """The tools as a chat has them, not yet checked."""
+        """The tools in a chat's shape, unchecked."""
         return [{"type": "function", "function": tool.function_fields()} for tool in self.tools or ()]
 
     def unused(self) -> Iterator[str]:
-        """Keys of tools that mean nothing here. Arguments are not held to a schema, strict or not."""
+        """Keys of tools without effect; `strict` too, since arguments are not held to a schema."""
         for tool in self.tools or ():
             yield from (f"tools.{name}" for name in tool.unused())
 
@@ -64,19 +64,19 @@ def _function(kind: str) -> str:
 
 
 def _custom(kind: str) -> str:
-    if kind != "custom":  # as Anthropic calls functions of the client's
+    if kind != "custom":  # Anthropic's name for the client's functions
         raise _not_supported(kind)
     return kind
 
 
 def _not_supported(kind: str) -> PydanticCustomError:
-    # Named as pydantic names a value that is not among those allowed.
+    # pydantic's type for a value that is not one of those allowed
     return PydanticCustomError(
         "literal_error", "tools of the type {kind} are not supported, functions are; leave it out", {"kind": kind[:100]}
     )
 
 
-# Fields of a base come first, and so do their errors: the type says best what is wrong.
+# Fields of a base come first, and so do their errors: that of the type is the clearest.
 class _Typed(BaseModel):
     model_config = _OPEN
     type: Annotated[str, AfterValidator(_function)]
@@ -93,11 +93,11 @@ class _Named(BaseModel):
     strict: bool | None = None
 
     def function_fields(self) -> dict[str, Any]:
-        """What the model is shown."""
+        """What the prompt shows."""
         return {"name": self.name, **({} if self.description is None else {"description": self.description})}
 
     def unused(self) -> Iterator[str]:
-        """Keys that mean nothing here."""
+        """Keys without effect."""
         yield from self.model_extra or {}
         if self.strict:
             yield "strict"
@@ -136,7 +136,7 @@ class _ClientTool(_Named, _ClientTyped):
 
 
 def _choice(value: Any, *, named: Any, shape: str) -> Choice | None:
-    """Of OpenAI's APIs; `named` is what has the name where `value` names a function."""
+    """For OpenAI's APIs; `named` is the object with the function's name, if `value` has one."""
     if value is None or isinstance(value, Choice):
         return value
     if isinstance(value, str) and value in ("auto", "none", "required"):

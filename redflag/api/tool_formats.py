@@ -1,4 +1,4 @@
-"""The formats in which models write calls of tools, one parser for each: content leaves, calls wait for the end."""
+"""Parsers of the formats in which models write calls of tools: content is passed on, calls wait for the end."""
 
 from __future__ import annotations
 
@@ -26,30 +26,21 @@ AsCall = Callable[[Any, Any], "Call | None"]
 
 
 class Parser(Protocol):
-    """Takes text in pieces, however it is cut. Content that it gives back may still hold marks."""
+    """Takes text in pieces of any size. The content that it returns may still have marks."""
 
     @property
     def state(self) -> State:
-        """What becomes of the text that came last."""
-        ...
+        """State of the latest text."""
 
     def push(self, text: str) -> str:
-        """What is certainly content."""
-        ...
+        """Returns what is certainly content."""
 
     def finish(self) -> list[str | Call]:
-        """What was held, in order."""
-        ...
+        """Returns what was held, in order."""
 
 
 def parser_of(use: ToolUse, marks: frozenset[str], as_call: AsCall) -> Parser:
-    """The parser of a format.
-
-    Args:
-        use: What may be called, and how calls are written.
-        marks: Those of the format's marks that are tokens.
-        as_call: The call of a function's name and arguments, if it is one.
-    """
+    """The parser of a format; `marks` are those that are tokens, `as_call` checks name and arguments."""
     marked = {text: (MARK if text in marks else "") + text for text in use.format.marks}
     opening = use.opening
     for text, mark in marked.items():
@@ -77,7 +68,7 @@ class _Marked:
         self._mark = marked["<tool_call>" if "<tool_call>" in marked else "[TOOL_CALLS]"]
         self._opening = opening
         self._held = opening
-        self._tail = ""  # of content: white space that may stand before a call, and what may be the mark's beginning
+        self._tail = ""  # of content: white space, which may come before a call, and what may begin a mark
 
     @property
     def state(self) -> State:
@@ -103,7 +94,7 @@ class _Marked:
             return [self._tail]
         split = self._hermes if "<tool_call>" in self._marked else self._mistral
         items = [item for part in self._held.split(self._mark)[1:] for item in split(part)]
-        # The opening of a forced call is not the model's.
+        # The model did not write the opening of a forced call.
         return items if any(isinstance(item, Call) for item in items) else [self._held[len(self._opening) :]]
 
     def _hermes(self, part: str) -> Iterator[str | Call]:
@@ -128,10 +119,10 @@ class _Marked:
 
 
 class _Whole:
-    """Llama 3 and plain JSON: the whole answer is calls, or none of it is: JSON within an answer may be an example.
+    """Llama 3 and plain JSON: all of the answer is calls or none, since JSON in a text may be an example.
 
-    `{"name": ..., "parameters": {...}}` or with `arguments`, several of them or a list, in a fence or not. Behind a
-    forced opening, where a call was asked for, the first value counts.
+    `{"name": ..., "parameters": {...}}` or with `arguments`, several of them or a list, in a fence or not. Behind the
+    opening of a forced call the first value counts.
     """
 
     def __init__(self, opening: str, as_call: AsCall, tag: str) -> None:
@@ -139,7 +130,7 @@ class _Whole:
         self._tag = tag
         self._opening = opening
         self._sure = bool(opening)
-        self._held: str | None = opening  # None: no call, and all of it is content
+        self._held: str | None = opening  # None: all of it is content
 
     @property
     def state(self) -> State:
@@ -207,7 +198,7 @@ class _Harmony:
         return shown
 
     def finish(self) -> list[str | Call]:
-        if not self._marked:  # It does not speak this language, and what it says is an answer all the same.
+        if not self._marked:  # without any channel it is a plain answer
             return [(self._header or "").removeprefix("assistant")]
         self._close()
         return self._held
@@ -230,7 +221,7 @@ class _Harmony:
         if mark in ("<|start|>", "<|end|>", "<|call|>"):
             self._close()
             self._header = ""
-            if mark == "<|call|>":  # Results are not the model's to write.
+            if mark == "<|call|>":  # What follows would be a result, which is not the model's.
                 self._header, self._kind = None, "over"
         elif self._header is not None and mark == "<|message|>":
             self._open(self._header)
@@ -259,7 +250,7 @@ _KEYS = ("arguments", "function", "id", "name", "parameters", "type")
 
 
 def _begins_call(text: str) -> bool | None:
-    """Whether a text without white space before it begins like calls in JSON; None where more has to come."""
+    """Whether a text begins like calls in JSON; None if that needs more text. Leading white space was removed."""
     fence = re.match(r"```(?:json)?[^\S\n]*\n\s*", text)
     if fence is not None:
         text = text[fence.end() :]
@@ -273,12 +264,9 @@ def _begins_call(text: str) -> bool | None:
 
 
 def calls_of(text: str, as_call: AsCall, *, first: bool = False) -> list[Call]:
-    """The calls that a text consists of, in JSON; empty where something of it is no valid call.
+    """The calls in JSON (objects or a list, maybe in a fence) that a text consists of; empty if any is invalid.
 
-    Args:
-        text: Objects, or a list of them, maybe in a fence.
-        as_call: The call of a function's name and arguments, if it is one.
-        first: The first value counts, whatever follows it.
+    With `first` the first value counts, whatever follows it.
     """
     fenced = _FENCE.fullmatch(text.strip())
     values = json_values(fenced[1] if fenced else text, first=first) or []
@@ -301,7 +289,7 @@ def _call_of(value: Any, as_call: AsCall) -> Call | None:
 
 
 def _refuse(constant: str) -> Any:
-    raise ValueError(f"{constant} is no JSON")
+    raise ValueError(f"{constant} is not JSON")
 
 
 _SEPARATORS = re.compile(r"[\s,;]*")
@@ -309,7 +297,7 @@ _DECODER = json.JSONDecoder(strict=False, parse_constant=_refuse)
 
 
 def json_values(text: str, *, first: bool = False) -> list[Any] | None:
-    """The values of JSON that a text consists of, with white space, commas or semicolons between; None for others.
+    """The JSON values of a text, with white space, commas or semicolons between; None if it has anything else.
 
     Example:
         >>> json_values('{"a": 1}; [2]\\n'), json_values('{"a": 1} and so on'), json_values("NaN")

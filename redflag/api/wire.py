@@ -1,35 +1,34 @@
-"""Events -> OpenAI's objects: the chunks of a stream, or one body.
+"""Events -> OpenAI's chat completions and completions, streamed or whole.
 
-How a response ends, on both routes:
+How a response ends:
 
-| event | `finish_reason` | `redflag`, at the top level of the last chunk with choices or of the body |
+| event | `finish_reason` | `redflag`, at the top level of the body or of the last chunk with choices |
 |---|---|---|
 | `Done("stop")` | `stop` | absent |
 | ... of a chat that calls tools | `tool_calls` | absent |
-| `Done("length")` | `length` | absent |
+| `Done("length")`, behind complete calls too | `length` | absent |
 | `Halt("alarm")` | `content_filter` | `{"verdict": "halted", "reason": "alarm", "category": ...}` |
 | ... with the text of a decoy | `stop` | absent |
 | `Halt("fault")` | none, but an error | `{"verdict": "fault", "reason": "fault", "category": null}`, beside it |
 
-A fault is no finish: a stream ends with `{"error": {...}}` before `[DONE]`. Where nothing was sent yet, the status is
-500 or more and the body an error, without `redflag`.
+After a fault a stream ends with `{"error": {...}}` before `[DONE]`. If nothing was sent yet, the status is 500 or more
+and the body an error, without `redflag`.
 
-The text of a thought stands in `reasoning_content` and, for clients that know that name, `reasoning`; never in
-`content`.
+A thought is in `reasoning_content`, and for other clients in `reasoning`; never in `content`.
 
-In a chat that was halted before any text was shown, `refusal` says so, since many clients take an empty answer for a
-defect; where text was shown it stays null, since some clients then erase what they have shown. Where halted answers
-have a closing text, the same words stand in `content` too: clients that know no refusal show an empty text as "None".
+A chat that was halted before any text was shown has a `refusal`, since many clients take an empty answer for a defect;
+after text it stays null, since some clients then erase what they have shown. If halted answers get a closing text,
+`content` repeats the refusal: clients that do not know the field show an empty text as "None".
 
-`usage.completion_tokens` counts what the engine generated for the response, also what was not shown; its details tell
-apart `released_tokens` and `hidden_tokens` (held back when it was halted, taken back, of reflections, of a stop text).
-Where there was a thought, `reasoning_tokens` are its tokens, shown or not. A replacement counts as generated and
-released. Behind a decoy all tokens count as released, and only those, with a thought that stands before it.
+`usage.completion_tokens` counts the tokens that the engine generated, shown or not; its details have `released_tokens`,
+`hidden_tokens` (held back at the halt, taken back, of reflections, of a stop text) and, after a thought,
+`reasoning_tokens`, shown or not. A replacement counts as generated and released. With a decoy all tokens count as
+released: its own, and the thought before it.
 
-Calls of tools are sent once the response has ended by itself, each in one piece; behind a halt there are none.
+Calls of tools are sent at the end of the response, each in one piece; after a halt there are none.
 
-An operator who asks for the trace finds it in `redflag` too, whatever the end (`redflag.api.operator_view`). Nobody
-else reads a number here: a probability is an attacker's compass.
+An operator who asks for the trace gets it in `redflag` (`redflag.api.operator_view`). Nobody else gets a probability,
+since it would guide an attacker.
 """
 
 from __future__ import annotations
@@ -49,18 +48,17 @@ REFUSAL = "The response was stopped by a safety check before any of it was shown
 
 
 class Answer:
-    """One response as its reader sees it; takes the events in order and makes the objects.
+    """One response as its client sees it: takes the events in order and formats them.
 
     Attributes:
-        tokens: Response tokens shown, those of a replacement included.
-        finish_reason: `stop`, `length`, `tool_calls` or `content_filter`; None while the response goes on, and after a
-            fault.
+        tokens: Response tokens shown, including a replacement's.
+        finish_reason: `stop`, `length`, `tool_calls` or `content_filter`; None before the end and after a fault.
         failed: It ended with a fault.
-        detail: What `redflag` says about the end; None where it says nothing.
-        thought_tokens: Tokens of the thought (`Trace.thought_tokens`), to be set before the end is asked for.
-        head: What the body begins with; `frame`: what every chunk begins with.
-        wants_usage: Whether the stream ends with token counts.
-        says_done: Whether it ends with `[DONE]`, as OpenAI's first two APIs do.
+        detail: Content of `redflag`, if any.
+        thought_tokens: `Trace.thought_tokens`; to be set before the end is formatted.
+        head: First fields of the body; `frame`: of every chunk.
+        wants_usage: The stream ends with token counts.
+        says_done: The stream ends with `[DONE]`, as in OpenAI's first two APIs.
 
     Example:
         >>> answer = Answer("cmpl-1", "nano", chat=False, prompt_tokens=3)
@@ -92,17 +90,17 @@ class Answer:
 
         Args:
             name: The request's id.
-            model: The model's name, as the client knows it.
-            chat: For `/v1/chat/completions`; else `/v1/completions`.
+            model: The model's name for clients.
+            chat: `/v1/chat/completions`, not `/v1/completions`.
             prompt_tokens: Tokens of the prompt.
-            usage: The stream ends with a chunk of token counts.
+            usage: The stream ends with token counts.
             decoy: A replacement ends as if the model had written it.
-            refusal: What a chat says that was halted before any text was shown.
-            in_words: It says so in place of its text too, for readers who are not shown a `refusal`.
-            count: Tokens of a text; a replacement counts as written.
-            index: Which of the request's choices it is.
-            logprobs: Where the log-probabilities of shown tokens come from; None gives none.
-            calls: Reads the calls of tools; None where there are no tools.
+            refusal: The text of `refusal`.
+            in_words: `content` repeats it.
+            count: Text -> number of tokens, for replacements.
+            index: Index of the choice.
+            logprobs: Log-probabilities of shown tokens, if requested.
+            calls: Reads the calls of tools, if any may be called.
         """
         self.tokens = 0
         self.finish_reason: str | None = None
@@ -118,32 +116,25 @@ class Answer:
         self._count = count
         self._index = index
         self._logprobs = logprobs
-        self._named: list[Token] = []
-        self._sent = 0  # of `_named`, with chunks
+        self._listed: list[Token] = []
+        self._sent = 0  # of `_listed`, in chunks
         self._generated = 0
         self._reader = calls
-        self._waiting = 0  # tokens of what may be a call
+        self._waiting = 0  # tokens of a possible call
         self._replaced = 0
         self._disguised = False
         self._pieces: list[str] = []
         self._thoughts: list[str] = []
         self._thought_shown = 0
-        kind = (
-            "chat.completion" if chat else "text_completion",
-            "chat.completion.chunk" if chat else "text_completion",
-        )
-        self.head = {"id": name, "object": kind[0], "created": int(time.time()), "model": model}
-        # Chunks differ in the text alone: what stands around it is made once.
-        self.frame = {**self.head, "object": kind[1]}
-        before, after = _sse(self._chunk({"content": _HOLE} if chat else _HOLE)).split(b'"' + _HOLE.encode() + b'"')
-        self._before, self._after = before, after
+        kind = "chat.completion" if chat else "text_completion"
+        self.head = {"id": name, "object": kind, "created": int(time.time()), "model": model}
+        self.frame = {**self.head, "object": "chat.completion.chunk" if chat else kind}
+        # Chunks differ in their text alone, so the JSON around it is made once.
+        chunk = _sse(self._chunk({"content": _HOLE} if chat else _HOLE))
+        self._before, self._after = chunk.split(b'"' + _HOLE.encode() + b'"')
 
     def push(self, event: Event) -> str:
-        """Takes one event.
-
-        Returns:
-            The text that the reader sees in the answer because of it; "" for none.
-        """
+        """Takes one event and returns the text that it adds to the answer."""
         assert not self.over, "the response is over"
         text = ""
         if isinstance(event, Thought):
@@ -153,13 +144,15 @@ class Answer:
         elif isinstance(event, Text):
             text = self._read(event)
             if self._logprobs is not None:
-                self._named += self._logprobs.shown(event)
+                self._listed += self._logprobs.shown(event)
         elif isinstance(event, Done):
             self.finish_reason = "length" if event.reason == "length" else "stop"
             if self._reader is not None:
                 text = self._reader.finish()
                 self.tokens += self._waiting
-                self.finish_reason = "tool_calls" if self._reader.calls else self.finish_reason
+                # At a limit the answer was cut, even if its calls are complete.
+                if self._reader.calls and event.reason != "length":
+                    self.finish_reason = "tool_calls"
         elif isinstance(event, Halt):
             text = event.text
             self._replaced = self._count(text) if text else 0
@@ -189,12 +182,12 @@ class Answer:
 
     @property
     def over(self) -> bool:
-        """Whether the last event has come."""
+        """Whether the last event was taken."""
         return self.failed or self.finish_reason is not None
 
     @property
     def refusal(self) -> str | None:
-        """What a chat says in place of a text; None wherever there is text, or nothing was halted."""
+        """The refusal of a chat that was halted before any text."""
         halted = self._chat and self.finish_reason == "content_filter" and not self._pieces
         return self._refusal if halted else None
 
@@ -205,70 +198,70 @@ class Answer:
 
     @property
     def text(self) -> str:
-        """All text so far."""
+        """The text so far."""
         return "".join(self._pieces)
 
     @property
     def thought(self) -> str:
-        """All of the thought that was shown so far."""
+        """The shown thought so far."""
         return "".join(self._thoughts)
 
     @property
     def calls(self) -> tuple[Call, ...]:
-        """The calls of tools; none while the response goes on, nor behind a halt or a fault."""
-        return self._reader.calls if self._reader is not None and self.finish_reason == "tool_calls" else ()
+        """The calls of tools; none before the end, or after a halt or a fault."""
+        ended = self.finish_reason in ("tool_calls", "length")
+        return self._reader.calls if self._reader is not None and ended else ()
 
     def opening(self) -> bytes:
-        """What a stream starts with: in a chat, who speaks."""
+        """The first chunk of a chat's stream, with the role."""
         return _sse(self._chunk({"role": "assistant", "content": "", "refusal": None})) if self._chat else b""
 
     def chunk(self, text: str) -> bytes:
         """One chunk of text."""
         if self._logprobs is None:
             return self._before + json.dumps(text).encode() + self._after
-        named, self._sent = self._named[self._sent :], len(self._named)
-        return _sse(self._chunk({"content": text} if self._chat else text, logprobs=self._shown(named)))
+        listed, self._sent = self._listed[self._sent :], len(self._listed)
+        return _sse(self._chunk({"content": text} if self._chat else text, logprobs=self._shown(listed)))
 
     def thought_chunk(self, text: str) -> bytes:
         """One chunk of a thought's text."""
         return _sse(self._chunk(_reasoning(text)))
 
     def closing(self, generated: int, view: dict[str, Any] | None = None) -> bytes:
-        """What the stream of one response ends with: `last`, then `ending`; arguments as for `last`."""
+        """The end of a stream with one choice: `last`, then `ending`."""
         return self.last(generated, view) + ending([self])
 
     def last(self, generated: int, view: dict[str, Any] | None = None) -> bytes:
-        """What a choice ends with in a stream: a refusal or calls, where there are any, and the final chunk.
+        """The end of a choice's stream: the refusal or the calls, if any, and the final chunk.
 
         Args:
-            generated: Tokens that the engine made, hidden ones included (`Trace.generated`).
+            generated: `Trace.generated`.
             view: What the operator asked to see.
         """
         assert self.finish_reason is not None, "the response goes on, or has failed"
         self._generated = generated
-        said = {"content": self.refusal} if self._in_words else {}
-        refusal = _sse(self._chunk({**said, "refusal": self.refusal})) if self.refusal else b""
+        content = {"content": self.refusal} if self._in_words else {}
+        refusal = _sse(self._chunk({**content, "refusal": self.refusal})) if self.refusal else b""
         calls = b"".join(
             _sse(self._chunk({"tool_calls": [{"index": index, **call}]})) for index, call in enumerate(self._calls())
         )
         return refusal + calls + _sse(self._chunk({} if self._chat else "", self.finish_reason) | self.redflag(view))
 
     def breaking(self, error: dict[str, Any], view: dict[str, Any] | None = None) -> bytes:
-        """What a stream ends with after a fault: `error`, which is an error's body, and `[DONE]`."""
+        """The end of a stream after a fault; `error` is the error's body."""
         assert self.failed, "nothing has failed"
         return _sse({**error, **self.redflag(view)}) + DONE
 
     def failure(self, view: dict[str, Any] | None = None) -> dict[str, Any]:
-        """What stands beside an error that is sent in place of the response: what the operator asked to see."""
+        """What is added to an error that is sent in place of the response."""
         return self.redflag(view) if view is not None else {}
 
     def body(self, generated: int, view: dict[str, Any] | None = None) -> dict[str, Any]:
-        """The whole response, for a client that does not stream; arguments as for `last`."""
-        choice = self.choice(generated)
-        return {**self.head, "choices": [choice], "usage": usage([self]), **self.redflag(view)}
+        """The whole response."""
+        return {**self.head, "choices": [self.choice(generated)], "usage": usage([self]), **self.redflag(view)}
 
     def choice(self, generated: int) -> dict[str, Any]:
-        """The whole response, as one of the body's choices; `generated` as for `last`."""
+        """The whole response, as one of the body's choices."""
         assert self.finish_reason is not None, "the response goes on"
         self._generated = generated
         content: dict[str, Any] = {"text": self.text}
@@ -278,12 +271,12 @@ class Answer:
             content = {"message": {"role": "assistant", "content": text, "refusal": self.refusal, **thought}}
             if calls := self._calls():
                 content["message"] |= {"content": self.text or None, "tool_calls": calls}
-        logprobs = None if self._logprobs is None else self._shown(self._named)
+        logprobs = None if self._logprobs is None else self._shown(self._listed)
         return {"index": self._index, **content, "logprobs": logprobs, "finish_reason": self.finish_reason}
 
     def counts(self) -> tuple[int, int, int]:
-        """Tokens of the prompt, tokens of the answer, and how many of these were shown; after the end."""
-        # A decoy's answer is all that was generated for it, as far as anybody can see; its thought may be hidden.
+        """Tokens of the prompt and of the answer, and how many of the latter were shown; after the end."""
+        # A decoy must look as if nothing else had been generated; its thought may be hidden.
         disguised = self.tokens + self.thought_tokens - self._thought_shown
         all_tokens = disguised if self._disguised else self._generated + self._replaced
         return self._prompt_tokens, all_tokens, self.tokens
@@ -295,24 +288,21 @@ class Answer:
         ]
 
     def redflag(self, view: dict[str, Any] | None) -> dict[str, Any]:
-        """What `redflag` says about the end, under that name; empty where it says nothing."""
-        said = {**(self.detail or ({"verdict": "completed"} if view is not None else {})), **(view or {})}
-        return {"redflag": said} if said else {}
+        """The field `redflag`, if it has content."""
+        content = {**(self.detail or ({"verdict": "completed"} if view is not None else {})), **(view or {})}
+        return {"redflag": content} if content else {}
 
     def _shown(self, tokens: list[Token]) -> dict[str, Any]:
         return in_chat(tokens) if self._chat else in_text(tokens)
 
     def _chunk(self, content: Any, finish_reason: str | None = None, logprobs: Any = None) -> dict[str, Any]:
         choice = {"index": self._index, ("delta" if self._chat else "text"): content, "logprobs": logprobs}
-        return {
-            **self.frame,
-            "choices": [{**choice, "finish_reason": finish_reason}],
-            **({"usage": None} if self.wants_usage else {}),
-        }
+        usage = {"usage": None} if self.wants_usage else {}
+        return {**self.frame, "choices": [{**choice, "finish_reason": finish_reason}], **usage}
 
 
 def usage(answers: Sequence[Answer]) -> dict[str, Any]:
-    """Token counts of a request that is over, of all its choices together."""
+    """Token counts of a finished request, summed over its choices."""
     prompt, generated, shown = (sum(column) for column in zip(*(answer.counts() for answer in answers), strict=True))
     thought = sum(answer.thought_tokens for answer in answers)
     return {
@@ -328,7 +318,7 @@ def usage(answers: Sequence[Answer]) -> dict[str, Any]:
 
 
 def ending(answers: Sequence[Answer]) -> bytes:
-    """What a stream ends with once all its choices are over: token counts where asked for, `[DONE]`."""
+    """The end of a stream after all its choices: token counts if requested, `[DONE]`."""
     first = answers[0]
     if not first.says_done:
         return b""
@@ -336,9 +326,9 @@ def ending(answers: Sequence[Answer]) -> bytes:
 
 
 def together(parts: Sequence[tuple[Answer, int, dict[str, Any] | None]]) -> dict[str, Any]:
-    """The body of a request for several choices, from each one's answer, generated tokens and operator's view.
+    """The body for several choices, from each one's answer, generated tokens and operator's view.
 
-    What `redflag` says stands in each choice, and that of the first halted one also at the top level, with its `index`.
+    `redflag` is in each choice, and that of the first halted one also at the top level, with its `index`.
     """
     answers = [answer for answer, _, _ in parts]
     details = [answer.redflag(view) for answer, _, view in parts]
@@ -351,7 +341,7 @@ def together(parts: Sequence[tuple[Answer, int, dict[str, Any] | None]]) -> dict
     return {**answers[0].head, "choices": choices, "usage": usage(answers), **(halted[0] if halted else {})}
 
 
-# Letters that stand for the text of a chunk while the chunk is made.
+# Stands for the text in the prepared JSON of a chunk.
 _HOLE = "%the text%"
 
 

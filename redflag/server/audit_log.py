@@ -1,8 +1,8 @@
-"""Who was answered although a flag was high: an append-only log, by user.
+"""Append-only log of responses that were given although a flag was high, by user.
 
-Three things are written down, and nothing else: a response that went on after an alarm, one whose score came near a
-threshold without reaching it, and every override of the watch, before its response begins. Numbers and names only,
-never a word of a prompt or a response. `redflag audit-log FILE` reads it.
+It has three kinds of entries: a response that went on after an alarm, one whose score came near a threshold, and every
+override of the watch, before its response begins. Numbers and names only, never a word of a prompt or a response.
+`redflag audit-log FILE` reads it.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ from redflag.trace import Facts, Trace
 AUDIT_FORMAT = 1
 
 _log = logging.getLogger(__name__)
-_FLOOR = 0.5  # the share of its threshold from which a score below it is near
-_LONGEST = 256  # characters of a user id or a request id, which a client may choose
+_FLOOR = 0.5  # share of its threshold from which a score is near it
+_LONGEST = 256  # characters of a user id or request id, which clients choose
 _LONGEST_REASON = 1000
 
 
 def check_system() -> None:
-    """Whether an audit log can be kept here; asked before a model is loaded.
+    """Checks, before a model is loaded, that the system has file locks.
 
     Raises:
-        RedflagError: It cannot.
+        RedflagError: It does not.
     """
     if not LOCKS:
         raise RedflagError(
-            "the audit log needs the file locks of Linux and macOS (fcntl), which this system does not have, so two "
-            "writers could spoil each other's lines: leave audit out, or serve from Linux, macOS or WSL"
+            "audit must be left out on this system, which does not have the file locks (fcntl) that keep two writers "
+            "apart. Serve from Linux, macOS or WSL."
         )
 
 
 class AuditLog:
-    """Appends to a JSONL file, each line handed over whole. May be used by any thread, and by several processes.
+    """Appends whole lines to a JSONL file. Safe for several threads and processes.
 
-    The file is opened anew for every line, so it may be moved away and compressed at any time. A write takes
-    microseconds on a local disk; that of an override waits until the disk has it.
+    The file is opened for every line, so it may be moved away at any time. A write takes microseconds on a local disk;
+    that of an override waits until it is on the disk.
 
     Example:
         >>> import tempfile
@@ -64,12 +64,12 @@ class AuditLog:
         *,
         on_failure: Callable[[], object] | None = None,
     ) -> None:
-        """Opens the log; the file is made if there is none, for its owner alone.
+        """Creates the file if needed, for its owner alone; its folder must exist.
 
         Args:
-            path: The file. Its folder must exist.
-            thresholds: Category -> threshold, those of the guard (`guard.thresholds.values`).
-            on_failure: Called when a line could not be written (`Metrics.audit_failed`).
+            path: The file.
+            thresholds: `guard.thresholds.values`.
+            on_failure: Callback if a line could not be written (`Metrics.audit_failed`).
 
         Raises:
             RedflagError: The file cannot be written, or the system has no file locks.
@@ -82,8 +82,8 @@ class AuditLog:
             append_line(self._path, b"", lock=True)
         except OSError as error:
             raise RedflagError(
-                f"the audit log {self._path} cannot be written ({error.strerror or error}), and alarms that went on "
-                "would be forgotten; fix the path or its permissions"
+                f"the audit log {self._path} cannot be written ({error.strerror or error}); fix the path or its "
+                "permissions"
             ) from error
 
     def record(
@@ -96,17 +96,17 @@ class AuditLog:
         reason: str | None = None,
         thresholds: Mapping[str, float] | None = None,
     ) -> bool:
-        """Writes a response down if an alarm in it was overridden, or if a score was high and it was not halted.
+        """Logs a response if an alarm in it was overridden, or if a score was near its threshold without a halt.
 
-        A failure to write is logged and counted; it is never raised, for the response is over.
+        A failure to write is logged and counted, and not raised, since the response is over.
 
         Args:
-            trace: The response, whole or as far as it came.
-            user: Who asked, as the caller calls them.
-            request_id: Name of the request.
-            overridden_by: Who had overridden the watch; None: it was not overridden.
-            reason: Why.
-            thresholds: Those in force for this response, where they are not the guard's.
+            trace: The response, even if it was not finished.
+            user: The end user's name for the client.
+            request_id: Id of the request.
+            overridden_by: Who overrode the watch, if anybody did.
+            reason: The reason for that.
+            thresholds: Those of this response, if they are not the guard's.
 
         Returns:
             Whether a line was written.
@@ -117,37 +117,31 @@ class AuditLog:
                 return False
             entry |= {"overridden_by": _cut(overridden_by), "reason": _cut(reason, _LONGEST_REASON)}
             self._append("response", user, request_id, entry)
-        except Exception as error:  # The server has other responses to care for.
+        except Exception as error:
             self._failed(error)
             return False
         return True
 
     def begin_override(self, user: str | None, reason: str, request_id: str, by: str = "operator") -> None:
-        """Writes down that the watch is about to be overridden. Without this, no override.
-
-        Args:
-            user: Whose request it is.
-            reason: Why the watch is overridden.
-            request_id: Name of the request.
-            by: Who overrides it.
+        """Logs an override before it begins; arguments as for `record`.
 
         Raises:
             RedflagError: There is no reason, or it could not be written: the override must be refused.
         """
         if not reason.strip():
-            raise RedflagError("the override gives no reason, and its log would say nothing; give one")
+            raise RedflagError("the override must give a reason, for its log")
         entry = {"overridden_by": _cut(by), "reason": _cut(reason.strip(), _LONGEST_REASON)}
         try:
             self._append("override", user, request_id, entry, sync=True)
         except OSError as error:
             self._failed(error)
             raise RedflagError(
-                f"the override of request {request_id} could not be written down ({error.strerror or error}), and none "
-                "goes unlogged; fix the audit log, or ask without the override"
+                f"the override of request {request_id} could not be logged ({error.strerror or error}), so it is "
+                "refused; fix the audit log"
             ) from error
 
     def _entry(self, trace: Trace, overridden_by: str | None, thresholds: Mapping[str, float]) -> dict[str, Any] | None:
-        """What is written of a response; None where nothing is."""
+        """The entry of a response, if it needs one."""
         facts = trace.facts()
         peaks = _peaks(facts, thresholds)
         near = [name for name, (peak, threshold) in peaks.items() if _FLOOR * threshold <= peak < threshold]

@@ -1,4 +1,4 @@
-"""One request being answered, whatever ends it; and whether the engine behind it can be trusted to answer."""
+"""One response in progress, however it ends; and whether the engine is ready."""
 
 from __future__ import annotations
 
@@ -25,19 +25,18 @@ else:
 
 _log = logging.getLogger(__name__)
 
-CLOSING = 10.0  # seconds that an engine may take to let a stream go
+CLOSING = 10.0  # seconds that an engine may take to close a stream
 
 
 class Exchange:
-    """The events of one response until its last, and what is known then, told once.
+    """Yields the events of one response, and reports its end exactly once.
 
-    The same task has to ask for all events: engines know a response by it.
+    One task must ask for all events, since engines identify a response by its task.
 
     Attributes:
-        response: The response that is driven.
-        committed: Something has been sent: what the engine refuses now ends the response, and is no error any more.
-        delivered: The last byte was handed over.
-        seconds_to_first: Seconds until text was released; None before.
+        committed: Something was sent, so that a refusal by the engine can no longer become an HTTP error.
+        delivered: The last byte was sent.
+        seconds_to_first: Seconds until text was released, if any was.
     """
 
     def __init__(
@@ -45,24 +44,24 @@ class Exchange:
         response: Response,
         events: AsyncIterator[Event],
         seconds: float,
-        tell: Callable[[Exchange], None],
+        on_close: Callable[[Exchange], None],
         closing_text: str = "",
     ) -> None:
         """Starts the clock.
 
         Args:
             response: The response.
-            events: What drives it; closed with the exchange.
-            seconds: How long the whole may take.
-            tell: Is told when the exchange is closed.
-            closing_text: Text of an alarm's `Halt` that comes after some text was released and has none of its own.
+            events: Its events, from `adrive`; closed with the exchange.
+            seconds: Time limit.
+            on_close: Callback when the exchange is closed.
+            closing_text: Text for an alarm's `Halt` that has none, if text was released before it.
         """
         self.response = response
         self.committed = False
         self.delivered = False
         self.seconds_to_first: float | None = None
         self._events = events
-        self._tell: Callable[[Exchange], None] | None = tell
+        self._on_close: Callable[[Exchange], None] | None = on_close
         self._closing_text = closing_text
         self._shown = False
         self._begun = time.perf_counter()
@@ -80,17 +79,17 @@ class Exchange:
 
     @property
     def late(self) -> bool:
-        """Whether the time was over before the response was."""
+        """Whether it was ended by the time limit."""
         return self._cut == "timeout"
 
     @property
     def stopped(self) -> bool:
-        """Whether the server went down before the response was over."""
+        """Whether it was ended by the server's shutdown."""
         return self._cut == "stopped"
 
     @property
     def end(self) -> str:
-        """How it ended: `done`, `halted`, `fault`, `timeout`, `refused`, or `disconnected` where the client left."""
+        """`done`, `halted`, `fault`, `timeout`, `refused`, or `disconnected` if the client left."""
         end = self.response.trace.facts().end
         if self._refused:
             return "refused"
@@ -123,17 +122,17 @@ class Exchange:
         return event
 
     def leave(self) -> None:
-        """The client has gone: whoever waits for the next event is woken."""
+        """Ends the response, since the client has disconnected."""
         self._hurry("disconnected")
 
     def stop(self) -> None:
-        """The server goes down: the response ends here, with what was released."""
+        """Ends the response, since the server shuts down."""
         self._hurry("stopped")
 
     async def close(self) -> None:
-        """Stops the engine, at any point and whoever cancels, and tells. Without effect the second time."""
-        tell, self._tell = self._tell, None
-        if tell is None:
+        """Stops the engine, even if this task is cancelled, and reports the end. Idempotent."""
+        on_close, self._on_close = self._on_close, None
+        if on_close is None:
             return
         try:
             close = getattr(self._events, "aclose", None)
@@ -141,9 +140,9 @@ class Exchange:
                 with anyio.move_on_after(CLOSING, shield=True) as scope:
                     await close()
                 if scope.cancelled_caught:
-                    _log.error("an engine did not let a stream go within %g s", CLOSING)
+                    _log.error("the engine did not close a stream within %g s", CLOSING)
         finally:
-            tell(self)
+            on_close(self)
 
     def _hurry(self, cut: str) -> None:
         self._cut = self._cut or cut
@@ -158,21 +157,21 @@ class Exchange:
             if self._cut == "disconnected":
                 raise ConnectionAbortedError("the client has left") from error
             late = f"the response took longer than {self._seconds:g} s"
-            error = TimeoutError("the server is going down" if self.stopped else late)
+            error = TimeoutError("the server is shutting down" if self.stopped else late)
         elif isinstance(error, RedflagError) and not self.committed and self.response.untouched:
             self._refused = True
             raise error
         self._last.extend(self.response.failed(error))
-        if not self._last:  # The response was over before: nothing may follow its last event.
+        if not self._last:  # The response was over, and nothing may follow its last event.
             raise error
         return self._last.popleft()
 
 
 class Stopwatch:
-    """An engine whose steps are timed: from the arrival of one until all that it led to has been handed over."""
+    """An engine whose steps are timed, from a step's arrival until its events were sent."""
 
     def __init__(self, backend: AsyncBackend, observe: Callable[[float], None]) -> None:
-        """Wraps an engine; `observe` gets the seconds of each step."""
+        """`observe` gets the seconds of each step."""
         self.eos_ids = backend.eos_ids
         self.logprob_mode = backend.logprob_mode
         self.upper_bound = backend.upper_bound
@@ -182,7 +181,6 @@ class Stopwatch:
     async def astream(
         self, token_ids: Sequence[int], sampling: Sampling, watch: Sequence[int] = ()
     ) -> AsyncIterator[Step]:
-        """As the engine's."""
         steps: Any = self._backend.astream(token_ids, sampling, watch)
         try:
             async for step in steps:
@@ -193,12 +191,11 @@ class Stopwatch:
             await steps.aclose()
 
     async def aclose(self) -> None:
-        """As the engine's."""
         await self._backend.aclose()
 
 
 class Readiness:
-    """Whether the engine answers and measures, asked anew when there is doubt.
+    """Whether the engine answers and measures; probed again after a failure.
 
     Example:
         >>> async def lost():
@@ -215,13 +212,13 @@ class Readiness:
         patience: float = 10.0,
         again: float | None = None,
     ) -> None:
-        """Trusts nobody yet, unless there is nothing to ask.
+        """The engine counts as not ready until a probe, unless there is none.
 
         Args:
-            probe: Raises where the engine cannot be used.
-            fresh: Seconds for which a good answer counts.
-            patience: Seconds that a probe has.
-            again: Seconds after which `watch` asks without any doubt; None: never.
+            probe: Raises if the engine cannot be used.
+            fresh: Seconds for which a success counts.
+            patience: Time limit of a probe, in seconds.
+            again: Seconds between the probes of `watch`; None: it does not probe.
         """
         self._probe = probe
         self._fresh = fresh
@@ -229,35 +226,35 @@ class Readiness:
         self._again = again
         self._good_until = -1.0
         self._bad: tuple[float, str] = (-1.0, "")
-        # Doubts raised, and how many of them the last good answer has settled.
+        # Number of failures, and how many of them the last success has settled.
         self._doubts = 1
         self._settled = 0
         self._asking = asyncio.Lock()
 
     def trust(self) -> None:
-        """The engine has just shown that it answers."""
+        """Reports a success."""
         self._good(self._doubts)
 
     def doubt(self) -> None:
-        """Something went wrong: ask before the next response."""
+        """Reports a failure: there will be a probe before the next response."""
         self._doubts += 1
 
     @property
     def doubted(self) -> bool:
-        """Whether nothing has been heard since something went wrong."""
+        """Whether there was no success since the last failure."""
         return self._probe is not None and self._doubts > self._settled
 
     async def why_not(self) -> str:
-        """Why the engine cannot be used; "" where it can."""
+        """Why the engine cannot be used; "" if it can."""
         if self._probe is None or self._fine():
             return ""
-        async with self._asking:  # One asks for all that wait.
+        async with self._asking:  # one probe for all that wait
             if self._fine():
                 return ""
             return self._bad[1] if time.monotonic() < self._bad[0] else await self._ask(self._probe)
 
     async def watch(self) -> None:
-        """Asks now and then, for ever: an engine may have been restarted with other options while nobody looked."""
+        """Probes every `again` seconds, since an engine may be restarted with other options."""
         while self._probe is not None and self._again is not None:
             await asyncio.sleep(self._again)
             async with self._asking:
@@ -265,7 +262,7 @@ class Readiness:
                     self.doubt()
 
     async def _ask(self, probe: Callable[[], Awaitable[None]]) -> str:
-        doubts = self._doubts  # who doubts while the engine is asked is heard
+        doubts = self._doubts  # a failure during the probe stays unsettled
         try:
             async with timeout_at(asyncio.get_running_loop().time() + self._patience):
                 await probe()

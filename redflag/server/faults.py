@@ -1,10 +1,10 @@
-"""What kind of fault a detail tells of: the detail itself is free text and may quote a response."""
+"""Classes of faults, for labels and logs: the detail of a fault is free text and may quote a response."""
 
 from __future__ import annotations
 
 import re
 
-# What a detail begins with or holds -> its class; the first that fits.
+# Class and pattern of its details; the first match counts.
 _CLASSES = tuple(
     (name, re.compile(pattern))
     for name, pattern in (
@@ -22,10 +22,7 @@ _CLASSES = tuple(
 
 
 def fault_class(detail: str) -> str:
-    """The class of a fault, for labels and logs; `other` where none fits.
-
-    Args:
-        detail: `Halt.detail`.
+    """The class of a `Halt.detail`; `other` if none matches.
 
     Example:
         >>> fault_class("ConnectionError: the server went away"), fault_class("step 3: a flag probability is nan")

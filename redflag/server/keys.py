@@ -1,22 +1,6 @@
-"""Clients' keys in a file, each with a policy of its own; read again on SIGHUP.
+"""Clients' keys in a YAML file, each with a policy of its own; read again on SIGHUP. Format: docs/clients.md, "Keys".
 
-```yaml
-keys:
-  - name: support-chat            # in traces and logs, in place of the key
-    sha256: 5e88...               # of the key, in hexadecimal; or the key itself: `key: ...`
-    factor: 0.5                   # times every threshold: below 1 it alarms earlier
-  - name: red-team
-    key: a-key-of-16-or-more
-    thresholds: {weapons: 0.9}    # in place of the calibrated ones
-    action: replace               # actions, replacement and hold_back as the options of `redflag serve`
-    actions: {fraud: continue}
-    replacement: I had better not say that.
-    hold_back: 8
-    max_tokens: 256
-    default_tokens: 128
-```
-
-What is not given is as for everybody. Thresholds that are not the calibrated ones promise no false-alarm rate.
+Settings that an entry leaves out are the server's. Changed thresholds have no promised false-alarm rate.
 """
 
 from __future__ import annotations
@@ -44,16 +28,7 @@ _Count = Annotated[int, Field(ge=1)]
 
 @dataclass(frozen=True)
 class Key:
-    """What holds for the requests that show one key.
-
-    Attributes:
-        name: Its name, which is no secret.
-        digest: SHA-256 of the key, in hexadecimal.
-        thresholds: Where alarms begin.
-        policy: What they lead to.
-        max_tokens: Most response tokens; None: as for everybody.
-        default_tokens: Response tokens where the client asks for no number; None: as for everybody.
-    """
+    """Settings for the requests with one key; `digest` is its SHA-256 in hexadecimal, None is the server's setting."""
 
     name: str
     digest: str
@@ -77,10 +52,10 @@ class _Entry(BaseModel):
     max_tokens: _Count | None = None
     default_tokens: _Count | None = None
 
-    def made(self, guard: Guard) -> Key:
-        """The key, if the guard can do what it says."""
+    def checked(self, guard: Guard) -> Key:
+        """The key, checked by the guard."""
         if (self.key is None) == (self.sha256 is None):
-            raise RedflagError("key or sha256 must be given, one of them")
+            raise RedflagError("exactly one of key and sha256 must be given")
         thresholds = _thresholds(guard.thresholds, self.factor, self.thresholds)
         changes: dict[str, Any] = {"default": self.action, "replacement": self.replacement, "hold_back": self.hold_back}
         policy = replace(
@@ -100,35 +75,28 @@ class _File(BaseModel):
 
 
 class Keys:
-    """The keys of a file, as it was when it was last read and right."""
+    """The keys of a file, as of the last time that it was valid."""
 
     def __init__(self, path: str | Path, guard: Guard) -> None:
-        """Reads the file.
-
-        Raises:
-            RedflagError: It cannot be read, or an entry (named) is wrong.
-        """
+        """Reads the file; errors as `read_keys`."""
         self._path = path
         self._guard = guard
         self._keys = read_keys(path, guard)
 
     def reload(self) -> None:
-        """Reads the file again; if it is wrong now, the log says so and nothing changes."""
+        """Reads the file again; if it is invalid, logs that and changes nothing."""
         try:
             self._keys = read_keys(self._path, self._guard)
         except RedflagError as error:
-            _log.error("the keys stay as they were: %s", error)
+            _log.error("the keys are unchanged: %s", error)
         else:
             _log.info("read %d keys from %s", len(self._keys), self._path)
 
-    def find(self, given: Sequence[str]) -> Key | None:
-        """The key among what a request shows; all are compared, so that the time taken tells nothing."""
-        shown = [digest_of(one) for one in given]
-        found = None
-        for key in self._keys:
-            if any([hmac.compare_digest(one, key.digest) for one in shown]):
-                found = key
-        return found
+    def find(self, sent: Sequence[str]) -> Key | None:
+        """The key that a request sent; all are compared, so that the time taken tells nothing."""
+        digests = [digest_of(one) for one in sent]
+        matches = [key for key in self._keys if any([hmac.compare_digest(one, key.digest) for one in digests])]
+        return matches[-1] if matches else None
 
 
 def digest_of(key: str) -> str:
@@ -145,43 +113,43 @@ def read_keys(path: str | Path, guard: Guard) -> tuple[Key, ...]:
     """Reads and checks a file of keys.
 
     Raises:
-        RedflagError: As `Keys`.
+        RedflagError: It cannot be read, or an entry (named) is invalid.
     """
     import yaml
 
     try:
         record = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise RedflagError(f"keys names {path}, which cannot be read ({error.strerror}); check its name") from error
+        raise RedflagError(f"keys must be a readable file (got {path}: {error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        # What it says of the place is enough: its other words quote the file, and with it keys.
+        # Only the place: the error's text quotes the file, and with it keys.
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark is not None else ""
-        raise RedflagError(f"keys names {path}{where}, which is not YAML; correct it") from None
+        raise RedflagError(f"keys must be a YAML file (got {path}{where})") from None
     try:
         entries = _File.model_validate(record).keys
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         place = ".".join(map(str, first["loc"])) or "the file"
         raise RedflagError(f"{path}: {place}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
-    made: list[Key] = []
+    keys: list[Key] = []
     for number, entry in enumerate(entries):
         try:
-            key = entry.made(guard)
+            key = entry.checked(guard)
         except RedflagError as error:
             raise RedflagError(f"{path}: keys.{number} ({entry.name}): {error}") from error
-        if any(key.name == other.name or key.digest == other.digest for other in made):
+        if any(key.name == other.name or key.digest == other.digest for other in keys):
             raise RedflagError(f"{path}: keys.{number} ({entry.name}) must have a name and a key of its own")
-        made.append(key)
-    return tuple(made)
+        keys.append(key)
+    return tuple(keys)
 
 
-def _thresholds(calibrated: Thresholds, factor: float, given: dict[str, float]) -> Thresholds:
-    if unknown := sorted(set(given) - set(calibrated.values)):
+def _thresholds(calibrated: Thresholds, factor: float, others: dict[str, float]) -> Thresholds:
+    if unknown := sorted(set(others) - set(calibrated.values)):
         raise RedflagError(f"thresholds must be of the categories {', '.join(calibrated.values)} (got {unknown})")
-    if factor == 1.0 and not given:
+    if factor == 1.0 and not others:
         return calibrated
-    values: dict[str, Any] = {name: value * factor for name, value in calibrated.values.items()} | given
+    values: dict[str, Any] = {name: value * factor for name, value in calibrated.values.items()} | others
     return Thresholds(
         values,
         calibrated.monitor,

@@ -1,8 +1,8 @@
-"""Structured logs on standard error: one line per request, in JSON or for people.
+"""Structured logs on standard error: one line per request, in JSON or as text.
 
-Log lines travel further than traces: they never hold a word of a prompt or a response, and scores only on demand. What
-a line may hold is therefore listed here, by name. Of an exception its type and place are shown, not its text, and of
-what other libraries say at most the beginning of the first line.
+Logs are read by more people than traces are, so they never have a word of a prompt or a response, and scores only on
+demand: `FIELDS` lists what a line may have. Of an exception, they have its type and place, and of other libraries'
+messages at most the beginning of the first line.
 """
 
 from __future__ import annotations
@@ -24,45 +24,28 @@ from redflag.trace import Trace
 
 _requests = logging.getLogger("redflag.request")
 
-# Fields that a line may hold, in this order; everything else that a caller attaches is left out.
+# Fields that a line may have, in this order; all others are dropped.
 FIELDS = (
-    "request_id",
-    "route",
-    "streamed",
-    "end",
-    "reason",
-    "category",
-    "fault",
-    "alarms",
-    "reviews",
-    "tokens",
-    "released",
-    "waited",
-    "thought",
-    "seconds",
-    "seconds_to_first",
-    "overridden",
-    "model",
-    "url",
-)
+    "request_id", "route", "streamed", "end", "reason", "category", "fault", "alarms", "reviews", "tokens", "released",
+    "waited", "thought", "seconds", "seconds_to_first", "overridden", "model", "url",
+)  # fmt: skip
 _LONGEST = 200
 _MARK = "_redflag_handler"
 
 
 def setup(json: bool = False, level: int | str = "INFO", *, scores: bool = False, stream: TextIO | None = None) -> None:
-    """Sends the logs of this process to standard error, in one form. A second call replaces the first.
+    """Sends the logs of this process to standard error. A second call replaces the first.
 
-    Lines of redflag and of the HTTP server are shown from `level` on, those of other libraries from WARNING on: their
-    debug lines quote requests.
+    Other libraries are logged from WARNING on, since their debug lines quote requests.
 
     Args:
-        json: One JSON object per line; False: a line for people.
-        level: Least severity shown, by name or number.
-        scores: Also show the highest score of each category in the line of a request.
+        json: One JSON object per line, not text.
+        level: Least severity of redflag's and the HTTP server's lines, by name or number.
+        scores: The line of a request also has the highest score of each category.
         stream: In place of standard error.
 
     Raises:
-        RedflagError: There is no such level.
+        RedflagError: The level is unknown.
 
     Example:
         >>> import sys
@@ -74,7 +57,7 @@ def setup(json: bool = False, level: int | str = "INFO", *, scores: bool = False
     """
     number = logging.getLevelName(level.upper()) if isinstance(level, str) else level
     if not isinstance(number, int):
-        raise RedflagError(f"log level is {level!r}, which there is not; use debug, info, warning or error")
+        raise RedflagError(f"level must be debug, info, warning or error (got {level!r})")
     teardown()
     handler = logging.StreamHandler(stream if stream is not None else sys.stderr)
     attached = [*FIELDS, "detail", *(["redflag_scores"] if scores else [])]
@@ -86,16 +69,16 @@ def setup(json: bool = False, level: int | str = "INFO", *, scores: bool = False
     root.setLevel(max(number, logging.WARNING))
     for name in ("redflag", "uvicorn"):
         logging.getLogger(name).setLevel(number)
-    for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):  # Its own handlers would say everything twice.
+    for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):  # its own handlers would repeat every line
         logger = logging.getLogger(name)
         logger.handlers.clear()
         logger.propagate = True
-    # A line of ours for every request is enough, and its lines hold the query.
+    # There is a line for every request already, and uvicorn's has the query.
     logging.getLogger("uvicorn.access").disabled = True
 
 
 def teardown() -> None:
-    """Takes back what `setup` did to the handlers."""
+    """Removes the handlers of `setup`."""
     root = logging.getLogger()
     for handler in [handler for handler in root.handlers if hasattr(handler, _MARK)]:
         root.removeHandler(handler)
@@ -112,18 +95,7 @@ def request(
     seconds_to_first: float | None = None,
     overridden: bool = False,
 ) -> None:
-    """The line of one request that is over; a warning where something broke.
-
-    Args:
-        trace: Its response.
-        request_id: Its id.
-        route: Its path.
-        end: `done`, `halted`, `fault`, `disconnected`, `refused` or `timeout`.
-        seconds: Seconds until the end.
-        streamed: Whether it was sent as a stream.
-        seconds_to_first: Seconds until text was released.
-        overridden: Whether the watch was overridden.
-    """
+    """Logs one finished request; a warning after a fault or time-out. Arguments as for `Metrics.observe`."""
     facts = trace.facts()
     fields: dict[str, Any] = {
         "request_id": request_id,
@@ -149,7 +121,7 @@ def request(
 
 
 def _allowed(logger: Any, method: str, event: EventDict) -> EventDict:
-    """The keys of a line in their order: what `FIELDS` names, and what can be said of an exception without its text."""
+    """The fields of a line in order: those of `FIELDS`, and an exception's type and place."""
     record: logging.LogRecord = event["_record"]
     text = str(event["event"])
     if not record.name.startswith("redflag"):
@@ -178,7 +150,7 @@ def _people(logger: Any, method: str, line: EventDict) -> str:
     head = f"{time:%H:%M:%S} {line.pop('level'):<7} {line.pop('message')}"
     del line["logger"]
     text = " ".join([head, *(f"{name}={_plain(value)}" for name, value in line.items())])
-    # No client can write lines of their own through a field, or steer the terminal.
+    # A field could otherwise forge lines or send escape sequences to the terminal.
     return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 

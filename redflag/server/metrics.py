@@ -1,4 +1,4 @@
-"""What a server did, as Prometheus metrics.
+"""Prometheus metrics of a server.
 
 | name | type | labels | counts |
 |---|---|---|---|
@@ -22,9 +22,9 @@
 | `redflag_response_seconds` | histogram | `streamed` | from the request to its end |
 | `redflag_step_seconds` | histogram | | what the guard adds: from a step's arrival until all it led to is out |
 
-The process's own figures (`process_*`: memory, file descriptors, processor time) stand beside them. `end` is `done`,
-`halted`, `fault`, `disconnected`, `refused` or `timeout`. No label holds free text, and none has more values than the
-server has routes, flags and kinds of faults: what comes as a surprise is counted as `other`.
+There are also the process's own (`process_*`: memory, file descriptors, processor time). `end` is `done`, `halted`,
+`fault`, `disconnected`, `refused` or `timeout`. No label holds free text: the values are the server's routes, flags and
+classes of faults, and `other`.
 
 Needs `pip install redflag-llm[serve]`.
 """
@@ -53,7 +53,7 @@ _STEP_SECONDS = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.0
 
 
 class Metrics:
-    """Counts in a registry of its own, so that several servers in one process do not meet. May be used by any thread.
+    """Counters in a registry of its own, so that a process may have several servers. Thread-safe.
 
     Example:
         >>> from redflag.trace import Text
@@ -103,7 +103,7 @@ class Metrics:
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """A request is being answered while this is entered."""
+        """Counts a request as in flight."""
         with self._in_flight.track_inprogress():
             yield
 
@@ -112,22 +112,22 @@ class Metrics:
         trace: Trace,
         *,
         route: str,
-        streamed: bool,
-        overridden: bool,
-        seconds_to_first: float | None,
         seconds: float,
         end: str,
+        streamed: bool = False,
+        overridden: bool = False,
+        seconds_to_first: float | None = None,
     ) -> None:
-        """Counts one request that is over.
+        """Counts one finished request.
 
         Args:
-            trace: Its response; an empty one where none was begun.
-            route: The path, as the server's table of routes has it.
-            streamed: Whether it was sent as a stream.
-            overridden: Whether the watch was overridden.
-            seconds_to_first: Seconds until text was released; None where none was.
+            trace: Its response; empty if none was begun.
+            route: The path without parameters.
             seconds: Seconds until the end.
             end: One of `ENDS`.
+            streamed: It was sent as a stream.
+            overridden: The watch was overridden.
+            seconds_to_first: Seconds until text was released, if any was.
         """
         kind = "true" if streamed else "false"
         self._requests.labels(self._bounded("route", route), kind, _one_of(end, ENDS)).inc()
@@ -156,7 +156,7 @@ class Metrics:
             self._waited.observe(facts.waited)
 
     def observe_step_seconds(self, seconds: float) -> None:
-        """Counts what the guard added to one step: the time between its arrival and its release."""
+        """Counts the seconds between a step's arrival and its release, which the guard adds."""
         self._step.observe(seconds)
 
     def audit_failed(self) -> None:
@@ -164,12 +164,12 @@ class Metrics:
         self._audit_failures.inc()
 
     def watch_queue(self, depth: Callable[[], tuple[int, int]]) -> None:
-        """Where the numbers of active and waiting streams come from, each time somebody asks (`Turns.depth`)."""
+        """Sets the callback for the numbers of active and waiting streams (`Turns.depth`)."""
         self._queue.labels("active").set_function(lambda: depth()[0])
         self._queue.labels("waiting").set_function(lambda: depth()[1])
 
     def render(self) -> tuple[bytes, str]:
-        """The answer to `/metrics`: its body and its content type."""
+        """Body and content type for `/metrics`."""
         return generate_latest(self._registry), CONTENT_TYPE
 
     def _halt(self, halt: Halt) -> None:
@@ -183,7 +183,7 @@ class Metrics:
             self._failures.labels(fault_class(halt.detail)).inc()
 
     def _bounded(self, label: str, value: str) -> str:
-        # Values come from the server's own tables; should a client's text ever arrive here, it cannot fill the memory.
+        # Values come from the server's own tables. The bound is for the case that a client's text ever gets here.
         known = self._known.setdefault(label, set())
         if value not in known and len(known) < _MOST_VALUES:
             known.add(value)

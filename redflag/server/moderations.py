@@ -1,10 +1,8 @@
-"""Given texts, judged: `/v1/moderations`, and LiteLLM's Generic Guardrail API on top of it.
+"""Judges texts of clients: `/v1/moderations`, and LiteLLM's Generic Guardrail API.
 
-A text is taken for an answer and measured as `redflag score` measures it, in one pass; its steps then go through the
-session of a guard, which reports the alarms. So it is flagged where the same answer would have raised an alarm while it
-was written. Reviews do not take place: what a reflection would have cleared is flagged.
-
-Numbers are the operator's. Others read scores of 0 and 1, which say no more than the categories do.
+A text is treated as an answer: it is measured in one pass, as by `redflag score`, and a guard's session reports the
+alarms that the same answer would have raised while it was written. There are no reviews: what a reflection would have
+cleared is flagged. Only the operator gets scores; for others they are 0 or 1, as the categories are.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ from typing import Any, NamedTuple, cast
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
-from redflag.api.api_errors import ApiError, late, refused_by_engine, unavailable
+from redflag.api.api_errors import ApiError, invalid, late, refused_by_engine, unavailable
 from redflag.api.moderations_schema import GuardrailRequest, ModerationRequest
 from redflag.api.schema import parse
 from redflag.backends import AsyncBackend, BusyError, ContextLengthError
@@ -46,7 +44,7 @@ class Rendered(NamedTuple):
 
     Attributes:
         prompt: All before the answer.
-        answer: The answer and what ends it; of a prompt that is to be judged itself any one id, which is not measured.
+        answer: The answer and its end; of a prompt that is to be judged any id, which is not measured.
         alone: The prompt is to be judged.
         earlier: Spans of earlier answers in the prompt, where they count (`redflag.watching.memory`).
     """
@@ -59,22 +57,16 @@ class Rendered(NamedTuple):
 
 @dataclass(frozen=True)
 class Judged:
-    """What became of one text.
-
-    Attributes:
-        flagged: Categories with an alarm.
-        scores: Category -> highest score.
-    """
+    """Categories with an alarm, and category -> highest score."""
 
     flagged: frozenset[str]
     scores: dict[str, float]
 
 
 class Moderations:
-    """The two routes, before the engine of a server."""
+    """The two routes; they judge as `guard` does."""
 
     def __init__(self, guard: Guard, limits: Limits, gate: Gate) -> None:
-        """Judges as `guard` does."""
         self._guard = guard
         self._limits = limits
         self._gate = gate
@@ -106,12 +98,11 @@ class Moderations:
             if not operator:
                 key = admit(request, self._limits).key
                 if self._limits.moderations == "operator":
-                    raise ApiError(
-                        403,
+                    text = (
                         "the operator key must be sent here. A client that may have any text judged can search for one "
-                        "that passes. To let all clients ask, start with --moderations all",
-                        "operator_key_required",
+                        "that passes. To let all clients ask, start with --moderations all"
                     )
+                    raise ApiError(403, text, "operator_key_required")
             body, rendered = await self._gate.read(request, work)
             try:
                 async with timeout_at(asyncio.get_running_loop().time() + self._limits.request_timeout):
@@ -131,41 +122,40 @@ class Moderations:
         return body, self._rendered(body.conversations())
 
     def _rendered(self, conversations: Sequence[Messages]) -> list[Rendered]:
-        """Ids of conversations whose last turn is the answer, with what ends it: a guard judges that too."""
-        made = []
+        """Ids of conversations, whose last turn is the answer; the end of the turn is judged too."""
+        rendered = []
         for number, messages in enumerate(conversations):
             alone = messages[-1]["role"] != "assistant"
             if not any(message["content"] for message in (messages if alone else messages[-1:])):
-                made.append(Rendered([], []))
+                rendered.append(Rendered([], []))
                 continue
             if alone and self._guard.policy.prompt is None:
-                raise ApiError(
-                    400,
+                raise invalid(
                     f"conversation {number + 1} ends with a turn of the {messages[-1]['role']}'s, and only answers are "
                     "judged: end it with the assistant's (mode: post_call in LiteLLM), or serve with --judge_prompt",
-                    "invalid_value",
+                    None,
                 )
             try:
                 if alone:
                     prompt = render_prompt(self._guard.tokenizer, messages, self._guard.spec)
-                    made.append(Rendered(prompt, prompt[-1:], alone))
+                    rendered.append(Rendered(prompt, prompt[-1:], alone))
                 else:
                     row = render_response(self._guard.tokenizer, messages, self._guard.spec)
                     earlier: tuple[Span, ...] = ()
                     if self._guard.thresholds.memory is not None:
                         thinks = bool(row.thought_offsets)
                         _, earlier = answer_spans(self._guard.tokenizer, messages[:-1], self._guard.spec, "", thinks)
-                    made.append(Rendered(row.prompt_ids, row.response_ids + row.tail_ids, earlier=earlier))
+                    rendered.append(Rendered(row.prompt_ids, row.response_ids + row.tail_ids, earlier=earlier))
             except RedflagError as error:
-                raise ApiError(400, str(error), "invalid_value") from error
-        return made
+                raise invalid(str(error), None) from error
+        return rendered
 
     async def _measured(self, item: Rendered, key: Key | None) -> Judged:
         if not item.answer:
             return Judged(frozenset(), dict.fromkeys(self._guard.spec.categories, 0.0))
         size, room = len(item.prompt) + len(item.answer), getattr(self._guard.backend, "context_length", None)
         try:
-            if room is not None and size > room:  # Nothing is cut off: what is not read would not be judged.
+            if room is not None and size > room:  # a truncated part would not be judged
                 raise ContextLengthError(size, room)
             # Earlier answers in the same pass.
             first = item.earlier[0][0] if item.earlier else len(item.prompt)
@@ -181,7 +171,7 @@ class Moderations:
         if item.alone:
             assert policy.prompt is not None, "such a conversation is refused"
             thresholds, policy = policy.prompt, Policy()
-        # What is said of an answer is said of it alone: its prompt was another's to judge.
+        # An answer is judged without its prompt.
         policy = replace(policy, prompt=None)
         earlier = [probs[start - first : end - first].tolist() for start, end in item.earlier]
         probs = probs[len(item.prompt) - first :].tolist()
@@ -205,14 +195,14 @@ def judged_by(
     flag_probs: Sequence[Sequence[float]],
     earlier: Sequence[Sequence[Sequence[float]]] = (),
 ) -> Judged:
-    """What a guard says of a response that was measured.
+    """Judges a measured response.
 
     Args:
-        thresholds: Where alarms begin.
-        policy: Of which the rule for the first token counts, if there is one.
+        thresholds: Of the K categories.
+        policy: Its rule for the first token counts, if it has one.
         categories: K categories.
-        token_ids: T tokens, those that end the turn included.
-        flag_probs: T x K probabilities.
+        token_ids: T tokens, with those that end the turn.
+        flag_probs: T x K.
         earlier: The same of each earlier answer that counts.
 
     Raises:
@@ -238,8 +228,8 @@ def moderation_routes(
     guard: Guard, limits: Limits, gate: Gate
 ) -> tuple[tuple[str, Callable[[Request], Awaitable[Response]], list[str]], ...]:
     """Path, endpoint and methods of each route."""
-    made = Moderations(guard, limits, gate)
+    routes = Moderations(guard, limits, gate)
     return (
-        ("/v1/moderations", made.moderate, ["POST"]),
-        ("/beta/litellm_basic_guardrail_api", made.guardrail, ["POST"]),
+        ("/v1/moderations", routes.moderate, ["POST"]),
+        ("/beta/litellm_basic_guardrail_api", routes.guardrail, ["POST"]),
     )

@@ -1,14 +1,14 @@
-"""`redflag serve --playground`: one page to chat with the guarded model, and what it measures beside.
+"""`redflag serve --playground`: a page to chat with the guarded model that also shows flag probabilities.
 
 | route | answers | key |
 |---|---|---|
-| `/` | the page: one HTML file that fetches nothing from elsewhere, and holds nothing of the operator's | none |
+| `/` | the page: one HTML file that fetches nothing from elsewhere and has no data of the operator's | none |
 | `/playground/guard` | name, categories, thresholds, monitor, release | API key, operator key |
 | `/playground/traces/ID` | JSON lines: steps and events of a response as they come, then its whole trace | the same |
 
-The page is a client like any other: what it shows as the answer is what `/v1/chat/completions` sends. Probabilities
-come by the two other routes alone, which ask for the operator key where there is one. Without one they answer every
-client of the server, but no page of another origin: see `own_page`.
+The page gets its answers from `/v1/chat/completions`, as any client. Only the two other routes give probabilities; they
+need the operator key if there is one. Without one they answer every client of the server, but no page of another origin
+(`own_page`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import functools
 import hashlib
 import ipaddress
 import json
-import math
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Collection
 from dataclasses import asdict
@@ -31,6 +30,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from redflag.api.api_errors import ApiError
+from redflag.api.operator_view import json_number
 from redflag.errors import RedflagError
 from redflag.guard.detokenize import Detokenizer
 from redflag.guard.guard import Guard
@@ -39,21 +39,15 @@ from redflag.server.exchange import Exchange
 from redflag.trace import Forced, Resume, Text, Trace, trace_line
 
 SCRIPTS = ("page.js", "trace.js", "chat.js")
-_PACE = 0.05  # seconds between two looks at a trace that grows
-_KEPT = 32  # traces of responses that are over
+_PACE = 0.05  # seconds between two reads of a growing trace
+_KEPT = 32  # traces of finished responses
 
 
 class Playground:
     """The routes of the page, and the last traces."""
 
     def __init__(self, guard: Guard, limits: Limits, then: Callable[[Trace], None] | None = None) -> None:
-        """Keeps no trace yet.
-
-        Args:
-            guard: What is shown: its thresholds, its policy.
-            limits: Where the keys are.
-            then: Gets every trace as well.
-        """
+        """`then` is called with every trace, too."""
         self._guard = guard
         self._limits = limits
         self._then = then
@@ -61,18 +55,13 @@ class Playground:
         self._over: deque[Trace] = deque(maxlen=_KEPT)
 
     def record(self, trace: Trace) -> None:
-        """Keeps the trace of a response that is over."""
+        """Stores the trace of a finished response."""
         self._over.append(trace)
         if self._then is not None:
             self._then(trace)
 
     def mount(self, app: FastAPI, open_exchanges: Collection[Exchange]) -> None:
-        """Adds the routes.
-
-        Args:
-            app: The application.
-            open_exchanges: The requests being answered; read at each request.
-        """
+        """Adds the routes; `open_exchanges` are the requests being answered, as they come and go."""
         self._open = open_exchanges
         app.add_api_route("/", self.page, methods=["GET", "HEAD"], response_model=None)
         app.add_api_route("/playground/guard", self.guard, methods=["GET"], response_model=None)
@@ -90,7 +79,7 @@ class Playground:
         return Response(content, media_type="text/html; charset=utf-8", headers=headers)
 
     async def guard(self, request: Request) -> Response:
-        """What the responses are judged by."""
+        """Thresholds and policy."""
         self._admit(request)
         thresholds, policy = self._guard.thresholds, self._guard.policy
         body = {
@@ -105,12 +94,12 @@ class Playground:
         return JSONResponse(body, headers={"cache-control": "no-store"})
 
     async def trace(self, request: Request, name: str) -> Response:
-        """One response, while it goes on or shortly after it."""
+        """A response in progress, or one of the last."""
         self._admit(request)
         exchange = next((one for one in self._open if one.response.trace.id == name), None)
         trace = exchange.response.trace if exchange else next((one for one in self._over if one.id == name), None)
         if trace is None:
-            raise ApiError(404, f"there is no response {name[:100]!r} here, or no more", "not_found")
+            raise ApiError(404, f"there is no response {name[:100]!r} here, or not any more", "not_found")
         lines = self._lines(trace, lambda: exchange in self._open)
         return StreamingResponse(lines, media_type="application/x-ndjson", headers={"cache-control": "no-store"})
 
@@ -130,14 +119,14 @@ class Playground:
             yield _line({"trace": None, "error": str(error)})
 
     def _pieces(self, trace: Trace, event: Any) -> list[str]:
-        """The text of each token; one text of all, where that cannot be told."""
+        """The text of each token; one text of all if it cannot be split."""
         if len(event.token_ids) > 1:
             try:
                 detokenizer = Detokenizer(self._guard.tokenizer, trace.token_ids[: event.position])
                 pieces = [detokenizer.push(token_id) for token_id in event.token_ids]
                 if "".join(pieces) == event.text:
                     return pieces
-            except Exception:  # Whatever a tokenizer may raise: colour is all that hangs on it.
+            except Exception:  # of any tokenizer; it only costs colours
                 pass
         return [event.text]
 
@@ -146,46 +135,43 @@ class Playground:
         if self._limits.operator_key is None:
             own_page(request)
         elif not caller.operator:
-            raise ApiError(
-                403, "probabilities and thresholds are the operator's: send the operator key", "operator_key_required"
-            )
+            text = "probabilities and thresholds are the operator's: send the operator key"
+            raise ApiError(403, text, "operator_key_required")
 
 
 def since(
     trace: Trace, steps: int, events: int, pieces: Callable[[Trace, Any], list[str]]
 ) -> tuple[dict[str, Any] | None, tuple[int, int]]:
-    """What is new in a trace that grows, for who has seen so many of its steps and events.
+    """What is new in a growing trace.
 
     Args:
         trace: The trace.
-        steps: Steps seen.
-        events: Events seen.
+        steps: Steps that were read.
+        events: Events that were read.
         pieces: The text of each token that an event released, or one text of all.
 
     Returns:
-        `start`, `flag_probs`, `scores` (T x K each; they take the place of all that was seen from `start` on), `events`
-        and `answer_at`, the answer's first step behind a thought; None where nothing is new. And how many steps and
-        events have been seen now.
+        `start`, `flag_probs`, `scores` (T x K each; they replace all from `start` on), `events` and `answer_at`, the
+        answer's first step behind a thought; None if nothing is new. And the steps and events read by now.
     """
     new = trace.events[events:]
-    # Tokens may have been taken back: from there on there are others now.
+    # Tokens may have been taken back and replaced.
     back = [event.position for event in new if isinstance(event, Forced | Resume)]
     start = min(steps, len(trace.token_ids), *back)
     seen = (len(trace.token_ids), events + len(new))
     if not new and start == seen[0]:
         return None, seen
-    told = [_as_json(event, pieces(trace, event) if _part(event) else []) for event in new]
     return {
         "start": start,
         "flag_probs": trace.flag_probs[start:],
         "scores": trace.scores[start:],
-        "events": told,
+        "events": [_as_json(event, pieces(trace, event) if _part(event) else []) for event in new],
         "answer_at": getattr(trace, "answer_at", 0),
     }, seen
 
 
 def _part(event: Any) -> str | None:
-    """The part of the response that an event released text of, `answer` or `thought`; None for all other events."""
+    """`answer` or `thought` if the event released text of it."""
     return getattr(event, "part", "answer" if isinstance(event, Text) else None)
 
 
@@ -193,15 +179,15 @@ def _as_json(event: Any, pieces: list[str]) -> dict[str, Any]:
     if part := _part(event):
         place = {"position": event.position, "tokens": len(event.token_ids)}
         return {"kind": "text", "part": part, **place, "pieces": pieces}
-    values = {name: _number(value) if isinstance(value, float) else value for name, value in asdict(event).items()}
+    values = {name: json_number(value) for name, value in asdict(event).items()}
     return {"kind": type(event).__name__.lower(), **values, "describe": event.describe()}
 
 
 def own_page(request: Request) -> None:
-    """Lets no web page of another origin read what no key protects.
+    """Refuses pages of other origins, for servers without an operator key.
 
-    A browser says where a page comes from (`Origin`), and a page whose name was pointed at this machine asks for that
-    name (`Host`): without an operator key only addresses and localhost are answered.
+    A browser sends a page's `Origin`. A page whose name resolves to this machine (DNS rebinding) sends that name as
+    `Host`, so only IP addresses and localhost are answered.
 
     Raises:
         ApiError: 403.
@@ -215,17 +201,16 @@ def own_page(request: Request) -> None:
     except ValueError:
         known = name == "localhost"
     if not known or (origin is not None and urlsplit(origin).netloc != host):
-        raise ApiError(
-            403,
+        text = (
             "without an operator key probabilities are for the page of this server, at an IP address or localhost; set "
-            "REDFLAG_OPERATOR_KEY",
-            "operator_key_required",
+            "REDFLAG_OPERATOR_KEY"
         )
+        raise ApiError(403, text, "operator_key_required")
 
 
 @functools.cache
 def page() -> tuple[bytes, str]:
-    """The page, and its content security policy: nothing runs and nothing is fetched but what is named there."""
+    """The page, and its content security policy."""
     style, scripts = _file("page.css"), [_file(name) for name in SCRIPTS]
     html = _file("page.html").replace("/* style */", style)
     html = html.replace("<!-- scripts -->", "\n".join(f"<script>{script}</script>" for script in scripts))
@@ -252,7 +237,3 @@ def _hash(text: str) -> str:
 
 def _line(payload: dict[str, Any]) -> bytes:
     return json.dumps(payload, separators=(",", ":")).encode() + b"\n"
-
-
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None

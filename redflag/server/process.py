@@ -1,4 +1,4 @@
-"""The HTTP server's process: its socket, its limits, and how it ends."""
+"""The HTTP server's process: socket, file limit, signals and shutdown."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _log = logging.getLogger(__name__)
 
 
 class _Protocol(HttpToolsProtocol):
-    """uvicorn's faster parser, which sends every stream in chunks; HTTP/1.0, as nginx speaks it to what stands behind
-    it unless told otherwise, knows none (RFC 9112, 6.1). Such connections go to uvicorn's other parser."""
+    """uvicorn's faster parser, which sends all streams in chunks. HTTP/1.0 (nginx's default for upstreams) has none
+    (RFC 9112, 6.1), so its connections are handed to uvicorn's other parser."""
 
     _begun = False
 
@@ -47,21 +47,14 @@ class _Protocol(HttpToolsProtocol):
 class Process(uvicorn.Server):
     """Runs an application until SIGINT or SIGTERM, and then until its open responses are over.
 
-    They have `grace` seconds; what is still open then gets its last chunk and ends. A second SIGINT does not wait.
+    After `grace` seconds they are ended with their last chunk. A second SIGINT does not wait.
     """
 
     def __init__(
         self, app: ASGIApp, stop: Callable[[], None], grace: float, reload: Callable[[], None] | None = None
     ) -> None:
-        """Prepares.
-
-        Args:
-            app: The application.
-            stop: Ends all open responses.
-            grace: Seconds that they have before.
-            reload: Called on SIGHUP, where the system has it; None leaves that signal as it is.
-        """
-        # Streams end by themselves, with a last chunk; nobody else shall cut them off.
+        """`stop` ends all open responses; `reload` is called on SIGHUP, if the system has that."""
+        # Streams end with a last chunk of their own; sse-starlette would cut them off.
         AppStatus.disable_automatic_graceful_drain()
         super().__init__(
             uvicorn.Config(
@@ -82,7 +75,7 @@ class Process(uvicorn.Server):
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Starts to listen."""
+        """Also registers `reload`."""
         self._loop = asyncio.get_running_loop()
         hang_up = getattr(signal, "SIGHUP", None)  # not on Windows
         if self._reload is not None and hang_up is not None:
@@ -90,48 +83,41 @@ class Process(uvicorn.Server):
         await super().startup(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Hears a signal."""
+        """Also schedules `stop`."""
         if self._loop is not None and not self.should_exit:
             self._loop.call_soon_threadsafe(self._loop.call_later, self._grace, self._stop)
         super().handle_exit(sig, frame)
 
 
 def bind(host: str, port: int, send_timeout: float) -> socket.socket:
-    """A socket that does not listen yet: a port that is taken is found out before a model is loaded.
+    """A bound socket that does not listen yet, so that a taken port is found before a model is loaded.
 
     Raises:
-        RedflagError: The address is taken, not this machine's, or none.
+        RedflagError: The address is taken, invalid, or not this machine's.
     """
     made = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
-        if os.name == "posix":  # on Windows it would let two servers share a port
+        if os.name == "posix":  # on Windows two servers could then share a port
             made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if hasattr(socket, "TCP_USER_TIMEOUT"):
-            # A client that takes nothing keeps a connection in memory even when the server has closed it: the kernel
-            # gives it up.
+            # A closed connection stays in memory while its client reads nothing; the kernel drops it after this time.
             made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(send_timeout * 1000))
         made.bind((host, port))
     except (OSError, OverflowError) as error:
         made.close()
         reason = getattr(error, "strerror", None) or error
-        raise RedflagError(
-            f"cannot listen on {host} port {port} ({reason}), so nobody could ask: free the port or choose another"
-        ) from error
+        raise RedflagError(f"cannot listen on {host} port {port} ({reason}). Free it or choose another.") from error
     return made
 
 
 def raise_file_limit(needed: int) -> None:
-    """Lets the process open as many sockets as the system allows; warns where that is fewer than are needed.
-
-    Args:
-        needed: Sockets of all requests that may be open at once: one of the client's and one of an upstream's each.
-    """
+    """Raises the process's limit of open files to the system's; warns if fewer than `needed` are allowed."""
     try:
         import resource
     except ImportError:  # Windows has no such limit
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # macOS names infinity as the hard limit and refuses it: 10240 is what it takes in any case.
+    # macOS reports infinity as the hard limit but refuses it; it accepts 10240.
     for limit in (hard, 65536, 10240):
         if soft == resource.RLIM_INFINITY or (limit != hard and limit <= soft):
             break

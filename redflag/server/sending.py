@@ -1,4 +1,4 @@
-"""A response on its way out, or several choices at once: as server-sent events, or in one piece."""
+"""Sends a response, or several choices of one request, as server-sent events or in one piece."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from redflag.server.exchange import CLOSING, Exchange
 from redflag.trace import Thought
 
 Part = tuple[Exchange, Answer]
-"""One of a request's choices: the response that is driven, and what its reader makes of it."""
+"""One of a request's choices, and its answer."""
 
 
 class EventStream(EventSourceResponse):
-    """A response as server-sent events. The status is sent with the first of them, so that it can still be an error.
+    """Server-sent events. The status is sent with the first of them, so until then it can become an error.
 
-    Several choices come interleaved. What breaks one of them ends them all with the same error.
+    Several choices are interleaved; a fault of one ends all of them with the same error.
     """
 
     def __init__(self, parts: Sequence[Part], view: bool, headers: Mapping[str, str], limits: Limits) -> None:
@@ -77,11 +77,11 @@ class EventStream(EventSourceResponse):
                 start = message
                 return
             if self._error is not None:
-                if not message.get("more_body"):  # Nothing has been sent: the error takes the stream's place.
+                if not message.get("more_body"):  # Nothing was sent: the error takes the stream's place.
                     await error_response(self._error, scope["path"], self._extra, self._detail)(scope, receive, send)
                 return
             if closed and message.get("more_body"):
-                return  # a ping that comes after the last chunk
+                return  # a ping after the last chunk
             closed = self._closing
             if start is not None:
                 head, start = start, None
@@ -91,14 +91,14 @@ class EventStream(EventSourceResponse):
             await send(message)
 
         try:
-            with suppress(SendTimeoutError):  # The client took nothing for too long: the connection is given up.
+            with suppress(SendTimeoutError):  # The client read nothing for too long.
                 await super().__call__(scope, receive, deferred)
         finally:
             await close(self._parts)
 
 
 async def whole(request: Request, parts: Sequence[Part], view: bool, headers: Mapping[str, str]) -> Response:
-    """The response in one piece; a client that leaves meanwhile stops it."""
+    """The response in one piece; it is stopped if the client disconnects."""
     gone = asyncio.ensure_future(_disconnected(request))
     gone.add_done_callback(lambda task: None if task.cancelled() else _leave(parts))
     try:
@@ -110,18 +110,17 @@ async def whole(request: Request, parts: Sequence[Part], view: bool, headers: Ma
     except RedflagError as error:
         raise refused_by_engine(error, parts[0][1].param) from error
     except ConnectionAbortedError:
-        return Response(status_code=499)  # Nobody reads it.
+        return Response(status_code=499)  # The client has disconnected.
     finally:
         gone.cancel()
     for exchange, answer in parts:
         exchange.delivered = answer.over
     for exchange, answer in parts:
         if answer.failed:
-            return error_response(
-                _fault(exchange, False), request.url.path, headers, answer.failure(_seen(exchange, view))
-            )
+            detail = answer.failure(_seen(exchange, view))
+            return error_response(_fault(exchange, False), request.url.path, headers, detail)
     made = [(answer, exchange.response.trace.generated, _seen(exchange, view)) for exchange, answer in parts]
-    # In ASCII, as the chunks of a stream: an operator's text may hold what no other encoding takes.
+    # In ASCII, as the chunks of a stream, since an operator's text may have half a surrogate pair.
     body = json.dumps(made[0][0].body(*made[0][1:]) if len(made) == 1 else together(made))
     return Response(body, media_type="application/json", headers=dict(headers))
 
@@ -132,7 +131,7 @@ def _leave(parts: Sequence[Part]) -> None:
 
 
 async def close(parts: Sequence[Part]) -> None:
-    """Stops what still runs, and tells of each choice."""
+    """Closes the exchanges."""
     for exchange, _ in parts:
         await exchange.close()
 
@@ -142,11 +141,7 @@ class _BrokenError(Exception):
 
 
 async def _choice(part: Part, view: bool) -> AsyncGenerator[bytes, None]:
-    """One choice's chunks, its last one included.
-
-    Raises:
-        _BrokenError: In place of the last chunk.
-    """
+    """The chunks of one choice; raises `_BrokenError` in place of the last one after a fault."""
     exchange, answer = part
     opening = answer.opening()
     while not answer.over:
@@ -165,7 +160,7 @@ async def _choice(part: Part, view: bool) -> AsyncGenerator[bytes, None]:
 
 
 async def _events(part: Part) -> AsyncGenerator[bytes, None]:
-    """One choice, of which nothing is sent before its end; as `_choice`."""
+    """As `_choice`, but sends nothing before the end."""
     exchange, answer = part
     while not answer.over:
         answer.push(await exchange.next())
@@ -176,9 +171,9 @@ async def _events(part: Part) -> AsyncGenerator[bytes, None]:
 
 
 async def _merged(streams: Sequence[AsyncGenerator[bytes, None]]) -> AsyncGenerator[bytes, None]:
-    """What several choices send, as it comes, until all are over or one has broken.
+    """Interleaves the chunks of several choices, until all are over or one fails.
 
-    Each is asked by a task of its own: engines know a response by it.
+    Each has a task of its own, since engines identify a response by its task.
     """
     if len(streams) == 1:
         async with aclosing(streams[0]) as only:
@@ -211,7 +206,7 @@ async def _merged(streams: Sequence[AsyncGenerator[bytes, None]]) -> AsyncGenera
     finally:
         for task in tasks:
             task.cancel()
-        # Whoever cancels this: what a task still holds cannot be closed before the task is over.
+        # Shielded: what a task holds can only be closed once the task is over.
         with anyio.move_on_after(CLOSING, shield=True):
             await asyncio.gather(*tasks, return_exceptions=True)
 
@@ -222,7 +217,6 @@ async def _disconnected(request: Request) -> None:
 
 
 def _fault(exchange: Exchange, shown: bool) -> ApiError:
-    """What a client is told of a response that broke, some of which was shown or not."""
     kind = stopping if exchange.stopped else late if exchange.late else unavailable
     return kind(shown=exchange.committed and shown)
 

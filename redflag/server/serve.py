@@ -1,13 +1,13 @@
-"""The verb `serve`: an OpenAI-compatible server whose answers are watched, before a model of its own or an upstream."""
+"""The command `serve`: an OpenAI-compatible server with watched answers, for a local model or an upstream."""
 
 from __future__ import annotations
 
 import logging
 import os
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from redflag.bounds import check_bounds
 from redflag.errors import RedflagError
@@ -25,96 +25,71 @@ _log = logging.getLogger(__name__)
 
 API_KEYS = "REDFLAG_API_KEYS"
 OPERATOR_KEY = "REDFLAG_OPERATOR_KEY"
-_ASKED_AGAIN = 60.0  # seconds
+_PROBED_AGAIN = 60.0  # seconds
 
 
 @dataclass(kw_only=True)
 class ServeArguments(GuardOptions):
-    """What `redflag serve` is told. Keys come from the environment: `REDFLAG_API_KEYS` (comma between),
+    """Options of `redflag serve`. Keys are in the environment: `REDFLAG_API_KEYS` (comma-separated),
     `REDFLAG_OPERATOR_KEY`."""
 
     step_timeout: float = field(
-        default=60.0, metadata={"help": "upstream: seconds without a token until it counts as lost.", "above": 0}
+        default=60.0, metadata={"help": "upstream: seconds without a token after which it counts as lost.", "above": 0}
     )
-    keys: str | None = field(
-        default=None, metadata={"help": "YAML of clients' keys, each with a policy of its own; read again on SIGHUP."}
-    )
-    name: str | None = field(
-        default=None, metadata={"help": "The model's name for clients; default: the upstream's, or the folder's."}
-    )
+    keys: str | None = field(default=None, metadata={"help": "YAML of keys with policies; read again on SIGHUP."})
+    name: str | None = field(default=None, metadata={"help": "The model's name; default: the upstream's or folder's."})
     host: str = field(default="127.0.0.1", metadata={"help": "Address to listen on."})
     port: int = field(default=8080, metadata={"help": "Port to listen on; 0 takes a free one."})
     active: int = field(default=4, metadata={"help": "Responses that a local model writes at once, in turns."})
-    waiting: int = field(
-        default=64, metadata={"help": "Responses that wait for a local model; more are refused (429)."}
-    )
-    max_open: int = field(
-        default=1024, metadata={"help": "Requests being answered at once; more are refused (429).", "least": 1}
-    )
+    waiting: int = field(default=64, metadata={"help": "Responses that wait for it; more are refused (429)."})
+    max_open: int = field(default=1024, metadata={"help": "Open requests; more are refused (429).", "least": 1})
     max_body_bytes: int = field(default=4 << 20, metadata={"help": "Longest request body (413).", "least": 1})
-    max_tokens: int = field(default=4096, metadata={"help": "Most response tokens of a request.", "least": 1})
+    max_tokens: int = field(default=4096, metadata={"help": "Maximum of response tokens.", "least": 1})
     over_limit: Literal["clip", "refuse"] = field(
-        default="clip", metadata={"help": "... what becomes of a request for more: the answer is cut, or 400."}
+        default="clip",
+        metadata={"help": "If a request asks for more: clip the answer, or refuse (400)."},
     )
     unknown_fields: Literal["ignore", "refuse"] = field(
         default="ignore",
-        metadata={"help": "Request fields that change no token: name them in X-Ignored-Params, or 400."},
+        metadata={"help": "Request fields that change no token: ignore (named in X-Ignored-Params), or refuse (400)."},
     )
     allow_origins: str | None = field(
-        default=None, metadata={"help": "Web pages that may ask (CORS): origins, comma between, or *; default: none."}
+        default=None, metadata={"help": "Web pages that may send requests (CORS): comma-separated origins, or *."}
     )
     moderations: Literal["operator", "all"] = field(
-        default="operator",
-        metadata={"help": "Who may have given texts judged (/v1/moderations): with the operator key, or all clients."},
+        default="operator", metadata={"help": "Who may use /v1/moderations: the operator, or all clients."}
     )
-    default_tokens: int = field(
-        default=1024, metadata={"help": "Response tokens where a client asks for no number.", "least": 1}
-    )
+    default_tokens: int = field(default=1024, metadata={"help": "max_tokens of requests without one.", "least": 1})
     prefill: bool = field(default=False, metadata={"help": "Let clients write the beginning of the response."})
-    max_choices: int = field(
-        default=4, metadata={"help": "Most answers of one request: its prompts, times n.", "least": 1}
-    )
-    logprobs: bool = field(
-        default=False, metadata={"help": "Let clients have log-probabilities of shown tokens; flags are left out."}
-    )
+    max_choices: int = field(default=4, metadata={"help": "Maximum of answers per request: prompts x n.", "least": 1})
+    logprobs: bool = field(default=False, metadata={"help": "Let clients ask for log-probabilities of shown tokens."})
     closing_text: str = field(
         default=" [The answer was stopped here by a safety check.]",
-        metadata={"help": "Ends a chat's answer that was halted after some of it was shown; '' adds nothing."},
+        metadata={"help": "Appended to a chat's answer that is halted after some text; '' adds nothing."},
     )
     test_halt: bool = field(
-        default=False, metadata={"help": "Let the operator ask for a halt: X-Redflag-Test: halt, or halt-at-once."}
+        default=False, metadata={"help": "Let the operator test a halt: X-Redflag-Test: halt, or halt-at-once."}
     )
     halts_allowed: int | None = field(
         default=None,
-        metadata={
-            "help": "Halted answers after which a conversation, or the end user that a request names, is not served "
-            "any more (403); default: any number.",
-            "least": 1,
-        },
+        metadata={"help": "Refuse (403) a conversation or end user after this many halts; default: never.", "least": 1},
     )
     halts_forgotten: float = field(
-        default=3600.0, metadata={"help": "Seconds without a further halt after which --halts_allowed starts anew."}
+        default=3600.0, metadata={"help": "Seconds without a halt after which --halts_allowed counts from 0 again."}
     )
     tool_format: Literal["auto", "hermes", "llama", "mistral", "harmony", "json", "off"] = field(
-        default="auto",
-        metadata={"help": "How the model writes calls of tools; auto asks its chat template; off refuses tools."},
+        default="auto", metadata={"help": "How the model calls tools; auto reads its template, off refuses tools."}
     )
     body_timeout: float = field(default=30.0, metadata={"help": "Seconds for a request body to arrive.", "above": 0})
-    request_timeout: float = field(default=600.0, metadata={"help": "Seconds for a response, all in all.", "above": 0})
-    send_timeout: float = field(
-        default=60.0, metadata={"help": "Seconds for a client to take what is sent.", "above": 0}
-    )
-    ping: float = field(
-        default=15.0, metadata={"help": "Seconds of silence until a stream says that it lives.", "above": 0}
-    )
-    grace: float = field(default=30.0, metadata={"help": "Seconds that open responses have once the server stops."})
+    request_timeout: float = field(default=600.0, metadata={"help": "Seconds for a whole response.", "above": 0})
+    send_timeout: float = field(default=60.0, metadata={"help": "Seconds for a client to read data.", "above": 0})
+    ping: float = field(default=15.0, metadata={"help": "Seconds between keep-alive comments of a stream.", "above": 0})
+    grace: float = field(default=30.0, metadata={"help": "Seconds that open responses have at shutdown."})
     audit: str | None = field(
-        default=None, metadata={"help": "Append alarms that were overridden or nearly raised to this file."}
+        default=None, metadata={"help": "Append overridden alarms and near misses to this audit log."}
     )
     record: str | None = field(default=None, metadata={"help": "Append the traces (numbers only) to this JSONL file."})
-    playground: bool = field(
-        default=False, metadata={"help": "A page at / to try the guard: chat, p(flag), thresholds (operator key)."}
-    )
+    playground: bool = field(default=False, metadata={"help": "A page at / to try the guard (operator key)."})
     json_logs: bool = field(default=False, metadata={"help": "Log lines as JSON."})
     telemetry: bool = field(default=False, metadata={"help": "Send OpenTelemetry spans (set by OTEL_* variables)."})
 
@@ -124,10 +99,10 @@ POSITIONAL = None
 
 
 def run(arguments: ServeArguments, policy: PolicyOptions) -> int:
-    """Serves until it is told to stop.
+    """Serves until SIGINT or SIGTERM.
 
     Raises:
-        RedflagError: The watch cannot be attached, or an option cannot be carried out: nothing was served.
+        RedflagError: An option is invalid, or the watch cannot be attached: nothing was served.
     """
     try:
         from redflag.server import log
@@ -152,16 +127,16 @@ def run(arguments: ServeArguments, policy: PolicyOptions) -> int:
     with bind(arguments.host, arguments.port, arguments.send_timeout) as listening:
         guard, probe = attach(arguments, policy, metrics)
         if arguments.name is None and arguments.upstream is not None:
-            # Clients that knew the upstream know the model by its name there.
+            # Clients of the upstream use the model's name there.
             limits = replace(limits, name=cast("RemoteBackend", guard.backend).model or limits.name)
         if arguments.keys is not None:
             limits = replace(limits, keys=Keys(arguments.keys, guard))
         audit = None
         if arguments.audit is not None:
             audit = AuditLog(arguments.audit, guard.thresholds.values, on_failure=metrics.audit_failed)
-        # A local engine stays what it is; an upstream can be restarted with other options.
-        readiness = Readiness(probe, again=_ASKED_AGAIN if arguments.upstream is not None else None)
-        readiness.trust()  # it has just been asked
+        # Only an upstream can be restarted with other options.
+        readiness = Readiness(probe, again=_PROBED_AGAIN if arguments.upstream is not None else None)
+        readiness.trust()  # `attach` has just probed it
         app = build_app(
             guard,
             limits,
@@ -183,10 +158,10 @@ def run(arguments: ServeArguments, policy: PolicyOptions) -> int:
 
 
 def limits_of(arguments: ServeArguments, environment: Mapping[str, str]) -> Limits:
-    """What is allowed, and whom.
+    """The limits, from the options and the environment's keys.
 
     Raises:
-        RedflagError: A number leaves no request that could be answered, or a key is too short to be one.
+        RedflagError: An option is out of bounds, or a key is too short.
     """
     from redflag.server.access import Limits
     from redflag.server.keys import SHORTEST_KEY
@@ -194,65 +169,41 @@ def limits_of(arguments: ServeArguments, environment: Mapping[str, str]) -> Limi
     check_bounds(arguments)
     keys = tuple(key.strip() for key in environment.get(API_KEYS, "").split(",") if key.strip())
     operator = environment.get(OPERATOR_KEY) or None
-    for variable, key in ((API_KEYS, key) for key in keys):
-        if len(key) < SHORTEST_KEY:
+    for variable, key in (*((API_KEYS, key) for key in keys), (OPERATOR_KEY, operator)):
+        if key is not None and len(key) < SHORTEST_KEY:
             raise RedflagError(
-                f"{variable} holds a key of {len(key)} characters, which can be guessed: use {SHORTEST_KEY} or more"
+                f"keys in {variable} must have at least {SHORTEST_KEY} characters (got {len(key)}). Shorter keys can "
+                "be guessed."
             )
-    if operator is not None and len(operator) < SHORTEST_KEY:
-        raise RedflagError(
-            f"{OPERATOR_KEY} has {len(operator)} characters and can be guessed, and it overrides the watch: use "
-            f"{SHORTEST_KEY} or more"
-        )
     if arguments.playground and operator is None and arguments.host not in ("localhost", "127.0.0.1", "::1"):
         raise RedflagError(
-            f"host must be 127.0.0.1 where the playground is on and there is no operator key (got {arguments.host!r}). "
-            f"Whoever reaches the page reads flag probabilities. Set {OPERATOR_KEY}."
+            f"host must be 127.0.0.1 if the playground is on and there is no operator key (got {arguments.host!r}). "
+            f"Everybody who can open the page reads flag probabilities. Set {OPERATOR_KEY}."
         )
-    return Limits(
-        name=arguments.name or Path(arguments.model).resolve().name,
-        api_keys=keys,
-        operator_key=operator,
-        max_body_bytes=arguments.max_body_bytes,
-        max_tokens=arguments.max_tokens,
-        over_limit=arguments.over_limit,
-        unknown_fields=arguments.unknown_fields,
-        allow_origins=origins_of(arguments.allow_origins),
-        moderations=arguments.moderations,
-        default_tokens=arguments.default_tokens,
-        max_open=arguments.max_open,
-        prefill=arguments.prefill,
-        max_choices=arguments.max_choices,
-        logprobs=arguments.logprobs,
-        closing_text=arguments.closing_text,
-        test_halt=arguments.test_halt,
-        halts_allowed=arguments.halts_allowed,
-        halts_forgotten=arguments.halts_forgotten,
-        tool_format=arguments.tool_format,
-        body_timeout=arguments.body_timeout,
-        request_timeout=arguments.request_timeout,
-        send_timeout=arguments.send_timeout,
-        ping=arguments.ping,
-    )
+    own: dict[str, Any] = {"api_keys": keys, "keys": None, "operator_key": operator}
+    options: dict[str, Any] = {one.name: getattr(arguments, one.name) for one in fields(Limits) if one.name not in own}
+    options["name"] = arguments.name or Path(arguments.model).resolve().name
+    options["allow_origins"] = origins_of(arguments.allow_origins)
+    return Limits(**options, **own)
 
 
 def tell_of_playground(where: str, limits: Limits) -> None:
-    """Logs where the page is, and a warning where no key protects what it shows."""
+    """Logs the page's address, and a warning if no key protects what it shows."""
     _log.info("the playground is at %s", where, extra={"url": where})
     if limits.operator_key is None:
         _log.warning(
             "the playground shows flag probabilities and thresholds to everybody who can reach %s, since there is no "
-            "operator key; set %s, or keep others from reaching it",
+            "operator key; set %s, or restrict access",
             where,
             OPERATOR_KEY,
         )
 
 
 def origins_of(text: str | None) -> tuple[str, ...]:
-    """The origins in a list with commas.
+    """Splits a comma-separated list of origins.
 
     Raises:
-        RedflagError: One is no origin, so no browser would ever send it.
+        RedflagError: One isn't an origin, so no browser would send it.
 
     Example:
         >>> origins_of("https://chat.example.org, app://obsidian.md")
@@ -272,7 +223,7 @@ def origins_of(text: str | None) -> tuple[str, ...]:
 def attach(
     arguments: ServeArguments, options: PolicyOptions, metrics: Metrics
 ) -> tuple[Guard, Callable[[], Awaitable[None]]]:
-    """The guard, proved to measure; and what proves it again later.
+    """The guard, whose engine was probed, and the probe.
 
     Raises:
         RedflagError: There are no flags or thresholds, or the engine does not measure them.
@@ -287,7 +238,7 @@ def attach(
 
 
 def recorder(path: str | None) -> Callable[[Trace], None] | None:
-    """What appends traces to a file; None for none.
+    """Appends traces to a file, if one is given.
 
     Raises:
         RedflagError: The file cannot be written.
@@ -299,7 +250,7 @@ def recorder(path: str | None) -> Callable[[Trace], None] | None:
     def record(trace: Trace) -> None:
         try:
             write_traces(path, [trace], append=True)
-        except RedflagError as error:  # A disk that is full ends the record, not the service.
+        except RedflagError as error:  # a full disk must not end the service
             _log.error("%s", error)
 
     return record

@@ -1,9 +1,8 @@
 """An OpenAI-compatible server in front of a guard: HTTP in, judged text out.
 
-Every way out of here leads through `Answer`, which sees nothing but the events of a response. What a request can end in
-stands in the table of `redflag.api.wire`; where the engine fails before anything was released and sent, the answer
-is an error (503, or 504 for a time-out) instead, so that a client may simply try again. What of a request is refused,
-clipped or ignored stands in docs/clients.md.
+All responses go through `Answer`, which gets nothing but the events of a response. `redflag.api.wire` lists how a
+response can end. If the engine fails before anything was sent, the client gets an error (503, or 504 for a time-out)
+and may try again. docs/clients.md says which fields of a request are refused, clipped or ignored.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.middleware.cors import CORSMiddleware
 
-from redflag.api.api_errors import ApiError, add_handlers
+from redflag.api.api_errors import ApiError, add_handlers, invalid
 from redflag.api.doors import DOORS, Body, Door
 from redflag.api.fields import escaped, header
 from redflag.api.logprobs import ShownLogprobs
@@ -56,7 +55,7 @@ from redflag.watching.policy import Policy
 _log = logging.getLogger(__name__)
 
 _IGNORED = "x-ignored-params"
-_MOST_NAMES = 256  # of ignored fields, of which the log tells once each: clients choose them
+_MOST_NAMES = 256  # of ignored fields, which clients choose; each is logged once
 _TIMED = 1 / 8  # share of the responses whose steps are timed, which costs as much as counting them
 
 
@@ -71,17 +70,17 @@ def build_app(
     record: Callable[[Trace], None] | None = None,
     playground: bool = False,
 ) -> FastAPI:
-    """The application; an ASGI server runs it.
+    """The application, for an ASGI server.
 
     Args:
-        guard: Model, thresholds, policy and judge; its backend must be an `AsyncBackend`. Closed with the application.
+        guard: Its backend must be an `AsyncBackend`, and is closed with the application.
         limits: What is allowed.
-        metrics: Counts.
-        readiness: Whether the engine can be used; None trusts it always.
-        audit: Where overrides are written down; without it there are none.
-        telemetry: Spans, if anybody wants them.
-        record: Gets the trace of every response that was begun.
-        playground: Adds the page at `/`, and what it shows of the operator's.
+        metrics: Counters.
+        readiness: Whether the engine can be used; None: always.
+        audit: The log that overrides need.
+        telemetry: Spans.
+        record: Callback for the trace of every response that was begun.
+        playground: Adds the page at `/`, and its routes.
     """
     page = Playground(guard, limits, record) if playground else None
     if page is not None:
@@ -100,7 +99,7 @@ def build_app(
                 telemetry.shutdown()
             await cast(AsyncBackend, guard.backend).aclose()
 
-    # No redirects to a path without its slash: before TLS they would lead away from it.
+    # No redirects to a path without its slash: behind a TLS proxy they would lead to http.
     app = FastAPI(
         title="redflag", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
     )
@@ -111,7 +110,7 @@ def build_app(
             CORSMiddleware,
             allow_origins=limits.allow_origins,
             allow_methods=["GET", "POST"],
-            allow_headers=["*"],  # SDKs send x-stainless-* of their own
+            allow_headers=["*"],  # SDKs send x-stainless-*
             expose_headers=["x-request-id", _IGNORED, "retry-after"],
         )
     reading = ["GET", "HEAD"]
@@ -141,7 +140,7 @@ def _answering(server: Server, door: Door) -> Callable[[Request], Awaitable[Resp
 
 
 def _refusal(policy: Policy) -> str:
-    """What a chat says that was halted before its first token; never the text of a decoy."""
+    """The refusal of a chat that was halted before any text; never the text of a decoy."""
     text = policy.replacement
     return text if isinstance(text, str) and text and not policy.decoy else REFUSAL
 
@@ -151,7 +150,7 @@ def _conversation(body: Body, caller: Caller) -> str:
 
 
 class Server:
-    """What all requests share."""
+    """State shared by all requests, and their handlers."""
 
     def __init__(
         self,
@@ -171,7 +170,7 @@ class Server:
         self._audit = audit
         self._telemetry = telemetry if telemetry is not None else Telemetry(enabled=False)
         self._record = record
-        self._ignored: set[str] = set()  # fields of which the log has told
+        self._ignored: set[str] = set()  # fields that were logged
         self.gate = Gate(limits, metrics, readiness, self.open)
         self._since = int(time.time())
         self._tools = ToolSupport(guard, limits.tool_format)
@@ -179,12 +178,12 @@ class Server:
         self._strikes = None if most is None else Strikes(most, limits.halts_forgotten)
 
     def stop(self) -> None:
-        """Ends all responses, each with an error that says so: the server is going down."""
+        """Ends all responses with an error, since the server shuts down."""
         for exchange in tuple(self.open):
             exchange.stop()
 
     async def health(self) -> Response:
-        """Whether the process lives."""
+        """Whether the process runs."""
         return JSONResponse({"status": "ok"})
 
     async def ready(self) -> Response:
@@ -194,7 +193,7 @@ class Server:
         return JSONResponse({"status": "ready"})
 
     async def show_metrics(self, request: Request) -> Response:
-        """Counters; where there is an operator, for him alone: halts by category answer an attacker's questions."""
+        """Prometheus metrics. They need the operator's key if there is one: halts by category help attackers."""
         if self.limits.operator_key is not None and not shows_operator_key(request, self.limits):
             raise ApiError(403, "metrics are the operator's: send the operator key", "operator_key_required")
         content, media_type = self._metrics.render()
@@ -212,14 +211,14 @@ class Server:
         return JSONResponse(self._model())
 
     async def count_tokens(self, request: Request) -> Response:
-        """Tokens of the prompt that a request of `/v1/messages` leads to."""
+        """Tokens of a `/v1/messages` request's prompt."""
         with self.gate.passing(request.url.path.rstrip("/")):
             admit(request, self.limits)
             count = await self.gate.read(request, self._prompt_tokens)
         return JSONResponse({"input_tokens": count})
 
     async def respond(self, request: Request, door: Door) -> Response:
-        """A conversation's next turn, or a text's continuation."""
+        """Answers a request of any `Door`."""
         route = request.url.path.rstrip("/")
         with self.gate.arriving(route):
             caller = admit(request, self.limits, audited=self._audit is not None)
@@ -227,7 +226,7 @@ class Server:
         headers = {"x-request-id": responses[0].trace.id}
         if body.ignored:
             headers[_IGNORED] = header(body.ignored)
-            self._tell_ignored(body.ignored)
+            self._log_ignored(body.ignored)
         parts = [self._begin(request, route, door, responses, i, body, caller, tools) for i in range(len(responses))]
         if body.stream:
             return EventStream(parts, caller.view, headers, self.limits)
@@ -247,7 +246,7 @@ class Server:
         caller: Caller,
         tools: ToolUse | None,
     ) -> Part:
-        """Starts the clock of one choice and everything that counts."""
+        """Begins one choice: its clock, metrics and span."""
         response = responses[index]
         first = response.request
         assert isinstance(first, Stream), "a response begins with a stream"
@@ -285,55 +284,45 @@ class Server:
             self._telemetry.span(response.trace.id, route, self.limits.name, dict(request.headers))
         )
 
-        def tell(exchange: Exchange) -> None:
+        def on_close(exchange: Exchange) -> None:
             self.open.discard(exchange)
             with around:
                 span.finish(response.trace, exchange.end, input_tokens=len(first.token_ids))
-            self._tell(route, exchange, body, caller)
+            self._report(route, exchange, body, caller)
 
         events = adrive(response, engine, self.guard.judge)
         closing = self.limits.closing_text if chat and not decoy else ""
-        exchange = Exchange(response, events, self.limits.request_timeout, tell, closing)
+        exchange = Exchange(response, events, self.limits.request_timeout, on_close, closing)
         self.open.add(exchange)
         return exchange, answer
 
-    def _tell(self, route: str, exchange: Exchange, body: Body, caller: Caller) -> None:
-        """Counts and logs a request that is over."""
+    def _report(self, route: str, exchange: Exchange, body: Body, caller: Caller) -> None:
+        """Counts and logs a finished request."""
         trace, end = exchange.response.trace, exchange.end
-        self._metrics.observe(
-            trace,
-            route=route,
-            streamed=bool(body.stream),
-            overridden=caller.override is not None,
-            seconds_to_first=exchange.seconds_to_first,
-            seconds=exchange.seconds,
-            end=end,
-        )
+        facts: dict[str, Any] = {
+            "route": route,
+            "seconds": exchange.seconds,
+            "end": end,
+            "streamed": bool(body.stream),
+            "overridden": caller.override is not None,
+            "seconds_to_first": exchange.seconds_to_first,
+        }
+        self._metrics.observe(trace, **facts)
         real = caller.override is None and caller.alarm_at is None
-        # Whether the client stayed to read the end does not matter.
+        # The trace's end, since `disconnected` would hide a halt.
         if self._strikes is not None and real and trace.facts().end == "halted":
             self._strikes.count(_conversation(body, caller))
         if end == "fault":
             self.readiness.doubt()
         elif end in ("done", "halted"):
             self.readiness.trust()
-        log.request(
-            trace,
-            request_id=trace.id,
-            route=route,
-            end=end,
-            seconds=exchange.seconds,
-            streamed=bool(body.stream),
-            seconds_to_first=exchange.seconds_to_first,
-            overridden=caller.override is not None,
-        )
+        log.request(trace, request_id=trace.id, **facts)
         if self._audit is not None:
-            by = "operator" if caller.override is not None else None
             self._audit.record(
                 trace,
                 user=body.user_id,
                 request_id=trace.id,
-                overridden_by=by,
+                overridden_by="operator" if caller.override is not None else None,
                 reason=caller.override,
                 thresholds=caller.key.thresholds.values if caller.key is not None else None,
             )
@@ -343,7 +332,7 @@ class Server:
     def _prepare(
         self, door: Door, caller: Caller, content: bytes
     ) -> tuple[Body, list[GuardedResponse], ToolUse | None]:
-        """The request, the responses to it, one per choice, and what they may call; in a thread."""
+        """The request, a response for each choice, and the tools they may call; in a thread."""
         body = parse(door.request, content, refuse_unknown=self.limits.unknown_fields == "refuse")
         check_model(body.model, self.limits)
         if self._strikes is not None and caller.override is None:
@@ -367,20 +356,20 @@ class Server:
         try:
             first = self.guard.respond(body.input(), thinking=thinking, tools=tools).request
         except RedflagError as error:
-            raise ApiError(400, str(error), "invalid_value", param=body.param) from error
+            raise invalid(str(error), body.param) from error
         assert isinstance(first, Stream), "a response begins with a stream"
         return len(first.token_ids)
 
-    def _tell_ignored(self, names: list[str]) -> None:
+    def _log_ignored(self, names: list[str]) -> None:
         for name in map(escaped, names):
             if name not in self._ignored and len(self._ignored) < _MOST_NAMES:
                 self._ignored.add(name)
-                _log.info("ignored the request field %s, which is unknown here or changes no token", name)
+                _log.info("ignored the request field %s, which is unknown or changes no token", name)
 
     def _count(self, text: str) -> int:
         try:
             return len(text_ids(self.guard.tokenizer, text, self.guard.spec))
-        except Exception:  # An operator's text that no tokenizer reads is shown all the same.
+        except Exception:  # an operator's text that the tokenizer cannot read is shown all the same
             return 0
 
     def _model(self) -> dict[str, Any]:

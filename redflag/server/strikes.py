@@ -1,10 +1,9 @@
-"""Halts counted over a conversation: after some of them it is not served any more.
+"""Counts the halts of a conversation; after some of them it is refused.
 
-One response knows nothing of the one before, so an attacker who goes back after each halt and tries another way (RAP,
-`redflag.lab.attacks.rap`) has as many tries as wanted. Halts are counted here for the end user that a request names
-(`safety_identifier`, `user`), beside the client's key; where it names none, for the conversation's first turns, which
-stay the same when later ones are changed. Whoever changes those begins anew: only an identifier that the operator's own
-application sets stops a person.
+Responses are judged separately, so an attacker who goes back after each halt and tries another way
+(`redflag.lab.attacks.rap`) has any number of tries. Halts are counted for the end user that a request names
+(`safety_identifier`, `user`) and the client's key, or else for the conversation's first turns, which stay the same when
+later ones change. A user can change those: only an identifier set by the operator's own application stops a person.
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 from redflag.api.api_errors import ApiError
 
-_MOST = 100_000  # conversations that are remembered, about 20 MB; the ones without a halt for longest are dropped first
+_MOST = 100_000  # conversations in memory, about 20 MB; those without a halt for longest are dropped first
 
 
 class Strikes:
-    """Halts per conversation, in this process's memory.
+    """Halts per conversation, in this process's memory. Thread-safe.
 
     Example:
         >>> strikes = Strikes(2, 3600.0)
@@ -30,35 +29,25 @@ class Strikes:
         (None, None, None)
         >>> strikes.check("a")
         Traceback (most recent call last):
-        redflag.api.api_errors.ApiError: this conversation is not served any more, ...
+        redflag.api.api_errors.ApiError: this conversation was stopped, ...
     """
 
     def __init__(self, most: int, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
-        """Remembers nothing yet.
-
-        Args:
-            most: Halts after which a conversation is over.
-            seconds: After so long without a further halt they are forgotten.
-            clock: Seconds.
-        """
+        """A conversation is refused after `most` halts, until `seconds` pass without another one."""
         self._most, self._seconds, self._clock = most, seconds, clock
         self._halts: OrderedDict[str, tuple[int, float]] = OrderedDict()
         self._lock = threading.Lock()
 
     def check(self, name: str) -> None:
-        """Refuses a conversation that is over.
+        """Refuses a conversation with too many halts.
 
         Raises:
             ApiError: 403.
         """
         with self._lock:
             if self._current(name) >= self._most:
-                raise ApiError(
-                    403,
-                    f"this conversation is not served any more, since {self._most} of its answers were halted; start "
-                    "another one",
-                    "conversation_stopped",
-                )
+                text = f"this conversation was stopped, since {self._most} of its answers were halted; start another"
+                raise ApiError(403, text, "conversation_stopped")
 
     def count(self, name: str) -> None:
         """One more halt."""
@@ -74,12 +63,12 @@ class Strikes:
 
 
 def conversation_name(key: str, user: str | None, messages: Sequence[Mapping[str, object]] | str) -> str:
-    """What a conversation is known by, as a digest: no text is kept.
+    """A digest that identifies a conversation.
 
     Args:
         key: The client's key; "" without one.
-        user: The end user as the client names them.
-        messages: The turns, or the text to be continued.
+        user: The end user, if the client names one.
+        messages: The turns, or the text to continue.
     """
     if user:
         what: object = ["user", user]

@@ -1,7 +1,7 @@
-"""OpenTelemetry spans, one per response, where they are asked for. Nothing is imported before that.
+"""OpenTelemetry spans, one per response, if switched on; nothing is imported otherwise.
 
-`gen_ai.*` follows the semantic conventions for generative AI; what they do not name yet (guardrails are still being
-discussed) is `redflag.*`:
+`gen_ai.*` follows the semantic conventions for generative AI, which have no names for guardrails yet: these are
+`redflag.*`.
 
 | attribute of the span | is |
 |---|---|
@@ -10,22 +10,22 @@ discussed) is `redflag.*`:
 | `gen_ai.request.model` | the model's name |
 | `gen_ai.response.id` | the request's id |
 | `gen_ai.response.finish_reasons` | `stop`, `length`, `content_filter` (an alarm) or `error` (a fault) |
-| `gen_ai.usage.input_tokens` | tokens of the prompt, where the caller knows them |
-| `gen_ai.usage.output_tokens` | tokens of the response that the engine made, without hidden ones |
-| `error.type` | class of the fault, where there was one |
+| `gen_ai.usage.input_tokens` | tokens of the prompt |
+| `gen_ai.usage.output_tokens` | generated tokens of the response, without hidden ones |
+| `error.type` | class of the fault, if any |
 | `http.route` | the path |
 | `redflag.end` | `done`, `halted`, `fault`, `disconnected`, `refused`, `timeout` |
 | `redflag.halt.reason`, `redflag.halt.category` | why a response was halted |
 | `redflag.tokens.released`, `redflag.tokens.waited` | tokens shown; hidden tokens |
 | `redflag.alarms`, `redflag.reflections`, `redflag.escalations`, `redflag.resumes` | how many |
 
-The events `redflag.alarm`, `.reflection`, `.escalation`, `.resume` and `.halt` stand on the span with their position,
-category, action and verdict. They never hold text, and scores only on demand.
+The span's events `redflag.alarm`, `.reflection`, `.escalation`, `.resume` and `.halt` have position, category, action
+and verdict. They never have text, and scores only on demand.
 
-OpenTelemetry's own instrumentation of FastAPI has one span per HTTP request (a request may ask for several responses)
-and puts addresses, queries and the texts of exceptions on it, so it is not used.
+OpenTelemetry's own instrumentation of FastAPI is not used: it has one span per HTTP request, which may have several
+responses, with addresses, queries and the texts of exceptions.
 
-Needs `pip install redflag-llm[otel]`; where spans go is set by the environment (`OTEL_EXPORTER_OTLP_ENDPOINT`, ...).
+Needs `pip install redflag-llm[otel]`; the environment says where spans go (`OTEL_EXPORTER_OTLP_ENDPOINT`, ...).
 """
 
 from __future__ import annotations
@@ -39,34 +39,28 @@ from redflag.errors import RedflagError
 from redflag.server.faults import fault_class
 from redflag.trace import Event, Halt, Trace
 
-_FAILED = ("fault", "timeout")  # ends that are errors of the server
-# Fields of an event that are told, where it has them: none that may quote a response; the others only on demand.
+_FAILED = ("fault", "timeout")  # ends that are the server's errors
+# Fields of events; none may quote a response. Those of `_SCORES` only on demand.
 _NAMES = ("category", "action", "verdict", "reason")
 _SCORES = ("score", "threshold", "harm")
 
 
 class Span:
-    """The span of one request; without OpenTelemetry's it does nothing."""
+    """The span of one response; without one of OpenTelemetry's it does nothing."""
 
     def __init__(self, span: Any = None, scores: bool = False) -> None:
         self._span, self._scores = span, scores
         self.finished = span is None
 
     def finish(self, trace: Trace, end: str, *, input_tokens: int | None = None) -> None:
-        """Sets what became of the request. Without effect the second time.
-
-        Args:
-            trace: The response.
-            end: `done`, `halted`, `fault`, `disconnected`, `refused` or `timeout`.
-            input_tokens: Tokens of the prompt.
-        """
+        """Sets the attributes of a finished response; `end` as in `Metrics.observe`. Idempotent."""
         if self.finished:
             return
         self.finished = True
         facts = trace.facts()
         for event in facts.decisions:
-            self._span.add_event(f"redflag.{type(event).__name__.lower()}", _told(event, self._scores))
-        halt = {} if facts.halt is None else _told(facts.halt, False)
+            self._span.add_event(f"redflag.{type(event).__name__.lower()}", _attributes(event, self._scores))
+        halt = {} if facts.halt is None else _attributes(facts.halt, False)
         reason = {"alarm": "content_filter", "fault": "error"}.get(facts.reason or "", facts.reason)
         attributes = {
             "redflag.end": end,
@@ -87,7 +81,7 @@ class Span:
             self.fail("timeout" if end == "timeout" else fault)
 
     def fail(self, kind: str) -> None:
-        """Marks it as an error of that kind."""
+        """Marks the span as an error."""
         from opentelemetry.trace import Status, StatusCode
 
         self._span.set_attribute("error.type", kind)
@@ -95,7 +89,7 @@ class Span:
 
 
 class Telemetry:
-    """Spans of requests, or nothing at all.
+    """Creates the spans, if switched on.
 
     Example:
         >>> telemetry = Telemetry(enabled=False)
@@ -109,13 +103,13 @@ class Telemetry:
         """Connects to the collector that the environment names.
 
         Args:
-            enabled: False: spans do nothing, and nothing is imported.
-            service_name: How the service is called, unless `OTEL_SERVICE_NAME` says otherwise.
-            scores: Also tell scores, thresholds and harm.
-            provider: A `TracerProvider` of the caller's own, in place of one with the OTLP exporter.
+            enabled: False: spans do nothing.
+            service_name: Used if `OTEL_SERVICE_NAME` is not set.
+            scores: Events also have scores, thresholds and harm.
+            provider: The caller's `TracerProvider`, in place of one with the OTLP exporter.
 
         Raises:
-            RedflagError: OpenTelemetry is asked for and not installed.
+            RedflagError: OpenTelemetry is not installed.
         """
         self._tracer: Any = None
         self._provider: Any = None
@@ -128,14 +122,7 @@ class Telemetry:
 
     @contextmanager
     def span(self, request_id: str, route: str, model: str, headers: Mapping[str, str] | None = None) -> Iterator[Span]:
-        """The span of one request, which ends when this is left.
-
-        Args:
-            request_id: Its id.
-            route: Its path.
-            model: Name of the model.
-            headers: The request's, with lower-case names: `traceparent` makes the span part of the caller's trace.
-        """
+        """The span of one response; `traceparent` in `headers` (lower-case names) puts it into the caller's trace."""
         if self._tracer is None:
             yield Span()
             return
@@ -143,7 +130,7 @@ class Telemetry:
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
         operation = "text_completion" if route == "/v1/completions" else "chat"
-        # It is never made the current one: a response is asked for by several tasks, and a current span belongs to one.
+        # It is never the current span: several tasks ask for a response, and a current span belongs to one task.
         inner = self._tracer.start_span(
             f"{operation} {model}",
             context=TraceContextTextMapPropagator().extract(headers or {}),
@@ -161,19 +148,19 @@ class Telemetry:
             yield span
         except BaseException as error:
             if not span.finished:
-                span.fail(type(error).__name__)  # Its text may quote a request.
+                span.fail(type(error).__name__)  # not the text, which may quote a request
             raise
         finally:
             inner.end()
 
     def shutdown(self) -> None:
-        """Sends what has not been sent yet. A provider of the caller's own is left alone."""
+        """Sends the remaining spans; a provider of the caller's is left alone."""
         if self._provider is not None:
             self._provider.shutdown()
 
 
-def _told(event: Event, scores: bool) -> dict[str, Any]:
-    """An event's attributes. Its `detail` may quote a response: of a fault the class is told in its place."""
+def _attributes(event: Event, scores: bool) -> dict[str, Any]:
+    """An event's attributes; of a fault the class in place of the detail, which may quote a response."""
     names = ("position", *_NAMES, *(_SCORES if scores else ()))
     attributes = {f"redflag.{name}": value for name in names if (value := getattr(event, name, None)) is not None}
     if event.counts_as:
@@ -191,8 +178,7 @@ def _provider(service_name: str) -> Any:
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError as error:
         raise RedflagError(
-            f"telemetry is on and {error.name} is not installed, so no span could be sent; "
-            "`pip install 'redflag-llm[otel]'`, or switch telemetry off"
+            f"telemetry must be off, since {error.name} is not installed; or run `pip install 'redflag-llm[otel]'`"
         ) from error
     name = os.environ.get("OTEL_SERVICE_NAME", service_name)
     provider = TracerProvider(resource=Resource.create({"service.name": name}))

@@ -210,7 +210,7 @@ class Soak:
         detail = seen.last.get("redflag") or {}
         outcome = {"halted": "halted", "fault": "fault"}.get(detail.get("verdict"), "done")
         reason = None if "error" in seen.last else seen.reason
-        expected = {"halted": ("content_filter",), "fault": (None,)}.get(outcome, ("stop", "length"))
+        expected = {"halted": ("content_filter",), "fault": (None,)}.get(outcome, ("stop", "length", "tool_calls"))
         if kind == "tools" and outcome == "done" and self.scripted:
             expected = ("tool_calls",)
         if reason not in expected[: 1 if self.scripted else None] or ("error" in seen.last) != (outcome == "fault"):

@@ -115,7 +115,7 @@ def test_a_file_that_is_read_again_holds_from_the_next_request_on(guard, keys, c
             path.write_text(wrong)
             caplog.clear()
             made.reload()
-            assert "the keys stay as they were" in caplog.text and PLAIN not in caplog.text
+            assert "the keys are unchanged" in caplog.text and PLAIN not in caplog.text
             assert text_of(ask(server, STRICT, max_tokens=8)) == ("abcdef", "content_filter")
             assert ask(server, PLAIN).status_code == 200
         path.unlink()
@@ -131,8 +131,8 @@ A_KEY = "key: first-key-0123456789"
     [
         ("[]", "keys: list should have at least 1"),
         ("5", "keys"),
-        ("[{name: a}]", "keys.0 (a): key or sha256 must be given"),
-        (f"[{{name: a, {A_KEY}, sha256: {'a' * 64}}}]", "one of them"),
+        ("[{name: a}]", "keys.0 (a): exactly one of key and sha256"),
+        (f"[{{name: a, {A_KEY}, sha256: {'a' * 64}}}]", "exactly one of key and sha256"),
         ("[{name: a, key: short}]", "keys.0.key: string should have at least 16"),
         ("[{name: a, key: 1234567890123456789}]", "keys.0.key"),
         ("[{name: a, sha256: xyz}]", "keys.0.sha256"),
@@ -162,11 +162,11 @@ def test_a_file_that_is_wrong_is_refused_with_its_place(entry, words, guard, tmp
 
 
 def test_a_file_that_is_not_there_or_no_yaml_is_named(guard, tmp_path):
-    with pytest.raises(RedflagError, match=r"keys names .*nothing\.yaml, which cannot be read"):
+    with pytest.raises(RedflagError, match=r"keys must be a readable file \(got .*nothing\.yaml: "):
         read_keys(tmp_path / "nothing.yaml", guard)
     path = tmp_path / "keys.yaml"
     path.write_text(f"keys:\n  - {A_KEY}\n   - [")
-    with pytest.raises(RedflagError, match=r"line 3, which is not YAML") as error:
+    with pytest.raises(RedflagError, match=r"keys must be a YAML file \(got .*, line 3\)") as error:
         read_keys(path, guard)
     assert "first-key" not in str(error.value)
 

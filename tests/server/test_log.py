@@ -188,5 +188,5 @@ def test_lines_go_to_standard_error(logs, capsys):
 
 @pytest.mark.parametrize("level", ["loud", "", "Level 7"])
 def test_a_level_that_does_not_exist_is_refused(logs, level):
-    with pytest.raises(RedflagError, match="log level"):
+    with pytest.raises(RedflagError, match="level must be debug"):
         logs(level=level)

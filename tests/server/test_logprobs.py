@@ -184,7 +184,7 @@ def test_an_engine_that_forgets_them_is_a_fault(tokenizer, spec, thresholds, scr
     [
         (20, {"logprobs": False}, {"logprobs": True}, "logprobs", "started without them"),
         (None, {}, {"logprobs": True}, "logprobs", "this engine does not give them"),
-        (0, {}, {"logprobs": True, "top_logprobs": 1}, "top_logprobs", "names no more likely tokens"),
+        (0, {}, {"logprobs": True, "top_logprobs": 1}, "top_logprobs", "must be 0 at most with this engine"),
         (0, {}, {"logprobs": True}, None, ""),
         (20, {}, {"logprobs": True, "top_logprobs": 20}, None, ""),
         (None, {"logprobs": False}, {"logprobs": False, "top_logprobs": 0}, None, ""),

@@ -158,3 +158,27 @@ def test_tools_and_thoughts_go_through_a_stock_vllm_at_every_door(caller, upstre
         assert [now - then for now, then in zip(after, before, strict=True)] == (
             [10, 0] if route == "chat" else [0, 10]
         )
+
+
+def test_a_parser_of_the_upstream_is_not_used(caller, tmp_path):
+    """vLLM would parse the calls itself; it is asked not to, and every token comes with its log-probabilities."""
+    parses = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
+    asked: dict[str, Any] = {"messages": [ASK], "tools": [TOOL], "temperature": 0.0}
+    with serve_vllm(caller, tmp_path, *parses, name="caller") as upstream:
+        with openai.OpenAI(base_url=f"{upstream.url}/v1", api_key="none", max_retries=0) as direct:
+            theirs = direct.chat.completions.create(model="caller", **asked, max_tokens=200).choices[0]
+        assert theirs.finish_reason == "tool_calls" and not theirs.message.content, "the parser is there"
+        with (
+            serving(caller, upstream.url, "--upstream_route", "chat") as url,
+            openai.OpenAI(base_url=url, api_key="none", max_retries=0) as guarded,
+        ):
+            name = guarded.models.list().data[0].id
+            whole = guarded.chat.completions.create(model=name, **asked)
+            with guarded.chat.completions.stream(model=name, **asked) as stream:
+                streamed = stream.get_final_completion()
+            assert whole.usage is not None
+            cut = guarded.chat.completions.create(model=name, **asked, max_tokens=whole.usage.completion_tokens - 1)
+    for made, reason in ((whole, "tool_calls"), (streamed, "tool_calls"), (cut, "length")):
+        (choice,) = made.choices
+        calls = [(call.function.name, call.function.arguments) for call in choice.message.tool_calls]
+        assert (calls, choice.finish_reason) == ([("add", '{"a": 1}')], reason)

@@ -41,7 +41,7 @@ def ask(server, *texts, key="", route=CHAT, headers=None, **fields):
 
 
 def stopped(answer):
-    return answer.status_code == 403 and "is not served any more" in answer.json()["error"]["message"]
+    return answer.status_code == 403 and "this conversation was stopped" in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("route", [CHAT, "/v1/completions", "/v1/responses", "/v1/messages"])

@@ -17,6 +17,7 @@ from redflag.watching.policy import Policy
 
 CALL = f"<tool_call>\n{ADD}\n</tool_call>"
 THOUGHT = "Let me think.\n</think>\n\n"
+LIMIT = dict(zip(DOORS, ("max_tokens", "max_output_tokens", "max_tokens"), strict=True))
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -126,11 +127,31 @@ def test_a_thought_is_shown_apart_or_not_at_all(door: str, shown: Any, stream: b
 @pytest.mark.parametrize("door", DOORS)
 def test_a_call_behind_a_stop_text_or_a_limit_is_read_alike(door: str) -> None:
     made = World("hermes")
-    limit = {"/v1/responses": "max_output_tokens"}.get(door, "max_tokens")
     ids = made.say(f"Well.{CALL}")
     with made.running() as server:
-        answer = read(door, ask(server, door, **{limit: len(ids) - 4}), False)
+        answer = read(door, ask(server, door, **{LIMIT[door]: len(ids) - 4}), False)
         assert answer.calls == [] and answer.how == "length" and answer.text.startswith("Well.")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("door", DOORS)
+def test_a_whole_call_in_an_answer_cut_at_its_limit_is_sent_and_the_end_says_that_it_was_cut(
+    family: Any, door: str, stream: bool
+) -> None:
+    made, server, written, shown = family
+    ids = made.say(written)
+    answer = read(door, ask(server, door, stream, **{LIMIT[door]: len(ids) - 1}), stream)
+    assert (answer.text, answer.calls, answer.how) == (shown, [("add", {"a": 1})], "length")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("door", DOORS)
+def test_a_call_that_the_limit_cut_is_not_sent_with_the_whole_one_before_it(door: str, stream: bool) -> None:
+    made = World("hermes")
+    ids = made.say(CALL + CALL)
+    with made.running() as server:
+        answer = read(door, ask(server, door, stream, **{LIMIT[door]: len(ids) - 8}), stream)
+        assert (answer.calls, answer.how) == ([("add", {"a": 1})], "length")
 
 
 @pytest.mark.parametrize("door", DOORS)

@@ -30,17 +30,26 @@ OPENED = (
 
 
 class Stock:
-    """A vLLM that renders with the model's own template, and writes what it is told; `alarm` is the step of a harm."""
+    """A vLLM that renders with the model's own template, and writes what it is told.
 
-    def __init__(self, template: str, policy: Policy | None = None, *, leaves_tools_out: bool = False) -> None:
+    Attributes:
+        alarm: The step of a harm.
+        parses: It reads calls itself, though it is asked for none: `ids` with their log-probabilities, `bare` without,
+            `late` with those of a whole call in one chunk.
+    """
+
+    def __init__(
+        self, template: str, policy: Policy | None = None, *, leaves_tools_out: bool = False, parses: str = ""
+    ) -> None:
         self.tokenizer, self.spec = world(template)
-        self.policy, self.leaves_tools_out = policy, leaves_tools_out
+        self.policy, self.leaves_tools_out, self.parses = policy, leaves_tools_out, parses
         self.ids: list[int] = []
         self.alarm: int | None = None
         self.upstream = Upstream(script=self._answer)
 
-    def say(self, text: str, alarm: int | None = None) -> list[int]:
-        self.ids = [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.tokenizer.eos_token_id]
+    def say(self, text: str, alarm: int | None = None, *, cut: bool = False) -> list[int]:
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        self.ids = [*ids] if cut else [*ids, self.tokenizer.eos_token_id]
         self.alarm = alarm
         return self.ids
 
@@ -62,9 +71,12 @@ class Stock:
             first = {"choices": [], "prompt_token_ids": self.render(body)}
             yield b"data: " + json.dumps(first).encode() + b"\n\n"
         flag = self.spec.ids[0]
+        late: list[dict[str, Any]] = []
         for index, token in enumerate(self.ids):
             top: dict[int, float | None] = {token: -0.1, flag: -0.1 if index == self.alarm else -5.0}
-            sent = event([token], [top], "stop" if token == self.tokenizer.eos_token_id else None)
+            end = "stop" if token == self.tokenizer.eos_token_id else "length"
+            finish = end if index + 1 == len(self.ids) else None
+            sent = event([token], [top], finish)
             if chat:
                 (one,) = json.loads(sent[6:])["choices"]
                 names = zip(*(one["logprobs"][part] for part in PARTS), strict=True)
@@ -73,9 +85,28 @@ class Stock:
                     for a, b, c in names
                 ]
                 one["delta"] = {"content": one.pop("text")}
+                if self.parses:
+                    one = self._parsed(one, late, finish)
+                    if one is None:
+                        continue
                 sent = b"data: " + json.dumps({"choices": [one]}).encode() + b"\n\n"
             yield sent
         yield DONE
+
+    def _parsed(self, one: dict[str, Any], late: list[dict[str, Any]], finish: str | None) -> dict[str, Any] | None:
+        """A chunk of vLLM's with a parser: no content, and of the call something else than the model wrote."""
+        wrong = {"index": 0, "id": "theirs", "function": {"name": "add", "arguments": '{"a": "forged"}'}}
+        one["delta"] = {"tool_calls": [wrong]}
+        one["finish_reason"] = finish and "tool_calls"
+        if self.parses == "bare":
+            del one["token_ids"], one["logprobs"]
+        if self.parses == "late":
+            late.append(one)
+            if finish is None:
+                return None
+            one["token_ids"] = [token for each in late for token in each["token_ids"]]
+            one["logprobs"] = {"content": [item for each in late for item in each["logprobs"]["content"]]}
+        return one
 
     @contextmanager
     def running(self, route: Any = "chat") -> Iterator[Running]:
@@ -119,6 +150,57 @@ def test_the_upstream_shows_tools_and_redflag_reads_the_calls(door: str, stream:
             assert read(door, ask(server, door, stream, **back), stream).text == "It is 2."
             (call,) = made.asked["messages"][1]["tool_calls"]
             assert call["function"] == {"name": "add", "arguments": '{"a": 1}'} and "messages" in made.asked
+
+
+@pytest.mark.parametrize("route", ["chat", "completions"])
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("door", DOORS)
+def test_a_whole_call_in_an_answer_cut_at_its_limit_is_sent_and_the_end_says_that_it_was_cut(
+    door: str, stream: bool, route: str
+) -> None:
+    made = Stock(FAMILIES["hermes"][0])
+    with made.running(route) as server:
+        for text, calls in ((CALL, 1), (CALL + CALL[: len(CALL) // 2], 1), (CALL[: len(CALL) // 2], 0)):
+            made.say(text, cut=True)
+            answer = read(door, ask(server, door, stream), stream)
+            assert (answer.calls, answer.how) == ([("add", {"a": 1})] * calls, "length")
+
+
+@pytest.mark.parametrize("parses", ["ids", "late"])
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("door", DOORS)
+def test_a_call_that_the_upstream_parses_unasked_is_read_from_the_judged_tokens(
+    door: str, stream: bool, parses: str
+) -> None:
+    """Every step is judged, the call is the model's and not the parser's, and a halt within it leaves none."""
+    made = Stock(FAMILIES["hermes"][0], parses=parses)
+    with made.running() as server:
+        ids = made.say(f"Well.{CALL}")
+        answer = read(door, ask(server, door, stream), stream)
+        assert (answer.text, answer.calls, answer.how) == ("Well.", [("add", {"a": 1})], "calls")
+        assert answer.ids != ["theirs"] and server.told().token_ids == ids
+        for position in range(0, len(ids), 6):
+            made.say(f"Well.{CALL}", position)
+            response = ask(server, door, stream)
+            answer = read(door, response, stream)
+            assert (answer.calls, answer.how) == ([], "halted") and "Well.".startswith(answer.text)
+            assert "forged" not in response.text
+
+
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("door", DOORS)
+def test_a_call_that_the_upstream_parses_and_that_cannot_be_judged_is_a_fault(
+    door: str, stream: bool, cut: bool
+) -> None:
+    """Without ids there is nothing to judge; `tool_calls` at no end of a turn hides why the answer ended."""
+    made = Stock(FAMILIES["hermes"][0], parses="ids" if cut else "bare")
+    with made.running() as server:
+        made.say(CALL, cut=cut)
+        response = ask(server, door, stream)
+        answer = read(door, response, stream)
+        assert (answer.text, answer.calls, answer.how) == ("", [], "fault")
+        assert "forged" not in response.text
 
 
 @pytest.mark.parametrize("door", DOORS)
