@@ -13,10 +13,10 @@ from redflag.backends.open import open_backend
 from redflag.earlier_answers import answer_spans
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
-from redflag.guard.asking import Messages
+from redflag.guard.asking import Messages, verdict_ids
 from redflag.guard.folder import read_folder
 from redflag.guard.grammar import Grammars
-from redflag.guard.response import Response, Stream, drive, verdict_ids
+from redflag.guard.response import Response, Stream, drive
 from redflag.guard.result import EventStream as EventStream
 from redflag.guard.result import Result as Result
 from redflag.judges import Judge

@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 from redflag.backends import AsyncBackend, Backend, Sampling
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
-from redflag.guard.asking import Messages, ask
-from redflag.guard.asking import verdict_ids as verdict_ids
+from redflag.guard.asking import Messages, ask, verdict_ids
 from redflag.guard.detokenize import ResponseText
 from redflag.judges import Judge, Verdict
 from redflag.prompt import text_ids
