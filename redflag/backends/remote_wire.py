@@ -94,7 +94,7 @@ class StreamReader:
         >>> chunk = {"choices": [{"text": "a", "token_ids": [9], "finish_reason": "length",
         ...     "logprobs": {"tokens": ["token_id:9"], "top_logprobs": [{"token_id:9": -1.0, "token_id:5": -2.0}]}}]}
         >>> reader.feed(b"data: " + json.dumps(chunk).encode() + b"\\n\\n")
-        [Step(token_id=9, flag_probs=(0.1353352832366127,), logprobs=None)]
+        [Step(token_id=9, flag_probs=(0.1353352832366127,), logprobs=None, earlier=None)]
         >>> reader.finish
         'length'
     """
