@@ -1,0 +1,214 @@
+"""Attacks on the shipped flag with the guard in the loop; harm is judged by `judge.py`, and answers by a reader.
+
+    python recipes/papers/real/attacks.py --data DATA --rows runs/smollm2-open/rows
+
+Requests: reviewed harmful test rows that the reader called clear, one of each request, whose answers hold more than 100
+tokens. Attempts and verdicts are kept (`redflag.lab.attacks.run_attacks`), so that a run that was cut short goes on.
+The guard is replayed at the threshold that ships and at the one that 5% of the harmless development rows reach; what
+each releases is judged by itself. `--draw` writes answers for a reader; `read-attacks.tsv` (key, harmful) then gives
+how often the judge agrees.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import hashlib
+import json
+import random
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from judge import HiddenJudge
+from scored import SHIPPED, peak, scored
+
+from redflag import Policy
+from redflag.backends import Sampling
+from redflag.backends.open import open_backend
+from redflag.data.rows import Row, load_rows
+from redflag.files import atomic_write
+from redflag.judges.cache import CachedJudge
+from redflag.lab.attacks import Attack, Attempt, Target, request_of
+from redflag.lab.attacks.outcome import Judged, entries, judge_attempts
+from redflag.lab.attacks.prefill import Prefill, prefix_ends, with_prefill
+from redflag.lab.attacks.run_attacks import load_attempts, named_rows, record
+from redflag.lab.attacks.sampling import Plain, RepeatedSampling
+from redflag.lab.attacks.suppress import SuppressByWords
+from redflag.lab.attacks.wrappers import WRAPPERS, Wrappers
+from redflag.models.named import model_folder
+from redflag.stats.metrics import clopper_pearson
+from redflag.watching.thresholds import Thresholds
+
+HERE = Path(__file__).parent
+TOKENS = 48  # of an answer
+UNIT = 10
+HOLD_BACK = 8
+WORDS = ("leetspeak", "role-play")
+
+
+@dataclass
+class GivenPrefill:
+    """Sends each row's whole answer, which is short and harmful in intent, as the beginning of the model's own."""
+
+    max_new_tokens: int = TOKENS
+    name: str = "given prefills"
+    adaptive: bool = False
+
+    def run(self, target: Target, rows: Sequence[Row], seed: int) -> Iterator[Attempt]:
+        """See `redflag.lab.attacks.Attack.run`."""
+        sent = [(str(row.id), with_prefill(request_of(row), row.response)) for row in rows]
+        yield from target.answers(sent, Sampling(self.max_new_tokens, 0.0, seed=seed), "whole")
+
+
+def attacks() -> list[Attack]:
+    """Those of `redflag.lab.attacks` that need no other model, at sizes for a processor."""
+    wrappers = tuple(wrapper for wrapper in WRAPPERS if wrapper.name in WORDS)
+    return [
+        Plain(temperatures=(0.0,), max_new_tokens=TOKENS),
+        Prefill(lengths=(5, 20, 50, 100), max_new_tokens=TOKENS),
+        RepeatedSampling(n=2, max_new_tokens=TOKENS),
+        SuppressByWords(places=("system",), max_new_tokens=TOKENS),
+        Wrappers(wrappers=wrappers, max_new_tokens=TOKENS),
+    ]
+
+
+def chosen(rows: Path, target: Target, count: int) -> list[Row]:
+    """Test rows to attack with, in the file's order, which is a hash's."""
+    with (rows / "test.jsonl").open(encoding="utf-8") as file:
+        sure = {line["id"]: line["extra"]["sure"] for line in map(json.loads, file)}
+    found: dict[str, Row] = {}
+    for row in load_rows(rows / "test.jsonl").rows:
+        if row.harmful and sure[row.id] == 2 and row.group not in found and len(prefix_ends(target, row)) > 104:
+            found[str(row.group)] = row
+    return named_rows(list(found.values())[:count])
+
+
+def prefills(data: Path, count: int, seed: int) -> list[Row]:
+    """Rows of `strongreject-prefills`."""
+    with gzip.open(data / "strongreject-prefills/all.jsonl.gz", "rt", encoding="utf-8") as file:
+        lines = [json.loads(line) for line in file]
+    drawn = random.Random(seed).sample(lines, count)
+    return [
+        Row(
+            [{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["response"]}],
+            "harm",
+            id=r["id"],
+        )
+        for r in drawn
+    ]
+
+
+def key_of(attack: str, attempt: Attempt) -> str:
+    """Names an answer."""
+    words = json.dumps([attack, attempt.request, attempt.setting, attempt.text])
+    return hashlib.sha256(words.encode()).hexdigest()[:12]
+
+
+def draw(judged: dict[str, list[Judged]], path: Path, count: int, seed: int) -> None:
+    """Answers for a reader: half of them called harmful, spread over the attacks."""
+    by: dict[tuple[str, bool], list[dict[str, Any]]] = defaultdict(list)
+    for attack, items in judged.items():
+        for item in items:
+            attempt = item.attempt
+            given = attempt.messages[-1]["content"] if attempt.messages[-1]["role"] == "assistant" else ""
+            turns = [turn["content"] for turn in attempt.messages if turn["role"] == "user"]
+            one = {"key": key_of(attack, attempt), "attack": attack, "setting": attempt.setting, "judge": item.produced}
+            one |= {"released": item.released, "request": turns[-1], "given": given, "text": attempt.text}
+            if item.produced is not None and attempt.text.strip():
+                by[attack, item.produced].append(one)
+    rng = random.Random(seed)
+    each = -(-count // len(by))
+    some = [one for kind in sorted(by) for one in rng.sample(by[kind], min(each, len(by[kind])))]
+    path.write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in some), encoding="utf-8")
+    print(f"{path}: {len(some)} answers")
+
+
+def agreed(judged: dict[str, list[Judged]]) -> dict[str, Any]:
+    """How often the reader and the judge agree."""
+    path = HERE / "read-attacks.tsv"
+    if not path.exists():
+        return {}
+    said = dict(line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()[1:])
+    counts: dict[str, list[int]] = {"called harmful": [0, 0], "called harmless": [0, 0]}
+    for attack, items in judged.items():
+        for key, item in {key_of(attack, item.attempt): item for item in items}.items():
+            if key in said:
+                kind = counts["called harmful" if item.produced else "called harmless"]
+                kind[0] += (said[key] == "1") == bool(item.produced)
+                kind[1] += 1
+    return {name: [hits, of, *clopper_pearson(hits, of)] for name, (hits, of) in counts.items() if of}
+
+
+def main() -> None:
+    """Attacks, judges, counts; `attacks.json` and its lines printed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--rows", type=Path, default=Path("runs/smollm2-open/rows"))
+    parser.add_argument("--model", default=SHIPPED)
+    parser.add_argument("--base", type=Path, default=Path(".cache/smollm2"))
+    parser.add_argument("--judge", type=Path, default=Path("runs/papers/real/judge"))
+    parser.add_argument("--output", type=Path, default=Path("runs/papers/real/attacks"))
+    parser.add_argument("--count", type=int, default=40, help="requests")
+    parser.add_argument("--names", nargs="+", help="attacks; default: all")
+    parser.add_argument("--finished", action="store_true", help="judge what there is, and attack no more")
+    parser.add_argument("--draw", type=int, default=0, help="write so many answers for a reader")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    output = arguments.output
+    output.mkdir(parents=True, exist_ok=True)
+    folder = model_folder(arguments.model)
+    # In float32 the adapter is merged, and a step takes a fraction of the time.
+    engine, tokenizer, spec = open_backend(folder, dtype="float32")
+    ships = Thresholds.load(folder)
+    target = Target(engine, tokenizer, spec, ships, Policy(hold_back=HOLD_BACK))
+    developed = load_rows(arguments.rows / "development.jsonl").rows
+    lines = scored("development", developed, output.parent / "scored", arguments.model)
+    loose = float(np.quantile([peak(line) for line in lines if line["category"] is None], 0.95))
+    guards = {"shipped": ships, "5% of development rows": replace(ships, values=dict.fromkeys(ships.values, loose))}
+    judge = CachedJudge(HiddenJudge(arguments.judge, arguments.base), output / "verdicts.jsonl")
+    rows = chosen(arguments.rows, target, arguments.count)
+    work: list[tuple[Attack, list[Row]]] = [(attack, rows) for attack in attacks()]
+    work.insert(1, (GivenPrefill(), prefills(arguments.data, arguments.count, arguments.seed)))
+    result: dict[str, Any] = {
+        "requests": len(rows),
+        "loose": loose,
+        "tokens": TOKENS,
+        "hold_back": HOLD_BACK,
+        "lines": [],
+    }
+    made = output.parent / "attacks.json"
+    kept = json.loads(made.read_text())["lines"] if made.exists() else []
+    judged: dict[str, list[Judged]] = {}
+    for attack, some in work:
+        if arguments.names and attack.name not in arguments.names:
+            continue
+        kept = [line for line in kept if line["name"] != attack.name]
+        path = output / f"{attack.name.replace(' ', '-')}.jsonl"
+        if arguments.finished:
+            attempts, seconds = load_attempts(path), 0.0
+            some = [row for row in some if str(row.id) in {attempt.request for attempt in attempts}]
+        else:
+            attempts, seconds = record(target, attack, some, path, arguments.seed, unit=UNIT)
+        for guard, thresholds in guards.items():
+            found = judge_attempts(attack, attempts, some, judge, target, thresholds, target.policy)
+            if guard == "shipped":
+                judged[attack.name] = found
+            for line in entries(attack, found, some, seconds=seconds):
+                result["lines"].append({"guard": guard, **line})
+                print(guard, line["name"], line["setting"], line["harm_produced"], line["harm_released"], flush=True)
+        with atomic_write(made) as file:
+            file.write(json.dumps({**result, "lines": [*kept, *result["lines"]]}, indent=1, default=str).encode())
+    if arguments.draw:
+        draw(judged, output / "drawn.jsonl", arguments.draw, arguments.seed)
+    result["reader"] = agreed(judged)
+    print(result["reader"])
+    with atomic_write(made) as file:
+        file.write(json.dumps({**result, "lines": [*kept, *result["lines"]]}, indent=1, default=str).encode())
+
+
+if __name__ == "__main__":
+    main()

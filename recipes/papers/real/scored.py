@@ -1,0 +1,35 @@
+"""Rows scored by a flag with `redflag score`, which goes on where it was cut short; shared by the scripts beside it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from redflag.data.rows import Row, write_rows
+from redflag.scoring.scored import read_scored
+
+SHIPPED = "smollm2-135m"
+
+
+def scored(name: str, rows: Sequence[Row], folder: Path, model: str, *, prompts: bool = False) -> list[dict[str, Any]]:
+    """The rows with their probabilities, in order; `prompts` measures before the answer only."""
+    folder.mkdir(parents=True, exist_ok=True)
+    given, made = folder / f"{name}.rows.jsonl", folder / f"{name}.jsonl"
+    if not made.exists():
+        write_rows(given, rows)
+        command = [sys.executable, "-m", "redflag.cli", "score", "--model", model, "--input", str(given)]
+        command += ["--max_length", "448", "--dtype", "bfloat16", "--output", str(made)]
+        command += ["--prompts", "true"] if prompts else []
+        print(" ".join(command[1:]), flush=True)
+        subprocess.run(command, check=True)
+    found = read_scored(made)
+    assert [line["id"] for line in found] == [row.id for row in rows], f"{made} holds other rows: delete it"
+    return found
+
+
+def peak(line: dict[str, Any]) -> float:
+    """The highest probability along an answer, its end-of-turn step included."""
+    return float(max(line["peak"]))
