@@ -33,9 +33,9 @@ from redflag.data.rows import Row, load_rows
 from redflag.files import atomic_write
 from redflag.judges.cache import CachedJudge
 from redflag.lab.attacks import Attack, Attempt, Target, request_of
-from redflag.lab.attacks.outcome import Judged, entries, judge_attempts
+from redflag.lab.attacks.judging import Judged, entries, judge_attempts
 from redflag.lab.attacks.prefill import Prefill, prefix_ends, with_prefill
-from redflag.lab.attacks.run_attacks import load_attempts, named_rows, record
+from redflag.lab.attacks.run_attacks import named_rows, record
 from redflag.lab.attacks.sampling import Plain, RepeatedSampling
 from redflag.lab.attacks.suppress import SuppressByWords
 from redflag.lab.attacks.wrappers import WRAPPERS, Wrappers
@@ -154,7 +154,6 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/papers/real/attacks"))
     parser.add_argument("--count", type=int, default=40, help="requests")
     parser.add_argument("--names", nargs="+", help="attacks; default: all")
-    parser.add_argument("--finished", action="store_true", help="judge what there is, and attack no more")
     parser.add_argument("--draw", type=int, default=0, help="write so many answers for a reader")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -188,13 +187,9 @@ def main() -> None:
             continue
         kept = [line for line in kept if line["name"] != attack.name]
         path = output / f"{attack.name.replace(' ', '-')}.jsonl"
-        if arguments.finished:
-            attempts, seconds = load_attempts(path), 0.0
-            some = [row for row in some if str(row.id) in {attempt.request for attempt in attempts}]
-        else:
-            attempts, seconds = record(target, attack, some, path, arguments.seed, unit=UNIT)
+        attempts, seconds = record(target, attack, some, path, arguments.seed, unit=UNIT)
         for guard, thresholds in guards.items():
-            found = judge_attempts(attack, attempts, some, judge, target, thresholds, target.policy)
+            found = judge_attempts(attack, attempts, some, judge, replace(target, thresholds=thresholds))
             if guard == "shipped":
                 judged[attack.name] = found
             for line in entries(attack, found, some, seconds=seconds):

@@ -21,14 +21,14 @@ from typing import Any
 from redflag.data.rows import RecordReader
 from redflag.data.sources import Provenance
 from redflag.lab.refusals import RefusalClassifier, load_taxonomy
-from redflag.lab.refusals.pairs import Pair, read_rows
+from redflag.lab.refusals.pairs import RequestAndAnswer, read_rows
 from redflag.stats.metrics import clopper_pearson
 
 EACH, SURE = 40, 0.9
 HERE = Path(__file__).parent
 
 
-def kinds(pairs: list[Pair], classifier: RefusalClassifier) -> list[dict[str, Any]]:
+def kinds(pairs: list[RequestAndAnswer], classifier: RefusalClassifier) -> list[dict[str, Any]]:
     """What the audit says of each pair."""
     judged, taxonomy = classifier.judge(pairs), load_taxonomy()
     found = []

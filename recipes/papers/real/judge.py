@@ -29,8 +29,8 @@ from redflag.backends.load import read_model
 from redflag.data.rows import Row, load_rows
 from redflag.files import atomic_write
 from redflag.judges import Messages, Verdict, exchange
-from redflag.lab.baselines.bench import Bench, model_stamp
 from redflag.lab.baselines.hidden import last_layers
+from redflag.lab.baselines.shared import BaselineContext, model_stamp
 from redflag.progress import track
 from redflag.stats.intervals import auroc_interval
 from redflag.stats.metrics import auroc, clopper_pearson
@@ -56,9 +56,9 @@ class Reader:
     base: Path
 
     @cached_property
-    def bench(self) -> Bench:
+    def context(self) -> BaselineContext:
         """Renders rows as they are rendered for probes."""
-        return Bench(self.base, None, self.base, max_length=448)
+        return BaselineContext(self.base, None, self.base, max_length=448)
 
     @cached_property
     def model(self) -> Any:
@@ -71,7 +71,7 @@ class Reader:
 
     def states(self, rows: Sequence[Row]) -> Floats:
         """N x 2 x L x H: mean over the answer's positions, and the last one, of each of L layers."""
-        reads = self.bench.read(rows)
+        reads = self.context.read(rows)
         order = sorted(range(len(reads)), key=lambda i: len(reads[i].prompt_ids) + len(reads[i].judged_ids))
         found: list[Floats] = [np.zeros(0, np.float32)] * len(reads)
         for start in range(0, len(order), BATCH):

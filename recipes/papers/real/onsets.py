@@ -90,8 +90,8 @@ def whole_scores(judge: HiddenJudge, rows: Sequence[Row], path: Path) -> list[li
     for number, row in enumerate(rows):
         if row.id in kept:
             continue
-        read = reader.bench.read([row])[0]
-        offsets = render_response(reader.bench.tokenizer, row.messages, reader.bench.spec).offsets
+        read = reader.context.read([row])[0]
+        offsets = render_response(reader.context.tokenizer, row.messages, reader.context.spec).offsets
         states = last_layers(reader.model, [read.prompt_ids + read.judged_ids])[0][len(read.prompt_ids) - 1 :].float()
         means = states.cumsum(0) / torch.arange(1, len(states) + 1)[:, None, None]
         scores = []
@@ -148,13 +148,13 @@ def main() -> None:
     for name in ("first sentence", "behind the first sentence or line", "behind openings and titles", "first item"):
         # Rules judge no harm: they are asked about harmful answers only, here all reviewed test rows.
         result[name] = told([Onset(by_rule(name, row), 0, 0, 0) for row in reviewed], reviewed)
-    bench = Reader(arguments.base).bench
+    context = Reader(arguments.base).context
     rows = load_rows(arguments.rows / "development.jsonl").rows
     lines = scored("development", rows, arguments.output, arguments.model)
     scores: dict[str, list[list[float]]] = {}
     for how in ("highest so far", "mean of the sentence"):
         found = [
-            flag_scores(row, line, bench.tokenizer, bench.spec, how) for row, line in zip(rows, lines, strict=True)
+            flag_scores(row, line, context.tokenizer, context.spec, how) for row, line in zip(rows, lines, strict=True)
         ]
         scores[f"flag, {how}"] = found
     if not arguments.flag_only:
