@@ -9,7 +9,7 @@ import anthropic
 import httpx
 import openai
 import pytest
-from running import MODEL, engine, events_of, running, shown_by, text_of_events
+from running import MODEL, engine, events_of, running, shown_by, text_of_events, wait_for
 
 from redflag.api.wire import REFUSAL
 from redflag.guard.guard import Guard
@@ -63,6 +63,7 @@ def test_the_openai_client_reads_responses(name, serve):
     with serve(name) as server, openai_of(server) as client:
         whole = client.responses.create(**asked)
         events = list(client.responses.create(stream=True, **asked))
+        wait_for(lambda: len(server.traces) == 2)  # a trace is reported behind the last byte
         assert whole.id == server.traces[0].id and server.traces[0].id.startswith("resp_")
         for answer, trace in zip((whole, events[-1].response), server.traces, strict=True):
             assert answer.output_text == shown == shown_by(trace) and answer.status == status
@@ -94,6 +95,7 @@ def test_the_anthropic_client_reads_messages(name, serve):
         with client.messages.stream(**asked) as stream:
             text = "".join(stream.text_stream)
             final = stream.get_final_message()
+        wait_for(lambda: len(server.traces) == 2)  # a trace is reported behind the last byte
         assert whole.id == server.traces[0].id and server.traces[0].id.startswith("msg_")
         assert text == shown
         for answer, trace in zip((whole, final), server.traces, strict=True):

@@ -97,12 +97,12 @@ def test_S2_6_over_bias_and_temperature_and_selected_categories(recording):
     [
         (["--over", "temperature"], "--rule"),
         (["--selected", "safety"], "--rule"),
-        (["--rule", "compare"], "no threshold"),
+        (["--rule", "compare"], "without a threshold"),
         (["--rule", "threshold", "--over", "bias"], "--thresholds or --threshold"),
         (["--rule", "threshold", "--threshold", "0.5"], "--values"),
         (["--rule", "threshold", "--selected", "cats"], "'cats'"),
         (["--rule", "threshold", "--respond", "cats"], "'cats'"),
-        (["--rule", "threshold", "--respond", "respond", "--flag", "respond"], "another --flag"),
+        (["--rule", "threshold", "--respond", "respond", "--flag", "respond"], "must not be the --respond flag"),
         (["--rule", "compare", "--over", "temperature", "--values", "0"], "temperature"),
     ],
 )

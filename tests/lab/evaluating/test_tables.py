@@ -198,7 +198,8 @@ def test_thresholds_come_from_one_recording_and_numbers_from_another() -> None:
     stored = as_json(found)["threshold"]
     taken = thresholds_of(parse(Method, json.dumps(as_json(found)), "a method"))
     assert type(taken) is Thresholds and {**taken.to_dict(), "fitted_on": stored["fitted_on"]} == stored
-    assert set(asdict(taken)) - set(taken.to_dict()) == {"thoughts"} and taken.thoughts is None
+    assert set(asdict(taken)) - set(taken.to_dict()) == {"memory", "thoughts"}
+    assert taken.memory is None and taken.thoughts is None
     assert (taken.target_fpr, taken.guarantee, taken.joint, taken.sample_size) == (0.05, "expected", True, 99)
     # What the test rows are changes no threshold.
     other = method(test.select(range(10, 60)), fit, target_fpr=0.05, resamples=10)
