@@ -127,7 +127,7 @@ BAD_OPTIONS = {
         "rows.jsonl",
     ),
     "no prompt": (["generate", "--model", "model"], "prompt is missing", "give it as the last word"),
-    "empty prompt": (["generate", "--model", "model", " "], "prompt is empty", "give a text"),
+    "empty prompt": (["generate", "--model", "model", " "], "prompt must not be empty", "Give a text"),
     "prompt beyond the context": (["generate", "--model", "model", "cat " * 200], "context holds 128", "shorten"),
     "temperature": (
         command("generate", "--temperature", "-1"),
@@ -217,7 +217,7 @@ BAD_OPTIONS = {
     ),
     "nothing to show": (["show"], "file is missing", "redflag show ... FILE"),
     "show no file": (["show", "nowhere.jsonl"], "nowhere.jsonl must be a file or folder", "Check the path"),
-    "show fewer than none": (["show", "rows.jsonl", "--limit", "-1"], "limit is -1", "give 0 for all"),
+    "show fewer than none": (["show", "rows.jsonl", "--limit", "-1"], "limit must be at least 0", "(got -1)"),
     "show by no model": (["show", "rows.jsonl", "--model", "nowhere"], "nowhere/redflag.json", "redflag train"),
 }
 

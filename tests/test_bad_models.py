@@ -92,7 +92,7 @@ def test_a_bad_model_folder_is_named(refused, here, name, verb):
 
 
 BAD_THRESHOLDS = {
-    "none": (lambda m: (m / "thresholds.json").unlink(), "holds no thresholds.json", "thresholds=0.5"),
+    "none": (lambda m: (m / "thresholds.json").unlink(), "must hold thresholds.json", "thresholds=0.5"),
     "damaged": (text("thresholds.json", '{"format": 1,'), "is not JSON"),
     "no object": (text("thresholds.json", "[]"), "is not an object"),
     "NaN": (text("thresholds.json", '{"format": 1, "values": {"harm": NaN}}'), "NaN is not JSON"),
@@ -201,7 +201,7 @@ def test_a_disk_full_while_scoring_keeps_the_older_result_and_the_work(here, mon
         assert cli.main(command("score")) == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("redflag score: scored.jsonl cannot be written (No space left on device)")
-    assert "kept in scored.jsonl.parts" in error and "same command again" in error
+    assert "kept in scored.jsonl.parts" in error and "repeat the command" in error
     assert Path("scored.jsonl").read_text() == "an older result\n"
     assert cli.main(command("score")) == 0
     assert "48 of 48 rows are there" in capsys.readouterr().err and len(read_scored("scored.jsonl")) == 48
@@ -242,7 +242,7 @@ def test_ctrl_c_while_scoring_loses_nothing(here, monkeypatch, capsys):
         patch.setattr(HFBackend, "score", interrupted)
         assert cli.main(one_by_one) == 130
     assert capsys.readouterr().err.endswith(
-        "redflag score: interrupted; the same command goes on from what is kept in scored.jsonl.parts\n"
+        "redflag score: interrupted; scored rows are kept in scored.jsonl.parts: repeat the command to continue\n"
     )
     assert Path("scored.jsonl").read_text() == "an older result\n"
     assert sum(len(read_scored(path)) for path in Path("scored.jsonl.parts").glob("?????-*")) == 16

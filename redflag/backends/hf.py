@@ -246,7 +246,10 @@ class HFBackend:
         last = missing[-1] - held
         for start in range(0, last, _PART):
             part = pending[start : min(start + _PART, last)]
+            # The logits at a position measure the token behind it: position p is measured by token p - 1 of the prompt.
             wanted = [p for p in missing if held + start < p <= held + start + len(part)]
+            # A part without such positions runs too, to fill the cache. Its one row is dropped by `zip`: a tensor of no
+            # rows would be of floats, which are no indices.
             rows = torch.tensor([p - 1 - held - start for p in wanted] or [0], device=self._device)
             output = self._model(
                 input_ids=torch.tensor([part], device=self._device),

@@ -136,6 +136,7 @@ class StreamReader:
             ConnectionError: The answer does not match the request, or the server reports a failure.
             RedflagError: The server refuses the request in the stream; only before the first step.
         """
+        # Split as bytes: a piece of data can end inside a character, but a line cannot.
         lines = (self._rest + data).split(b"\n")
         self._rest = lines.pop()
         if len(self._rest) > _LONGEST_EVENT:
@@ -232,6 +233,7 @@ class StreamReader:
             )
             steps.append(Step(token_id, probs, self._language(top[name], probs) if self._logprobs else None))
             self._last = token_id
+            # The step is passed on: its consumer halts on NaN. Later steps of the same chunk must not follow it.
             if any(map(math.isnan, probs)):
                 self.finish = "nan"
                 return

@@ -212,6 +212,7 @@ class _Worker:
             if self._over is not None:
                 raise ConnectionError(self._over)
             held = len(self._open) + len(self._waiting)
+            # A task whose last stream is over opens its next one for the same response: after a review or a verdict.
             again = turn.task is not None and turn.task in self._between
             if held >= self._most and not again:
                 raise BusyError(f"The engine is at capacity: {held} responses are running or waiting. Try again later.")

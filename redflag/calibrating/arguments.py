@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
 
+from redflag.bounds import option
+from redflag.calibrating.guarantee import Guarantee
 from redflag.data.options import RowOptions
 from redflag.scoring.options import ScoringOptions
 from redflag.watching.options import MemoryOptions, MonitorOptions
@@ -19,29 +20,15 @@ class CalibrateArguments(RowOptions, ScoringOptions, MonitorOptions, MemoryOptio
     """
 
     input: str = field(
-        metadata={
-            "help": "Conversations, as `redflag score` reads; or a recording of this model (.parquet), which is not "
-            "measured again. Harmful rows only measure what is caught."
-        }
+        metadata={"help": "Conversations, or a recording of this model (.parquet). Harmful rows only measure the rate."}
     )
-    prompts: bool = field(
-        default=False,
-        metadata={"help": "Thresholds of prompts, measured before the answer; rows need none. category: the prompt's."},
+    prompts: bool = option(False, "Thresholds of prompts, measured before the answer; category is the prompt's.")
+    target_fpr: float = option(0.01, "Share of harmless responses that may alarm.")
+    guarantee: Guarantee = option("expected", "expected: on average; high_probability: with probability 1 - delta.")
+    delta: float = option(0.05, "Probability that high_probability may fail.")
+    joint: bool = option(True, "Whether the rate is that of an alarm in any category.")
+    held_out: float = option(0.3, "Share of harmless rows that only measure the realised rate.")
+    hold_back_share: float = option(
+        0.95, "Share of detected harmful responses whose harm the suggested hold-back hides."
     )
-    target_fpr: float = field(default=0.01, metadata={"help": "Share of harmless responses that may alarm."})
-    guarantee: Literal["expected", "high_probability"] = field(
-        default="expected",
-        metadata={
-            "help": "expected: the rate holds on average; high_probability: it holds with probability 1 - delta."
-        },
-    )
-    delta: float = field(default=0.05, metadata={"help": "Probability that high_probability may fail."})
-    joint: bool = field(default=True, metadata={"help": "Whether the rate is that of an alarm in any category."})
-    held_out: float = field(
-        default=0.3, metadata={"help": "Share of harmless rows that only measure the realised rate."}
-    )
-    hold_back_share: float = field(
-        default=0.95,
-        metadata={"help": "Share of detected harmful responses that the suggested hold-back keeps wholly back."},
-    )
-    seed: int = field(default=0, metadata={"help": "Seeds the choice of held-out rows."})
+    seed: int = option(0, "Seeds the choice of held-out rows.")

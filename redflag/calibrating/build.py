@@ -26,18 +26,13 @@ def build_thresholds(
     hold_back_share: float = 0.95,
     **known: Any,
 ) -> tuple[Thresholds, HoldBack]:
-    """Thresholds with everything known about them.
+    """Thresholds with all their fields.
 
     Args:
-        categories: K categories.
-        values: Their thresholds.
-        monitor: The monitor of the scores.
         dated: The measured responses that are harmful and reach a known onset.
         onsets: The onset of each of these.
-        target_fpr: The requested false-alarm rate; None = another objective, without guarantee.
-        delta: For "high_probability".
+        target_fpr: None = another objective, without guarantee.
         hold_back_share: As for `redflag.calibrating.hold_back.suggest_hold_back`.
-        **known: Further fields of `Thresholds`: measured rates, numbers of responses, and the model.
 
     Returns:
         Thresholds, and the delays that the suggested hold-back comes from.

@@ -43,17 +43,8 @@ from redflag.watching.memory import Memory
 from redflag.watching.monitor import AGGREGATIONS, MonitorConfig
 from redflag.watching.thresholds import PROMPT_THRESHOLDS_FILE, THRESHOLDS_FILE, check_memory
 
-__all__ = [
-    "CalibrateArguments",
-    "Calibration",
-    "calibrate",
-    "calibrate_responses",
-    "fit_threshold",
-    "fit_thresholds",
-    "run",
-    "split_groups",
-]
-
+# What other modules import from here.
+__all__ = ["CalibrateArguments", "Calibration", "fit_threshold", "fit_thresholds", "split_groups"]
 
 ARGUMENTS = CalibrateArguments
 POSITIONAL: str | None = None
@@ -121,25 +112,20 @@ def calibrate_model(arguments: CalibrateArguments) -> Calibration:
         rows = load_rows(arguments.input, on_bad_row=arguments.on_bad_row, **options)
         report_rows(rows)
         harmless = [row for row in rows if not row.harmful]
-        harmful = [row for row in rows if row.harmful]
         fit_on, _ = split_groups([row.group for row in harmless], arguments.held_out, arguments.seed)
         spread = len(spec.categories) if arguments.joint else 1
         _check_size(len(fit_on), len(harmless), arguments.target_fpr, arguments.guarantee, arguments.delta, spread)
+        ordered = harmless + [row for row in rows if row.harmful]
         if arguments.prompts:
-            recording = measured_prompts(arguments, harmless + harmful)
+            recording = measured_prompts(arguments, ordered)
         else:
-            recording, earlier = _measured(arguments, harmless, harmful, memory is not None)
+            recording, earlier = _measured(arguments, ordered, memory is not None)
+    same = ("target_fpr", "guarantee", "delta", "joint", "hold_back_share", "held_out", "seed")
     result = calibrate_responses(
         recording,
         spec,
-        target_fpr=arguments.target_fpr,
-        guarantee=arguments.guarantee,
-        delta=arguments.delta,
-        joint=arguments.joint,
+        **{name: getattr(arguments, name) for name in same},
         monitor=monitor,
-        hold_back_share=arguments.hold_back_share,
-        held_out=arguments.held_out,
-        seed=arguments.seed,
         logprob_mode=recording.meta.get("logprob_mode", "raw"),
         memory=memory,
         earlier=earlier,
@@ -173,49 +159,41 @@ def _memory(arguments: CalibrateArguments, monitor: MonitorConfig) -> Memory | N
 
 
 def _measured(
-    arguments: CalibrateArguments, harmless: list[Row], harmful: list[Row], remembers: bool
+    arguments: CalibrateArguments, rows: list[Row], memory: bool
 ) -> tuple[Recording, list[list[Probs]] | None]:
-    """Rows measured by the model in this process or by the servers that serve it; and their earlier answers."""
+    """Measures rows, and with `memory` their earlier answers."""
     from redflag.data.summary import report_skipped
     from redflag.scoring.earlier import score_earlier, with_histories
     from redflag.scoring.fitting import report_cut
     from redflag.scoring.processes import World
-    from redflag.scoring.score import context_limit, renderable, score
+    from redflag.scoring.score import as_recorded, context_limit, renderable, score
 
     with ExitStack() as stack:
         scorer, tokenizer, spec = arguments.scorer(World(), stack)
         limit = context_limit(arguments.max_length, scorer.context_length)
-        if arguments.on_bad_row == "skip":
-            harmless, bad = renderable(tokenizer, spec, harmless)
-            harmful, more = renderable(tokenizer, spec, harmful)
-            report_skipped(bad + more)
         earlier = None
-        if remembers:
-            count = len(harmless) + len(harmful)
-            (harmless, one), (harmful, other) = (
-                with_histories(tokenizer, spec, part, limit) for part in (harmless, harmful)
-            )
-            if left_out := count - len(one) - len(other):
+        if arguments.on_bad_row == "skip":
+            rows, bad = renderable(tokenizer, spec, rows)
+            report_skipped(bad)
+        if memory:
+            count = len(rows)
+            rows, histories = with_histories(tokenizer, spec, rows, limit)
+            if left_out := count - len(rows):
                 print(f"{left_out} conversations did not fit the context and are left out", file=sys.stderr)
-            earlier = score_earlier(scorer, one + other, arguments.batch_size)
-        ordered = harmless + harmful
-        scored = score(scorer, tokenizer, spec, ordered, batch_size=arguments.batch_size, max_length=limit)
+            earlier = score_earlier(scorer, histories, arguments.batch_size)
+        scored = score(scorer, tokenizer, spec, rows, batch_size=arguments.batch_size, max_length=limit)
         measured = []
         cut: Counter[str] = Counter()
-        for item in track(scored, "measuring", len(ordered), "rows"):
-            cut.update(response=item.truncated, prompt=item.prompt_truncated)
+        for item in track(scored, "measuring", len(rows), "rows"):
+            cut.update(truncated=item.truncated, prompt_truncated=item.prompt_truncated)
             # A harmful row without an onset counts as harmful from its first token, but that is not a marked onset.
             has_onset = item.row.onset is not None
             measured.append(
                 {
-                    # With the steps that end the turn: a guard judges them too, so they may raise a false alarm.
-                    "flag_probs": item.flag_probs,
-                    "tail_probs": item.tail_probs,
+                    **as_recorded(item),
+                    "token_ids": None,
                     "onset": item.onset if has_onset else None,
                     "onset_source": (item.row.onset_source or "labelled") if has_onset else None,
-                    "category": item.row.category,
-                    "group": item.row.group,
-                    "thought_tokens": item.thought or None,
                 }
             )
         report_cut(cut)
@@ -264,9 +242,6 @@ def calibrate_responses(
             shows no token from the onset on.
         groups: Per harmless response, its group (None = its own); no group is on both sides of the split.
         held_out: Share of the harmless responses that only measures the realised rate; with 0 none is reported.
-        seed: Seeds the split.
-        logprob_mode: Log-probability mode of the engine that measured.
-        memory: How earlier answers raise the scores; None = not at all.
         earlier: With a memory, for each response T x K probabilities of each earlier answer of its conversation, oldest
             first: in a recording's order, or of the harmless responses and then of the harmful ones.
 
@@ -344,18 +319,12 @@ def _fit(
                     "responses reach a score of 1. Raise target_fpr, check those rows, or train again."
                 )
     alarms = peaks[measure_on] >= np.asarray(values)
+    alarmed = np.asarray(alarms.any(axis=1))
     hits = caught >= np.asarray(values)
     lengths = np.diff(rows.harmful.starts)
     dated = [(i, o) for i, o in zip(rows.harmful_at, rows.onsets, strict=True) if o is not None and o < lengths[i]]
-    realised, interval = None, None
-    if measure_on:
-        realised = float(alarms.any(axis=1).mean())
-        interval = clopper_pearson(int(alarms.any(axis=1).sum()), len(measure_on))
     thresholds, hold_back = build_thresholds(
-        categories,
-        values,
-        config,
-        rows.harmful,
+        *(categories, values, config, rows.harmful),
         [i for i, _ in dated],
         [onset for _, onset in dated],
         target_fpr=target_fpr,
@@ -364,8 +333,8 @@ def _fit(
         hold_back_share=hold_back_share,
         joint=joint,
         sample_size=len(fit_on),
-        realised_fpr=realised,
-        interval=interval,
+        realised_fpr=float(alarmed.mean()) if measure_on else None,
+        interval=clopper_pearson(int(alarmed.sum()), len(measure_on)) if measure_on else None,
         held_out_size=len(measure_on),
         run_id=spec.run_id,
         template_hash=spec.template_hash,
@@ -376,14 +345,14 @@ def _fit(
         thresholds=thresholds,
         calibration_size=len(fit_on),
         held_out_size=len(measure_on),
-        false_alarms=int(alarms.any(axis=1).sum()),
+        false_alarms=int(alarmed.sum()),
         false_alarms_by_category=dict(zip(categories, map(int, alarms.sum(axis=0)), strict=True)),
         harmful_size=len(rows.onsets),
         caught=int(hits.any(axis=1).sum()),
         caught_by_category=dict(zip(categories, map(int, hits.sum(axis=0)), strict=True)),
         hold_back=hold_back,
     )
-    return result, np.asarray(alarms.any(axis=1))
+    return result, alarmed
 
 
 def _check_size(fit_on: int, total: int, target_fpr: float, guarantee: Guarantee, delta: float, spread: int) -> None:

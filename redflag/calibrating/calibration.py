@@ -13,14 +13,10 @@ class Calibration:
     """Thresholds, and their rates on responses that were not used to set them.
 
     Attributes:
-        thresholds: The thresholds that `redflag calibrate` saves.
         calibration_size: Harmless responses that set the thresholds.
-        held_out_size: Harmless responses that measured them.
+        held_out_size: Harmless responses that measured their rates.
         false_alarms: Held-out harmless responses that alarm in any category.
-        false_alarms_by_category: The same, category by category.
-        harmful_size: Harmful responses measured.
         caught: Harmful responses that alarm in any category.
-        caught_by_category: The same, category by category.
         hold_back: Delays of the alarms in harmful responses with a known onset, and the hold-back they suggest.
         thoughts: Calibration of the thoughts before answers, if the rows have some; all else is of the answers.
         no_thoughts: Why thoughts were not calibrated, if the rows have some.

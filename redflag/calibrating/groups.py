@@ -38,9 +38,7 @@ def folds(
     """Splits rows into folds of similar size without splitting a group.
 
     Args:
-        groups: Per row, its group; None = the row is a group of its own.
-        count: Number of folds.
-        seed: Seeds the order in which groups are taken.
+        groups: As for `split_groups`; likewise `seed`.
         strata: Per row, a class that should be spread evenly over the folds, such as harmless and harmful.
 
     Returns:

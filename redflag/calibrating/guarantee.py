@@ -86,8 +86,7 @@ def fit_thresholds(
     Args:
         peaks_NK: Highest score of each of n harmless responses in each of K categories.
         target_fpr: Share of harmless responses that may alarm: in any category (`joint`) or in each.
-        guarantee: "expected" or "high_probability"; see the module.
-        delta: Probability with which "high_probability" may fail over the draw of the calibration set.
+        guarantee: As for `fit_threshold`; likewise `delta`.
         joint: Whether the rate is that of *any* alarm. With one flag it makes no difference.
 
     Raises:
@@ -137,12 +136,11 @@ def required(target_fpr: float, guarantee: Guarantee = "expected", delta: float 
 
 def check_rates(target_fpr: float, guarantee: str, delta: float) -> None:
     """Checks rates and guarantee."""
-    if not 0.0 < target_fpr < 1.0:
-        raise RedflagError(f"target_fpr must be above 0 and below 1 (got {target_fpr}). For example 0.01.")
+    for name, value in (("target_fpr", target_fpr), ("delta", delta)):
+        if not 0.0 < value < 1.0:
+            raise RedflagError(f"{name} must be above 0 and below 1 (got {value}). For example 0.01.")
     if guarantee not in get_args(Guarantee):
         raise RedflagError(f"guarantee must be one of {', '.join(get_args(Guarantee))} (got {guarantee!r}).")
-    if not 0.0 < delta < 1.0:
-        raise RedflagError(f"delta must be above 0 and below 1 (got {delta}). For example 0.05.")
 
 
 def _expected_level(peaks: Peaks, target_fpr: float, joint: bool) -> int:

@@ -24,12 +24,10 @@ class HoldBack:
 
     Attributes:
         suggested: Smallest h that keeps back every token from the onset on in a share of the detected responses; None
-            when there are too few of them.
-        share: That share.
+            if they are fewer than `needed`.
         delays: Tokens from onset to first alarm, ascending, of the detected responses; negative where the alarm came
             before the onset.
         missed: Responses with a known onset that never alarmed.
-        needed: Detected responses that the share asks for.
     """
 
     suggested: int | None
@@ -66,9 +64,9 @@ def suggest_hold_back(alarms: Sequence[int | None], onsets: Sequence[int], share
     """Suggests a hold-back.
 
     Args:
-        alarms: Per harmful response, the step of its first alarm; None: it had none.
+        alarms: Per harmful response, the step of its first alarm, if it has one.
         onsets: Per harmful response, the index of its first harmful token.
-        share: Share of the detected harmful responses that shall show nothing from the onset on.
+        share: Share of the detected harmful responses that are to show nothing from the onset on.
 
     Raises:
         RedflagError: The share is out of bounds.

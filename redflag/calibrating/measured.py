@@ -74,14 +74,10 @@ def of_thoughts(
 ) -> tuple[Measured, list[list[int]], list[list[int]]]:
     """The thoughts of recorded responses, and those of some parts of the harmless ones.
 
-    Args:
-        recording: Responses, some of them with thoughts.
-        categories: Its flags.
-        parts: Numbers of harmless responses, in the order of `Measured.groups` of the recording.
+    `parts` are numbers of harmless responses, in the order of `Measured.groups` of the recording.
 
     Returns:
-        The thoughts; for each part, the numbers of its thoughts among the harmless ones; and their positions in the
-        part.
+        The thoughts; for each part, the numbers of its thoughts among the harmless ones, and their positions in it.
     """
     has = recording.thoughts[~recording.harmful] > 0
     rank = np.cumsum(has) - 1
@@ -93,7 +89,7 @@ def of_thoughts(
 def factors_of(
     memory: Memory, config: MonitorConfig, earlier: Sequence[Sequence[Any]] | None, count: int, flags: int
 ) -> replay.Floats:
-    """N x K: what the earlier answers multiply the odds of each response's scores by.
+    """N x K factors by which the earlier answers multiply the odds of each response's scores.
 
     Raises:
         RedflagError: There is not one list of earlier answers for each of the `count` responses, or a probability
@@ -102,10 +98,10 @@ def factors_of(
     if earlier is None or len(earlier) != count:
         got = "none" if earlier is None else len(earlier)
         raise RedflagError(f"earlier must have one list of answers for each of {count} responses (got {got}).")
-    found = [
+    factors = [
         memory.factors([peaks(config, answer, flags) for answer in answers], config.prior, flags) for answers in earlier
     ]
-    return np.array(found, dtype=np.float64).reshape(count, flags)
+    return np.array(factors, dtype=np.float64).reshape(count, flags)
 
 
 def remembered(rows: Measured, factors: replay.Floats) -> Measured:

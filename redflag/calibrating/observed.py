@@ -18,16 +18,13 @@ from redflag.watching.monitor import MonitorConfig
 
 @dataclass(frozen=True)
 class Observed:
-    """N responses under one monitor, K flags: the input of every table of one method.
+    """N responses with S x K scores under one monitor: the input of every table of one method.
 
     Attributes:
         recording: The responses, without those that were cut before their harm began.
-        scores: S x K scores.
         peaks: N peaks, the highest score in any category.
-        harmful: N labels.
         units: N numbers: responses that share one are not independent.
-        alarms: N steps of the first alarm at the thresholds, -1 = no alarm; None without thresholds.
-        thresholds: K thresholds, or None.
+        alarms: N steps of the first alarm at the K thresholds, -1 = no alarm; None without thresholds.
     """
 
     recording: Recording

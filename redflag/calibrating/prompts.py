@@ -32,5 +32,5 @@ def measured_prompts(arguments: CalibrateArguments, rows: Sequence[Row]) -> Reco
             report_skipped(bad)
         scored = score_prompts(reader, tokenizer, spec, rows, batch_size=arguments.batch_size, max_length=limit)
         measured = list(track(scored, "measuring", len(rows), "prompts"))
-        report_cut({"prompt": sum(item["prompt_truncated"] for item in measured)})
+        report_cut({"prompt_truncated": sum(item["prompt_truncated"] for item in measured)})
         return Recording.of(spec.categories, measured)

@@ -45,13 +45,7 @@ class Responses(Protocol):
 
 @dataclass(frozen=True)
 class Steps:
-    """`Responses`, and perhaps what earlier answers add to their scores.
-
-    Attributes:
-        probs: S x K probabilities.
-        starts: N + 1 offsets.
-        factors: N x K: what earlier answers multiply the scores' odds by (`redflag.watching.memory`); None = nothing.
-    """
+    """`Responses`, and N x K factors of earlier answers for the odds of their scores (`redflag.watching.memory`)."""
 
     probs: npt.NDArray[np.floating[Any]]
     starts: Indices
@@ -63,7 +57,6 @@ class Steps:
 
         Args:
             responses: Each T x K probabilities, T >= 0; double precision is kept.
-            flags: K.
             what: Prefix of "response 3" in errors.
 
         Raises:
@@ -149,12 +142,7 @@ def alarms(
 
 
 def first_alarms(scores: Floats, responses: Responses, thresholds: Sequence[float] | Floats) -> Indices:
-    """As `alarms`, from scores already computed.
-
-    Args:
-        scores: S x K, as `scores` returns them.
-        thresholds: K thresholds.
-    """
+    """As `alarms`, from the S x K scores that `scores` returned."""
     hits = np.flatnonzero((scores >= np.asarray(thresholds, dtype=np.float64)).any(axis=1))
     owners = np.searchsorted(responses.starts, hits, side="right") - 1
     first_steps = np.full(len(responses.starts) - 1, -1, dtype=np.int64)

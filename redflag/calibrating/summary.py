@@ -10,13 +10,7 @@ from typing import Any
 import numpy as np
 
 from redflag.stats.intervals import auroc_interval
-from redflag.stats.metrics import (
-    auroc,
-    average_precision,
-    clopper_pearson,
-    delay_stats,
-    tpr_at_fpr,
-)
+from redflag.stats.metrics import auroc, average_precision, clopper_pearson, delay_stats, tpr_at_fpr
 from redflag.watching.monitor import Monitor, MonitorConfig
 from redflag.watching.thresholds import Thresholds
 

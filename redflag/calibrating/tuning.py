@@ -45,13 +45,10 @@ class Objective:
     """The goal of the thresholds; the module's docstring says how each is met.
 
     Attributes:
-        kind: `fpr`, `recall` or `cost`.
         rate: The false-alarm rate or the recall.
-        guarantee: For `fpr` and `recall`: `expected` or `high_probability`.
-        delta: Probability that `high_probability` may fail.
+        guarantee: For `fpr` and `recall`; likewise `delta`, as in `redflag.calibrating.guarantee`.
         joint: The rate or cost is that of an alarm of any category; False: each category's own.
-        cost_miss: Cost of a harmful response without an alarm.
-        cost_alarm: Cost of a harmless response with one.
+        cost_miss: Cost of a harmful response without an alarm; `cost_alarm`: of a harmless one with an alarm.
         base_rate: Share of harmful responses where the thresholds will be used.
 
     Raises:
@@ -92,12 +89,10 @@ class Rates:
     """Rates of thresholds on responses.
 
     Attributes:
-        harmless: Number of harmless responses.
-        harmful: Number of harmful responses.
+        harmless: Number of harmless responses; likewise `harmful`.
         fpr: Share of the harmless with an alarm in any category; None without any.
         fpr_interval: Its 95% Clopper-Pearson interval.
-        tpr: Share of the harmful with an alarm in any category; None without any.
-        tpr_interval: Its interval.
+        tpr: The same of the harmful.
         own: Category -> share of its harmful responses that its own flag catches.
         median_delay: Median of first alarm - onset in tokens, of those with a known onset that alarmed.
         dated: Harmful responses with a known onset.
@@ -134,7 +129,6 @@ class Choice:
     """The outcome of a comparison.
 
     Attributes:
-        candidates: In the order given.
         best: Index of the first candidate with the lowest loss.
         lead: Difference of its loss to the first candidate's.
         lead_error: Standard error of that difference, response by response.
@@ -250,7 +244,6 @@ def rates(recording: Recording, config: MonitorConfig, thresholds: npt.ArrayLike
 
     Args:
         recording: Responses that were not used to set them.
-        config: The monitor.
         thresholds: K thresholds, or N x K: each response's own.
         peaks: The recording's peaks, if computed already.
     """
@@ -281,10 +274,8 @@ def compare(
     """Compares monitors by cross-validation by group: thresholds from all folds but one, figures from that one.
 
     Args:
-        recording: Harmless and harmful responses.
-        configs: The monitors, simple ones first: the first of several equal ones is chosen.
+        configs: Simple ones first: the first of several equal ones is chosen.
         parts: Number of folds.
-        seed: Seeds the folds.
 
     Raises:
         RedflagError: Too few responses for the objective in some fold, or none that are harmful.

@@ -1,4 +1,4 @@
-"""What a review asks: a second judge about an answer so far, within a time; or the model, in a word."""
+"""Verdicts of a review: of a second judge, within a time limit; or of the model, by two words."""
 
 from __future__ import annotations
 
@@ -27,25 +27,27 @@ def ask(judge: Judge | None, messages: Messages, answer: str, seconds: float) ->
         except Exception as error:  # Whatever breaks in a judge leaves the alarm standing.
             answers.put(error)
 
-    # A thread of its own: one that never comes back can be left behind, and must not hold up the end of the process.
+    # A daemon thread: one that never returns is abandoned, and does not keep the process alive.
     threading.Thread(target=work, name="redflag-judge", daemon=True).start()
     try:
-        found = answers.get(timeout=seconds)
+        answer_or_error = answers.get(timeout=seconds)
     except Empty:
         return None, f"no verdict within {seconds:g} s"
-    return (None, f"{type(found).__name__}: {found}") if isinstance(found, Exception) else (found, "")
+    if isinstance(answer_or_error, Exception):
+        return None, f"{type(answer_or_error).__name__}: {answer_or_error}"
+    return answer_or_error, ""
 
 
 def verdict_ids(tokenizer: Any, spec: FlagSpec, words: tuple[str, str]) -> tuple[int, int]:
     """First ids of the harmful and the harmless verdict word.
 
     Raises:
-        RedflagError: They are the same, so their probabilities would tell nothing apart.
+        RedflagError: They are the same.
     """
-    first = [text_ids(tokenizer, word, spec)[0] for word in words]
-    if first[0] == first[1]:
+    harmful, harmless = (text_ids(tokenizer, word, spec)[0] for word in words)
+    if harmful == harmless:
         raise RedflagError(
-            f"the verdict words {words[0]!r} and {words[1]!r} begin with the same token in this model's vocabulary, so "
-            "no verdict could be read: give words that begin differently"
+            f"the verdict words must not begin with the same token of this model's vocabulary (got {words[0]!r} and "
+            f"{words[1]!r}). Give other words."
         )
-    return first[0], first[1]
+    return harmful, harmless

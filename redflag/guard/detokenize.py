@@ -13,11 +13,10 @@ from redflag.errors import RedflagError
 class Detokenizer:
     """Decodes a response token by token, special tokens left out.
 
-    The pieces put together, `flush` included, are what `tokenizer.decode(ids, skip_special_tokens=True)` gives for the
-    whole response (without `clean_up_tokenization_spaces`, which rewrites text that is already out). A character that
-    is spread over several tokens comes with its last one. Bytes still incomplete at the end come from `flush` as the
-    replacement character U+FFFD, as in `decode`; invalid bytes in the middle likewise, though a tokenizer with byte
-    fallback may show another number of replacement characters than `decode` does.
+    The pieces joined, `flush` included, are `tokenizer.decode(ids, skip_special_tokens=True)` of the whole response
+    (without `clean_up_tokenization_spaces`, which rewrites text that was returned already). A character of several
+    tokens comes with the last one. Incomplete bytes at the end become U+FFFD in `flush`, as in `decode`; invalid bytes
+    in the middle too, but with byte fallback their number may differ from that of `decode`.
 
     Example:
         ```python
@@ -27,23 +26,19 @@ class Detokenizer:
     """
 
     def __init__(self, tokenizer: Any, context: Sequence[int] = ()) -> None:
-        """Starts before the first token.
-
-        Args:
-            tokenizer: A fast tokenizer of transformers.
-            context: Ids that the response continues without a break, such as a prefill. Only their last few matter:
-                a tokenizer that drops the space before the first word keeps it then.
+        """`context`: ids that the response continues without a break, such as a prefill.
 
         Raises:
-            RedflagError: The tokenizer is not backed by the tokenizers library.
+            RedflagError: The tokenizer is not a fast one.
         """
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise RedflagError(
-                f"{type(tokenizer).__name__} is not backed by the tokenizers library, whose decode stream is needed to "
-                "show whole characters; load the model's fast tokenizer."
+                f"the tokenizer must be a fast one (got {type(tokenizer).__name__}). Whole characters need the decode "
+                "stream of the tokenizers library. Load the model's fast tokenizer."
             )
         self._backend = backend
+        # A tokenizer that drops the space before the first word keeps it behind a context.
         self._last = list(context[-8:])
         self._pending: list[int] = []
         self._stream = self._restart()
@@ -53,7 +48,7 @@ class Detokenizer:
         self._pending.append(token_id)
         try:
             piece = self._stream.step(self._backend, token_id)
-        except Exception:  # The library raises its plain Exception where bytes are invalid in a run: start behind it.
+        except Exception:  # The library raises a plain Exception for invalid bytes: restart behind them.
             piece = self._tail()
             self._last = self._pending
             self._pending = []
@@ -65,7 +60,7 @@ class Detokenizer:
         return str(piece)
 
     def flush(self) -> str:
-        """What is still incomplete, as `decode` shows it. The response is over."""
+        """At the end of the response, what is incomplete, as `decode` shows it."""
         piece = self._tail()
         self._pending = []
         return piece
@@ -85,10 +80,10 @@ class Detokenizer:
 
 
 class TextFilter:
-    """Cuts a text at the first stop text and takes flags' texts out, however they fall across pieces.
+    """Cuts a text at the first stop text and removes flags' texts, also across pieces.
 
-    Text that may yet turn out to be the beginning of either is held; no piece that leaves completes a flag's text, not
-    even one that was split by another flag. Work per character does not grow with the length of the text.
+    Text that may be the beginning of either is held; no returned piece completes a flag's text, not even one that was
+    split by another flag. Work per character does not grow with the length of the text.
 
     Example:
         >>> pieces = TextFilter(stop=["END"], remove=["<flag>"])
@@ -101,18 +96,18 @@ class TextFilter:
         self._remove = tuple(remove)
         self._patterns = self._stop + self._remove
         self._memory = max((len(pattern) for pattern in self._patterns), default=1) - 1
-        # What was shown last, as far as it can be part of a pattern, and behind it what is held.
+        # The last shown text that can be part of a pattern, `_shown` characters, and behind it the held text.
         self._line = ""
         self._shown = 0
-        self.stop_text: str | None = None  # which one came
+        self.stop_text: str | None = None
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop text has come."""
+        """Whether there was a stop text."""
         return self.stop_text is not None
 
     def push(self, text: str) -> str:
-        """What may be shown now."""
+        """Adds text, and returns what may be shown."""
         if self.stopped:
             return ""
         if not self._patterns:
@@ -129,25 +124,24 @@ class TextFilter:
         return "".join(pieces)
 
     def flush(self) -> str:
-        """What was held and is no stop text or flag after all. The text is over."""
+        """At the end of the text, what was held."""
         return "" if self.stopped else self._show(len(self._line))
 
     def _cut(self, patterns: tuple[str, ...]) -> str:
-        # The longest first, so that nothing of it stays when a shorter one is its end.
-        found = max((pattern for pattern in patterns if self._line.endswith(pattern)), key=len, default="")
-        if found:
-            self._line = self._line[: max(self._shown, len(self._line) - len(found))]
-        return found
+        # The longest, so that nothing of it stays when a shorter one is its end.
+        pattern = max((pattern for pattern in patterns if self._line.endswith(pattern)), key=len, default="")
+        if pattern:
+            self._line = self._line[: max(self._shown, len(self._line) - len(pattern))]
+        return pattern
 
     def _held(self) -> int:
+        """Length of the longest end of the line that begins a pattern."""
         longest = 0
         for pattern in self._patterns:
-            if pattern[0] not in self._line:  # Nearly always.
+            if pattern[0] not in self._line:  # the usual case
                 continue
-            for length in range(min(len(pattern) - 1, len(self._line)), longest, -1):
-                if self._line.endswith(pattern[:length]):
-                    longest = length
-                    break
+            lengths = range(min(len(pattern) - 1, len(self._line)), longest, -1)
+            longest = next((length for length in lengths if self._line.endswith(pattern[:length])), longest)
         return longest
 
     def _show(self, upto: int) -> str:
@@ -178,15 +172,13 @@ class ResponseText:
         """Starts before the first token.
 
         Args:
-            tokenizer: A fast tokenizer of transformers.
             hidden_ids: Ids without text: end-of-sequence ids (not every tokenizer calls them special) and flags.
             context: Ids that the response continues without a break.
             stop: Texts that end the response.
             remove: Flags' texts.
-            until: An id from which on there is no text: what ends a thought.
-            skip: Characters that are left out as long as there is no other: white space between thought and answer.
-            marks: Ids in place of whose text stands another, also where they have none: for a reader of tool calls
-                (`redflag.tool_prompt.mark_ids`), who takes it out again.
+            until: The id that ends a thought; from it on there is no text.
+            skip: Characters to strip from the beginning: white space between thought and answer.
+            marks: Id -> text in place of its own (`redflag.tool_prompt.mark_ids`), for a reader of tool calls.
         """
         self._until = until
         self._over = False
@@ -199,7 +191,7 @@ class ResponseText:
 
     @property
     def stop_text(self) -> str | None:
-        """The stop text that has come; None without one."""
+        """The stop text that ended the response."""
         return self._filter.stop_text
 
     def push(self, token_id: int) -> str:
@@ -209,12 +201,12 @@ class ResponseText:
             return ""
         piece = self._detokenizer.push(token_id)
         if token_id in self._marks:
-            # What comes with it belongs to the tokens before.
+            # Text in front of the mark's own belongs to the tokens before.
             piece = piece.removesuffix(self._tokenizer.convert_ids_to_tokens(token_id)) + self._marks[token_id]
         if self._skip and (piece := piece.lstrip(self._skip)):
             self._skip = ""
         return self._filter.push(piece)
 
     def flush(self) -> str:
-        """What is left when the response has ended by itself."""
+        """The rest, when the response has ended by itself."""
         return self._filter.push(self._detokenizer.flush()) + self._filter.flush()

@@ -14,22 +14,18 @@ from redflag.watching.thresholds import THRESHOLDS_FILE, Thresholds
 def read_folder(
     directory: Path, thresholds: Thresholds | float | None, policy: Policy | None
 ) -> tuple[FlagSpec, Thresholds]:
-    """Flags and thresholds of a folder, refused before the weights are read, which may take minutes.
-
-    `thresholds` and `policy` as for `redflag.guard.guard.Guard.from_pretrained`.
+    """Flags and thresholds of a folder, checked before the weights are read, which may take minutes.
 
     Raises:
-        RedflagError: Something is missing, or does not belong together.
+        RedflagError: Files are missing, or do not belong together.
     """
     if not directory.is_dir():
-        raise RedflagError(
-            f"{directory} is not a folder, so there is no model to guard; give the one that `redflag train` wrote."
-        )
+        raise RedflagError(f"{directory} must be a folder that `redflag train` wrote.")
     spec = FlagSpec.load(directory)
     if thresholds is None and not (directory / THRESHOLDS_FILE).exists():
         raise RedflagError(
-            f"{directory} holds no {THRESHOLDS_FILE}, so it is unknown where an alarm begins; run `redflag "
-            f"calibrate --model {directory} --input rows.jsonl`, or set one by hand with thresholds=0.5."
+            f"{directory} must hold {THRESHOLDS_FILE}. Run `redflag calibrate --model {directory} --input rows.jsonl`, "
+            "or set a threshold by hand with thresholds=0.5."
         )
     if thresholds is None:
         thresholds = Thresholds.load(directory)

@@ -1,4 +1,4 @@
-"""Conversations in, judged events out: the one place where model, thresholds and policy meet a user."""
+"""Conversations in, judged events out: the entry point that joins model, thresholds and policy."""
 
 from __future__ import annotations
 
@@ -37,11 +37,10 @@ Thinking = Literal["template", "on", "off"]
 class Guard:
     """Streams a model's responses, judged.
 
-    Text leaves only as `Text` events of tokens that were judged and, with a hold-back, whose successors were judged
-    too. A halt, or anything that goes wrong on the way (an engine lost, a probability missing, a flag chosen by the
-    engine), ends the response with a `Halt` event and shows nothing that was held. Thoughts leave as `Thought` events,
-    under `Policy(thoughts="show")` alone. `Text`, `Thought`, `Halt` and `Done` may go to end users; the other events
-    and traces hold probabilities or hidden text and are the operator's.
+    A `Text` event holds only tokens that were judged and, with a hold-back, whose successors were judged too. A halt or
+    a fault (a lost engine, a missing probability, a flag chosen by the engine) ends the response with a `Halt` event
+    and drops what was held. `Thought` events come only under `Policy(thoughts="show")`. `Text`, `Thought`, `Halt` and
+    `Done` may go to end users; the other events and traces hold probabilities or hidden text, for the operator.
 
     Example:
         ```python
@@ -63,23 +62,18 @@ class Guard:
         thinking: Thinking = "off",
         memory: Memory | None = None,
     ) -> None:
-        """Puts the parts together.
+        """Checks that the parts fit each other.
 
         Args:
-            backend: The engine. `stream` and `generate` need a `Backend`; a server drives an `AsyncBackend` itself.
-            tokenizer: The model's tokenizer, with its chat template.
-            spec: The model's flags, with ids.
-            thresholds: Where alarms begin.
-            policy: What alarms lead to; the default halts without a hold-back.
-            judge: Is asked where the policy escalates.
-            thinking: Whether responses begin with a thought where nobody says for one whether it does: `off`, `on`, or
-                `template`: as the chat template has it by itself.
+            backend: `stream` and `generate` need a `Backend`; a server drives an `AsyncBackend` itself.
+            policy: The default halts without a hold-back.
+            thinking: Whether responses begin with a thought by default; `template`: as the chat template does.
             memory: How earlier answers of the conversation raise the scores of the next; None: as the thresholds were
                 calibrated, by default not at all.
 
         Raises:
-            RedflagError: The thresholds belong to another run, template, set of flags, way of measuring or memory; or
-                policy and flags do not fit; or the policy, `thinking` or `memory` needs what is not there.
+            RedflagError: The thresholds belong to another run, template, set of flags, log-probability mode or memory;
+                or the policy, `thinking` or `memory` is not supported by the other parts.
         """
         thresholds = thresholds.remembering(memory)
         thresholds.check(spec.run_id, spec.template_hash, backend.logprob_mode, spec.categories)
@@ -114,29 +108,25 @@ class Guard:
         """Loads a trained and calibrated directory: model, tokenizer, `redflag.json` and `thresholds.json`.
 
         Args:
-            directory: What `redflag train` wrote, or a model by name, `smollm2-135m`; with `upstream` no weights are
-                read.
-            policy: What alarms lead to; the default halts without a hold-back.
+            directory: Output of `redflag train`, or the name of a model that ships, `smollm2-135m`. With `upstream` no
+                weights are read.
+            policy: As for `Guard`; likewise `judge`, `thinking` and `memory`.
             thresholds: In place of the calibrated file: thresholds, or one number for all categories, set by hand.
-            dtype: The weights' type; `"auto"` takes the saved one.
-            device: Where the model shall run, such as `"cuda"`; "auto" is the first GPU where there is one.
-            judge: Is asked where the policy escalates.
+            dtype: Type of the weights; `"auto"`: as saved.
+            device: `"cuda"`, ...; "auto": the first GPU, if there is one.
             upstream: The server that runs the model, such as a stock vLLM at `"http://localhost:8000"`; None: this
                 process.
-            thinking: Whether responses begin with a thought, as for `Guard`.
-            memory: As for `Guard`.
-            **served: Of `redflag.backends.remote.RemoteBackend`.
+            **served: Options of `redflag.backends.remote.RemoteBackend`.
 
         Raises:
-            RedflagError: Something is missing, or the files do not belong together, or the server does not measure the
-                flags.
+            RedflagError: Files are missing or do not belong together, or the server does not measure the flags.
         """
         directory = model_folder(directory)
         spec, thresholds = read_folder(Path(directory), thresholds, policy)
         thresholds = thresholds.remembering(memory)
-        remembers = thresholds.memory is not None
+        earlier = thresholds.memory is not None
         backend, tokenizer, spec = open_backend(
-            directory, upstream, device=device, dtype=dtype, earlier=remembers, **served
+            directory, upstream, device=device, dtype=dtype, earlier=earlier, **served
         )
         return cls(backend, tokenizer, spec, thresholds, policy, judge, thinking, memory)
 
@@ -160,17 +150,17 @@ class Guard:
 
     @property
     def thresholds(self) -> Thresholds:
-        """The thresholds in force."""
+        """The default thresholds of responses."""
         return self._thresholds
 
     @property
     def policy(self) -> Policy:
-        """The policy in force, where a response is given no other."""
+        """The default policy of responses."""
         return self._policy
 
     @property
     def can_think(self) -> bool:
-        """Whether a response can begin with a thought, told from the answer behind it."""
+        """Whether the model can begin a response with a thought, and its end can be recognised."""
         return self._around_thoughts is not None
 
     @cached_property
@@ -178,9 +168,9 @@ class Guard:
         return thought_marks(self.tokenizer)
 
     def grammar(self, schema: Mapping[str, Any]) -> Grammar:
-        """What makes responses follow a JSON schema: `Sampling(grammar=guard.grammar({"type": "object"}))`.
+        """The grammar of a JSON schema: `Sampling(grammar=guard.grammar({"type": "object"}))`.
 
-        The first call takes a while (0.5 to 11 s with the tokenizers of released models).
+        The first call takes 0.5 to 11 s with the tokenizers of released models.
 
         Raises:
             RedflagError: The schema cannot be enforced in full, or llguidance is missing.
@@ -196,21 +186,20 @@ class Guard:
         may be the beginning of one waits for the next tokens.
 
         Args:
-            messages: The conversation. A last message of the assistant's is a prefill, which the response continues. A
-                string is a plain prompt, which is not rendered through the chat template.
-            sampling: How tokens are chosen.
+            messages: The conversation. A last assistant message is a prefill, which the response continues. A string is
+                a plain prompt, without the chat template.
             thinking: As for `respond`.
 
         Returns:
-            Events; exactly one `Halt` or `Done` comes, and it comes last.
+            Events; the last one, and only this, is a `Halt` or `Done`.
 
         Raises:
             RedflagError: The conversation is empty or malformed, or leaves no room for a response.
         """
         if not hasattr(self.backend, "stream"):
             raise RedflagError(
-                f"{type(self.backend).__name__} runs in an event loop only, so it cannot be streamed from here; drive "
-                "it with `redflag.guard.response.adrive`"
+                f"stream must have a backend that runs without an event loop (got {type(self.backend).__name__}). Use "
+                "`redflag.guard.response.adrive`."
             )
         backend = cast(Backend, self.backend)
         response = self.respond(messages, sampling, thinking=thinking)
@@ -218,10 +207,10 @@ class Guard:
         assert isinstance(first, Stream)
         steps: Iterator[Step]
         try:
-            steps = backend.stream(first.token_ids, first.sampling)  # Now: what it refuses is the caller's to mend.
+            steps = backend.stream(first.token_ids, first.sampling)  # here, so that the caller gets its RedflagError
         except RedflagError:
             raise
-        except Exception as error:  # An engine that cannot be reached is a fault, as one that is lost later.
+        except Exception as error:  # An engine that cannot be reached is a fault, like one that is lost later.
             steps = _raising(error)
         return EventStream(drive(response, backend, self.judge, steps), response.trace, steps)
 
@@ -234,20 +223,17 @@ class Guard:
         tools: ToolUse | None = None,
         thresholds: Thresholds | None = None,
     ) -> Response:
-        """The response to a conversation as a state machine, before its first step; nothing is asked of the engine.
+        """The response to a conversation as a state machine, before its first step; the engine is not used yet.
 
         Args:
             messages: As for `stream`.
-            sampling: How tokens are chosen.
-            policy: In place of the guard's own, for this response.
-            thinking: Whether the response begins with a thought; None: as the guard has it. Behind a prefill, and in a
-                plain prompt, there is none.
-            tools: What may be called. The response's text holds marks then, for `redflag.api.tool_calls`.
-            thresholds: In place of the guard's own, for this response.
+            policy: In place of the guard's own, for this response; likewise `thresholds`.
+            thinking: Whether the response begins with a thought; None: the guard's default. There is none behind a
+                prefill, and in a plain prompt.
+            tools: With tools the response's text holds marks, for `redflag.api.tool_calls`.
 
         Raises:
-            RedflagError: The conversation is empty or malformed, or the policy cannot be carried out, or there is no
-                thinking mode to switch on.
+            RedflagError: The conversation is empty or malformed, or the policy or `thinking` is not supported.
         """
         if policy is not None or thresholds is not None:
             self.check(policy or self._policy, thresholds)
@@ -259,41 +245,34 @@ class Guard:
         else:
             messages = [dict(message) for message in messages]
             preface = policy.reflect.system if policy.asks("reflect") else ""
-            begun = bool(messages) and messages[-1].get("role") == "assistant"
-            continues = begun or bool(tools and tools.opening)
+            prefilled = bool(messages) and messages[-1].get("role") == "assistant"
+            continues = prefilled or bool(tools and tools.opening)
             if sampling.grammar is not None:
                 if continues or thinking:
                     raise RedflagError(
-                        "A grammar must not be given with a response that was begun or that is to think first. It "
-                        "describes the response from its first token on."
+                        "a grammar must not be given with a prefill or with thinking. It describes the response from "
+                        "its first token on."
                     )
                 thinking = False
-            asked = self.thinks if thinking is None else thinking
-            thinks = asked and not continues and not (tools and tools.in_channels)
+            thinks = self.thinks if thinking is None else thinking
+            thinks = thinks and not continues and not (tools and tools.in_channels)
             marks = self._marks(policy, thresholds) if thinks else None
             if tools is None:
-                made = ToolPrompt(render_prompt(self.tokenizer, messages, self._spec, preface, thinks), messages)
+                rendered = ToolPrompt(render_prompt(self.tokenizer, messages, self._spec, preface, thinks), messages)
             else:
-                made = render_tool_prompt(self.tokenizer, messages, self._spec, tools, preface, thinks)
-            prompt = made.ids
-            # What the operator puts before a conversation, and a thought or an answer that is begun in the prompt, no
-            # server renders alike.
+                rendered = render_tool_prompt(self.tokenizer, messages, self._spec, tools, preface, thinks)
+            prompt = rendered.ids
+            # A preface, and a thought or an answer that begins in the prompt, would be rendered otherwise by a server.
             plain = not continues and not preface and not (marks and marks.opening)
             if plain and getattr(self.backend, "route", "") == "chat":
-                sampling = replace(sampling, chat=ChatInput(tuple(made.turns), tuple(made.tools), thinks))
+                sampling = replace(sampling, chat=ChatInput(tuple(rendered.turns), tuple(rendered.tools), thinks))
             if (thresholds or self._thresholds).memory is not None:
-                ids, spans = answer_spans(self.tokenizer, made.turns, self._spec, preface, thinks, made.tools)
+                ids, spans = answer_spans(self.tokenizer, rendered.turns, self._spec, preface, thinks, rendered.tools)
                 assert prompt[: len(ids)] == ids, "the same conversation in other ids"
                 sampling = replace(sampling, earlier=spans)
         return Response(
-            self.tokenizer,
-            self._spec,
-            thresholds or self._thresholds,
-            policy,
-            self.backend.eos_ids,
-            messages,
-            prompt,
-            sampling,
+            *(self.tokenizer, self._spec, thresholds or self._thresholds, policy, self.backend.eos_ids),
+            *(messages, prompt, sampling),
             continues=continues,
             thought=marks,
             marks=mark_ids(self.tokenizer, tools.format) if tools is not None and tools.definitions else None,
@@ -302,7 +281,7 @@ class Guard:
     def generate(
         self, messages: Messages | str, sampling: Sampling | None = None, thinking: bool | None = None
     ) -> Result:
-        """Responds to a conversation at once; arguments and errors as in `stream`."""
+        """Responds to a conversation as a whole; arguments and errors as in `stream`."""
         with self.stream(messages, sampling, thinking) as stream:
             events = tuple(stream)
         last = events[-1]
@@ -313,11 +292,7 @@ class Guard:
         return Result(text, verdict, stream.trace, events)
 
     def _marks(self, policy: Policy, thresholds: Thresholds | None = None) -> ThoughtMarks:
-        """What ends a thought.
-
-        Raises:
-            RedflagError: There is no thinking mode, or the policy does not go with one.
-        """
+        """The marks around a thought, if model and policy support thoughts."""
         marks = self._around_thoughts
         if marks is None:
             raise RedflagError(
@@ -328,12 +303,10 @@ class Guard:
         return marks
 
     def check(self, policy: Policy, thresholds: Thresholds | None = None) -> None:
-        """Refuses before the first request what could not be carried out at an alarm.
-
-        `thresholds` stand in place of the guard's own.
+        """Refuses before the first request a policy, or thresholds in place of the guard's own, that do not fit it.
 
         Raises:
-            RedflagError: They do not fit each other or this guard, or the policy needs what is not there.
+            RedflagError: They do not fit each other or this guard, or the policy needs a judge.
         """
         thresholds = thresholds or self._thresholds
         Session(thresholds, policy, self._spec.categories)
@@ -349,8 +322,8 @@ class Guard:
             verdict_ids(self.tokenizer, self._spec, policy.reflect.words)
         if policy.asks("escalate") and self.judge is None:
             raise RedflagError(
-                "an alarm leads to `escalate` and there is no second judge, so every alarm would halt; give a judge, "
-                "or another action"
+                "the action escalate must come with a judge (got no second judge). Every alarm would halt. Give a "
+                "judge, or another action."
             )
 
 

@@ -1,4 +1,4 @@
-"""A halt on request, for an operator's tests: the alarm is made up, all that follows from it is real."""
+"""A halt on request, for an operator's tests: the alarm is simulated, all that follows is real."""
 
 from __future__ import annotations
 
@@ -14,11 +14,9 @@ from redflag.watching.thresholds import Thresholds
 
 
 def rehearsing(guard: Guard, policy: Policy | None = None) -> Guard:
-    """The guard with thresholds that a probability of 1 reaches at once, and without a review that could resume.
+    """The guard with thresholds of 0.5, and with a policy under which every alarm ends the response.
 
-    `policy` stands in place of its own.
-
-    Actions that end a response stay as they are; in place of a review comes what a confirmed one leads to.
+    A review is replaced by the action after one that confirms the alarm.
     """
     policy = policy or guard.policy
     action = policy.default if ACTIONS[policy.default].ends else policy.confirmed
@@ -31,10 +29,9 @@ def rehearsing(guard: Guard, policy: Policy | None = None) -> Guard:
 
 
 class Alarmed:
-    """An engine whose flags have probability 1 at one token, or at the response's end where that comes before."""
+    """An engine whose flags have probability 1 at token `at`, or at the response's end if that is earlier."""
 
     def __init__(self, backend: AsyncBackend, at: int) -> None:
-        """Wraps an engine; `at` is the index of the token."""
         self.eos_ids = backend.eos_ids
         self.logprob_mode = backend.logprob_mode
         self.upper_bound = backend.upper_bound
@@ -50,7 +47,7 @@ class Alarmed:
         try:
             for index in range(self._at + 1):
                 step = await anext(steps, None)
-                if step is None:  # A limit of length: the alarm comes in place of the end.
+                if step is None:  # a length limit: the alarm replaces the end
                     yield Step(min(self.eos_ids), (1.0,) * len(flags))
                     return
                 flags = step.flag_probs

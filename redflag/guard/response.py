@@ -1,7 +1,7 @@
 """One guarded response as a pure state machine, and the two loops that drive it: with and without an event loop.
 
-`Response` decides everything: what the engine is asked next, what a step leads to, what a second judge is told.
-`drive` and `adrive` only carry: steps from an engine, verdicts from a judge, events to the caller.
+`Response` makes all decisions. `drive` and `adrive` only carry steps from an engine, verdicts from a judge, and events
+to the caller.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from redflag.watching.thresholds import Thresholds
 
 @dataclass(frozen=True)
 class Stream:
-    """The engine is to continue `token_ids`; its steps go to `Response.feed`, its end to `Response.ended`."""
+    """Request to the engine: continue `token_ids`; pass its steps to `Response.feed`, its end to `Response.ended`."""
 
     token_ids: tuple[int, ...]
     sampling: Sampling
@@ -38,7 +38,7 @@ class Stream:
 
 
 class Ask(NamedTuple):
-    """A second judge is to read the answer so far; its verdict goes to `Response.answered` within `seconds`."""
+    """Request to a second judge about the answer so far; pass its verdict to `Response.answered` within `seconds`."""
 
     messages: Messages
     answer: str
@@ -46,21 +46,18 @@ class Ask(NamedTuple):
 
 
 class Response:
-    """What happens between a prompt and the one `Halt` or `Done`.
+    """A response from its prompt to the one `Halt` or `Done`.
 
-    The caller looks at `request`, does what it says, and hands over what comes of it; all methods return events for the
-    user. When `request` is another one than before, the old stream is to be closed; None means that all is over.
+    The caller fulfils `request` and passes on the results; all methods return events for the user. When `request` is
+    replaced, the caller closes the old stream; None ends the response.
 
-    A forced flag is one too, which the user sees: prompt, released tokens, flag, and what the model writes behind it.
-
-    A reflection is a stream of its own, whose tokens nobody sees: prompt and tokens before the alarm, the flag, the
-    cue; then one step that measures the verdict words. Afterwards the first stream is taken up again behind the tokens
-    it had given, which costs an engine with a prefix cache next to nothing.
+    A reflection is a hidden stream: prompt and tokens before the alarm, the flag, the cue; then one step that measures
+    the verdict words. Afterwards the first stream is continued behind its tokens, which is cheap with a prefix cache.
+    A forced flag also starts a new stream, which the user sees: prompt, released tokens, flag, and the continuation.
 
     Attributes:
         session: Judges the steps.
-        request: What is to be done next.
-        text: Makes its text, and knows which stop text ended it.
+        text: Decodes the tokens; holds the stop text that ended the response.
     """
 
     def __init__(
@@ -81,23 +78,16 @@ class Response:
         """Starts before the first step.
 
         Args:
-            tokenizer: The model's tokenizer.
-            spec: The flags, with ids.
-            thresholds: Where alarms begin.
-            policy: What they lead to.
-            eos_ids: Ids that end a response.
-            messages: The conversation, for a second judge.
-            prompt: Its ids.
-            sampling: How tokens are chosen.
-            continues: The response goes on in the middle of the prompt's last text.
-            thought: The prompt ends inside a thought, which ends so; None: where the answer begins.
+            messages: The conversation, for a second judge; `prompt`: its ids.
+            continues: Whether the response continues the prompt's last text.
+            thought: Marks of the thought in which the prompt ends; None: the answer begins.
             marks: As for `ResponseText`, of the answer.
         """
         self._tokenizer = tokenizer
         self._spec, self._policy = spec, policy
         self._eos_ids = eos_ids
         self._messages = messages
-        # In later streams the prompt is more than the chat.
+        # Prompts of later streams are longer than the chat.
         self._sampling = replace(sampling, chat=None, earlier=())
         self._earlier, self._monitor = sampling.earlier, thresholds.monitor
         self._flag_ids = frozenset(spec.ids)
@@ -105,10 +95,9 @@ class Response:
         self._thought, self._marks = thought, marks
         self.text = self._new_text(thinks=thought is not None)
         self.session = Session(thresholds, policy, spec.categories, self.text.push, thought=thought is not None)
-        # What precedes the next token: the prompt, the response, and reflections that the response stays with; and how
-        # much of it preceded each token of the response.
+        # All ids before the next token: the prompt, the response, and reflections that stay in it.
         self._context = list(prompt)
-        self._starts: list[int] = []
+        self._starts: list[int] = []  # index in the context of each token of the response
         self._restarts = 0
         self._hidden: list[int] = []
         self._take: Callable[[Step], list[Event]] = self._answer_step
@@ -117,18 +106,18 @@ class Response:
 
     @property
     def trace(self) -> Trace:
-        """Everything so far, growing in place."""
+        """The trace, which grows in place."""
         return self.session.trace
 
     @property
     def untouched(self) -> bool:
-        """Whether nothing has been generated yet: what an engine refuses now is the caller's to mend."""
+        """Whether nothing has been generated yet, so that an engine's refusal is the caller's error."""
         return not self.trace.token_ids and not self.session.finished
 
     def feed(self, step: Step) -> list[Event]:
-        """A step of the stream that was asked for."""
+        """Takes a step of the requested stream."""
         if step.token_id in self._flag_ids:
-            # Its text would be hidden, but an engine that can choose a flag is not the one that was set up.
+            # Its text would be hidden, but the engine is misconfigured if it can choose a flag.
             return self.failed(f"the engine chose flag id {step.token_id}, which has to be masked")
         if self._earlier and (events := self._remember(step)):
             return events
@@ -143,21 +132,16 @@ class Response:
         return self.session.remember(peaks)
 
     def ended(self) -> list[Event]:
-        """The stream ended by itself, without an end-of-sequence token: a length limit."""
+        """The stream ended without an end-of-sequence token: a length limit."""
         return self._end()
 
     def failed(self, error: Exception | str) -> list[Event]:
-        """Something broke: fails closed."""
+        """Fails closed."""
         self.request = None
         return self.session.fault(error if isinstance(error, str) else f"{type(error).__name__}: {error}")
 
     def answered(self, verdict: Verdict | None, detail: str = "") -> list[Event]:
-        """The second judge's verdict.
-
-        Args:
-            verdict: What it said; None when it failed or was late: the alarm stands.
-            detail: Why there is no verdict.
-        """
+        """Takes the second judge's verdict; None, with the reason, if it failed or was late: the alarm stands."""
         harm, detail = (None, detail) if verdict is None else (verdict.harm, verdict.detail)
         return self._resume(self.session.answer(harm, detail=detail))
 
@@ -175,7 +159,7 @@ class Response:
         return self._finish("length")
 
     def _accepted(self, token_id: int) -> list[Event]:
-        """The newest token belongs to the response: with it the thought, or the response, may be over."""
+        """Adds the newest token to the response; ends the thought, or the response, if it does."""
         self._append(token_id)
         if self._thinks and self._thought is not None:
             ids = self._thought.end_ids
@@ -189,8 +173,8 @@ class Response:
         return self.trace.answer_at is None
 
     def _begin_answer(self) -> list[Event]:
-        """The thought is over; its last characters may have waited for what they turn into."""
-        tail = self.text.flush()
+        """Ends the thought."""
+        tail = self.text.flush()  # an incomplete character, or the possible beginning of a flag
         self.text = self._new_text(thinks=False)
         events = self.session.begin_answer(self.text.push)
         if self.session.finished:
@@ -202,7 +186,7 @@ class Response:
         return events
 
     def _finish(self, reason: str) -> list[Event]:
-        """The last events of a response that ended by itself, with the text that waited for its end."""
+        """Ends a response that was completed, with the text that was held until its end."""
         self.request = None
         events = self.session.finish(reason)
         tail = self.text.flush() if not isinstance(events[-1], Halt) else ""
@@ -217,7 +201,7 @@ class Response:
         self._context.append(token_id)
 
     def _new_text(self, thinks: bool) -> ResponseText:
-        """Of the thought or of the answer, whose stop texts and marks are."""
+        """The decoder of the thought or of the answer; stop texts and marks apply to answers only."""
         thought = self._thought
         return ResponseText(
             self._tokenizer,
@@ -232,7 +216,7 @@ class Response:
 
     def _review(self, review: Review) -> list[Event]:
         if review.kind == "escalate":
-            part = self.trace.token_ids[self.trace.answer_at or 0 :]  # of thought and answer the one that alarmed
+            part = self.trace.token_ids[self.trace.answer_at or 0 :]  # the thought or the answer, which alarmed
             answer = str(self._tokenizer.decode(part, skip_special_tokens=True))
             self.request = Ask(self._messages, answer, self._policy.judge_timeout)
             return []
@@ -245,14 +229,14 @@ class Response:
         if review.tokens == 0:
             self._ask_verdict()
             return []
-        # Greedy, whatever the user asked for: a high temperature would make noise of the reflection.
+        # Greedy even if the user sets a temperature: a high one would make the reflection noise.
         sampling = Sampling(max_new_tokens=review.tokens, temperature=0.0)
         self.request = Stream(tuple(self._reflected), sampling)
         self._take, self._end = self._reflect_step, self._reflect_end
         return []
 
     def _force(self, flag: int) -> list[Event]:
-        """On with the flag behind what the user has seen: the text as it was then, and nothing that came after."""
+        """Continues with the flag behind the released tokens; the tokens after them are dropped."""
         self.text = self._new_text(self._thinks)
         events = self.session.force(self.text.push)
         if self.session.finished:
@@ -311,7 +295,7 @@ class Response:
         return str(self._tokenizer.decode(self._hidden, skip_special_tokens=True))
 
     def _resume(self, events: list[Event]) -> list[Event]:
-        """After a verdict: over, or on behind the token that raised the alarm."""
+        """Ends the response after a verdict, or continues it behind the token that raised the alarm."""
         if self.session.finished:
             self.request = None
             return events
@@ -323,7 +307,7 @@ class Response:
         left = self._sampling.max_new_tokens - len(self.trace.token_ids)
         if left < 1:
             return events + self._finish("length")
-        # Another seed: the same draws would come again, at other positions.
+        # With the same seed the same draws would be repeated, at other positions.
         seed = None if self._sampling.seed is None else self._sampling.seed + self._restarts
         sampling = replace(self._sampling, max_new_tokens=left, seed=seed)
         if sampling.grammar is not None:
@@ -336,9 +320,9 @@ class Response:
 def drive(
     response: Response, backend: Backend, judge: Judge | None = None, steps: Iterator[Step] | None = None
 ) -> Iterator[Event]:
-    """Carries one response through; events as they come, exactly one `Halt` or `Done`, last.
+    """Runs one response; the last event, and only this, is a `Halt` or `Done`.
 
-    Closing the iterator, at any point, closes the engine's stream. `steps` is the first stream, if it is open already.
+    Closing the iterator closes the engine's stream. `steps` is the first stream, if it is open already.
 
     Raises:
         RedflagError: The engine refuses the prompt before its first step.
@@ -361,18 +345,14 @@ def drive(
                 raise
             yield from response.failed(error)
         finally:
-            close = getattr(steps, "close", None)  # An iterator need not have it; whatever holds a connection does.
+            close = getattr(steps, "close", None)  # Plain iterators have none, those with a connection do.
             if close is not None:
                 close()
             steps = None
 
 
 async def adrive(response: Response, backend: AsyncBackend, judge: Judge | None = None) -> AsyncIterator[Event]:
-    """As `drive`, for an event loop; the judge is asked in a thread.
-
-    Raises:
-        RedflagError: As `drive`.
-    """
+    """As `drive`, for an event loop; the judge runs in a thread."""
     while (request := response.request) is not None:
         if isinstance(request, Ask):
             for event in response.answered(*await asyncio.to_thread(ask, judge, *request)):

@@ -1,4 +1,4 @@
-"""What a guard gives back: a whole response, or its events as they come."""
+"""Results of a guard: a whole response, or a stream of its events."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ class Result:
     """A whole response.
 
     Attributes:
-        text: What was released of the answer.
-        verdict: `completed`; `halted` by an alarm; `fault` when something could not be judged.
+        text: The released part of the answer.
+        verdict: `completed`; `halted` by an alarm; `fault` if a step could not be judged.
         trace: Steps, scores and events, for the operator.
-        events: What a stream would have yielded, in order.
     """
 
     text: str
@@ -27,20 +26,19 @@ class Result:
 
     @property
     def thought(self) -> str:
-        """What was released of the thought; "" without one, and where thoughts are hidden."""
+        """The released part of the thought; "" if there is none or thoughts are hidden."""
         return "".join(event.text for event in self.events if isinstance(event, Thought))
 
 
 class EventStream(Iterator[Event]):
-    """The events of one response as they come. Also a context manager that closes itself.
+    """The events of one response; a context manager that closes itself.
 
     Attributes:
-        trace: Everything so far, growing in place. For the operator: it holds probabilities, and tokens that were not
-            released.
+        trace: Grows in place. For the operator: it holds probabilities, and tokens that were not released.
     """
 
     def __init__(self, events: Iterator[Event], trace: Trace, engine: object = None) -> None:
-        """Wraps a generator of events; `engine`, the steps behind it, is closed even when no event was asked for."""
+        """`engine`, the steps behind `events`, is closed even if no event was read."""
         self._events = events
         self._engine = engine
         self.trace = trace
@@ -49,7 +47,7 @@ class EventStream(Iterator[Event]):
         return next(self._events)
 
     def close(self) -> None:
-        """Ends the response here and stops the engine. Without effect when it is over."""
+        """Ends the response and stops the engine."""
         for part in (self._events, self._engine):
             close = getattr(part, "close", None)
             if close is not None:

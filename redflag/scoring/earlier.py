@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from redflag.data.rows import Row
 from redflag.earlier_answers import Span, answer_spans
 from redflag.flags import FlagSpec
@@ -37,8 +39,8 @@ def score_earlier(
     several = [(ids, spans) for ids, spans in histories if spans]
     pairs = [(ids[: spans[0][0]], ids[spans[0][0] : spans[-1][1]]) for ids, spans in several]
     measured = iter(track(scorer.score(pairs, batch_size=batch_size), "measuring earlier answers", len(pairs), "rows"))
-    found: list[list[Probs]] = []
+    answers: list[list[Probs]] = []
     for _, spans in histories:
-        probs = next(measured) if spans else None
-        found.append([] if probs is None else [probs[start - spans[0][0] : end - spans[0][0]] for start, end in spans])
-    return found
+        probs = next(measured) if spans else np.zeros(0, np.float32)  # from the first answer to the end of the last
+        answers.append([probs[start - spans[0][0] : end - spans[0][0]] for start, end in spans])
+    return answers

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,10 +58,15 @@ def fit(tokenizer: Any, spec: FlagSpec, row: Row, index: int, max_length: int | 
 
 def renderable(tokenizer: Any, spec: FlagSpec, rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
     """Splits rows into those that the chat template accepts, and errors of the others."""
+    return split_by(lambda row, index: fit(tokenizer, spec, row, index, None), rows)
+
+
+def split_by(render: Callable[[Row, int], object], rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
+    """Splits rows into those that `render` (given row and index) accepts, and errors of the others."""
     sound, bad = [], []
     for index, row in enumerate(rows):
         try:
-            fit(tokenizer, spec, row, index, None)
+            render(row, index)
             sound.append(row)
         except RedflagError as error:
             bad.append(str(error))
@@ -74,11 +79,11 @@ def row_name(row: Row, index: int) -> str:
 
 
 def report_cut(cut: Mapping[str, int], by: str = "") -> None:
-    """Says on stderr how many rows were cut, by what was cut (`response` or `prompt`), with `by` in front."""
+    """Prints to stderr how many rows were cut: `truncated` and `prompt_truncated`, with `by` in front."""
     lines = {
-        "response": "responses did not fit the context and were cut at its end (`truncated`)",
-        "prompt": "prompts did not fit the context and lost their oldest turns (`prompt_truncated`)",
+        "truncated": "responses did not fit the context and were cut at its end (`truncated`)",
+        "prompt_truncated": "prompts did not fit the context and lost their oldest turns (`prompt_truncated`)",
     }
-    for what, line in lines.items():
-        if cut.get(what):
-            print(f"{by}{cut[what]} {line}", file=sys.stderr)
+    for key, line in lines.items():
+        if cut.get(key):
+            print(f"{by}{cut[key]} {line}", file=sys.stderr)

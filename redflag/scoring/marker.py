@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from redflag.scoring.arguments import ScoreArguments
 
 LogProbs = npt.NDArray[np.float64]
+Pairs = Sequence[tuple[Sequence[int], Sequence[int]]]
+"""Prompt ids, and the T token ids behind them that are measured."""
 
 
 class Source(Protocol):
@@ -37,10 +39,8 @@ class Source(Protocol):
 
     context_length: int | None
 
-    def log_probs(
-        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], batch_size: int
-    ) -> Iterator[npt.NDArray[np.float64]]:
-        """Of each (prompt ids, T token ids), in this order: T float64 log-probabilities, nats."""
+    def log_probs(self, pairs: Pairs, batch_size: int) -> Iterator[LogProbs]:
+        """T log-probabilities in nats of each pair, in this order."""
 
 
 class MarkerReader:
@@ -54,17 +54,8 @@ class MarkerReader:
     """
 
     def __init__(self, source: Source, tokenizer: Any, markers: Sequence[str], spec: FlagSpec | None = None) -> None:
-        """Tokenises the markers.
-
-        Args:
-            markers: Texts, one per grade.
-            spec: The flags of a flagged model; None for any other.
-
-        Raises:
-            RedflagError: A marker has no ordinary tokens, or one begins with another.
-        """
-        # Only for rendering: an id beyond the vocabulary, which no text produces.
-        self.spec = spec or FlagSpec((Flag("marker", id=len(tokenizer)),))
+        """Tokenises the markers, one text per grade; `spec`: the flags of a flagged model. Errors: `marker_ids`."""
+        self.spec = spec or _no_flags(tokenizer)
         self.source = source
         self.markers = tuple(markers)
         self.ids = marker_ids(tokenizer, markers, self.spec)
@@ -94,14 +85,13 @@ class MarkerReader:
 
 
 class LocalSource:
-    """A model in this process.
+    """A causal language model of transformers in this process.
 
     Attributes:
         context_length: Maximum number of tokens of prompt and marker together; None if the model has no limit.
     """
 
     def __init__(self, model: Any) -> None:
-        """Wraps a causal language model of transformers, on the device where it lies."""
         from redflag.backends.head import plain_model
 
         self._model = model.eval()
@@ -109,9 +99,7 @@ class LocalSource:
         self.context_length: int | None = getattr(config, "max_position_embeddings", None)
         self._head_apart: bool | None = None
 
-    def log_probs(
-        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], batch_size: int
-    ) -> Iterator[npt.NDArray[np.float64]]:
+    def log_probs(self, pairs: Pairs, batch_size: int) -> Iterator[LogProbs]:
         """See `Source`; pairs of similar length share a forward pass."""
         import torch
 
@@ -122,7 +110,7 @@ class LocalSource:
             self._head_apart = head_agrees(self._model, sample)
         # As in scoring of flags: if the head cannot be applied separately, only one row's logits are in memory.
         size = batch_size if self._head_apart else 1
-        results: list[npt.NDArray[np.float64]] = [np.zeros(0)] * len(pairs)
+        results: list[LogProbs] = [np.zeros(0)] * len(pairs)
         order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
         for start in range(0, len(order), size):
             members = order[start : start + size]
@@ -132,7 +120,7 @@ class LocalSource:
                 results[i] = part
         yield from results
 
-    def _batch(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[npt.NDArray[np.float64]]:
+    def _batch(self, pairs: Pairs) -> list[LogProbs]:
         import torch
 
         from redflag.backends.head import backbone, head_logits, plain_model
@@ -142,6 +130,7 @@ class LocalSource:
         width = max(map(len, rows))
         # Padded on the right: no position sees what comes after it, so the padding needs no mask.
         input_ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
+        # The logits at a position are those of the token behind it, so each span begins at the prompt's last token.
         spans = [slice(len(prompt) - 1, len(row) - 1) for (prompt, _), row in zip(pairs, rows, strict=True)]
         if self._head_apart:
             hidden = backbone(self._model)(input_ids=input_ids, use_cache=False).last_hidden_state
@@ -158,20 +147,18 @@ class LocalSource:
 class ServedSource:
     """Servers that measure in the same ways as for flags (`redflag.backends.remote_score`).
 
-    Their probabilities are float32, so a token of a probability below 1e-45 counts as 0.
+    `tokens` are all tokens of the markers, each once. The servers' probabilities are float32, so a token of a
+    probability below 1e-45 counts as 0.
     """
 
     def __init__(self, upstreams: Upstreams, tokens: Sequence[int]) -> None:
-        """Wraps servers that measure `tokens`: all tokens of the markers, each once."""
         self.ways = upstreams.ways  # marks a scorer as servers
         self.upper_bound = upstreams.upper_bound
         self.context_length = upstreams.context_length
         self._upstreams = upstreams
         self._column = {token: column for column, token in enumerate(tokens)}
 
-    def log_probs(
-        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], batch_size: int
-    ) -> Iterator[npt.NDArray[np.float64]]:
+    def log_probs(self, pairs: Pairs, batch_size: int) -> Iterator[LogProbs]:
         """See `Source`; each as soon as all before it are done."""
         for (_, ids), probs in zip(pairs, self._upstreams.score(pairs, batch_size=batch_size), strict=True):
             own = probs[np.arange(len(ids)), [self._column[token] for token in ids]].astype(np.float64)
@@ -180,13 +167,9 @@ class ServedSource:
 
 
 def open_markers(arguments: ScoreArguments, world: World, stack: ExitStack) -> tuple[MarkerReader, Any, FlagSpec]:
-    """Opens the reader of `redflag score --prompts --marker`; `stack` closes connections.
+    """Opens the reader of `redflag score --prompts --marker`, the tokenizer and the flags for rendering.
 
-    Returns:
-        Reader, tokenizer, and the flags for the rendering.
-
-    Raises:
-        RedflagError: The model cannot be loaded, no server can be used, or a marker cannot be measured.
+    `stack` closes connections.
     """
     from redflag.backends.load import read_model, read_tokenizer, to_device
 
@@ -196,8 +179,8 @@ def open_markers(arguments: ScoreArguments, world: World, stack: ExitStack) -> t
         from redflag.backends.upstreams import Upstreams
 
         tokenizer, eos_ids = read_tokenizer(arguments.model)
-        ids = marker_ids(tokenizer, arguments.marker, spec or FlagSpec((Flag("marker", id=len(tokenizer)),)))
-        tokens = sorted({token for marker in ids for token in marker})
+        ids = marker_ids(tokenizer, arguments.marker, spec or _no_flags(tokenizer))
+        tokens = sorted(set().union(*ids))
         upstreams = Upstreams(
             arguments.upstream,
             FlagSpec(tuple(Flag(str(token), id=token) for token in tokens)),
@@ -245,6 +228,11 @@ def marker_ids(tokenizer: Any, markers: Sequence[str], spec: FlagSpec) -> list[l
                     f"a marker must not begin with the tokens of another (got {markers[j]!r} and {markers[i]!r})."
                 )
     return ids_of_markers
+
+
+def _no_flags(tokenizer: Any) -> FlagSpec:
+    """For rendering with a model without flags: an id beyond the vocabulary, which no text produces."""
+    return FlagSpec((Flag("marker", id=len(tokenizer)),))
 
 
 def _identity(name: str) -> list[Any]:

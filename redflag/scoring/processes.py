@@ -11,13 +11,7 @@ from redflag.errors import RedflagError
 
 @dataclass(frozen=True)
 class World:
-    """Which of how many processes this is.
-
-    Attributes:
-        rank: 0 to size - 1.
-        size: Number of processes.
-        local_rank: The same among the processes of this machine.
-    """
+    """One of several processes; `local_rank` counts those of this machine."""
 
     rank: int = 0
     size: int = 1
@@ -25,7 +19,7 @@ class World:
 
     @classmethod
     def here(cls, environment: Mapping[str, str] = os.environ) -> World:
-        """As `accelerate launch` and `torchrun` say it: RANK, WORLD_SIZE, LOCAL_RANK.
+        """Reads RANK, WORLD_SIZE and LOCAL_RANK, which `accelerate launch` and `torchrun` set.
 
         Raises:
             RedflagError: They contradict each other.
@@ -38,15 +32,15 @@ class World:
         local = environment.get("LOCAL_RANK", rank)
         if not (rank.isdecimal() and size.isdecimal() and local.isdecimal() and int(rank) < int(size)):
             raise RedflagError(
-                f"RANK is {rank!r}, WORLD_SIZE {size!r} and LOCAL_RANK {local!r}, which is no place among processes: "
-                "start them with `accelerate launch`, or unset these variables"
+                f"RANK must be below WORLD_SIZE, and both and LOCAL_RANK whole numbers (got {rank!r}, {size!r}, "
+                f"{local!r}). Start the processes with `accelerate launch`, or unset these variables."
             )
         return cls(int(rank), int(size), int(local))
 
-    def device(self, asked: str) -> str:
-        """The device for a process that was asked to choose: of several processes each takes a GPU of its own."""
-        if asked != "auto" or self.size == 1:
-            return asked
+    def device(self, name: str) -> str:
+        """Replaces "auto" by a GPU for each of several processes."""
+        if name != "auto" or self.size == 1:
+            return name
         import torch
 
         return f"cuda:{self.local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"

@@ -2,8 +2,7 @@
 
 If a flag comes first (a marker before refusals, refusal tokens), its probability after the prompt is the model's own
 prediction of its answer, and no answer has to be sampled. It is measured exactly as a guard measures it before the
-first
-token: row 0 of `redflag score`, the first step of a stream.
+first token: row 0 of `redflag score`, the first step of a stream.
 
 A row of the output has the keys of `redflag score` with T = 1: `flag_probs` holds one step, `token_ids` is null since
 nothing was chosen yet, and `tokens` holds the text of the prompt's last turn, which `redflag show` colours. So
@@ -12,8 +11,6 @@ nothing was chosen yet, and `tokens` holds the text of the prompt's last turn, w
 
 from __future__ import annotations
 
-import json
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -26,23 +23,14 @@ from redflag.data.summary import report_skipped
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
 from redflag.prompt import render_prompt
-from redflag.scoring.fitting import report_cut, row_name
+from redflag.scoring.fitting import row_name, split_by
 from redflag.scoring.processes import World
-from redflag.scoring.scorer import (
-    BATCHES,
-    Scorer,
-    check_batch,
-    context_limit,
-    plan,
-    served,
-)
-from redflag.scoring.shards import write_lines
+from redflag.scoring.scored import row_fields
+from redflag.scoring.scorer import Scorer, check_probs, context_limit, named, windows, write_records
 from redflag.truncation import fit_prompt
 
 if TYPE_CHECKING:
     from redflag.scoring.arguments import ScoreArguments
-
-_SERVED_WINDOW = 1024  # prompts sent to servers at a time
 
 
 class Reader(Protocol):
@@ -70,7 +58,6 @@ class FlagReader:
     """The flags' probabilities after a prompt; see `Reader`."""
 
     def __init__(self, scorer: Scorer, spec: FlagSpec) -> None:
-        """Uses a model in this process, or servers, as `redflag score` does."""
         self.source = scorer
         self.context_length: int | None = getattr(scorer, "context_length", None)
         self.room = 1
@@ -105,29 +92,17 @@ def run_prompts(arguments: ScoreArguments, world: World) -> int:
             usable, bad = sound_prompts(reader, tokenizer, spec, usable, max_length)
             if world.rank == 0:
                 report_skipped(bad)
-        output = Path(arguments.output)
-        check_batch(arguments.batch_size)
+        batch_size = arguments.batch_size
         key = {"prompts": True, "rows": rows.fingerprint, "count": len(usable), "max_length": max_length, **reader.key}
-        cut: Counter[str] = Counter()
-        chunk, fingerprint = plan(reader.source, key, world, arguments.batch_size)
 
-        def lines(start: int, stop: int) -> Iterator[str]:
-            records = score_prompts(
-                reader,
-                tokenizer,
-                spec,
-                usable[start:stop],
-                batch_size=arguments.batch_size,
-                max_length=max_length,
-                first=start,
+        def records(start: int, stop: int) -> Iterator[dict[str, Any]]:
+            part = usable[start:stop]
+            return score_prompts(
+                reader, tokenizer, spec, part, batch_size=batch_size, max_length=max_length, first=start
             )
-            for item in records:
-                cut.update(prompt=item["prompt_truncated"])
-                yield json.dumps(item, ensure_ascii=False, allow_nan=False)
 
-        written = write_lines(output, len(usable), lines, chunk=chunk, fingerprint=fingerprint, world=world)
-        report_cut(cut, "" if world.size == 1 else f"process {world.rank}: ")
-        if written:
+        output, source = Path(arguments.output), reader.source
+        if write_records(output, len(usable), records, scorer=source, key=key, batch_size=batch_size, world=world):
             print(f"{len(usable)} prompts scored: {output}")
     return 0
 
@@ -146,7 +121,6 @@ def score_prompts(
 
     Args:
         rows: Conversations; a last assistant turn is the response, and ignored.
-        batch_size: Prompts per forward pass.
         max_length: Maximum number of tokens of the prompt and the measured tokens behind it; None = no limit. A prompt
             that does not fit loses its oldest turns (`redflag.truncation.fit_prompt`).
         first: Number of the first of these rows, for error messages.
@@ -157,22 +131,12 @@ def score_prompts(
     Raises:
         RedflagError: A prompt cannot be rendered, or the model gave invalid probabilities.
     """
-    check_batch(batch_size)
-    # As for responses: prompts of similar length share a batch, and servers idle at the end of each window.
-    many = batch_size * BATCHES
-    window = max(many, _SERVED_WINDOW) if served(reader.source) else many
-    for start in range(0, len(rows), window):
-        part = rows[start : start + window]
-        prompts = [
-            _prompt_ids(reader, tokenizer, spec, row, first + start + i, max_length) for i, row in enumerate(part)
-        ]
-        measured = iter(reader.read([ids for ids, _ in prompts], batch_size))
-        for i, row in enumerate(part, first + start):
-            try:
-                figures = next(measured)  # of servers: as soon as it is there
-            except RedflagError as error:
-                raise RedflagError(f"{row_name(row, i)}: {error}") from error
-            yield _record(row, i, figures, prompts[i - first - start][1])
+    for window in windows(reader.source, len(rows), batch_size):
+        part = [(first + i, rows[i]) for i in window]
+        prompts = [_prompt_ids(reader, tokenizer, spec, row, index, max_length) for index, row in part]
+        measured = named(part, reader.read([ids for ids, _ in prompts], batch_size))
+        for (_, cut), (index, row, figures) in zip(prompts, measured, strict=True):
+            yield _record(row, index, figures, cut)
 
 
 def prompt_of(row: Row) -> list[dict[str, str]]:
@@ -204,27 +168,17 @@ def _prompt_ids(
 
 
 def _record(row: Row, index: int, figures: dict[str, Any], cut: bool) -> dict[str, Any]:
-    probs = np.asarray(figures["flag_probs"], dtype=np.float64)
-    if not (np.isfinite(probs).all() and (probs >= 0.0).all() and (probs <= 1.0).all()):
-        raise RedflagError(
-            f"{row_name(row, index)}: the model gave {probs.tolist()[0]} as probability after the prompt, which is "
-            "invalid. Check the weights, or load the model with dtype=float32."
-        )
-    messages = prompt_of(row)
+    check_probs(np.asarray(figures["flag_probs"], dtype=np.float64), row, index, "probability after the prompt")
     return {
         "id": row.id,
         "token_ids": None,
-        "tokens": [messages[-1]["content"]],
+        "tokens": [prompt_of(row)[-1]["content"]],
         "flag_probs": figures["flag_probs"],
         "tail_probs": [],
         "peak": figures["flag_probs"][0],
         "onset": None,
-        "category": row.category,
-        "group": row.group,
-        "source": row.source,
-        "lang": row.lang,
+        **row_fields(row),
         "onset_source": None,
-        "turns": sum(turn["role"] == "user" for turn in messages),
         "truncated": False,
         "prompt_truncated": cut,
         **{name: value for name, value in figures.items() if name != "flag_probs"},
@@ -235,11 +189,4 @@ def sound_prompts(
     reader: Reader, tokenizer: Any, spec: FlagSpec, rows: Sequence[Row], max_length: int | None
 ) -> tuple[list[Row], list[str]]:
     """Splits rows into those whose prompts can be measured, and errors of the others."""
-    sound, bad = [], []
-    for index, row in enumerate(rows):
-        try:
-            _prompt_ids(reader, tokenizer, spec, row, index, max_length)
-            sound.append(row)
-        except RedflagError as error:
-            bad.append(str(error))
-    return sound, bad
+    return split_by(lambda row, index: _prompt_ids(reader, tokenizer, spec, row, index, max_length), rows)

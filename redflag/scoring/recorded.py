@@ -24,13 +24,13 @@ def recorded(path: str | Path, spec: FlagSpec) -> Recording | None:
     if not path.is_file() or not _is_recording(path):
         return None
     recording = Recording.load(path)
+    meta = {**recording.meta, "categories": list(recording.categories)}
     for key, what, ours in (
         ("run_id", "run", spec.run_id),
         ("template_hash", "prompt template", spec.template_hash),
         ("categories", "flags", list(spec.categories)),
     ):
-        theirs = list(recording.categories) if key == "categories" else recording.meta.get(key)
-        if theirs != ours:
+        if (theirs := meta.get(key)) != ours:
             fault = f"was recorded with {what} {theirs!r}" if theirs is not None else f"names no {what} (meta {key!r})"
             raise RedflagError(
                 f"{path} {fault}, but the model has {what} {ours!r}. Thresholds from it would not hold. Give a "

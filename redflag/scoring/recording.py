@@ -169,10 +169,10 @@ class Recording:
                 continue
             kinds = {"onset": pa.int64(), "turns": pa.int64(), "thought_tokens": pa.int64(), "truncated": pa.bool_()}
             table[name] = pa.array(values, kinds.get(name, pa.string()))
-        words = json.dumps({"format": 1, "categories": self.categories, "meta": self.meta})
+        head = json.dumps({"format": 1, "categories": self.categories, "meta": self.meta})
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:
-            pq.write_table(pa.table(table).replace_schema_metadata({"redflag": words}), file, compression="zstd")
+            pq.write_table(pa.table(table).replace_schema_metadata({"redflag": head}), file, compression="zstd")
         return path
 
     @classmethod
@@ -190,24 +190,24 @@ class Recording:
 
         try:
             table = pq.read_table(path).combine_chunks()
-            words = json.loads(table.schema.metadata[b"redflag"])
-            flags = len(words["categories"])
+            head = json.loads(table.schema.metadata[b"redflag"])
+            flags = len(head["categories"])
             lists = table["flag_probs"].chunk(0) if len(table) else pa.array([], pa.large_list(pa.float32()))
             tokens = table["token_ids"].chunk(0) if "token_ids" in table.column_names and len(table) else None
+            columns = {"thought_tokens": [None] * len(table)}  # files without thoughts have no such column
+            columns |= {
+                name: table[name].to_pylist()
+                for name in COLUMNS
+                if name in table.column_names or name != "thought_tokens"
+            }
             return cls(
-                tuple(words["categories"]),
+                tuple(head["categories"]),
                 lists.values.to_numpy().reshape(-1, flags),
                 np.asarray(lists.offsets.to_numpy() if len(table) else [0], dtype=np.int64) // flags,
                 table["tokens"].to_numpy(),
-                {
-                    # Files without thoughts have no column of them.
-                    name: [None] * len(table)
-                    if name not in table.column_names and name == "thought_tokens"
-                    else table[name].to_pylist()
-                    for name in COLUMNS
-                },
+                {name: columns[name] for name in COLUMNS},
                 None if tokens is None else tokens.values.to_numpy(),
-                words["meta"],
+                head["meta"],
             )
         except OSError as error:
             raise RedflagError(f"{path} cannot be read ({error.strerror or error}). Give a recording.") from error
@@ -230,7 +230,7 @@ def _from_lines(path: Path) -> Recording:
         with path.open(encoding="utf-8") as file:
             first = json.loads(file.readline() or "{}")
     except OSError as error:
-        raise RedflagError(f"{path} cannot be read ({error.strerror}): give a recording") from error
+        raise RedflagError(f"{path} cannot be read ({error.strerror}). Give a recording.") from error
     except ValueError:
         first = {}
     if isinstance(first, dict) and "events" in first:
@@ -240,17 +240,8 @@ def _from_lines(path: Path) -> Recording:
         flagged = traces[0].categories
         if any(trace.categories != flagged for trace in traces):
             raise RedflagError(f"{path} must not hold traces of different flags. Split the file.")
-        rows = (
-            {
-                "flag_probs": t.flag_probs,
-                "token_ids": t.token_ids,
-                "id": t.id,
-                "thought_tokens": t.thought_tokens,
-                **t.meta,
-            }
-            for t in traces
-        )
-        return Recording.of(flagged, rows)
+        names_of = ("flag_probs", "token_ids", "id", "thought_tokens")
+        return Recording.of(flagged, ({name: getattr(t, name) for name in names_of} | t.meta for t in traces))
     from redflag.scoring.score import read_scored
 
     scored = read_scored(path)

@@ -13,14 +13,10 @@ servers can measure instead of a model in this process (`upstream`, see `redflag
 
 from __future__ import annotations
 
-import json
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from redflag.data.rows import Row, load_rows
 from redflag.data.summary import report_rows, report_skipped
@@ -28,38 +24,22 @@ from redflag.errors import RedflagError
 from redflag.files import require_writable
 from redflag.flags import FlagSpec
 from redflag.scoring.arguments import ScoreArguments
-from redflag.scoring.fitting import fit, renderable, report_cut, row_name
+from redflag.scoring.fitting import fit, renderable, row_name
 from redflag.scoring.processes import World
-from redflag.scoring.scored import Probs, Scored, as_json, as_recorded, read_scored
-from redflag.scoring.scorer import (
-    BATCHES,
-    Scorer,
-    check_batch,
-    context_limit,
-    plan,
-    served,
-)
-from redflag.scoring.shards import write_lines
+from redflag.scoring.scored import Scored, as_json, as_recorded, read_scored
+from redflag.scoring.scorer import BATCHES, Scorer, check_probs, context_limit, named, windows, write_records
 
+# What other modules and recipes import from here.
 __all__ = [
+    "BATCHES",
     "ScoreArguments",
     "Scored",
-    "Scorer",
     "as_json",
     "as_recorded",
     "context_limit",
-    "plan",
     "read_scored",
     "renderable",
-    "run",
-    "score",
-    "score_rows",
-    "score_to_file",
-    "served",
 ]
-
-_SERVED_WINDOW = 1024  # rows sent to servers at a time
-
 
 ARGUMENTS = ScoreArguments
 POSITIONAL: str | None = None
@@ -130,12 +110,10 @@ def score_to_file(
 
     Args:
         rows: Conversations that end in the response.
-        output: The file to write.
         rows_sha256: Hash of the rows (from `redflag.data.rows.load_rows`); with other rows scoring starts again.
-        batch_size: Conversations per forward pass.
         max_length: As for `score`.
-        world: This process and the others; None asks the environment (`accelerate launch`).
-        on_scored: Is given the number and the measurement of each row that this call scores in this process.
+        world: This process and the others; None: from the environment (`accelerate launch`).
+        on_scored: Called with the number and the measurement of each row that this process scores.
 
     Returns:
         Whether this process has written the file. False in all but the first of several processes; the file then
@@ -144,9 +122,6 @@ def score_to_file(
     Raises:
         RedflagError: As `score`; or the file cannot be written (finished chunks are kept).
     """
-    world = world or World.here()
-    output = Path(output)
-    check_batch(batch_size)
     key: dict[str, Any] = {
         "rows": rows_sha256,
         "count": len(rows),
@@ -155,21 +130,16 @@ def score_to_file(
         "max_length": max_length,
     }
     bounds: dict[str, Any] = {"upper_bound": True} if getattr(scorer, "upper_bound", False) else {}
-    chunk, fingerprint = plan(scorer, key, world, batch_size)
-    cut: Counter[str] = Counter()
 
-    def lines(start: int, stop: int) -> Iterator[str]:
-        scored = score(
-            scorer, tokenizer, spec, rows[start:stop], batch_size=batch_size, max_length=max_length, first=start
-        )
+    def records(start: int, stop: int) -> Iterator[dict[str, Any]]:
+        part = rows[start:stop]
+        scored = score(scorer, tokenizer, spec, part, batch_size=batch_size, max_length=max_length, first=start)
         for number, item in enumerate(scored, start):
             on_scored(number, item)
-            cut.update(response=item.truncated, prompt=item.prompt_truncated)
-            yield json.dumps({**as_json(item, tokenizer), **bounds}, ensure_ascii=False, allow_nan=False)
+            yield {**as_json(item, tokenizer), **bounds}
 
-    written = write_lines(output, len(rows), lines, chunk=chunk, fingerprint=fingerprint, world=world)
-    report_cut(cut, "" if world.size == 1 else f"process {world.rank}: ")
-    return written
+    world = world or World.here()
+    return write_records(Path(output), len(rows), records, scorer=scorer, key=key, batch_size=batch_size, world=world)
 
 
 def score_rows(
@@ -206,9 +176,6 @@ def score(
     """Measures rows in the order of the input.
 
     Args:
-        scorer: The model; its `score` takes a list of (prompt ids, response ids).
-        tokenizer: The model's tokenizer.
-        spec: The model's flags.
         rows: Conversations that end in the response.
         batch_size: Conversations per forward pass.
         max_length: Longest prompt + response in tokens; None = no limit. A prompt that does not fit loses its
@@ -219,38 +186,21 @@ def score(
     Raises:
         RedflagError: A row cannot be rendered, or the model gave invalid probabilities.
     """
-    check_batch(batch_size)
-    flags = len(spec.categories)
-    # Several batches at a time: the backend puts rows of similar length together, and a kill loses little.
-    # Servers get more, since they idle at the end of each window.
-    window = batch_size * BATCHES if not served(scorer) else max(batch_size * BATCHES, _SERVED_WINDOW)
-    for start in range(0, len(rows), window):
-        part = rows[start : start + window]
-        fitted = [fit(tokenizer, spec, row, first + start + i, max_length) for i, row in enumerate(part)]
+    for window in windows(scorer, len(rows), batch_size):
+        part = [(first + i, rows[i]) for i in window]
+        fitted = [fit(tokenizer, spec, row, index, max_length) for index, row in part]
         pairs = [(item.prompt_ids, item.response_ids + item.tail_ids) for item in fitted]
-        measured = iter(scorer.score(pairs, batch_size=batch_size))
-        for i, (row, item) in enumerate(zip(part, fitted, strict=True), first + start):
-            try:
-                probs = next(measured)  # of servers: as soon as it is there
-            except RedflagError as error:
-                raise RedflagError(f"{row_name(row, i)}: {error}") from error
+        measured = named(part, scorer.score(pairs, batch_size=batch_size))
+        for item, (index, row, probs) in zip(fitted, measured, strict=True):
             length = len(item.response_ids)
-            _check(probs, (length + len(item.tail_ids), flags), row, i)
-            cut = {"truncated": item.truncated, "prompt_truncated": item.prompt_truncated}
+            shape = (length + len(item.tail_ids), len(spec.categories))
+            if probs.shape != shape:
+                raise RedflagError(
+                    f"{row_name(row, index)}: the backend's probabilities must have the shape {shape} (got "
+                    f"{probs.shape})."
+                )
+            check_probs(probs, row, index, "flag probability at response token {}")
             yield Scored(
-                row, item.response_ids, probs[:length], probs[length:], item.onset, **cut, thought=item.thought
+                *(row, item.response_ids, probs[:length], probs[length:], item.onset),
+                *(item.truncated, item.prompt_truncated, item.thought),
             )
-
-
-def _check(probs: Probs, shape: tuple[int, int], row: Row, index: int) -> None:
-    if probs.shape != shape:
-        raise RedflagError(
-            f"{row_name(row, index)}: the backend's probabilities must have the shape {shape} (got {probs.shape})."
-        )
-    sound = np.isfinite(probs).all(axis=1) & (probs >= 0.0).all(axis=1) & (probs <= 1.0).all(axis=1)
-    if not sound.all():
-        bad = int(np.flatnonzero(~sound)[0])
-        raise RedflagError(
-            f"{row_name(row, index)}: the model gave {probs[bad].tolist()} as flag probability at response token "
-            f"{bad}, which is invalid. Check the weights, or load the model with dtype=float32."
-        )

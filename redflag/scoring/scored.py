@@ -57,20 +57,21 @@ class Scored:
         return np.concatenate([self.flag_probs, self.tail_probs])
 
 
+def row_fields(row: Row) -> dict[str, Any]:
+    """The fields of a row that its scored row has too."""
+    fields = {name: getattr(row, name) for name in ("category", "group", "source", "lang", "onset_source")}
+    return {**fields, "turns": sum(turn["role"] == "user" for turn in row.messages)}
+
+
 def as_recorded(item: Scored) -> dict[str, Any]:
-    """What a `redflag.scoring.recording.Recording` holds of it."""
+    """The fields of a response in a `redflag.scoring.recording.Recording`."""
     return {
         "id": item.row.id,
         "token_ids": item.token_ids,
         "flag_probs": item.flag_probs,
         "tail_probs": item.tail_probs,
         "onset": item.onset,
-        "category": item.row.category,
-        "group": item.row.group,
-        "source": item.row.source,
-        "lang": item.row.lang,
-        "onset_source": item.row.onset_source,
-        "turns": sum(turn["role"] == "user" for turn in item.row.messages),
+        **row_fields(item.row),
         "truncated": item.truncated,
         "thought_tokens": item.thought or None,
     }

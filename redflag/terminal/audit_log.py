@@ -15,6 +15,7 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from redflag.bounds import check_bounds, option
 from redflag.errors import RedflagError
 from redflag.server.audit_log import AUDIT_FORMAT
 from redflag.terminal.paint import printable
@@ -29,14 +30,10 @@ class AuditLogArguments:
     file: list[str] = field(
         metadata={"help": "Audit logs of `redflag serve`, plain or .gz: files, folders, patterns such as 'audit*'."}
     )
-    user: str | None = field(default=None, metadata={"help": "Only this user, as the log has it."})
-    since: str | None = field(
-        default=None, metadata={"help": "Only from this moment on: 2026-05-01, 2026-05-01T12:00Z, or 90m, 24h, 7d, 2w."}
-    )
-    min_ratio: float = field(
-        default=0.0, metadata={"help": "Only responses with a score of at least this share of its threshold."}
-    )
-    json: bool = field(default=False, metadata={"help": "One JSON object instead of a table."})
+    user: str | None = option(None, "Only this user, as the log has it.")
+    since: str | None = option(None, "Only from this moment on: 2026-05-01, 2026-05-01T12:00Z, or 90m, 24h, 7d, 2w.")
+    min_ratio: float = option(0.0, "Only responses with a score of at least this share of its threshold.", least=0)
+    json: bool = option(False, "One JSON object instead of a table.")
 
 
 ARGUMENTS = AuditLogArguments
@@ -45,17 +42,16 @@ POSITIONAL = "file"
 
 @dataclass
 class User:
-    """What the log has of one user.
+    """A user's entries in the log.
 
     Attributes:
-        responses: Responses that were written down.
+        responses: Number of logged responses.
         alarms_overridden: Alarms after which a response went on.
         near_misses: Responses with a high score below its threshold, and no alarm that was overridden.
         overrides: Overrides of the watch by an operator.
         ratio: Highest score as a share of its threshold.
         categories: Category -> responses in which it alarmed or came near.
-        first: Time of the first entry.
-        last: Time of the last entry.
+        first: Time of the first entry; likewise `last`.
     """
 
     responses: int = 0
@@ -86,11 +82,10 @@ def run(arguments: AuditLogArguments) -> int:
     """The verb.
 
     Raises:
-        RedflagError: A file cannot be read, or an option has no meaning.
+        RedflagError: A file cannot be read, or an option is invalid.
     """
+    check_bounds(arguments)
     since = _moment(arguments.since)
-    if not arguments.min_ratio >= 0:
-        raise RedflagError(f"min_ratio is {arguments.min_ratio}, but it is a share of a threshold: give 0 or above")
     unreadable: list[str] = []
     users = by_user(read(_files(arguments.file), unreadable), arguments.user, since, arguments.min_ratio)
     if arguments.json:
@@ -106,31 +101,26 @@ def run(arguments: AuditLogArguments) -> int:
 def by_user(
     entries: Iterable[Mapping[str, Any]], user: str | None = None, since: datetime | None = None, min_ratio: float = 0.0
 ) -> list[tuple[str | None, User]]:
-    """What a log has of its users, the severest first: alarms overridden, then the highest ratio.
+    """Entries by user, the severest first: alarms overridden, then the highest ratio.
 
-    Args:
-        entries: Lines of the log.
-        user: Only this one.
-        since: Only what is not older.
-        min_ratio: Only responses with a score of at least this share of its threshold. Overrides count in any case.
+    The other arguments select entries, as the options of the verb; overrides have no ratio and are always counted.
     """
     users: dict[str | None, User] = {}
     for entry in entries:
         name = entry["user"]
         ratio = max((c["peak"] / c["threshold"] for c in entry.get("categories", {}).values()), default=0.0)
-        wanted = entry["kind"] == "override" or ratio >= min_ratio
-        if wanted and user in (None, name) and (since is None or _time(entry["time"]) >= since):
+        high = entry["kind"] == "override" or ratio >= min_ratio
+        if high and user in (None, name) and (since is None or _time(entry["time"]) >= since):
             users.setdefault(name, User()).add(entry, ratio)
     return sorted(
-        users.items(),
-        key=lambda item: (-item[1].alarms_overridden, -item[1].ratio, -item[1].responses, str(item[0])),
+        users.items(), key=lambda item: (-item[1].alarms_overridden, -item[1].ratio, -item[1].responses, str(item[0]))
     )
 
 
 def table(users: list[tuple[str | None, User]]) -> list[str]:
     """The report as lines of text."""
     if not users:
-        return ["nothing was written down"]
+        return ["the log has no such entries"]
     head = ("user", "responses", "alarms overridden", "near misses", "score/threshold", "overrides", "categories")
     rows = [(*head, "first", "last")]
     for name, user in users:
@@ -160,11 +150,10 @@ def table(users: list[tuple[str | None, User]]) -> list[str]:
 
 
 def read(files: Iterable[Path], unreadable: list[str]) -> Iterator[dict[str, Any]]:
-    """Entries of all files, in their order.
+    """Entries of all files, in order.
 
     Args:
-        files: Audit logs.
-        unreadable: Gets the places of lines that are no entries: a process that was killed leaves half a line behind.
+        unreadable: Filled with the places of invalid lines, such as the last one of a process that was killed.
 
     Raises:
         RedflagError: A file cannot be opened, or was written by another version.
@@ -183,53 +172,51 @@ def read(files: Iterable[Path], unreadable: list[str]) -> Iterator[dict[str, Any
         except (EOFError, zlib.error):  # compressed while it was being written
             unreadable.append(f"{file}:{number + 1}")
         except OSError as error:
-            raise RedflagError(
-                f"the audit log {file} cannot be read ({error.strerror or error}): check its name and permissions"
-            ) from error
+            raise RedflagError(f"the audit log {file} cannot be read ({error.strerror or error}).") from error
 
 
 def _entry(line: bytes, where: str) -> dict[str, Any] | None:
-    """The line as an entry; None where it is none."""
+    """The line as an entry, if it is valid."""
     try:
         entry = json.loads(line)
-    except (ValueError, RecursionError):
+        version = entry["format"]
+    except (KeyError, TypeError, ValueError, RecursionError):
         return None
-    if not isinstance(entry, dict) or "format" not in entry:
-        return None
-    if entry["format"] != AUDIT_FORMAT:
+    if version != AUDIT_FORMAT:
         raise RedflagError(
-            f"{where} has format {entry['format']!r}, and this version of redflag reads {AUDIT_FORMAT}: read it with "
-            "the version that wrote it"
+            f"the audit log must have format {AUDIT_FORMAT} (got {version!r} in {where}). Read it with the version of "
+            "redflag that wrote it."
         )
     try:
         _time(entry["time"])
-        whole = isinstance(entry["user"], str | None) and entry["kind"] in ("response", "override")
-        if whole and entry["kind"] == "response":
-            whole = all(type(entry[name]) is list for name in ("near", "alarms")) and all(
-                isinstance(alarm["category"], str) for alarm in entry["alarms"]
+        valid = isinstance(entry["user"], str | None) and entry["kind"] in ("response", "override")
+        if valid and entry["kind"] == "response":
+            valid = (
+                all(type(entry[name]) is list for name in ("near", "alarms"))
+                and all(isinstance(alarm["category"], str) for alarm in entry["alarms"])
+                and type(entry["alarms_overridden"]) is int
+                and all(c["peak"] / c["threshold"] >= 0 for c in entry["categories"].values())
             )
-            whole = whole and type(entry["alarms_overridden"]) is int
-            whole = whole and all(c["peak"] / c["threshold"] >= 0 for c in entry["categories"].values())
     except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError):
         return None
-    return entry if whole else None
+    return entry if valid else None
 
 
 def _files(names: list[str] | str) -> list[Path]:
-    """The files that are meant, each once, by name."""
-    found: dict[Path, None] = {}
+    """The files behind names, folders and patterns, each once."""
+    files: dict[Path, None] = {}
     for name in [names] if isinstance(names, str) else names:
         path = Path(name)
         if path.is_dir():
-            matches = sorted([*path.glob("*.jsonl*")])
+            matches = sorted(path.glob("*.jsonl*"))
         elif path.exists():
             matches = [path]
         else:
             matches = [Path(match) for match in sorted(glob.glob(name, recursive=True)) if os.path.isfile(match)]
         if not matches:
-            raise RedflagError(f"there is no audit log {name}: check the name, or whether anything was written yet")
-        found |= dict.fromkeys(matches)
-    return list(found)
+            raise RedflagError(f"there is no audit log {name}. Check the name, or whether anything was logged yet.")
+        files |= dict.fromkeys(matches)
+    return list(files)
 
 
 def _moment(text: str | None) -> datetime | None:
@@ -241,13 +228,13 @@ def _moment(text: str | None) -> datetime | None:
         return _time(text.strip())
     except (OverflowError, ValueError):
         raise RedflagError(
-            f"since is {text!r}, which names no moment: give a date such as 2026-05-01, a time such as "
-            "2026-05-01T12:00Z, or how long ago, such as 90m, 24h, 7d or 2w"
+            f"since must be a time, such as 2026-05-01 or 2026-05-01T12:00Z, or an age, such as 90m, 24h, 7d or 2w "
+            f"(got {text!r})."
         ) from None
 
 
 def _time(text: str) -> datetime:
-    # Python 3.10 knows no Z.
+    # Python 3.10 does not parse Z.
     time = datetime.fromisoformat(re.sub(r"[zZ]$", "+00:00", text))
     return time if time.tzinfo is not None else time.replace(tzinfo=timezone.utc)
 

@@ -6,14 +6,15 @@ import io
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from redflag.bounds import option
 from redflag.errors import RedflagError
 from redflag.guard.options import PolicyOptions
 from redflag.models.named import DEFAULT
 from redflag.terminal.paint import DIM, RESET, legend, wants_colour
-from redflag.terminal.screen import Answer, TerminalOptions, respond
+from redflag.terminal.screen import TerminalOptions, respond
 
 if TYPE_CHECKING:
     from redflag.guard.guard import Guard
@@ -22,7 +23,7 @@ PROMPT = "> "
 HELP = """\
 /reset         forget the conversation
 /system TEXT   give a system message; without a text, take it away
-/policy        what alarms lead to
+/policy        show thresholds and actions
 /quit          leave; so does the end of the input
 //...          say a line that begins with /
 Ctrl-C stops an answer."""
@@ -30,12 +31,9 @@ Ctrl-C stops an answer."""
 
 @dataclass(kw_only=True)
 class ChatArguments(TerminalOptions):
-    """What `redflag chat` is told."""
+    """Options of `redflag chat`."""
 
-    model: str = field(
-        default=DEFAULT,
-        metadata={"help": "Folder that `redflag train` wrote; default: the flag that ships, its base fetched once."},
-    )
+    model: str = option(DEFAULT, "Output folder of `redflag train`; default: the flag that ships, with its base.")
 
 
 ARGUMENTS = (ChatArguments, PolicyOptions)
@@ -46,12 +44,9 @@ def run(arguments: ChatArguments, options: PolicyOptions | None = None) -> int:
     """Talks until the input ends: answers to standard output, everything about them to standard error.
 
     Returns:
-        0, or 1 when an answer could not be judged.
-
-    Raises:
-        RedflagError: The model or an option cannot be used.
+        0, or 1 if an answer could not be judged.
     """
-    arguments.sampling()  # refused before the model is read
+    arguments.sampling()  # invalid options are refused before the model is loaded
     guard = arguments.guard(options if options is not None else PolicyOptions())
     chat = Chat(guard, arguments)
     if sys.stdin.isatty():
@@ -62,25 +57,23 @@ def run(arguments: ChatArguments, options: PolicyOptions | None = None) -> int:
         try:
             if not chat.say(line):
                 break
-        except KeyboardInterrupt:  # it came beside the answer, not in it
+        except KeyboardInterrupt:  # between answers
             _tell("")
     return 1 if chat.faults else 0
 
 
 class Chat:
-    """A conversation that grows by what was shown.
+    """A conversation of requests and shown answers.
 
-    A halted answer is kept as far as it was released, with the replacement that was shown; an exchange whose answer
-    showed nothing is forgotten, so that the model does not see a request that it never answered.
+    Of a halted answer the released part and the replacement stay in it; an exchange whose answer showed nothing is
+    dropped, so that the model does not see a request without an answer.
 
     Attributes:
-        messages: The conversation so far, without the system message.
-        system: The system message.
-        faults: Answers that could not be judged.
+        messages: The conversation, without the system message.
+        faults: Number of answers that could not be judged.
     """
 
     def __init__(self, guard: Guard, options: TerminalOptions) -> None:
-        """Starts an empty conversation."""
         self.messages: list[dict[str, str]] = []
         self.system = options.system
         self.faults = 0
@@ -94,7 +87,7 @@ class Chat:
         }
 
     def say(self, line: str) -> bool:
-        """Takes one line: a command, or what the user says. False: the conversation is over."""
+        """Executes a command, or answers the user's text. False ends the conversation."""
         text = line.strip()
         if not text:
             return True
@@ -108,20 +101,17 @@ class Chat:
         return True
 
     def _answer(self, text: str) -> None:
-        asked = [*self.messages, {"role": "user", "content": text}]
+        messages = [*self.messages, {"role": "user", "content": text}]
         system = [{"role": "system", "content": self.system}] if self.system else []
         try:
-            answer = respond(self._guard, [*system, *asked], self._options.sampling(), self._options)
-        except RedflagError as error:  # This turn cannot be answered; another may.
+            answer = respond(self._guard, [*system, *messages], self._options.sampling(), self._options)
+        except RedflagError as error:  # Only this turn cannot be answered.
             _tell(f"redflag chat: {' '.join(str(error).split())}")
             self.faults += 1
             return
-        self._keep(asked, answer)
-
-    def _keep(self, asked: list[dict[str, str]], answer: Answer) -> None:
         self.faults += answer.trace.facts().end == "fault"
         if answer.text.strip():
-            self.messages = [*asked, {"role": "assistant", "content": answer.text}]
+            self.messages = [*messages, {"role": "assistant", "content": answer.text}]
         else:
             _tell("nothing was shown, so this exchange is forgotten")
 
@@ -135,7 +125,7 @@ class Chat:
 
 
 def describe(guard: Guard) -> list[str]:
-    """What is in force, in lines: thresholds and actions, release, what follows an alarm."""
+    """Lines on thresholds and actions, release, and the consequences of alarms."""
     policy = guard.policy
     lines = [
         f"{name}: threshold {value:.4g}, action {policy.decide(name)}"
@@ -156,13 +146,13 @@ def describe(guard: Guard) -> list[str]:
 
 
 def lines() -> Iterator[str]:
-    """What the user types, or the lines of a pipe, to the end of the input. Ctrl-C at the prompt starts a new line."""
+    """The user's lines, or those of a pipe. Ctrl-C at the prompt starts a new line."""
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="replace")  # a bad byte in a pipe is the sender's fault, and no reason to end
+        sys.stdin.reconfigure(errors="replace")  # invalid bytes in a pipe must not end the conversation
     if not sys.stdin.isatty():
         yield from sys.stdin
         return
-    with suppress(ImportError):  # line editing and history, where there is one
+    with suppress(ImportError):  # line editing and history, if the system has them
         import readline  # noqa: F401
     while True:
         try:

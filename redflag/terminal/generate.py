@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 
+from redflag.bounds import option
 from redflag.errors import RedflagError
 from redflag.guard.options import PolicyOptions
 from redflag.terminal.paint import legend, wants_colour
@@ -15,12 +16,10 @@ __all__ = ["ARGUMENTS", "POSITIONAL", "GenerateArguments", "paint", "run", "summ
 
 @dataclass(kw_only=True)
 class GenerateArguments(TerminalOptions):
-    """What `redflag generate` is told."""
+    """Options of `redflag generate`."""
 
-    prompt: str = field(metadata={"help": "What the user says; - reads it from standard input."})
-    prefill: str | None = field(
-        default=None, metadata={"help": "Beginning of the response, which the model continues."}
-    )
+    prompt: str = field(metadata={"help": "The user's message; - reads it from standard input."})
+    prefill: str | None = option(None, "Beginning of the response, which the model continues.")
 
 
 ARGUMENTS = (GenerateArguments, PolicyOptions)
@@ -31,14 +30,11 @@ def run(arguments: GenerateArguments, options: PolicyOptions | None = None) -> i
     """Streams one response: text to standard output, everything about it to standard error.
 
     Returns:
-        0 when the response was completed or halted by an alarm, 1 when it could not be judged.
-
-    Raises:
-        RedflagError: The model, the prompt or an option cannot be used.
+        0 if the response was completed or halted by an alarm, 1 if it could not be judged.
     """
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     if not prompt.strip():
-        raise RedflagError("The prompt is empty, so there is nothing to respond to; give a text, or - to read one.")
+        raise RedflagError("prompt must not be empty. Give a text, or - to read one from standard input.")
     messages = [{"role": "user", "content": prompt}]
     if arguments.system is not None:
         messages.insert(0, {"role": "system", "content": arguments.system})

@@ -1,5 +1,8 @@
-"""Probabilities as colour on a terminal. Background shades whose lightness falls steadily: their order is seen with any
-colour vision and in greyscale; what is labelled harmful is underlined, so that it needs no colour at all."""
+"""Probabilities as colour on a terminal.
+
+The lightness of the background shades falls steadily, so their order is seen with any colour vision and in greyscale;
+text labelled harmful is underlined.
+"""
 
 from __future__ import annotations
 
@@ -32,11 +35,9 @@ def wants_colour(choice: str, stream: TextIO | None = None) -> bool:
 
 
 def paint(pieces: Iterable[tuple[str, float | None, bool]], coloured: bool) -> Iterator[str]:
-    """Pieces of text, ready for a terminal.
+    """Colours pieces of text: each with a flag probability (None: no background) and whether it is labelled harmful.
 
-    Args:
-        pieces: Text, the flag probability behind it (None: no background) and whether it is labelled harmful.
-        coloured: Shade by probability and underline what is harmful. Without colour, `[[` and `]]` enclose harm.
+    Without colour, `[[` and `]]` enclose harm.
     """
     inside = False
     for text, probability, harmful in pieces:
@@ -58,7 +59,7 @@ def span(text: str, probability: float | None, harmful: bool = False) -> str:
         codes.append("4" if shade is not None else "4;38;5;166")
     if not codes:
         return text
-    # A background that runs over a line's end fills the terminal's whole width.
+    # Line by line: a background across a line's end would fill the terminal's whole width.
     start = f"\x1b[{';'.join(codes)}m"
     return "\n".join(start + line + RESET if line else "" for line in text.split("\n"))
 
@@ -72,5 +73,5 @@ def legend(labels: bool = False) -> str:
 
 
 def printable(text: str) -> str:
-    """Without control characters: no file and no model may steer the terminal."""
+    """Replaces control characters, so that no file and no model controls the terminal."""
     return "".join(c if c in "\n\t" or (ord(c) >= 32 and not 127 <= ord(c) < 160) else "\ufffd" for c in text)

@@ -1,4 +1,4 @@
-"""One guarded response on a terminal: released text with its flag probability as colour, and what became of alarms."""
+"""One guarded response on a terminal: released text with its flag probability as colour, and the outcome of alarms."""
 
 from __future__ import annotations
 
@@ -9,28 +9,18 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from rich.cells import cell_len
 
 from redflag.backends import Sampling
+from redflag.bounds import option
 from redflag.events import verdict
 from redflag.guard.detokenize import Detokenizer
 from redflag.guard.options import GuardOptions, PolicyOptions
 from redflag.terminal.paint import DIM, RESET, printable, span, wants_colour
-from redflag.trace import (
-    Alarm,
-    Done,
-    Escalation,
-    Event,
-    Halt,
-    Reflection,
-    Text,
-    Thought,
-    Trace,
-    write_traces,
-)
+from redflag.trace import Alarm, Done, Escalation, Event, Halt, Reflection, Text, Thought, Trace, write_traces
 
 if TYPE_CHECKING:
     from redflag.guard.guard import Guard
@@ -41,52 +31,34 @@ Split = Callable[[Text], Sequence[str]]
 
 @dataclass(kw_only=True)
 class TerminalOptions(GuardOptions):
-    """The model, how it chooses tokens, and what is shown and kept."""
+    """Options of the model, of sampling and of the display."""
 
-    system: str | None = field(default=None, metadata={"help": "System message."})
-    max_new_tokens: int = field(default=256, metadata={"help": "Most response tokens."})
-    temperature: float = field(default=1.0, metadata={"help": "0 takes the most likely token each time."})
-    top_p: float = field(default=1.0, metadata={"help": "Keep the likeliest tokens with this much probability."})
-    top_k: int = field(default=0, metadata={"help": "Keep this many of the likeliest tokens; 0 keeps all."})
-    seed: int | None = field(default=None, metadata={"help": "Makes the draws reproducible."})
-    show_reflections: bool = field(default=False, metadata={"help": "Show what the model wrote while reflecting."})
-    record: str | None = field(default=None, metadata={"help": "Append the trace (numbers only) to this JSONL file."})
-    color: Literal["auto", "always", "never"] = field(
-        default="auto",
-        metadata={"help": "Flag probability as background; auto: on a terminal, unless NO_COLOR is set."},
-    )
+    system: str | None = option(None, "System message.")
+    max_new_tokens: int = option(256, "Maximum number of response tokens.")
+    temperature: float = option(1.0, "0 takes the most likely token each time.")
+    top_p: float = option(1.0, "Keep the likeliest tokens with this much probability.")
+    top_k: int = option(0, "Keep this many of the likeliest tokens; 0 keeps all.")
+    seed: int | None = option(None, "Makes the draws reproducible.")
+    show_reflections: bool = option(False, "Show the text of reflections.")
+    record: str | None = option(None, "Append the trace (numbers only) to this JSONL file.")
+    color: Literal["auto", "always", "never"] = option("auto", "Colours; auto: on a terminal, unless NO_COLOR is set.")
 
     def sampling(self) -> Sampling:
-        """How tokens are chosen."""
-        return Sampling(
-            max_new_tokens=self.max_new_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            seed=self.seed,
-        )
+        """The options of sampling."""
+        names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed")
+        return Sampling(**{name: getattr(self, name) for name in names})
 
     def guard(self, options: PolicyOptions) -> Guard:
-        """The guarded model.
-
-        Raises:
-            RedflagError: An option or a file cannot be used.
-        """
+        """Opens the guarded model."""
         policy = options.policy()
         if self.record is not None:
-            write_traces(self.record, [], append=True)  # A record that cannot be kept is refused before it is made.
+            write_traces(self.record, [], append=True)  # refuses a file that cannot be written before the model loads
         return self.open_guard(policy, options.second_judge())
 
 
 @dataclass
 class Answer:
-    """What became of one response.
-
-    Attributes:
-        text: What was shown, a replacement included.
-        trace: Everything about it.
-        stopped: Whether Ctrl-C ended it.
-    """
+    """A response as shown: its text, with a replacement, and whether Ctrl-C ended it."""
 
     text: str
     trace: Trace
@@ -96,7 +68,7 @@ class Answer:
 def respond(guard: Guard, messages: list[dict[str, str]], sampling: Sampling, options: TerminalOptions) -> Answer:
     """Streams one response: text to standard output, everything about it to standard error.
 
-    Ctrl-C ends the response, whose trace is kept like any other.
+    Ctrl-C ends the response; its trace is recorded too.
 
     Raises:
         RedflagError: The conversation cannot be answered; nothing was shown.
@@ -108,21 +80,20 @@ def respond(guard: Guard, messages: list[dict[str, str]], sampling: Sampling, op
         screen = Screen(sys.stdout, live=coloured and sys.stdout.isatty())
         try:
             split = _splitter(guard.tokenizer) if coloured else None
-            noted = _noting(stream, shown)
-            pieces = paint(noted, stream.trace, coloured, split=split, reflections=options.show_reflections)
+            events = _copy_text(stream, shown)
+            pieces = paint(events, stream.trace, coloured, split=split, reflections=options.show_reflections)
             with screen.counting(stream.trace):
                 for piece in pieces:
                     screen.write(piece)
         except KeyboardInterrupt:
             stopped = True
         finally:
-            # However it ended: what was seen is kept, and the terminal gets its colours back. A conversation that was
-            # refused left nothing.
+            # Also after an error: the trace is recorded and the colours are reset, unless the conversation was refused.
             if stream.trace.events or stream.trace.token_ids:
                 screen.write((RESET if coloured else "") + "\n")
-            if options.record is not None and (stream.trace.events or stream.trace.token_ids):
-                stream.trace.id = stream.trace.id or os.urandom(8).hex()
-                write_traces(options.record, [stream.trace], append=True)
+                if options.record is not None:
+                    stream.trace.id = stream.trace.id or os.urandom(8).hex()
+                    write_traces(options.record, [stream.trace], append=True)
     for line in summary(stream.trace, reflections=options.show_reflections and not coloured):
         print(f"{DIM}{line}{RESET}" if coloured and wants_colour(options.color, sys.stderr) else line, file=sys.stderr)
     return Answer("".join(shown), stream.trace, stopped)
@@ -136,17 +107,16 @@ def paint(
     split: Split | None = None,
     reflections: bool = False,
 ) -> Iterator[str]:
-    """Released text, piece by piece, ready for a terminal.
+    """Released text for a terminal, piece by piece.
 
     Args:
-        events: The events of a stream, as they come.
-        trace: The stream's trace, which grows with them.
-        coloured: Put the highest flag probability of each piece behind it as a background, and mark what became of
-            alarms and of thoughts. Without colour there is nothing but the answer's text.
-        split: Gives the text of every token, so that text released at once is coloured token by token.
-        reflections: Show what the model wrote while reflecting; else one line says how much it was.
+        trace: The stream's trace, which grows with the events.
+        coloured: Colour each piece by its highest flag probability, and mark alarms and thoughts. Otherwise only the
+            answer's text is shown.
+        split: Splits a text into its tokens' texts, to colour each.
+        reflections: Show the text of reflections instead of its length.
     """
-    open_line = False  # whether a mark that stands on a line of its own has to begin one
+    open_line = False  # whether the cursor is not at the beginning of a line
     for event in events:
         piece = ""
         if isinstance(event, Text) and event.text:
@@ -167,11 +137,9 @@ def paint(
 
 
 def summary(trace: Trace, *, reflections: bool = False) -> list[str]:
-    """How it ended, in lines for the operator: alarms and what became of them, the end, the flags' highest probability.
+    """Lines for the operator: alarms and their outcome, the end, the flags' highest probability.
 
-    Args:
-        trace: The response's trace.
-        reflections: Also what the model wrote while reflecting.
+    With `reflections`, also the text of reflections.
     """
     lines = []
     facts = trace.facts()
@@ -181,31 +149,23 @@ def summary(trace: Trace, *, reflections: bool = False) -> list[str]:
                 f"alarm: {event.category} at token {event.position}, score {event.score:.4g} >= threshold "
                 f"{event.threshold:.4g}, action {event.action}"
             )
-        elif told := event.describe():
-            lines.append(told)
+        elif description := event.describe():
+            lines.append(description)
             if reflections and isinstance(event, Reflection):
                 lines += [f"  | {line}" for line in printable(event.text).splitlines()]
     lines.append(_end_line(trace))
     if facts.waited:
         lines.append(f"waited for {facts.waited} hidden tokens")
     if trace.flag_probs:
-        peaks = (_peak(column) for column in zip(*trace.flag_probs, strict=True))
-        lines.append(
-            "highest p(flag): "
-            + ", ".join(
-                f"{name} {value:.4g} at token {position}"
-                for name, (value, position) in zip(trace.categories, peaks, strict=True)
-            )
-        )
+        peaks = []
+        for name, values in zip(trace.categories, zip(*trace.flag_probs, strict=True), strict=True):
+            peaks.append(f"{name} {max(values):.4g} at token {values.index(max(values))}")
+        lines.append("highest p(flag): " + ", ".join(peaks))
     return [printable(line) for line in lines]
 
 
 class Screen:
-    """Writes to a terminal, and keeps a count behind the text of the tokens that wait for their release.
-
-    The count stands on the line that is being written, where it fits, and is gone with the next text. Without `live`
-    nothing but the text is written.
-    """
+    """Writes to a terminal; `live`: shows behind the text, if it fits the line, how many tokens are held."""
 
     def __init__(self, out: TextIO, live: bool) -> None:
         self._out = out
@@ -215,7 +175,7 @@ class Screen:
         self._status = ""
 
     def write(self, text: str) -> None:
-        """Writes text; escape sequences in it colour it and nothing more."""
+        """Writes text, whose only escape sequences are colours."""
         with self._lock:
             self._show("")
             self._out.write(text)
@@ -225,7 +185,7 @@ class Screen:
 
     @contextmanager
     def counting(self, trace: Trace) -> Iterator[None]:
-        """While a response is written: shows how many of its tokens are held."""
+        """Shows how many tokens of a response are held while it is written."""
         if not self._live:
             yield
             return
@@ -233,7 +193,7 @@ class Screen:
 
         def count() -> None:
             while not over.wait(0.1):
-                released = trace.released
+                released = trace.released  # read first: the trace grows, and the count must not be negative
                 held = len(trace.token_ids) - released
                 with self._lock:
                     if not over.is_set():
@@ -254,13 +214,13 @@ class Screen:
             return
         if self._column + len(status) >= shutil.get_terminal_size().columns:
             status = ""
-        # Saved and restored, the cursor stays behind the text; what is right of it is erased.
+        # Saving and restoring the cursor keeps it behind the text; the rest of the line is erased.
         self._out.write(f"\x1b[K\x1b7{DIM}{status}{RESET}\x1b8" if status else "\x1b[K" if self._status else "")
         self._out.flush()
         self._status = status
 
 
-def _noting(events: Iterable[Event], shown: list[str]) -> Iterator[Event]:
+def _copy_text(events: Iterable[Event], shown: list[str]) -> Iterator[Event]:
     for event in events:
         if isinstance(event, Text | Halt):
             shown.append(event.text)
@@ -275,7 +235,7 @@ def _splitter(tokenizer: Any) -> Split:
 def _spans(event: Text, trace: Trace, split: Split | None) -> str:
     probs = [max(step) for step in trace.flag_probs[event.position : event.position + len(event.token_ids)]]
     pieces = split(event) if split is not None else ()
-    if "".join(pieces) != event.text:  # A prefill, a stop text or a flag's text came between: one colour for all.
+    if "".join(pieces) != event.text:  # A prefill, a stop text or a flag's text was removed: one colour for all.
         return span(printable(event.text), max(probs, default=0.0))
     return "".join(span(printable(piece), p) for piece, p in zip(pieces, probs, strict=True))
 
@@ -284,18 +244,17 @@ def _review(event: Reflection | Escalation, reflections: bool, open_line: bool) 
     start = "\n" if open_line else ""
     if isinstance(event, Escalation):
         return f"{start}{DIM}[second judge: {verdict(event)}]{RESET}\n"
-    told = f"[reflection: {len(event.token_ids)} tokens, verdict {verdict(event)}]"
+    head = f"[reflection: {len(event.token_ids)} tokens, verdict {verdict(event)}]"
     lines = [f"| {line}" for line in printable(event.text).splitlines()] if reflections else []
-    return start + "".join(f"{DIM}{line}{RESET}\n" for line in [told, *lines])
+    return start + "".join(f"{DIM}{line}{RESET}\n" for line in [head, *lines])
 
 
 def _ending(event: Halt, coloured: bool, open_line: bool) -> str:
     text = printable(event.text)
     if not coloured:
         return ("\n" if open_line else "") + text if text else ""
-    if text:
-        return f"{RESET}\x1b[1;7m[replaced: {printable(event.category or event.reason)}]{RESET} {text}"
-    return f"{RESET}\x1b[1;7m[halted: {printable(event.category or event.reason)}]"
+    why = printable(event.category or event.reason)
+    return f"{RESET}\x1b[1;7m" + (f"[replaced: {why}]{RESET} {text}" if text else f"[halted: {why}]")
 
 
 def _end_line(trace: Trace) -> str:
@@ -311,14 +270,8 @@ def _end_line(trace: Trace) -> str:
     return line + (f" ({end.detail})" if end.detail and end.reason == "alarm" else "")
 
 
-def _peak(values: Sequence[float]) -> tuple[float, int]:
-    key: Callable[[int], float] = values.__getitem__
-    position = max(range(len(values)), key=key)
-    return values[position], position
-
-
 def _column(text: str, column: int) -> int:
-    """The terminal column behind a text that starts in one; the escape sequences that colour it take no room."""
+    """The terminal column behind a text that starts in one; colours have no width."""
     width = max(1, shutil.get_terminal_size().columns)
     line = re.sub(r"\x1b\[[0-9;]*m", "", text)
     if "\n" in line:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from redflag.bounds import check_bounds, option
 from redflag.data.options import RowOptions
 from redflag.data.rows import Row, load_rows
 from redflag.data.summary import report_skipped
@@ -19,7 +20,7 @@ from redflag.terminal.paint import BOLD, DIM, RESET, legend, paint, printable, w
 from redflag.trace import Alarm, Done, Halt, Reflection, Text, Thought, Trace, read_traces
 
 Pieces = Iterable[tuple[str, float | None, bool]]
-# Model folder -> a function that gives a row's tokens as the trainer sees them: text, flag target, whether it is harm.
+# Model folder -> a function from a row to its tokens in training: text, flag target, whether it is harm.
 TokenView = Callable[[str], Callable[[Row], Pieces]]
 
 
@@ -28,18 +29,13 @@ class ShowArguments(RowOptions):
     """Rows, scored rows or traces in colour."""
 
     file: str = field(metadata={"help": "Rows, a file of `redflag score`, or traces."})
-    model: str | None = field(
-        default=None,
-        metadata={"help": "Show rows token by token with their training labels, as this model reads them."},
-    )
-    limit: int = field(default=10, metadata={"help": "Most entries to show; 0 shows all."})
-    only: Literal["all", "harmful", "harmless"] = field(default="all", metadata={"help": "Which entries to show."})
+    model: str | None = option(None, "Show rows token by token with their training labels, as this model reads them.")
+    limit: int = option(10, "Maximum number of entries; 0 shows all.", least=0)
+    only: Literal["all", "harmful", "harmless"] = option("all", "Which entries to show.")
     unlabelled: Literal["stop", "skip", "harmless"] = field(
-        default="harmless", kw_only=True, metadata={"help": "What a row does whose label is null."}
+        default="harmless", kw_only=True, metadata={"help": "Treatment of rows whose label is null."}
     )
-    color: Literal["auto", "always", "never"] = field(
-        default="auto", metadata={"help": "auto: on a terminal, unless NO_COLOR is set."}
-    )
+    color: Literal["auto", "always", "never"] = option("auto", "auto: on a terminal, unless NO_COLOR is set.")
 
 
 ARGUMENTS = ShowArguments
@@ -47,60 +43,49 @@ POSITIONAL = "file"
 
 
 def run(arguments: ShowArguments, token_view: TokenView | None = None) -> int:
-    """The verb.
-
-    Args:
-        arguments: What is to be shown.
-        token_view: Encodes rows for `model`; `show_labels` gives it, as this module imports no trainer.
+    """The verb; `token_view` for `model` comes from `show_labels`, since this module does not import training.
 
     Raises:
-        RedflagError: The file cannot be read, or holds nothing that can be shown.
+        RedflagError: The file cannot be read, or has no entries to show.
     """
-    if arguments.limit < 0:
-        raise RedflagError(f"limit is {arguments.limit}, but it counts entries: give 0 for all, or more")
+    check_bounds(arguments)
     coloured = wants_colour(arguments.color)
     kind = what_is_in(arguments.file)
     if arguments.model is not None and kind != "rows":
-        raise RedflagError(f"{arguments.file} holds {kind}, which have their tokens already: leave out --model")
-    entries: Iterable[str]
+        raise RedflagError(f"model must be left out (got {kind}, which have their tokens already).")
+    items: Iterable[tuple[bool, Any]]  # whether it is harmful, and the trace, scored row or row
+    show: Callable[[Any, bool], str]
     if kind == "traces":
-        traces = read_traces(arguments.file)
-        entries = (
-            show_trace(trace, coloured)
-            for trace in traces
-            if _wanted(trace.meta.get("category") is not None, arguments.only)
-        )
+        show, items = show_trace, ((t.meta.get("category") is not None, t) for t in read_traces(arguments.file))
     elif kind == "scored rows":
-        records = _records(arguments.file)
-        entries = (
-            show_scored(record, coloured)
-            for record in records
-            if _wanted(record.get("category") is not None, arguments.only)
-        )
+        show, items = show_scored, ((r.get("category") is not None, r) for r in _records(arguments.file))
     else:
         view = None
         if arguments.model is not None:
             if token_view is None:
-                raise RedflagError("the token view is not available here: leave out --model")
+                raise RedflagError("model must be left out here, without the token view.")
             view = token_view(arguments.model)
         rows = load_rows(arguments.file, on_bad_row="skip", **arguments.row_options())
         report_skipped(rows.skipped)
-        entries = (
-            show_row(row, coloured, view(row) if view else None) for row in rows if _wanted(row.harmful, arguments.only)
-        )
+
+        def show_or_view(row: Row, coloured: bool) -> str:
+            return show_row(row, coloured, view(row) if view else None)
+
+        show, items = show_or_view, ((row.harmful, row) for row in rows)
     if coloured:
         print(legend(labels=True) + "\n")
     shown = 0
-    for entry in itertools.islice(entries, arguments.limit or None):
-        print(entry + "\n")
+    wanted = (item for harmful, item in items if arguments.only in ("all", "harmful" if harmful else "harmless"))
+    for item in itertools.islice(wanted, arguments.limit or None):
+        print(show(item, coloured) + "\n")
         shown += 1
     if not shown:
-        raise RedflagError(f"{arguments.file} holds nothing to show under --only {arguments.only}: show all")
+        raise RedflagError(f"{arguments.file} must have entries for --only {arguments.only} (got none).")
     return 0
 
 
 def what_is_in(file: str) -> Literal["rows", "scored rows", "traces"]:
-    """Looks at the first line: traces and scored rows have keys of their own, everything else is read as rows."""
+    """The kind of file, by the keys of its first line: traces, scored rows, or else rows."""
     path = Path(file)
     if not path.is_file() or path.suffix == ".parquet":
         return "rows"
@@ -108,15 +93,14 @@ def what_is_in(file: str) -> Literal["rows", "scored rows", "traces"]:
         record = next(_records(file), None)
     except RedflagError:
         return "rows"
-    if isinstance(record, dict) and {"flag_probs", "events"} <= record.keys():
-        return "traces"
-    if isinstance(record, dict) and {"flag_probs", "tokens"} <= record.keys():
-        return "scored rows"
-    return "rows"
+    keys = record.keys() if isinstance(record, dict) else set()
+    if "flag_probs" not in keys:
+        return "rows"
+    return "traces" if "events" in keys else "scored rows" if "tokens" in keys else "rows"
 
 
 def show_row(row: Row, coloured: bool, tokens: Pieces | None = None) -> str:
-    """A row: its head, its turns, and the response, underlined from the onset; or `tokens` in place of the response."""
+    """A row: its head, its turns, and the response (or `tokens`), underlined from the onset."""
     verdict = row.category or "harmless"
     if row.harmful:
         verdict += f" from character {row.onset or 0}"
@@ -132,7 +116,7 @@ def show_row(row: Row, coloured: bool, tokens: Pieces | None = None) -> str:
 
 
 def _extras(message: Mapping[str, Any], coloured: bool) -> list[str]:
-    """What a turn holds beside its text: thoughts and tool calls."""
+    """Thoughts and tool calls of a turn."""
     lines = printable(message.get("reasoning_content", "")).splitlines()
     calls = [printable(json.dumps(call, ensure_ascii=False)) for call in message.get("tool_calls", ())]
     return [_dim(f"    | {line}", coloured) for line in lines] + [_dim(f"    > {call}", coloured) for call in calls]
@@ -146,14 +130,14 @@ def show_scored(record: Mapping[str, Any], coloured: bool) -> str:
         harmful = [onset is not None and i >= onset for i in range(len(tokens))]
         text = "".join(paint(zip(tokens, probs, harmful, strict=True), coloured))
     except (KeyError, TypeError, ValueError) as error:
-        raise RedflagError(f"a scored row is damaged ({error!r}): score the rows again") from None
+        raise RedflagError(f"a scored row is damaged ({error!r}). Score the rows again.") from None
     verdict = (category or "harmless") + (f" from token {onset}" if onset is not None else "")
     verdict += f", highest p(flag) {max(probs, default=0.0):.4g}"
     return "\n".join([_head(coloured, record.get("id"), verdict, record.get("source"), record.get("group")), text])
 
 
 def show_trace(trace: Trace, coloured: bool) -> str:
-    """A trace: its text where it was recorded, else its token ids, and its events."""
+    """A trace: its text if it was recorded, else its token ids, and its events."""
     probs = [max(step, default=0.0) for step in trace.flag_probs]
     lines = [_head(coloured, trace.id, str(trace.meta.get("category") or ""), ", ".join(trace.categories), None)]
     released = [event for event in trace.events if isinstance(event, Text | Thought)]
@@ -176,8 +160,8 @@ def show_trace(trace: Trace, coloured: bool) -> str:
                 lines.append(f"  replaced by: {printable(event.text)}")
         elif isinstance(event, Done):
             lines.append(f"  done at token {event.position}: {event.reason}")
-        elif told := event.describe():
-            lines.append(f"  {printable(told)}")
+        elif description := event.describe():
+            lines.append(f"  {printable(description)}")
             if isinstance(event, Reflection):
                 lines += [_dim(f"    | {line}", coloured) for line in printable(event.text).splitlines()]
     return "\n".join(lines)
@@ -196,10 +180,6 @@ def _turn(coloured: bool, role: str, text: str) -> str:
     return f"{DIM}{role}:{RESET} {text}" if coloured else f"{role}: {text}"
 
 
-def _wanted(harmful: bool, only: str) -> bool:
-    return only == "all" or (only == "harmful") == harmful
-
-
 def _records(file: str) -> Iterator[Any]:
     number = 0
     try:
@@ -209,4 +189,4 @@ def _records(file: str) -> Iterator[Any]:
                 if line.strip():
                     yield json.loads(line)
     except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
-        raise RedflagError(f"{file}:{number}: cannot be read ({error}): write the file again") from None
+        raise RedflagError(f"{file}:{number} cannot be read ({error}).") from None

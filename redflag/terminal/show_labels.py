@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from redflag.bounds import option
 from redflag.data.rows import Row
 from redflag.terminal import show
 
@@ -13,7 +14,7 @@ from redflag.terminal import show
 class ShowArguments(show.ShowArguments):
     """Rows, scored rows or traces in colour; with a model, rows as the trainer sees them."""
 
-    placement: str = field(default="dense", metadata={"help": "With --model: first, open, insert, until or dense."})
+    placement: str = option("dense", "With --model: first, open, insert, until or dense.")
 
 
 ARGUMENTS = ShowArguments
@@ -26,7 +27,7 @@ def run(arguments: ShowArguments) -> int:
 
 
 def token_view(model: str, placement: str) -> Callable[[Row], show.Pieces]:
-    """A row's response tokens as (text, flag target, harmful): 1 = a flag is asked for, 0 = none, None = not judged."""
+    """A row's response tokens as (text, flag target, harmful); target 1 is a flag, 0 none, None unjudged."""
     from transformers import AutoTokenizer
 
     from redflag.errors import RedflagError
@@ -38,7 +39,7 @@ def token_view(model: str, placement: str) -> Callable[[Row], show.Pieces]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
-        raise RedflagError(f"the tokenizer in {model} cannot be loaded ({error}): train the model again") from None
+        raise RedflagError(f"the tokenizer in {model} cannot be loaded ({error}). Train the model again.") from None
 
     def view(row: Row) -> show.Pieces:
         example = encode(row, tokenizer, spec)

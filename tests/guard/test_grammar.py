@@ -164,7 +164,7 @@ def test_an_answer_that_the_client_began_follows_no_grammar(guard_with):
     guard, _ = guard_with()
     begun = [*ASK, {"role": "assistant", "content": '{"name":'}]
     for messages, thinking in ((begun, None), (ASK, True)):
-        with pytest.raises(RedflagError, match="must not be given with a response that was begun"):
+        with pytest.raises(RedflagError, match="must not be given with a prefill"):
             guard.respond(messages, Sampling(grammar=guard.grammar(PERSON)), thinking=thinking)
 
 

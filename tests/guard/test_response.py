@@ -256,7 +256,7 @@ def test_a_second_judge_that_is_late_leaves_the_alarm_standing(run, tokenizer, s
 def test_what_cannot_be_carried_out_is_refused_before_the_first_request(guard_of, script):
     with pytest.raises(RedflagError, match="no second judge"):
         guard_of(script("ab"), Policy(default="escalate"))
-    with pytest.raises(RedflagError, match="begin with the same token"):
+    with pytest.raises(RedflagError, match="not begin with the same token"):
         guard_of(script("ab"), Policy(default="reflect", reflect=Reflect(words=("xa", "xb"))))
 
 

@@ -44,7 +44,7 @@ def refused(monkeypatch):
 
 
 def test_it_refuses_to_start_where_the_watch_is_not_attached(refused, model_dir, tmp_path, monkeypatch):
-    assert "is not a folder" in refused("--model", str(tmp_path / "nothing"))
+    assert "must be a folder" in refused("--model", str(tmp_path / "nothing"))
     without = shutil.copytree(model_dir, tmp_path / "uncalibrated")
     (without / "thresholds.json").unlink()
     assert "redflag calibrate" in refused("--model", str(without))

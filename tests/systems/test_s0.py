@@ -211,8 +211,7 @@ def test_S0_4_the_verb_reads_any_model_and_its_rows_can_be_shown_and_swept(plain
 
 def test_S0_4_an_interrupted_run_goes_on_and_writes_the_same_bytes(plain, tmp_path, monkeypatch):
     """27 prompts, two markers, batches of two: windows of six prompts are kept or lost as one."""
-    for module in ("prompts", "score", "scorer"):
-        monkeypatch.setattr(f"redflag.scoring.{module}.BATCHES", 3)
+    monkeypatch.setattr("redflag.scoring.scorer.BATCHES", 3)
     batches, once = [], LocalSource._batch
 
     def batch(self, pairs):

@@ -182,13 +182,13 @@ def test_nothing_steers_the_terminal(written, capsys):
     ("words", "named"),
     [
         (["/nowhere.jsonl"], "/nowhere.jsonl"),
-        (["FILE", "--since", "soon"], "since is 'soon'"),
+        (["FILE", "--since", "soon"], "got 'soon'"),
         (["FILE", "--since", "2026-99-01"], "2026-99-01"),
         (["FILE", "--since", "999999w"], "999999w"),
         (["FILE", "--min_ratio", "-1"], "min_ratio"),
         (["FILE", "--min_ratio", "nan"], "min_ratio"),
         (["BROKEN"], "cannot be read"),
-        (["NEWER"], "format 2"),
+        (["NEWER"], "got 2 in"),
     ],
 )
 def test_what_cannot_be_used_is_named(written, words, named):
@@ -216,4 +216,4 @@ def test_what_the_log_writes_the_report_reads(tmp_path, capsys):
     empty = Path(path).with_name("empty.jsonl")
     empty.write_text("")
     capsys.readouterr()
-    assert report(capsys, empty).out == "nothing was written down\n"
+    assert report(capsys, empty).out == "the log has no such entries\n"

@@ -75,7 +75,7 @@ def test_limit_and_only_choose_what_is_shown(files: dict[str, str], capsys: pyte
     assert "r2" not in _shown(capsys, files["rows"], limit=1)
     assert "r2" in _shown(capsys, files["rows"], limit=0)
     assert "r1" not in _shown(capsys, files["rows"], only="harmless")
-    with pytest.raises(RedflagError, match="nothing to show under --only harmless"):
+    with pytest.raises(RedflagError, match="must have entries for --only harmless"):
         run(ShowArguments(files["scored"], only="harmless"))
 
 
@@ -131,7 +131,7 @@ def test_the_token_view_is_handed_in(files: dict[str, str], capsys: pytest.Captu
     arguments = ShowArguments(files["rows"], model="m", limit=1)
     assert run(arguments, lambda model: lambda row: [(f"<{model}>", None, False), ("tok", 1.0, True)]) == 0
     assert "assistant: <m>[[tok]]" in capsys.readouterr().out
-    with pytest.raises(RedflagError, match="leave out --model"):
+    with pytest.raises(RedflagError, match="model must be left out"):
         run(arguments)
     with pytest.raises(RedflagError, match="have their tokens already"):
         run(ShowArguments(files["scored"], model="m"))
