@@ -15,6 +15,7 @@ from redflag.files import keep_json, kept_json
 from redflag.lab.baselines.own_softmax import OwnSoftmax
 from redflag.lab.baselines.shared import BaselineContext, digest, model_stamp, thinned
 from redflag.scoring.processes import World
+from redflag.scoring.recording import Recording
 
 # As the demo trains its flags; a folder's own settings go into `options`.
 SETTINGS: dict[str, Any] = {
@@ -54,9 +55,7 @@ class FixedPosition(OwnSoftmax):
         self._settings = SETTINGS if settings is None else settings
 
     def fit(self, train: Sequence[Row]) -> None:
-        """Trains, or loads the model that an earlier run trained."""
-        from redflag.backends.load import load_flagged
-
+        """Trains, or takes the model that an earlier run trained."""
         rows = thinned(train, self._most_rows, self.context.seed)
         stamp = [self._settings, self.context.seed, self.context.limit, model_stamp(self.context.base)]
         key = digest([stamp, [row.to_dict() for row in rows]])
@@ -64,7 +63,12 @@ class FixedPosition(OwnSoftmax):
         if not kept_json(done, fingerprint=key):
             self._train(rows)
             keep_json(done, {"fingerprint": key})
+
+    def score(self, rows: Sequence[Row]) -> Recording:
+        from redflag.backends.load import load_flagged
+
         self._backend, _, _ = load_flagged(self.model, self.context.device)
+        return super().score(rows)
 
     def _train(self, rows: Sequence[Row]) -> None:
         from redflag.training.train import train as train_flag
