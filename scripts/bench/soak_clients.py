@@ -156,8 +156,8 @@ class Soak:
             error = (await response.json())["error"]
             # Where nothing was sent, what breaks is an error; a full or restarting server says so.
             allowed = {refused} if refused is not None else {429, 503, 504}
-            if not self.scripted and kind == LONG:
-                allowed |= {400}  # more than the context of a small model
+            if not self.scripted and kind in (LONG, "thoughts"):
+                allowed |= {400}  # more than the context of a small model; a template without a thinking mode
             if response.status not in allowed:
                 self.wrong.append(f"{kind} case-{number}: status {response.status}: {error}")
             return [f"status {response.status}"]
@@ -167,7 +167,9 @@ class Soak:
             body = json.loads(await response.read())
             for seen, choice in zip(choices, body["choices"], strict=True):
                 seen.take(choice["message"] if "message" in choice else {"content": choice["text"]})
-                seen.last, seen.reason = body | choice, choice["finish_reason"]
+                # Of several choices each has its own `redflag`; that of the body is the first halted one's.
+                seen.last = choice if len(choices) > 1 else body | choice
+                seen.reason = choice["finish_reason"]
             return self._judge(kind, number, begun, name, choices, whole=True)
         left, chunks = kind == "leave" and random.randint(0, 30), 0
         async for line in response.content:
