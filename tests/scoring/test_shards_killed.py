@@ -31,6 +31,7 @@ print(write_lines(Path(sys.argv[1]), 400, lines, chunk=8, fingerprint="f" * 64, 
 
 def test_real_processes_killed_at_random_moments_give_the_same_bytes(tmp_path: Path) -> None:
     output, rng = tmp_path / "out", random.Random(7)
+    whole = "".join(f"row {row} {'x' * (row * 37 % 500)}\n" for row in range(400))
     for kill in range(8):
         processes = [started([sys.executable, "-c", WORKER, str(output)], rank) for rank in range(2)]
         if kill < 7:
@@ -41,9 +42,10 @@ def test_real_processes_killed_at_random_moments_give_the_same_bytes(tmp_path: P
                 process.kill()
         for process in processes:
             process.communicate(timeout=60)
+        assert not output.exists() or output.read_text() == whole
         if all(process.returncode == 0 for process in processes):
             break  # what a run that was killed at its very end has left, the next one removes
-    assert output.read_text() == "".join(f"row {row} {'x' * (row * 37 % 500)}\n" for row in range(400))
+    assert output.read_text() == whole
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
