@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 from attacking import HARM, TOKENIZER, alarm_at, make_row, make_target
@@ -11,7 +12,7 @@ from attacking import HARM, TOKENIZER, alarm_at, make_row, make_target
 from redflag.errors import RedflagError
 from redflag.judges import UnansweredError
 from redflag.lab.attacks import Attempt
-from redflag.lab.attacks.judging import entries, judge_attempts, not_run, replay_attempt
+from redflag.lab.attacks.judging import _tree, entries, judge_attempts, not_run, replay_attempt
 from redflag.lab.attacks.sampling import Plain
 from redflag.lab.attacks.wrappers import NANO_WRAPPERS, Wrappers, rot13
 from redflag.lab.nano.judge import NanoOracle
@@ -295,3 +296,17 @@ def test_attempts_of_unknown_rows_are_refused_and_an_attack_that_did_not_run_say
     assert (line["setting"], line["requests"], line["not_run"], line["note"]) == ("did not run", 0, 4, "no weights")
     assert line["harm_produced"]["rate"] is None
     assert table([]) == []
+
+
+def test_harmful_tokens_are_counted_once_for_each_place_in_the_tree():
+    letters = SimpleNamespace(decode=lambda ids: "".join("abcd"[i] for i in ids))
+
+    def spans(_, text):
+        return [(text.index("b"), len(text))] if "b" in text else []
+
+    def counted(branches):
+        return _tree(spans, letters, branches, attempt("r0", "Here is my answer."), None, None)
+
+    assert counted([]) == (0, None)
+    assert counted([[0, 1, 2], [0, 1, 3]]) == (3, None)  # b once, c, d
+    assert counted([[0, 1], [2, 1]]) == (2, None)  # b in two places
