@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import json
+import shlex
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -13,7 +14,9 @@ from typing import Any
 import pytest
 import yaml
 
+import redflag.training.train as train_py
 from redflag.calibrating.calibrate import CalibrateArguments
+from redflag.cli import parse
 from redflag.data.rows import load_rows
 from redflag.lab.baselines.record_baselines import NAMES
 from redflag.scoring.recording import Recording
@@ -160,6 +163,40 @@ def test_its_settings_are_settings_of_the_verbs():
     assert not set(yaml.safe_load((RECIPE / "calibrate.yaml").read_text())) - set(
         CalibrateArguments.__dataclass_fields__
     )
+
+
+@pytest.fixture
+def variants(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.setattr(sys, "path", [str(RECIPE), *sys.path])
+    monkeypatch.setitem(sys.modules, "table", table)
+    monkeypatch.delitem(sys.modules, "run", raising=False)
+    return load("variants")
+
+
+def test_options_of_every_variant_are_options_of_the_verb(variants, tmp_path):
+    for options in variants.VARIANTS.values():
+        given = [
+            "--model",
+            "base",
+            "--input",
+            "rows.jsonl",
+            "--output_dir",
+            str(tmp_path),
+            "--config",
+            str(RECIPE / "train.yaml"),
+        ]
+        parse(train_py, [*given, *shlex.split(options)], "redflag train")
+
+
+def test_a_variant_moves_onsets_and_nothing_else(variants, prepared):
+    rows = lines(prepared, "train")
+    for name, onset in (("commit", lambda row: row["extra"]["commit"]), ("whole", lambda row: 0), ("dense", None)):
+        path = variants.training_rows(name, prepared / "rows")
+        expected = rows
+        if onset is not None:
+            expected = [row | {"onset": None if row["onset"] is None else onset(row)} for row in rows]
+        assert table.read(path) == expected
+    assert any(row["onset"] not in (None, row["extra"]["commit"]) for row in rows)
 
 
 def test_each_stage_of_the_baselines_makes_baselines_that_exist():

@@ -1,0 +1,157 @@
+"""Variants of the recipe, each trained on the same few rows, with the published objectives among them.
+
+    python recipes/smollm2/run.py --data DATA --licences open --output runs/smollm2-open --stages rows
+    python recipes/smollm2/variants.py --output runs/smollm2-open                 # all of them
+    python recipes/smollm2/variants.py --output runs/smollm2-open --names dense commit --splits development
+
+`--rows` training rows are drawn by the seed, the same for all variants. A stage whose output is there is not run again,
+so variants can be added one by one. Monitors are chosen on development rows; variants are to be chosen there too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from table import choose_monitor, detection, figure, peaks, read, timeliness
+
+from redflag.files import atomic_write
+from redflag.scoring.recording import Recording
+from redflag.stats.metrics import tpr_at_fpr
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "small-real"))
+from run import StageError, stage  # noqa: E402
+
+MAX_LENGTH = "448"  # As `run.py` scores.
+# The objective of Red Flag Tokens (recipes/papers/red-flag-tokens/train.yaml has the derivation), every weight 1.
+THREE_TERMS = "--flag_coef 2 --harmful_weight 0.5 --benign_coef 1 --after_coef 1 --keep_coef 0"
+# Signed steps within the published ball, on as many batches as the other variants have.
+ADVERSARY = "--adversarial_coef 1 --adversarial_steps 5 --adversarial_step_size 1e-3 --adversarial_radius 0.05"
+VARIANTS = {
+    "dense": "",  # The recipe: labels from the onset on.
+    "commit": "",  # From where harm can be seen coming.
+    "whole": "",  # From the first token of a harmful answer: labels by response.
+    "by-response": "--flag_coef 0 --peak_coef 1",
+    "keep-2": "--keep_coef 2",
+    "keep-32": "--keep_coef 32",
+    "rank-64": "--lora_r 64",
+    "all-weights": "--full true --learning_rate 1e-4",
+    "three-passes": "--num_train_epochs 3",
+    "until": f"--placement until {THREE_TERMS}",
+    "several": f"--placement until --insertions 3 {THREE_TERMS}",
+    "insert": f"--placement insert {THREE_TERMS}",
+    "first": "--placement first --flag_coef 2 --benign_coef 0 --after_coef 0 --keep_coef 1",
+    "rf-at": f"--placement until {THREE_TERMS} {ADVERSARY}",
+}
+SPLITS = ("development", "test")
+FPR = 0.05
+
+
+def main() -> None:
+    """Trains, scores, and writes `variants/results.json` and `variants/results.md`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", type=Path, default=Path(".cache/smollm2"), help="the folder of scripts/fetch-smollm2")
+    parser.add_argument("--output", type=Path, default=Path("runs/smollm2-open"))
+    parser.add_argument("--names", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
+    parser.add_argument("--rows", type=int, default=600, help="training rows, a tenth of them held out for language")
+    parser.add_argument("--splits", nargs="+", choices=SPLITS, default=list(SPLITS))
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    folder, rows = arguments.output / "variants", arguments.output / "rows"
+    verb = [sys.executable, "-u", "-m", "redflag.cli"]
+    for name in arguments.names:
+        model = folder / f"{name}-{arguments.seed}"
+        paths = ["--model", str(arguments.base), "--input", str(training_rows(name, rows)), "--output_dir", str(model)]
+        command = [*verb, "train", "--config", str(HERE / "train.yaml"), *paths, "--seed", str(arguments.seed)]
+        command += ["--max_rows", str(arguments.rows), "--reference_cache", str(arguments.output / "reference")]
+        stage(
+            f"train-{model.name}", folder, model / "redflag.json", [*command, "--resume", *shlex.split(VARIANTS[name])]
+        )
+        for split in arguments.splits:
+            scored = model / f"{split}.jsonl"
+            paths = ["--model", str(model), "--input", str(rows / f"{split}.jsonl"), "--output", str(scored)]
+            command = [*verb, "score", *paths, "--max_length", MAX_LENGTH, "--dtype", "bfloat16"]
+            stage(f"score-{split}-{model.name}", folder, scored, command)
+    results = {}
+    for model in sorted(folder.glob("*-*/redflag.json")):
+        if (model.parent / "development.jsonl").exists():
+            results[model.parent.name] = figures(model.parent, rows)
+    text = table(results)
+    for file_name, content in (("results.json", json.dumps(results, indent=2)), ("results.md", text)):
+        with atomic_write(folder / file_name) as file:
+            file.write(content.encode())
+    print(text)
+
+
+def training_rows(name: str, rows: Path) -> Path:
+    """The rows of a variant: the recipe's, or these with other onsets."""
+    if name not in ("commit", "whole"):
+        return rows / "train.jsonl"
+    path = rows / f"train-{name}.jsonl"
+    if not path.exists():
+        lines = read(rows / "train.jsonl")
+        for row in lines:
+            if row["onset"] is not None:
+                row["onset"] = row["extra"]["commit"] if name == "commit" else 0
+        with atomic_write(path) as file:
+            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in lines).encode())
+    return path
+
+
+def figures(model: Path, rows: Path) -> dict[str, Any]:
+    """Of one variant: detection and timeliness under the monitor that development rows choose, and language."""
+    monitor = choose_monitor(Recording.load(model / "development.jsonl"))
+    result: dict[str, Any] = {"monitor": monitor}
+    for split in SPLITS:
+        scored = model / f"{split}.jsonl"
+        if scored.exists():
+            recording, lines = Recording.load(scored), read(scored)
+            by_id = {row["id"]: row for row in read(rows / f"{split}.jsonl")}
+            scores = peaks(recording, monitor)
+            threshold = tpr_at_fpr(scores, recording.harmful, FPR).threshold
+            of_lines = [by_id[line["id"]] for line in lines]
+            result[split] = detection(scores, recording, np.ones(len(lines), dtype=bool))
+            result[split]["timeliness"] = timeliness(recording, lines, of_lines, monitor, threshold)
+    metrics = json.loads((model / "train.json").read_text(encoding="utf-8"))["metrics"]
+    return result | {key: metrics[f"eval_{key}"] for key in ("keep_kl_harmless", "perplexity_ratio")}
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown, a table for each split."""
+    parts = []
+    for split in SPLITS:
+        scored = {name: result for name, result in results.items() if split in result}
+        if not scored:
+            continue
+        counts = next(iter(scored.values()))[split]
+        lines = [f"**{split}**: {counts['harmful']} harmful, {counts['harmless']} harmless.", ""]
+        lines += [
+            "| variant | monitor | AUROC | TPR at 1% | TPR at 5% | of the caught at 5%: tokens from onset (quartiles) "
+        ]
+        lines[-1] += "| by the end of the first harmful sentence | keep KL | perplexity ratio |"
+        lines += ["|" + "---|" * 9]
+        for name, result in scored.items():
+            found, when = result[split], result[split]["timeliness"]
+            cells = [name, result["monitor"], *(figure(found[key]) for key in ("auroc", "tpr_at_0.01", "tpr_at_0.05"))]
+            if when["caught"]:
+                cells.append(", ".join(f"{tokens:.0f}" for tokens in when["tokens_from_onset"]))
+                cells.append(f"{when['by_end_of_first_harmful_sentence']:.0%}")
+            else:
+                cells += ["-", "-"]
+            cells += [f"{result['keep_kl_harmless']:.4f}", f"{result['perplexity_ratio']:.3f}"]
+            lines.append("| " + " | ".join(cells) + " |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except StageError as error:
+        sys.exit(str(error))
