@@ -66,6 +66,7 @@ def main() -> None:
     if arguments.load:
         print(json.dumps(asyncio.run(load(json.loads(arguments.load)))))
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are stopped too
     with ExitStack() as stack:
         model = arguments.model
         if model is None:
