@@ -215,11 +215,13 @@ class Soak:
         expected = {"halted": ("content_filter",), "fault": (None,)}.get(outcome, ("stop", "length", "tool_calls"))
         if kind == "tools" and outcome == "done" and self.scripted:
             expected = ("tool_calls",)
-        if reason not in expected[: 1 if self.scripted else None] or ("error" in seen.last) != (outcome == "fault"):
+        # An upstream that was started again begins the script of a resumed answer anew, and may reach the limit.
+        to_its_end = self.scripted and not self._disturbed(begun)
+        if reason not in expected[: 1 if to_its_end else None] or ("error" in seen.last) != (outcome == "fault"):
             self.wrong.append(f"{kind} case-{number}: finish_reason {reason} with {detail}")
         if seen.calls and outcome != "done":
             self.wrong.append(f"{kind} case-{number}: {outcome}, and yet it has calls: {seen.calls}")
-        if self.scripted and not self._disturbed(begun):
+        if to_its_end:
             script = self.tongue.script(number, kind == "tools", kind == "thoughts")
             case = Case.of(number, len(script))
             ends, tokens = case.outcome(HOLD_BACK, script.index(self.tongue.closes) + 1 if kind == "thoughts" else 0)
