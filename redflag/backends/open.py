@@ -7,12 +7,13 @@ its options.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from redflag.backends import AsyncBackend, Backend, ChatInput, Sampling
+from redflag.bounds import option
 from redflag.errors import RedflagError
 from redflag.flags import FILE, FlagSpec, attach
 from redflag.outbound import extra_headers, key_in
@@ -27,14 +28,10 @@ if TYPE_CHECKING:
 class UpstreamOptions:
     """Options for requests to the servers given as `upstream`; several verbs share them."""
 
-    upstream_model: str | None = field(
-        default=None, metadata={"help": "upstream: the model's name there; default: its first."}
-    )
-    upstream_key_env: str | None = field(
-        default=None, metadata={"help": "upstream: environment variable with its API key."}
-    )
-    upstream_headers: dict[str, str] | None = field(
-        default=None, metadata={"help": "upstream: further headers, as JSON; ${NAME} is an environment variable."}
+    upstream_model: str | None = option(None, "upstream: the model's name there; default: its first.")
+    upstream_key_env: str | None = option(None, "upstream: environment variable with its API key.")
+    upstream_headers: dict[str, str] | None = option(
+        None, "upstream: further headers, as JSON; ${NAME} is an environment variable."
     )
 
     def upstream_options(self) -> dict[str, Any]:
