@@ -54,9 +54,8 @@ class ChatInput:
     """A conversation for a server that renders it itself (`RemoteBackend` with `route="chat"`).
 
     Attributes:
-        messages: The turns that the chat template is given.
-        tools: The definitions of tools that it is given.
-        thinking: Whether it is told to leave room for a thought.
+        messages: The turns for the chat template; likewise `tools`, the definitions.
+        thinking: Whether the template leaves room for a thought.
     """
 
     messages: tuple[Mapping[str, Any], ...]
@@ -140,7 +139,6 @@ class ContextLengthError(RedflagError):
     """The prompt leaves no room for a response.
 
     Attributes:
-        prompt_tokens: Tokens of the prompt.
         context_length: Maximum number of tokens of prompt and response together.
     """
 
@@ -151,6 +149,21 @@ class ContextLengthError(RedflagError):
         )
         self.prompt_tokens = prompt_tokens
         self.context_length = context_length
+
+
+def room_for(prompt_tokens: int, sampling: Sampling, context_length: int | None, whose: str = "model") -> int:
+    """How many tokens a response may have; `whose` context it is, for the error's text.
+
+    Raises:
+        RedflagError: The prompt is empty, or (`ContextLengthError`) leaves no room for a response.
+    """
+    if not prompt_tokens:
+        raise RedflagError("the prompt must hold at least one token (got none).")
+    if context_length is None:
+        return sampling.max_new_tokens
+    if prompt_tokens >= context_length:
+        raise ContextLengthError(prompt_tokens, context_length, whose)
+    return min(sampling.max_new_tokens, context_length - prompt_tokens)
 
 
 MOST_LOGPROBS = 20  # of the most likely tokens, as at OpenAI and vLLM
@@ -217,8 +230,7 @@ class Backend(Engine, Protocol):
         NaN. Closing the iterator, at any point, stops the engine's work on the stream.
 
         Args:
-            token_ids: The prompt, as ids of the model's vocabulary.
-            sampling: How tokens are chosen.
+            token_ids: The prompt.
             watch: Ids that are measured in place of the flags. Flags are still never chosen.
 
         Yields:

@@ -61,8 +61,7 @@ def open_backend(
     Args:
         directory: Folder written by `redflag train`; with `upstream` no weights are read.
         upstream: The server that runs the model; None = this process.
-        device: Device of a model in this process.
-        dtype: The type of its weights.
+        device: Of a model in this process, as for `redflag.backends.load.load_flagged`; likewise `dtype`.
         earlier: Whether earlier answers of a conversation shall be measured (`Sampling.earlier`).
         **served: Options of `redflag.backends.remote.RemoteBackend`.
 
@@ -144,20 +143,9 @@ def event_loop_scorer(backend: AsyncBackend) -> Callable[[Sequence[int], Sequenc
 
     if not isinstance(backend, RemoteBackend):
         return getattr(backend, "score", None) or _no_scores
-    from redflag.backends.remote_score import Way, find_way, score_response
+    from redflag.backends.remote_score import ServedScores
 
-    ways: list[Way] = []
-
-    async def score(prompt: Sequence[int], response: Sequence[int]) -> Any:
-        if not ways:
-            ways.append(await find_way(backend))
-        try:
-            return await score_response(backend, ways[0], prompt, response)
-        except OSError:  # The server may come back with other options.
-            ways.clear()
-            raise
-
-    return score
+    return ServedScores(backend).score
 
 
 async def _no_scores(prompt: Sequence[int], response: Sequence[int]) -> Any:

@@ -45,7 +45,7 @@ class Link:
         """Releases a response without waiting.
 
         Args:
-            response: The response, read to any point.
+            response: Read to any point.
             over: Whether the server has reported its end: then the few bytes that may follow are read in the
                 background, so that the connection can be reused. Otherwise the connection is closed, which stops the
                 engine.
@@ -61,8 +61,6 @@ class Link:
         """Closes all connections."""
         for task, response in self._draining.items():
             task.cancel()
-            # Draining tasks are cancelled before they have read the rest; their responses are closed here, and the
-            # transports get one more iteration of the loop.
             response.close()  # a cancelled task closes it only if the task had started
         await asyncio.gather(*self._draining, return_exceptions=True)
         await self.session.close()

@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
+from functools import cached_property
 
 from redflag.backends import Sampling
 from redflag.backends.remote import RemoteBackend
 from redflag.backends.remote_link import Link
-from redflag.backends.remote_score import Way, find_way, score_response
+from redflag.backends.remote_score import ServedScores
 from redflag.trace import Step
 
 Measured = tuple[tuple[tuple[float, ...], ...], ...]
@@ -23,7 +24,10 @@ class RememberingBackend(RemoteBackend):
     """As `RemoteBackend`; the first step carries what `Sampling.earlier` asks for."""
 
     measures_earlier = True
-    way: Way | None = None
+
+    @cached_property
+    def _scores(self) -> ServedScores:
+        return ServedScores(self)
 
     def prepare(self) -> None:
         """Finds out how the server measures, without an event loop.
@@ -34,7 +38,7 @@ class RememberingBackend(RemoteBackend):
 
         async def alone() -> None:
             try:
-                self.way = await find_way(self)
+                await self._scores.way()
             finally:
                 await self.aclose()
 
@@ -69,18 +73,10 @@ class RememberingBackend(RemoteBackend):
         Raises:
             RedflagError: As `redflag.backends.remote_score.score_response`, as are all others.
         """
-        if self.way is None:
-            self.way = await find_way(self)
-        try:
-            if self.way == "steps":  # No position between the spans is paid for.
-                parts = [
-                    await score_response(self, self.way, prompt[:start], prompt[start:end]) for start, end in spans
-                ]
-            else:
-                first, last = spans[0][0], spans[-1][1]
-                probs = await score_response(self, self.way, prompt[:first], prompt[first:last])
-                parts = [probs[start - first : end - first] for start, end in spans]
-        except OSError:  # The server may come back with other options.
-            self.way = None
-            raise
+        if await self._scores.way() == "steps":  # No position between the spans is paid for.
+            parts = [await self._scores.score(prompt[:start], prompt[start:end]) for start, end in spans]
+        else:
+            first, last = spans[0][0], spans[-1][1]
+            probs = await self._scores.score(prompt[:first], prompt[first:last])
+            parts = [probs[start - first : end - first] for start, end in spans]
         return tuple(tuple(map(tuple, part.tolist())) for part in parts)

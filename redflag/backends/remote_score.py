@@ -26,8 +26,8 @@ import numpy as np
 import numpy.typing as npt
 
 from redflag.backends.remote import RemoteBackend
-from redflag.backends.remote_handshake import shake_hands
-from redflag.backends.remote_wire import TOP, RefusalError, check_own, measured_in, probability_of
+from redflag.backends.remote_handshake import ordinary_ids, shake_hands
+from redflag.backends.remote_wire import TOP, check_own, measured_in, probability_of
 from redflag.errors import RedflagError
 
 Way = Literal["prefill", "steps", "bound"]
@@ -37,19 +37,39 @@ _AT_ONCE = 64  # prompts in one request
 _TOLERANCE = 1e-3  # between two measurements of one probability; half precision changes it by about as much
 
 
-async def find_way(backend: RemoteBackend, prompt: Sequence[int] = ()) -> Way:
+class ServedScores:
+    """Scores given responses with one server; finds its way once, and again after the server failed."""
+
+    def __init__(self, backend: RemoteBackend) -> None:
+        self._backend = backend
+        self._way: Way | None = None
+
+    async def way(self) -> Way:
+        """How the server measures; errors as `find_way`."""
+        if self._way is None:
+            self._way = await find_way(self._backend)
+        return self._way
+
+    async def score(self, prompt: Sequence[int], response: Sequence[int]) -> Probs:
+        """As `score_response`; also raises what `find_way` does."""
+        way = await self.way()
+        try:
+            return await score_response(self._backend, way, prompt, response)
+        except OSError:  # The server may come back with other options.
+            self._way = None
+            raise
+
+
+async def find_way(backend: RemoteBackend) -> Way:
     """Checks that the server measures raw probabilities, and finds the fastest exact way to get them.
 
-    Args:
-        backend: The server; with `upper_bound` it is asked only for bounds.
-        prompt: Prompt ids (8 or more); if empty, some ids that are not flags.
+    A server with `upper_bound` is asked only for bounds.
 
     Raises:
         RedflagError: Names the server option, version or address to fix.
     """
     await shake_hands(backend)
-    special = {*backend.flag_ids, *backend.eos_ids}
-    ids = list(prompt or [token_id for token_id in range(10, 200) if token_id not in special])[:8]
+    ids = ordinary_ids(backend)
     context, response = ids[:4], ids[4:]
     if backend.upper_bound:
         await score_response(backend, "bound", context, response)
@@ -66,9 +86,7 @@ async def score_response(backend: RemoteBackend, way: Way, prompt: Sequence[int]
     """Flag probabilities before each token of a given response.
 
     Args:
-        backend: The server.
         way: Result of `find_way`.
-        prompt: At least one id.
         response: T ids.
 
     Returns:
@@ -140,9 +158,8 @@ async def _steps(backend: RemoteBackend, prompt: list[int], response: list[int])
 
 
 async def _bound(backend: RemoteBackend, prompt: list[int], response: list[int]) -> Probs:
-    # The last position is that of the token that the server generated.
-    # The server judges the prompt's own tokens: all of the response but its last token is sent as prompt, and the one
-    # generated token stands at the last position.
+    # The server measures at the tokens of a prompt. All of the response but its last token is sent as prompt, and the
+    # one token that it generates stands at the last position.
     body = _one_token(prompt + response[:-1]) | {"logprobs": TOP, "prompt_logprobs": TOP}
     (choice,) = (await backend.ask("/v1/completions", body))["choices"]
     rows = []
@@ -193,6 +210,3 @@ def _one_token(prompt: list[int] | list[list[int]]) -> dict[str, Any]:
         "frequency_penalty": 0.0,
         "return_tokens_as_token_ids": True,
     }
-
-
-__all__ = ["RefusalError", "Way", "find_way", "score_response"]

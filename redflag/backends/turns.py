@@ -10,7 +10,7 @@ import weakref
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -162,25 +162,18 @@ class _End:
     error: BaseException | None = None
 
 
+@dataclass(slots=True, eq=False)
 class _Turn:
     """One stream. Only the thread uses its iterator, only its consumer's loop its items."""
 
-    __slots__ = ("begin", "begun", "behind", "full_since", "items", "loop", "steps", "task")
-
-    def __init__(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        task: asyncio.Task[Any] | None,
-        begin: Callable[[Any], Iterator[Any]],
-    ) -> None:
-        self.loop = loop
-        self.task = task
-        self.begin = begin
-        self.items: asyncio.Queue[Any] = asyncio.Queue()
-        self.steps: Iterator[Any] | None = None
-        self.begun = False  # whether the consumer has taken a step
-        self.behind = 0  # steps computed and not yet taken
-        self.full_since: float | None = None
+    loop: asyncio.AbstractEventLoop
+    task: asyncio.Task[Any] | None
+    begin: Callable[[Any], Iterator[Any]]
+    items: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
+    steps: Iterator[Any] | None = None
+    begun: bool = False  # whether the consumer has taken a step
+    behind: int = 0  # steps computed and not yet taken
+    full_since: float | None = None
 
 
 class _Worker:
