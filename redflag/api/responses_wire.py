@@ -15,12 +15,11 @@ for each call, all at the end of the response. `redflag` is in the response obje
 
 from __future__ import annotations
 
-import json
 from typing import Any, Literal
 
 from redflag.api.responses_schema import ResponsesRequest
 from redflag.api.tool_formats import Call
-from redflag.api.wire import Answer, usage
+from redflag.api.wire import Answer, named_event, usage
 
 _REASONS = {"length": "max_output_tokens", "content_filter": "content_filter"}
 
@@ -192,8 +191,7 @@ class ResponsesAnswer(Answer):
 
     def _event(self, kind: str, **content: Any) -> bytes:
         self._sent += 1
-        data = json.dumps({"type": kind, "sequence_number": self._sent - 1, **content}, separators=(",", ":"))
-        return f"event: {kind}\ndata: {data}\n\n".encode()
+        return named_event(kind, sequence_number=self._sent - 1, **content)
 
 
 def _call_item(call: Call) -> dict[str, Any]:

@@ -22,6 +22,11 @@ class Call:
     arguments: str
 
 
+def chat_call(identity: str, name: str, arguments: Any) -> dict[str, Any]:
+    """A call in a chat's shape; `arguments` as JSON text, or unpacked."""
+    return {"id": identity, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
 AsCall = Callable[[Any, Any], "Call | None"]
 
 

@@ -40,7 +40,7 @@ from typing import Any
 
 from redflag.api.logprobs import ShownLogprobs, Token, in_chat, in_text
 from redflag.api.tool_calls import CallReader
-from redflag.api.tool_formats import Call
+from redflag.api.tool_formats import Call, chat_call
 from redflag.trace import Done, Event, Halt, Text, Thought
 
 DONE = b"data: [DONE]\n\n"
@@ -90,15 +90,12 @@ class Answer:
 
         Args:
             name: The request's id.
-            model: The model's name for clients.
             chat: `/v1/chat/completions`, not `/v1/completions`.
-            prompt_tokens: Tokens of the prompt.
             usage: The stream ends with token counts.
             decoy: A replacement ends as if the model had written it.
-            refusal: The text of `refusal`.
-            in_words: `content` repeats it.
+            refusal: The text of `refusal`; with `in_words`, `content` repeats it.
             count: Text -> number of tokens, for replacements.
-            index: Index of the choice.
+            index: Of the choice.
             logprobs: Log-probabilities of shown tokens, if requested.
             calls: Reads the calls of tools, if any may be called.
         """
@@ -227,16 +224,10 @@ class Answer:
         """One chunk of a thought's text."""
         return _sse(self._chunk(_reasoning(text)))
 
-    def closing(self, generated: int, view: dict[str, Any] | None = None) -> bytes:
-        """The end of a stream with one choice: `last`, then `ending`."""
-        return self.last(generated, view) + ending([self])
-
     def last(self, generated: int, view: dict[str, Any] | None = None) -> bytes:
         """The end of a choice's stream: the refusal or the calls, if any, and the final chunk.
 
-        Args:
-            generated: `Trace.generated`.
-            view: What the operator asked to see.
+        `generated` is `Trace.generated`, `view` what the operator asked to see.
         """
         assert self.finish_reason is not None, "the response goes on, or has failed"
         self._generated = generated
@@ -282,10 +273,7 @@ class Answer:
         return self._prompt_tokens, all_tokens, self.tokens
 
     def _calls(self) -> list[dict[str, Any]]:
-        return [
-            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-            for call in self.calls
-        ]
+        return [chat_call(call.id, call.name, call.arguments) for call in self.calls]
 
     def redflag(self, view: dict[str, Any] | None) -> dict[str, Any]:
         """The field `redflag`, if it has content."""
@@ -343,6 +331,11 @@ def together(parts: Sequence[tuple[Answer, int, dict[str, Any] | None]]) -> dict
 
 # Stands for the text in the prepared JSON of a chunk.
 _HOLE = "%the text%"
+
+
+def named_event(kind: str, **content: Any) -> bytes:
+    """A server-sent event with a name, as in Anthropic's Messages and OpenAI's Responses."""
+    return f"event: {kind}\n".encode() + _sse({"type": kind, **content})
 
 
 def _sse(payload: dict[str, Any]) -> bytes:
