@@ -88,7 +88,7 @@ def by_type(types: Sequence[str], message: str, default: str | None = None) -> D
     return Discriminator(tag, custom_error_type="unsupported_turn", custom_error_message=message)
 
 
-def joined(content: str | Sequence[Any]) -> str:
+def joined(content: str | list[Any]) -> str:
     """Text, or text parts as lines."""
     return content if isinstance(content, str) else "\n".join(part.text for part in content)
 

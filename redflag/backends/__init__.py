@@ -7,7 +7,7 @@ and no policy; what to do about a step is decided in `redflag.watching`.
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -242,12 +242,18 @@ class Backend(Engine, Protocol):
         ...
 
 
-class AsyncBackend(Engine, Protocol):
-    """The same for an event loop, which runs many streams without a thread for each."""
+class AsyncStreams(Protocol):
+    """What a response is driven by on an event loop: an `AsyncBackend`, or something around one."""
 
-    def astream(self, token_ids: Sequence[int], sampling: Sampling, watch: Sequence[int] = ()) -> AsyncIterator[Step]:
-        """As `Backend.stream`; the iterator has `aclose`, which cleans up without waiting for anything."""
+    def astream(
+        self, token_ids: Sequence[int], sampling: Sampling, watch: Sequence[int] = ()
+    ) -> AsyncGenerator[Step, None]:
+        """As `Backend.stream`; `aclose` cleans up without waiting for anything."""
         ...
+
+
+class AsyncBackend(Engine, AsyncStreams, Protocol):
+    """The same for an event loop, which runs many streams without a thread for each."""
 
     async def aclose(self) -> None:
         """Ends all streams and frees their shared resources."""

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from redflag.backends import AsyncBackend, Backend, Sampling
+from redflag.backends import AsyncStreams, Backend, Sampling
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
 from redflag.guard.asking import Messages, ask, verdict_ids
@@ -351,7 +351,7 @@ def drive(
             steps = None
 
 
-async def adrive(response: Response, backend: AsyncBackend, judge: Judge | None = None) -> AsyncIterator[Event]:
+async def adrive(response: Response, backend: AsyncStreams, judge: Judge | None = None) -> AsyncIterator[Event]:
     """As `drive`, for an event loop; the judge runs in a thread."""
     while (request := response.request) is not None:
         if isinstance(request, Ask):

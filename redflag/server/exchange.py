@@ -7,13 +7,14 @@ import logging
 import sys
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
 import anyio
 
-from redflag.backends import AsyncBackend, Sampling
+from redflag.backends import AsyncStreams, Sampling
 from redflag.errors import RedflagError
 from redflag.guard.response import Response
 from redflag.trace import Event, Halt, Step, Text, Thought
@@ -26,6 +27,7 @@ else:
 _log = logging.getLogger(__name__)
 
 CLOSING = 10.0  # seconds that an engine may take to close a stream
+_FRESH = 30.0  # seconds for which the engine counts as ready after a success
 
 
 class Exchange:
@@ -50,10 +52,8 @@ class Exchange:
         """Starts the clock.
 
         Args:
-            response: The response.
-            events: Its events, from `adrive`; closed with the exchange.
+            events: From `adrive`; closed with the exchange.
             seconds: Time limit.
-            on_close: Callback when the exchange is closed.
             closing_text: Text for an alarm's `Halt` that has none, if text was released before it.
         """
         self.response = response
@@ -170,28 +170,18 @@ class Exchange:
 class Stopwatch:
     """An engine whose steps are timed, from a step's arrival until its events were sent."""
 
-    def __init__(self, backend: AsyncBackend, observe: Callable[[float], None]) -> None:
+    def __init__(self, engine: AsyncStreams, observe: Callable[[float], None]) -> None:
         """`observe` gets the seconds of each step."""
-        self.eos_ids = backend.eos_ids
-        self.logprob_mode = backend.logprob_mode
-        self.upper_bound = backend.upper_bound
-        self._backend = backend
-        self._observe = observe
+        self._engine, self._observe = engine, observe
 
     async def astream(
         self, token_ids: Sequence[int], sampling: Sampling, watch: Sequence[int] = ()
-    ) -> AsyncIterator[Step]:
-        steps: Any = self._backend.astream(token_ids, sampling, watch)
-        try:
+    ) -> AsyncGenerator[Step, None]:
+        async with aclosing(self._engine.astream(token_ids, sampling, watch)) as steps:
             async for step in steps:
                 arrived = time.perf_counter()
                 yield step
                 self._observe(time.perf_counter() - arrived)
-        finally:
-            await steps.aclose()
-
-    async def aclose(self) -> None:
-        await self._backend.aclose()
 
 
 class Readiness:
@@ -208,7 +198,6 @@ class Readiness:
         self,
         probe: Callable[[], Awaitable[None]] | None,
         *,
-        fresh: float = 30.0,
         patience: float = 10.0,
         again: float | None = None,
     ) -> None:
@@ -216,12 +205,10 @@ class Readiness:
 
         Args:
             probe: Raises if the engine cannot be used.
-            fresh: Seconds for which a success counts.
             patience: Time limit of a probe, in seconds.
             again: Seconds between the probes of `watch`; None: it does not probe.
         """
         self._probe = probe
-        self._fresh = fresh
         self._patience = patience
         self._again = again
         self._good_until = -1.0
@@ -278,5 +265,5 @@ class Readiness:
         return not self.doubted and time.monotonic() < self._good_until
 
     def _good(self, doubts: int) -> None:
-        self._good_until = time.monotonic() + self._fresh
+        self._good_until = time.monotonic() + _FRESH
         self._settled = doubts

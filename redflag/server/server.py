@@ -29,7 +29,7 @@ from redflag.api.schema import ChatRequest, parse
 from redflag.api.thinking import thinking_of
 from redflag.api.tools import ToolSupport
 from redflag.api.wire import REFUSAL
-from redflag.backends import AsyncBackend
+from redflag.backends import AsyncBackend, AsyncStreams
 from redflag.errors import RedflagError
 from redflag.guard.guard import Guard
 from redflag.guard.rehearsal import Alarmed
@@ -74,11 +74,8 @@ def build_app(
 
     Args:
         guard: Its backend must be an `AsyncBackend`, and is closed with the application.
-        limits: What is allowed.
-        metrics: Counters.
         readiness: Whether the engine can be used; None: always.
         audit: The log that overrides need.
-        telemetry: Spans.
         record: Callback for the trace of every response that was begun.
         playground: Adds the page at `/`, and its routes.
     """
@@ -252,17 +249,18 @@ class Server:
         assert isinstance(first, Stream), "a response begins with a stream"
         policy = caller.key.policy if caller.key is not None else self.guard.policy
         chat, decoy = isinstance(body, ChatRequest), policy.decoy
-        engine = cast(AsyncBackend, self.guard.backend)
+        engine: AsyncStreams = cast(AsyncBackend, self.guard.backend)
+        eos_ids = self.guard.backend.eos_ids
         if random.random() < _TIMED:
             engine = Stopwatch(engine, self._metrics.observe_step_seconds)
         logprobs = None
         if first.sampling.logprobs is not None:
             context = first.token_ids if not chat or body.prefill else ()
-            hidden = engine.eos_ids | frozenset(self.guard.spec.ids)
+            hidden = eos_ids | frozenset(self.guard.spec.ids)
             logprobs = ShownLogprobs(response.trace, self.guard.tokenizer, hidden, context)
             engine = logprobs.of(engine)
         if caller.alarm_at is not None:
-            engine = Alarmed(engine, caller.alarm_at)
+            engine = Alarmed(engine, eos_ids, caller.alarm_at)
         answer = door.answer(
             body,
             response,
@@ -322,7 +320,6 @@ class Server:
                 trace,
                 user=body.user_id,
                 request_id=trace.id,
-                overridden_by="operator" if caller.override is not None else None,
                 reason=caller.override,
                 thresholds=caller.key.thresholds.values if caller.key is not None else None,
             )
