@@ -31,7 +31,6 @@ class ApiError(Exception):
     Attributes:
         code: What is wrong, for programs.
         param: The request's field, as a path such as `messages.0.role`.
-        headers: Headers of the response.
 
     Example:
         >>> ApiError(404, "there is no model 'x'", "model_not_found", param="model").body()["error"]["type"]
@@ -157,5 +156,5 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 async def _internal_error(request: Request, error: Exception) -> Response:
     # The error's text may quote a request: it goes to the log alone.
-    made = ApiError(500, "the server has a defect; its log says more", "internal_error")
-    return error_response(made, request.url.path)
+    defect = ApiError(500, "the server has a defect; its log says more", "internal_error")
+    return error_response(defect, request.url.path)

@@ -25,7 +25,6 @@ class Door:
     """A route that answers.
 
     Attributes:
-        request: Schema of the body.
         prefix: Of response ids.
         answer: Body, response and the arguments that every `Answer` has -> the answer.
     """
@@ -44,7 +43,7 @@ def _completion(body: CompletionRequest, response: Response, **shared: Any) -> A
 
 
 def _responses(body: ResponsesRequest, response: Response, **shared: Any) -> Answer:
-    return ResponsesAnswer(asked=body, **shared)
+    return ResponsesAnswer(request=body, **shared)
 
 
 def _messages(body: MessagesRequest, response: Response, **shared: Any) -> Answer:

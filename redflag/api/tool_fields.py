@@ -153,11 +153,11 @@ def _responses_choice(value: Any) -> Choice | None:
 def _messages_choice(value: Any) -> Choice | None:
     if value is None or isinstance(value, Choice):
         return value
-    given = value if isinstance(value, Mapping) else {}
-    mode = {"auto": "auto", "none": "none", "any": "required", "tool": "required"}.get(str(given.get("type")))
-    name = given.get("name") if given.get("type") == "tool" else ""
-    alone = given.get("disable_parallel_tool_use")
-    nameless = not isinstance(name, str) or (given.get("type") == "tool" and not name)
+    fields = value if isinstance(value, Mapping) else {}
+    mode = {"auto": "auto", "none": "none", "any": "required", "tool": "required"}.get(str(fields.get("type")))
+    name = fields.get("name") if fields.get("type") == "tool" else ""
+    alone = fields.get("disable_parallel_tool_use")
+    nameless = not isinstance(name, str) or (fields.get("type") == "tool" and not name)
     if mode is None or nameless or not isinstance(alone, bool | None):
         raise PydanticCustomError(
             "literal_error",

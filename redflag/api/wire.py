@@ -53,7 +53,6 @@ class Answer:
     Attributes:
         tokens: Response tokens shown, including a replacement's.
         finish_reason: `stop`, `length`, `tool_calls` or `content_filter`; None before the end and after a fault.
-        failed: It ended with a fault.
         detail: Content of `redflag`, if any.
         thought_tokens: `Trace.thought_tokens`; to be set before the end is formatted.
         head: First fields of the body; `frame`: of every chunk.
@@ -91,12 +90,9 @@ class Answer:
         Args:
             name: The request's id.
             chat: `/v1/chat/completions`, not `/v1/completions`.
-            usage: The stream ends with token counts.
             decoy: A replacement ends as if the model had written it.
             refusal: The text of `refusal`; with `in_words`, `content` repeats it.
             count: Text -> number of tokens, for replacements.
-            index: Of the choice.
-            logprobs: Log-probabilities of shown tokens, if requested.
             calls: Reads the calls of tools, if any may be called.
         """
         self.tokens = 0

@@ -138,8 +138,7 @@ class BusyError(RedflagError):
 class ContextLengthError(RedflagError):
     """The prompt leaves no room for a response.
 
-    Attributes:
-        context_length: Maximum number of tokens of prompt and response together.
+    `context_length` is the maximum number of tokens of prompt and response together.
     """
 
     def __init__(self, prompt_tokens: int, context_length: int, whose: str = "model") -> None:

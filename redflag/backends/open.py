@@ -163,10 +163,7 @@ def _refuse(served: Mapping[str, Any]) -> None:
 def for_event_loop(backend: Backend, active: int, waiting: int) -> tuple[AsyncBackend, Callable[[], Awaitable[None]]]:
     """A backend for a server's event loop, and a function that checks again, later, that it measures.
 
-    Args:
-        backend: Result of `open_backend`.
-        active: Maximum number of streams that an engine in this process works on at a time, in turns.
-        waiting: Maximum number of streams that wait for it.
+    `active` and `waiting` as for `redflag.backends.turns.Turns`, for an engine in this process.
     """
     from redflag.backends.remote import RemoteBackend
     from redflag.backends.turns import Turns

@@ -42,13 +42,10 @@ class Link:
         self._draining: dict[asyncio.Task[None], aiohttp.ClientResponse] = {}
 
     def leave(self, response: aiohttp.ClientResponse, *, over: bool) -> None:
-        """Releases a response without waiting.
+        """Releases a response, read to any point, without waiting.
 
-        Args:
-            response: Read to any point.
-            over: Whether the server has reported its end: then the few bytes that may follow are read in the
-                background, so that the connection can be reused. Otherwise the connection is closed, which stops the
-                engine.
+        If the server has reported its end (`over`), the few bytes that may follow are read in the background, so that
+        the connection can be reused. Otherwise the connection is closed, which stops the engine.
         """
         if over and not response.content.at_eof():
             task = asyncio.get_running_loop().create_task(_drain(response))

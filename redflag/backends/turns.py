@@ -63,7 +63,6 @@ class Turns:
         Args:
             backend: The engine; from now on only the thread uses it.
             active: Maximum number of streams that take turns; they share the engine's speed, each with its own cache.
-            waiting: Maximum number of streams in the queue.
             buffer: Maximum number of steps ahead of a consumer.
             patience: Seconds that a stream with a full buffer waits for its consumer.
 

@@ -174,8 +174,7 @@ class ResponseText:
         Args:
             hidden_ids: Ids without text: end-of-sequence ids (not every tokenizer calls them special) and flags.
             context: Ids that the response continues without a break.
-            stop: Texts that end the response.
-            remove: Flags' texts.
+            stop: Texts that end the response; `remove`: flags' texts.
             until: The id that ends a thought; from it on there is no text.
             skip: Characters to strip from the beginning: white space between thought and answer.
             marks: Id -> text in place of its own (`redflag.tool_prompt.mark_ids`), for a reader of tool calls.

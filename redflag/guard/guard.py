@@ -112,8 +112,7 @@ class Guard:
                 weights are read.
             policy: As for `Guard`; likewise `judge`, `thinking` and `memory`.
             thresholds: In place of the calibrated file: thresholds, or one number for all categories, set by hand.
-            dtype: Type of the weights; `"auto"`: as saved.
-            device: `"cuda"`, ...; "auto": the first GPU, if there is one.
+            dtype: Type of the weights; "auto": as saved. `device`: "auto" is the first GPU, if there is one.
             upstream: The server that runs the model, such as a stock vLLM at `"http://localhost:8000"`; None: this
                 process.
             **served: Options of `redflag.backends.remote.RemoteBackend`.

@@ -56,7 +56,6 @@ class Response:
     A forced flag also starts a new stream, which the user sees: prompt, released tokens, flag, and the continuation.
 
     Attributes:
-        session: Judges the steps.
         text: Decodes the tokens; holds the stop text that ended the response.
     """
 

@@ -70,11 +70,10 @@ class Caller:
     """What a request's headers entitle it to.
 
     Attributes:
-        operator: It has the operator's key.
         view: The operator wants the trace.
         override: Reason for overriding the watch, if the operator does.
         alarm_at: Index of the token with a simulated alarm, if the operator tests the halt.
-        key: The key with a policy of its own, if it has one.
+        key: Its key, if that has a policy of its own.
         client: A digest of the client's key; "" without one.
     """
 

@@ -17,7 +17,7 @@ from redflag.server.exchange import Readiness, timeout_at
 from redflag.server.metrics import Metrics
 from redflag.trace import Trace
 
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
 
 class Gate:
@@ -58,7 +58,7 @@ class Gate:
             yield
         self._count(route, begun, "done")
 
-    async def read(self, request: Request, work: Callable[[bytes], Made]) -> Made:
+    async def read(self, request: Request, work: Callable[[bytes], Result]) -> Result:
         """Reads the body and returns what `work` makes of it in a thread.
 
         Raises:
@@ -72,12 +72,12 @@ class Gate:
         loop = asyncio.get_running_loop()
         try:
             async with timeout_at(loop.time() + self._limits.request_timeout):
-                made = await loop.run_in_executor(self._threads, work, content)
+                result = await loop.run_in_executor(self._threads, work, content)
         except TimeoutError:
             raise late() from None
         if self._readiness.doubted and await self._readiness.why_not():
             raise unavailable()
-        return made
+        return result
 
     def _count(self, route: str, begun: float, end: str) -> None:
         seconds = time.perf_counter() - begun

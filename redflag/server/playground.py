@@ -96,8 +96,8 @@ class Playground:
     async def trace(self, request: Request, name: str) -> Response:
         """A response in progress, or one of the last."""
         self._admit(request)
-        exchange = next((one for one in self._open if one.response.trace.id == name), None)
-        trace = exchange.response.trace if exchange else next((one for one in self._over if one.id == name), None)
+        exchange = next((item for item in self._open if item.response.trace.id == name), None)
+        trace = exchange.response.trace if exchange else next((item for item in self._over if item.id == name), None)
         if trace is None:
             raise ApiError(404, f"there is no response {name[:100]!r} here, or not any more", "not_found")
         lines = self._lines(trace, lambda: exchange in self._open)
@@ -190,10 +190,10 @@ def own_page(request: Request) -> None:
     name = urlsplit(f"//{host}").hostname or ""
     try:
         ipaddress.ip_address(name)
-        known = True
+        local = True
     except ValueError:
-        known = name == "localhost"
-    if not known or (origin is not None and urlsplit(origin).netloc != host):
+        local = name == "localhost"
+    if not local or (origin is not None and urlsplit(origin).netloc != host):
         text = (
             "without an operator key probabilities are for the page of this server, at an IP address or localhost; set "
             "REDFLAG_OPERATOR_KEY"

@@ -167,11 +167,13 @@ def limits_of(arguments: ServeArguments, environment: Mapping[str, str]) -> Limi
             f"host must be 127.0.0.1 if the playground is on and there is no operator key (got {arguments.host!r}). "
             f"Everybody who can open the page reads flag probabilities. Set {OPERATOR_KEY}."
         )
-    own: dict[str, Any] = {"api_keys": keys, "keys": None, "operator_key": operator}
-    options: dict[str, Any] = {one.name: getattr(arguments, one.name) for one in fields(Limits) if one.name not in own}
+    others: dict[str, Any] = {"api_keys": keys, "keys": None, "operator_key": operator}
+    options: dict[str, Any] = {
+        item.name: getattr(arguments, item.name) for item in fields(Limits) if item.name not in others
+    }
     options["name"] = arguments.name or Path(arguments.model).resolve().name
     options["allow_origins"] = origins_of(arguments.allow_origins)
-    return Limits(**options, **own)
+    return Limits(**options, **others)
 
 
 def tell_of_playground(where: str, limits: Limits) -> None:

@@ -256,7 +256,7 @@ def test_a_fault_and_a_client_that_left_have_their_traces_too(guard):
     with running(guard(), playground=True) as server:
         for _ in range(40):
             httpx.post(server.url + CHAT, json=body_of(CHAT))
-        assert len(server.server._record.__self__._over) == 32, "a bounded number is kept"
+        assert len(server.server.record.__self__._over) == 32, "a bounded number is kept"
         gone = httpx.get(f"{server.url}/playground/traces/{server.traces[0].id}")
         assert gone.status_code == 404 and gone.json()["error"]["code"] == "not_found"
 
