@@ -26,6 +26,7 @@ else:
 
 _log = logging.getLogger(__name__)
 
+TIMEOUTS = (TimeoutError, asyncio.TimeoutError)  # one class, but in Python 3.10, where `timeout_at` raises the latter
 CLOSING = 10.0  # seconds that an engine may take to close a stream
 _FRESH = 30.0  # seconds for which the engine counts as ready after a success
 
@@ -152,7 +153,7 @@ class Exchange:
             (getattr(self._timer, "reschedule", None) or self._timer.update)(self._deadline)
 
     def _failed(self, error: Exception) -> Event:
-        if isinstance(error, TimeoutError):
+        if isinstance(error, TIMEOUTS):
             self._cut = self._cut or "timeout"
             if self._cut == "disconnected":
                 raise ConnectionAbortedError("the client has left") from error

@@ -13,7 +13,7 @@ from fastapi import Request
 
 from redflag.api.api_errors import ApiError, busy, late, unavailable
 from redflag.server.access import Limits, read_body
-from redflag.server.exchange import Readiness, timeout_at
+from redflag.server.exchange import TIMEOUTS, Readiness, timeout_at
 from redflag.server.metrics import Metrics
 from redflag.trace import Trace
 
@@ -73,7 +73,7 @@ class Gate:
         try:
             async with timeout_at(loop.time() + self._limits.request_timeout):
                 result = await loop.run_in_executor(self._threads, work, content)
-        except TimeoutError:
+        except TIMEOUTS:
             raise late() from None
         if self._readiness.doubted and await self._readiness.why_not():
             raise unavailable()

@@ -26,7 +26,7 @@ from redflag.errors import RedflagError
 from redflag.guard.guard import Guard
 from redflag.prompt import render_prompt, render_response
 from redflag.server.access import Limits, admit, check_model, shows_operator_key
-from redflag.server.exchange import timeout_at
+from redflag.server.exchange import TIMEOUTS, timeout_at
 from redflag.server.gate import Gate
 from redflag.server.keys import Key
 from redflag.trace import Alarm, Halt, Step
@@ -107,7 +107,7 @@ class Moderations:
             try:
                 async with timeout_at(asyncio.get_running_loop().time() + self._limits.request_timeout):
                     judged = [await self._measured(item, key) for item in rendered]
-            except TimeoutError:
+            except TIMEOUTS:
                 raise late() from None
         return body, judged, operator
 
