@@ -24,8 +24,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from redflag.api.api_errors import ApiError
-from redflag.api.explained import explained
+from redflag.api.api_errors import ApiError, explained
 from redflag.api.fields import ignored_fields
 from redflag.api.structured import json_schema
 from redflag.api.thinking import AskedThinking
