@@ -78,7 +78,7 @@ def open_backend(
         return load_flagged(directory, device, dtype)
     from redflag.backends.remote import RemoteBackend
     from redflag.backends.remote_handshake import handshake
-    from redflag.backends.remote_memory import RememberingBackend
+    from redflag.backends.remote_score import RememberingBackend
 
     tokenizer, spec, eos_ids = load_tokenizer(directory)
     backend = (RememberingBackend if earlier else RemoteBackend)(upstream, spec.ids, eos_ids, **served)

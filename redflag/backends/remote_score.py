@@ -1,5 +1,7 @@
 """Flag probabilities of given responses from an OpenAI-compatible server: teacher forcing without the weights.
 
+So are the earlier answers of a conversation measured before the server continues it (`RememberingBackend`).
+
 A server offers one of three ways (`find_way` tries them). For vLLM 0.32:
 
 - `prefill`: one request per response. `/inference/v1/generate` takes `prompt_logprob_token_ids`: the log-probability of
@@ -16,22 +18,29 @@ forcing a response token by token (structured output masks the logits before the
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from redflag.backends import Sampling
 from redflag.backends.remote import RemoteBackend
 from redflag.backends.remote_handshake import ordinary_ids, shake_hands
+from redflag.backends.remote_link import Link
 from redflag.backends.remote_wire import TOP, check_own, measured_in, probability_of
 from redflag.errors import RedflagError
+from redflag.trace import Step
 
 Way = Literal["prefill", "steps", "bound"]
 Probs = npt.NDArray[np.float32]
+Measured = tuple[tuple[tuple[float, ...], ...], ...]
 
 _AT_ONCE = 64  # prompts in one request
 _TOLERANCE = 1e-3  # between two measurements of one probability; half precision changes it by about as much
@@ -58,6 +67,71 @@ class ServedScores:
         except OSError:  # The server may come back with other options.
             self._way = None
             raise
+
+
+class RememberingBackend(RemoteBackend):
+    """As `RemoteBackend`; the first step carries what `Sampling.earlier` asks for.
+
+    Earlier answers are measured as given responses are, before the stream begins.
+    """
+
+    measures_earlier = True
+
+    @cached_property
+    def _scores(self) -> ServedScores:
+        return ServedScores(self)
+
+    def prepare(self) -> None:
+        """Finds out how the server measures, without an event loop.
+
+        Raises:
+            RedflagError: It cannot; names the server option, version or address to fix.
+        """
+
+        async def alone() -> None:
+            try:
+                await self._scores.way()
+            finally:
+                await self.aclose()
+
+        asyncio.run(alone())
+
+    def _steps(
+        self, token_ids: Sequence[int], sampling: Sampling, watch: Sequence[int], link: Link | None
+    ) -> AsyncGenerator[Step, None]:
+        steps = super()._steps(token_ids, replace(sampling, earlier=()), watch, link)
+        return self._with_earlier(steps, list(token_ids), sampling.earlier, link) if sampling.earlier else steps
+
+    async def _with_earlier(
+        self,
+        steps: AsyncGenerator[Step, None],
+        prompt: list[int],
+        spans: Sequence[tuple[int, int]],
+        link: Link | None,
+    ) -> AsyncGenerator[Step, None]:
+        try:
+            earlier: Measured | None = await self.measure(prompt, spans)
+            async for step in steps:
+                yield step if earlier is None else step._replace(earlier=earlier)
+                earlier = None
+        finally:
+            await steps.aclose()
+            if link is not None:  # A loop of this stream's own: `ask` has opened further connections on it.
+                await self.aclose()
+
+    async def measure(self, prompt: Sequence[int], spans: Sequence[tuple[int, int]]) -> Measured:
+        """T x K probabilities of each span.
+
+        Raises:
+            RedflagError: As `score_response`, as are all others.
+        """
+        if await self._scores.way() == "steps":  # No position between the spans is paid for.
+            parts = [await self._scores.score(prompt[:start], prompt[start:end]) for start, end in spans]
+        else:
+            first, last = spans[0][0], spans[-1][1]
+            probs = await self._scores.score(prompt[:first], prompt[first:last])
+            parts = [probs[start - first : end - first] for start, end in spans]
+        return tuple(tuple(map(tuple, part.tolist())) for part in parts)
 
 
 async def find_way(backend: RemoteBackend) -> Way:

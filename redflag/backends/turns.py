@@ -45,14 +45,6 @@ class Turns:
 
     `eos_ids`, `logprob_mode`, `upper_bound`, `most_logprobs`, `measures_earlier` and `context_length` are those of the
     backend.
-
-    Example:
-        ```python
-        turns = Turns(HFBackend(model, tokenizer, spec))
-        async for step in turns.astream(prompt_ids, Sampling()):
-            print(step)
-        await turns.aclose()
-        ```
     """
 
     def __init__(

@@ -33,12 +33,6 @@ class Upstreams:
             unknown.
         ways: How each server in use measures (`redflag.backends.remote_score`).
         upper_bound: Whether probabilities are upper bounds.
-
-    Example:
-        ```python
-        with Upstreams(["http://gpu1:8000", "http://gpu2:8000"], spec, eos_ids) as scorer:
-            scored = list(score_rows(scorer, tokenizer, spec, rows))
-        ```
     """
 
     def __init__(self, urls: Sequence[str], spec: FlagSpec, eos_ids: frozenset[int], **served: Any) -> None:

@@ -17,12 +17,6 @@ class Detokenizer:
     (without `clean_up_tokenization_spaces`, which rewrites text that was returned already). A character of several
     tokens comes with the last one. Incomplete bytes at the end become U+FFFD in `flush`, as in `decode`; invalid bytes
     in the middle too, but with byte fallback their number may differ from that of `decode`.
-
-    Example:
-        ```python
-        detokenizer = Detokenizer(tokenizer)
-        text = "".join(map(detokenizer.push, token_ids)) + detokenizer.flush()
-        ```
     """
 
     def __init__(self, tokenizer: Any, context: Sequence[int] = ()) -> None:
