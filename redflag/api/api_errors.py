@@ -55,7 +55,6 @@ class ApiError(Exception):
         self.headers = headers or {}
 
     def body(self) -> dict[str, Any]:
-        """The response's body."""
         kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
@@ -84,32 +83,26 @@ def short(value: Any) -> str:
 
 
 def invalid(message: str, param: str | None) -> ApiError:
-    """A field's value is invalid."""
     return ApiError(400, message, "invalid_value", param=param)
 
 
 def unsupported(message: str, param: str) -> ApiError:
-    """A field is not supported."""
     return ApiError(400, message, "unsupported_parameter", param=param)
 
 
 def busy(message: str) -> ApiError:
-    """Too many requests."""
     return ApiError(429, message, "engine_busy", headers=_RETRY)
 
 
 def unavailable(shown: bool = False) -> ApiError:
-    """The engine failed."""
     return ApiError(503, f"the engine failed {_WHEN[shown]}; try again", "engine_unavailable", headers=_RETRY)
 
 
 def late(shown: bool = False) -> ApiError:
-    """The response took too long."""
     return ApiError(504, f"the time that a response has was over {_WHEN[shown]}; try again", "response_timeout")
 
 
 def stopping(shown: bool = False) -> ApiError:
-    """The server is shutting down."""
     return ApiError(503, f"the server is shutting down {_WHEN[shown]}; try again", "shutting_down", headers=_RETRY)
 
 

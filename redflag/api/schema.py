@@ -231,7 +231,6 @@ class _Request(BaseModel):
 
     @property
     def ignored(self) -> list[str]:
-        """Fields that were ignored."""
         return self._ignored
 
     def extra(self) -> Iterator[str]:

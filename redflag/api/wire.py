@@ -210,7 +210,6 @@ class Answer:
         return _sse(self._chunk({"role": "assistant", "content": "", "refusal": None})) if self._chat else b""
 
     def chunk(self, text: str) -> bytes:
-        """One chunk of text."""
         if self._logprobs is None:
             return self._before + json.dumps(text).encode() + self._after
         listed, self._sent = self._listed[self._sent :], len(self._listed)
@@ -244,7 +243,6 @@ class Answer:
         return self.redflag(view) if view is not None else {}
 
     def body(self, generated: int, view: dict[str, Any] | None = None) -> dict[str, Any]:
-        """The whole response."""
         return {**self.head, "choices": [self.choice(generated)], "usage": usage([self]), **self.redflag(view)}
 
     def choice(self, generated: int) -> dict[str, Any]:

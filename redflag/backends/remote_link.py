@@ -55,7 +55,6 @@ class Link:
             response.close()
 
     async def close(self) -> None:
-        """Closes all connections."""
         for task, response in self._draining.items():
             task.cancel()
             response.close()  # a cancelled task closes it only if the task had started

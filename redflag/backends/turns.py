@@ -191,7 +191,6 @@ class _Worker:
     # Called by consumers.
 
     def enter(self, turn: _Turn) -> None:
-        """Puts a new stream into the queue."""
         with self._work:
             if self._over is not None:
                 raise ConnectionError(self._over)

@@ -37,7 +37,6 @@ class Alarmed:
     async def astream(
         self, token_ids: Sequence[int], sampling: Sampling, watch: Sequence[int] = ()
     ) -> AsyncGenerator[Step, None]:
-        """As the engine's."""
         flags: tuple[float, ...] = ()
         async with aclosing(self._engine.astream(token_ids, sampling, watch)) as steps:
             for index in range(self._at + 1):

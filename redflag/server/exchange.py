@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import anyio
 
@@ -37,6 +37,7 @@ class Exchange:
     One task must ask for all events, since engines identify a response by its task.
 
     Attributes:
+        cut: Why it was ended early: `timeout`, `stopped` (the server shuts down) or `disconnected`; "" if it was not.
         committed: Something was sent, so that a refusal by the engine can no longer become an HTTP error.
         delivered: The last byte was sent.
         seconds_to_first: Seconds until text was released, if any was.
@@ -58,6 +59,7 @@ class Exchange:
             closing_text: Text for an alarm's `Halt` that has none, if text was released before it.
         """
         self.response = response
+        self.cut: Literal["", "timeout", "stopped", "disconnected"] = ""
         self.committed = False
         self.delivered = False
         self.seconds_to_first: float | None = None
@@ -70,23 +72,12 @@ class Exchange:
         self._seconds = seconds
         self._timer: Any = None
         self._last: deque[Event] = deque()
-        self._cut = ""
         self._refused = False
 
     @property
     def seconds(self) -> float:
         """Seconds since the start."""
         return time.perf_counter() - self._begun
-
-    @property
-    def late(self) -> bool:
-        """Whether it was ended by the time limit."""
-        return self._cut == "timeout"
-
-    @property
-    def stopped(self) -> bool:
-        """Whether it was ended by the server's shutdown."""
-        return self._cut == "stopped"
 
     @property
     def end(self) -> str:
@@ -96,7 +87,7 @@ class Exchange:
             return "refused"
         if end is None or not self.delivered:
             return "disconnected"
-        return "timeout" if end == "fault" and (self.late or self.stopped) else end
+        return "timeout" if end == "fault" and self.cut in ("timeout", "stopped") else end
 
     async def next(self) -> Event:
         """The next event; a `Halt` or `Done` is the last one.
@@ -122,13 +113,13 @@ class Exchange:
             event = replace(event, text=self._closing_text)
         return event
 
-    def leave(self) -> None:
-        """Ends the response, since the client has disconnected."""
-        self._hurry("disconnected")
-
-    def stop(self) -> None:
-        """Ends the response, since the server shuts down."""
-        self._hurry("stopped")
+    def stop(self, why: Literal["stopped", "disconnected"]) -> None:
+        """Ends the response, even while a step is awaited."""
+        self.cut = self.cut or why
+        self._deadline = asyncio.get_running_loop().time()
+        if self._timer is not None:
+            # Its name in Python 3.11; async_timeout, which stands in for it in 3.10, calls it `update`.
+            (getattr(self._timer, "reschedule", None) or self._timer.update)(self._deadline)
 
     async def close(self) -> None:
         """Stops the engine, even if this task is cancelled, and reports the end. Idempotent."""
@@ -145,20 +136,13 @@ class Exchange:
         finally:
             on_close(self)
 
-    def _hurry(self, cut: str) -> None:
-        self._cut = self._cut or cut
-        self._deadline = asyncio.get_running_loop().time()
-        if self._timer is not None:
-            # Its name in Python 3.11; async_timeout, which stands in for it in 3.10, calls it `update`.
-            (getattr(self._timer, "reschedule", None) or self._timer.update)(self._deadline)
-
     def _failed(self, error: Exception) -> Event:
         if isinstance(error, TIMEOUTS):
-            self._cut = self._cut or "timeout"
-            if self._cut == "disconnected":
+            self.cut = self.cut or "timeout"
+            if self.cut == "disconnected":
                 raise ConnectionAbortedError("the client has left") from error
             late = f"the response took longer than {self._seconds:g} s"
-            error = TimeoutError("the server is shutting down" if self.stopped else late)
+            error = TimeoutError("the server is shutting down" if self.cut == "stopped" else late)
         elif isinstance(error, RedflagError) and not self.committed and self.response.untouched:
             self._refused = True
             raise error
@@ -196,11 +180,7 @@ class Readiness:
     """
 
     def __init__(
-        self,
-        probe: Callable[[], Awaitable[None]] | None,
-        *,
-        patience: float = 10.0,
-        again: float | None = None,
+        self, probe: Callable[[], Awaitable[None]] | None, *, patience: float = 10.0, again: float | None = None
     ) -> None:
         """The engine counts as not ready until a probe, unless there is none.
 

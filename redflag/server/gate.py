@@ -34,7 +34,6 @@ class Gate:
         self._threads = ThreadPoolExecutor(2, "redflag-render")
 
     def close(self) -> None:
-        """Frees the threads."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     @contextmanager

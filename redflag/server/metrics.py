@@ -67,7 +67,6 @@ class Metrics:
     """
 
     def __init__(self) -> None:
-        """Starts at zero."""
         registry = CollectorRegistry()
         self._registry = registry
         self._known: dict[str, set[str]] = {}

@@ -68,7 +68,6 @@ class Playground:
         app.add_api_route("/playground/traces/{name}", self.trace, methods=["GET"], response_model=None)
 
     async def page(self) -> Response:
-        """The page itself."""
         content, policy = page()
         headers = {
             "content-security-policy": policy,

@@ -128,11 +128,10 @@ async def whole(request: Request, parts: Sequence[Part], view: bool, headers: Ma
 
 def _leave(parts: Sequence[Part]) -> None:
     for exchange, _ in parts:
-        exchange.leave()
+        exchange.stop("disconnected")
 
 
 async def close(parts: Sequence[Part]) -> None:
-    """Closes the exchanges."""
     for exchange, _ in parts:
         await exchange.close()
 
@@ -218,7 +217,7 @@ async def _disconnected(request: Request) -> None:
 
 
 def _fault(exchange: Exchange, shown: bool) -> ApiError:
-    kind = stopping if exchange.stopped else late if exchange.late else unavailable
+    kind = {"stopped": stopping, "timeout": late}.get(exchange.cut, unavailable)
     return kind(shown=exchange.committed and shown)
 
 

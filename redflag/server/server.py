@@ -173,7 +173,7 @@ class Server:
     def stop(self) -> None:
         """Ends all responses with an error, since the server shuts down."""
         for exchange in tuple(self.open):
-            exchange.stop()
+            exchange.stop("stopped")
 
     async def health(self) -> Response:
         """Whether the process runs."""

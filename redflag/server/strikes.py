@@ -50,7 +50,6 @@ class Strikes:
                 raise ApiError(403, text, "conversation_stopped")
 
     def count(self, name: str) -> None:
-        """One more halt."""
         with self._lock:
             self._halts[name] = (self._current(name) + 1, self._clock())
             self._halts.move_to_end(name)

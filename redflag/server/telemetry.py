@@ -81,7 +81,6 @@ class Span:
             self.fail("timeout" if end == "timeout" else fault)
 
     def fail(self, kind: str) -> None:
-        """Marks the span as an error."""
         from opentelemetry.trace import Status, StatusCode
 
         self._span.set_attribute("error.type", kind)
