@@ -270,8 +270,14 @@ class Guard:
                 assert prompt[: len(ids)] == ids, "the same conversation in other ids"
                 sampling = replace(sampling, earlier=spans)
         return Response(
-            *(self.tokenizer, self._spec, thresholds or self._thresholds, policy, self.backend.eos_ids),
-            *(messages, prompt, sampling),
+            self.tokenizer,
+            self._spec,
+            thresholds or self._thresholds,
+            policy,
+            self.backend.eos_ids,
+            messages,
+            prompt,
+            sampling,
             continues=continues,
             thought=marks,
             marks=mark_ids(self.tokenizer, tools.format) if tools is not None and tools.definitions else None,

@@ -71,7 +71,7 @@ class Exchange:
         self._deadline = asyncio.get_running_loop().time() + seconds
         self._seconds = seconds
         self._timer: Any = None
-        self._last: deque[Event] = deque()
+        self._last: deque[Event] = deque()  # events of a failure, still to be given out
         self._refused = False
 
     @property
@@ -144,6 +144,7 @@ class Exchange:
             late = f"the response took longer than {self._seconds:g} s"
             error = TimeoutError("the server is shutting down" if self.cut == "stopped" else late)
         elif isinstance(error, RedflagError) and not self.committed and self.response.untouched:
+            # The engine refuses the request: nothing was written or sent, so the client gets an error of its own.
             self._refused = True
             raise error
         self._last.extend(self.response.failed(error))
