@@ -36,7 +36,7 @@ LONGEST_STOP = 128
 _MOST_CHOICES = 128  # as at OpenAI; the server's own limit is `Limits.max_choices`
 NO_LIMIT = -1  # what clients send for "as many tokens as are allowed"
 
-Body = TypeVar("Body", bound="_Request")
+Kind = TypeVar("Kind", bound="_Request")
 
 
 def _a_limit(value: int) -> int:
@@ -352,7 +352,7 @@ class CompletionRequest(_Request):
         return self.logprobs
 
 
-def parse(kind: type[Body], body: bytes, *, refuse_unknown: bool = False) -> Body:
+def parse(kind: type[Kind], body: bytes, *, refuse_unknown: bool = False) -> Kind:
     """Parses and checks a body in JSON; `refuse_unknown` also refuses fields that could be ignored.
 
     Raises:

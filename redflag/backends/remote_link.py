@@ -90,9 +90,6 @@ class SyncSteps(Iterator[Step]):
         self._steps: AsyncGenerator[Step, None] | None = None
         self._closed = False
 
-    def __iter__(self) -> SyncSteps:
-        return self
-
     def __next__(self) -> Step:
         if self._closed:
             raise StopIteration
