@@ -63,6 +63,9 @@ class ChatInput:
     thinking: bool = False
 
 
+_SEEDS = 2**62
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are chosen. It does not affect the flag probabilities, which are measured first.
@@ -117,7 +120,7 @@ class Sampling:
                 0.0 < self.repetition_penalty < math.inf,
                 "above 0 (1 = off)",
             ),
-            ("seed", self.seed, self.seed is None or abs(self.seed) < 2**62, "None or a whole number below 2**62"),
+            ("seed", self.seed, self.seed is None or abs(self.seed) < _SEEDS, "None or a whole number below 2**62"),
             ("logprobs", self.logprobs, self.logprobs is None or self.logprobs >= 0, "None or 0 and above"),
             ("stop", self.stop, not isinstance(self.stop, str) and all(self.stop), "a tuple of texts, none empty"),
         )
@@ -129,6 +132,18 @@ class Sampling:
     def greedy(self) -> bool:
         """Whether the most likely token is always chosen."""
         return self.temperature == 0.0
+
+    def seed_of(self, stream: int) -> int | None:
+        """The seed of a response's further streams, counted from 1: with the first one's they would repeat its draws.
+
+        Example:
+            >>> Sampling(seed=7).seed_of(2), Sampling(seed=2**62 - 1).seed_of(1)
+            (9, 0)
+        """
+        if self.seed is None:
+            return None
+        seed = self.seed + stream
+        return seed if seed < _SEEDS else seed - _SEEDS
 
 
 class BusyError(RedflagError):

@@ -306,9 +306,7 @@ class Response:
         left = self._sampling.max_new_tokens - len(self.trace.token_ids)
         if left < 1:
             return events + self._finish("length")
-        # With the same seed the same draws would be repeated, at other positions.
-        seed = None if self._sampling.seed is None else self._sampling.seed + self._restarts
-        sampling = replace(self._sampling, max_new_tokens=left, seed=seed)
+        sampling = replace(self._sampling, max_new_tokens=left, seed=self._sampling.seed_of(self._restarts))
         if sampling.grammar is not None:
             sampling = replace(sampling, grammar=sampling.grammar.after([self._context[i] for i in self._starts]))
         self.request = Stream(tuple(self._context), sampling)
