@@ -11,11 +11,11 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
@@ -149,6 +149,14 @@ def _conversation(body: Body, caller: Caller) -> str:
     return conversation_name(caller.client, body.user_id, body.inputs()[0])
 
 
+class Prepared(NamedTuple):
+    """A request that was read and checked, a response for each of its choices, and the tools that they may call."""
+
+    body: Body
+    responses: list[GuardedResponse]
+    tools: ToolUse | None
+
+
 @dataclass(eq=False)
 class Server:
     """State shared by all requests, and their handlers. Arguments as for `build_app`."""
@@ -215,12 +223,13 @@ class Server:
         route = request.url.path.rstrip("/")
         with self.gate.arriving(route):
             caller = admit(request, self.limits, audited=self.audit is not None)
-            body, responses, tools = await self.gate.read(request, partial(self._prepare, door, caller))
+            prepared = await self.gate.read(request, partial(self._prepare, door, caller))
+        body, responses, _ = prepared
         headers = {"x-request-id": responses[0].trace.id}
         if body.ignored:
             headers[_IGNORED] = header(body.ignored)
             self._log_ignored(body.ignored)
-        parts = [self._begin(request, route, door, responses, i, body, caller, tools) for i in range(len(responses))]
+        parts = [self._begin(request, route, door, caller, prepared, index) for index in range(len(responses))]
         if body.stream:
             return EventStream(parts, caller.view, headers, self.limits)
         try:
@@ -228,18 +237,9 @@ class Server:
         finally:
             await close(parts)
 
-    def _begin(
-        self,
-        request: Request,
-        route: str,
-        door: Door,
-        responses: Sequence[GuardedResponse],
-        index: int,
-        body: Body,
-        caller: Caller,
-        tools: ToolUse | None,
-    ) -> Part:
+    def _begin(self, request: Request, route: str, door: Door, caller: Caller, prepared: Prepared, index: int) -> Part:
         """Begins one choice: its clock, metrics and span."""
+        body, responses, tools = prepared
         response = responses[index]
         first = response.request
         assert isinstance(first, Stream), "a response begins with a stream"
@@ -322,10 +322,8 @@ class Server:
         if self.record is not None and caller.alarm_at is None:
             self.record(trace)
 
-    def _prepare(
-        self, door: Door, caller: Caller, content: bytes
-    ) -> tuple[Body, list[GuardedResponse], ToolUse | None]:
-        """The request, a response for each choice, and the tools they may call; in a thread."""
+    def _prepare(self, door: Door, caller: Caller, content: bytes) -> Prepared:
+        """Parses and checks a body; in a thread."""
         body = parse(door.request, content, refuse_unknown=self.limits.unknown_fields == "refuse")
         check_model(body.model, self.limits)
         if self._strikes is not None and caller.override is None:
@@ -338,7 +336,7 @@ class Server:
                     self.audit.begin_override(body.user_id, caller.override, response.trace.id)
             except RedflagError as error:
                 raise ApiError(503, str(error), "audit_log_failed") from error
-        return body, responses, tools
+        return Prepared(body, responses, tools)
 
     def _prompt_tokens(self, content: bytes) -> int:
         body = parse(CountRequest, content)
