@@ -7,9 +7,7 @@ import hashlib
 import json
 import logging
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import httpx
 import pytest
@@ -20,11 +18,10 @@ from running import MODEL, Play, body_of, chunks_of, engine, running, text_of_ch
 from redflag import cli
 from redflag.cli import parse
 from redflag.errors import RedflagError
-from redflag.events import _Event
 from redflag.guard.guard import Guard
 from redflag.server import playground, serve
 from redflag.server.access import Limits
-from redflag.trace import Text, Trace, read_traces
+from redflag.trace import Text, Thought, Trace, read_traces
 from redflag.watching.policy import Policy, Reflect
 
 CHAT = "/v1/chat/completions"
@@ -196,16 +193,6 @@ def test_it_does_not_matter_when_one_looks(make_response, policy, looks, high):
     assert len(events) == len(response.trace.events)
     assert released == "".join(event.text for event in response.trace.events if isinstance(event, Text))
     assert playground.since(response.trace, *at, lambda trace, event: [event.text]) == (None, at)
-
-
-@dataclass(frozen=True)
-class Thought(_Event):
-    """Text of a part of its own."""
-
-    part: ClassVar[str] = "thought"
-    position: int
-    token_ids: tuple[int, ...]
-    text: str
 
 
 def test_text_of_another_part_is_told_apart():

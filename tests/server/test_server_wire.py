@@ -275,7 +275,7 @@ def test_a_chunk_is_one_line_whatever_its_text(text):
 
 def test_an_answer_takes_nothing_after_its_end():
     answer = Answer("id-1", MODEL, chat=False, prompt_tokens=1)
-    for early in (answer.closing, answer.body, answer.breaking):
+    for early in (answer.last, answer.body, answer.breaking):
         with pytest.raises(AssertionError):
             early(0)
     answer.push(Done(0, "stop"))
