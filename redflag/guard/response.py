@@ -7,7 +7,7 @@ to the caller.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -348,7 +348,7 @@ def drive(
             steps = None
 
 
-async def adrive(response: Response, backend: AsyncStreams, judge: Judge | None = None) -> AsyncIterator[Event]:
+async def adrive(response: Response, backend: AsyncStreams, judge: Judge | None = None) -> AsyncGenerator[Event, None]:
     """As `drive`, for an event loop; the judge runs in a thread."""
     while (request := response.request) is not None:
         if isinstance(request, Ask):

@@ -7,7 +7,7 @@ import logging
 import sys
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any, Literal
@@ -46,7 +46,7 @@ class Exchange:
     def __init__(
         self,
         response: Response,
-        events: AsyncIterator[Event],
+        events: AsyncGenerator[Event, None],
         seconds: float,
         on_close: Callable[[Exchange], None],
         closing_text: str = "",
@@ -127,12 +127,10 @@ class Exchange:
         if on_close is None:
             return
         try:
-            close = getattr(self._events, "aclose", None)
-            if close is not None:
-                with anyio.move_on_after(CLOSING, shield=True) as scope:
-                    await close()
-                if scope.cancelled_caught:
-                    _log.error("the engine did not close a stream within %g s", CLOSING)
+            with anyio.move_on_after(CLOSING, shield=True) as scope:
+                await self._events.aclose()
+            if scope.cancelled_caught:
+                _log.error("the engine did not close a stream within %g s", CLOSING)
         finally:
             on_close(self)
 
