@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import json
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from foreign import WITHOUT_POSIX
+
+from redflag.server import exchange
 
 PACKAGE = Path(__file__).parent.parent / "redflag"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
@@ -67,6 +70,18 @@ def test_descriptors_are_opened_in_one_place_which_knows_of_windows_text_mode() 
         if (node.value.id, node.attr) == ("os", "open")
     }
     assert opened <= {"files.py", "cli.py"}  # the latter opens the null device
+
+
+def test_a_time_limit_that_is_over_is_caught_in_python_310_too_where_its_error_is_another_class() -> None:
+    caught: list[str] = []
+    for place, node in nodes():
+        if not place.startswith("server/") or not isinstance(node, ast.Try):
+            continue
+        calls = [ast.unparse(inner.func) for inner in ast.walk(node) if isinstance(inner, ast.Call)]
+        if "timeout_at" in calls:
+            caught += [f"{place} {ast.unparse(handler.type)}" for handler in node.handlers if handler.type is not None]
+    assert caught and not [line for line in caught if line.endswith(" TimeoutError")], caught
+    assert set(exchange.TIMEOUTS) == {TimeoutError, asyncio.TimeoutError}
 
 
 def _is_text(call: ast.Call) -> bool:

@@ -1,4 +1,4 @@
-"""Errors in OpenAI's shape, and in Anthropic's for `/v1/messages`."""
+"""Errors in OpenAI's shape, and in Anthropic's for `/v1/messages`; what they say of a body that pydantic refuses."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from redflag.backends import BusyError, ContextLengthError
@@ -23,6 +24,13 @@ _ANTHROPICS = {
 }
 _WITHOUT_V1 = ("/chat/completions", "/completions", "/models", "/responses", "/moderations")
 _RETRY = {"Retry-After": "1"}
+_VALUES = ("literal_error", "string_too_short", "string_too_long", "too_long", "too_short", "finite_number")
+_CODES = {
+    **dict.fromkeys((*_VALUES, "greater_than", "greater_than_equal", "less_than", "less_than_equal"), "invalid_value"),
+    "missing": "missing_required_parameter",
+    "unsupported_turn": "unsupported_parameter",
+    "extra_forbidden": "unsupported_parameter",
+}
 
 
 class ApiError(Exception):
@@ -31,7 +39,6 @@ class ApiError(Exception):
     Attributes:
         code: What is wrong, for programs.
         param: The request's field, as a path such as `messages.0.role`.
-        headers: Headers of the response.
 
     Example:
         >>> ApiError(404, "there is no model 'x'", "model_not_found", param="model").body()["error"]["type"]
@@ -48,7 +55,6 @@ class ApiError(Exception):
         self.headers = headers or {}
 
     def body(self) -> dict[str, Any]:
-        """The response's body."""
         kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
@@ -77,32 +83,26 @@ def short(value: Any) -> str:
 
 
 def invalid(message: str, param: str | None) -> ApiError:
-    """A field's value is invalid."""
     return ApiError(400, message, "invalid_value", param=param)
 
 
 def unsupported(message: str, param: str) -> ApiError:
-    """A field is not supported."""
     return ApiError(400, message, "unsupported_parameter", param=param)
 
 
 def busy(message: str) -> ApiError:
-    """Too many requests."""
     return ApiError(429, message, "engine_busy", headers=_RETRY)
 
 
 def unavailable(shown: bool = False) -> ApiError:
-    """The engine failed."""
     return ApiError(503, f"the engine failed {_WHEN[shown]}; try again", "engine_unavailable", headers=_RETRY)
 
 
 def late(shown: bool = False) -> ApiError:
-    """The response took too long."""
     return ApiError(504, f"the time that a response has was over {_WHEN[shown]}; try again", "response_timeout")
 
 
 def stopping(shown: bool = False) -> ApiError:
-    """The server is shutting down."""
     return ApiError(503, f"the server is shutting down {_WHEN[shown]}; try again", "shutting_down", headers=_RETRY)
 
 
@@ -110,6 +110,32 @@ _WHEN = {
     False: "before anything could be shown, and what cannot be judged is not shown",
     True: "in the middle of the response; what was sent had been judged, and the rest is not shown",
 }
+
+
+def explained(error: ValidationError) -> ApiError:
+    """The first error, as a 400 that names the field."""
+    # Without the values, which may be megabytes.
+    errors = error.errors(include_url=False, include_input=False, include_context=False)
+    # Of a union, the branch that got furthest says best what is wrong.
+    same_field = len({item["loc"][:1] for item in errors}) == 1
+    first = max(errors, key=lambda item: len(item["loc"])) if same_field else errors[0]
+    kind = first["type"]
+    if kind == "json_invalid":
+        return ApiError(400, f"the body is not JSON in UTF-8 ({first['msg']}); fix it", "invalid_json")
+    if kind in ("max_completion_tokens", "prompt", "top_logprobs"):
+        return invalid(first["msg"], kind)
+    # The path also has the names of union branches, which are not fields.
+    path = [str(part) for part in first["loc"] if not (isinstance(part, str) and ("[" in part or part == "str"))]
+    param = ".".join(path) or None
+    if kind == "missing":
+        message = f"{param} is missing; give it"
+    elif kind == "extra_forbidden":
+        message = f"{param} is not supported; leave it out"
+    elif path[-1:] == ["type"] and "content" in path:
+        message = f"{param}: only parts of the type text are accepted; leave images, audio and files out"
+    else:
+        message = f"{param or 'the body'}: {first['msg'][0].lower()}{first['msg'][1:]}"
+    return ApiError(400, message, _CODES.get(kind, "invalid_type"), param=param)
 
 
 def refused_by_engine(error: RedflagError, param: str) -> ApiError:
@@ -157,5 +183,5 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 async def _internal_error(request: Request, error: Exception) -> Response:
     # The error's text may quote a request: it goes to the log alone.
-    made = ApiError(500, "the server has a defect; its log says more", "internal_error")
-    return error_response(made, request.url.path)
+    defect = ApiError(500, "the server has a defect; its log says more", "internal_error")
+    return error_response(defect, request.url.path)

@@ -25,7 +25,6 @@ class Door:
     """A route that answers.
 
     Attributes:
-        request: Schema of the body.
         prefix: Of response ids.
         answer: Body, response and the arguments that every `Answer` has -> the answer.
     """
@@ -35,16 +34,12 @@ class Door:
     answer: Callable[..., Answer]
 
 
-def _chat(body: ChatRequest, response: Response, **shared: Any) -> Answer:
-    return Answer(chat=True, usage=body.wants_usage, **shared)
-
-
-def _completion(body: CompletionRequest, response: Response, **shared: Any) -> Answer:
-    return Answer(chat=False, usage=body.wants_usage, **shared)
+def _openai(body: ChatRequest | CompletionRequest, response: Response, **shared: Any) -> Answer:
+    return Answer(chat=isinstance(body, ChatRequest), usage=body.wants_usage, **shared)
 
 
 def _responses(body: ResponsesRequest, response: Response, **shared: Any) -> Answer:
-    return ResponsesAnswer(asked=body, **shared)
+    return ResponsesAnswer(request=body, **shared)
 
 
 def _messages(body: MessagesRequest, response: Response, **shared: Any) -> Answer:
@@ -52,8 +47,8 @@ def _messages(body: MessagesRequest, response: Response, **shared: Any) -> Answe
 
 
 DOORS = {
-    "/v1/chat/completions": Door(ChatRequest, "chatcmpl-", _chat),
-    "/v1/completions": Door(CompletionRequest, "cmpl-", _completion),
+    "/v1/chat/completions": Door(ChatRequest, "chatcmpl-", _openai),
+    "/v1/completions": Door(CompletionRequest, "cmpl-", _openai),
     "/v1/responses": Door(ResponsesRequest, "resp_", _responses),
     "/v1/messages": Door(MessagesRequest, "msg_", _messages),
 }

@@ -12,10 +12,28 @@ from urllib.parse import quote
 
 from redflag.api.api_errors import short, unsupported
 
-# Field -> values that change nothing, besides null. From the request schemas of OpenAI (openai 3.54) and vLLM (0.32),
-# then what SGLang, llama.cpp and others add.
-UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "audio": (),
+# From the request schemas of OpenAI (openai 3.54) and vLLM (0.32), then what SGLang, llama.cpp and others add.
+# Fields that are refused with any value but null.
+_NEVER = (
+    # OpenAI
+    "audio", "moderation", "prediction", "suffix", "web_search_options",
+    # vLLM
+    "add_special_tokens", "allowed_token_ids", "chat_template", "guided_choice", "guided_grammar", "guided_regex",
+    "guided_whitespace_pattern", "logits_processors", "logprob_token_ids", "prompt_embeds", "prompt_logprobs",
+    "repetition_detection", "structural_tag", "truncate_prompt_tokens", "vllm_xargs",
+    # SGLang
+    "custom_logit_processor", "custom_params", "ebnf", "input_ids", "json_schema", "lora_path", "regex",
+    "session_params", "stop_regex",
+    # llama.cpp, Ollama, Mistral, OpenRouter
+    "random_seed", "samplers",
+    # OpenAI's Responses, Anthropic's Messages
+    "conversation", "previous_response_id",
+    # of another route: the prompt, and the longest answer
+    "input", "instructions", "max_new_tokens", "max_output_tokens", "messages", "prompt", "stop_sequences", "system",
+)  # fmt: skip
+# Fields that are refused unless they have a value that changes nothing.
+_UNLESS: dict[str, tuple[Any, ...]] = {
+    # OpenAI
     "best_of": (1,),
     "echo": (False,),
     "frequency_penalty": (0, 0.0),
@@ -23,36 +41,20 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
     "logit_bias": ({},),
     "modalities": (["text"],),
-    "moderation": (),
-    "prediction": (),
     "presence_penalty": (0, 0.0),
-    "suffix": (),
     "tool_choice": ("none", "auto", {"type": "none"}, {"type": "auto"}),
     "tools": ([],),
-    "web_search_options": (),
     # vLLM
     "add_generation_prompt": (True,),
-    "add_special_tokens": (),
-    "allowed_token_ids": (),
     "bad_words": ([],),
-    "chat_template": (),
     "chat_template_kwargs": ({}, {"enable_thinking": False}),
     "continue_final_message": (False,),
     "documents": ([],),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_regex": (),
-    "guided_whitespace_pattern": (),
     "ignore_eos": (False,),
     "include_stop_str_in_output": (False,),
     "length_penalty": (1, 1.0),
-    "logits_processors": (),
-    "logprob_token_ids": (),
     "min_tokens": (0,),
     "mm_processor_kwargs": ({},),
-    "prompt_embeds": (),
-    "prompt_logprobs": (),
-    "repetition_detection": (),
     "return_prompt_text": (False,),
     "return_token_ids": (False,),
     "return_token_offsets": (False,),
@@ -60,23 +62,11 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
     "stop_token_ids": ([],),
-    "structural_tag": (),
-    "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
-    "vllm_xargs": (),
     "watermarking": (False,),
     # SGLang
-    "custom_logit_processor": (),
-    "custom_params": (),
-    "ebnf": (),
-    "input_ids": (),
-    "json_schema": (),
-    "lora_path": (),
     "no_stop_trim": (False,),
-    "regex": (),
     "return_hidden_states": (False,),
-    "session_params": (),
-    "stop_regex": (),
     # llama.cpp, Ollama, Mistral, OpenRouter
     "dry_multiplier": (0, 0.0),
     "dynatemp_range": (0, 0.0),
@@ -86,29 +76,17 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "n_predict": (-1,),
     "n_probs": (0,),
     "options": ({},),
-    "random_seed": (),
     "repeat_penalty": (1, 1.0),
     "safe_prompt": (False,),
-    "samplers": (),
     "tfs_z": (1, 1.0),
     "top_a": (0, 0.0),
     "typical_p": (1, 1.0),
     "xtc_probability": (0, 0.0),
     # OpenAI's Responses, Anthropic's Messages
     "background": (False,),
-    "conversation": (),
     "mcp_servers": ([],),
-    "previous_response_id": (),
-    # of another route: the prompt, and the longest answer
-    "input": (),
-    "instructions": (),
-    "max_new_tokens": (),
-    "max_output_tokens": (),
-    "messages": (),
-    "prompt": (),
-    "stop_sequences": (),
-    "system": (),
 }
+UNSUPPORTED = dict.fromkeys(_NEVER, ()) | _UNLESS
 # Fields that change no token, and values that the server complies with, so that they are not named as ignored.
 _HARMLESS: dict[str, tuple[Any, ...]] = {
     "include": ([],),

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from typing import Any, NamedTuple
 
-from redflag.backends import AsyncBackend, Sampling
+from redflag.backends import AsyncStreams, Sampling
 from redflag.guard.detokenize import Detokenizer
 from redflag.trace import Logprobs, Step, Text, Trace
 
@@ -48,9 +49,9 @@ class ShownLogprobs:
         self._text = ""  # released, but not yet matched with tokens
         self._offset = 0
 
-    def of(self, backend: AsyncBackend) -> AsyncBackend:
+    def of(self, engine: AsyncStreams) -> AsyncStreams:
         """Wraps an engine whose log-probabilities are to be recorded."""
-        return _Recorded(backend, self._trace, self._measured)
+        return _Recorded(engine, self._trace, self._measured)
 
     def shown(self, event: Text) -> list[Token]:
         """The tokens whose text is released by this event; earlier events may have released the tokens."""
@@ -84,20 +85,16 @@ class ShownLogprobs:
 class _Recorded:
     """An engine whose log-probabilities are recorded by the token's position in the response."""
 
-    def __init__(self, backend: AsyncBackend, trace: Trace, measured: dict[int, tuple[int, Logprobs]]) -> None:
-        self.eos_ids = backend.eos_ids
-        self.logprob_mode = backend.logprob_mode
-        self.upper_bound = backend.upper_bound
-        self._backend = backend
+    def __init__(self, engine: AsyncStreams, trace: Trace, measured: dict[int, tuple[int, Logprobs]]) -> None:
+        self._engine = engine
         self._trace = trace
         self._measured = measured
 
     async def astream(
         self, token_ids: Sequence[int], sampling: Sampling, watch: Sequence[int] = ()
-    ) -> AsyncIterator[Step]:
+    ) -> AsyncGenerator[Step, None]:
         position = len(self._trace.token_ids)
-        steps: Any = self._backend.astream(token_ids, sampling, watch)
-        try:
+        async with aclosing(self._engine.astream(token_ids, sampling, watch)) as steps:
             async for step in steps:
                 if sampling.logprobs is not None:
                     if step.logprobs is None:
@@ -105,11 +102,6 @@ class _Recorded:
                     self._measured[position] = (step.token_id, step.logprobs)
                     position += 1
                 yield step
-        finally:
-            await steps.aclose()
-
-    async def aclose(self) -> None:
-        await self._backend.aclose()
 
 
 def in_chat(tokens: Sequence[Token]) -> dict[str, Any]:

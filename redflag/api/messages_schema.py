@@ -6,12 +6,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, Discriminator, Field, Tag
+from pydantic import BaseModel, Field, Tag
 
-from redflag.api.schema import _OPEN, OneAnswer, _Limit, _Stops
+from redflag.api.schema import _OPEN, OneAnswer, _Limit, _Stops, by_type, joined
 from redflag.api.structured import json_schema
 from redflag.api.thinking import AskedThinking
 from redflag.api.tool_fields import MessagesTools
+from redflag.api.tool_formats import chat_call
 from redflag.backends import Sampling
 
 
@@ -46,22 +47,13 @@ class _ThoughtBlock(BaseModel):
 _KINDS = ("text", "tool_use", "tool_result", "thinking", "redacted_thinking")
 
 
-def _kind(block: Any) -> str | None:
-    kind = block.get("type") if isinstance(block, dict) else getattr(block, "type", None)
-    return f"[{kind}]" if kind in _KINDS else None
-
-
 _Block = Annotated[
     Annotated[_TextBlock, Tag("[text]")]
     | Annotated[_CallBlock, Tag("[tool_use]")]
     | Annotated[_ResultBlock, Tag("[tool_result]")]
     | Annotated[_ThoughtBlock, Tag("[thinking]")]
     | Annotated[_ThoughtBlock, Tag("[redacted_thinking]")],
-    Discriminator(
-        _kind,
-        custom_error_type="unsupported_turn",
-        custom_error_message=f"blocks must be of a type among {', '.join(_KINDS)}; leave images and documents out",
-    ),
+    by_type(_KINDS, f"blocks must be of a type among {', '.join(_KINDS)}; leave images and documents out"),
 ]
 
 
@@ -79,14 +71,11 @@ class _Turn(BaseModel):
         calls = [block for block in self.content if isinstance(block, _CallBlock)]
         texts = [block for block in self.content if isinstance(block, _TextBlock)]
         for result in results:
-            yield {"role": "tool", "tool_call_id": result.tool_use_id, "content": _joined(result.content)}
+            yield {"role": "tool", "tool_call_id": result.tool_use_id, "content": joined(result.content)}
         if texts or not results:
-            turn: dict[str, Any] = {"role": self.role, "content": _joined(texts)}
+            turn: dict[str, Any] = {"role": self.role, "content": joined(texts)}
             if calls:
-                turn["tool_calls"] = [
-                    {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.input}}
-                    for call in calls
-                ]
+                turn["tool_calls"] = [chat_call(call.id, call.name, call.input) for call in calls]
             yield turn
 
 
@@ -112,7 +101,7 @@ class CountRequest(OneAnswer, MessagesTools):
     param: ClassVar[str] = "messages"
 
     def input(self) -> list[dict[str, Any]]:
-        system = _joined(self.system or "")
+        system = joined(self.system or "")
         turns = [{"role": "system", "content": system}] if system else []
         return [*turns, *(turn for message in self.messages for turn in message.turns())]
 
@@ -156,7 +145,3 @@ class MessagesRequest(CountRequest):
 
     def sampling(self, max_new_tokens: int, choice: int = 0) -> Sampling:
         return replace(super().sampling(max_new_tokens, choice), stop=tuple(self.stop_sequences or ()))
-
-
-def _joined(content: str | list[_TextBlock]) -> str:
-    return content if isinstance(content, str) else "\n".join(block.text for block in content)

@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 from redflag.api.api_errors import in_anthropics_shape
 from redflag.api.tool_formats import Call
-from redflag.api.wire import Answer, usage
+from redflag.api.wire import Answer, named_event, usage
 
 _REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use", "content_filter": "refusal"}
 
@@ -40,7 +40,7 @@ class MessagesAnswer(Answer):
         self._open: Literal["", "thinking", "text"] = ""  # the block that is being sent
 
     def opening(self) -> bytes:
-        return _event("message_start", message=self._message([], {"stop_reason": None, "stop_sequence": None}))
+        return named_event("message_start", message=self._message([], {"stop_reason": None, "stop_sequence": None}))
 
     def chunk(self, text: str) -> bytes:
         return self._begin("text") + self._delta({"type": "text_delta", "text": text})
@@ -53,12 +53,12 @@ class MessagesAnswer(Answer):
         before = int(bool(self.thought)) + int(bool(self.text))
         calls = b"".join(_whole_call(before + number, call) for number, call in enumerate(self.calls))
         self._generated = generated
-        delta = _event("message_delta", delta=self._end(), usage=self._usage(), **self.redflag(view))
-        return stop + calls + delta + _event("message_stop")
+        delta = named_event("message_delta", delta=self._end(), usage=self._usage(), **self.redflag(view))
+        return stop + calls + delta + named_event("message_stop")
 
     def breaking(self, error: dict[str, Any], view: dict[str, Any] | None = None) -> bytes:
         assert self.failed, "nothing has failed"
-        return _event("error", **in_anthropics_shape(error), **self.redflag(view))
+        return named_event("error", **in_anthropics_shape(error), **self.redflag(view))
 
     def body(self, generated: int, view: dict[str, Any] | None = None) -> dict[str, Any]:
         thought = [{"type": "thinking", "thinking": self.thought, "signature": ""}] if self.thought else []
@@ -74,13 +74,13 @@ class MessagesAnswer(Answer):
         before = self._stop()
         self._open = kind
         block = {"type": kind, kind: "", **({"signature": ""} if kind == "thinking" else {})}
-        return before + _event("content_block_start", index=self._index_of_open, content_block=block)
+        return before + named_event("content_block_start", index=self._index_of_open, content_block=block)
 
     def _delta(self, delta: dict[str, str]) -> bytes:
-        return _event("content_block_delta", index=self._index_of_open, delta=delta)
+        return named_event("content_block_delta", index=self._index_of_open, delta=delta)
 
     def _stop(self) -> bytes:
-        stop = _event("content_block_stop", index=self._index_of_open) if self._open else b""
+        stop = named_event("content_block_stop", index=self._index_of_open) if self._open else b""
         self._open = ""
         return stop
 
@@ -127,12 +127,9 @@ def _call_block(call: Call, arguments: dict[str, Any]) -> dict[str, Any]:
 
 def _whole_call(index: int, call: Call) -> bytes:
     return (
-        _event("content_block_start", index=index, content_block=_call_block(call, {}))
-        + _event("content_block_delta", index=index, delta={"type": "input_json_delta", "partial_json": call.arguments})
-        + _event("content_block_stop", index=index)
+        named_event("content_block_start", index=index, content_block=_call_block(call, {}))
+        + named_event(
+            "content_block_delta", index=index, delta={"type": "input_json_delta", "partial_json": call.arguments}
+        )
+        + named_event("content_block_stop", index=index)
     )
-
-
-def _event(kind: str, **content: Any) -> bytes:
-    data = json.dumps({"type": kind, **content}, separators=(",", ":"))
-    return f"event: {kind}\ndata: {data}\n\n".encode()

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from redflag.api.schema import _OPEN, OneAnswer, _Message, _TextPart
+from redflag.api.schema import _OPEN, OneAnswer, _Message, _TextPart, joined
 
 MOST_TEXTS = 256
 _OPENAIS = ("omni-moderation", "text-moderation")  # OpenAI's models, which clients name by default
@@ -49,7 +49,7 @@ class ModerationRequest(OneAnswer):
             return [[message.turn() for message in turns]]
         parts = [item for item in texts or () if isinstance(item, _TextPart)]
         if parts:
-            return [_alone("\n".join(part.text for part in parts))]
+            return [_alone(joined(parts))]
         return [_alone(text) for text in texts or () if isinstance(text, str)]
 
     def extra(self) -> Iterator[str]:

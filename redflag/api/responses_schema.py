@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, Discriminator, Field, Tag, field_validator
+from pydantic import BaseModel, Field, Tag, field_validator
 from pydantic_core import PydanticCustomError
 
-from redflag.api.schema import _OPEN, OneAnswer, _Limit, _Message
+from redflag.api.schema import _OPEN, OneAnswer, _Limit, _Message, by_type, joined
 from redflag.api.structured import json_schema
 from redflag.api.thinking import AskedThinking
 from redflag.api.tool_fields import ResponsesTools
+from redflag.api.tool_formats import chat_call
 
 
 class _Part(BaseModel):
@@ -38,11 +39,6 @@ class _CallItem(BaseModel):
     name: str
     arguments: str
 
-    def call(self) -> dict[str, Any]:
-        """The call in a chat's shape."""
-        function = {"name": self.name, "arguments": self.arguments}
-        return {"id": self.call_id, "type": "function", "function": function}
-
 
 class _ResultItem(BaseModel):
     model_config = _OPEN
@@ -62,21 +58,15 @@ _OF_ANSWERS = frozenset(("annotations", "id", "logprobs", "phase", "refusal", "s
 _KINDS = ("message", "function_call", "function_call_output", "reasoning")
 
 
-def _kind(item: Any) -> str | None:
-    kind = item.get("type", "message") if isinstance(item, dict) else getattr(item, "type", None)
-    return f"[{kind}]" if kind in _KINDS else None
-
-
 _Item = Annotated[
     Annotated[_TextItem, Tag("[message]")]
     | Annotated[_CallItem, Tag("[function_call]")]
     | Annotated[_ResultItem, Tag("[function_call_output]")]
     | Annotated[_ReasoningItem, Tag("[reasoning]")],
-    Discriminator(
-        _kind,
-        custom_error_type="unsupported_turn",
-        custom_error_message=f"items must be of a type among {', '.join(_KINDS)}: nothing is stored, and there are no "
-        "other tools",
+    by_type(
+        _KINDS,
+        f"items must be of a type among {', '.join(_KINDS)}: nothing is stored, and there are no other tools",
+        default="message",
     ),
 ]
 
@@ -128,12 +118,11 @@ class ResponsesRequest(OneAnswer, ResponsesTools):
             if isinstance(item, _TextItem):
                 turns.append(item.turn())
             elif isinstance(item, _ResultItem):
-                output = item.output if isinstance(item.output, str) else "\n".join(part.text for part in item.output)
-                turns.append({"role": "tool", "tool_call_id": item.call_id, "content": output})
+                turns.append({"role": "tool", "tool_call_id": item.call_id, "content": joined(item.output)})
             elif isinstance(item, _CallItem):
                 if not (turns and turns[-1]["role"] == "assistant"):
                     turns.append({"role": "assistant", "content": ""})
-                turns[-1].setdefault("tool_calls", []).append(item.call())
+                turns[-1].setdefault("tool_calls", []).append(chat_call(item.call_id, item.name, item.arguments))
         return turns
 
     @property

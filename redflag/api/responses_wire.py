@@ -15,12 +15,11 @@ for each call, all at the end of the response. `redflag` is in the response obje
 
 from __future__ import annotations
 
-import json
 from typing import Any, Literal
 
 from redflag.api.responses_schema import ResponsesRequest
 from redflag.api.tool_formats import Call
-from redflag.api.wire import Answer, usage
+from redflag.api.wire import Answer, named_event, usage
 
 _REASONS = {"length": "max_output_tokens", "content_filter": "content_filter"}
 
@@ -30,20 +29,20 @@ class ResponsesAnswer(Answer):
 
     says_done = False
 
-    def __init__(self, name: str, model: str, *, asked: ResponsesRequest, **shared: Any) -> None:
-        """`asked` is the request, of which the answer repeats some fields; the rest as for `Answer`."""
+    def __init__(self, name: str, model: str, *, request: ResponsesRequest, **shared: Any) -> None:
+        """`request` is the one of which the answer repeats some fields; the rest as for `Answer`."""
         super().__init__(name, model, chat=True, **shared)
-        self._asked = asked
+        self._request = request
         self._open: Literal["", "reasoning", "message"] = ""  # the item that is being sent
         self._sent = 0
 
     @property
     def param(self) -> str:
-        return self._asked.param
+        return self._request.param
 
     def opening(self) -> bytes:
-        made = self._response("in_progress", [])
-        return self._event("response.created", response=made) + self._event("response.in_progress", response=made)
+        begun = self._response("in_progress", [])
+        return self._event("response.created", response=begun) + self._event("response.in_progress", response=begun)
 
     def chunk(self, text: str) -> bytes:
         return self._begin("message") + self._inside("response.output_text.delta", delta=text, logprobs=[])
@@ -68,8 +67,8 @@ class ResponsesAnswer(Answer):
         assert self.finish_reason is not None, "the response goes on"
         self._generated = generated
         reason = _REASONS.get(self.finish_reason)
-        made = self._response("incomplete" if reason else "completed", self._output(), over=True)
-        return {**made, "incomplete_details": {"reason": reason} if reason else None, **self.redflag(view)}
+        response = self._response("incomplete" if reason else "completed", self._output(), over=True)
+        return {**response, "incomplete_details": {"reason": reason} if reason else None, **self.redflag(view)}
 
     def _begin(self, kind: Literal["reasoning", "message"]) -> bytes:
         """Begins an item and its one part, and ends the item before it."""
@@ -149,8 +148,8 @@ class ResponsesAnswer(Answer):
     def _response(
         self, status: str, output: list[dict[str, Any]], *, over: bool = False, error: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        asked = self._asked
-        choice, named = asked.choice, {"type": "function", "name": asked.choice.name}
+        request = self._request
+        choice, named = request.choice, {"type": "function", "name": request.choice.name}
         return {
             "id": self.head["id"],
             "object": "response",
@@ -159,20 +158,20 @@ class ResponsesAnswer(Answer):
             "background": False,
             "error": error,
             "incomplete_details": None,
-            "instructions": asked.instructions,
-            "max_output_tokens": asked.max_output_tokens,
-            "metadata": asked.metadata or {},
+            "instructions": request.instructions,
+            "max_output_tokens": request.max_output_tokens,
+            "metadata": request.metadata or {},
             "model": self.head["model"],
             "output": output,
             "parallel_tool_calls": choice.parallel,
             "previous_response_id": None,
-            "reasoning": {"effort": asked.reasoning.effort if asked.reasoning else None, "summary": None},
+            "reasoning": {"effort": request.reasoning.effort if request.reasoning else None, "summary": None},
             "store": False,
-            "temperature": 1.0 if asked.temperature is None else asked.temperature,
-            "text": {"format": {"type": "text"}, **(asked.text or {})},
+            "temperature": 1.0 if request.temperature is None else request.temperature,
+            "text": {"format": {"type": "text"}, **(request.text or {})},
             "tool_choice": named if choice.name else choice.mode,
-            "tools": [tool.model_dump() for tool in asked.tools or ()],
-            "top_p": 1.0 if asked.top_p is None else asked.top_p,
+            "tools": [tool.model_dump() for tool in request.tools or ()],
+            "top_p": 1.0 if request.top_p is None else request.top_p,
             "truncation": "disabled",
             "usage": self._usage() if over else None,
         }
@@ -192,8 +191,7 @@ class ResponsesAnswer(Answer):
 
     def _event(self, kind: str, **content: Any) -> bytes:
         self._sent += 1
-        data = json.dumps({"type": kind, "sequence_number": self._sent - 1, **content}, separators=(",", ":"))
-        return f"event: {kind}\ndata: {data}\n\n".encode()
+        return named_event(kind, sequence_number=self._sent - 1, **content)
 
 
 def _call_item(call: Call) -> dict[str, Any]:

@@ -6,7 +6,7 @@ returned may be sent back as they are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
@@ -14,6 +14,7 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     PrivateAttr,
     ValidationError,
@@ -23,8 +24,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from redflag.api.api_errors import ApiError
-from redflag.api.explained import explained
+from redflag.api.api_errors import ApiError, explained
 from redflag.api.fields import ignored_fields
 from redflag.api.structured import json_schema
 from redflag.api.thinking import AskedThinking
@@ -36,7 +36,7 @@ LONGEST_STOP = 128
 _MOST_CHOICES = 128  # as at OpenAI; the server's own limit is `Limits.max_choices`
 NO_LIMIT = -1  # what clients send for "as many tokens as are allowed"
 
-Body = TypeVar("Body", bound="_Request")
+Kind = TypeVar("Kind", bound="_Request")
 
 
 def _a_limit(value: int) -> int:
@@ -72,6 +72,24 @@ _Named = Annotated[int, Field(ge=0, le=MOST_LOGPROBS)]
 # Keys of a message that answers of this and other servers have, and that are not part of the prompt.
 _LEFT_OUT = frozenset(("annotations", "audio", "parsed", "reasoning", "reasoning_content", "refusal"))
 _MISSING: Any = object()
+
+
+def by_type(types: Sequence[str], message: str, default: str | None = None) -> Discriminator:
+    """Tells the members of a union apart by their `type`. A member's tag is its type in brackets.
+
+    `explained` takes the brackets as the sign that a part of an error's path is no field.
+    """
+
+    def tag(item: Any) -> str | None:
+        name = item.get("type", default) if isinstance(item, dict) else getattr(item, "type", None)
+        return f"[{name}]" if name in types else None
+
+    return Discriminator(tag, custom_error_type="unsupported_turn", custom_error_message=message)
+
+
+def joined(content: str | list[Any]) -> str:
+    """Text, or text parts as lines."""
+    return content if isinstance(content, str) else "\n".join(part.text for part in content)
 
 
 class _TextPart(BaseModel):
@@ -123,8 +141,8 @@ class _Message(BaseModel):
 
     def turn(self) -> dict[str, Any]:
         """The turn for the chat template: text parts as lines, `developer` as `system`, a name only with a result."""
-        content = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
-        turn: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": content}
+        role = "system" if self.role == "developer" else self.role
+        turn: dict[str, Any] = {"role": role, "content": joined(self.content)}
         if self.role == "assistant" and self.tool_calls:
             turn["tool_calls"] = self.tool_calls
         if self.role == "tool":
@@ -178,6 +196,19 @@ class _Request(BaseModel):
             )
         return self
 
+    def inputs(self) -> Sequence[Any]:
+        """What is to be answered: the one conversation, or the prompts."""
+        return [self.input()]
+
+    def input(self) -> list[dict[str, Any]]:
+        """The conversation; only of requests that have one."""
+        raise NotImplementedError
+
+    @property
+    def prefill(self) -> str | None:
+        """The path of the turn in which the client began the response, if it did."""
+        return None
+
     @property
     def user_id(self) -> str | None:
         """The end user, if the client names one."""
@@ -200,7 +231,6 @@ class _Request(BaseModel):
 
     @property
     def ignored(self) -> list[str]:
-        """Fields that were ignored."""
         return self._ignored
 
     def extra(self) -> Iterator[str]:
@@ -243,14 +273,6 @@ class OneAnswer(_Request):
 
     n: Literal[1] | None = None
 
-    def inputs(self) -> list[list[dict[str, Any]]]:
-        """The one conversation."""
-        return [self.input()]
-
-    def input(self) -> list[dict[str, Any]]:
-        """The conversation."""
-        raise NotImplementedError
-
 
 class _TemplateOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -280,12 +302,7 @@ class ChatRequest(_Request, ChatTools):
         switch = options.enable_thinking if options.enable_thinking is not None else options.thinking
         return AskedThinking(switch, self.reasoning_effort, "chat_template_kwargs", "reasoning_effort")
 
-    def inputs(self) -> list[list[dict[str, Any]]]:
-        """The one conversation."""
-        return [self.input()]
-
     def input(self) -> list[dict[str, Any]]:
-        """The conversation."""
         return [message.turn() for message in self.messages]
 
     @property
@@ -294,7 +311,6 @@ class ChatRequest(_Request, ChatTools):
 
     @property
     def prefill(self) -> str | None:
-        """The path of the message in which the client began the response, if it did."""
         return f"messages.{len(self.messages) - 1}" if self.messages[-1].role == "assistant" else None
 
     def extra(self) -> Iterator[str]:
@@ -329,24 +345,14 @@ class CompletionRequest(_Request):
         return self
 
     def inputs(self) -> list[str]:
-        """The prompts."""
         return [self.prompt] if isinstance(self.prompt, str) else self.prompt
-
-    def input(self) -> str:
-        """The first prompt."""
-        return self.inputs()[0]
 
     @property
     def named_tokens(self) -> int | None:
         return self.logprobs
 
-    @property
-    def prefill(self) -> str | None:
-        """A prompt has no turns, so none of it is the response."""
-        return None
 
-
-def parse(kind: type[Body], body: bytes, *, refuse_unknown: bool = False) -> Body:
+def parse(kind: type[Kind], body: bytes, *, refuse_unknown: bool = False) -> Kind:
     """Parses and checks a body in JSON; `refuse_unknown` also refuses fields that could be ignored.
 
     Raises:

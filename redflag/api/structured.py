@@ -69,13 +69,13 @@ def _of_format(value: Any, name: str, *, flat: bool = False) -> Mapping[str, Any
 def _of_outputs(value: Any) -> Mapping[str, Any] | None:
     if value is None:
         return None
-    given = {name: item for name, item in value.items() if item is not None} if isinstance(value, dict) else None
-    if given == {"json_object": True}:
+    kinds = {name: item for name, item in value.items() if item is not None} if isinstance(value, dict) else {}
+    if kinds == {"json_object": True}:
         return _ANY_OBJECT
-    if given is None or set(given) != {"json"}:
+    if set(kinds) != {"json"}:
         text = f'structured_outputs must be {{"json": SCHEMA}} (got {short(value)}). Other kinds are not supported.'
         raise unsupported(text, "structured_outputs")
-    return _schema(given["json"], "structured_outputs.json")
+    return _schema(kinds["json"], "structured_outputs.json")
 
 
 def _schema(value: Any, param: str) -> Mapping[str, Any]:

@@ -13,8 +13,7 @@ class AskedThinking(NamedTuple):
     Attributes:
         switch: Thinking is on or off; None leaves that to `effort`.
         effort: In the API's words.
-        switch_field: Name of the first field.
-        effort_field: Name of the second.
+        switch_field: Name of the request's field for `switch`; `effort_field`: for `effort`.
     """
 
     switch: bool | None

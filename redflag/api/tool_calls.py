@@ -55,7 +55,7 @@ class CallReader:
         # Mistral's templates require ids of this length.
         self._id_prefix, self._id_length = ("", 9) if use.format.name == "mistral" else ("call_", 24)
         self._marks = re.compile(f"{MARK}(?:{'|'.join(map(re.escape, use.format.marks)) or '(?!)'})")
-        self._unmarked = ""
+        self._unmarked = ""  # what may begin a mark
         self._filter = TextFilter(remove=self._flags)
         self._parser = parser_of(use, frozenset(marks), self._call)
 

@@ -57,33 +57,25 @@ class ToolFields(BaseModel):
 # A tool of each API
 
 
-def _function(kind: str) -> str:
-    if kind != "function":
-        raise _not_supported(kind)
-    return kind
+def _only(supported: str) -> AfterValidator:
+    def check(kind: str) -> str:
+        if kind != supported:
+            text = "tools of the type {kind} are not supported, functions are; leave it out"
+            # pydantic's type for a value that is not one of those allowed
+            raise PydanticCustomError("literal_error", text, {"kind": kind[:100]})
+        return kind
 
-
-def _custom(kind: str) -> str:
-    if kind != "custom":  # Anthropic's name for the client's functions
-        raise _not_supported(kind)
-    return kind
-
-
-def _not_supported(kind: str) -> PydanticCustomError:
-    # pydantic's type for a value that is not one of those allowed
-    return PydanticCustomError(
-        "literal_error", "tools of the type {kind} are not supported, functions are; leave it out", {"kind": kind[:100]}
-    )
+    return AfterValidator(check)
 
 
 # Fields of a base come first, and so do their errors: that of the type is the clearest.
 class _Typed(BaseModel):
     model_config = _OPEN
-    type: Annotated[str, AfterValidator(_function)]
+    type: Annotated[str, _only("function")]
 
 
 class _ClientTyped(BaseModel):
-    type: Annotated[str, AfterValidator(_custom)] | None = None
+    type: Annotated[str, _only("custom")] | None = None  # Anthropic's name for the client's functions
 
 
 class _Named(BaseModel):
@@ -161,11 +153,11 @@ def _responses_choice(value: Any) -> Choice | None:
 def _messages_choice(value: Any) -> Choice | None:
     if value is None or isinstance(value, Choice):
         return value
-    given = value if isinstance(value, Mapping) else {}
-    mode = {"auto": "auto", "none": "none", "any": "required", "tool": "required"}.get(str(given.get("type")))
-    name = given.get("name") if given.get("type") == "tool" else ""
-    alone = given.get("disable_parallel_tool_use")
-    nameless = not isinstance(name, str) or (given.get("type") == "tool" and not name)
+    fields = value if isinstance(value, Mapping) else {}
+    mode = {"auto": "auto", "none": "none", "any": "required", "tool": "required"}.get(str(fields.get("type")))
+    name = fields.get("name") if fields.get("type") == "tool" else ""
+    alone = fields.get("disable_parallel_tool_use")
+    nameless = not isinstance(name, str) or (fields.get("type") == "tool" and not name)
     if mode is None or nameless or not isinstance(alone, bool | None):
         raise PydanticCustomError(
             "literal_error",

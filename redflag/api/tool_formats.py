@@ -22,6 +22,11 @@ class Call:
     arguments: str
 
 
+def chat_call(identity: str, name: str, arguments: Any) -> dict[str, Any]:
+    """A call in a chat's shape; `arguments` as JSON text, or unpacked."""
+    return {"id": identity, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
 AsCall = Callable[[Any, Any], "Call | None"]
 
 
@@ -129,7 +134,7 @@ class _Whole:
         self._as_call = as_call
         self._tag = tag
         self._opening = opening
-        self._sure = bool(opening)
+        self._sure = bool(opening)  # it begins like a call, so all of it waits for the end
         self._held: str | None = opening  # None: all of it is content
 
     @property
@@ -173,10 +178,12 @@ class _Harmony:
 
     def __init__(self, opening: str, as_call: AsCall) -> None:
         self._as_call = as_call
-        self._header: str | None = "assistant"
-        self._kind: Literal["call", "content", "thought", "over"] = "thought"
-        self._name = self._body = self._rest = ""
-        self._marked = self._written = False
+        self._header: str | None = "assistant"  # of the message that begins; None in its body
+        self._kind: Literal["call", "content", "thought", "over"] = "thought"  # of the body
+        self._name = self._body = ""  # of a call
+        self._rest = ""  # what may begin a mark
+        self._marked = False  # there was a mark, so it is not a plain answer
+        self._written = False  # content was shown, from which that of a further message is set off
         self._held: list[str | Call] = []
         self.push(opening)
 

@@ -40,7 +40,7 @@ from typing import Any
 
 from redflag.api.logprobs import ShownLogprobs, Token, in_chat, in_text
 from redflag.api.tool_calls import CallReader
-from redflag.api.tool_formats import Call
+from redflag.api.tool_formats import Call, chat_call
 from redflag.trace import Done, Event, Halt, Text, Thought
 
 DONE = b"data: [DONE]\n\n"
@@ -53,7 +53,6 @@ class Answer:
     Attributes:
         tokens: Response tokens shown, including a replacement's.
         finish_reason: `stop`, `length`, `tool_calls` or `content_filter`; None before the end and after a fault.
-        failed: It ended with a fault.
         detail: Content of `redflag`, if any.
         thought_tokens: `Trace.thought_tokens`; to be set before the end is formatted.
         head: First fields of the body; `frame`: of every chunk.
@@ -90,16 +89,10 @@ class Answer:
 
         Args:
             name: The request's id.
-            model: The model's name for clients.
             chat: `/v1/chat/completions`, not `/v1/completions`.
-            prompt_tokens: Tokens of the prompt.
-            usage: The stream ends with token counts.
             decoy: A replacement ends as if the model had written it.
-            refusal: The text of `refusal`.
-            in_words: `content` repeats it.
+            refusal: The text of `refusal`; with `in_words`, `content` repeats it.
             count: Text -> number of tokens, for replacements.
-            index: Index of the choice.
-            logprobs: Log-probabilities of shown tokens, if requested.
             calls: Reads the calls of tools, if any may be called.
         """
         self.tokens = 0
@@ -217,7 +210,6 @@ class Answer:
         return _sse(self._chunk({"role": "assistant", "content": "", "refusal": None})) if self._chat else b""
 
     def chunk(self, text: str) -> bytes:
-        """One chunk of text."""
         if self._logprobs is None:
             return self._before + json.dumps(text).encode() + self._after
         listed, self._sent = self._listed[self._sent :], len(self._listed)
@@ -227,16 +219,10 @@ class Answer:
         """One chunk of a thought's text."""
         return _sse(self._chunk(_reasoning(text)))
 
-    def closing(self, generated: int, view: dict[str, Any] | None = None) -> bytes:
-        """The end of a stream with one choice: `last`, then `ending`."""
-        return self.last(generated, view) + ending([self])
-
     def last(self, generated: int, view: dict[str, Any] | None = None) -> bytes:
         """The end of a choice's stream: the refusal or the calls, if any, and the final chunk.
 
-        Args:
-            generated: `Trace.generated`.
-            view: What the operator asked to see.
+        `generated` is `Trace.generated`, `view` what the operator asked to see.
         """
         assert self.finish_reason is not None, "the response goes on, or has failed"
         self._generated = generated
@@ -257,7 +243,6 @@ class Answer:
         return self.redflag(view) if view is not None else {}
 
     def body(self, generated: int, view: dict[str, Any] | None = None) -> dict[str, Any]:
-        """The whole response."""
         return {**self.head, "choices": [self.choice(generated)], "usage": usage([self]), **self.redflag(view)}
 
     def choice(self, generated: int) -> dict[str, Any]:
@@ -282,10 +267,7 @@ class Answer:
         return self._prompt_tokens, all_tokens, self.tokens
 
     def _calls(self) -> list[dict[str, Any]]:
-        return [
-            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-            for call in self.calls
-        ]
+        return [chat_call(call.id, call.name, call.arguments) for call in self.calls]
 
     def redflag(self, view: dict[str, Any] | None) -> dict[str, Any]:
         """The field `redflag`, if it has content."""
@@ -343,6 +325,11 @@ def together(parts: Sequence[tuple[Answer, int, dict[str, Any] | None]]) -> dict
 
 # Stands for the text in the prepared JSON of a chunk.
 _HOLE = "%the text%"
+
+
+def named_event(kind: str, **content: Any) -> bytes:
+    """A server-sent event with a name, as in Anthropic's Messages and OpenAI's Responses."""
+    return f"event: {kind}\n".encode() + _sse({"type": kind, **content})
 
 
 def _sse(payload: dict[str, Any]) -> bytes:

@@ -7,7 +7,7 @@ and no policy; what to do about a step is decided in `redflag.watching`.
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -54,14 +54,16 @@ class ChatInput:
     """A conversation for a server that renders it itself (`RemoteBackend` with `route="chat"`).
 
     Attributes:
-        messages: The turns that the chat template is given.
-        tools: The definitions of tools that it is given.
-        thinking: Whether it is told to leave room for a thought.
+        messages: The turns for the chat template; likewise `tools`, the definitions.
+        thinking: Whether the template leaves room for a thought.
     """
 
     messages: tuple[Mapping[str, Any], ...]
     tools: tuple[Mapping[str, Any], ...] = ()
     thinking: bool = False
+
+
+_SEEDS = 2**62
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ class Sampling:
                 0.0 < self.repetition_penalty < math.inf,
                 "above 0 (1 = off)",
             ),
-            ("seed", self.seed, self.seed is None or abs(self.seed) < 2**62, "None or a whole number below 2**62"),
+            ("seed", self.seed, self.seed is None or abs(self.seed) < _SEEDS, "None or a whole number below 2**62"),
             ("logprobs", self.logprobs, self.logprobs is None or self.logprobs >= 0, "None or 0 and above"),
             ("stop", self.stop, not isinstance(self.stop, str) and all(self.stop), "a tuple of texts, none empty"),
         )
@@ -131,6 +133,18 @@ class Sampling:
         """Whether the most likely token is always chosen."""
         return self.temperature == 0.0
 
+    def seed_of(self, stream: int) -> int | None:
+        """The seed of a response's further streams, counted from 1: with the first one's they would repeat its draws.
+
+        Example:
+            >>> Sampling(seed=7).seed_of(2), Sampling(seed=2**62 - 1).seed_of(1)
+            (9, 0)
+        """
+        if self.seed is None:
+            return None
+        seed = self.seed + stream
+        return seed if seed < _SEEDS else seed - _SEEDS
+
 
 class BusyError(RedflagError):
     """The engine is at capacity; the same request may succeed later."""
@@ -139,9 +153,7 @@ class BusyError(RedflagError):
 class ContextLengthError(RedflagError):
     """The prompt leaves no room for a response.
 
-    Attributes:
-        prompt_tokens: Tokens of the prompt.
-        context_length: Maximum number of tokens of prompt and response together.
+    `context_length` is the maximum number of tokens of prompt and response together.
     """
 
     def __init__(self, prompt_tokens: int, context_length: int, whose: str = "model") -> None:
@@ -151,6 +163,21 @@ class ContextLengthError(RedflagError):
         )
         self.prompt_tokens = prompt_tokens
         self.context_length = context_length
+
+
+def room_for(prompt_tokens: int, sampling: Sampling, context_length: int | None, whose: str = "model") -> int:
+    """How many tokens a response may have; `whose` context it is, for the error's text.
+
+    Raises:
+        RedflagError: The prompt is empty, or (`ContextLengthError`) leaves no room for a response.
+    """
+    if not prompt_tokens:
+        raise RedflagError("the prompt must hold at least one token (got none).")
+    if context_length is None:
+        return sampling.max_new_tokens
+    if prompt_tokens >= context_length:
+        raise ContextLengthError(prompt_tokens, context_length, whose)
+    return min(sampling.max_new_tokens, context_length - prompt_tokens)
 
 
 MOST_LOGPROBS = 20  # of the most likely tokens, as at OpenAI and vLLM
@@ -217,8 +244,7 @@ class Backend(Engine, Protocol):
         NaN. Closing the iterator, at any point, stops the engine's work on the stream.
 
         Args:
-            token_ids: The prompt, as ids of the model's vocabulary.
-            sampling: How tokens are chosen.
+            token_ids: The prompt.
             watch: Ids that are measured in place of the flags. Flags are still never chosen.
 
         Yields:
@@ -230,12 +256,18 @@ class Backend(Engine, Protocol):
         ...
 
 
-class AsyncBackend(Engine, Protocol):
-    """The same for an event loop, which runs many streams without a thread for each."""
+class AsyncStreams(Protocol):
+    """What a response is driven by on an event loop: an `AsyncBackend`, or something around one."""
 
-    def astream(self, token_ids: Sequence[int], sampling: Sampling, watch: Sequence[int] = ()) -> AsyncIterator[Step]:
-        """As `Backend.stream`; the iterator has `aclose`, which cleans up without waiting for anything."""
+    def astream(
+        self, token_ids: Sequence[int], sampling: Sampling, watch: Sequence[int] = ()
+    ) -> AsyncGenerator[Step, None]:
+        """As `Backend.stream`; `aclose` cleans up without waiting for anything."""
         ...
+
+
+class AsyncBackend(Engine, AsyncStreams, Protocol):
+    """The same for an event loop, which runs many streams without a thread for each."""
 
     async def aclose(self) -> None:
         """Ends all streams and frees their shared resources."""

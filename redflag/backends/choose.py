@@ -59,10 +59,8 @@ class Chooser:
         """Prepares the processors.
 
         Args:
-            sampling: How tokens are chosen.
             prompts: B prompts; only a repetition penalty reads them.
-            flag_ids: The K flag ids, on `device`.
-            device: Device of the logits.
+            flag_ids: The K flag ids, on `device`, which is that of the logits.
             watch: Ids that are measured in place of the flags.
         """
         self._flag_ids = flag_ids

@@ -55,7 +55,6 @@ def head_logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
     """Logits of last hidden states, as the model's own forward computes them.
 
     Args:
-        model: A causal language model, with or without PEFT.
         hidden: Last hidden states, shape `(N, H)`, in the model's dtype.
 
     Returns:
@@ -73,7 +72,6 @@ def head_agrees(model: Any, token_ids: torch.Tensor) -> bool:
     """Whether backbone and head, applied separately, give the logits of the whole model.
 
     Args:
-        model: A causal language model.
         token_ids: A few arbitrary ids, shape `(1, T)`, on the model's device.
     """
     try:
@@ -94,7 +92,6 @@ def measure_hidden(model: Any, hidden: torch.Tensor, flag_ids: torch.Tensor) -> 
     """Flag probabilities from hidden states, without ever holding the logits of all positions.
 
     Args:
-        model: A causal language model.
         hidden: Last hidden states of N positions, shape `(N, H)`.
         flag_ids: The K flag ids, int64, on the same device.
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from redflag.backends import MOST_LOGPROBS, ContextLengthError, Sampling, refuse_earlier
+from redflag.backends import MOST_LOGPROBS, Sampling, refuse_earlier, room_for
 from redflag.backends.choose import Chooser, measure
 from redflag.backends.head import CACHE, backbone, head_agrees, measure_hidden, plain_model
 from redflag.errors import RedflagError
@@ -29,8 +29,6 @@ class HFBackend:
 
     Attributes:
         context_length: Most tokens of prompt and response together; None when the model states no limit.
-        logprob_mode: `raw`.
-        upper_bound: False: the probabilities are exact.
         most_logprobs: Largest allowed `Sampling.logprobs`.
         measures_earlier: True: spans of the prompt are measured in the prompt's own pass.
 
@@ -46,9 +44,8 @@ class HFBackend:
         """Wraps a loaded model.
 
         Args:
-            model: The model, with the flags attached.
-            tokenizer: Its tokenizer; only the end-of-sequence id is read from it.
-            spec: The flags, with ids.
+            model: With the flags attached.
+            tokenizer: Only the end-of-sequence id is read from it.
             reuse_prefix: Cache the last stream's keys and values for a prompt with the same beginning. Logits then
                 equal those of a fresh run up to rounding; set False for seeded sampling that is equal bit by bit.
 
@@ -73,7 +70,8 @@ class HFBackend:
                 "that the flags were attached to."
             )
         self._flag_ids = torch.tensor(spec.ids, dtype=torch.long, device=self._device)
-        self._eos_ids = _eos_ids(plain, tokenizer) - frozenset(spec.ids)
+        ends = find_eos_ids(getattr(plain, "generation_config", None), plain.config, tokenizer)
+        self.eos_ids = ends - frozenset(spec.ids)
         self.context_length: int | None = getattr(config, "max_position_embeddings", None)
         self._slot = PrefixSlot() if reuse_prefix else None
         accepted = inspect.signature(plain.forward).parameters
@@ -86,11 +84,6 @@ class HFBackend:
         """The model, in evaluation mode."""
         return self._model
 
-    @property
-    def eos_ids(self) -> frozenset[int]:
-        """End-of-sequence ids of the generation configuration, the model configuration and the tokenizer."""
-        return self._eos_ids
-
     def stream(self, token_ids: Sequence[int], sampling: Sampling, watch: Sequence[int] = ()) -> Iterator[Step]:
         """Continues a prompt; see `redflag.backends.Backend.stream`.
 
@@ -102,7 +95,8 @@ class HFBackend:
             raise RedflagError(
                 f"watched ids must be below the model's vocabulary size, {self._vocabulary} (got {outside[0]})."
             )
-        return self._steps(list(token_ids), sampling, self._room(token_ids, sampling), watch)
+        room = room_for(len(token_ids), sampling, self.context_length)
+        return self._steps(list(token_ids), sampling, room, watch)
 
     def forget(self) -> None:
         """Frees the keys and values cached for the next prompt."""
@@ -115,8 +109,8 @@ class HFBackend:
         """Continues many prompts at once.
 
         Args:
-            prompts: Prompts as ids, of any lengths.
-            sampling: How tokens are chosen. Prompt i uses `seed + i`.
+            prompts: Ids of each, of any lengths.
+            sampling: Prompt i uses `seed + i`.
             batch_size: Maximum number of prompts in a batch.
 
         Returns:
@@ -126,7 +120,7 @@ class HFBackend:
             RedflagError: A prompt is empty or leaves no room for a response.
         """
         refuse_earlier(sampling)
-        rooms = [self._room(prompt, sampling) for prompt in prompts]
+        rooms = [room_for(len(prompt), sampling, self.context_length) for prompt in prompts]
         responses: list[list[Step]] = [[] for _ in prompts]
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         chooser = Chooser(sampling, prompts, self._flag_ids, self._device)
@@ -171,16 +165,6 @@ class HFBackend:
                 scores[row][:] = part
         return scores
 
-    def _room(self, token_ids: Sequence[int], sampling: Sampling) -> int:
-        if not token_ids:
-            raise RedflagError("the prompt must hold at least one token (got none).")
-        if self.context_length is None:
-            return sampling.max_new_tokens
-        room = self.context_length - len(token_ids)
-        if room < 1:
-            raise ContextLengthError(len(token_ids), self.context_length)
-        return min(room, sampling.max_new_tokens)
-
     def _check_pair(self, index: int, prompt: int, response: int) -> None:
         if not prompt:
             raise RedflagError(
@@ -220,7 +204,7 @@ class HFBackend:
                     step = step._replace(earlier=tuple(tuple(measured[p] for p in range(*span)) for span in spans))
                     needed, missing = [], []
                 yield step
-                if not sound or step.token_id in self._eos_ids:
+                if not sound or step.token_id in self.eos_ids:
                     return
                 pending = [step.token_id]
         finally:
@@ -300,7 +284,7 @@ class HFBackend:
             for index, (row, step) in enumerate(zip(rows, steps, strict=True)):
                 responses[row].append(step)
                 unjudged = any(map(math.isnan, step.flag_probs))
-                if len(responses[row]) < rooms[row] and step.token_id not in self._eos_ids and not unjudged:
+                if len(responses[row]) < rooms[row] and step.token_id not in self.eos_ids and not unjudged:
                     running.append(index)
             # Finished rows leave the batch and the cache; the others keep their order.
             if not running:
@@ -327,10 +311,6 @@ class HFBackend:
             return measure_hidden(self._model, needed, self._flag_ids)
         logits = self._model(input_ids=input_ids, use_cache=False).logits
         return torch.cat([measure(logits[index, span].float(), self._flag_ids) for index, span in enumerate(spans)])
-
-
-def _eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    return find_eos_ids(getattr(model, "generation_config", None), model.config, tokenizer)
 
 
 def find_eos_ids(*sources: Any) -> frozenset[int]:

@@ -107,7 +107,7 @@ def load_flagged(
 
     Args:
         directory: Folder written by `redflag train`.
-        device: Device; "auto" is the first GPU, if there is one; None is the CPU.
+        device: "auto" is the first GPU, if there is one; None is the CPU.
         dtype: The weights' type; "auto" takes the saved one.
 
     Returns:

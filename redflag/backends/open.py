@@ -7,12 +7,13 @@ its options.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from redflag.backends import AsyncBackend, Backend, ChatInput, Sampling
+from redflag.bounds import option
 from redflag.errors import RedflagError
 from redflag.flags import FILE, FlagSpec, attach
 from redflag.outbound import extra_headers, key_in
@@ -27,14 +28,10 @@ if TYPE_CHECKING:
 class UpstreamOptions:
     """Options for requests to the servers given as `upstream`; several verbs share them."""
 
-    upstream_model: str | None = field(
-        default=None, metadata={"help": "upstream: the model's name there; default: its first."}
-    )
-    upstream_key_env: str | None = field(
-        default=None, metadata={"help": "upstream: environment variable with its API key."}
-    )
-    upstream_headers: dict[str, str] | None = field(
-        default=None, metadata={"help": "upstream: further headers, as JSON; ${NAME} is an environment variable."}
+    upstream_model: str | None = option(None, "upstream: the model's name there; default: its first.")
+    upstream_key_env: str | None = option(None, "upstream: environment variable with its API key.")
+    upstream_headers: dict[str, str] | None = option(
+        None, "upstream: further headers, as JSON; ${NAME} is an environment variable."
     )
 
     def upstream_options(self) -> dict[str, Any]:
@@ -64,8 +61,7 @@ def open_backend(
     Args:
         directory: Folder written by `redflag train`; with `upstream` no weights are read.
         upstream: The server that runs the model; None = this process.
-        device: Device of a model in this process.
-        dtype: The type of its weights.
+        device: Of a model in this process, as for `redflag.backends.load.load_flagged`; likewise `dtype`.
         earlier: Whether earlier answers of a conversation shall be measured (`Sampling.earlier`).
         **served: Options of `redflag.backends.remote.RemoteBackend`.
 
@@ -82,7 +78,7 @@ def open_backend(
         return load_flagged(directory, device, dtype)
     from redflag.backends.remote import RemoteBackend
     from redflag.backends.remote_handshake import handshake
-    from redflag.backends.remote_memory import RememberingBackend
+    from redflag.backends.remote_score import RememberingBackend
 
     tokenizer, spec, eos_ids = load_tokenizer(directory)
     backend = (RememberingBackend if earlier else RemoteBackend)(upstream, spec.ids, eos_ids, **served)
@@ -147,20 +143,9 @@ def event_loop_scorer(backend: AsyncBackend) -> Callable[[Sequence[int], Sequenc
 
     if not isinstance(backend, RemoteBackend):
         return getattr(backend, "score", None) or _no_scores
-    from redflag.backends.remote_score import Way, find_way, score_response
+    from redflag.backends.remote_score import ServedScores
 
-    ways: list[Way] = []
-
-    async def score(prompt: Sequence[int], response: Sequence[int]) -> Any:
-        if not ways:
-            ways.append(await find_way(backend))
-        try:
-            return await score_response(backend, ways[0], prompt, response)
-        except OSError:  # The server may come back with other options.
-            ways.clear()
-            raise
-
-    return score
+    return ServedScores(backend).score
 
 
 async def _no_scores(prompt: Sequence[int], response: Sequence[int]) -> Any:
@@ -178,10 +163,7 @@ def _refuse(served: Mapping[str, Any]) -> None:
 def for_event_loop(backend: Backend, active: int, waiting: int) -> tuple[AsyncBackend, Callable[[], Awaitable[None]]]:
     """A backend for a server's event loop, and a function that checks again, later, that it measures.
 
-    Args:
-        backend: Result of `open_backend`.
-        active: Maximum number of streams that an engine in this process works on at a time, in turns.
-        waiting: Maximum number of streams that wait for it.
+    `active` and `waiting` as for `redflag.backends.turns.Turns`, for an engine in this process.
     """
     from redflag.backends.remote import RemoteBackend
     from redflag.backends.turns import Turns

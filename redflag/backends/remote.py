@@ -13,7 +13,7 @@ import weakref
 from collections.abc import AsyncGenerator, Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from redflag.backends import BusyError, ContextLengthError, Sampling, refuse_earlier
+from redflag.backends import BusyError, Sampling, refuse_earlier, room_for
 from redflag.backends.remote_chat import ChatReader, chat_body
 from redflag.backends.remote_guided import guided
 from redflag.backends.remote_link import Link, SyncSteps, aiohttp
@@ -33,8 +33,9 @@ class RemoteBackend:
     options is unknown until `redflag.backends.remote_handshake` has checked; run that before the first user's request.
 
     Attributes:
-        url: Address of the server, without `/v1`.
-        model: Name of the served model; by default the server's first one.
+        url: Without `/v1`.
+        flag_ids: The K flag ids; `eos_ids`: ids that end a response.
+        model: The served model's name; None before the first request, if none was given.
         context_length: Maximum number of tokens of prompt and response together; None before the first request, and if
             the server does not report it.
         upper_bound: Whether the probability of a flag that is not among the server's 20 most likely tokens is replaced
@@ -71,17 +72,16 @@ class RemoteBackend:
         """Makes no request yet.
 
         Args:
-            url: Address, with or without `/v1`.
+            url: With or without `/v1`.
             spec_ids: The K flag ids, in the order of `FlagSpec`.
-            eos_ids: Ids that end a response.
-            model: Name of the served model; None takes the server's first one.
+            model: None takes the server's first one.
             api_key: Sent as a bearer token.
             upper_bound: For servers without `logprob_token_ids`: use the 20 most likely tokens instead.
             connect_timeout: Seconds for a connection to be made.
             step_timeout: Seconds without a step, including the first, after which a stream fails.
             retries: Further tries if the server cannot be reached or is busy; only before the first step.
             vocab_size: Number of ids of the model; a token beyond them is a fault. None = no check.
-            context_length: Maximum number of tokens of prompt and response together; None asks the server.
+            context_length: None asks the server.
             headers: Sent with every request, for example for a gateway in front of the server.
             route: `chat` lets the server render conversations if `Sampling.chat` is given, to the same ids.
 
@@ -99,10 +99,10 @@ class RemoteBackend:
         if route == "chat" and upper_bound:
             raise RedflagError("upper_bound must not be given with the route chat, which needs logprob_token_ids.")
         self.context_length = context_length
-        self._flag_ids = tuple(spec_ids)
-        self._eos_ids = frozenset(eos_ids) - frozenset(spec_ids)
+        self.flag_ids = tuple(spec_ids)
+        self.eos_ids = frozenset(eos_ids) - frozenset(spec_ids)
         self._vocab_size = vocab_size
-        self._check_ids(self._flag_ids, "flag")
+        self._check_ids(self.flag_ids, "flag")
         self._connect_timeout, self._step_timeout, self._retries = connect_timeout, step_timeout, retries
         self._headers = {"Accept-Encoding": "identity"}
         if api_key is not None:
@@ -113,19 +113,9 @@ class RemoteBackend:
         self._links: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Link] = weakref.WeakKeyDictionary()
 
     @property
-    def eos_ids(self) -> frozenset[int]:
-        """Ids that end a response."""
-        return self._eos_ids
-
-    @property
     def most_logprobs(self) -> int | None:
         """0: besides the chosen token the server names either the flags or the likeliest tokens. None with bounds."""
         return None if self.upper_bound else 0
-
-    @property
-    def flag_ids(self) -> tuple[int, ...]:
-        """The K flag ids."""
-        return self._flag_ids
 
     def stream(self, token_ids: Sequence[int], sampling: Sampling, watch: Sequence[int] = ()) -> SyncSteps:
         """Continues a prompt; see `redflag.backends.Backend.stream`. Not for a thread in which an event loop runs.
@@ -136,14 +126,14 @@ class RemoteBackend:
             ConnectionError: The server cannot be reached, is lost, or sends a response that cannot be judged.
             TimeoutError: No step came for `step_timeout` seconds.
         """
-        self._check(token_ids, watch)
+        self._check(token_ids, sampling, watch)
         return SyncSteps(self._new_link, lambda link: self._steps(token_ids, sampling, watch, link))
 
     def astream(
         self, token_ids: Sequence[int], sampling: Sampling, watch: Sequence[int] = ()
     ) -> AsyncGenerator[Step, None]:
         """Continues a prompt on the running event loop. Close it with `aclose`, which does not wait."""
-        self._check(token_ids, watch)
+        self._check(token_ids, sampling, watch)
         return self._steps(token_ids, sampling, watch, None)
 
     async def aclose(self) -> None:
@@ -152,13 +142,10 @@ class RemoteBackend:
         if link is not None:
             await link.close()
 
-    def _check(self, token_ids: Sequence[int], watch: Sequence[int]) -> None:
-        if not token_ids:
-            raise RedflagError("the prompt must hold at least one token (got none).")
+    def _check(self, token_ids: Sequence[int], sampling: Sampling, watch: Sequence[int]) -> None:
         if watch:
             self._check_ids(watch, "watched")
-        if self.context_length is not None and len(token_ids) >= self.context_length:
-            raise ContextLengthError(len(token_ids), self.context_length, "server")
+        self._room(token_ids, sampling)
 
     def _check_ids(self, ids: Sequence[int], kind: str) -> None:
         if not 1 <= len(ids) <= MOST_IDS:
@@ -171,10 +158,10 @@ class RemoteBackend:
         self, token_ids: Sequence[int], sampling: Sampling, watch: Sequence[int], link: Link | None
     ) -> AsyncGenerator[Step, None]:
         refuse_earlier(sampling)
-        measured = watch or self._flag_ids
+        measured = watch or self.flag_ids
         if sampling.grammar is not None:
-            return guided(self, token_ids, sampling, measured=measured, banned=self._flag_ids, link=link)
-        return self.answer(token_ids, sampling, measured=measured, banned=self._flag_ids, link=link)
+            return guided(self, token_ids, sampling, measured=measured, banned=self.flag_ids, link=link)
+        return self.answer(token_ids, sampling, measured=measured, banned=self.flag_ids, link=link)
 
     async def answer(
         self,
@@ -189,10 +176,7 @@ class RemoteBackend:
         """One request, for any measured and banned ids; `stream` and `astream` use it.
 
         Args:
-            token_ids: The prompt.
-            sampling: How tokens are chosen.
-            measured: Ids that are measured.
-            banned: Ids that are never chosen.
+            measured: Ids that are measured; `banned`: ids that are never chosen.
             allowed: The only ids that may be chosen; empty allows all.
             link: The connections to use; None = those of the running event loop.
         """
@@ -209,7 +193,7 @@ class RemoteBackend:
                 prompt,
                 measured=measured,
                 banned=banned,
-                eos_ids=self._eos_ids,
+                eos_ids=self.eos_ids,
                 upper_bound=self.upper_bound,
                 vocab_size=self._vocab_size,
                 logprobs=sampling.logprobs is not None,
@@ -217,7 +201,6 @@ class RemoteBackend:
             try:
                 if not self._asked:
                     await self.identify(link)
-                    self._check(prompt, ())
                 body = request_body(
                     prompt,
                     sampling,
@@ -226,7 +209,7 @@ class RemoteBackend:
                     measured=measured,
                     banned=banned,
                     allowed=allowed,
-                    eos_ids=self._eos_ids,
+                    eos_ids=self.eos_ids,
                     upper_bound=self.upper_bound,
                 )
                 if chat is None:
@@ -249,25 +232,18 @@ class RemoteBackend:
                         raise asyncio.TimeoutError
                 return
             except (_Failure, aiohttp.ClientError, asyncio.TimeoutError) as error:
-                # A server that accepted the request and is silent is not asked again: it may still be working on it.
-                if isinstance(error, asyncio.TimeoutError) and not isinstance(error, aiohttp.ConnectionTimeoutError):
-                    raise TimeoutError(f"the server {self.url} gave no step for {self._step_timeout:g} s") from error
-                failure = error if isinstance(error, _Failure) else _Failure(str(error) or type(error).__name__)
-                if begun or not tries_left:
-                    raise failure.kind(f"the server {self.url} failed: {failure}") from error
-                pause = pause if failure.pause is None else failure.pause
+                pause = self._next_pause(error, pause, "step", last=begun or not tries_left)
             finally:
                 # Also when the consumer closes the generator: leaving an unfinished response stops the engine.
                 if response is not None:
                     link.leave(response, over=reader.finish in ("stop", "length"))
-            await asyncio.sleep(min(pause, _LONGEST_PAUSE) * random.uniform(0.75, 1.25))
+            await _sleep(pause)
             pause *= 3
 
     async def ask(self, path: str, body: dict[str, Any]) -> Any:
         """One request that is not streamed; retried like a stream.
 
         Args:
-            path: Such as `/v1/completions`.
             body: The request without `model`, which is added.
 
         Returns:
@@ -290,14 +266,19 @@ class RemoteBackend:
                     await self._expect_ok(response)
                     return _json(await response.read())
             except (_Failure, aiohttp.ClientError, asyncio.TimeoutError) as error:
-                if isinstance(error, asyncio.TimeoutError) and not isinstance(error, aiohttp.ConnectionTimeoutError):
-                    raise TimeoutError(f"the server {self.url} gave no answer for {self._step_timeout:g} s") from error
-                failure = error if isinstance(error, _Failure) else _Failure(str(error) or type(error).__name__)
-                if not tries_left:
-                    raise failure.kind(f"the server {self.url} failed: {failure}") from error
-                pause = pause if failure.pause is None else failure.pause
-            await asyncio.sleep(min(pause, _LONGEST_PAUSE) * random.uniform(0.75, 1.25))
+                pause = self._next_pause(error, pause, "answer", last=not tries_left)
+            await _sleep(pause)
             pause, tries_left = pause * 3, tries_left - 1
+
+    def _next_pause(self, error: Exception, pause: float, awaited: str, *, last: bool) -> float:
+        """Seconds until the next try: `pause`, or what the server asks for; raises if this was the last try."""
+        # A server that accepted the request and is silent is not asked again: it may still be working on it.
+        if isinstance(error, asyncio.TimeoutError) and not isinstance(error, aiohttp.ConnectionTimeoutError):
+            raise TimeoutError(f"the server {self.url} gave no {awaited} for {self._step_timeout:g} s") from error
+        failure = error if isinstance(error, _Failure) else _Failure(str(error) or type(error).__name__)
+        if last:
+            raise failure.kind(f"the server {self.url} failed: {failure}") from error
+        return pause if failure.pause is None else failure.pause
 
     def link(self) -> Link:
         """The connections of the running event loop."""
@@ -337,8 +318,7 @@ class RemoteBackend:
         return list(models)
 
     def _room(self, prompt: Sequence[int], sampling: Sampling) -> int:
-        room = sampling.max_new_tokens
-        return room if self.context_length is None else min(room, self.context_length - len(prompt))
+        return room_for(len(prompt), sampling, self.context_length, "server")
 
     async def _open(self, link: Link, path: str, body: dict[str, Any]) -> aiohttp.ClientResponse:
         response = await link.session.post(self.url + path, json=body, allow_redirects=False)
@@ -376,6 +356,11 @@ class _Failure(ConnectionError):
     def __init__(self, what: str, kind: type[Exception] = ConnectionError, pause: float | None = None) -> None:
         super().__init__(what)
         self.kind, self.pause = kind, pause
+
+
+async def _sleep(pause: float) -> None:
+    # Not quite the same for all clients of a server that was busy, which would come back together.
+    await asyncio.sleep(min(pause, _LONGEST_PAUSE) * random.uniform(0.75, 1.25))
 
 
 def _json(data: bytes) -> Any:

@@ -30,10 +30,10 @@ from redflag.trace import Step
 
 def chat_body(body: dict[str, Any], chat: ChatInput) -> dict[str, Any]:
     """The body of a request to `/v1/completions` as one to `/v1/chat/completions`."""
-    asked = {name: value for name, value in body.items() if name not in ("prompt", "logprobs")}
+    request = {name: value for name, value in body.items() if name not in ("prompt", "logprobs")}
     tools = {"tools": [dict(tool) for tool in chat.tools], "tool_choice": "none"} if chat.tools else {}
     return {
-        **asked,
+        **request,
         **tools,
         "chat_template_kwargs": SWITCHES[chat.thinking],  # as `redflag.chat_template` renders
         "messages": [_turn(message) for message in chat.messages],
@@ -96,17 +96,17 @@ class PromptMismatchError(RedflagError):
 def _as_completion(choice: Mapping[str, Any]) -> dict[str, Any]:
     """A choice of a chat in the shape of one of `/v1/completions`; its text is made from ids here, and left out."""
     logprobs = choice.get("logprobs")
-    made = {**choice, "text": "", "logprobs": None}
+    completion = {**choice, "text": "", "logprobs": None}
     if choice.get("finish_reason") == "tool_calls":
-        made["finish_reason"] = "stop"
+        completion["finish_reason"] = "stop"
     if logprobs and logprobs.get("content"):
         content = logprobs["content"]
         tops = [{top["token"]: top["logprob"] for top in item["top_logprobs"]} for item in content]
-        made["logprobs"] = {
+        completion["logprobs"] = {
             "tokens": [item["token"] for item in content],
             "top_logprobs": tops,
             "token_logprobs": [item["logprob"] for item in content],
         }
     elif any((choice.get("delta") or {}).get(name) for name in ("content", "reasoning", "tool_calls")):
-        made["text"] = "..."  # without tokens, which is refused
-    return made
+        completion["text"] = "..."  # without tokens, which is refused
+    return completion

@@ -69,7 +69,7 @@ async def guided(
     async def ask(most: int, allowed: Sequence[int], bans: Collection[int]) -> AsyncGenerator[Step, None]:
         nonlocal requests
         # Another seed each time: with the same one, the same refused token would be sampled again.
-        seed = None if sampling.seed is None else sampling.seed + requests
+        seed = sampling.seed_of(requests)
         requests += 1
         # A server that renders the conversation cannot continue a response, so all requests but the first send ids.
         chat = sampling.chat if context == list(prompt) else None

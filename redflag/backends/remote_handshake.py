@@ -21,17 +21,19 @@ from redflag.trace import Step
 
 _TOKENS = 4
 _ROUNDS = 3
+# Largest difference between two probabilities that count as equal. In half precision other requests in the batch
+# sometimes change them by more, so a difference counts only if it occurs in all rounds.
+_TOLERANCE = 1e-4
+_CHAT_TOLERANCE = 1e-3
 _MOST_TOKENS = 2_000_000  # larger than any vocabulary
 
 
-def handshake(
-    backend: RemoteBackend, prompt: Sequence[int] = (), *, chat: tuple[ChatInput, Sequence[int]] | None = None
-) -> None:
+def handshake(backend: RemoteBackend, *, chat: tuple[ChatInput, Sequence[int]] | None = None) -> None:
     """Runs `shake_hands` without an event loop; then `check_chat`, given a conversation and its prompt."""
 
     async def alone() -> None:
         try:
-            await shake_hands(backend, prompt)
+            await shake_hands(backend)
             if chat is not None:
                 await check_chat(backend, *chat)
         finally:
@@ -40,19 +42,13 @@ def handshake(
     asyncio.run(alone())
 
 
-async def shake_hands(backend: RemoteBackend, prompt: Sequence[int] = (), tolerance: float = 1e-4) -> None:
+async def shake_hands(backend: RemoteBackend) -> None:
     """Compares probabilities of several requests, and raises if they are not raw.
 
     The first request finds the most likely token of the first position, x, without any ban. Then the flags and x are
     measured while all of them are banned, at three temperatures. Raw probabilities are equal each time; after the ban,
     x's would be 0, and after temperature, they would differ between the three. x is needed because the flags' own
     probabilities may be too small to show a difference.
-
-    Args:
-        backend: The server.
-        prompt: Prompt ids; if empty, a few ids that are not flags.
-        tolerance: Largest difference between two probabilities that count as equal. In half precision other requests in
-            the batch sometimes change them by more, so a difference counts only if it occurs in three rounds.
 
     Raises:
         RedflagError: Names the server option, version or address to fix.
@@ -68,8 +64,7 @@ async def shake_hands(backend: RemoteBackend, prompt: Sequence[int] = (), tolera
     if listed and backend.model not in listed:
         raise _refused(backend, f"serves {listed} and not {backend.model!r}", "name one of those")
     # Round 0: which token is the most likely one, and does the server measure at all?
-    flags = backend.flag_ids
-    prompt = prompt or _some_ids(set(flags) | backend.eos_ids)
+    flags, prompt = backend.flag_ids, ordinary_ids(backend)
     first = await _ask(backend, prompt, Sampling(max_new_tokens=1, temperature=0.0), flags, ())
     likely = first[0].token_id
     measured = flags if likely in flags else (*flags[: MOST_IDS - 1], likely)
@@ -89,7 +84,7 @@ async def shake_hands(backend: RemoteBackend, prompt: Sequence[int] = (), tolera
                 ("temperature", warm, cool),
                 ("temperature", greedy, warm),
             )
-            if not _same(one[0].flag_probs, other[0].flag_probs, tolerance)
+            if not _same(one[0].flag_probs, other[0].flag_probs, _TOLERANCE)
         ]
         # The most likely of V tokens has at least probability 1 / V; a smaller value must be something else, say a
         # logit.
@@ -100,7 +95,7 @@ async def shake_hands(backend: RemoteBackend, prompt: Sequence[int] = (), tolera
     raise _refused(backend, f"does not measure raw probabilities: {differences[0]}", _RAW)
 
 
-async def check_chat(backend: RemoteBackend, chat: ChatInput, prompt: Sequence[int], tolerance: float = 1e-3) -> None:
+async def check_chat(backend: RemoteBackend, chat: ChatInput, prompt: Sequence[int]) -> None:
     """Checks that a conversation rendered by the server measures the same as the ids rendered by redflag.
 
     Raises:
@@ -109,7 +104,7 @@ async def check_chat(backend: RemoteBackend, chat: ChatInput, prompt: Sequence[i
     flags, first = backend.flag_ids, Sampling(max_new_tokens=1, temperature=0.0)
     by_ids = await _ask(backend, prompt, first, flags, flags)
     by_chat = await _ask(backend, prompt, replace(first, chat=chat), flags, flags)
-    if not _same(by_ids[0].flag_probs, by_chat[0].flag_probs, tolerance):
+    if not _same(by_ids[0].flag_probs, by_chat[0].flag_probs, _CHAT_TOLERANCE):
         raise _refused(
             backend,
             f"measures {by_chat[0].flag_probs} by /v1/chat/completions and {by_ids[0].flag_probs} by /v1/completions",
@@ -147,8 +142,6 @@ _TOO_OLD = (
     "it is too old for logprob_token_ids: use vLLM 0.32 or later, or upper_bound=True, which needs only the "
     f"{TOP} most likely tokens"
 )
-
-
 _PROXY = "fix HTTP_PROXY or HTTPS_PROXY, or name the server in NO_PROXY"
 _BY_ERROR = (
     (aiohttp.ClientProxyConnectionError, _PROXY),
@@ -184,5 +177,7 @@ def _same(one: Sequence[float], other: Sequence[float], tolerance: float) -> boo
     return all(abs(a - b) <= tolerance for a, b in zip(one, other, strict=True))
 
 
-def _some_ids(excluded: Collection[int]) -> list[int]:
-    return [token_id for token_id in range(10, 200) if token_id not in excluded][:8]
+def ordinary_ids(backend: RemoteBackend) -> list[int]:
+    """Eight ids for a prompt, none of them a flag or an end of the response."""
+    special = {*backend.flag_ids, *backend.eos_ids}
+    return [token_id for token_id in range(10, 200) if token_id not in special][:8]

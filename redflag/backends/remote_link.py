@@ -42,13 +42,10 @@ class Link:
         self._draining: dict[asyncio.Task[None], aiohttp.ClientResponse] = {}
 
     def leave(self, response: aiohttp.ClientResponse, *, over: bool) -> None:
-        """Releases a response without waiting.
+        """Releases a response, read to any point, without waiting.
 
-        Args:
-            response: The response, read to any point.
-            over: Whether the server has reported its end: then the few bytes that may follow are read in the
-                background, so that the connection can be reused. Otherwise the connection is closed, which stops the
-                engine.
+        If the server has reported its end (`over`), the few bytes that may follow are read in the background, so that
+        the connection can be reused. Otherwise the connection is closed, which stops the engine.
         """
         if over and not response.content.at_eof():
             task = asyncio.get_running_loop().create_task(_drain(response))
@@ -58,11 +55,8 @@ class Link:
             response.close()
 
     async def close(self) -> None:
-        """Closes all connections."""
         for task, response in self._draining.items():
             task.cancel()
-            # Draining tasks are cancelled before they have read the rest; their responses are closed here, and the
-            # transports get one more iteration of the loop.
             response.close()  # a cancelled task closes it only if the task had started
         await asyncio.gather(*self._draining, return_exceptions=True)
         await self.session.close()
@@ -95,9 +89,6 @@ class SyncSteps(Iterator[Step]):
         self._link: Link | None = None
         self._steps: AsyncGenerator[Step, None] | None = None
         self._closed = False
-
-    def __iter__(self) -> SyncSteps:
-        return self
 
     def __next__(self) -> Step:
         if self._closed:

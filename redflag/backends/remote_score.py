@@ -1,5 +1,7 @@
 """Flag probabilities of given responses from an OpenAI-compatible server: teacher forcing without the weights.
 
+So are the earlier answers of a conversation measured before the server continues it (`RememberingBackend`).
+
 A server offers one of three ways (`find_way` tries them). For vLLM 0.32:
 
 - `prefill`: one request per response. `/inference/v1/generate` takes `prompt_logprob_token_ids`: the log-probability of
@@ -16,40 +18,132 @@ forcing a response token by token (structured output masks the logits before the
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from redflag.backends import Sampling
 from redflag.backends.remote import RemoteBackend
-from redflag.backends.remote_handshake import shake_hands
-from redflag.backends.remote_wire import TOP, RefusalError, check_own, measured_in, probability_of
+from redflag.backends.remote_handshake import ordinary_ids, shake_hands
+from redflag.backends.remote_link import Link
+from redflag.backends.remote_wire import TOP, check_own, measured_in, probability_of
 from redflag.errors import RedflagError
+from redflag.trace import Step
 
 Way = Literal["prefill", "steps", "bound"]
 Probs = npt.NDArray[np.float32]
+Measured = tuple[tuple[tuple[float, ...], ...], ...]
 
 _AT_ONCE = 64  # prompts in one request
 _TOLERANCE = 1e-3  # between two measurements of one probability; half precision changes it by about as much
 
 
-async def find_way(backend: RemoteBackend, prompt: Sequence[int] = ()) -> Way:
+class ServedScores:
+    """Scores given responses with one server; finds its way once, and again after the server failed."""
+
+    def __init__(self, backend: RemoteBackend) -> None:
+        self._backend = backend
+        self._way: Way | None = None
+
+    async def way(self) -> Way:
+        """How the server measures; errors as `find_way`."""
+        if self._way is None:
+            self._way = await find_way(self._backend)
+        return self._way
+
+    async def score(self, prompt: Sequence[int], response: Sequence[int]) -> Probs:
+        """As `score_response`; also raises what `find_way` does."""
+        way = await self.way()
+        try:
+            return await score_response(self._backend, way, prompt, response)
+        except OSError:  # The server may come back with other options.
+            self._way = None
+            raise
+
+
+class RememberingBackend(RemoteBackend):
+    """As `RemoteBackend`; the first step carries what `Sampling.earlier` asks for.
+
+    Earlier answers are measured as given responses are, before the stream begins.
+    """
+
+    measures_earlier = True
+
+    @cached_property
+    def _scores(self) -> ServedScores:
+        return ServedScores(self)
+
+    def prepare(self) -> None:
+        """Finds out how the server measures, without an event loop.
+
+        Raises:
+            RedflagError: It cannot; names the server option, version or address to fix.
+        """
+
+        async def alone() -> None:
+            try:
+                await self._scores.way()
+            finally:
+                await self.aclose()
+
+        asyncio.run(alone())
+
+    def _steps(
+        self, token_ids: Sequence[int], sampling: Sampling, watch: Sequence[int], link: Link | None
+    ) -> AsyncGenerator[Step, None]:
+        steps = super()._steps(token_ids, replace(sampling, earlier=()), watch, link)
+        return self._with_earlier(steps, list(token_ids), sampling.earlier, link) if sampling.earlier else steps
+
+    async def _with_earlier(
+        self,
+        steps: AsyncGenerator[Step, None],
+        prompt: list[int],
+        spans: Sequence[tuple[int, int]],
+        link: Link | None,
+    ) -> AsyncGenerator[Step, None]:
+        try:
+            earlier: Measured | None = await self.measure(prompt, spans)
+            async for step in steps:
+                yield step if earlier is None else step._replace(earlier=earlier)
+                earlier = None
+        finally:
+            await steps.aclose()
+            if link is not None:  # A loop of this stream's own: `ask` has opened further connections on it.
+                await self.aclose()
+
+    async def measure(self, prompt: Sequence[int], spans: Sequence[tuple[int, int]]) -> Measured:
+        """T x K probabilities of each span.
+
+        Raises:
+            RedflagError: As `score_response`, as are all others.
+        """
+        if await self._scores.way() == "steps":  # No position between the spans is paid for.
+            parts = [await self._scores.score(prompt[:start], prompt[start:end]) for start, end in spans]
+        else:
+            first, last = spans[0][0], spans[-1][1]
+            probs = await self._scores.score(prompt[:first], prompt[first:last])
+            parts = [probs[start - first : end - first] for start, end in spans]
+        return tuple(tuple(map(tuple, part.tolist())) for part in parts)
+
+
+async def find_way(backend: RemoteBackend) -> Way:
     """Checks that the server measures raw probabilities, and finds the fastest exact way to get them.
 
-    Args:
-        backend: The server; with `upper_bound` it is asked only for bounds.
-        prompt: Prompt ids (8 or more); if empty, some ids that are not flags.
+    A server with `upper_bound` is asked only for bounds.
 
     Raises:
         RedflagError: Names the server option, version or address to fix.
     """
     await shake_hands(backend)
-    special = {*backend.flag_ids, *backend.eos_ids}
-    ids = list(prompt or [token_id for token_id in range(10, 200) if token_id not in special])[:8]
+    ids = ordinary_ids(backend)
     context, response = ids[:4], ids[4:]
     if backend.upper_bound:
         await score_response(backend, "bound", context, response)
@@ -66,9 +160,7 @@ async def score_response(backend: RemoteBackend, way: Way, prompt: Sequence[int]
     """Flag probabilities before each token of a given response.
 
     Args:
-        backend: The server.
         way: Result of `find_way`.
-        prompt: At least one id.
         response: T ids.
 
     Returns:
@@ -140,9 +232,8 @@ async def _steps(backend: RemoteBackend, prompt: list[int], response: list[int])
 
 
 async def _bound(backend: RemoteBackend, prompt: list[int], response: list[int]) -> Probs:
-    # The last position is that of the token that the server generated.
-    # The server judges the prompt's own tokens: all of the response but its last token is sent as prompt, and the one
-    # generated token stands at the last position.
+    # The server measures at the tokens of a prompt. All of the response but its last token is sent as prompt, and the
+    # one token that it generates stands at the last position.
     body = _one_token(prompt + response[:-1]) | {"logprobs": TOP, "prompt_logprobs": TOP}
     (choice,) = (await backend.ask("/v1/completions", body))["choices"]
     rows = []
@@ -193,6 +284,3 @@ def _one_token(prompt: list[int] | list[list[int]]) -> dict[str, Any]:
         "frequency_penalty": 0.0,
         "return_tokens_as_token_ids": True,
     }
-
-
-__all__ = ["RefusalError", "Way", "find_way", "score_response"]

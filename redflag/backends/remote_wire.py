@@ -43,13 +43,9 @@ def request_body(
     Every sampling option is sent: the server would take missing ones from the model's `generation_config.json`.
 
     Args:
-        prompt: The prompt's ids.
-        sampling: How tokens are chosen. `stop` is not sent.
-        max_tokens: Maximum number of response tokens.
-        model: Name of the served model.
+        sampling: `stop` is not sent.
         measured: Ids whose log-probability is requested at every step.
         banned: Ids that must not be chosen.
-        eos_ids: Ids that end the response.
         upper_bound: Request the `TOP` most likely tokens, for a server without `logprob_token_ids`.
         allowed: The only ids that may be chosen, which vLLM applies after taking log-probabilities; empty allows all.
     """
@@ -272,7 +268,6 @@ class RefusalError(RedflagError):
 
     Attributes:
         status: HTTP status, 400 to 499.
-        reason: The server's message.
     """
 
     def __init__(self, status: int, reason: str) -> None:
@@ -296,6 +291,7 @@ def reason_of(body: Any) -> str:
 
 
 def measured_in(name: str, top: dict[str, float | None]) -> float:
+    """The probability of a measured id at one position; NaN if it was masked."""
     if name not in top:
         raise ConnectionError(f"the server sent no log-probability of {name}")
     logprob = top[name]

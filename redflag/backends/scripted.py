@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from redflag.backends import ContextLengthError, Sampling, refuse_earlier
+from redflag.backends import Sampling, refuse_earlier, room_for
 from redflag.errors import RedflagError
 from redflag.trace import Step
 
@@ -17,9 +17,7 @@ class ScriptedBackend:
     """Yields given steps, without a model.
 
     Attributes:
-        logprob_mode: `raw`.
         upper_bound: Whether the script's probabilities count as upper bounds.
-        measures_earlier: Whether spans of the prompt are measured.
         prompts: The token ids of every stream that was started, in order.
         open_streams: Streams started and not yet ended, closed or failed; 0 shows that a consumer cleaned up.
         closed_early: Streams closed by their consumer before the script was over.
@@ -45,7 +43,6 @@ class ScriptedBackend:
 
         Args:
             script: The steps, or a function of prompt and sampling that returns them (possibly endless).
-            eos_ids: Ids after which a stream ends.
             fail_at: Number of steps after which `error` is raised, as if the engine was lost; None never fails.
             error: The exception to raise; None = a `ConnectionError`.
             context_length: Maximum number of prompt and response tokens together; None = no limit.
@@ -58,7 +55,7 @@ class ScriptedBackend:
         self._earlier = earlier
         self.measures_earlier = earlier is not None
         self._script = script
-        self._eos_ids = frozenset(eos_ids)
+        self.eos_ids = frozenset(eos_ids)
         self._fail_at = fail_at
         self._error = error if error is not None else ConnectionError("the scripted engine was lost")
         self._context_length = context_length
@@ -66,24 +63,13 @@ class ScriptedBackend:
         self.open_streams = 0
         self.closed_early = 0
 
-    @property
-    def eos_ids(self) -> frozenset[int]:
-        """Ids after which a stream ends."""
-        return self._eos_ids
-
     def stream(self, token_ids: Sequence[int], sampling: Sampling, watch: Sequence[int] = ()) -> Iterator[Step]:
         """Plays the script; see `redflag.backends.Backend.stream`."""
-        if not token_ids:
-            raise RedflagError("the prompt must hold at least one token (got none).")
+        room = room_for(len(token_ids), sampling, self._context_length)
         if sampling.grammar is not None:
             raise RedflagError("grammar is not supported by a script. Leave it out.")
         if self._earlier is None:
             refuse_earlier(sampling)
-        room = sampling.max_new_tokens
-        if self._context_length is not None:
-            room = min(room, self._context_length - len(token_ids))
-            if room < 1:
-                raise ContextLengthError(len(token_ids), self._context_length)
         steps: Iterable[Step]
         if watch and self._watched is not None:
             steps = self._watched(token_ids, sampling, watch)
@@ -106,7 +92,7 @@ class ScriptedBackend:
                     measured = self._earlier(token_ids, spans)
                     step = step._replace(earlier=tuple(tuple(map(tuple, span)) for span in measured))
                 yield step
-                if step.token_id in self._eos_ids:
+                if step.token_id in self.eos_ids:
                     return
             if self._fail_at is not None:
                 raise self._error

@@ -10,7 +10,7 @@ import weakref
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -45,14 +45,6 @@ class Turns:
 
     `eos_ids`, `logprob_mode`, `upper_bound`, `most_logprobs`, `measures_earlier` and `context_length` are those of the
     backend.
-
-    Example:
-        ```python
-        turns = Turns(HFBackend(model, tokenizer, spec))
-        async for step in turns.astream(prompt_ids, Sampling()):
-            print(step)
-        await turns.aclose()
-        ```
     """
 
     def __init__(
@@ -63,7 +55,6 @@ class Turns:
         Args:
             backend: The engine; from now on only the thread uses it.
             active: Maximum number of streams that take turns; they share the engine's speed, each with its own cache.
-            waiting: Maximum number of streams in the queue.
             buffer: Maximum number of steps ahead of a consumer.
             patience: Seconds that a stream with a full buffer waits for its consumer.
 
@@ -162,25 +153,18 @@ class _End:
     error: BaseException | None = None
 
 
+@dataclass(slots=True, eq=False)
 class _Turn:
     """One stream. Only the thread uses its iterator, only its consumer's loop its items."""
 
-    __slots__ = ("begin", "begun", "behind", "full_since", "items", "loop", "steps", "task")
-
-    def __init__(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        task: asyncio.Task[Any] | None,
-        begin: Callable[[Any], Iterator[Any]],
-    ) -> None:
-        self.loop = loop
-        self.task = task
-        self.begin = begin
-        self.items: asyncio.Queue[Any] = asyncio.Queue()
-        self.steps: Iterator[Any] | None = None
-        self.begun = False  # whether the consumer has taken a step
-        self.behind = 0  # steps computed and not yet taken
-        self.full_since: float | None = None
+    loop: asyncio.AbstractEventLoop
+    task: asyncio.Task[Any] | None
+    begin: Callable[[Any], Iterator[Any]]
+    items: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
+    steps: Iterator[Any] | None = None
+    begun: bool = False  # whether the consumer has taken a step
+    behind: int = 0  # steps computed and not yet taken
+    full_since: float | None = None
 
 
 class _Worker:
@@ -207,7 +191,6 @@ class _Worker:
     # Called by consumers.
 
     def enter(self, turn: _Turn) -> None:
-        """Puts a new stream into the queue."""
         with self._work:
             if self._over is not None:
                 raise ConnectionError(self._over)

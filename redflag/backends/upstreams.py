@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Awaitable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
 
 Probs = npt.NDArray[np.float32]
-Pair = tuple[Sequence[int], Sequence[int]]
+Pair = tuple[Sequence[int], Sequence[int]]  # ids of prompt and response
 
 _TRIES = 3  # for a row at which servers fail that are otherwise alive
 
@@ -33,58 +33,21 @@ class Upstreams:
             unknown.
         ways: How each server in use measures (`redflag.backends.remote_score`).
         upper_bound: Whether probabilities are upper bounds.
-
-    Example:
-        ```python
-        with Upstreams(["http://gpu1:8000", "http://gpu2:8000"], spec, eos_ids) as scorer:
-            scored = list(score_rows(scorer, tokenizer, spec, rows))
-        ```
     """
 
-    def __init__(
-        self,
-        urls: Sequence[str],
-        spec: FlagSpec,
-        eos_ids: frozenset[int],
-        *,
-        model: str | None = None,
-        api_key: str | None = None,
-        headers: Mapping[str, str] | None = None,
-        upper_bound: bool = False,
-        step_timeout: float = 600.0,
-        retries: int = 3,
-    ) -> None:
+    def __init__(self, urls: Sequence[str], spec: FlagSpec, eos_ids: frozenset[int], **served: Any) -> None:
         """Connects, and finds out how each server measures.
 
         Args:
-            urls: Addresses, with or without `/v1`.
-            spec: The flags.
-            eos_ids: Ids that end a response.
-            model: Name of the served model; None takes each server's first one.
-            api_key: Sent as a bearer token.
-            headers: Sent with every request.
-            upper_bound: For servers without `logprob_token_ids`: use the 20 most likely tokens instead.
-            step_timeout: Seconds for one answer.
-            retries: Further tries of a request if a server cannot be reached or is busy.
+            **served: Options of each `redflag.backends.remote.RemoteBackend`. By default `step_timeout` is 600, since
+                an answer comes as a whole, and `retries` 3.
 
         Raises:
             RedflagError: No server can be used. If some can, the others are left out and named on stderr.
         """
-        self.upper_bound = upper_bound
-        backends = [
-            RemoteBackend(
-                url,
-                spec.ids,
-                eos_ids,
-                model=model,
-                api_key=api_key,
-                headers=headers,
-                upper_bound=upper_bound,
-                step_timeout=step_timeout,
-                retries=retries,
-            )
-            for url in urls
-        ]
+        served = {"step_timeout": 600.0, "retries": 3, **served}
+        self.upper_bound: bool = served.get("upper_bound", False)
+        backends = [RemoteBackend(url, spec.ids, eos_ids, **served) for url in urls]
         if len({backend.url for backend in backends}) != len(urls) or not urls:
             raise RedflagError(f"upstream must name at least one server, and each only once (got {list(urls)}).")
         self._backends = backends
@@ -132,7 +95,6 @@ class Upstreams:
         """Flag probabilities of given responses, in order, each as soon as all before it are done.
 
         Args:
-            pairs: `(prompt_ids, response_ids)` of each.
             batch_size: Number of concurrent responses per server.
 
         Yields:

@@ -17,12 +17,6 @@ class Detokenizer:
     (without `clean_up_tokenization_spaces`, which rewrites text that was returned already). A character of several
     tokens comes with the last one. Incomplete bytes at the end become U+FFFD in `flush`, as in `decode`; invalid bytes
     in the middle too, but with byte fallback their number may differ from that of `decode`.
-
-    Example:
-        ```python
-        detokenizer = Detokenizer(tokenizer)
-        text = "".join(map(detokenizer.push, token_ids)) + detokenizer.flush()
-        ```
     """
 
     def __init__(self, tokenizer: Any, context: Sequence[int] = ()) -> None:
@@ -174,8 +168,7 @@ class ResponseText:
         Args:
             hidden_ids: Ids without text: end-of-sequence ids (not every tokenizer calls them special) and flags.
             context: Ids that the response continues without a break.
-            stop: Texts that end the response.
-            remove: Flags' texts.
+            stop: Texts that end the response; `remove`: flags' texts.
             until: The id that ends a thought; from it on there is no text.
             skip: Characters to strip from the beginning: white space between thought and answer.
             marks: Id -> text in place of its own (`redflag.tool_prompt.mark_ids`), for a reader of tool calls.

@@ -36,14 +36,7 @@ class _Vocabulary(NamedTuple):
 
 
 class Grammars:
-    """Makes grammars for one tokenizer; the first call builds a trie (0.5 to 11 s for released tokenizers).
-
-    Example:
-        ```python
-        grammars = Grammars(tokenizer, spec, backend.eos_ids)
-        sampling = Sampling(grammar=grammars.json({"type": "object", "required": ["name"]}))
-        ```
-    """
+    """Makes grammars for one tokenizer; the first call builds a trie (0.5 to 11 s for released tokenizers)."""
 
     def __init__(self, tokenizer: Any, spec: FlagSpec, eos_ids: frozenset[int]) -> None:
         self._tokenizer, self._spec, self._eos_ids = tokenizer, spec, eos_ids

@@ -14,7 +14,6 @@ from redflag.earlier_answers import answer_spans
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
 from redflag.guard.asking import Messages, verdict_ids
-from redflag.guard.folder import read_folder
 from redflag.guard.grammar import Grammars
 from redflag.guard.response import Response, Stream, drive
 from redflag.guard.result import EventStream as EventStream
@@ -26,9 +25,10 @@ from redflag.thoughts import ThoughtMarks, thinks_by_itself, thought_marks
 from redflag.tool_prompt import ToolPrompt, ToolUse, mark_ids, render_tool_prompt
 from redflag.trace import Halt, Step, Text
 from redflag.watching.memory import Memory
+from redflag.watching.monitor import MonitorConfig
 from redflag.watching.policy import Policy
 from redflag.watching.session import Session
-from redflag.watching.thresholds import Thresholds
+from redflag.watching.thresholds import THRESHOLDS_FILE, Thresholds
 from redflag.watching.watch import check_fit
 
 Thinking = Literal["template", "on", "off"]
@@ -112,8 +112,7 @@ class Guard:
                 weights are read.
             policy: As for `Guard`; likewise `judge`, `thinking` and `memory`.
             thresholds: In place of the calibrated file: thresholds, or one number for all categories, set by hand.
-            dtype: Type of the weights; `"auto"`: as saved.
-            device: `"cuda"`, ...; "auto": the first GPU, if there is one.
+            dtype: Type of the weights; "auto": as saved. `device`: "auto" is the first GPU, if there is one.
             upstream: The server that runs the model, such as a stock vLLM at `"http://localhost:8000"`; None: this
                 process.
             **served: Options of `redflag.backends.remote.RemoteBackend`.
@@ -122,7 +121,7 @@ class Guard:
             RedflagError: Files are missing or do not belong together, or the server does not measure the flags.
         """
         directory = model_folder(directory)
-        spec, thresholds = read_folder(Path(directory), thresholds, policy)
+        spec, thresholds = _read_folder(Path(directory), thresholds, policy)
         thresholds = thresholds.remembering(memory)
         earlier = thresholds.memory is not None
         backend, tokenizer, spec = open_backend(
@@ -271,8 +270,14 @@ class Guard:
                 assert prompt[: len(ids)] == ids, "the same conversation in other ids"
                 sampling = replace(sampling, earlier=spans)
         return Response(
-            *(self.tokenizer, self._spec, thresholds or self._thresholds, policy, self.backend.eos_ids),
-            *(messages, prompt, sampling),
+            self.tokenizer,
+            self._spec,
+            thresholds or self._thresholds,
+            policy,
+            self.backend.eos_ids,
+            messages,
+            prompt,
+            sampling,
             continues=continues,
             thought=marks,
             marks=mark_ids(self.tokenizer, tools.format) if tools is not None and tools.definitions else None,
@@ -325,6 +330,33 @@ class Guard:
                 "the action escalate must come with a judge (got no second judge). Every alarm would halt. Give a "
                 "judge, or another action."
             )
+
+
+def _read_folder(
+    directory: Path, thresholds: Thresholds | float | None, policy: Policy | None
+) -> tuple[FlagSpec, Thresholds]:
+    """Flags and thresholds of a folder, checked before the weights are read, which may take minutes.
+
+    Raises:
+        RedflagError: Files are missing, or do not belong together.
+    """
+    if not directory.is_dir():
+        raise RedflagError(f"{directory} must be a folder that `redflag train` wrote.")
+    spec = FlagSpec.load(directory)
+    if thresholds is None and not (directory / THRESHOLDS_FILE).exists():
+        raise RedflagError(
+            f"{directory} must hold {THRESHOLDS_FILE}. Run `redflag calibrate --model {directory} --input rows.jsonl`, "
+            "or set a threshold by hand with thresholds=0.5."
+        )
+    if thresholds is None:
+        thresholds = Thresholds.load(directory)
+    elif not isinstance(thresholds, Thresholds):
+        monitor = MonitorConfig("max" if policy is None or policy.first_token is None else "first")
+        thresholds = Thresholds.manual(
+            thresholds, spec.categories, monitor, run_id=spec.run_id, template_hash=spec.template_hash
+        )
+    thresholds.check(spec.run_id, spec.template_hash, "raw", spec.categories)
+    return spec, thresholds
 
 
 def _raising(error: Exception) -> Iterator[Step]:

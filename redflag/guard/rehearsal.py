@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import replace
-from typing import Any
 
-from redflag.backends import AsyncBackend, Sampling
+from redflag.backends import AsyncStreams, Sampling
 from redflag.guard.guard import Guard
 from redflag.trace import Step
 from redflag.watching.policy import ACTIONS, Policy
@@ -31,31 +31,19 @@ def rehearsing(guard: Guard, policy: Policy | None = None) -> Guard:
 class Alarmed:
     """An engine whose flags have probability 1 at token `at`, or at the response's end if that is earlier."""
 
-    def __init__(self, backend: AsyncBackend, at: int) -> None:
-        self.eos_ids = backend.eos_ids
-        self.logprob_mode = backend.logprob_mode
-        self.upper_bound = backend.upper_bound
-        self._backend = backend
-        self._at = at
+    def __init__(self, engine: AsyncStreams, eos_ids: frozenset[int], at: int) -> None:
+        self._engine, self._eos_ids, self._at = engine, eos_ids, at
 
     async def astream(
         self, token_ids: Sequence[int], sampling: Sampling, watch: Sequence[int] = ()
-    ) -> AsyncIterator[Step]:
-        """As the engine's."""
-        steps: Any = self._backend.astream(token_ids, sampling, watch)
+    ) -> AsyncGenerator[Step, None]:
         flags: tuple[float, ...] = ()
-        try:
+        async with aclosing(self._engine.astream(token_ids, sampling, watch)) as steps:
             for index in range(self._at + 1):
                 step = await anext(steps, None)
                 if step is None:  # a length limit: the alarm replaces the end
-                    yield Step(min(self.eos_ids), (1.0,) * len(flags))
+                    yield Step(min(self._eos_ids), (1.0,) * len(flags))
                     return
                 flags = step.flag_probs
-                high = index == self._at or step.token_id in self.eos_ids
+                high = index == self._at or step.token_id in self._eos_ids
                 yield step._replace(flag_probs=(1.0,) * len(flags)) if high else step
-        finally:
-            await steps.aclose()
-
-    async def aclose(self) -> None:
-        """As the engine's."""
-        await self._backend.aclose()

@@ -7,11 +7,11 @@ to the caller.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from redflag.backends import AsyncBackend, Backend, Sampling
+from redflag.backends import AsyncStreams, Backend, Sampling
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
 from redflag.guard.asking import Messages, ask, verdict_ids
@@ -56,7 +56,6 @@ class Response:
     A forced flag also starts a new stream, which the user sees: prompt, released tokens, flag, and the continuation.
 
     Attributes:
-        session: Judges the steps.
         text: Decodes the tokens; holds the stop text that ended the response.
     """
 
@@ -307,9 +306,7 @@ class Response:
         left = self._sampling.max_new_tokens - len(self.trace.token_ids)
         if left < 1:
             return events + self._finish("length")
-        # With the same seed the same draws would be repeated, at other positions.
-        seed = None if self._sampling.seed is None else self._sampling.seed + self._restarts
-        sampling = replace(self._sampling, max_new_tokens=left, seed=seed)
+        sampling = replace(self._sampling, max_new_tokens=left, seed=self._sampling.seed_of(self._restarts))
         if sampling.grammar is not None:
             sampling = replace(sampling, grammar=sampling.grammar.after([self._context[i] for i in self._starts]))
         self.request = Stream(tuple(self._context), sampling)
@@ -351,7 +348,7 @@ def drive(
             steps = None
 
 
-async def adrive(response: Response, backend: AsyncBackend, judge: Judge | None = None) -> AsyncIterator[Event]:
+async def adrive(response: Response, backend: AsyncStreams, judge: Judge | None = None) -> AsyncGenerator[Event, None]:
     """As `drive`, for an event loop; the judge runs in a thread."""
     while (request := response.request) is not None:
         if isinstance(request, Ask):

@@ -16,7 +16,7 @@ class Result:
     Attributes:
         text: The released part of the answer.
         verdict: `completed`; `halted` by an alarm; `fault` if a step could not be judged.
-        trace: Steps, scores and events, for the operator.
+        trace: For the operator.
     """
 
     text: str

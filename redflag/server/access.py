@@ -12,7 +12,7 @@ from typing import Literal
 from fastapi import Request
 
 from redflag.api.api_errors import ApiError, invalid
-from redflag.server.exchange import timeout_at
+from redflag.server.exchange import TIMEOUTS, timeout_at
 from redflag.server.keys import Key, Keys
 
 KEY_HEADER = "x-api-key"  # of Anthropic's clients and LiteLLM's guardrails
@@ -70,11 +70,10 @@ class Caller:
     """What a request's headers entitle it to.
 
     Attributes:
-        operator: It has the operator's key.
         view: The operator wants the trace.
         override: Reason for overriding the watch, if the operator does.
         alarm_at: Index of the token with a simulated alarm, if the operator tests the halt.
-        key: The key with a policy of its own, if it has one.
+        key: Its key, if that has a policy of its own.
         client: A digest of the client's key; "" without one.
     """
 
@@ -198,7 +197,7 @@ async def read_body(request: Request, limits: Limits) -> bytes:
                     body += piece
                 elif length > limits.max_body_bytes + _DISCARDED:
                     break
-    except TimeoutError:
+    except TIMEOUTS:
         text = f"the body did not arrive within {limits.body_timeout:g} s; send it at once"
         raise ApiError(408, text, "request_timeout", headers={"connection": "close"}) from None
     if length > limits.max_body_bytes:

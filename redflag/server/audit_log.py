@@ -67,7 +67,6 @@ class AuditLog:
         """Creates the file if needed, for its owner alone; its folder must exist.
 
         Args:
-            path: The file.
             thresholds: `guard.thresholds.values`.
             on_failure: Callback if a line could not be written (`Metrics.audit_failed`).
 
@@ -92,7 +91,6 @@ class AuditLog:
         *,
         user: str | None,
         request_id: str,
-        overridden_by: str | None = None,
         reason: str | None = None,
         thresholds: Mapping[str, float] | None = None,
     ) -> bool:
@@ -102,27 +100,24 @@ class AuditLog:
 
         Args:
             trace: The response, even if it was not finished.
-            user: The end user's name for the client.
-            request_id: Id of the request.
-            overridden_by: Who overrode the watch, if anybody did.
-            reason: The reason for that.
+            user: The end user, as the client names them.
+            reason: The operator's reason for overriding the watch; None: it was not overridden.
             thresholds: Those of this response, if they are not the guard's.
 
         Returns:
             Whether a line was written.
         """
         try:
-            entry = self._entry(trace, overridden_by, thresholds or self._thresholds)
+            entry = self._entry(trace, reason, thresholds or self._thresholds)
             if entry is None:
                 return False
-            entry |= {"overridden_by": _cut(overridden_by), "reason": _cut(reason, _LONGEST_REASON)}
             self._append("response", user, request_id, entry)
         except Exception as error:
             self._failed(error)
             return False
         return True
 
-    def begin_override(self, user: str | None, reason: str, request_id: str, by: str = "operator") -> None:
+    def begin_override(self, user: str | None, reason: str, request_id: str) -> None:
         """Logs an override before it begins; arguments as for `record`.
 
         Raises:
@@ -130,9 +125,8 @@ class AuditLog:
         """
         if not reason.strip():
             raise RedflagError("the override must give a reason, for its log")
-        entry = {"overridden_by": _cut(by), "reason": _cut(reason.strip(), _LONGEST_REASON)}
         try:
-            self._append("override", user, request_id, entry, sync=True)
+            self._append("override", user, request_id, _override(reason.strip()), sync=True)
         except OSError as error:
             self._failed(error)
             raise RedflagError(
@@ -140,7 +134,7 @@ class AuditLog:
                 "refused; fix the audit log"
             ) from error
 
-    def _entry(self, trace: Trace, overridden_by: str | None, thresholds: Mapping[str, float]) -> dict[str, Any] | None:
+    def _entry(self, trace: Trace, reason: str | None, thresholds: Mapping[str, float]) -> dict[str, Any] | None:
         """The entry of a response, if it needs one."""
         facts = trace.facts()
         peaks = _peaks(facts, thresholds)
@@ -162,7 +156,8 @@ class AuditLog:
             "end": facts.reason if facts.end == "done" else facts.end or "left",
             "released": facts.released,
             "generated": facts.generated,
-            "overridden": overridden_by is not None,
+            "overridden": reason is not None,
+            **_override(reason),
         }
 
     def _append(
@@ -189,6 +184,11 @@ def _peaks(facts: Facts, thresholds: Mapping[str, float]) -> dict[str, tuple[flo
     """Category -> its highest score and its threshold."""
     limits = {**thresholds, **{alarm.category: alarm.threshold for alarm in facts.alarms}}
     return {name: (peak, limits[name]) for name, peak in facts.peaks.items() if name in limits and math.isfinite(peak)}
+
+
+def _override(reason: str | None) -> dict[str, str | None]:
+    by = None if reason is None else "operator"  # nobody else may
+    return {"overridden_by": by, "reason": _cut(reason, _LONGEST_REASON)}
 
 
 def _cut(text: str | None, longest: int = _LONGEST) -> str | None:

@@ -7,13 +7,14 @@ import logging
 import sys
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import anyio
 
-from redflag.backends import AsyncBackend, Sampling
+from redflag.backends import AsyncStreams, Sampling
 from redflag.errors import RedflagError
 from redflag.guard.response import Response
 from redflag.trace import Event, Halt, Step, Text, Thought
@@ -25,7 +26,9 @@ else:
 
 _log = logging.getLogger(__name__)
 
+TIMEOUTS = (TimeoutError, asyncio.TimeoutError)  # one class, but in Python 3.10, where `timeout_at` raises the latter
 CLOSING = 10.0  # seconds that an engine may take to close a stream
+_FRESH = 30.0  # seconds for which the engine counts as ready after a success
 
 
 class Exchange:
@@ -34,6 +37,7 @@ class Exchange:
     One task must ask for all events, since engines identify a response by its task.
 
     Attributes:
+        cut: Why it was ended early: `timeout`, `stopped` (the server shuts down) or `disconnected`; "" if it was not.
         committed: Something was sent, so that a refusal by the engine can no longer become an HTTP error.
         delivered: The last byte was sent.
         seconds_to_first: Seconds until text was released, if any was.
@@ -42,7 +46,7 @@ class Exchange:
     def __init__(
         self,
         response: Response,
-        events: AsyncIterator[Event],
+        events: AsyncGenerator[Event, None],
         seconds: float,
         on_close: Callable[[Exchange], None],
         closing_text: str = "",
@@ -50,13 +54,12 @@ class Exchange:
         """Starts the clock.
 
         Args:
-            response: The response.
-            events: Its events, from `adrive`; closed with the exchange.
+            events: From `adrive`; closed with the exchange.
             seconds: Time limit.
-            on_close: Callback when the exchange is closed.
             closing_text: Text for an alarm's `Halt` that has none, if text was released before it.
         """
         self.response = response
+        self.cut: Literal["", "timeout", "stopped", "disconnected"] = ""
         self.committed = False
         self.delivered = False
         self.seconds_to_first: float | None = None
@@ -68,24 +71,13 @@ class Exchange:
         self._deadline = asyncio.get_running_loop().time() + seconds
         self._seconds = seconds
         self._timer: Any = None
-        self._last: deque[Event] = deque()
-        self._cut = ""
+        self._last: deque[Event] = deque()  # events of a failure, still to be given out
         self._refused = False
 
     @property
     def seconds(self) -> float:
         """Seconds since the start."""
         return time.perf_counter() - self._begun
-
-    @property
-    def late(self) -> bool:
-        """Whether it was ended by the time limit."""
-        return self._cut == "timeout"
-
-    @property
-    def stopped(self) -> bool:
-        """Whether it was ended by the server's shutdown."""
-        return self._cut == "stopped"
 
     @property
     def end(self) -> str:
@@ -95,7 +87,7 @@ class Exchange:
             return "refused"
         if end is None or not self.delivered:
             return "disconnected"
-        return "timeout" if end == "fault" and (self.late or self.stopped) else end
+        return "timeout" if end == "fault" and self.cut in ("timeout", "stopped") else end
 
     async def next(self) -> Event:
         """The next event; a `Halt` or `Done` is the last one.
@@ -121,13 +113,13 @@ class Exchange:
             event = replace(event, text=self._closing_text)
         return event
 
-    def leave(self) -> None:
-        """Ends the response, since the client has disconnected."""
-        self._hurry("disconnected")
-
-    def stop(self) -> None:
-        """Ends the response, since the server shuts down."""
-        self._hurry("stopped")
+    def stop(self, why: Literal["stopped", "disconnected"]) -> None:
+        """Ends the response, even while a step is awaited."""
+        self.cut = self.cut or why
+        self._deadline = asyncio.get_running_loop().time()
+        if self._timer is not None:
+            # Its name in Python 3.11; async_timeout, which stands in for it in 3.10, calls it `update`.
+            (getattr(self._timer, "reschedule", None) or self._timer.update)(self._deadline)
 
     async def close(self) -> None:
         """Stops the engine, even if this task is cancelled, and reports the end. Idempotent."""
@@ -135,30 +127,22 @@ class Exchange:
         if on_close is None:
             return
         try:
-            close = getattr(self._events, "aclose", None)
-            if close is not None:
-                with anyio.move_on_after(CLOSING, shield=True) as scope:
-                    await close()
-                if scope.cancelled_caught:
-                    _log.error("the engine did not close a stream within %g s", CLOSING)
+            with anyio.move_on_after(CLOSING, shield=True) as scope:
+                await self._events.aclose()
+            if scope.cancelled_caught:
+                _log.error("the engine did not close a stream within %g s", CLOSING)
         finally:
             on_close(self)
 
-    def _hurry(self, cut: str) -> None:
-        self._cut = self._cut or cut
-        self._deadline = asyncio.get_running_loop().time()
-        if self._timer is not None:
-            # Its name in Python 3.11; async_timeout, which stands in for it in 3.10, calls it `update`.
-            (getattr(self._timer, "reschedule", None) or self._timer.update)(self._deadline)
-
     def _failed(self, error: Exception) -> Event:
-        if isinstance(error, TimeoutError):
-            self._cut = self._cut or "timeout"
-            if self._cut == "disconnected":
+        if isinstance(error, TIMEOUTS):
+            self.cut = self.cut or "timeout"
+            if self.cut == "disconnected":
                 raise ConnectionAbortedError("the client has left") from error
             late = f"the response took longer than {self._seconds:g} s"
-            error = TimeoutError("the server is shutting down" if self.stopped else late)
+            error = TimeoutError("the server is shutting down" if self.cut == "stopped" else late)
         elif isinstance(error, RedflagError) and not self.committed and self.response.untouched:
+            # The engine refuses the request: nothing was written or sent, so the client gets an error of its own.
             self._refused = True
             raise error
         self._last.extend(self.response.failed(error))
@@ -170,28 +154,18 @@ class Exchange:
 class Stopwatch:
     """An engine whose steps are timed, from a step's arrival until its events were sent."""
 
-    def __init__(self, backend: AsyncBackend, observe: Callable[[float], None]) -> None:
+    def __init__(self, engine: AsyncStreams, observe: Callable[[float], None]) -> None:
         """`observe` gets the seconds of each step."""
-        self.eos_ids = backend.eos_ids
-        self.logprob_mode = backend.logprob_mode
-        self.upper_bound = backend.upper_bound
-        self._backend = backend
-        self._observe = observe
+        self._engine, self._observe = engine, observe
 
     async def astream(
         self, token_ids: Sequence[int], sampling: Sampling, watch: Sequence[int] = ()
-    ) -> AsyncIterator[Step]:
-        steps: Any = self._backend.astream(token_ids, sampling, watch)
-        try:
+    ) -> AsyncGenerator[Step, None]:
+        async with aclosing(self._engine.astream(token_ids, sampling, watch)) as steps:
             async for step in steps:
                 arrived = time.perf_counter()
                 yield step
                 self._observe(time.perf_counter() - arrived)
-        finally:
-            await steps.aclose()
-
-    async def aclose(self) -> None:
-        await self._backend.aclose()
 
 
 class Readiness:
@@ -205,23 +179,16 @@ class Readiness:
     """
 
     def __init__(
-        self,
-        probe: Callable[[], Awaitable[None]] | None,
-        *,
-        fresh: float = 30.0,
-        patience: float = 10.0,
-        again: float | None = None,
+        self, probe: Callable[[], Awaitable[None]] | None, *, patience: float = 10.0, again: float | None = None
     ) -> None:
         """The engine counts as not ready until a probe, unless there is none.
 
         Args:
             probe: Raises if the engine cannot be used.
-            fresh: Seconds for which a success counts.
             patience: Time limit of a probe, in seconds.
             again: Seconds between the probes of `watch`; None: it does not probe.
         """
         self._probe = probe
-        self._fresh = fresh
         self._patience = patience
         self._again = again
         self._good_until = -1.0
@@ -278,5 +245,5 @@ class Readiness:
         return not self.doubted and time.monotonic() < self._good_until
 
     def _good(self, doubts: int) -> None:
-        self._good_until = time.monotonic() + self._fresh
+        self._good_until = time.monotonic() + _FRESH
         self._settled = doubts

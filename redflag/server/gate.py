@@ -13,11 +13,11 @@ from fastapi import Request
 
 from redflag.api.api_errors import ApiError, busy, late, unavailable
 from redflag.server.access import Limits, read_body
-from redflag.server.exchange import Readiness, timeout_at
+from redflag.server.exchange import TIMEOUTS, Readiness, timeout_at
 from redflag.server.metrics import Metrics
 from redflag.trace import Trace
 
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
 
 class Gate:
@@ -34,7 +34,6 @@ class Gate:
         self._threads = ThreadPoolExecutor(2, "redflag-render")
 
     def close(self) -> None:
-        """Frees the threads."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     @contextmanager
@@ -58,7 +57,7 @@ class Gate:
             yield
         self._count(route, begun, "done")
 
-    async def read(self, request: Request, work: Callable[[bytes], Made]) -> Made:
+    async def read(self, request: Request, work: Callable[[bytes], Result]) -> Result:
         """Reads the body and returns what `work` makes of it in a thread.
 
         Raises:
@@ -72,12 +71,12 @@ class Gate:
         loop = asyncio.get_running_loop()
         try:
             async with timeout_at(loop.time() + self._limits.request_timeout):
-                made = await loop.run_in_executor(self._threads, work, content)
-        except TimeoutError:
+                result = await loop.run_in_executor(self._threads, work, content)
+        except TIMEOUTS:
             raise late() from None
         if self._readiness.doubted and await self._readiness.why_not():
             raise unavailable()
-        return made
+        return result
 
     def _count(self, route: str, begun: float, end: str) -> None:
         seconds = time.perf_counter() - begun

@@ -67,7 +67,6 @@ class Metrics:
     """
 
     def __init__(self) -> None:
-        """Starts at zero."""
         registry = CollectorRegistry()
         self._registry = registry
         self._known: dict[str, set[str]] = {}
@@ -123,11 +122,9 @@ class Metrics:
         Args:
             trace: Its response; empty if none was begun.
             route: The path without parameters.
-            seconds: Seconds until the end.
+            seconds: Until the end; `seconds_to_first`: until text was released, if any was.
             end: One of `ENDS`.
-            streamed: It was sent as a stream.
             overridden: The watch was overridden.
-            seconds_to_first: Seconds until text was released, if any was.
         """
         kind = "true" if streamed else "false"
         self._requests.labels(self._bounded("route", route), kind, _one_of(end, ENDS)).inc()

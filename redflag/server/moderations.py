@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
 
@@ -26,7 +26,7 @@ from redflag.errors import RedflagError
 from redflag.guard.guard import Guard
 from redflag.prompt import render_prompt, render_response
 from redflag.server.access import Limits, admit, check_model, shows_operator_key
-from redflag.server.exchange import timeout_at
+from redflag.server.exchange import TIMEOUTS, timeout_at
 from redflag.server.gate import Gate
 from redflag.server.keys import Key
 from redflag.trace import Alarm, Halt, Step
@@ -107,7 +107,7 @@ class Moderations:
             try:
                 async with timeout_at(asyncio.get_running_loop().time() + self._limits.request_timeout):
                     judged = [await self._measured(item, key) for item in rendered]
-            except TimeoutError:
+            except TIMEOUTS:
                 raise late() from None
         return body, judged, operator
 
@@ -198,9 +198,7 @@ def judged_by(
     """Judges a measured response.
 
     Args:
-        thresholds: Of the K categories.
         policy: Its rule for the first token counts, if it has one.
-        categories: K categories.
         token_ids: T tokens, with those that end the turn.
         flag_probs: T x K.
         earlier: The same of each earlier answer that counts.
@@ -222,14 +220,3 @@ def judged_by(
     facts = session.trace.facts()
     alarms = frozenset(event.category for event in session.trace.events if isinstance(event, Alarm))
     return Judged(alarms, {name: facts.peaks[name] for name in categories})
-
-
-def moderation_routes(
-    guard: Guard, limits: Limits, gate: Gate
-) -> tuple[tuple[str, Callable[[Request], Awaitable[Response]], list[str]], ...]:
-    """Path, endpoint and methods of each route."""
-    routes = Moderations(guard, limits, gate)
-    return (
-        ("/v1/moderations", routes.moderate, ["POST"]),
-        ("/beta/litellm_basic_guardrail_api", routes.guardrail, ["POST"]),
-    )

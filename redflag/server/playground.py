@@ -36,7 +36,7 @@ from redflag.guard.detokenize import Detokenizer
 from redflag.guard.guard import Guard
 from redflag.server.access import Limits, admit
 from redflag.server.exchange import Exchange
-from redflag.trace import Forced, Resume, Text, Trace, trace_line
+from redflag.trace import Event, Forced, Resume, Text, Thought, Trace, trace_line
 
 SCRIPTS = ("page.js", "trace.js", "chat.js")
 _PACE = 0.05  # seconds between two reads of a growing trace
@@ -68,7 +68,6 @@ class Playground:
         app.add_api_route("/playground/traces/{name}", self.trace, methods=["GET"], response_model=None)
 
     async def page(self) -> Response:
-        """The page itself."""
         content, policy = page()
         headers = {
             "content-security-policy": policy,
@@ -96,8 +95,8 @@ class Playground:
     async def trace(self, request: Request, name: str) -> Response:
         """A response in progress, or one of the last."""
         self._admit(request)
-        exchange = next((one for one in self._open if one.response.trace.id == name), None)
-        trace = exchange.response.trace if exchange else next((one for one in self._over if one.id == name), None)
+        exchange = next((item for item in self._open if item.response.trace.id == name), None)
+        trace = exchange.response.trace if exchange else next((item for item in self._over if item.id == name), None)
         if trace is None:
             raise ApiError(404, f"there is no response {name[:100]!r} here, or not any more", "not_found")
         lines = self._lines(trace, lambda: exchange in self._open)
@@ -118,7 +117,7 @@ class Playground:
         except RedflagError as error:
             yield _line({"trace": None, "error": str(error)})
 
-    def _pieces(self, trace: Trace, event: Any) -> list[str]:
+    def _pieces(self, trace: Trace, event: Text | Thought) -> list[str]:
         """The text of each token; one text of all if it cannot be split."""
         if len(event.token_ids) > 1:
             try:
@@ -140,14 +139,12 @@ class Playground:
 
 
 def since(
-    trace: Trace, steps: int, events: int, pieces: Callable[[Trace, Any], list[str]]
+    trace: Trace, steps: int, events: int, pieces: Callable[[Trace, Text | Thought], list[str]]
 ) -> tuple[dict[str, Any] | None, tuple[int, int]]:
     """What is new in a growing trace.
 
     Args:
-        trace: The trace.
-        steps: Steps that were read.
-        events: Events that were read.
+        steps: Steps that were read; likewise `events`.
         pieces: The text of each token that an event released, or one text of all.
 
     Returns:
@@ -165,20 +162,15 @@ def since(
         "start": start,
         "flag_probs": trace.flag_probs[start:],
         "scores": trace.scores[start:],
-        "events": [_as_json(event, pieces(trace, event) if _part(event) else []) for event in new],
-        "answer_at": getattr(trace, "answer_at", 0),
+        "events": [_as_json(event, lambda released: pieces(trace, released)) for event in new],
+        "answer_at": trace.answer_at,
     }, seen
 
 
-def _part(event: Any) -> str | None:
-    """`answer` or `thought` if the event released text of it."""
-    return getattr(event, "part", "answer" if isinstance(event, Text) else None)
-
-
-def _as_json(event: Any, pieces: list[str]) -> dict[str, Any]:
-    if part := _part(event):
+def _as_json(event: Event, pieces: Callable[[Text | Thought], list[str]]) -> dict[str, Any]:
+    if isinstance(event, Text | Thought):
         place = {"position": event.position, "tokens": len(event.token_ids)}
-        return {"kind": "text", "part": part, **place, "pieces": pieces}
+        return {"kind": "text", "part": event.part, **place, "pieces": pieces(event)}
     values = {name: json_number(value) for name, value in asdict(event).items()}
     return {"kind": type(event).__name__.lower(), **values, "describe": event.describe()}
 
@@ -197,10 +189,10 @@ def own_page(request: Request) -> None:
     name = urlsplit(f"//{host}").hostname or ""
     try:
         ipaddress.ip_address(name)
-        known = True
+        local = True
     except ValueError:
-        known = name == "localhost"
-    if not known or (origin is not None and urlsplit(origin).netloc != host):
+        local = name == "localhost"
+    if not local or (origin is not None and urlsplit(origin).netloc != host):
         text = (
             "without an operator key probabilities are for the page of this server, at an IP address or localhost; set "
             "REDFLAG_OPERATOR_KEY"

@@ -95,19 +95,19 @@ def bind(host: str, port: int, send_timeout: float) -> socket.socket:
     Raises:
         RedflagError: The address is taken, invalid, or not this machine's.
     """
-    made = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
         if os.name == "posix":  # on Windows two servers could then share a port
-            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if hasattr(socket, "TCP_USER_TIMEOUT"):
             # A closed connection stays in memory while its client reads nothing; the kernel drops it after this time.
-            made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(send_timeout * 1000))
-        made.bind((host, port))
+            bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(send_timeout * 1000))
+        bound.bind((host, port))
     except (OSError, OverflowError) as error:
-        made.close()
+        bound.close()
         reason = getattr(error, "strerror", None) or error
         raise RedflagError(f"cannot listen on {host} port {port} ({reason}). Free it or choose another.") from error
-    return made
+    return bound
 
 
 def raise_file_limit(needed: int) -> None:

@@ -119,19 +119,19 @@ async def whole(request: Request, parts: Sequence[Part], view: bool, headers: Ma
         if answer.failed:
             detail = answer.failure(_seen(exchange, view))
             return error_response(_fault(exchange, False), request.url.path, headers, detail)
-    made = [(answer, exchange.response.trace.generated, _seen(exchange, view)) for exchange, answer in parts]
+    choices = [(answer, exchange.response.trace.generated, _seen(exchange, view)) for exchange, answer in parts]
     # In ASCII, as the chunks of a stream, since an operator's text may have half a surrogate pair.
-    body = json.dumps(made[0][0].body(*made[0][1:]) if len(made) == 1 else together(made))
+    answer, generated, seen = choices[0]
+    body = json.dumps(answer.body(generated, seen) if len(choices) == 1 else together(choices))
     return Response(body, media_type="application/json", headers=dict(headers))
 
 
 def _leave(parts: Sequence[Part]) -> None:
     for exchange, _ in parts:
-        exchange.leave()
+        exchange.stop("disconnected")
 
 
 async def close(parts: Sequence[Part]) -> None:
-    """Closes the exchanges."""
     for exchange, _ in parts:
         await exchange.close()
 
@@ -217,7 +217,7 @@ async def _disconnected(request: Request) -> None:
 
 
 def _fault(exchange: Exchange, shown: bool) -> ApiError:
-    kind = stopping if exchange.stopped else late if exchange.late else unavailable
+    kind = {"stopped": stopping, "timeout": late}.get(exchange.cut, unavailable)
     return kind(shown=exchange.committed and shown)
 
 

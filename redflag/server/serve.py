@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from redflag.bounds import check_bounds
+from redflag.bounds import check_bounds, option
 from redflag.errors import RedflagError
 from redflag.guard.options import GuardOptions, PolicyOptions
 from redflag.trace import Trace, write_traces
@@ -33,65 +33,52 @@ class ServeArguments(GuardOptions):
     """Options of `redflag serve`. Keys are in the environment: `REDFLAG_API_KEYS` (comma-separated),
     `REDFLAG_OPERATOR_KEY`."""
 
-    step_timeout: float = field(
-        default=60.0, metadata={"help": "upstream: seconds without a token after which it counts as lost.", "above": 0}
+    step_timeout: float = option(60.0, "upstream: seconds without a token after which it counts as lost.", above=0)
+    keys: str | None = option(None, "YAML of keys with policies; read again on SIGHUP.")
+    name: str | None = option(None, "The model's name; default: the upstream's or folder's.")
+    host: str = option("127.0.0.1", "Address to listen on.")
+    port: int = option(8080, "Port to listen on; 0 takes a free one.")
+    active: int = option(4, "Responses that a local model writes at once, in turns.")
+    waiting: int = option(64, "Responses that wait for it; more are refused (429).")
+    max_open: int = option(1024, "Open requests; more are refused (429).", least=1)
+    max_body_bytes: int = option(4 << 20, "Longest request body (413).", least=1)
+    max_tokens: int = option(4096, "Maximum of response tokens.", least=1)
+    over_limit: Literal["clip", "refuse"] = option(
+        "clip", "If a request asks for more: clip the answer, or refuse (400)."
     )
-    keys: str | None = field(default=None, metadata={"help": "YAML of keys with policies; read again on SIGHUP."})
-    name: str | None = field(default=None, metadata={"help": "The model's name; default: the upstream's or folder's."})
-    host: str = field(default="127.0.0.1", metadata={"help": "Address to listen on."})
-    port: int = field(default=8080, metadata={"help": "Port to listen on; 0 takes a free one."})
-    active: int = field(default=4, metadata={"help": "Responses that a local model writes at once, in turns."})
-    waiting: int = field(default=64, metadata={"help": "Responses that wait for it; more are refused (429)."})
-    max_open: int = field(default=1024, metadata={"help": "Open requests; more are refused (429).", "least": 1})
-    max_body_bytes: int = field(default=4 << 20, metadata={"help": "Longest request body (413).", "least": 1})
-    max_tokens: int = field(default=4096, metadata={"help": "Maximum of response tokens.", "least": 1})
-    over_limit: Literal["clip", "refuse"] = field(
-        default="clip",
-        metadata={"help": "If a request asks for more: clip the answer, or refuse (400)."},
+    unknown_fields: Literal["ignore", "refuse"] = option(
+        "ignore", "Request fields that change no token: ignore (named in X-Ignored-Params), or refuse (400)."
     )
-    unknown_fields: Literal["ignore", "refuse"] = field(
-        default="ignore",
-        metadata={"help": "Request fields that change no token: ignore (named in X-Ignored-Params), or refuse (400)."},
+    allow_origins: str | None = option(None, "Web pages that may send requests (CORS): comma-separated origins, or *.")
+    moderations: Literal["operator", "all"] = option(
+        "operator", "Who may use /v1/moderations: the operator, or all clients."
     )
-    allow_origins: str | None = field(
-        default=None, metadata={"help": "Web pages that may send requests (CORS): comma-separated origins, or *."}
+    default_tokens: int = option(1024, "max_tokens of requests without one.", least=1)
+    prefill: bool = option(False, "Let clients write the beginning of the response.")
+    max_choices: int = option(4, "Maximum of answers per request: prompts x n.", least=1)
+    logprobs: bool = option(False, "Let clients ask for log-probabilities of shown tokens.")
+    closing_text: str = option(
+        " [The answer was stopped here by a safety check.]",
+        "Appended to a chat's answer that is halted after some text; '' adds nothing.",
     )
-    moderations: Literal["operator", "all"] = field(
-        default="operator", metadata={"help": "Who may use /v1/moderations: the operator, or all clients."}
+    test_halt: bool = option(False, "Let the operator test a halt: X-Redflag-Test: halt, or halt-at-once.")
+    halts_allowed: int | None = option(
+        None, "Refuse (403) a conversation or end user after this many halts; default: never.", least=1
     )
-    default_tokens: int = field(default=1024, metadata={"help": "max_tokens of requests without one.", "least": 1})
-    prefill: bool = field(default=False, metadata={"help": "Let clients write the beginning of the response."})
-    max_choices: int = field(default=4, metadata={"help": "Maximum of answers per request: prompts x n.", "least": 1})
-    logprobs: bool = field(default=False, metadata={"help": "Let clients ask for log-probabilities of shown tokens."})
-    closing_text: str = field(
-        default=" [The answer was stopped here by a safety check.]",
-        metadata={"help": "Appended to a chat's answer that is halted after some text; '' adds nothing."},
+    halts_forgotten: float = option(3600.0, "Seconds without a halt after which --halts_allowed counts from 0 again.")
+    tool_format: Literal["auto", "hermes", "llama", "mistral", "harmony", "json", "off"] = option(
+        "auto", "How the model calls tools; auto reads its template, off refuses tools."
     )
-    test_halt: bool = field(
-        default=False, metadata={"help": "Let the operator test a halt: X-Redflag-Test: halt, or halt-at-once."}
-    )
-    halts_allowed: int | None = field(
-        default=None,
-        metadata={"help": "Refuse (403) a conversation or end user after this many halts; default: never.", "least": 1},
-    )
-    halts_forgotten: float = field(
-        default=3600.0, metadata={"help": "Seconds without a halt after which --halts_allowed counts from 0 again."}
-    )
-    tool_format: Literal["auto", "hermes", "llama", "mistral", "harmony", "json", "off"] = field(
-        default="auto", metadata={"help": "How the model calls tools; auto reads its template, off refuses tools."}
-    )
-    body_timeout: float = field(default=30.0, metadata={"help": "Seconds for a request body to arrive.", "above": 0})
-    request_timeout: float = field(default=600.0, metadata={"help": "Seconds for a whole response.", "above": 0})
-    send_timeout: float = field(default=60.0, metadata={"help": "Seconds for a client to read data.", "above": 0})
-    ping: float = field(default=15.0, metadata={"help": "Seconds between keep-alive comments of a stream.", "above": 0})
-    grace: float = field(default=30.0, metadata={"help": "Seconds that open responses have at shutdown."})
-    audit: str | None = field(
-        default=None, metadata={"help": "Append overridden alarms and near misses to this audit log."}
-    )
-    record: str | None = field(default=None, metadata={"help": "Append the traces (numbers only) to this JSONL file."})
-    playground: bool = field(default=False, metadata={"help": "A page at / to try the guard (operator key)."})
-    json_logs: bool = field(default=False, metadata={"help": "Log lines as JSON."})
-    telemetry: bool = field(default=False, metadata={"help": "Send OpenTelemetry spans (set by OTEL_* variables)."})
+    body_timeout: float = option(30.0, "Seconds for a request body to arrive.", above=0)
+    request_timeout: float = option(600.0, "Seconds for a whole response.", above=0)
+    send_timeout: float = option(60.0, "Seconds for a client to read data.", above=0)
+    ping: float = option(15.0, "Seconds between keep-alive comments of a stream.", above=0)
+    grace: float = option(30.0, "Seconds that open responses have at shutdown.")
+    audit: str | None = option(None, "Append overridden alarms and near misses to this audit log.")
+    record: str | None = option(None, "Append the traces (numbers only) to this JSONL file.")
+    playground: bool = option(False, "A page at / to try the guard (operator key).")
+    json_logs: bool = option(False, "Log lines as JSON.")
+    telemetry: bool = option(False, "Send OpenTelemetry spans (set by OTEL_* variables).")
 
 
 ARGUMENTS = (ServeArguments, PolicyOptions)
@@ -180,11 +167,13 @@ def limits_of(arguments: ServeArguments, environment: Mapping[str, str]) -> Limi
             f"host must be 127.0.0.1 if the playground is on and there is no operator key (got {arguments.host!r}). "
             f"Everybody who can open the page reads flag probabilities. Set {OPERATOR_KEY}."
         )
-    own: dict[str, Any] = {"api_keys": keys, "keys": None, "operator_key": operator}
-    options: dict[str, Any] = {one.name: getattr(arguments, one.name) for one in fields(Limits) if one.name not in own}
+    others: dict[str, Any] = {"api_keys": keys, "keys": None, "operator_key": operator}
+    options: dict[str, Any] = {
+        item.name: getattr(arguments, item.name) for item in fields(Limits) if item.name not in others
+    }
     options["name"] = arguments.name or Path(arguments.model).resolve().name
     options["allow_origins"] = origins_of(arguments.allow_origins)
-    return Limits(**options, **own)
+    return Limits(**options, **others)
 
 
 def tell_of_playground(where: str, limits: Limits) -> None:

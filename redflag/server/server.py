@@ -11,10 +11,11 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import ExitStack, asynccontextmanager
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
@@ -29,7 +30,7 @@ from redflag.api.schema import ChatRequest, parse
 from redflag.api.thinking import thinking_of
 from redflag.api.tools import ToolSupport
 from redflag.api.wire import REFUSAL
-from redflag.backends import AsyncBackend
+from redflag.backends import AsyncBackend, AsyncStreams
 from redflag.errors import RedflagError
 from redflag.guard.guard import Guard
 from redflag.guard.rehearsal import Alarmed
@@ -43,7 +44,7 @@ from redflag.server.choices import choices_of
 from redflag.server.exchange import Exchange, Readiness, Stopwatch
 from redflag.server.gate import Gate
 from redflag.server.metrics import Metrics
-from redflag.server.moderations import moderation_routes
+from redflag.server.moderations import Moderations
 from redflag.server.playground import Playground
 from redflag.server.sending import EventStream, Part, close, whole
 from redflag.server.strikes import Strikes, conversation_name
@@ -74,17 +75,15 @@ def build_app(
 
     Args:
         guard: Its backend must be an `AsyncBackend`, and is closed with the application.
-        limits: What is allowed.
-        metrics: Counters.
         readiness: Whether the engine can be used; None: always.
         audit: The log that overrides need.
-        telemetry: Spans.
         record: Callback for the trace of every response that was begun.
         playground: Adds the page at `/`, and its routes.
     """
     page = Playground(guard, limits, record) if playground else None
     if page is not None:
         record = page.record
+    telemetry = telemetry or Telemetry(enabled=False)
     server = Server(guard, limits, metrics, readiness or Readiness(None), audit, telemetry, record)
 
     @asynccontextmanager
@@ -95,8 +94,7 @@ def build_app(
         finally:
             watching.cancel()
             server.gate.close()
-            if telemetry is not None:
-                telemetry.shutdown()
+            telemetry.shutdown()
             await cast(AsyncBackend, guard.backend).aclose()
 
     # No redirects to a path without its slash: behind a TLS proxy they would lead to http.
@@ -113,11 +111,13 @@ def build_app(
             allow_headers=["*"],  # SDKs send x-stainless-*
             expose_headers=["x-request-id", _IGNORED, "retry-after"],
         )
+    moderations = Moderations(guard, limits, server.gate)
     reading = ["GET", "HEAD"]
     routes: tuple[tuple[str, Callable[..., Any], list[str]], ...] = (
         *((path, _answering(server, door), ["POST"]) for path, door in DOORS.items()),
         ("/v1/messages/count_tokens", server.count_tokens, ["POST"]),
-        *moderation_routes(guard, limits, server.gate),
+        ("/v1/moderations", moderations.moderate, ["POST"]),
+        ("/beta/litellm_basic_guardrail_api", moderations.guardrail, ["POST"]),
         ("/v1/models", server.models, reading),
         ("/health", server.health, reading),
         ("/ready", server.ready, reading),
@@ -149,38 +149,39 @@ def _conversation(body: Body, caller: Caller) -> str:
     return conversation_name(caller.client, body.user_id, body.inputs()[0])
 
 
-class Server:
-    """State shared by all requests, and their handlers."""
+class Prepared(NamedTuple):
+    """A request that was read and checked, a response for each of its choices, and the tools that they may call."""
 
-    def __init__(
-        self,
-        guard: Guard,
-        limits: Limits,
-        metrics: Metrics,
-        readiness: Readiness,
-        audit: AuditLog | None,
-        telemetry: Telemetry | None,
-        record: Callable[[Trace], None] | None,
-    ) -> None:
-        self.guard = guard
-        self.limits = limits
-        self.readiness = readiness
+    body: Body
+    responses: list[GuardedResponse]
+    tools: ToolUse | None
+
+
+@dataclass(eq=False)
+class Server:
+    """State shared by all requests, and their handlers. Arguments as for `build_app`."""
+
+    guard: Guard
+    limits: Limits
+    metrics: Metrics
+    readiness: Readiness
+    audit: AuditLog | None
+    telemetry: Telemetry
+    record: Callable[[Trace], None] | None
+
+    def __post_init__(self) -> None:
         self.open: set[Exchange] = set()
-        self._metrics = metrics
-        self._audit = audit
-        self._telemetry = telemetry if telemetry is not None else Telemetry(enabled=False)
-        self._record = record
+        self.gate = Gate(self.limits, self.metrics, self.readiness, self.open)
         self._ignored: set[str] = set()  # fields that were logged
-        self.gate = Gate(limits, metrics, readiness, self.open)
         self._since = int(time.time())
-        self._tools = ToolSupport(guard, limits.tool_format)
-        most = limits.halts_allowed
-        self._strikes = None if most is None else Strikes(most, limits.halts_forgotten)
+        self._tools = ToolSupport(self.guard, self.limits.tool_format)
+        most = self.limits.halts_allowed
+        self._strikes = None if most is None else Strikes(most, self.limits.halts_forgotten)
 
     def stop(self) -> None:
         """Ends all responses with an error, since the server shuts down."""
         for exchange in tuple(self.open):
-            exchange.stop()
+            exchange.stop("stopped")
 
     async def health(self) -> Response:
         """Whether the process runs."""
@@ -196,7 +197,7 @@ class Server:
         """Prometheus metrics. They need the operator's key if there is one: halts by category help attackers."""
         if self.limits.operator_key is not None and not shows_operator_key(request, self.limits):
             raise ApiError(403, "metrics are the operator's: send the operator key", "operator_key_required")
-        content, media_type = self._metrics.render()
+        content, media_type = self.metrics.render()
         return Response(content, media_type=media_type)
 
     async def models(self, request: Request) -> Response:
@@ -221,13 +222,14 @@ class Server:
         """Answers a request of any `Door`."""
         route = request.url.path.rstrip("/")
         with self.gate.arriving(route):
-            caller = admit(request, self.limits, audited=self._audit is not None)
-            body, responses, tools = await self.gate.read(request, partial(self._prepare, door, caller))
+            caller = admit(request, self.limits, audited=self.audit is not None)
+            prepared = await self.gate.read(request, partial(self._prepare, door, caller))
+        body, responses, _ = prepared
         headers = {"x-request-id": responses[0].trace.id}
         if body.ignored:
             headers[_IGNORED] = header(body.ignored)
             self._log_ignored(body.ignored)
-        parts = [self._begin(request, route, door, responses, i, body, caller, tools) for i in range(len(responses))]
+        parts = [self._begin(request, route, door, caller, prepared, index) for index in range(len(responses))]
         if body.stream:
             return EventStream(parts, caller.view, headers, self.limits)
         try:
@@ -235,34 +237,26 @@ class Server:
         finally:
             await close(parts)
 
-    def _begin(
-        self,
-        request: Request,
-        route: str,
-        door: Door,
-        responses: Sequence[GuardedResponse],
-        index: int,
-        body: Body,
-        caller: Caller,
-        tools: ToolUse | None,
-    ) -> Part:
+    def _begin(self, request: Request, route: str, door: Door, caller: Caller, prepared: Prepared, index: int) -> Part:
         """Begins one choice: its clock, metrics and span."""
+        body, responses, tools = prepared
         response = responses[index]
         first = response.request
         assert isinstance(first, Stream), "a response begins with a stream"
         policy = caller.key.policy if caller.key is not None else self.guard.policy
         chat, decoy = isinstance(body, ChatRequest), policy.decoy
-        engine = cast(AsyncBackend, self.guard.backend)
+        engine: AsyncStreams = cast(AsyncBackend, self.guard.backend)
+        eos_ids = self.guard.backend.eos_ids
         if random.random() < _TIMED:
-            engine = Stopwatch(engine, self._metrics.observe_step_seconds)
+            engine = Stopwatch(engine, self.metrics.observe_step_seconds)
         logprobs = None
         if first.sampling.logprobs is not None:
             context = first.token_ids if not chat or body.prefill else ()
-            hidden = engine.eos_ids | frozenset(self.guard.spec.ids)
+            hidden = eos_ids | frozenset(self.guard.spec.ids)
             logprobs = ShownLogprobs(response.trace, self.guard.tokenizer, hidden, context)
             engine = logprobs.of(engine)
         if caller.alarm_at is not None:
-            engine = Alarmed(engine, caller.alarm_at)
+            engine = Alarmed(engine, eos_ids, caller.alarm_at)
         answer = door.answer(
             body,
             response,
@@ -279,9 +273,9 @@ class Server:
             calls=self._tools.reader(tools, body),
         )
         around = ExitStack()
-        around.enter_context(self._metrics.open())
+        around.enter_context(self.metrics.open())
         span = around.enter_context(
-            self._telemetry.span(response.trace.id, route, self.limits.name, dict(request.headers))
+            self.telemetry.span(response.trace.id, route, self.limits.name, dict(request.headers))
         )
 
         def on_close(exchange: Exchange) -> None:
@@ -307,7 +301,7 @@ class Server:
             "overridden": caller.override is not None,
             "seconds_to_first": exchange.seconds_to_first,
         }
-        self._metrics.observe(trace, **facts)
+        self.metrics.observe(trace, **facts)
         real = caller.override is None and caller.alarm_at is None
         # The trace's end, since `disconnected` would hide a halt.
         if self._strikes is not None and real and trace.facts().end == "halted":
@@ -317,35 +311,32 @@ class Server:
         elif end in ("done", "halted"):
             self.readiness.trust()
         log.request(trace, request_id=trace.id, **facts)
-        if self._audit is not None:
-            self._audit.record(
+        if self.audit is not None:
+            self.audit.record(
                 trace,
                 user=body.user_id,
                 request_id=trace.id,
-                overridden_by="operator" if caller.override is not None else None,
                 reason=caller.override,
                 thresholds=caller.key.thresholds.values if caller.key is not None else None,
             )
-        if self._record is not None and caller.alarm_at is None:
-            self._record(trace)
+        if self.record is not None and caller.alarm_at is None:
+            self.record(trace)
 
-    def _prepare(
-        self, door: Door, caller: Caller, content: bytes
-    ) -> tuple[Body, list[GuardedResponse], ToolUse | None]:
-        """The request, a response for each choice, and the tools they may call; in a thread."""
+    def _prepare(self, door: Door, caller: Caller, content: bytes) -> Prepared:
+        """Parses and checks a body; in a thread."""
         body = parse(door.request, content, refuse_unknown=self.limits.unknown_fields == "refuse")
         check_model(body.model, self.limits)
         if self._strikes is not None and caller.override is None:
             self._strikes.check(_conversation(body, caller))
         tools = self._tools.use(body)
         responses = choices_of(self.guard, body, caller, self.limits, door.prefix, tools)
-        if caller.override is not None and self._audit is not None:
+        if caller.override is not None and self.audit is not None:
             try:
                 for response in responses:
-                    self._audit.begin_override(body.user_id, caller.override, response.trace.id)
+                    self.audit.begin_override(body.user_id, caller.override, response.trace.id)
             except RedflagError as error:
                 raise ApiError(503, str(error), "audit_log_failed") from error
-        return body, responses, tools
+        return Prepared(body, responses, tools)
 
     def _prompt_tokens(self, content: bytes) -> int:
         body = parse(CountRequest, content)

@@ -50,7 +50,6 @@ class Strikes:
                 raise ApiError(403, text, "conversation_stopped")
 
     def count(self, name: str) -> None:
-        """One more halt."""
         with self._lock:
             self._halts[name] = (self._current(name) + 1, self._clock())
             self._halts.move_to_end(name)
@@ -63,13 +62,7 @@ class Strikes:
 
 
 def conversation_name(key: str, user: str | None, messages: Sequence[Mapping[str, object]] | str) -> str:
-    """A digest that identifies a conversation.
-
-    Args:
-        key: The client's key; "" without one.
-        user: The end user, if the client names one.
-        messages: The turns, or the text to continue.
-    """
+    """A digest that identifies a conversation: of the client's key, and of the end user, the turns or the text."""
     if user:
         what: object = ["user", user]
     elif isinstance(messages, str):

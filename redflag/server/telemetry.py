@@ -81,7 +81,6 @@ class Span:
             self.fail("timeout" if end == "timeout" else fault)
 
     def fail(self, kind: str) -> None:
-        """Marks the span as an error."""
         from opentelemetry.trace import Status, StatusCode
 
         self._span.set_attribute("error.type", kind)
@@ -97,14 +96,11 @@ class Telemetry:
         ...     span.finish(Trace(), "disconnected")
     """
 
-    def __init__(
-        self, enabled: bool, service_name: str = "redflag", *, scores: bool = False, provider: Any = None
-    ) -> None:
+    def __init__(self, enabled: bool, *, scores: bool = False, provider: Any = None) -> None:
         """Connects to the collector that the environment names.
 
         Args:
             enabled: False: spans do nothing.
-            service_name: Used if `OTEL_SERVICE_NAME` is not set.
             scores: Events also have scores, thresholds and harm.
             provider: The caller's `TracerProvider`, in place of one with the OTLP exporter.
 
@@ -117,7 +113,7 @@ class Telemetry:
         if not enabled:
             return
         if provider is None:
-            provider = self._provider = _provider(service_name)
+            provider = self._provider = _provider()
         self._tracer = provider.get_tracer("redflag")
 
     @contextmanager
@@ -170,7 +166,7 @@ def _attributes(event: Event, scores: bool) -> dict[str, Any]:
     return attributes
 
 
-def _provider(service_name: str) -> Any:
+def _provider() -> Any:
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import Resource
@@ -180,7 +176,7 @@ def _provider(service_name: str) -> Any:
         raise RedflagError(
             f"telemetry must be off, since {error.name} is not installed; or run `pip install 'redflag-llm[otel]'`"
         ) from error
-    name = os.environ.get("OTEL_SERVICE_NAME", service_name)
+    name = os.environ.get("OTEL_SERVICE_NAME", "redflag")
     provider = TracerProvider(resource=Resource.create({"service.name": name}))
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     return provider

@@ -19,7 +19,7 @@ from redflag.backends import Backend, ChatInput, Sampling, measures_earlier
 from redflag.backends.hf import HFBackend
 from redflag.backends.load import load_flagged, load_tokenizer
 from redflag.backends.remote import RemoteBackend
-from redflag.backends.remote_memory import RememberingBackend
+from redflag.backends.remote_score import RememberingBackend
 from redflag.backends.scripted import ScriptedBackend
 from redflag.data.rows import load_rows
 from redflag.errors import RedflagError

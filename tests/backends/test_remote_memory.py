@@ -13,7 +13,7 @@ from upstream import EOS
 
 from redflag.backends import Sampling
 from redflag.backends.remote import RemoteBackend
-from redflag.backends.remote_memory import RememberingBackend
+from redflag.backends.remote_score import RememberingBackend
 from redflag.errors import RedflagError
 
 __all__ = ["short_pauses"]

@@ -129,9 +129,10 @@ def test_a_harmless_verdict_gives_the_answer_that_an_unwatched_run_gives(run, to
     assert "".join(map(str, [shown(events)])).count("well") == 0
 
 
-def test_the_reflection_stands_behind_the_clean_prefix_the_flag_and_the_cue(run, tokenizer, spec):
+@pytest.mark.parametrize(("seed", "another"), [(4, 5), (2**62 - 1, 0), (-1, 0)])
+def test_the_reflection_stands_behind_the_clean_prefix_the_flag_and_the_cue(run, tokenizer, spec, seed, another):
     engine = Engine(tokenizer, spec, "abcdefgh", {3: 0.9})
-    run(engine, Policy(default="reflect", reflect=REFLECT), sampling=Sampling(max_new_tokens=6, seed=4))
+    run(engine, Policy(default="reflect", reflect=REFLECT), sampling=Sampling(max_new_tokens=6, seed=seed))
     prompt = render_prompt(tokenizer, ASK, spec)
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("abc", " hm: ", "well;", " so ", "d")]
     before, cue, reflection, verdict_cue, alarmed = ids
@@ -140,7 +141,7 @@ def test_the_reflection_stands_behind_the_clean_prefix_the_flag_and_the_cue(run,
     assert list(reflected) == context and (hidden.temperature, hidden.max_new_tokens) == (0.0, 20)
     assert list(asked) == context + reflection + verdict_cue and one.max_new_tokens == 1
     assert list(again) == [*prompt, *before, *alarmed]
-    assert (first.max_new_tokens, first.seed, rest.max_new_tokens, rest.seed) == (6, 4, 2, 5)
+    assert (first.max_new_tokens, first.seed, rest.max_new_tokens, rest.seed) == (6, seed, 2, another)
 
 
 def test_a_harmful_verdict_ends_the_answer_and_shows_the_replacement(run, tokenizer, spec):

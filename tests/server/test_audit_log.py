@@ -103,7 +103,7 @@ def test_what_went_on_although_a_flag_was_high_is_written_and_nothing_else(log, 
 
 def test_an_entry_holds_numbers_and_names_and_not_a_word_of_the_response(log, path):
     response = trace(alarm("reflect"), REFLECTED, Resume(2), SHOWN, DONE, scores=HIGH)
-    log.record(response, user="u-1", request_id="r-1", overridden_by="operator", reason="red team, week 12")
+    log.record(response, user="u-1", request_id="r-1", reason="red team, week 12")
     assert SECRET not in path.read_text() and "bomb" not in path.read_text()
     (entry,) = lines(path)
     when = datetime.fromisoformat(entry.pop("time").replace("Z", "+00:00"))
@@ -201,7 +201,7 @@ def test_an_override_is_written_before_anything_else_and_waits_for_the_disk(log,
     synced = []
     real = os.fsync
     monkeypatch.setattr(os, "fsync", lambda descriptor: (synced.append(1), real(descriptor)))
-    log.begin_override("u", " red team, week 12\n", "r-9", by="dana")
+    log.begin_override("u", " red team, week 12\n", "r-9")
     (entry,) = lines(path)
     assert synced == [1]
     assert entry.pop("time")
@@ -210,7 +210,7 @@ def test_an_override_is_written_before_anything_else_and_waits_for_the_disk(log,
         "kind": "override",
         "request": "r-9",
         "user": "u",
-        "overridden_by": "dana",
+        "overridden_by": "operator",
         "reason": "red team, week 12",
     }
     for blank in ("", " \n"):

@@ -7,9 +7,7 @@ import hashlib
 import json
 import logging
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import httpx
 import pytest
@@ -20,11 +18,10 @@ from running import MODEL, Play, body_of, chunks_of, engine, running, text_of_ch
 from redflag import cli
 from redflag.cli import parse
 from redflag.errors import RedflagError
-from redflag.events import _Event
 from redflag.guard.guard import Guard
 from redflag.server import playground, serve
 from redflag.server.access import Limits
-from redflag.trace import Text, Trace, read_traces
+from redflag.trace import Text, Thought, Trace, read_traces
 from redflag.watching.policy import Policy, Reflect
 
 CHAT = "/v1/chat/completions"
@@ -198,16 +195,6 @@ def test_it_does_not_matter_when_one_looks(make_response, policy, looks, high):
     assert playground.since(response.trace, *at, lambda trace, event: [event.text]) == (None, at)
 
 
-@dataclass(frozen=True)
-class Thought(_Event):
-    """Text of a part of its own."""
-
-    part: ClassVar[str] = "thought"
-    position: int
-    token_ids: tuple[int, ...]
-    text: str
-
-
 def test_text_of_another_part_is_told_apart():
     trace = Trace(token_ids=[5, 6], events=[Thought(0, (5,), "hm"), Text(1, (6,), "a")])
     news, _ = playground.since(trace, 2, 0, lambda trace, event: [event.text])
@@ -256,7 +243,7 @@ def test_a_fault_and_a_client_that_left_have_their_traces_too(guard):
     with running(guard(), playground=True) as server:
         for _ in range(40):
             httpx.post(server.url + CHAT, json=body_of(CHAT))
-        assert len(server.server._record.__self__._over) == 32, "a bounded number is kept"
+        assert len(server.server.record.__self__._over) == 32, "a bounded number is kept"
         gone = httpx.get(f"{server.url}/playground/traces/{server.traces[0].id}")
         assert gone.status_code == 404 and gone.json()["error"]["code"] == "not_found"
 

@@ -376,7 +376,7 @@ def test_nobody_else_sees_the_trace(serve):
 def test_an_answer_takes_nothing_after_its_end():
     answer = Answer("cmpl-1", MODEL, chat=False, prompt_tokens=1)
     with pytest.raises(AssertionError):
-        answer.closing(0)
+        answer.last(0)
     answer.push(Done(0, "stop"))
     with pytest.raises(AssertionError):
         answer.push(Text(0, (1,), "late"))

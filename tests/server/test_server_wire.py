@@ -12,7 +12,7 @@ from running import MODEL, chunks_of, events_of, text_of_chunks, text_of_events
 from redflag.api.doors import DOORS
 from redflag.api.operator_view import operator_view
 from redflag.api.schema import parse
-from redflag.api.wire import Answer
+from redflag.api.wire import Answer, ending
 from redflag.trace import Alarm, Done, Escalation, Event, Halt, Reflection, Resume, Text, Thought, Trace
 
 TEXTS = st.text(max_size=8) | st.sampled_from(
@@ -51,7 +51,7 @@ def answered(events, *, view=None, **options):
         sent += answer.chunk(text) if text else b""
     if answer.failed:
         return sent + answer.breaking(ERROR, view), answer
-    return sent + answer.closing(generated_in(events), view), answer
+    return sent + answer.last(generated_in(events), view) + ending([answer]), answer
 
 
 def generated_in(events):
@@ -143,7 +143,7 @@ def through(route, events, decoy):
     if answer.failed:
         sent += answer.breaking(ERROR)
     else:
-        sent += answer.closing(generated_in(events))
+        sent += answer.last(generated_in(events)) + ending([answer])
     typed = route in ("/v1/responses", "/v1/messages")
     return sent, answer, text_of_events(events_of(sent)) if typed else text_of_chunks(chunks_of(sent))
 
@@ -275,7 +275,7 @@ def test_a_chunk_is_one_line_whatever_its_text(text):
 
 def test_an_answer_takes_nothing_after_its_end():
     answer = Answer("id-1", MODEL, chat=False, prompt_tokens=1)
-    for early in (answer.closing, answer.body, answer.breaking):
+    for early in (answer.last, answer.body, answer.breaking):
         with pytest.raises(AssertionError):
             early(0)
     answer.push(Done(0, "stop"))
@@ -287,6 +287,6 @@ def test_a_response_that_failed_has_no_last_chunk_and_no_body():
     answer = Answer("id-1", MODEL, chat=True, prompt_tokens=1)
     answer.push(Halt(0, "fault", None, "lost"))
     assert answer.over and answer.finish_reason is None and answer.failure() == {}
-    for late in (lambda: answer.closing(0), lambda: answer.body(0), lambda: answer.push(Done(0, "stop"))):
+    for late in (lambda: answer.last(0), lambda: answer.body(0), lambda: answer.push(Done(0, "stop"))):
         with pytest.raises(AssertionError):
             late()

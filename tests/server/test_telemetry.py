@@ -237,10 +237,10 @@ def test_asked_for_and_not_installed_is_refused_with_the_command_that_helps(monk
 def test_without_a_provider_spans_go_where_the_environment_says(monkeypatch):
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1")
-    made = Telemetry(True, "guard")
-    assert made._provider.resource.attributes["service.name"] == "guard"
+    made = Telemetry(True)
+    assert made._provider.resource.attributes["service.name"] == "redflag"
     made.shutdown()
     monkeypatch.setenv("OTEL_SERVICE_NAME", "named")
-    made = Telemetry(True, "guard")
+    made = Telemetry(True)
     assert made._provider.resource.attributes["service.name"] == "named"
     made.shutdown()
