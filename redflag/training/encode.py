@@ -120,8 +120,6 @@ def encode(
     """Encodes one row.
 
     Args:
-        row: The conversation; its last turn is the response.
-        tokenizer: Tokenizer with the flags attached.
         max_length: Maximum number of ids. The prompt is cut first (`redflag.truncation.fit_prompt`), so that the
             response stays whole; a response longer than `max_length` - 1 loses its end.
         index: Number of the row, which seeds `place`.
@@ -195,9 +193,8 @@ def build_dataset(
         examples.append(example)
     if cut:
         print(f"{cut} of {len(examples)} prompts did not fit into max_length {max_length} and lost their oldest turns")
-    missing: dict[str, Any] = {"group": -1, "prefill": -1, "forecast": [], "forecast_class": 0, "thought": 0}
-    missing["thought_onset"] = -1
-    for name, value in missing.items():  # a column for all rows, or for none
+    defaults = {"group": -1, "prefill": -1, "forecast": [], "forecast_class": 0, "thought": 0, "thought_onset": -1}
+    for name, value in defaults.items():  # a column for all rows, or for none
         if any(name in example for example in examples):
             examples = [{name: value, **example} for example in examples]
     return Dataset.from_list(examples)
@@ -226,12 +223,7 @@ def onset_token(offsets: Sequence[tuple[int, int]], onset: int | None) -> int:
 
 
 def place(example: Mapping[str, Any], config: PlacementConfig, spec: FlagSpec, seed: int = 0, epoch: int = 0) -> Placed:
-    """Labels an example's positions, and inserts flags where the placement does.
-
-    Args:
-        example: Result of `encode`.
-        epoch: Epoch, from 0.
-    """
+    """Labels the positions of a result of `encode`, and inserts flags where the placement does; epochs begin at 0."""
     draw = random.Random(f"{seed}/{epoch}/{example['row']}")
     placed = _labelled(example, config, spec, draw)
     if config.forecasts != "off" and example.get("forecast"):
@@ -266,29 +258,28 @@ def _of_thought(example: Mapping[str, Any], config: PlacementConfig) -> list[int
 def _labelled(example: Mapping[str, Any], config: PlacementConfig, spec: FlagSpec, draw: random.Random) -> Placed:
     ids, start, k = list(example["input_ids"]), example["response_start"], example["flag_class"]
     labels = [IGNORE] * start + ids[start:]
-    inserted = [False] * len(ids)
     onset = start + example["onset"]
     thought = _of_thought(example, config)
     flag_labels = [IGNORE] * start + thought + [0] * (len(ids) - start - len(thought))
+    placed = Placed(ids, labels, flag_labels, [False] * len(ids))  # its lists are changed in place below
     start += len(thought)  # flags stand in the answer
     if config.placement in ("first", "open"):
         flag_labels[start:] = ([k] + [IGNORE] * len(ids))[: len(ids) - start]  # the answer may have been cut off
-        placed = Placed(ids, labels, flag_labels, inserted)
         if k and config.placement == "open" and start < len(ids):
-            placed.flag_labels[start] = IGNORE
+            flag_labels[start] = IGNORE
             _insert(placed, start, spec.ids[k - 1], k)
         return placed
     if k == 0:
-        return Placed(ids, labels, flag_labels, inserted)
+        return placed
     end = min(onset, len(ids))  # the onset may have been cut off
     # The soft margin before the onset asks for nothing; a response cut before its onset stays harmless.
     margin = min(end, max(start, onset - config.soft_margin))
     flag_labels[margin:end] = [IGNORE] * (end - margin)
     if end == len(ids):
-        return Placed(ids, labels, flag_labels, inserted)
+        return placed
     if config.placement == "dense":
         flag_labels[onset:] = [k] * (len(ids) - onset)
-        return Placed(ids, labels, flag_labels, inserted)
+        return placed
     # insert: the class stands at the drawn positions; harmful positions between them are ignored.
     flag_labels[onset:] = [IGNORE] * (len(ids) - onset)
     first = min(max(onset, start + config.minimum_offset), len(ids) - 1)
@@ -297,7 +288,6 @@ def _labelled(example: Mapping[str, Any], config: PlacementConfig, spec: FlagSpe
     positions = sorted(draw.sample(range(first, last), min(config.insertions, last - first)), reverse=True)
     if config.placement == "until":
         flag_labels[first : positions[0]] = [k] * (positions[0] - first)
-    placed = Placed(ids, labels, flag_labels, inserted)
     for position in positions:  # from the back, so that earlier positions stay where they are
         _insert(placed, position, spec.ids[k - 1], k)
     return placed
