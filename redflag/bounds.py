@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import field, fields
 from typing import Any
 
@@ -38,6 +38,12 @@ def option(default: Any, help: str, **bounds: float) -> Any:
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
+    """Refuses a value of the option `name` that is not among the allowed ones, with a RedflagError."""
+    if value not in allowed:
+        raise RedflagError(f"{name} must be one of {', '.join(allowed)} (got {value!r}).")
 
 
 def check_bounds(options: Any) -> None:

@@ -24,11 +24,11 @@ KEYS = (
     *("forecast", "forecast_category", "thought_onset"),
 )
 FOREIGN_KEYS = ("prompt", "response", "label")
+ALL_KEYS = (*KEYS, *FOREIGN_KEYS)
 
 # redflag's key -> the source's column, several columns (a row for each), or null; a source's column -> null drops it.
 Columns = Mapping[str, str | Sequence[str] | None]
 
-_OURS = frozenset((*KEYS, *FOREIGN_KEYS))
 # Mapped columns may be missing in a record, except for these: without them a row would change its meaning.
 _NEEDED = ("messages", "category", *FOREIGN_KEYS)
 _CONVERSATIONS = ("conversations", "conversation")
@@ -55,8 +55,8 @@ class Cells(NamedTuple):
 def check_columns(columns: Columns) -> None:
     """Raises RedflagError if a mapping names an unknown key, or lists of columns differ in length."""
     for key, value in columns.items():
-        if value is not None and key not in _OURS:
-            raise RedflagError(f"columns must map keys of a row: {', '.join((*KEYS, *FOREIGN_KEYS))} (got {key!r}).")
+        if value is not None and key not in ALL_KEYS:
+            raise RedflagError(f"columns must map keys of a row: {', '.join(ALL_KEYS)} (got {key!r}).")
         names = [value] if isinstance(value, str) else value
         if names is not None and (
             not isinstance(names, (list, tuple)) or not names or not all(isinstance(name, str) for name in names)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NotRequired, TypedDi
 import torch
 from datasets import Dataset
 
+from redflag.bounds import check_choice
 from redflag.data.rows import Row
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
@@ -99,8 +100,7 @@ class PlacementConfig:
     forecasts: str = "off"
 
     def __post_init__(self) -> None:
-        if self.placement not in get_args(Placement):
-            raise RedflagError(f"placement must be one of {', '.join(get_args(Placement))} (got {self.placement!r}).")
+        check_choice("placement", self.placement, get_args(Placement))
         if self.maximum_offset is not None and self.maximum_offset < self.minimum_offset:
             raise RedflagError(
                 f"maximum_offset must be at least minimum_offset, {self.minimum_offset} (got {self.maximum_offset})."
@@ -108,8 +108,7 @@ class PlacementConfig:
         for name, least in (("minimum_offset", 0), ("insertions", 1), ("soft_margin", 0)):
             if getattr(self, name) < least:
                 raise RedflagError(f"{name} must be at least {least} (got {getattr(self, name)}).")
-        if self.forecasts not in CHOICES:
-            raise RedflagError(f"forecasts must be one of {', '.join(CHOICES)} (got {self.forecasts!r}).")
+        check_choice("forecasts", self.forecasts, CHOICES)
         if not 0 <= self.in_context <= 1:
             raise RedflagError(f"in_context must be at least 0 and at most 1 (got {self.in_context}).")
 

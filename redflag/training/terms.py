@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from redflag.bounds import option
+from redflag.bounds import check_choice, option
 from redflag.errors import RedflagError
 from redflag.training.adversarial import shifted, worst_shift
 from redflag.training.answers import constraint_weights, places_in_answer
@@ -83,8 +83,7 @@ class TermsConfig:
             if not getattr(self, name) >= 0:
                 raise RedflagError(f"{name} must be at least 0 (got {getattr(self, name)}).")
         for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise RedflagError(f"{name} must be one of {', '.join(allowed)} (got {getattr(self, name)!r}).")
+            check_choice(name, getattr(self, name), allowed)
         if not 0 <= self.plain_share <= 1:
             raise RedflagError(f"plain_share must be at least 0 and at most 1 (got {self.plain_share}).")
         if self.adversarial_steps < 1:

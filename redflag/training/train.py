@@ -19,7 +19,7 @@ from datasets import Dataset
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 
 from redflag.backends.load import read_model
-from redflag.bounds import check_bounds, option
+from redflag.bounds import check_bounds, check_choice, option
 from redflag.data.options import RowOptions
 from redflag.data.rows import Row, Rows, load_rows
 from redflag.data.summary import label_table, warnings_about
@@ -254,8 +254,7 @@ def _rows(arguments: TrainArguments, seed: int) -> tuple[list[Row], list[Row], d
 def _check_numbers(arguments: TrainArguments, config: RedFlagConfig) -> None:
     """Refuses numbers that would end in a traceback from torch or PEFT, minutes later."""
     check_bounds(arguments)
-    if arguments.flag_start not in STARTS:
-        raise RedflagError(f"flag_start must be one of {', '.join(STARTS)} (got {arguments.flag_start!r})")
+    check_choice("flag_start", arguments.flag_start, STARTS)
     for name, least, most in (
         ("learning_rate", 0, math.inf),
         ("per_device_train_batch_size", 1, math.inf),
