@@ -14,14 +14,13 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from filelock import FileLock
 
 from redflag.errors import RedflagError
-from redflag.files import atomic_write, keep_json, kept_json
+from redflag.files import atomic_folder, atomic_write, keep_json, kept_json
 from redflag.models.fetch import fetch_smollm2
 
 DEFAULT = "smollm2-135m"
@@ -98,16 +97,11 @@ def _made(name: str, base: Path, folder: Path) -> Path:
         _point(folder / ADAPTER, base)
         return folder
     try:
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".flagged-") as work:
-            new = Path(work) / "new"
-            new.mkdir()
+        with atomic_folder(folder) as new:
             for path in files:
                 shutil.copyfile(path, new / path.name)
             _point(new / ADAPTER, base)
             keep_json(new / RECORD, made_of)
-            if folder.exists():
-                os.replace(folder, Path(work) / "old")
-            os.replace(new, folder)
     except OSError as error:
         raise RedflagError(
             f"{folder} cannot be written ({error.strerror or error}): free space, or choose another REDFLAG_CACHE"
