@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from functools import partial
+from string import ascii_lowercase
+from typing import TYPE_CHECKING, TypeVar
 from weakref import WeakKeyDictionary
 
 from redflag.errors import RedflagError
@@ -30,12 +32,30 @@ SWITCHES: dict[bool | None, dict[str, bool]] = {
     True: {"enable_thinking": True, "thinking": True},
 }
 
-_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+_CACHED = 64  # values per tokenizer in a cache of `cached`
+_Value = TypeVar("_Value")
+
+
+def cached(
+    cache: WeakKeyDictionary[object, dict[Hashable, _Value]],
+    tokenizer: object,
+    key: Hashable,
+    find: Callable[[], _Value],
+) -> _Value:
+    """The value of `find` for a tokenizer and a key, computed at the first call."""
+    values = cache.setdefault(tokenizer, {})
+    if key in values:
+        return values[key]
+    value = find()
+    if len(values) >= _CACHED:
+        values.clear()
+    values[key] = value
+    return value
 
 
 def sentinel(length: int = 24) -> str:
     """A random text that no message contains; letters only, which normalisers leave unchanged."""
-    return "".join(_LETTERS[byte % len(_LETTERS)] for byte in secrets.token_bytes(length))
+    return "".join(ascii_lowercase[byte % 26] for byte in secrets.token_bytes(length))
 
 
 def template_text(tokenizer: PreTrainedTokenizerFast) -> str:
@@ -64,9 +84,8 @@ def apply(
 ) -> str:
     """The conversation as the template writes it; with `generate`, to be continued.
 
-    `thinking` switches on or off what the template has of it; None leaves that to the template.
-
-    `tools` are definitions as `redflag.tool_definitions` has them; not every template shows them.
+    `thinking` switches the template's thinking mode; None leaves that to the template. Not every template shows
+    `tools`, definitions as in `redflag.tool_definitions`.
 
     Raises:
         RedflagError: The template refuses the turns, or does not show what is said in them.
@@ -85,7 +104,7 @@ def _apply(
 ) -> str:
     import jinja2
 
-    given = [
+    contents = [
         {**turn, "content": [{"type": "text", "text": turn["content"]}]}
         if turn["role"] in listed and turn["content"] is not None
         else turn
@@ -93,7 +112,7 @@ def _apply(
     ]
     try:
         return tokenizer.apply_chat_template(
-            given,
+            contents,
             tools=list(tools) or None,
             tokenize=False,
             add_generation_prompt=generate,
@@ -107,7 +126,7 @@ def _apply(
         ) from error
 
 
-_IN_PARTS: WeakKeyDictionary[object, tuple[str, frozenset[str]]] = WeakKeyDictionary()
+_IN_PARTS: WeakKeyDictionary[object, dict[Hashable, frozenset[str]]] = WeakKeyDictionary()
 
 
 def roles_in_parts(tokenizer: PreTrainedTokenizerFast) -> frozenset[str]:
@@ -116,12 +135,7 @@ def roles_in_parts(tokenizer: PreTrainedTokenizerFast) -> frozenset[str]:
     Raises:
         RedflagError: A user's content appears neither from text nor from parts.
     """
-    template = template_text(tokenizer)
-    cached = _IN_PARTS.get(tokenizer)
-    if cached is None or cached[0] != template:
-        cached = (template, _find_roles_in_parts(tokenizer))
-        _IN_PARTS[tokenizer] = cached
-    return cached[1]
+    return cached(_IN_PARTS, tokenizer, template_text(tokenizer), partial(_find_roles_in_parts, tokenizer))
 
 
 def _find_roles_in_parts(tokenizer: PreTrainedTokenizerFast) -> frozenset[str]:
