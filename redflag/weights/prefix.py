@@ -15,7 +15,7 @@ class PrefixSlot:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._kept: tuple[Any, list[int], Mapping[int, Any]] | None = None
+        self._cached: tuple[Any, list[int], Mapping[int, Any]] | None = None
 
     def put(self, cache: Any, token_ids: list[int], measured: Mapping[int, Any] | None = None) -> None:
         """Stores a cache that holds exactly `token_ids`, in place of the previous one.
@@ -23,7 +23,7 @@ class PrefixSlot:
         `measured` is what was measured before tokens, by their positions; the position behind the last may be there.
         """
         with self._lock:
-            self._kept = (cache, token_ids, measured or {})
+            self._cached = (cache, token_ids, measured or {})
 
     def take(
         self, token_ids: Sequence[int], needed: Sequence[int] = (), found: dict[int, Any] | None = None
@@ -41,7 +41,7 @@ class PrefixSlot:
             must be run to get logits. None if nothing can be reused; the stored cache is then freed.
         """
         with self._lock:
-            cached, self._kept = self._kept, None
+            cached, self._cached = self._cached, None
         if cached is None:
             return None
         cache, cached_ids, measured = cached
@@ -58,7 +58,7 @@ class PrefixSlot:
     def clear(self) -> None:
         """Frees the stored cache."""
         with self._lock:
-            self._kept = None
+            self._cached = None
 
 
 def crop(cache: Any, count: int) -> bool:
