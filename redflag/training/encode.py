@@ -316,6 +316,8 @@ def _insert(placed: Placed, position: int, flag: int, flag_class: int) -> None:
 class Collator:
     """Turns examples into a batch of tensors, padded on the right. The trainer sets `epoch`.
 
+    `answers` is the option of that name (None: no row's answer is learnt); the mask `answered` marks tokens to learn.
+
     For two rows of 3 and 2 ids, `dense`, the second harmful from its only response position on:
 
     >>> spec = FlagSpec.of("harm"); import dataclasses
@@ -329,8 +331,11 @@ class Collator:
     [[-100, 0, 0], [-100, 1, -100]]
     """
 
-    def __init__(self, config: PlacementConfig, spec: FlagSpec, pad_id: int, seed: int) -> None:
-        self.config, self.spec, self.pad_id, self.seed, self.epoch = config, spec, pad_id, seed, 0
+    def __init__(
+        self, config: PlacementConfig, spec: FlagSpec, pad_id: int, seed: int, answers: str | None = None
+    ) -> None:
+        self.config, self.spec, self.pad_id, self.seed, self.answers = config, spec, pad_id, seed, answers
+        self.epoch = 0
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         placed = [place(example, self.config, self.spec, self.seed, self.epoch) for example in examples]
@@ -347,6 +352,16 @@ class Collator:
             "inserted": pad([p.inserted for p in placed], False),
             "flag_class": torch.tensor([example["flag_class"] for example in examples]),
         }
+        for name in ("group", "prefill", "response_start"):
+            batch[name] = torch.tensor([example.get(name, -1) for example in examples])
+        marked, harmless = batch["prefill"] >= 0, batch["flag_class"] == 0
+        learnt = {
+            None: torch.zeros_like(marked),
+            "marked": marked,
+            "harmless": marked | harmless,
+            "all": torch.ones_like(marked),
+        }[self.answers]
+        batch["answered"] = learnt[:, None] & (batch["labels"] != IGNORE) & ~batch["inserted"]
         if self.config.forecasts != "off":
             batch["forecast"] = pad([p.forecast or [NONE] * len(p.input_ids) for p in placed], NONE)
             # An unknown class occurs with forecasts of 0 only, for which the class does not matter.

@@ -6,7 +6,6 @@ over the whole accumulated batch of all processes: a sum over this micro-batch, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +17,8 @@ from redflag.training.adversarial import shifted, worst_shift
 from redflag.training.answers import constraint_weights, places_in_answer
 from redflag.training.batch import BatchState
 from redflag.training.consistency import GroupSampler, consistency_loss, group_keys
-from redflag.training.encode import IGNORE, Collator
-from redflag.training.forecasts import check_forecasts
+from redflag.training.encode import IGNORE
+from redflag.training.forecasts import check_forecasts, column
 from redflag.training.hidden_states import last_hidden, unwrapped
 from redflag.training.log_probs import class_log_probs, token_log_probs
 from redflag.training.loss import flag_log_odds
@@ -91,29 +90,6 @@ class TermsConfig:
                 f"adversarial_steps must be at least 1 (got {self.adversarial_steps}). To switch the term off, set "
                 "adversarial_coef to 0."
             )
-
-
-class TermsCollator(Collator):
-    """Adds to a batch what the optional terms need: one number per row, and a mask of the tokens to learn."""
-
-    def __init__(self, *args: Any, answers: str | None = None) -> None:
-        super().__init__(*args)
-        self.answers = answers
-
-    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """The batch of `Collator`, with `group`, `prefill`, `response_start` and the mask `answered`."""
-        batch = super().__call__(examples)
-        for name in ("group", "prefill", "response_start"):
-            batch[name] = torch.tensor([example.get(name, -1) for example in examples])
-        marked, harmless = batch["prefill"] >= 0, batch["flag_class"] == 0
-        learnt = {
-            None: torch.zeros_like(marked),
-            "marked": marked,
-            "harmless": marked | harmless,
-            "all": torch.ones_like(marked),
-        }[self.answers]
-        batch["answered"] = learnt[:, None] & (batch["labels"] != IGNORE) & ~batch["inserted"]
-        return batch
 
 
 def optional_terms(args: Any, state: BatchState) -> dict[str, torch.Tensor]:
@@ -206,15 +182,14 @@ def check_terms_fit(args: Any, model: Any, dataset: Any) -> None:
     """
     if args.presto_coef:
         check_eager(model)
-    names = getattr(dataset, "column_names", None) or []
-    marks = dataset["prefill"] if "prefill" in names else []
+    marks = column(dataset, "prefill")
     if args.presto_coef and not any(mark > 0 for mark in marks):
         raise RedflagError("presto_coef must be 0 if no row has a prefill. Add such rows (key prefill, in characters).")
     if args.answer_coef and args.answers == "marked" and not any(mark >= 0 for mark in marks):
         raise RedflagError(
             "answers must be harmless or all if no row has the key prefill (got marked). Choose one, or mark rows."
         )
-    groups = [group for group in (dataset["group"] if "group" in names else []) if group >= 0]
+    groups = [group for group in column(dataset, "group") if group >= 0]
     if args.consistency_coef and len(set(groups)) == len(groups):
         raise RedflagError("consistency_coef must be 0 if no two rows share a group. Give paraphrases the same group.")
     check_forecasts(args.forecasts, dataset)

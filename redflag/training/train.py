@@ -32,8 +32,7 @@ from redflag.prompt import check_template, template_hash
 from redflag.training.adapter import lora_config
 from redflag.training.encode import build_dataset
 from redflag.training.preflight import refuse_part, refuse_quantised, repair_generation, try_evaluation, try_saving
-from redflag.training.resume_order import EpochOrder
-from redflag.training.saving import last_checkpoint, save
+from redflag.training.saving import EpochOrder, last_checkpoint, save
 from redflag.training.sharded import whole_model
 from redflag.training.start import STARTS, fit_flag_rows, may_fit
 from redflag.training.trainer import RedFlagConfig, RedFlagTrainer

@@ -28,15 +28,21 @@ from redflag.kept_states import KeptStates
 from redflag.stats.metrics import auroc
 from redflag.training import sharded
 from redflag.training.adapter import adapters_off, cheap_flag_rows, output_head
-from redflag.training.batch import BatchState, Counts, JudgedPositions
+from redflag.training.batch import (
+    BatchState,
+    Counts,
+    JudgedPositions,
+    flag_weights,
+    keep_weights,
+    response_weights,
+)
 from redflag.training.encode import IGNORE, Collator, Example, PlacementConfig
 from redflag.training.hidden_states import check_head, last_hidden
 from redflag.training.loss import Positions, flag_and_keep_loss
 from redflag.training.metric_means import Means, rows_that_count
 from redflag.training.presto import watched_attention
 from redflag.training.reference import reference_states
-from redflag.training.terms import TermsCollator, TermsConfig, check_terms_fit, group_sampler, optional_terms
-from redflag.training.weights import flag_weights, keep_weights, response_weights
+from redflag.training.terms import TermsConfig, check_terms_fit, group_sampler, optional_terms
 from redflag.weights.memory import KeepMemory
 from redflag.weights.precision import Machine, choose_precision
 
@@ -144,7 +150,7 @@ class RedFlagTrainer(SFTTrainer):
             self._cached_states = KeptStates(args.reference_cache, model, "bfloat16" if args.bf16 else str(model.dtype))
         pad = processing_class.pad_token_id
         answers = args.answers if args.answer_coef else None
-        collator = TermsCollator(args.placement_config(), spec, 0 if pad is None else pad, args.seed, answers=answers)
+        collator = Collator(args.placement_config(), spec, 0 if pad is None else pad, args.seed, answers=answers)
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
         super().__init__(
             model=model,
