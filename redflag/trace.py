@@ -1,4 +1,4 @@
-"""Files of traces.
+"""Files of traces; the steps and events in them can be imported from here too.
 
 Standard library only, so that traces can be read where no model can be run.
 """
@@ -16,43 +16,21 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, cast, get_args
 
 from redflag.errors import RedflagError
-from redflag.events import (
-    Alarm,
-    Done,
-    Escalation,
-    Event,
-    Facts,
-    Forced,
-    Halt,
-    Logprobs,
-    Reflection,
-    Resume,
-    Step,
-    Text,
-    Thought,
-    Trace,
-)
+from redflag.events import Alarm as Alarm
+from redflag.events import Done as Done
+from redflag.events import Escalation as Escalation
+from redflag.events import Event as Event
+from redflag.events import Facts as Facts
+from redflag.events import Forced as Forced
+from redflag.events import Halt as Halt
+from redflag.events import Logprobs as Logprobs
+from redflag.events import Reflection as Reflection
+from redflag.events import Resume as Resume
+from redflag.events import Step as Step
+from redflag.events import Text as Text
+from redflag.events import Thought as Thought
+from redflag.events import Trace as Trace
 from redflag.files import append_line, atomic_write
-
-__all__ = [
-    "Alarm",
-    "Done",
-    "Escalation",
-    "Event",
-    "Facts",
-    "Forced",
-    "Halt",
-    "Logprobs",
-    "Reflection",
-    "Resume",
-    "Step",
-    "Text",
-    "Thought",
-    "Trace",
-    "read_traces",
-    "trace_line",
-    "write_traces",
-]
 
 TRACE_FORMAT = 1
 

@@ -123,6 +123,8 @@ class Rows:
         files: The files read, in order; empty for other sources.
         sha256: Hash of the file's bytes on disk; for several files, of their digests in order; for other sources, of
             the canonical JSON of the records.
+        decided_by: Column by which rows are harmful or harmless ("" = neither label nor category), and their number.
+        read_as: Digest of the options that changed how records are read; "" if there are none.
     """
 
     rows: list[Row]
@@ -149,10 +151,7 @@ class Rows:
 class RecordReader:
     """Turns records into rows, and counts their keys.
 
-    Attributes:
-        columns: As in `load_rows`; so are `labels`, `unlabelled` and `unanswered`.
-        ignored: Extra keys and the number of rows that hold them.
-        decided_by: As in `Rows`.
+    `ignored` and `decided_by` are as in `Rows`, the other fields as in `load_rows`.
 
     Raises:
         RedflagError: `columns` or another option is invalid.

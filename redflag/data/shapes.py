@@ -81,13 +81,12 @@ def rows_in(record: Any, columns: Columns) -> list[Cells]:
     implied = _well_known(record, columns)
     if not columns and not implied and not isinstance(record, TextRecord):
         return [Cells(record)]
-    for ours, theirs in columns.items():
-        if ours in _NEEDED and theirs is not None:
-            for name in [theirs] if isinstance(theirs, str) else theirs:
-                if name not in record:
-                    raise ValueError(f"no column {name!r}, which columns maps")
+    for ours in _NEEDED:
+        for name in _names(columns.get(ours)):
+            if name not in record:
+                raise ValueError(f"no column {name!r}, which columns maps")
     mapping = {ours: theirs for ours, theirs in (*columns.items(), *implied.items()) if theirs is not None}
-    mapped = {name for theirs in mapping.values() for name in ([theirs] if isinstance(theirs, str) else theirs)}
+    mapped = {name for theirs in mapping.values() for name in _names(theirs)}
     # A mapped column is not read under its own name too.
     rest = {
         key: value for key, value in record.items() if key not in mapped and key not in columns and key not in implied
@@ -129,9 +128,14 @@ def _well_known(record: Mapping[str, Any], columns: Columns) -> dict[str, str | 
                 if name == "response_harm_label" and "subcategory" not in columns:
                     implied["subcategory"] = None  # the topic of the prompt
     if implied and columns:
-        mapped = {name for v in columns.values() if v is not None for name in ([v] if isinstance(v, str) else v)}
-        implied = {ours: v for ours, v in implied.items() if not mapped & set([v] if isinstance(v, str) else v or ())}
+        mapped = {name for theirs in columns.values() for name in _names(theirs)}
+        implied = {ours: theirs for ours, theirs in implied.items() if not mapped.intersection(_names(theirs))}
     return implied
+
+
+def _names(columns: str | Sequence[str] | None) -> Sequence[str]:
+    """The source's columns for one key; none if it is dropped."""
+    return [columns] if isinstance(columns, str) else columns or ()
 
 
 def _read_texts(values: dict[str, Any]) -> None:

