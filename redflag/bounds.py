@@ -19,12 +19,7 @@ RULES: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
 
 
 def option(default: Any, help: str, **bounds: float) -> Any:
-    """A field of a dataclass of options.
-
-    Args:
-        default: A list is copied for each instance.
-        help: What `--help` shows.
-        **bounds: Keys of `RULES`.
+    """A field of a dataclass of options; `bounds` have keys of `RULES`, and a list is copied for each instance.
 
     Example:
         >>> from dataclasses import dataclass
@@ -47,10 +42,7 @@ def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
 
 
 def check_bounds(options: Any) -> None:
-    """Refuses numbers outside the bounds in their fields' metadata; None is not checked.
-
-    Args:
-        options: A dataclass with fields such as `field(default=1, metadata={"help": "...", "least": 1})`.
+    """Refuses numbers outside the bounds in the metadata of a dataclass's fields; None is not checked.
 
     Raises:
         RedflagError: A number is out of bounds; the first is named.

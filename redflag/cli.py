@@ -124,22 +124,22 @@ def parse(module: Any, argv: list[str], prog: str) -> tuple[Any, ...]:
     if "--config" in argv:
         _check_config(argv[argv.index("--config") + 1 :], classes)
     try:
-        *found, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
+        *parsed, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
     except (ValueError, TypeError, OSError) as error:
         raise RedflagError(str(error)) from error
     if unknown:
         raise RedflagError(f"unknown option {unknown[0]} of {prog}{_nearest(unknown[0], spelt)}")
     if module.POSITIONAL is not None:
-        *found, rest = found
+        *parsed, rest = parsed
         if rest.positional is not None:
-            setattr(found[0], module.POSITIONAL, rest.positional)
-        if getattr(found[0], module.POSITIONAL) is None:
+            setattr(parsed[0], module.POSITIONAL, rest.positional)
+        if getattr(parsed[0], module.POSITIONAL) is None:
             raise RedflagError(
                 f"{module.POSITIONAL} is missing: give it as the last word, {prog} ... {module.POSITIONAL.upper()}"
             )
-    for options in found:
+    for options in parsed:
         check_bounds(options)
-    return tuple(found)
+    return tuple(parsed)
 
 
 def _mapping(text: str) -> Any:
