@@ -81,32 +81,26 @@ def apply(
     generate: bool,
     thinking: bool | None = False,
     tools: Sequence[Message] = (),
+    *,
+    in_parts: frozenset[str] | None = None,
+    head: str = "",
 ) -> str:
     """The conversation as the template writes it; with `generate`, to be continued.
 
     `thinking` switches the template's thinking mode; None leaves that to the template. Not every template shows
-    `tools`, definitions as in `redflag.tool_definitions`.
+    `tools`, definitions as in `redflag.tool_definitions`. The last two are for trying out a template: the roles whose
+    content is passed in parts (None: those that it needs), and Jinja source to put before it.
 
     Raises:
-        RedflagError: The template refuses the turns, or does not show what is said in them.
+        RedflagError: The template refuses the turns, or does not show their contents.
     """
-    return _apply(tokenizer, turns, generate, roles_in_parts(tokenizer), thinking=thinking, tools=tools)
-
-
-def _apply(
-    tokenizer: PreTrainedTokenizerFast,
-    turns: Sequence[Message],
-    generate: bool,
-    listed: frozenset[str],
-    head: str = "",
-    thinking: bool | None = False,
-    tools: Sequence[Message] = (),
-) -> str:
     import jinja2
 
+    if in_parts is None:
+        in_parts = roles_in_parts(tokenizer)
     contents = [
         {**turn, "content": [{"type": "text", "text": turn["content"]}]}
-        if turn["role"] in listed and turn["content"] is not None
+        if turn["role"] in in_parts and turn["content"] is not None
         else turn
         for turn in turns
     ]
@@ -142,15 +136,15 @@ def _find_roles_in_parts(tokenizer: PreTrainedTokenizerFast) -> frozenset[str]:
     refusal: RedflagError | None = None
     for roles in PROBES:
         turns = [{"role": role, "content": sentinel()} for role in roles]
-        for listed in (frozenset[str](), frozenset(ROLES), frozenset(ROLES) - {"system"}):
+        for in_parts in (frozenset[str](), frozenset(ROLES), frozenset(ROLES) - {"system"}):
             try:
-                text = _apply(tokenizer, turns, True, listed)
+                text = apply(tokenizer, turns, True, in_parts=in_parts)
             except RedflagError as error:
                 refusal = refusal or error
                 continue
             # A list printed literally does not count as text.
             if all(turn["content"] in text for turn in turns) and "'type'" not in text:
-                return listed
+                return in_parts
     raise refusal or RedflagError(
         "the chat template must show a user's content, as text or as a list of parts. The model would see empty "
         "prompts. Set tokenizer.chat_template to the template that the model was trained with."
@@ -159,12 +153,11 @@ def _find_roles_in_parts(tokenizer: PreTrainedTokenizerFast) -> frozenset[str]:
 
 def reads_clock(tokenizer: PreTrainedTokenizerFast) -> bool:
     """Whether the template writes the time of rendering into prompts, so that they change from day to day."""
-    listed = roles_in_parts(tokenizer)
     for roles in PROBES:
         turns = [{"role": role, "content": "a"} for role in roles]
         with suppress(RedflagError):
             day = sentinel()
             clock = f"{{% macro strftime_now(format) %}}{day}{{% endmacro %}}"  # in place of transformers' own
-            if day in _apply(tokenizer, turns, True, listed, clock):
+            if day in apply(tokenizer, turns, True, head=clock):
                 return True
     return False

@@ -16,7 +16,7 @@ from redflag.errors import RedflagError
 from redflag.training.adversarial import shifted, worst_shift
 from redflag.training.answers import constraint_weights, places_in_answer
 from redflag.training.batch import BatchState
-from redflag.training.consistency import GroupSampler, consistency_loss, group_keys
+from redflag.training.consistency import consistency_loss, group_keys
 from redflag.training.encode import IGNORE
 from redflag.training.forecasts import check_forecasts, column
 from redflag.training.hidden_states import last_hidden, unwrapped
@@ -193,8 +193,3 @@ def check_terms_fit(args: Any, model: Any, dataset: Any) -> None:
     if args.consistency_coef and len(set(groups)) == len(groups):
         raise RedflagError("consistency_coef must be 0 if no two rows share a group. Give paraphrases the same group.")
     check_forecasts(args.forecasts, dataset)
-
-
-def group_sampler(args: Any, dataset: Any) -> GroupSampler:
-    """Batches in which rows of one group meet."""
-    return GroupSampler(list(dataset["group"]), args.per_device_train_batch_size * max(1, args.n_gpu), args.seed)

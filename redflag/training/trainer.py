@@ -28,21 +28,15 @@ from redflag.kept_states import KeptStates
 from redflag.stats.metrics import auroc
 from redflag.training import sharded
 from redflag.training.adapter import adapters_off, cheap_flag_rows, output_head
-from redflag.training.batch import (
-    BatchState,
-    Counts,
-    JudgedPositions,
-    flag_weights,
-    keep_weights,
-    response_weights,
-)
+from redflag.training.batch import BatchState, Counts, JudgedPositions, flag_weights, keep_weights, response_weights
+from redflag.training.consistency import GroupSampler
 from redflag.training.encode import IGNORE, Collator, Example, PlacementConfig
 from redflag.training.hidden_states import check_head, last_hidden
 from redflag.training.loss import Positions, flag_and_keep_loss
 from redflag.training.metric_means import Means, rows_that_count
 from redflag.training.presto import watched_attention
 from redflag.training.reference import reference_states
-from redflag.training.terms import TermsConfig, check_terms_fit, group_sampler, optional_terms
+from redflag.training.terms import TermsConfig, check_terms_fit, optional_terms
 from redflag.weights.memory import KeepMemory
 from redflag.weights.precision import Machine, choose_precision
 
@@ -179,7 +173,8 @@ class RedFlagTrainer(SFTTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """With the consistency term, batches hold whole groups."""
         if self.args.consistency_coef:
-            return group_sampler(self.args, self.train_dataset if train_dataset is None else train_dataset)
+            groups = list((self.train_dataset if train_dataset is None else train_dataset)["group"])
+            return GroupSampler(groups, self.args.per_device_train_batch_size * max(1, self.args.n_gpu), self.args.seed)
         return super()._get_train_sampler(train_dataset)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor | None:
