@@ -17,13 +17,13 @@ _VERDICTS = {"label", "labels", "safe", "unsafe", "safety", "harmful", "harmfuln
 _VERDICTS |= {"toxic", "toxicity", "refusal", "severity", "flagged"}
 
 
-def label_table(rows: Rows, most: int = LINES) -> list[str]:
-    """How many rows of each category and source are harmful or harmless, the largest first, in at most `most` lines."""
+def label_table(rows: Rows) -> list[str]:
+    """How many rows of each category and source are harmful or harmless, the largest first; at most `LINES` lines."""
     counts = Counter((row.category, row.source) for row in rows)
     harmful = sum(row.harmful for row in rows)
     lines = [f"{len(rows):,} rows: {harmful:,} harmful, {len(rows) - harmful:,} harmless"]
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0][0] or "", item[0][1] or ""))
-    shown = ordered if len(ordered) < most else ordered[: most - 2]
+    shown = ordered if len(ordered) < LINES else ordered[: LINES - 2]
     for (category, source), count in shown:
         verdict = "harmless" if category is None else f"harmful   {category}"
         lines.append(f"  {count:>9,}  {verdict}{f'  (source {source})' if source else ''}")

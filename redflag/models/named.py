@@ -14,7 +14,6 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from filelock import FileLock
@@ -37,12 +36,12 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "redflag"
 
 
-def tell(line: str) -> None:
+def _print_progress(line: str) -> None:
     """Prints a line of progress on standard error; standard output is for results."""
     print(f"redflag: {line}", file=sys.stderr, flush=True)
 
 
-def model_folder(name: str | Path, *, flagged: bool = True, log: Callable[[str], None] = tell) -> str:
+def model_folder(name: str | Path, *, flagged: bool = True) -> str:
     """The folder of a model by name, fetched and copied at the first use; any other name is returned unchanged.
 
     A folder of that name in the working directory takes precedence.
@@ -77,9 +76,9 @@ def model_folder(name: str | Path, *, flagged: bool = True, log: Callable[[str],
             f"REDFLAG_CACHE must be a folder that can be written (got {cache_folder()}: {error.strerror or error})"
         ) from error
     if lock is None:
-        return str(_copy_flag(name, base, folder) if flagged else fetch_smollm2(base, log=log))
+        return str(_copy_flag(name, base, folder) if flagged else fetch_smollm2(base, log=_print_progress))
     with lock:
-        fetch_smollm2(base, log=log)
+        fetch_smollm2(base, log=_print_progress)
         return str(_copy_flag(name, base, folder) if flagged else base)
 
 

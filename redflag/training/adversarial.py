@@ -32,7 +32,7 @@ def worst_shift(
         loss_of: Shift (B, T, H) -> the scalar to maximise.
         where_BT: Positions that may be shifted.
         width: H.
-        size: Of a step in each coordinate.
+        size: Step size in each coordinate.
         radius: Largest l2 norm of one token's shift.
 
     Returns:

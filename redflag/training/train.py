@@ -321,9 +321,6 @@ class _ShowProgress(TrainerCallback):
             if on_terminal() and "eval_loss" in (metrics or {}):
                 print(f"held-out rows at step {state.global_step}: loss {metrics['eval_loss']:.4g}", file=sys.stderr)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.close()
-
     def close(self) -> None:
         """Takes the bars away, however training ended."""
         for progress in (self.evaluation, self.training):
