@@ -145,10 +145,9 @@ def pretrain(
             progress = max(step / steps, spent / limit)
             if progress >= 1.0:
                 break
+            warm_up, decay = min(1.0, (step + 1) / (0.03 * steps + 1)), 0.5 * (1 + math.cos(math.pi * progress))
             for group in optimizer.param_groups:
-                group["lr"] = (
-                    learning_rate * min(1.0, (step + 1) / (0.03 * steps + 1)) * 0.5 * (1 + math.cos(math.pi * progress))
-                )
+                group["lr"] = learning_rate * warm_up * decay
             batch = blocks[_batch(step, count, batch_size, seed)]
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
                 logits = model(input_ids=batch[:, :-1], use_cache=False).logits
