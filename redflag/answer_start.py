@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
-from redflag.chat_template import apply, sentinel, template_text
+from redflag.chat_template import apply, cached, sentinel, template_text
 from redflag.control_tokens import template_ids, tokenise
 from redflag.errors import RedflagError
 from redflag.messages import Message
@@ -29,9 +29,8 @@ _OPENING = re.compile(
     r"(?P<after>\|?[>\]▷])|(?P<channel><\|channel>thought)"
 )
 _ENDS = {"START_": "END_", "start_": "end_", "begin_of_": "end_of_", None: "/"}
-_KEPT = 64  # ends of prompts whose continuation is cached
 
-_STARTS: WeakKeyDictionary[object, dict[tuple[str, str], str]] = WeakKeyDictionary()
+_STARTS: WeakKeyDictionary[object, dict[Hashable, str]] = WeakKeyDictionary()
 
 
 def answer_start(tokenizer: PreTrainedTokenizerFast, turns: Sequence[Message], last: str, prompt: str) -> str:
@@ -46,21 +45,20 @@ def answer_start(tokenizer: PreTrainedTokenizerFast, turns: Sequence[Message], l
         RedflagError: The prompt ends elsewhere, and its continuation cannot be derived.
     """
     tail = behind(prompt, last)
-    cached = _STARTS.setdefault(tokenizer, {})
-    key = (template_text(tokenizer), tail)
-    if key not in cached:
-        if len(cached) >= _KEPT:
-            cached.clear()
-        cached[key] = _find(tokenizer, turns, last, tail)
-        if cached[key]:
+
+    def find() -> str:
+        missing = _missing(tokenizer, turns, last, tail)
+        if missing:
             say_once(
-                f"the chat template's prompt ends in {_end(tail)!r}, before an answer begins: {cached[key]!r} is put "
+                f"the chat template's prompt ends in {_end(tail)!r}, before an answer begins: {missing!r} is put "
                 "behind it in training, scoring and serving"
             )
-    return cached[key]
+        return missing
+
+    return cached(_STARTS, tokenizer, (template_text(tokenizer), tail), find)
 
 
-def _find(tokenizer: PreTrainedTokenizerFast, turns: Sequence[Message], last: str, tail: str) -> str:
+def _missing(tokenizer: PreTrainedTokenizerFast, turns: Sequence[Message], last: str, tail: str) -> str:
     answer = sentinel()
     try:
         finished = apply(tokenizer, [*turns, {"role": "assistant", "content": answer}], False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import field, fields
 from typing import Any
 
@@ -19,12 +19,7 @@ RULES: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
 
 
 def option(default: Any, help: str, **bounds: float) -> Any:
-    """A field of a dataclass of options.
-
-    Args:
-        default: A list is copied for each instance.
-        help: What `--help` shows.
-        **bounds: Keys of `RULES`.
+    """A field of a dataclass of options; `bounds` have keys of `RULES`, and a list is copied for each instance.
 
     Example:
         >>> from dataclasses import dataclass
@@ -40,11 +35,14 @@ def option(default: Any, help: str, **bounds: float) -> Any:
     return field(default=default, metadata=metadata)
 
 
-def check_bounds(options: Any) -> None:
-    """Refuses numbers outside the bounds in their fields' metadata; None is not checked.
+def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
+    """Refuses a value of the option `name` that is not among the allowed ones, with a RedflagError."""
+    if value not in allowed:
+        raise RedflagError(f"{name} must be one of {', '.join(allowed)} (got {value!r}).")
 
-    Args:
-        options: A dataclass with fields such as `field(default=1, metadata={"help": "...", "least": 1})`.
+
+def check_bounds(options: Any) -> None:
+    """Refuses numbers outside the bounds in the metadata of a dataclass's fields; None is not checked.
 
     Raises:
         RedflagError: A number is out of bounds; the first is named.

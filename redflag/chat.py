@@ -38,11 +38,7 @@ _SECRET = 8  # minimum length of a secret: blanking shorter ones would hit ordin
 
 
 class ChatError(Exception):
-    """There was no reply, or an unreadable one.
-
-    Attributes:
-        status: The HTTP status; 0 without an answer.
-    """
+    """There was no reply, or an unreadable one. `status` is the HTTP status; 0 without an answer."""
 
     def __init__(self, message: str, status: int = 0) -> None:
         super().__init__(message)
@@ -52,13 +48,23 @@ class ChatError(Exception):
 class ChatClient:
     """A model behind an OpenAI-compatible server. Thread-safe.
 
-    Redirects are not followed, so that no other host gets the key; at most `LARGEST` bytes of a reply are read.
+    Redirects are not followed, so that no other host gets the key; at most `LARGEST` bytes of a reply are read. No
+    request is made before `ask` or `reply`.
 
-    Attributes:
-        url: The chat route.
+    Args:
+        url: Base address, such as `http://host:8000/v1`, or that of the chat route itself.
         model: The model's name there.
-        options: Further fields of every request.
-        headers: Sent with every request, the key among them.
+        api_key: Sent as bearer token.
+        headers: Sent with every request; one of the user's own named Authorization replaces the key's.
+        options: Further fields of every request, or replacements of the caller's; None leaves a field out.
+        timeout: Seconds that a server may be silent within one request; None = no limit.
+        limit: Seconds for one question, all tries together; None = no limit.
+        retries: Further tries after a server that cannot be reached, is late, is busy (429) or fails (5xx).
+        before: Awaited before every request, including retries.
+        busy: Callback with the seconds of a server's `Retry-After`.
+
+    Raises:
+        RedflagError: A setting is invalid, or openai is not installed.
 
     Example:
         >>> ChatClient("http://127.0.0.1:8000/v1", "writer").url
@@ -79,23 +85,6 @@ class ChatClient:
         before: Callable[[], Awaitable[None]] | None = None,
         busy: Callable[[float], None] | None = None,
     ) -> None:
-        """Checks the settings; makes no request yet.
-
-        Args:
-            url: Base address, such as `http://host:8000/v1`, or that of the chat route itself.
-            model: The model's name there.
-            api_key: Sent as bearer token.
-            headers: Sent with every request; one of the user's own named Authorization replaces the key's.
-            options: Further fields of every request, or replacements of the caller's; None leaves a field out.
-            timeout: Seconds that a server may be silent within one request; None = no limit.
-            limit: Seconds for one question, all tries together; None = no limit.
-            retries: Further tries after a server that cannot be reached, is late, is busy (429) or fails (5xx).
-            before: Awaited before every request, including retries.
-            busy: Callback with the seconds of a server's `Retry-After`.
-
-        Raises:
-            RedflagError: A setting is invalid, or openai is not installed.
-        """
         try:
             import openai  # noqa: F401
         except ImportError:
@@ -167,7 +156,6 @@ class ChatClient:
 
         Args:
             connections: From `open`.
-            messages: The conversation.
             fields: Of the request, besides the model and the messages; `options` win.
 
         Raises:
@@ -310,10 +298,7 @@ def without(refused: frozenset[str], fields: Mapping[str, Any]) -> dict[str, Any
 def refused_field(status: int, content: str, fields: Mapping[str, Any]) -> str | None:
     """The field of a request that a server refused with 400 or 422; None if it was none of the fields handled here.
 
-    Args:
-        status: HTTP status.
-        content: The answer's body.
-        fields: What was sent.
+    `content` is the body of the answer, `fields` are those that were sent.
 
     Example:
         >>> refused_field(400, '{"error": {"message": "no", "param": "temperature"}}', {"temperature": 0})

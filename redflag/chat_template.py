@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from functools import partial
+from string import ascii_lowercase
+from typing import TYPE_CHECKING, TypeVar
 from weakref import WeakKeyDictionary
 
 from redflag.errors import RedflagError
@@ -30,12 +32,30 @@ SWITCHES: dict[bool | None, dict[str, bool]] = {
     True: {"enable_thinking": True, "thinking": True},
 }
 
-_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+_CACHED = 64  # values per tokenizer in a cache of `cached`
+_Value = TypeVar("_Value")
+
+
+def cached(
+    cache: WeakKeyDictionary[object, dict[Hashable, _Value]],
+    tokenizer: object,
+    key: Hashable,
+    find: Callable[[], _Value],
+) -> _Value:
+    """The value of `find` for a tokenizer and a key, computed at the first call."""
+    values = cache.setdefault(tokenizer, {})
+    if key in values:
+        return values[key]
+    value = find()
+    if len(values) >= _CACHED:
+        values.clear()
+    values[key] = value
+    return value
 
 
 def sentinel(length: int = 24) -> str:
     """A random text that no message contains; letters only, which normalisers leave unchanged."""
-    return "".join(_LETTERS[byte % len(_LETTERS)] for byte in secrets.token_bytes(length))
+    return "".join(ascii_lowercase[byte % 26] for byte in secrets.token_bytes(length))
 
 
 def template_text(tokenizer: PreTrainedTokenizerFast) -> str:
@@ -61,39 +81,32 @@ def apply(
     generate: bool,
     thinking: bool | None = False,
     tools: Sequence[Message] = (),
+    *,
+    in_parts: frozenset[str] | None = None,
+    head: str = "",
 ) -> str:
     """The conversation as the template writes it; with `generate`, to be continued.
 
-    `thinking` switches on or off what the template has of it; None leaves that to the template.
-
-    `tools` are definitions as `redflag.tool_definitions` has them; not every template shows them.
+    `thinking` switches the template's thinking mode; None leaves that to the template. Not every template shows
+    `tools`, definitions as in `redflag.tool_definitions`. The last two are for trying out a template: the roles whose
+    content is passed in parts (None: those that it needs), and Jinja source to put before it.
 
     Raises:
-        RedflagError: The template refuses the turns, or does not show what is said in them.
+        RedflagError: The template refuses the turns, or does not show their contents.
     """
-    return _apply(tokenizer, turns, generate, roles_in_parts(tokenizer), thinking=thinking, tools=tools)
-
-
-def _apply(
-    tokenizer: PreTrainedTokenizerFast,
-    turns: Sequence[Message],
-    generate: bool,
-    listed: frozenset[str],
-    head: str = "",
-    thinking: bool | None = False,
-    tools: Sequence[Message] = (),
-) -> str:
     import jinja2
 
-    given = [
+    if in_parts is None:
+        in_parts = roles_in_parts(tokenizer)
+    contents = [
         {**turn, "content": [{"type": "text", "text": turn["content"]}]}
-        if turn["role"] in listed and turn["content"] is not None
+        if turn["role"] in in_parts and turn["content"] is not None
         else turn
         for turn in turns
     ]
     try:
         return tokenizer.apply_chat_template(
-            given,
+            contents,
             tools=list(tools) or None,
             tokenize=False,
             add_generation_prompt=generate,
@@ -107,7 +120,7 @@ def _apply(
         ) from error
 
 
-_IN_PARTS: WeakKeyDictionary[object, tuple[str, frozenset[str]]] = WeakKeyDictionary()
+_IN_PARTS: WeakKeyDictionary[object, dict[Hashable, frozenset[str]]] = WeakKeyDictionary()
 
 
 def roles_in_parts(tokenizer: PreTrainedTokenizerFast) -> frozenset[str]:
@@ -116,27 +129,22 @@ def roles_in_parts(tokenizer: PreTrainedTokenizerFast) -> frozenset[str]:
     Raises:
         RedflagError: A user's content appears neither from text nor from parts.
     """
-    template = template_text(tokenizer)
-    cached = _IN_PARTS.get(tokenizer)
-    if cached is None or cached[0] != template:
-        cached = (template, _find_roles_in_parts(tokenizer))
-        _IN_PARTS[tokenizer] = cached
-    return cached[1]
+    return cached(_IN_PARTS, tokenizer, template_text(tokenizer), partial(_find_roles_in_parts, tokenizer))
 
 
 def _find_roles_in_parts(tokenizer: PreTrainedTokenizerFast) -> frozenset[str]:
     refusal: RedflagError | None = None
     for roles in PROBES:
         turns = [{"role": role, "content": sentinel()} for role in roles]
-        for listed in (frozenset[str](), frozenset(ROLES), frozenset(ROLES) - {"system"}):
+        for in_parts in (frozenset[str](), frozenset(ROLES), frozenset(ROLES) - {"system"}):
             try:
-                text = _apply(tokenizer, turns, True, listed)
+                text = apply(tokenizer, turns, True, in_parts=in_parts)
             except RedflagError as error:
                 refusal = refusal or error
                 continue
             # A list printed literally does not count as text.
             if all(turn["content"] in text for turn in turns) and "'type'" not in text:
-                return listed
+                return in_parts
     raise refusal or RedflagError(
         "the chat template must show a user's content, as text or as a list of parts. The model would see empty "
         "prompts. Set tokenizer.chat_template to the template that the model was trained with."
@@ -145,12 +153,11 @@ def _find_roles_in_parts(tokenizer: PreTrainedTokenizerFast) -> frozenset[str]:
 
 def reads_clock(tokenizer: PreTrainedTokenizerFast) -> bool:
     """Whether the template writes the time of rendering into prompts, so that they change from day to day."""
-    listed = roles_in_parts(tokenizer)
     for roles in PROBES:
         turns = [{"role": role, "content": "a"} for role in roles]
         with suppress(RedflagError):
             day = sentinel()
             clock = f"{{% macro strftime_now(format) %}}{day}{{% endmacro %}}"  # in place of transformers' own
-            if day in _apply(tokenizer, turns, True, listed, clock):
+            if day in apply(tokenizer, turns, True, head=clock):
                 return True
     return False

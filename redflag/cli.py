@@ -122,24 +122,24 @@ def parse(module: Any, argv: list[str], prog: str) -> tuple[Any, ...]:
         if name.startswith("--") and " " not in name and name not in spelt:
             raise RedflagError(f"unknown option {name} of {prog}{_nearest(name, spelt)}")
     if "--config" in argv:
-        _check_config(argv[argv.index("--config") + 1 :], classes)
+        _check_config(argv[argv.index("--config") + 1 :], hints)
     try:
-        *found, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
+        *parsed, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
     except (ValueError, TypeError, OSError) as error:
         raise RedflagError(str(error)) from error
     if unknown:
         raise RedflagError(f"unknown option {unknown[0]} of {prog}{_nearest(unknown[0], spelt)}")
     if module.POSITIONAL is not None:
-        *found, rest = found
+        *parsed, rest = parsed
         if rest.positional is not None:
-            setattr(found[0], module.POSITIONAL, rest.positional)
-        if getattr(found[0], module.POSITIONAL) is None:
+            setattr(parsed[0], module.POSITIONAL, rest.positional)
+        if getattr(parsed[0], module.POSITIONAL) is None:
             raise RedflagError(
                 f"{module.POSITIONAL} is missing: give it as the last word, {prog} ... {module.POSITIONAL.upper()}"
             )
-    for options in found:
+    for options in parsed:
         check_bounds(options)
-    return tuple(found)
+    return tuple(parsed)
 
 
 def _mapping(text: str) -> Any:
@@ -167,7 +167,7 @@ def _spelt_out(argv: Sequence[str], actions: Sequence[Any]) -> list[str]:
     return words
 
 
-def _check_config(words: Sequence[str], classes: Sequence[type]) -> None:
+def _check_config(words: Sequence[str], hints: Mapping[str, Any]) -> None:
     """Refuses values of a wrong type in a YAML file, which `TrlParser` would pass on unchecked."""
     import yaml
 
@@ -183,7 +183,6 @@ def _check_config(words: Sequence[str], classes: Sequence[type]) -> None:
         raise RedflagError(f"the config file {path} must be YAML ({error}). Fix it.") from error
     if not isinstance(record, dict):
         raise RedflagError(f"the config file {path} must be a mapping, with `option: value` on each line.")
-    hints = {name: hint for kind in classes for name, hint in get_type_hints(kind).items()}
     for key, value in record.items():
         if key == "env" and isinstance(value, dict):  # TRL sets these in the environment
             continue

@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import re
 import threading
-from collections.abc import Collection
+from collections.abc import Collection, Hashable
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
 
-from redflag.chat_template import apply, template_text
+from redflag.chat_template import apply, cached, template_text
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
 
@@ -34,30 +35,30 @@ def control_ids(tokenizer: PreTrainedTokenizerFast, spec: FlagSpec) -> Control:
 
 
 # The tokenizer is asked for its added tokens once: there may be thousands.
-_ADDED: WeakKeyDictionary[object, tuple[object, frozenset[int], frozenset[int]]] = WeakKeyDictionary()
+_ADDED: WeakKeyDictionary[object, dict[Hashable, tuple[frozenset[int], frozenset[int]]]] = WeakKeyDictionary()
 
 
 def template_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[frozenset[int], frozenset[int]]:
     """Special and turn tokens, and the others that the template names."""
+    key = (template_text(tokenizer), len(tokenizer), tokenizer.unk_token, tokenizer.eos_token, tokenizer.bos_token)
+    return cached(_ADDED, tokenizer, key, partial(_find_template_ids, tokenizer))
+
+
+def _find_template_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[frozenset[int], frozenset[int]]:
     template = template_text(tokenizer)
-    key = (template, len(tokenizer), tokenizer.unk_token, tokenizer.eos_token, tokenizer.bos_token)
-    cached = _ADDED.get(tokenizer)
-    if cached is None or cached[0] != key:
-        # Not `all_special_ids`: it names only tokens with a role, and lacks Llama 3's <|start_header_id|>.
-        added = tokenizer.added_tokens_decoder
-        special = {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)
-        # Fine-tunes often add their turn tokens as ordinary ones. Others that the template names, such as <think>, are
-        # the assistant's to write.
-        signs = {i for i, token in added.items() if re.search(r"[^\w\s]", token.content)}
-        special |= signs & _written(tokenizer)
-        marks = {i for i in signs if added[i].content in template}
-        unknown = tokenizer.unk_token
-        if unknown and unknown not in (tokenizer.eos_token, tokenizer.bos_token) and unknown not in template:
-            special.discard(tokenizer.unk_token_id)  # stands for any character that the vocabulary lacks
-            marks.discard(tokenizer.unk_token_id)
-        cached = (key, frozenset(special), frozenset(marks))
-        _ADDED[tokenizer] = cached
-    return cached[1], cached[2]
+    # Not `all_special_ids`: it names only tokens with a role, and lacks Llama 3's <|start_header_id|>.
+    added = tokenizer.added_tokens_decoder
+    special = {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)
+    # Fine-tunes often add their turn tokens as ordinary ones. Others that the template names, such as <think>, are
+    # the assistant's to write.
+    signs = {i for i, token in added.items() if re.search(r"[^\w\s]", token.content)}
+    special |= signs & _written(tokenizer)
+    marks = {i for i in signs if added[i].content in template}
+    unknown = tokenizer.unk_token
+    if unknown and unknown not in (tokenizer.eos_token, tokenizer.bos_token) and unknown not in template:
+        special.discard(tokenizer.unk_token_id)  # stands for any character that the vocabulary lacks
+        marks.discard(tokenizer.unk_token_id)
+    return frozenset(special), frozenset(marks)
 
 
 def _written(tokenizer: PreTrainedTokenizerFast) -> set[int]:
@@ -81,9 +82,13 @@ def tokenise(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
 
 def tokenise_with_offsets(tokenizer: PreTrainedTokenizerFast, text: str) -> tuple[list[int], list[tuple[int, int]]]:
     """As `tokenise`, with the character positions (start, end) of each id."""
+    return _encoded(tokenizer, text, split=False)
+
+
+def _encoded(tokenizer: PreTrainedTokenizerFast, text: str, split: bool) -> tuple[list[int], list[tuple[int, int]]]:
     with _TOKENIZING:
         encoded = tokenizer(
-            text, add_special_tokens=False, split_special_tokens=False, return_offsets_mapping=True, verbose=False
+            text, add_special_tokens=False, split_special_tokens=split, return_offsets_mapping=True, verbose=False
         )
     return list(encoded["input_ids"]), [(int(start), int(end)) for start, end in encoded["offset_mapping"]]
 
@@ -106,12 +111,7 @@ def content_ids(
     Raises:
         RedflagError: A control token cannot be split.
     """
-    with _TOKENIZING:
-        encoded = tokenizer(
-            text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
-        )
-    ids = list(encoded["input_ids"])
-    offsets = [(int(start), int(end)) for start, end in encoded["offset_mapping"]]
+    ids, offsets = _encoded(tokenizer, text, split=True)
     bad = [(start, end) for i, (start, end) in zip(ids, offsets, strict=True) if i in forbidden]
     if not bad:
         return ids, offsets

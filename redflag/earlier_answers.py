@@ -1,4 +1,4 @@
-"""Where the earlier answers of a conversation stand in the ids of its prompt."""
+"""Positions of the earlier answers of a conversation in the ids of its prompt."""
 
 from __future__ import annotations
 
@@ -33,11 +33,8 @@ def answer_spans(
 
     A span reaches from the first token of a turn's text, or of the arguments of its calls, to the token behind the last
     one, which ends the turn: a guard judges that too. A turn without any text has none, and neither has a prefill,
-    which is a part of the answer to come. Thoughts of earlier turns are left out, as templates do.
-
-    Args:
-        tokenizer: The model's tokenizer.
-        messages: As for `redflag.prompt.render_prompt`, as are all others.
+    which is a part of the answer to come. Thoughts of earlier turns are left out, as templates do. Arguments are those
+    of `redflag.prompt.render_prompt`.
 
     Returns:
         The ids of the prompt without a prefill, and for each turn its first token and the one behind its last.
@@ -54,15 +51,15 @@ def answer_spans(
     offsets: list[Span] = []
     before = 0
     for piece in guarded.pieces:
-        found = piece.offsets
-        if found is None:
-            found = tokenise_with_offsets(tokenizer, piece.text)[1] if piece.text else [(0, 0)] * len(piece.ids)
-        offsets += [(before + start, before + end) for start, end in found]
+        own = piece.offsets
+        if own is None:
+            own = tokenise_with_offsets(tokenizer, piece.text)[1] if piece.text else [(0, 0)] * len(piece.ids)
+        offsets += [(before + start, before + end) for start, end in own]
         before += len(piece.text)
     spans = []
     for number, turn in enumerate(turns):
-        if turn["role"] == "assistant" and (own := places.get(number)):
-            first, last = min(start for start, _ in own), max(end for _, end in own)
+        if turn["role"] == "assistant" and number in places:
+            first, last = min(start for start, _ in places[number]), max(end for _, end in places[number])
             inside = [i for i, (start, end) in enumerate(offsets) if start < end and start < last and end > first]
             if not inside:
                 raise RedflagError(
@@ -73,7 +70,7 @@ def answer_spans(
 
 
 def _places(tokenizer: PreTrainedTokenizerFast, guarded: Guarded) -> dict[int, list[Span]]:
-    """For each message, the characters that its texts have in the prompt."""
+    """Number of a message -> spans of characters of its texts in the prompt."""
     conversation, apart = guarded.conversation, guarded.conversation.stand_ins
     turns, tools = conversation.turns(apart, guarded.style), conversation.definitions(apart)
     skeleton = apply(tokenizer, turns, True, guarded.thinking, tools) + guarded.added

@@ -215,9 +215,7 @@ class Facts:
         alarms: All alarms, in order, as are all tuples here.
         overridden: Number of alarms after which the response continued unchanged: let through by the policy, or found
             harmless by a review.
-        reviews: Reflections and questions to the second judge.
-        reflections: Reflections.
-        escalations: Questions to the second judge.
+        reviews: Reflections and questions to the second judge (`escalations`).
         resumes: Number of times that the response continued after a reviewed alarm.
         decisions: All events except released text and `Done`.
         halt: The final event, if it is a halt.

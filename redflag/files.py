@@ -1,4 +1,4 @@
-"""Atomic writes, cached results in JSON files, and appending lines to files shared by several writers."""
+"""Atomic files and folders, cached results in JSON files, and appending lines to files shared by several writers."""
 
 from __future__ import annotations
 
@@ -51,6 +51,20 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             temporary.unlink()
 
 
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yields a new folder that replaces `folder` once it is complete; until then, and on any error, `folder` stays."""
+    folder = folder.absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as work:
+        new = Path(work) / "new"
+        new.mkdir()
+        yield new
+        if folder.exists():
+            os.replace(folder, Path(work) / "old")
+        os.replace(new, folder)
+
+
 def keep_json(path: str | os.PathLike[str], record: Mapping[str, Any], indent: int | None = None) -> None:
     """Writes a result with the inputs that it was made from, atomically; `kept_json` reads it back.
 
@@ -64,9 +78,7 @@ def keep_json(path: str | os.PathLike[str], record: Mapping[str, Any], indent: i
 def kept_json(path: str | os.PathLike[str], **made_of: Any) -> dict[str, Any] | None:
     """The record written by `keep_json`, if it was made from the same inputs; None if it is missing or outdated.
 
-    Args:
-        path: The file.
-        made_of: Entries that the record must have, as JSON gives them back (lists, not tuples).
+    `made_of` are entries that the record must have, as JSON gives them back (lists, not tuples).
     """
     try:
         record = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -80,9 +92,8 @@ def require_writable(path: str | os.PathLike[str], option: str, *, file: bool = 
     """Refuses a path that cannot be written, before any work is done.
 
     Args:
-        path: A folder for files, which need not exist yet and is not created; or a file.
+        path: A folder for files, which need not exist yet and is not created; or with `file` a file.
         option: The option that names it.
-        file: Whether it is a file.
 
     Raises:
         RedflagError: The folder cannot be made, or no file can be written in it.

@@ -165,9 +165,9 @@ class FlagSpec:
         except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
             raise RedflagError(f"{path} cannot be read ({error}). Restore it from the training run.") from None
         if not isinstance(record, dict) or record.get("format") != FORMAT:
-            found = record.get("format") if isinstance(record, dict) else record
+            other = record.get("format") if isinstance(record, dict) else record
             raise RedflagError(
-                f"{path} must have the format {FORMAT} (got {found!r}). Use the version of redflag that wrote it."
+                f"{path} must have the format {FORMAT} (got {other!r}). Use the version of redflag that wrote it."
             )
         _refuse_unknown(record, {"format", "run_id", "template_hash", "flags"}, path)
         flags = record.get("flags")
@@ -202,11 +202,8 @@ def attach(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, spec: Fla
     p(flag) <= 1/V at every position. With a tied head there is one row for both: the description's mean, whose p(flag)
     is at most the mean probability of the description's own tokens.
 
-    Args:
-        model: Any causal language model of transformers.
-        tokenizer: Its (fast) tokenizer.
-        spec: The flags wanted. A token that the tokenizer knows already keeps its id; a flag with an id (of a spec read
-            from disk) keeps its trained rows as well.
+    A token that the tokenizer knows already keeps its id; a flag with an id (of a spec read from disk) also keeps its
+    trained rows.
 
     Returns:
         The spec with token texts and ids filled in.

@@ -23,18 +23,16 @@ class Kept(Generic[Answer]):
 
     Each answer is appended at once, as one line in one call; a line cut off by a crash is skipped. Thread-safe. Several
     processes may share a file; each sees the answers that were in it when it started.
+
+    Args:
+        path: The file, created with the first answer.
+        kind: The dataclass of the answers; its fields are those of a line, besides `key`.
+
+    Raises:
+        RedflagError: The file cannot be read.
     """
 
     def __init__(self, path: str | Path, kind: Callable[..., Answer]) -> None:
-        """Reads the cached answers.
-
-        Args:
-            path: The file, created with the first answer.
-            kind: The dataclass of the answers; its fields are those of a line, besides `key`.
-
-        Raises:
-            RedflagError: The file cannot be read.
-        """
         self._path = Path(path)
         self._kind = kind
         self._lock = threading.Lock()

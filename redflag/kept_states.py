@@ -16,29 +16,20 @@ _SAMPLE = 4096  # numbers of each weight in the model's fingerprint
 
 
 class KeptStates:
-    """A file per row in a folder per model, float16: 2 H bytes a position.
+    """A file per row in a folder per model, float16: 2 H bytes a position. Processes and runs may share the folder.
 
-    Processes and runs may share the folder.
+    Args:
+        folder: The cache of all models.
+        model: The frozen model.
+        computed_in: Name of the type that it computes in: other types give other states.
     """
 
     def __init__(self, folder: str | Path, model: torch.nn.Module, computed_in: str) -> None:
-        """Determines the model's own subfolder.
-
-        Args:
-            folder: The cache of all models.
-            model: The frozen model.
-            computed_in: Name of the type that it computes in: other types give other states.
-        """
         self._folder = Path(folder) / _fingerprint(model, computed_in)
         self._folder.mkdir(parents=True, exist_ok=True)
 
     def read(self, keys: Sequence[str], like: torch.Tensor) -> torch.Tensor | None:
-        """The states (N, H) of all rows, one after the other; None if a row is missing.
-
-        Args:
-            keys: Keys of the rows.
-            like: A tensor with the wanted device and type.
-        """
+        """The states (N, H) of all rows, one after the other, as `like`; None if a row is missing."""
         try:
             parts = [torch.from_numpy(np.load(self._path(key))) for key in keys]
         except (OSError, ValueError, EOFError):
@@ -65,11 +56,7 @@ class KeptStates:
 def row_keys(input_ids: torch.Tensor, mask: torch.Tensor, row: torch.Tensor, column: torch.Tensor) -> list[str]:
     """A key for each of B rows, from its tokens and the columns of its states.
 
-    Args:
-        input_ids: (B, T).
-        mask: (B, T), 0 at padding.
-        row: Row of each of N states.
-        column: Its column.
+    `input_ids` and `mask` (0 at padding) are (B, T); `row` and `column` say where the N states stand.
     """
     keys = []
     for i, (ids, real) in enumerate(zip(input_ids.cpu(), mask.cpu().bool(), strict=True)):

@@ -46,12 +46,9 @@ def _is_loopback(host: str) -> bool:
 
 
 def extra_headers(headers: Mapping[str, str] | None, option: str) -> dict[str, str]:
-    """A user's headers, with `${NAME}` replaced by the environment variable of that name: secrets stay off the
-    command line.
+    """A user's headers (`option` names them in errors), with `${NAME}` replaced by that environment variable.
 
-    Args:
-        headers: Name -> value.
-        option: The option that holds them, for errors.
+    So secrets stay off the command line.
 
     Raises:
         RedflagError: A variable is not set, or a header is invalid.

@@ -1,4 +1,4 @@
-"""How far a stage is and how long it still takes, on stderr: a bar on a terminal, a line now and then in a log."""
+"""Progress and remaining time of a stage, on stderr: a bar on a terminal, an occasional line in a log."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.console import Console
 
 Item = TypeVar("Item")
 
-# One for all, since of two on the same screen each would overwrite the other's bars.
+# Shared: of two consoles on one screen each would overwrite the other's bars.
 _CONSOLE = Console(stderr=True)
 
 _AFTER = 2.0  # seconds; a stage that ends sooner shows nothing
@@ -26,7 +26,13 @@ def on_terminal() -> bool:
 
 
 class Progress:
-    """One stage. What others print meanwhile stands above its bar.
+    """One stage. Lines printed meanwhile stand above its bar.
+
+    Args:
+        what: Name of the stage.
+        total: Number of `unit`s; None: unknown.
+        unit: What is counted.
+        begin: Number that was done before, in no time.
 
     Example:
         >>> with Progress("reading", 2, "rows") as progress:
@@ -35,14 +41,6 @@ class Progress:
     """
 
     def __init__(self, what: str, total: int | None, unit: str, begin: int = 0) -> None:
-        """Begins.
-
-        Args:
-            what: What is done.
-            total: Of `unit`s; None: not known.
-            unit: What is counted.
-            begin: So many were done before, in no time.
-        """
         self.what = what
         self._total, self._unit, self._begin = total, unit, begin
         self._done, self._note, self._ended = begin, "", False
@@ -56,7 +54,7 @@ class Progress:
         self.close(finished=kind is None)
 
     def __call__(self, done: int, note: str = "") -> None:
-        """Takes in how many are done, and what else there is to say of the stage."""
+        """Reports how many are done, and a note to show beside it."""
         self._done, self._note = done, note
         if self._total is not None and done >= self._total:
             self.close()
@@ -68,10 +66,10 @@ class Progress:
             self._show()
 
     def close(self, finished: bool = True) -> None:
-        """Ends the stage: its last line says how long it took, unless it was broken off."""
-        told = self._ended or not finished or self._done <= self._begin
+        """Ends the stage: its last line says how long it took, unless it was interrupted or never began."""
+        silent = self._ended or not finished or self._done <= self._begin
         self._ended = True
-        if not told and time.monotonic() - self._start >= _AFTER:
+        if not silent and time.monotonic() - self._start >= _AFTER:
             self._show()
         if self._bar is not None:
             self._bar.stop()
@@ -106,7 +104,7 @@ class Progress:
 
 
 def track(items: Iterable[Item], what: str, total: int, unit: str) -> Iterator[Item]:
-    """Passes items on, and shows how many of them are dealt with."""
+    """Yields the items, and shows how many are done."""
     with Progress(what, total, unit) as progress:
         for done, item in enumerate(items, 1):
             yield item

@@ -57,9 +57,8 @@ class Piece(NamedTuple):
     """A part of a rendered prompt that was tokenised on its own.
 
     Attributes:
-        text: Its text; "" where the ids stand for no text of the conversation.
-        ids: Its ids.
-        offsets: Character positions (start, end) of each id, where they were asked for.
+        text: "" if the ids stand for no text of the conversation.
+        offsets: Character positions (start, end) of each id, if they were asked for.
     """
 
     text: str
@@ -71,12 +70,10 @@ class Guarded(NamedTuple):
     """A rendered conversation in which every control token is the template's.
 
     Attributes:
-        conversation: What was rendered.
-        style: In which form.
-        thinking: Whether with room for a thought.
-        added: What stands behind the template's own text.
+        style: Form of its tool calls.
+        thinking: Whether it leaves room for a thought.
+        added: Text added behind the template's own.
         mark: Stands in the conversation in place of inserted ids; "" without any.
-        pieces: Its parts.
     """
 
     conversation: Conversation
@@ -88,7 +85,7 @@ class Guarded(NamedTuple):
 
     @property
     def ids(self) -> list[int]:
-        """Its ids."""
+        """The ids of all pieces."""
         return [token_id for piece in self.pieces for token_id in piece.ids]
 
 
@@ -309,13 +306,13 @@ def _guarded(
         render = partial(_spliced_contents, tokenizer, text, conversation, apart)
         # A chat template writes its own begin-of-sequence token; the fallback does not.
         bos = Piece("", [] if tokenizer.chat_template else own_bos(tokenizer))
-        made = Guarded(conversation, style, thinking, added, mark, render((mark, [])))
-        if [i for i in made.ids if i in control.special] == expected:
+        guarded = Guarded(conversation, style, thinking, added, mark, render((mark, [])))
+        if [i for i in guarded.ids if i in control.special] == expected:
             if inserted:
-                clean, made = made, made._replace(pieces=render(insert))
-                if len(made.ids) != len(clean.ids) + len(inserted):
+                clean, guarded = guarded, guarded._replace(pieces=render(insert))
+                if len(guarded.ids) != len(clean.ids) + len(inserted):
                     raise RedflagError(_NO_REFLECTIONS)
-            return made._replace(pieces=[bos, *made.pieces])
+            return guarded._replace(pieces=[bos, *guarded.pieces])
     raise RedflagError(
         "the chat template must not make control tokens out of contents. A user could forge turns or flags. Use a "
         "template that writes contents unchanged."

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from string import ascii_lowercase
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from redflag.chat_template import apply, sentinel
@@ -31,7 +32,6 @@ class StandIn(NamedTuple):
         return self.before + self.name + self.after
 
 
-_LETTERS = "abcdefghijklmnopqrstuvwxyz"
 PLACES = 6  # letters that number a stand-in
 
 
@@ -41,7 +41,7 @@ def _stand_in(content: str, mark: str, number: int) -> StandIn | None:
     if not core:  # Templates test whether a content is empty, so a blank one is not replaced.
         return None
     before, _, after = content.partition(core)
-    return StandIn(before, mark + "".join(_LETTERS[number // 26**place % 26] for place in range(PLACES)), after)
+    return StandIn(before, mark + "".join(ascii_lowercase[number // 26**place % 26] for place in range(PLACES)), after)
 
 
 class Text(NamedTuple):

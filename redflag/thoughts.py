@@ -1,18 +1,19 @@
 """Where a thought begins and ends, as the chat template itself writes finished answers that have one.
 
-With thinking on a prompt ends inside the thought, whoever opens it in practice, the template (DeepSeek R1) or the model
-(Qwen3, gpt-oss): so it is known of every token whether it is a thought's or an answer's. The thought ends with ids, not
-with text: the spelled-out `</think>` that a model or a user writes in ordinary tokens ends nothing.
+With thinking on, a prompt ends inside the thought, whether the template opens it (DeepSeek R1) or the model does
+(Qwen3, gpt-oss). So every token is known to belong to the thought or to the answer. Ids end the thought, not text: a
+`</think>` spelled out in ordinary tokens ends nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
 
 from redflag.answer_start import answer_start, behind, opened_thought, thought_end
-from redflag.chat_template import apply, sentinel, template_text
+from redflag.chat_template import apply, cached, sentinel, template_text
 from redflag.control_tokens import template_ids, tokenise
 from redflag.errors import RedflagError
 from redflag.messages import Message
@@ -22,13 +23,13 @@ if TYPE_CHECKING:
 
 
 class ThoughtMarks(NamedTuple):
-    """What stands around a thought.
+    """The texts and ids around a thought.
 
     Attributes:
-        opening: What has to stand behind the rendered prompt so that it ends inside the thought; "" where it does.
-        before_end: What ends the thought's text, usually a line break.
+        opening: Text to add to the rendered prompt so that it ends inside the thought; "" if it does already.
+        before_end: Text between the thought and `end_ids`, usually a line break.
         end_ids: The ids that end it: `</think>`, or gpt-oss's six from `<|end|>` to `<|message|>`.
-        before_answer: What stands between them and the answer, usually an empty line.
+        before_answer: Text between them and the answer, usually an empty line.
     """
 
     opening: str
@@ -37,20 +38,17 @@ class ThoughtMarks(NamedTuple):
     before_answer: str
 
 
-_KEPT = 64  # ends of prompts whose marks are remembered
-_MARKS: WeakKeyDictionary[object, dict[tuple[str, str], ThoughtMarks | None]] = WeakKeyDictionary()
+_MARKS: WeakKeyDictionary[object, dict[Hashable, ThoughtMarks | None]] = WeakKeyDictionary()
 
 
 def thought_marks(
     tokenizer: PreTrainedTokenizerFast, turns: Sequence[Message] = (), last: str = "", prompt: str = ""
 ) -> ThoughtMarks | None:
-    """What stands around the thought behind a prompt; None where the template has no thinking mode, or the tokenizer no
-    token of its own that ends a thought.
+    """The marks of the thought behind a prompt; None if the template has no thinking mode, or no token ends a thought.
 
     Args:
-        tokenizer: The model's tokenizer.
         turns: The turns that were rendered, with stand-ins for their contents; none: a lone question.
-        last: What the last stand-in in `prompt` is found by.
+        last: Pattern of the last stand-in in `prompt`.
         prompt: The prompt, rendered with thinking on.
     """
     if not tokenizer.chat_template:
@@ -60,20 +58,15 @@ def thought_marks(
         turns = [{"role": "user", "content": last}]
         try:
             prompt = apply(tokenizer, turns, True, thinking=True)
-        except RedflagError:  # Not with thinking on.
+        except RedflagError:  # The template refuses it with thinking on.
             return None
     tail = behind(prompt, last)
-    known = _MARKS.setdefault(tokenizer, {})
-    key = (template_text(tokenizer), tail)
-    if key not in known:
-        if len(known) >= _KEPT:
-            known.clear()
-        known[key] = _find(tokenizer, turns, last, tail)
-    return known[key]
+    find = partial(_find, tokenizer, turns, last, tail)
+    return cached(_MARKS, tokenizer, (template_text(tokenizer), tail), find)
 
 
 def thinks_by_itself(tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Whether a prompt for which nobody has switched thinking on or off leaves room for a thought."""
+    """Whether a prompt leaves room for a thought if thinking is switched neither on nor off."""
     if thought_marks(tokenizer) is None:
         return False
     last = sentinel()
@@ -88,11 +81,11 @@ def _find(tokenizer: PreTrainedTokenizerFast, turns: Sequence[Message], last: st
     spoken = {"role": "assistant", "content": answer, "reasoning_content": thought, "thinking": thought}
     try:
         finished = behind(apply(tokenizer, [*turns, spoken], False, thinking=True), last)
-    except RedflagError:  # No answer may follow such turns; then only an opened thought can be told.
+    except RedflagError:  # The template allows no answer behind such turns; then only an opened thought is detected.
         finished = ""
     head, _, rest = finished.partition(thought)
-    between, found, _ = rest.partition(answer)
-    if found and head.startswith(tail):
+    between, separator, _ = rest.partition(answer)
+    if separator and head.startswith(tail):
         return _marks(tokenizer, head[len(tail) :], between)
     opening = opened_thought(tail)
     if opening is None:

@@ -1,4 +1,4 @@
-"""Definitions of tools before a template writes them: which are taken, and where in them somebody's text stands."""
+"""Definitions of tools before rendering: validating them, and locating the untrusted texts in them."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ Tool = Mapping[str, Any]
 MOST_TOOLS = 128
 _NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,128}")
 
-# Types and keywords of JSON schemas by which templates decide what to write: they stay when texts are replaced.
+# Types and keywords of JSON schemas by which templates decide what to write; they are never replaced.
 _TYPES = frozenset(("array", "boolean", "function", "integer", "null", "number", "object", "string"))
 _KEYWORDS = frozenset((
     "$defs", "additionalProperties", "allOf", "anyOf", "const", "default", "definitions", "description", "enum",
     "format", "items", "name", "nullable", "oneOf", "parameters", "properties", "required", "title", "type",
 ))  # fmt: skip
-# Keywords whose object has names of the author's for keys.
+# Keywords whose object has the author's names as keys.
 _NAMING = frozenset(
     ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas", "dependentRequired")
 )
 
 
 def checked_tools(tools: Sequence[Tool]) -> list[dict[str, Any]]:
-    """A copy of the definitions with what is rendered: name, description and parameters.
+    """A copy of the definitions with the keys that are rendered: name, description and parameters.
 
     Raises:
         RedflagError: One of them is malformed, two have the same name, or there are too many.
@@ -47,8 +47,7 @@ def _checked(number: int, tool: Tool) -> dict[str, Any]:
     function = tool.get("function") if isinstance(tool, Mapping) and tool.get("type") == "function" else None
     if not isinstance(function, Mapping):
         raise RedflagError(f"tool {number} must be {{'type': 'function', 'function': {{'name': 'text', ...}}}}")
-    name, description = function.get("name"), function.get("description")
-    parameters = function.get("parameters")
+    name, description, parameters = (function.get(key) for key in ("name", "description", "parameters"))
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise RedflagError(
             f"the name of tool {number} must be 1 to 128 letters, digits or any of _ . : / - (got {name!r})"
@@ -70,7 +69,7 @@ def _checked(number: int, tool: Tool) -> dict[str, Any]:
 
 
 def fill_tools(tools: Sequence[Tool], replace: Callable[[str, str], str]) -> list[dict[str, Any]]:
-    """A copy of checked definitions, each string that somebody else wrote replaced, always in the same order.
+    """A copy of checked definitions with each untrusted string replaced, always in the same order.
 
     `replace` takes the string's kind and the string. Kinds are `function` (a tool's name), `key` (a parameter's name)
     and `definition` (any other string).
@@ -84,7 +83,7 @@ def fill_tools(tools: Sequence[Tool], replace: Callable[[str, str], str]) -> lis
 
 
 def _fill(value: Any, replace: Callable[[str, str], str], named: bool = False) -> Any:
-    """`named`: the keys are names, not words of JSON schema."""
+    """With `named`, the keys are the author's names, not keywords of JSON schema."""
     if isinstance(value, str):
         return value if value in _TYPES else replace("definition", value)
     if isinstance(value, Mapping):

@@ -1,7 +1,7 @@
-"""How a model calls tools, found out from its chat template; prompts with tools, also for templates without any.
+"""How a model calls tools, detected from its chat template; prompts with tools, also for templates without support.
 
-Where the template shows tools, calls and results, and writes calls in a format that is known here, it renders them.
-Else they are described in words (`json`): definitions in the system turn, calls as JSON, results in user turns.
+A template that shows tools, calls and results, and writes calls in a known format, renders them. Otherwise they are
+described in words (`json`): definitions in the system turn, calls as JSON, results in user turns.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from redflag.tool_definitions import Tool, checked_tools
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# Stands before the text of a mark that the model wrote as one token. No decoder gives half of a surrogate pair, so
-# nobody can spell it.
+# Stands before the text of a mark that the model wrote as one token. No decoder gives half of a surrogate pair, so no
+# text can forge it.
 MARK = "\udfff"
 
 
@@ -33,9 +33,9 @@ class ToolFormat(NamedTuple):
 
     Attributes:
         name: `hermes`, `llama`, `mistral`, `harmony` or `json`.
-        marks: Texts by which the model marks calls; each is one token, where the tokenizer has it.
-        before: What a call begins with, up to the function's name.
-        after: What stands between the name and the arguments.
+        marks: Texts by which the model marks calls; each is one token if the tokenizer has it.
+        before: Beginning of a call, up to the function's name.
+        after: Text between the name and the arguments.
     """
 
     name: str
@@ -54,7 +54,7 @@ FORMATS = {
     "json": ToolFormat("json", (), '{"name": "', '", "arguments":'),
 }
 MISTRAL_11 = FORMATS["mistral"]._replace(before="[TOOL_CALLS]", after="[ARGS]")
-# How the call of a function {name} looks in a rendered prompt.
+# Patterns of a call of the function {name} in a rendered prompt.
 _WRITTEN = (
     (FORMATS["harmony"], r"to=functions\.{name}<\|channel\|>commentary"),
     (MISTRAL_11, r"\[TOOL_CALLS\]\s*{name}(\[CALL_ID\]\w*)?\[ARGS\]"),
@@ -80,12 +80,12 @@ _PROBE = checked(
 
 @dataclass(frozen=True)
 class ToolUse:
-    """What a response may call.
+    """The tools that a response may call.
 
     Attributes:
         format: How calls are written.
-        definitions: The tools; none where only earlier turns have to do with tools.
-        forced: The function that has to be called, "" for any of them; None leaves it to the model.
+        definitions: The tools; none if tools occur in earlier turns only.
+        forced: The function that must be called, "" for any of them; None leaves it to the model.
     """
 
     format: ToolFormat
@@ -99,12 +99,12 @@ class ToolUse:
 
     @property
     def in_channels(self) -> bool:
-        """Whether the model chooses a channel for what comes first, be it a thought, an answer or a call."""
+        """Whether the model first chooses a channel: a thought, an answer or a call."""
         return self.format.name == "harmony" and bool(self.definitions)
 
     @property
     def opening(self) -> str:
-        """What a forced call begins with, put behind the prompt; "" where no call is forced.
+        """Beginning of a forced call, added to the prompt; "" if no call is forced.
 
         Example:
             >>> ToolUse(FORMATS["llama"], forced="add").opening
@@ -119,44 +119,44 @@ class ToolUse:
         return self.format.before + self.forced + self.format.after
 
 
-def find_format(tokenizer: PreTrainedTokenizerFast, spec: FlagSpec, asked: str = "auto") -> ToolFormat:
+def find_format(tokenizer: PreTrainedTokenizerFast, spec: FlagSpec, configured: str = "auto") -> ToolFormat:
     """How the model calls tools, as its template shows an earlier call.
 
     Args:
-        tokenizer: The model's tokenizer.
-        spec: Its flags.
-        asked: One of `FORMATS`, where the operator knows better; "auto" finds out, and is `json` where the template
-            shows no tools, or writes calls in a format that is not known here.
+        configured: One of `FORMATS`, which overrides detection; "auto" detects the format, and is `json` if the
+            template shows no tools or writes calls in an unknown format.
 
     Raises:
-        RedflagError: The template does not show tools, and the format asked for needs that.
+        RedflagError: The template does not show tools, which the configured format needs.
     """
     conversation = Conversation(_PROBE, control_ids(tokenizer, spec), _PROBE_TOOLS)
     try:
         _, text = conversation.skeleton(tokenizer)
     except RedflagError as error:
-        if asked not in ("auto", "json"):
-            raise RedflagError(f"tool_format must be auto or json for this model (got {asked}). {error}") from error
+        if configured not in ("auto", "json"):
+            raise RedflagError(
+                f"tool_format must be auto or json for this model (got {configured}). {error}"
+            ) from error
         return FORMATS["json"]
     name = conversation.aliases["probe"]
-    found = next((form for form, pattern in _WRITTEN if re.search(pattern.format(name=name), text)), FORMATS["json"])
-    return found if asked in ("auto", found.name) else FORMATS[asked]
+    detected = next((form for form, pattern in _WRITTEN if re.search(pattern.format(name=name), text)), FORMATS["json"])
+    return detected if configured in ("auto", detected.name) else FORMATS[configured]
 
 
 def mark_ids(tokenizer: PreTrainedTokenizerFast, form: ToolFormat) -> dict[int, str]:
-    """The ids of the format's marks that are tokens, each with the text that stands for it in a response."""
+    """Id -> the text that stands for it in a response, for the format's marks that are tokens."""
     return {
         i: MARK + token.content for i, token in tokenizer.added_tokens_decoder.items() if token.content in form.marks
     }
 
 
 class ToolPrompt(NamedTuple):
-    """A conversation, perhaps with tools, and what was rendered of it.
+    """A rendered conversation, possibly with tools.
 
     Attributes:
-        ids: Up to where the assistant writes on; the opening of a forced call included.
-        turns: What the template was given.
-        tools: The definitions that it was given; none where the turns describe them in words.
+        ids: Up to where the assistant continues, with the opening of a forced call.
+        turns: The turns given to the template.
+        tools: The definitions given to the template; none if the turns describe them in words.
     """
 
     ids: list[int]
@@ -174,37 +174,34 @@ def render_tool_prompt(
 ) -> ToolPrompt:
     """Renders a conversation with tools in the first way in which the template shows all of it.
 
-    Other arguments are those of `redflag.prompt.render_prompt`.
-
-    Raises:
-        RedflagError: As `redflag.prompt.render_prompt`.
+    Other arguments and errors are those of `redflag.prompt.render_prompt`.
     """
     turns, tools = checked(messages), checked_tools(use.definitions)
     attempts: list[tuple[Callable[[], list[dict[str, Any]]], Sequence[Tool]]] = []
     if use.format.name != "json" or not tools:
         attempts.append((lambda: turns, tools))
-        # Some templates show one call in a turn, some no words before it.
+        # Some templates show one call in a turn, some no text before it.
         attempts.append((lambda: one_call_a_turn(turns), tools))
-        attempts.append((lambda: one_call_a_turn(turns, words=False), tools))
+        attempts.append((lambda: one_call_a_turn(turns, with_text=False), tools))
     if use.format.name == "json" or not tools:
         attempts.append((lambda: in_words(turns, tools), ()))
-        # Some templates know no system turn.
+        # Some templates accept no system turn.
         attempts.append((lambda: in_words(turns, tools, "user"), ()))
     refusal: RedflagError | None = None
-    for make, shown in attempts:
-        made = make()
+    for rewrite, shown in attempts:
+        rewritten = rewrite()
         try:
-            ids = render_prompt(tokenizer, made, spec, preface, thinking, shown)
+            ids = render_prompt(tokenizer, rewritten, spec, preface, thinking, shown)
         except RedflagError as error:
             refusal = refusal or error
             continue
-        return ToolPrompt(ids + tokenise(tokenizer, use.opening) if use.opening else ids, made, shown)
+        return ToolPrompt(ids + tokenise(tokenizer, use.opening) if use.opening else ids, rewritten, shown)
     assert refusal is not None
     raise refusal
 
 
-def one_call_a_turn(messages: Sequence[Message], words: bool = True) -> list[dict[str, Any]]:
-    """The same conversation with a turn for each call, its result behind it; with `words` what was said before it."""
+def one_call_a_turn(messages: Sequence[Message], with_text: bool = True) -> list[dict[str, Any]]:
+    """The same conversation with a turn for each call, followed by its result; without `with_text`, calls alone."""
     turns: list[dict[str, Any]] = []
     results: dict[str, list[Message]] = {}
     for message in messages:
@@ -213,11 +210,11 @@ def one_call_a_turn(messages: Sequence[Message], words: bool = True) -> list[dic
     for message in messages:
         calls = message.get("tool_calls", ())
         if message["role"] == "tool" and message.get("tool_call_id", "") not in results:
-            continue  # It stands behind its call.
+            continue  # It was put behind its call.
         if not calls:
             turns.append(dict(message))
         for number, call in enumerate(calls):
-            content = message["content"] if number == 0 and words else ""
+            content = message["content"] if number == 0 and with_text else ""
             turns.append({**message, "content": content, "tool_calls": [call]})
             turns += map(dict, results.pop(call.get("id", ""), []))
     return turns
@@ -230,12 +227,9 @@ Their results come in the next message. Answer in words where no call is needed.
 
 
 def in_words(messages: Sequence[Message], tools: Sequence[Tool], role: str = "system") -> list[dict[str, Any]]:
-    """The same conversation without anything that a template would have to know of tools.
+    """The same conversation for a template without tools: calls and results as text.
 
-    Args:
-        messages: Checked messages.
-        tools: Definitions, which are described at the head of the first turn of `role`.
-        role: `system` or `user`; a system turn is made where there is none.
+    The tools are described at the head of the first turn of `role`, `system` or `user`, which is added if missing.
     """
     names = {
         call["id"]: call["function"]["name"]
@@ -257,7 +251,7 @@ def in_words(messages: Sequence[Message], tools: Sequence[Tool], role: str = "sy
             turn = {"role": "user", "content": f"Result of {name or 'the call'}:\n{turn['content']}"}
         joined = turn["role"] == "user" and "tool" in (message["role"], before)
         before = message["role"]
-        if joined and turns and turns[-1]["role"] == "user":  # Templates want turns to alternate.
+        if joined and turns and turns[-1]["role"] == "user":  # Many templates require alternating turns.
             turns[-1]["content"] += f"\n\n{turn['content']}"
         else:
             turns.append(turn)

@@ -1,4 +1,4 @@
-"""Files of traces.
+"""Files of traces; the steps and events in them can be imported from here too.
 
 Standard library only, so that traces can be read where no model can be run.
 """
@@ -16,43 +16,21 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, cast, get_args
 
 from redflag.errors import RedflagError
-from redflag.events import (
-    Alarm,
-    Done,
-    Escalation,
-    Event,
-    Facts,
-    Forced,
-    Halt,
-    Logprobs,
-    Reflection,
-    Resume,
-    Step,
-    Text,
-    Thought,
-    Trace,
-)
+from redflag.events import Alarm as Alarm
+from redflag.events import Done as Done
+from redflag.events import Escalation as Escalation
+from redflag.events import Event as Event
+from redflag.events import Facts as Facts
+from redflag.events import Forced as Forced
+from redflag.events import Halt as Halt
+from redflag.events import Logprobs as Logprobs
+from redflag.events import Reflection as Reflection
+from redflag.events import Resume as Resume
+from redflag.events import Step as Step
+from redflag.events import Text as Text
+from redflag.events import Thought as Thought
+from redflag.events import Trace as Trace
 from redflag.files import append_line, atomic_write
-
-__all__ = [
-    "Alarm",
-    "Done",
-    "Escalation",
-    "Event",
-    "Facts",
-    "Forced",
-    "Halt",
-    "Logprobs",
-    "Reflection",
-    "Resume",
-    "Step",
-    "Text",
-    "Thought",
-    "Trace",
-    "read_traces",
-    "trace_line",
-    "write_traces",
-]
 
 TRACE_FORMAT = 1
 
@@ -67,8 +45,8 @@ def write_traces(
     lacks are the strings `"nan"`, `"inf"` and `"-inf"`.
 
     Args:
-        path: The file; `.gz` compresses.
-        traces: Any iterable; read once, one trace in memory at a time.
+        path: `.gz` compresses.
+        traces: Read once, one trace in memory at a time.
         text: Also write `Trace.text` and the text of the `Text` events; otherwise only numbers.
         append: Add to the file instead of replacing it. Every line is one write, so a process that is killed damages at
             most the line that it was writing.
@@ -88,7 +66,7 @@ def write_traces(
         packed = gzip.GzipFile("", "wb", fileobj=file, mtime=0) if path.suffix == ".gz" else None
         target = cast(BinaryIO, packed) if packed else file
         for trace in traces:
-            target.write(_to_line(trace, text))
+            target.write(trace_line(trace, text=text))
             count += 1
         if packed:
             packed.close()
@@ -121,30 +99,6 @@ def trace_line(trace: Trace, *, text: bool = False) -> bytes:
     Raises:
         RedflagError: The trace cannot be written.
     """
-    return _to_line(trace, text)
-
-
-def _append(path: Path, traces: Iterable[Trace], text: bool) -> int:
-    if path.suffix == ".gz":
-        raise RedflagError(
-            f"cannot append to the compressed file {path}, which could not be read any more if cut off. Append to a "
-            "plain .jsonl file and compress it afterwards."
-        )
-    count = 0
-    try:
-        append_line(path, b"", mode=0o666)  # The file exists even if there are no traces.
-        for trace in traces:
-            append_line(path, _to_line(trace, text), mode=0o666)
-            count += 1
-    except OSError as error:
-        raise RedflagError(
-            f"cannot append to {path} ({error.strerror or error}). {count} of the traces were added before. Free space "
-            "or fix the permissions, and repeat with the others."
-        ) from error
-    return count
-
-
-def _to_line(trace: Trace, text: bool) -> bytes:
     steps, flags = len(trace.token_ids), len(trace.categories)
     for name, rows, allowed in (("flag_probs", trace.flag_probs, {steps}), ("scores", trace.scores, {0, steps})):
         if len(rows) not in allowed or any(len(row) != flags for row in rows):
@@ -174,6 +128,26 @@ def _to_line(trace: Trace, text: bool) -> bytes:
             f"trace {trace.id!r} cannot be written as JSON ({error}). Use plain integers as token ids, and only "
             "strings, finite numbers, lists and dictionaries in meta."
         ) from error
+
+
+def _append(path: Path, traces: Iterable[Trace], text: bool) -> int:
+    if path.suffix == ".gz":
+        raise RedflagError(
+            f"cannot append to the compressed file {path}, which could not be read any more if cut off. Append to a "
+            "plain .jsonl file and compress it afterwards."
+        )
+    count = 0
+    try:
+        append_line(path, b"", mode=0o666)  # The file exists even if there are no traces.
+        for trace in traces:
+            append_line(path, trace_line(trace, text=text), mode=0o666)
+            count += 1
+    except OSError as error:
+        raise RedflagError(
+            f"cannot append to {path} ({error.strerror or error}). {count} of the traces were added before. Free space "
+            "or fix the permissions, and repeat with the others."
+        ) from error
+    return count
 
 
 def _columns(rows: Sequence[Sequence[float]], flags: int) -> list[list[float | str]]:

@@ -88,10 +88,8 @@ def fit_prompt(
     enough, the template's own ids lose their front.
 
     Args:
-        messages: As for `render_prompt`.
         limit: Maximum number of ids, at least 1.
         ids: Result of `render_prompt`, if computed already.
-        thinking: As for `render_prompt`.
 
     Raises:
         RedflagError: As `render_prompt`.

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from redflag.errors import RedflagError
-from redflag.files import LOCKS, append_line, atomic_write, keep_json, kept_json, require_writable
+from redflag.files import LOCKS, append_line, atomic_folder, atomic_write, keep_json, kept_json, require_writable
 
 
 def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
@@ -24,6 +24,20 @@ def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
     with atomic_write(path) as file:
         file.write(b"new")
     assert path.read_bytes() == b"new"
+
+
+def test_the_old_folder_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
+    folder = tmp_path / "missing" / "d"
+    with atomic_folder(folder) as new:
+        (new / "old").touch()
+        assert not folder.exists()
+    with pytest.raises(KeyboardInterrupt), atomic_folder(folder) as new:
+        (new / "half").touch()
+        raise KeyboardInterrupt
+    assert os.listdir(folder) == ["old"] and os.listdir(folder.parent) == ["d"]
+    with atomic_folder(folder) as new:
+        (new / "new").touch()
+    assert os.listdir(folder) == ["new"] and os.listdir(folder.parent) == ["d"]
 
 
 @pytest.mark.parametrize(

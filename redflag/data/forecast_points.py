@@ -8,9 +8,7 @@ from typing import Any
 def checked_forecast(points: Any, response: str) -> list[list[float]] | None:
     """Checks and normalises a forecast: points `[character, probability]` or `[character, probability, judged]`.
 
-    Args:
-        points: The row's value; None and an empty list mean no forecast.
-        response: The text in which characters are counted.
+    None and an empty list mean no forecast. Characters are counted in `response`.
 
     Raises:
         ValueError: It is not such a list, its points are not in order or not in the response, or a probability is

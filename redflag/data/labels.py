@@ -32,8 +32,7 @@ def category_of(
     Args:
         cells: The record under redflag's keys.
         label_column: The source's name of the label.
-        labels: Value of the label, or name in a category object -> category, or None for harmless.
-        unlabelled: Treatment of a null label: stop, skip or harmless.
+        labels: As in `load_rows`, like `unlabelled`.
 
     Raises:
         Unlabelled: The label is null and `unlabelled` is skip.

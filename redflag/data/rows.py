@@ -35,30 +35,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from redflag.bounds import check_choice
 from redflag.data.forecast_points import checked_forecast
-from redflag.data.labels import DEFAULT_CATEGORY, Unlabelled, category_of
-from redflag.data.shapes import FOREIGN_KEYS, KEYS, Cells, Columns, check_columns, lookalike, rows_in
+from redflag.data.labels import Unlabelled, category_of
+from redflag.data.shapes import ALL_KEYS, KEYS, Cells, Columns, check_columns, lookalike, rows_in
 from redflag.data.sources import Provenance, describe, open_source
-from redflag.data.turns import ROLES, conversation, kind
+from redflag.data.turns import conversation, kind
 from redflag.errors import RedflagError
 from redflag.files import atomic_write
 
-__all__ = [
-    "DEFAULT_CATEGORY",
-    "FOREIGN_KEYS",
-    "KEYS",
-    "ROLES",
-    "BadRow",
-    "RecordReader",
-    "Row",
-    "Rows",
-    "load_rows",
-    "write_rows",
-]
-
 ONSET_SOURCES = ("constructed", "natural")
-
-_KNOWN = frozenset((*KEYS, *FOREIGN_KEYS))
 
 
 @dataclass(frozen=True)
@@ -137,6 +123,8 @@ class Rows:
         files: The files read, in order; empty for other sources.
         sha256: Hash of the file's bytes on disk; for several files, of their digests in order; for other sources, of
             the canonical JSON of the records.
+        decided_by: Column by which rows are harmful or harmless ("" = neither label nor category), and their number.
+        read_as: Digest of the options that changed how records are read; "" if there are none.
     """
 
     rows: list[Row]
@@ -163,10 +151,7 @@ class Rows:
 class RecordReader:
     """Turns records into rows, and counts their keys.
 
-    Attributes:
-        columns: As in `load_rows`; so are `labels`, `unlabelled` and `unanswered`.
-        ignored: Extra keys and the number of rows that hold them.
-        decided_by: As in `Rows`.
+    `ignored` and `decided_by` are as in `Rows`, the other fields as in `load_rows`.
 
     Raises:
         RedflagError: `columns` or another option is invalid.
@@ -180,8 +165,8 @@ class RecordReader:
     decided_by: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
-        _check_choice("unlabelled", self.unlabelled, ("stop", "skip", "harmless"))
-        _check_choice("unanswered", self.unanswered, ("stop", "keep"))
+        check_choice("unlabelled", self.unlabelled, ("stop", "skip", "harmless"))
+        check_choice("unanswered", self.unanswered, ("stop", "keep"))
         check_columns(self.columns)
 
     @property
@@ -211,7 +196,7 @@ class RecordReader:
     def _row(self, candidate: Cells) -> Row:
         cells = candidate.values
         for key in cells:
-            if key in _KNOWN:
+            if key in ALL_KEYS:
                 continue
             name = str(key)
             if (close := lookalike(name)) is not None and close not in cells:
@@ -266,7 +251,7 @@ def load_rows(
         >>> rows.rows[0].category, rows.rows[0].response
         ('insult', 'Take that!')
     """
-    _check_choice("on_bad_row", on_bad_row, ("stop", "skip"))
+    check_choice("on_bad_row", on_bad_row, ("stop", "skip"))
     reader = RecordReader(dict(columns or {}), labels, unlabelled, unanswered)
     rows: list[Row] = []
     skipped: list[BadRow] = []
@@ -314,63 +299,50 @@ def write_rows(path: str | Path, rows: Iterable[Row]) -> Path:
     return path
 
 
-def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise RedflagError(f"{name} must be one of {', '.join(allowed)} (got {value!r}).")
-
-
 def _checked(cells: Mapping[str, Any], messages: list[dict[str, Any]], category: str | None) -> Row:
     """The row, its other keys checked; raises a ValueError with the reason if one is invalid."""
-    onset = cells.get("onset")
-    if onset is not None:
-        if isinstance(onset, bool) or not isinstance(onset, int):
-            raise ValueError(f"onset must be a whole number (got {kind(onset)})")
-        if category is None:
-            raise ValueError(f"onset must be left out in a row without category (got {onset})")
-        if not 0 <= onset < len(messages[-1]["content"]):
-            raise ValueError(
-                f"onset must be within the response of {len(messages[-1]['content'])} characters (got {onset}). It "
-                "counts characters from 0 in the last assistant turn"
-            )
-    within = _thought_onset(cells.get("thought_onset"), messages[-1].get("reasoning_content", ""), category)
-    prefill = cells.get("prefill")
-    if prefill is not None:
-        if isinstance(prefill, bool) or not isinstance(prefill, int):
-            raise ValueError(f"prefill must be a whole number (got {kind(prefill)})")
-        if not 0 <= prefill < len(messages[-1]["content"]):
-            raise ValueError(
-                f"prefill must be shorter than the response of {len(messages[-1]['content'])} characters (got "
-                f"{prefill}). It counts characters from 0 in the last assistant turn"
-            )
-    group, user, source, name, lang, found_by = (
-        _name(cells, key) for key in ("group", "user", "source", "id", "lang", "onset_source")
+    for key in ("onset", "thought_onset"):
+        if cells.get(key) is not None and category is None:
+            raise ValueError(f"{key} must be left out in a row without category (got {cells[key]})")
+    response, thought = messages[-1]["content"], messages[-1].get("reasoning_content", "")
+    names = {
+        key: _name(cells, key) for key in ("group", "user", "source", "id", "lang", "onset_source", "forecast_category")
+    }
+    row = Row(
+        messages,
+        category,
+        onset=_position(cells, "onset", "within the response", response),
+        prefill=_position(cells, "prefill", "shorter than the response", response),
+        forecast=checked_forecast(cells.get("forecast"), response),
+        thought_onset=_position(
+            cells, "thought_onset", "within the thought", thought, "reasoning_content of the last assistant turn"
+        ),
+        **names,
     )
-    forecast = checked_forecast(cells.get("forecast"), messages[-1]["content"])
-    about = _name(cells, "forecast_category")
-    if about is not None and category not in (None, about):
+    if row.forecast_category is not None and category not in (None, row.forecast_category):
         raise ValueError(
-            f"forecast_category must be left out in a row of category {category!r} (got {about!r}). It is for harmless "
-            "rows"
+            f"forecast_category must be left out in a row of category {category!r} (got {row.forecast_category!r}). It "
+            "is for harmless rows"
         )
-    row = Row(messages, category, onset, group, user, source, name, lang, found_by, prefill, forecast, about, within)
     if row.onset_source not in (None, *ONSET_SOURCES):
         raise ValueError(f"onset_source must be one of {', '.join(ONSET_SOURCES)} (got {row.onset_source!r})")
     return row
 
 
-def _thought_onset(onset: Any, thought: str, category: str | None) -> int | None:
-    if onset is None:
+def _position(
+    cells: Mapping[str, Any], key: str, rule: str, text: str, place: str = "the last assistant turn"
+) -> int | None:
+    """A position in `text`, in characters; None if the record has none."""
+    position = cells.get(key)
+    if position is None:
         return None
-    if isinstance(onset, bool) or not isinstance(onset, int):
-        raise ValueError(f"thought_onset must be a whole number (got {kind(onset)})")
-    if category is None:
-        raise ValueError(f"thought_onset must be left out in a row without category (got {onset})")
-    if not 0 <= onset < len(thought):
+    if isinstance(position, bool) or not isinstance(position, int):
+        raise ValueError(f"{key} must be a whole number (got {kind(position)})")
+    if not 0 <= position < len(text):
         raise ValueError(
-            f"thought_onset must be within the thought of {len(thought)} characters (got {onset}). It counts "
-            "characters from 0 in reasoning_content of the last assistant turn"
+            f"{key} must be {rule} of {len(text)} characters (got {position}). It counts characters from 0 in {place}"
         )
-    return onset
+    return position
 
 
 def _name(cells: Mapping[str, Any], key: str) -> str | None:

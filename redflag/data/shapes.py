@@ -24,11 +24,11 @@ KEYS = (
     *("forecast", "forecast_category", "thought_onset"),
 )
 FOREIGN_KEYS = ("prompt", "response", "label")
+ALL_KEYS = (*KEYS, *FOREIGN_KEYS)
 
 # redflag's key -> the source's column, several columns (a row for each), or null; a source's column -> null drops it.
 Columns = Mapping[str, str | Sequence[str] | None]
 
-_OURS = frozenset((*KEYS, *FOREIGN_KEYS))
 # Mapped columns may be missing in a record, except for these: without them a row would change its meaning.
 _NEEDED = ("messages", "category", *FOREIGN_KEYS)
 _CONVERSATIONS = ("conversations", "conversation")
@@ -55,8 +55,8 @@ class Cells(NamedTuple):
 def check_columns(columns: Columns) -> None:
     """Raises RedflagError if a mapping names an unknown key, or lists of columns differ in length."""
     for key, value in columns.items():
-        if value is not None and key not in _OURS:
-            raise RedflagError(f"columns must map keys of a row: {', '.join((*KEYS, *FOREIGN_KEYS))} (got {key!r}).")
+        if value is not None and key not in ALL_KEYS:
+            raise RedflagError(f"columns must map keys of a row: {', '.join(ALL_KEYS)} (got {key!r}).")
         names = [value] if isinstance(value, str) else value
         if names is not None and (
             not isinstance(names, (list, tuple)) or not names or not all(isinstance(name, str) for name in names)
@@ -81,13 +81,12 @@ def rows_in(record: Any, columns: Columns) -> list[Cells]:
     implied = _well_known(record, columns)
     if not columns and not implied and not isinstance(record, TextRecord):
         return [Cells(record)]
-    for ours, theirs in columns.items():
-        if ours in _NEEDED and theirs is not None:
-            for name in [theirs] if isinstance(theirs, str) else theirs:
-                if name not in record:
-                    raise ValueError(f"no column {name!r}, which columns maps")
+    for ours in _NEEDED:
+        for name in _names(columns.get(ours)):
+            if name not in record:
+                raise ValueError(f"no column {name!r}, which columns maps")
     mapping = {ours: theirs for ours, theirs in (*columns.items(), *implied.items()) if theirs is not None}
-    mapped = {name for theirs in mapping.values() for name in ([theirs] if isinstance(theirs, str) else theirs)}
+    mapped = {name for theirs in mapping.values() for name in _names(theirs)}
     # A mapped column is not read under its own name too.
     rest = {
         key: value for key, value in record.items() if key not in mapped and key not in columns and key not in implied
@@ -129,9 +128,14 @@ def _well_known(record: Mapping[str, Any], columns: Columns) -> dict[str, str | 
                 if name == "response_harm_label" and "subcategory" not in columns:
                     implied["subcategory"] = None  # the topic of the prompt
     if implied and columns:
-        mapped = {name for v in columns.values() if v is not None for name in ([v] if isinstance(v, str) else v)}
-        implied = {ours: v for ours, v in implied.items() if not mapped & set([v] if isinstance(v, str) else v or ())}
+        mapped = {name for theirs in columns.values() for name in _names(theirs)}
+        implied = {ours: theirs for ours, theirs in implied.items() if not mapped.intersection(_names(theirs))}
     return implied
+
+
+def _names(columns: str | Sequence[str] | None) -> Sequence[str]:
+    """The source's columns for one key; none if it is dropped."""
+    return [columns] if isinstance(columns, str) else columns or ()
 
 
 def _read_texts(values: dict[str, Any]) -> None:

@@ -17,17 +17,13 @@ _VERDICTS = {"label", "labels", "safe", "unsafe", "safety", "harmful", "harmfuln
 _VERDICTS |= {"toxic", "toxicity", "refusal", "severity", "flagged"}
 
 
-def label_table(rows: Rows, most: int = LINES) -> list[str]:
-    """How many rows of each category and source are harmful or harmless, the largest first.
-
-    Args:
-        most: Maximum number of lines; the last one sums up the rest.
-    """
+def label_table(rows: Rows) -> list[str]:
+    """How many rows of each category and source are harmful or harmless, the largest first; at most `LINES` lines."""
     counts = Counter((row.category, row.source) for row in rows)
     harmful = sum(row.harmful for row in rows)
     lines = [f"{len(rows):,} rows: {harmful:,} harmful, {len(rows) - harmful:,} harmless"]
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0][0] or "", item[0][1] or ""))
-    shown = ordered if len(ordered) < most else ordered[: most - 2]
+    shown = ordered if len(ordered) < LINES else ordered[: LINES - 2]
     for (category, source), count in shown:
         verdict = "harmless" if category is None else f"harmful   {category}"
         lines.append(f"  {count:>9,}  {verdict}{f'  (source {source})' if source else ''}")
@@ -38,13 +34,9 @@ def label_table(rows: Rows, most: int = LINES) -> list[str]:
 
 
 def label_warnings(rows: int, harmful: int, decided_by: Mapping[str, int], ignored: Mapping[str, int]) -> list[str]:
-    """Warnings about labels that are probably misread.
+    """Warnings about labels that are probably misread, from the numbers of rows and of harmful ones.
 
-    Args:
-        rows: Number of rows.
-        harmful: Number of harmful ones.
-        decided_by: As in `Rows`.
-        ignored: As in `Rows`.
+    `decided_by` and `ignored` are those of `Rows`.
     """
     by_category = decided_by.get("category", 0)
     labelled = rows - by_category - decided_by.get("", 0)
@@ -79,7 +71,7 @@ def warnings_about(rows: Rows) -> list[str]:
 
 
 def report_rows(rows: Rows) -> None:
-    """Says on stderr which rows were left out, and what is doubtful about the labels of the others."""
+    """Prints on stderr which rows were left out, and warnings about the labels of the others."""
     report_skipped(rows.skipped)
     for line in warnings_about(rows):
         print(line, file=sys.stderr)

@@ -11,7 +11,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-ROLES = ("system", "user", "assistant", "tool")
+from redflag.messages import ROLES
+
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 
 _RENAMED = {"developer": "system", "function": "tool"}

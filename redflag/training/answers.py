@@ -39,7 +39,6 @@ def constraint_weights(
         log_probs_N: Log-probability of each token under the trained model, nats.
         reference_N: The same under the reference.
         places_N: Place of the token in its answer, from 1.
-
     """
     factor = torch.where(places_N == 1, 5.0, torch.where(places_N <= 5, 20.0, 1.0))
     weights = 2 * torch.sigmoid(-beta * factor * (log_probs_N.detach() - reference_N.detach()))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NotRequired, TypedDi
 import torch
 from datasets import Dataset
 
+from redflag.bounds import check_choice
 from redflag.data.rows import Row
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
@@ -99,8 +100,7 @@ class PlacementConfig:
     forecasts: str = "off"
 
     def __post_init__(self) -> None:
-        if self.placement not in get_args(Placement):
-            raise RedflagError(f"placement must be one of {', '.join(get_args(Placement))} (got {self.placement!r}).")
+        check_choice("placement", self.placement, get_args(Placement))
         if self.maximum_offset is not None and self.maximum_offset < self.minimum_offset:
             raise RedflagError(
                 f"maximum_offset must be at least minimum_offset, {self.minimum_offset} (got {self.maximum_offset})."
@@ -108,8 +108,7 @@ class PlacementConfig:
         for name, least in (("minimum_offset", 0), ("insertions", 1), ("soft_margin", 0)):
             if getattr(self, name) < least:
                 raise RedflagError(f"{name} must be at least {least} (got {getattr(self, name)}).")
-        if self.forecasts not in CHOICES:
-            raise RedflagError(f"forecasts must be one of {', '.join(CHOICES)} (got {self.forecasts!r}).")
+        check_choice("forecasts", self.forecasts, CHOICES)
         if not 0 <= self.in_context <= 1:
             raise RedflagError(f"in_context must be at least 0 and at most 1 (got {self.in_context}).")
 
@@ -120,8 +119,6 @@ def encode(
     """Encodes one row.
 
     Args:
-        row: The conversation; its last turn is the response.
-        tokenizer: Tokenizer with the flags attached.
         max_length: Maximum number of ids. The prompt is cut first (`redflag.truncation.fit_prompt`), so that the
             response stays whole; a response longer than `max_length` - 1 loses its end.
         index: Number of the row, which seeds `place`.
@@ -195,9 +192,8 @@ def build_dataset(
         examples.append(example)
     if cut:
         print(f"{cut} of {len(examples)} prompts did not fit into max_length {max_length} and lost their oldest turns")
-    missing: dict[str, Any] = {"group": -1, "prefill": -1, "forecast": [], "forecast_class": 0, "thought": 0}
-    missing["thought_onset"] = -1
-    for name, value in missing.items():  # a column for all rows, or for none
+    defaults = {"group": -1, "prefill": -1, "forecast": [], "forecast_class": 0, "thought": 0, "thought_onset": -1}
+    for name, value in defaults.items():  # a column for all rows, or for none
         if any(name in example for example in examples):
             examples = [{name: value, **example} for example in examples]
     return Dataset.from_list(examples)
@@ -226,12 +222,7 @@ def onset_token(offsets: Sequence[tuple[int, int]], onset: int | None) -> int:
 
 
 def place(example: Mapping[str, Any], config: PlacementConfig, spec: FlagSpec, seed: int = 0, epoch: int = 0) -> Placed:
-    """Labels an example's positions, and inserts flags where the placement does.
-
-    Args:
-        example: Result of `encode`.
-        epoch: Epoch, from 0.
-    """
+    """Labels the positions of a result of `encode`, and inserts flags where the placement does; epochs begin at 0."""
     draw = random.Random(f"{seed}/{epoch}/{example['row']}")
     placed = _labelled(example, config, spec, draw)
     if config.forecasts != "off" and example.get("forecast"):
@@ -266,29 +257,28 @@ def _of_thought(example: Mapping[str, Any], config: PlacementConfig) -> list[int
 def _labelled(example: Mapping[str, Any], config: PlacementConfig, spec: FlagSpec, draw: random.Random) -> Placed:
     ids, start, k = list(example["input_ids"]), example["response_start"], example["flag_class"]
     labels = [IGNORE] * start + ids[start:]
-    inserted = [False] * len(ids)
     onset = start + example["onset"]
     thought = _of_thought(example, config)
     flag_labels = [IGNORE] * start + thought + [0] * (len(ids) - start - len(thought))
+    placed = Placed(ids, labels, flag_labels, [False] * len(ids))  # its lists are changed in place below
     start += len(thought)  # flags stand in the answer
     if config.placement in ("first", "open"):
         flag_labels[start:] = ([k] + [IGNORE] * len(ids))[: len(ids) - start]  # the answer may have been cut off
-        placed = Placed(ids, labels, flag_labels, inserted)
         if k and config.placement == "open" and start < len(ids):
-            placed.flag_labels[start] = IGNORE
+            flag_labels[start] = IGNORE
             _insert(placed, start, spec.ids[k - 1], k)
         return placed
     if k == 0:
-        return Placed(ids, labels, flag_labels, inserted)
+        return placed
     end = min(onset, len(ids))  # the onset may have been cut off
     # The soft margin before the onset asks for nothing; a response cut before its onset stays harmless.
     margin = min(end, max(start, onset - config.soft_margin))
     flag_labels[margin:end] = [IGNORE] * (end - margin)
     if end == len(ids):
-        return Placed(ids, labels, flag_labels, inserted)
+        return placed
     if config.placement == "dense":
         flag_labels[onset:] = [k] * (len(ids) - onset)
-        return Placed(ids, labels, flag_labels, inserted)
+        return placed
     # insert: the class stands at the drawn positions; harmful positions between them are ignored.
     flag_labels[onset:] = [IGNORE] * (len(ids) - onset)
     first = min(max(onset, start + config.minimum_offset), len(ids) - 1)
@@ -297,7 +287,6 @@ def _labelled(example: Mapping[str, Any], config: PlacementConfig, spec: FlagSpe
     positions = sorted(draw.sample(range(first, last), min(config.insertions, last - first)), reverse=True)
     if config.placement == "until":
         flag_labels[first : positions[0]] = [k] * (positions[0] - first)
-    placed = Placed(ids, labels, flag_labels, inserted)
     for position in positions:  # from the back, so that earlier positions stay where they are
         _insert(placed, position, spec.ids[k - 1], k)
     return placed
@@ -327,6 +316,8 @@ def _insert(placed: Placed, position: int, flag: int, flag_class: int) -> None:
 class Collator:
     """Turns examples into a batch of tensors, padded on the right. The trainer sets `epoch`.
 
+    `answers` is the option of that name (None: no row's answer is learnt); the mask `answered` marks tokens to learn.
+
     For two rows of 3 and 2 ids, `dense`, the second harmful from its only response position on:
 
     >>> spec = FlagSpec.of("harm"); import dataclasses
@@ -340,8 +331,11 @@ class Collator:
     [[-100, 0, 0], [-100, 1, -100]]
     """
 
-    def __init__(self, config: PlacementConfig, spec: FlagSpec, pad_id: int, seed: int) -> None:
-        self.config, self.spec, self.pad_id, self.seed, self.epoch = config, spec, pad_id, seed, 0
+    def __init__(
+        self, config: PlacementConfig, spec: FlagSpec, pad_id: int, seed: int, answers: str | None = None
+    ) -> None:
+        self.config, self.spec, self.pad_id, self.seed, self.answers = config, spec, pad_id, seed, answers
+        self.epoch = 0
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         placed = [place(example, self.config, self.spec, self.seed, self.epoch) for example in examples]
@@ -358,6 +352,16 @@ class Collator:
             "inserted": pad([p.inserted for p in placed], False),
             "flag_class": torch.tensor([example["flag_class"] for example in examples]),
         }
+        for name in ("group", "prefill", "response_start"):
+            batch[name] = torch.tensor([example.get(name, -1) for example in examples])
+        marked, harmless = batch["prefill"] >= 0, batch["flag_class"] == 0
+        learnt = {
+            None: torch.zeros_like(marked),
+            "marked": marked,
+            "harmless": marked | harmless,
+            "all": torch.ones_like(marked),
+        }[self.answers]
+        batch["answered"] = learnt[:, None] & (batch["labels"] != IGNORE) & ~batch["inserted"]
         if self.config.forecasts != "off":
             batch["forecast"] = pad([p.forecast or [NONE] * len(p.input_ids) for p in placed], NONE)
             # An unknown class occurs with forecasts of 0 only, for which the class does not matter.

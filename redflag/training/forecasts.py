@@ -20,6 +20,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+from datasets import Dataset
+
 from redflag.errors import RedflagError
 
 CHOICES = ("off", "hold", "linear", "points")
@@ -55,7 +57,12 @@ def spread(points: Sequence[Sequence[float]], count: int, how: str) -> list[floa
     return values
 
 
-def check_forecasts(how: str, dataset: Any) -> None:
+def column(dataset: Dataset, name: str) -> list[Any]:
+    """A column of encoded rows; empty if they have none of that name."""
+    return list(dataset[name]) if name in dataset.column_names else []
+
+
+def check_forecasts(how: str, dataset: Dataset) -> None:
     """Checks that rows have the forecasts that the options ask for, and that each has a class.
 
     Raises:
@@ -63,8 +70,7 @@ def check_forecasts(how: str, dataset: Any) -> None:
     """
     if how == "off":
         return
-    names = getattr(dataset, "column_names", None) or []
-    forecasts = dataset["forecast"] if "forecast" in names else []
+    forecasts = column(dataset, "forecast")
     if not any(forecasts):
         raise RedflagError(
             f"forecasts must be off for rows without forecasts (got {how}). Make forecasts with "

@@ -12,15 +12,19 @@ from redflag.flags import FlagSpec
 from redflag.training.adapter import output_head
 
 
+def unwrapped(model: Any) -> Any:
+    """The model inside DDP and similar wrappers."""
+    while hasattr(model, "module"):
+        model = model.module
+    return model
+
+
 def last_hidden(
     model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Last hidden states (B, T, H), captured during the model's forward, which applies its own head to one position."""
-    plain = model
-    while hasattr(plain, "module"):  # DDP and similar wrappers
-        plain = plain.module
     caught: list[torch.Tensor] = []
-    hook = backbone(plain).register_forward_hook(lambda _module, _args, output: caught.append(output[0]))
+    hook = backbone(unwrapped(model)).register_forward_hook(lambda _module, _args, output: caught.append(output[0]))
     try:
         extra = {} if position_ids is None else {"position_ids": position_ids}
         model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, logits_to_keep=1, **extra)

@@ -13,7 +13,6 @@ from collections.abc import Callable
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from redflag.training import loss
 from redflag.training.loss import Head
 
 
@@ -44,9 +43,8 @@ def token_log_probs(
 def _in_parts(
     read: Callable[..., torch.Tensor], inputs: list[torch.Tensor], empty: torch.Tensor, head: Head
 ) -> torch.Tensor:
-    chunk = max(1, loss.LOGITS_AT_ONCE // head.weight.shape[0])
     chunks = [empty]
-    for parts in zip(*(tensor.split(chunk) for tensor in inputs), strict=True):
+    for parts in zip(*(tensor.split(head.positions_at_once) for tensor in inputs), strict=True):
         if len(parts[0]) == 0:
             continue
         if torch.is_grad_enabled():

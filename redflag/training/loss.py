@@ -54,6 +54,11 @@ class Head:
     scale: float = 1.0
     cap: float | None = None
 
+    @property
+    def positions_at_once(self) -> int:
+        """Number of positions whose logits may be in memory at one time."""
+        return max(1, LOGITS_AT_ONCE // self.weight.shape[0])
+
     def logits(self, hidden_NH: torch.Tensor, flag_ids: torch.Tensor) -> torch.Tensor:
         """Logits (N, V), flags included, in float32 (float64 where the states are)."""
         raw = torch.nn.functional.linear(hidden_NH, self.weight.to(hidden_NH.dtype))
@@ -146,9 +151,8 @@ def flag_and_keep_loss(
 @torch.no_grad()
 def flag_log_odds(hidden_NH: torch.Tensor, head: Head, flag_ids: torch.Tensor) -> torch.Tensor:
     """Log-odds of any flag at N positions, nats: logsumexp of the flags' logits minus logsumexp of all others."""
-    chunk = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
     log_odds = [hidden_NH.new_zeros(0, dtype=torch.float32)]
-    for part in hidden_NH.split(chunk):
+    for part in hidden_NH.split(head.positions_at_once):
         z = head.logits(part, flag_ids)
         flags = z[:, flag_ids].logsumexp(-1)
         z[:, flag_ids] = -torch.inf
@@ -215,8 +219,7 @@ class _FlagAndKeep(torch.autograd.Function):
         keep_weights: torch.Tensor,
         forecast: Forecast | None,
     ) -> Any:
-        count, vocabulary = hidden.shape[0], weight.shape[0]
-        chunk, wide = max(1, LOGITS_AT_ONCE // vocabulary), _wide(hidden)
+        count, chunk, wide = hidden.shape[0], head.positions_at_once, _wide(hidden)
         needs_hidden, needs_weight, needs_rows = ctx.needs_input_grad[:3]
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
         d_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None

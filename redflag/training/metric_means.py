@@ -14,11 +14,7 @@ def rows_that_count(accelerator: Any, rows: int, batch_size: int) -> int:
 
     accelerate pads the last batches with repeated rows, so that all processes run equally many batches of equal size.
     The remaining real rows are dealt out in the order of the processes.
-
-    Args:
-        accelerator: The trainer's, during the evaluation loop.
-        rows: Rows of this batch.
-        batch_size: Rows of a full batch on one process.
+    `batch_size` is the number of rows of a full batch on one process.
     """
     state = accelerator.gradient_state
     if not state.end_of_dataloader or state.remainder <= 0:

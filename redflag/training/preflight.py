@@ -80,9 +80,6 @@ def repair_generation(model: Any) -> list[str]:
     Engines sample as before: vLLM and SGLang follow its temperature whatever `do_sample` says. Settings without effect
     are dropped.
 
-    Args:
-        model: Its `generation_config` is changed in place.
-
     Returns:
         A line for each setting that was changed.
     """
@@ -112,11 +109,7 @@ def repair_generation(model: Any) -> list[str]:
 def try_saving(model: Any, tokenizer: Any, spec: FlagSpec, output: Path, merge: bool) -> None:
     """Saves everything but the weights to a temporary folder and reads it back.
 
-    Args:
-        model: As it will be trained, with or without PEFT.
-        tokenizer: With the flags.
-        output: The run's folder, created if missing.
-        merge: Whether the whole model will be saved, or the adapter alone.
+    The folder is created if missing. `merge`: the whole model will be saved, not the adapter alone.
 
     Raises:
         RedflagError: The result could not be saved, or would not load.

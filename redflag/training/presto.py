@@ -16,6 +16,7 @@ import torch
 
 from redflag.backends.head import backbone
 from redflag.errors import RedflagError
+from redflag.training.hidden_states import unwrapped
 
 
 def presto_loss(
@@ -78,10 +79,7 @@ def watched_attention(model: Any, wanted: bool) -> Iterator[list[torch.Tensor]]:
             )
         caught.append(output[1])
 
-    plain = model
-    while hasattr(plain, "module"):  # DDP and similar wrappers
-        plain = plain.module
-    hooks = [module.register_forward_hook(catch) for module in attention_modules(plain)]
+    hooks = [module.register_forward_hook(catch) for module in attention_modules(unwrapped(model))]
     try:
         yield caught
     finally:

@@ -59,7 +59,7 @@ def harmful_ranks(
     """After prefills of several lengths: rank of the harmful answer's next token, and agreement with no prefill.
 
     Args:
-        model: A causal language model; flags are left out of its ranking.
+        model: Flags are left out of its ranking.
         pairs: (prompt, harmful answer).
         lengths: Prefill lengths in tokens of the answer; each is measured on the answers that are longer.
         top: How many ranks an attacker can see.

@@ -19,7 +19,7 @@ def reference_states(
     head: Head,
     inputs: dict[str, torch.Tensor],
     judged: JudgedPositions,
-    kept: KeptStates | None,
+    cache: KeptStates | None,
     accelerator: Accelerator,
 ) -> torch.Tensor:
     """The reference's hidden states (N, H) that judge the N positions.
@@ -33,16 +33,16 @@ def reference_states(
     plain = torch.where(inserted, 0, columns).cummax(1).values[judged.row, judged.column - 1]
     mask = inputs["attention_mask"] * ~inserted
     keys = None
-    if kept is not None:
+    if cache is not None:
         if not bool(inserted.any()):
             keys = row_keys(inputs["input_ids"], mask, judged.row, plain)
-        cached = kept.read(keys, like=head.weight) if keys else None
+        cached = cache.read(keys, like=head.weight) if keys else None
         # A forward pass of a sharded model needs all processes, so one process without cached states makes all run it.
         if bool(accelerator.gather(torch.tensor([cached is not None], device=mask.device)).all()):
             assert cached is not None
             return cached
     position_ids = (mask.cumsum(1) - 1).clamp(min=0) if bool(inserted.any()) else None
     states_NH = last_hidden(reference, inputs["input_ids"], mask, position_ids)[judged.row, plain]
-    if kept is not None and keys:
-        kept.write(keys, [states_NH[judged.row == i] for i in range(len(keys))])
+    if cache is not None and keys:
+        cache.write(keys, [states_NH[judged.row == i] for i in range(len(keys))])
     return states_NH

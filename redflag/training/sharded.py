@@ -25,9 +25,6 @@ from redflag.errors import RedflagError
 def refuse_deepspeed(config: Any) -> None:
     """Refuses DeepSpeed before anything is loaded: it is not supported, and its losses would be silently wrong.
 
-    Args:
-        config: The `TrainingArguments`, before their own checks.
-
     Raises:
         RedflagError: DeepSpeed was asked for.
     """
@@ -40,11 +37,6 @@ def refuse_deepspeed(config: Any) -> None:
 
 def check_plugin(accelerator: Any, saves: bool, adapter: bool) -> None:
     """Refuses the ways of sharding whose results would be silently wrong.
-
-    Args:
-        accelerator: The trainer's, with accelerate's `FullyShardedDataParallelPlugin` or none.
-        saves: Whether checkpoints are written.
-        adapter: Whether an adapter is trained.
 
     Raises:
         RedflagError: FSDP1; or sharded checkpoints, from which an adapter would resume without its own weights and its
@@ -63,11 +55,6 @@ def check_plugin(accelerator: Any, saves: bool, adapter: bool) -> None:
             "fsdp_state_dict_type must be FULL_STATE_DICT for an adapter (got SHARDED_STATE_DICT). An adapter cannot "
             "resume from sharded checkpoints. Set it in the accelerate configuration, or add --save-strategy no."
         )
-
-
-def is_sharded(model: Any) -> bool:
-    """Whether any of the model's weights are sharded."""
-    return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def _ties(model: torch.nn.Module) -> Callable[[], None]:
@@ -150,15 +137,11 @@ def head_stays_whole(model: Any) -> Iterator[None]:
 def whole_model(model: Any, accelerator: Any) -> Any:
     """The model with whole weights, for saving; all processes must call it together.
 
-    Args:
-        model: Unwrapped, with or without PEFT.
-        accelerator: The trainer's.
-
     Returns:
         The model itself if nothing is sharded. Otherwise, on process 0, a model of the same class in main memory with
         the gathered weights; None on the other processes.
     """
-    if not is_sharded(model):
+    if not any(isinstance(module, FSDPModule) for module in model.modules()):
         return model
     weights = accelerator.get_state_dict(model)
     if not accelerator.is_main_process:

@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from torch.nn.utils.rnn import pad_sequence
 
 from redflag.flags import FlagSpec
 from redflag.training.adapter import output_head
 from redflag.training.encode import PlacementConfig
 from redflag.training.hidden_states import last_hidden
-from redflag.training.loss import LOGITS_AT_ONCE, Head
+from redflag.training.loss import Head
 from redflag.weights.precision import widest
 
 STARTS = ("fitted", "mean")
@@ -37,7 +38,6 @@ def fit_flag_rows(model: Any, spec: FlagSpec, examples: Dataset) -> None:
 
     Args:
         model: With its flags attached, not yet wrapped by PEFT.
-        examples: Encoded rows (`redflag.training.encode.encode`).
     """
     head = output_head(model, spec)
     ids = torch.tensor(spec.ids, device=head.weight.device)
@@ -81,15 +81,11 @@ def _ordinary_states(model: Any, examples: Dataset) -> torch.Tensor:
         batch = sample[first : first + _BATCH]
         starts = [min(e["response_start"], _PROMPT) for e in batch]  # of the response, after the prompt's last tokens
         texts = [
-            e["input_ids"][e["response_start"] - start : e["response_start"] + _PER_ROW]
+            torch.tensor(e["input_ids"][e["response_start"] - start : e["response_start"] + _PER_ROW], device=device)
             for e, start in zip(batch, starts, strict=True)
         ]
-        ids = torch.zeros(len(batch), max(map(len, texts)), dtype=torch.long, device=device)
-        mask = torch.zeros_like(ids)
-        for i, text in enumerate(texts):
-            ids[i, : len(text)] = torch.tensor(text)
-            mask[i, : len(text)] = 1
-        hidden = last_hidden(model, ids, mask)
+        mask = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
+        hidden = last_hidden(model, pad_sequence(texts, batch_first=True), mask)
         # The state before a token judges it.
         collected += [hidden[i, max(0, start - 1) : len(texts[i]) - 1] for i, start in enumerate(starts)]
     model.train(training)
@@ -100,7 +96,7 @@ def _ordinary_states(model: Any, examples: Dataset) -> torch.Tensor:
 def _language(states_NH: torch.Tensor, head: Head, flag_ids: torch.Tensor) -> torch.Tensor:
     """Logsumexp of the language's logits (N)."""
     parts = []
-    for chunk in states_NH.split(max(1, LOGITS_AT_ONCE // head.weight.shape[0])):
+    for chunk in states_NH.split(head.positions_at_once):
         logits = head.logits(chunk, flag_ids)
         logits[:, flag_ids] = -torch.inf
         parts.append(logits.logsumexp(-1))

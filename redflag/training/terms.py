@@ -6,21 +6,20 @@ over the whole accumulated batch of all processes: a sum over this micro-batch, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from redflag.bounds import check_choice, option
 from redflag.errors import RedflagError
 from redflag.training.adversarial import shifted, worst_shift
 from redflag.training.answers import constraint_weights, places_in_answer
 from redflag.training.batch import BatchState
-from redflag.training.consistency import GroupSampler, consistency_loss, group_keys
-from redflag.training.encode import IGNORE, Collator
-from redflag.training.forecasts import CHOICES as FORECASTS
-from redflag.training.forecasts import check_forecasts
-from redflag.training.hidden_states import last_hidden
+from redflag.training.consistency import consistency_loss, group_keys
+from redflag.training.encode import IGNORE
+from redflag.training.forecasts import check_forecasts, column
+from redflag.training.hidden_states import last_hidden, unwrapped
 from redflag.training.log_probs import class_log_probs, token_log_probs
 from redflag.training.loss import flag_log_odds
 from redflag.training.presto import check_eager, presto_loss
@@ -31,7 +30,6 @@ CHOICES = {
     "consistency": ("logit", "kl"),
     "consistency_at": ("first", "peak"),
     "presto_queries": ("answer", "all"),
-    "forecasts": FORECASTS,
 }
 
 
@@ -39,62 +37,40 @@ CHOICES = {
 class TermsConfig:
     """Settings of the optional terms; `RedFlagConfig` has them all."""
 
-    maximum_offset: int | None = field(
-        default=None, metadata={"help": "insert, until: last response position that may be drawn; default: the end."}
+    maximum_offset: int | None = option(
+        None, "insert, until: last response position that may be drawn; default: the end."
     )
-    plain_share: float = field(
-        default=0.0,
-        metadata={"help": "Share of the rows with a category that keep their answer and get no flag, drawn by id."},
+    plain_share: float = option(
+        0.0, "Share of the rows with a category that keep their answer and get no flag, drawn by id."
     )
-    forecasts: str = field(
-        default="off",
-        metadata={
-            "help": "Soft targets before the onset from the rows' forecasts: off, hold (each until the next), linear "
-            "or points."
-        },
+    forecasts: str = option(
+        "off",
+        "Soft targets before the onset from the rows' forecasts: off, hold (each until the next), linear or points.",
     )
-    after_coef: float = field(
-        default=0.0,
-        metadata={"help": "Weight of the keep term on the tokens after an inserted flag, on top of keep_coef."},
+    after_coef: float = option(
+        0.0, "Weight of the keep term on the tokens after an inserted flag, on top of keep_coef."
     )
-    benign_coef: float = field(
-        default=0.0, metadata={"help": "Weight of the keep term on harmless responses, on top of keep_coef."}
+    benign_coef: float = option(0.0, "Weight of the keep term on harmless responses, on top of keep_coef.")
+    answer_coef: float = option(
+        0.0, "Weight of the cross-entropy on answers, whose language is then not kept but learnt."
     )
-    answer_coef: float = field(
-        default=0.0,
-        metadata={"help": "Weight of the cross-entropy on answers, whose language is then not kept but learnt."},
+    answers: str = option(
+        "marked", "answer_coef: marked (rows with a prefill, 0 included), harmless (and marked), or all."
     )
-    answers: str = field(
-        default="marked",
-        metadata={"help": "answer_coef: marked (rows with a prefill, 0 included), harmless (and marked), or all."},
+    constraint_beta: float = option(0.0, "answer_coef: strength of constrained fine-tuning; published 0.1, 0 = off.")
+    consistency_coef: float = option(0.0, "Weight of equal flag probabilities in rows of one group.")
+    consistency: str = option("logit", "consistency_coef: logit (squared gap) or kl (symmetric divergence).")
+    consistency_at: str = option(
+        "first", "consistency_coef: first (before the response) or peak (of the response, by category)."
     )
-    constraint_beta: float = field(
-        default=0.0, metadata={"help": "answer_coef: strength of constrained fine-tuning; published 0.1, 0 = off."}
+    presto_coef: float = option(0.0, "Weight of attention on prefills in refusals; needs attention eager.")
+    presto_queries: str = option("answer", "presto_coef: answer (prefill and refusal, +1 each) or all.")
+    adversarial_coef: float = option(
+        0.0, "Weight of the flag term on prompts whose embeddings were shifted against it."
     )
-    consistency_coef: float = field(
-        default=0.0, metadata={"help": "Weight of equal flag probabilities in rows of one group."}
-    )
-    consistency: str = field(
-        default="logit", metadata={"help": "consistency_coef: logit (squared gap) or kl (symmetric divergence)."}
-    )
-    consistency_at: str = field(
-        default="first",
-        metadata={"help": "consistency_coef: first (before the response) or peak (of the response, by category)."},
-    )
-    presto_coef: float = field(
-        default=0.0, metadata={"help": "Weight of attention on prefills in refusals; needs attention eager."}
-    )
-    presto_queries: str = field(
-        default="answer", metadata={"help": "presto_coef: answer (prefill and refusal, +1 each) or all."}
-    )
-    adversarial_coef: float = field(
-        default=0.0, metadata={"help": "Weight of the flag term on prompts whose embeddings were shifted against it."}
-    )
-    adversarial_steps: int = field(default=10, metadata={"help": "adversarial_coef: signed steps of the shift."})
-    adversarial_step_size: float = field(default=1e-4, metadata={"help": "adversarial_coef: size of a step."})
-    adversarial_radius: float = field(
-        default=0.05, metadata={"help": "adversarial_coef: largest l2 norm of the shift of one token."}
-    )
+    adversarial_steps: int = option(10, "adversarial_coef: signed steps of the shift.")
+    adversarial_step_size: float = option(1e-4, "adversarial_coef: size of a step.")
+    adversarial_radius: float = option(0.05, "adversarial_coef: largest l2 norm of the shift of one token.")
 
     def check_terms(self) -> None:
         """Checks the settings.
@@ -106,8 +82,7 @@ class TermsConfig:
             if not getattr(self, name) >= 0:
                 raise RedflagError(f"{name} must be at least 0 (got {getattr(self, name)}).")
         for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise RedflagError(f"{name} must be one of {', '.join(allowed)} (got {getattr(self, name)!r}).")
+            check_choice(name, getattr(self, name), allowed)
         if not 0 <= self.plain_share <= 1:
             raise RedflagError(f"plain_share must be at least 0 and at most 1 (got {self.plain_share}).")
         if self.adversarial_steps < 1:
@@ -115,29 +90,6 @@ class TermsConfig:
                 f"adversarial_steps must be at least 1 (got {self.adversarial_steps}). To switch the term off, set "
                 "adversarial_coef to 0."
             )
-
-
-class TermsCollator(Collator):
-    """Adds to a batch what the optional terms need: one number per row, and a mask of the tokens to learn."""
-
-    def __init__(self, *args: Any, answers: str | None = None) -> None:
-        super().__init__(*args)
-        self.answers = answers
-
-    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """The batch of `Collator`, with `group`, `prefill`, `response_start` and the mask `answered`."""
-        batch = super().__call__(examples)
-        for name in ("group", "prefill", "response_start"):
-            batch[name] = torch.tensor([example.get(name, -1) for example in examples])
-        marked, harmless = batch["prefill"] >= 0, batch["flag_class"] == 0
-        learnt = {
-            None: torch.zeros_like(marked),
-            "marked": marked,
-            "harmless": marked | harmless,
-            "all": torch.ones_like(marked),
-        }[self.answers]
-        batch["answered"] = learnt[:, None] & (batch["labels"] != IGNORE) & ~batch["inserted"]
-        return batch
 
 
 def optional_terms(args: Any, state: BatchState) -> dict[str, torch.Tensor]:
@@ -214,10 +166,8 @@ def _adversarial(args: Any, state: BatchState) -> torch.Tensor:
         classes = class_log_probs(hidden[row, column], state.head, state.flag_ids)
         return -classes.gather(1, labels[row, column + 1][:, None]).sum() + 0.0 * hidden.float().sum()
 
-    plain = state.model
     # The search for the shift changes no weight, so it goes past DDP and similar wrappers; the last pass does not.
-    while hasattr(plain, "module"):
-        plain = plain.module
+    plain = unwrapped(state.model)
     where = torch.arange(ids.shape[1], device=ids.device) < starts[:, None]
     settings = (args.adversarial_steps, args.adversarial_step_size, args.adversarial_radius)
     shift = worst_shift(lambda s: loss_of(s, plain), where, state.hidden.shape[-1], *settings)
@@ -232,20 +182,14 @@ def check_terms_fit(args: Any, model: Any, dataset: Any) -> None:
     """
     if args.presto_coef:
         check_eager(model)
-    names = getattr(dataset, "column_names", None) or []
-    marks = dataset["prefill"] if "prefill" in names else []
+    marks = column(dataset, "prefill")
     if args.presto_coef and not any(mark > 0 for mark in marks):
         raise RedflagError("presto_coef must be 0 if no row has a prefill. Add such rows (key prefill, in characters).")
     if args.answer_coef and args.answers == "marked" and not any(mark >= 0 for mark in marks):
         raise RedflagError(
             "answers must be harmless or all if no row has the key prefill (got marked). Choose one, or mark rows."
         )
-    groups = [group for group in (dataset["group"] if "group" in names else []) if group >= 0]
+    groups = [group for group in column(dataset, "group") if group >= 0]
     if args.consistency_coef and len(set(groups)) == len(groups):
         raise RedflagError("consistency_coef must be 0 if no two rows share a group. Give paraphrases the same group.")
     check_forecasts(args.forecasts, dataset)
-
-
-def group_sampler(args: Any, dataset: Any) -> GroupSampler:
-    """Batches in which rows of one group meet."""
-    return GroupSampler(list(dataset["group"]), args.per_device_train_batch_size * max(1, args.n_gpu), args.seed)

@@ -19,7 +19,7 @@ from datasets import Dataset
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 
 from redflag.backends.load import read_model
-from redflag.bounds import check_bounds
+from redflag.bounds import check_bounds, check_choice, option
 from redflag.data.options import RowOptions
 from redflag.data.rows import Row, Rows, load_rows
 from redflag.data.summary import label_table, warnings_about
@@ -32,8 +32,7 @@ from redflag.prompt import check_template, template_hash
 from redflag.training.adapter import lora_config
 from redflag.training.encode import build_dataset
 from redflag.training.preflight import refuse_part, refuse_quantised, repair_generation, try_evaluation, try_saving
-from redflag.training.resume_order import EpochOrder
-from redflag.training.saving import last_checkpoint, save
+from redflag.training.saving import EpochOrder, last_checkpoint, save
 from redflag.training.sharded import whole_model
 from redflag.training.start import STARTS, fit_flag_rows, may_fit
 from redflag.training.trainer import RedFlagConfig, RedFlagTrainer
@@ -49,43 +48,28 @@ class TrainArguments(RowOptions):
 
     model: str = field(metadata={"help": "Model to flag: folder, hub name or GGUF file."})
     input: str = field(metadata={"help": "Training rows: JSONL, JSON, CSV, Parquet, a folder, or a hub data set."})
-    eval_input: str | None = field(default=None, metadata={"help": "Held-out rows; default: a share of the input."})
-    eval_share: float = field(
-        default=0.1,
-        metadata={"help": "Share of the input's groups held out without eval_input.", "least": 0, "below": 1},
+    eval_input: str | None = option(None, "Held-out rows; default: a share of the input.")
+    eval_share: float = option(0.1, "Share of the input's groups held out without eval_input.", least=0, below=1)
+    categories: list[str] = option(["harm"], "One flag for each.")
+    on_bad_row: str = option("stop", "stop or skip (bad rows are counted and named).")
+    max_rows: int | None = option(None, "Use at most this many training rows, drawn by seed.", least=1)
+    harmless_per_harmful: float | None = option(
+        None, "Thin out the larger side to this ratio; default: rows as they are.", above=0
     )
-    categories: list[str] = field(default_factory=lambda: ["harm"], metadata={"help": "One flag for each."})
-    on_bad_row: str = field(default="stop", metadata={"help": "stop or skip (bad rows are counted and named)."})
-    max_rows: int | None = field(
-        default=None, metadata={"help": "Use at most this many training rows, drawn by seed.", "least": 1}
+    full: bool = option(False, "Train all weights against a frozen copy, without LoRA.")
+    lora_r: int = option(32, "LoRA rank.", least=1)
+    lora_alpha: int | None = option(None, "LoRA scale; default 2r.")
+    lora_dropout: float = option(0.0, "LoRA dropout.", least=0, most=1)
+    lora_target_modules: str = option("all-linear", "As in PEFT; commas between names.")
+    merge: bool = option(True, "Save merged weights, which stock engines load; else the adapter.")
+    flag_start: str = option(
+        "fitted",
+        "Output rows of the flags before step 1: fitted (log-odds near -4 on harmless rows) or mean (of "
+        "other rows; also where a flag stands in the text and the rows are embeddings too).",
     )
-    harmless_per_harmful: float | None = field(
-        default=None,
-        metadata={"help": "Thin out the larger side to this ratio; default: rows as they are.", "above": 0},
-    )
-    full: bool = field(default=False, metadata={"help": "Train all weights against a frozen copy, without LoRA."})
-    lora_r: int = field(default=32, metadata={"help": "LoRA rank.", "least": 1})
-    lora_alpha: int | None = field(default=None, metadata={"help": "LoRA scale; default 2r."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "LoRA dropout.", "least": 0, "most": 1})
-    lora_target_modules: str = field(default="all-linear", metadata={"help": "As in PEFT; commas between names."})
-    merge: bool = field(
-        default=True, metadata={"help": "Save merged weights, which stock engines load; else the adapter."}
-    )
-    flag_start: str = field(
-        default="fitted",
-        metadata={
-            "help": "Output rows of the flags before step 1: fitted (log-odds near -4 on harmless rows) or mean (of "
-            "other rows; also where a flag stands in the text and the rows are embeddings too)."
-        },
-    )
-    dtype: str = field(
-        default="auto",
-        metadata={"help": "Type to train and save the weights in; auto saves the type that the base has."},
-    )
-    attention: str | None = field(
-        default=None, metadata={"help": "Attention of the model, such as eager; default: as transformers chooses."}
-    )
-    resume: bool = field(default=False, metadata={"help": "Go on from the last complete checkpoint in output_dir."})
+    dtype: str = option("auto", "Type to train and save the weights in; auto saves the type that the base has.")
+    attention: str | None = option(None, "Attention of the model, such as eager; default: as transformers chooses.")
+    resume: bool = option(False, "Go on from the last complete checkpoint in output_dir.")
 
 
 ARGUMENTS = (TrainArguments, RedFlagConfig)
@@ -97,7 +81,7 @@ def train(model: str | Path, *, rows: str | Path, output_dir: str | Path, **opti
 
     Args:
         model: Base model: folder, hub name or GGUF file.
-        rows: Training rows: a file, a folder or a hub data set.
+        rows: A file, a folder or a hub data set.
         output_dir: Folder of the flagged model.
         **options: Other options of the verb: fields of `TrainArguments` and `RedFlagConfig`.
 
@@ -248,11 +232,12 @@ def _rows(arguments: TrainArguments, seed: int) -> tuple[list[Row], list[Row], d
     if arguments.eval_input:
         held_out = read(arguments.eval_input).rows
     else:
-        groups = sorted({row.group or row.id or str(i) for i, row in enumerate(rows)})
+        group_of_each = [row.group or row.id or str(i) for i, row in enumerate(rows)]
+        groups = sorted(set(group_of_each))
         draw.shuffle(groups)
         held_out_groups = set(groups[: round(arguments.eval_share * len(groups))])
-        held_out = [row for i, row in enumerate(rows) if (row.group or row.id or str(i)) in held_out_groups]
-        rows = [row for i, row in enumerate(rows) if (row.group or row.id or str(i)) not in held_out_groups]
+        held_out = [row for row, group in zip(rows, group_of_each, strict=True) if group in held_out_groups]
+        rows = [row for row, group in zip(rows, group_of_each, strict=True) if group not in held_out_groups]
     if arguments.harmless_per_harmful is not None:
         ratio = arguments.harmless_per_harmful
         harmful, harmless = [r for r in rows if r.harmful], [r for r in rows if not r.harmful]
@@ -268,8 +253,7 @@ def _rows(arguments: TrainArguments, seed: int) -> tuple[list[Row], list[Row], d
 def _check_numbers(arguments: TrainArguments, config: RedFlagConfig) -> None:
     """Refuses numbers that would end in a traceback from torch or PEFT, minutes later."""
     check_bounds(arguments)
-    if arguments.flag_start not in STARTS:
-        raise RedflagError(f"flag_start must be one of {', '.join(STARTS)} (got {arguments.flag_start!r})")
+    check_choice("flag_start", arguments.flag_start, STARTS)
     for name, least, most in (
         ("learning_rate", 0, math.inf),
         ("per_device_train_batch_size", 1, math.inf),
@@ -336,9 +320,6 @@ class _ShowProgress(TrainerCallback):
             self.evaluation = None
             if on_terminal() and "eval_loss" in (metrics or {}):
                 print(f"held-out rows at step {state.global_step}: loss {metrics['eval_loss']:.4g}", file=sys.stderr)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.close()
 
     def close(self) -> None:
         """Takes the bars away, however training ended."""

@@ -12,7 +12,7 @@ import copy
 import math
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -21,21 +21,22 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from redflag.bounds import option
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
 from redflag.kept_states import KeptStates
 from redflag.stats.metrics import auroc
 from redflag.training import sharded
 from redflag.training.adapter import adapters_off, cheap_flag_rows, output_head
-from redflag.training.batch import BatchState, Counts, JudgedPositions
+from redflag.training.batch import BatchState, Counts, JudgedPositions, flag_weights, keep_weights, response_weights
+from redflag.training.consistency import GroupSampler
 from redflag.training.encode import IGNORE, Collator, Example, PlacementConfig
 from redflag.training.hidden_states import check_head, last_hidden
 from redflag.training.loss import Positions, flag_and_keep_loss
 from redflag.training.metric_means import Means, rows_that_count
 from redflag.training.presto import watched_attention
 from redflag.training.reference import reference_states
-from redflag.training.terms import TermsCollator, TermsConfig, check_terms_fit, group_sampler, optional_terms
-from redflag.training.weights import flag_weights, keep_weights, response_weights
+from redflag.training.terms import TermsConfig, check_terms_fit, optional_terms
 from redflag.weights.memory import KeepMemory
 from redflag.weights.precision import Machine, choose_precision
 
@@ -44,54 +45,37 @@ from redflag.weights.precision import Machine, choose_precision
 class RedFlagConfig(TermsConfig, SFTConfig):
     """SFTConfig plus the loss and the placement. Defaults that differ are redefined here."""
 
-    output_dir: str | None = field(default=None, metadata={"help": "Folder for the model and everything about it."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate (LoRA)."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
-    warmup_steps: float = field(default=0.05, metadata={"help": "Warm-up steps, or a share of all steps if below 1."})
-    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the rows."})
-    max_length: int | None = field(
-        default=1024, metadata={"help": "Most tokens per row; the prompt's oldest turns go first."}
+    output_dir: str | None = option(None, "Folder for the model and everything about it.")
+    learning_rate: float = option(1e-3, "Peak learning rate (LoRA).")
+    lr_scheduler_type: str = option("cosine", "Learning-rate schedule.")
+    warmup_steps: float = option(0.05, "Warm-up steps, or a share of all steps if below 1.")
+    num_train_epochs: float = option(1.0, "Passes over the rows.")
+    max_length: int | None = option(1024, "Most tokens per row; the prompt's oldest turns go first.")
+    bf16: bool | None = option(None, "bfloat16 autocast; default: where the hardware has it.")
+    use_cpu: bool = option(False, "Train on the CPU even where there is a GPU.")
+    gradient_checkpointing: bool | None = option(None, "Old name of activation_checkpointing.")
+    remove_unused_columns: bool = option(False, "Must stay false: the collator needs them all.")
+    placement: str = option("dense", "first, open, insert, until or dense.")
+    minimum_offset: int = option(0, "insert, until: first response position that may be drawn.")
+    insertions: int = option(1, "insert, until: flags per harmful response.")
+    soft_margin: int = option(0, "Tokens before a known onset that are not judged.")
+    in_context: float = option(0.0, "first, dense: share of rows with a flag to read past, for models that reflect.")
+    flag_coef: float = option(1.0, "Weight of the flag term.")
+    keep_coef: float = option(8.0, "Weight of the keep term, KL(reference || trained).")
+    peak_coef: float = option(
+        0.0,
+        "Weight of the flag term taken by response: in each, the positions with the highest log-odds of a "
+        "flag weigh most, and each response weighs the same.",
     )
-    bf16: bool | None = field(default=None, metadata={"help": "bfloat16 autocast; default: where the hardware has it."})
-    use_cpu: bool = field(default=False, metadata={"help": "Train on the CPU even where there is a GPU."})
-    gradient_checkpointing: bool | None = field(
-        default=None, metadata={"help": "Old name of activation_checkpointing."}
+    peak_window: int = option(16, "peak_coef: log-odds are first averaged over so many positions.")
+    peak_temperature: float = option(
+        1.0, "peak_coef: inf = all positions of a response weigh the same, near 0 = its peak."
     )
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Must stay false: the collator needs them all."}
+    reference_cache: str | None = option(
+        None, "Folder that caches the reference's hidden states (float16) over passes and runs."
     )
-    placement: str = field(default="dense", metadata={"help": "first, open, insert, until or dense."})
-    minimum_offset: int = field(
-        default=0, metadata={"help": "insert, until: first response position that may be drawn."}
-    )
-    insertions: int = field(default=1, metadata={"help": "insert, until: flags per harmful response."})
-    soft_margin: int = field(default=0, metadata={"help": "Tokens before a known onset that are not judged."})
-    in_context: float = field(
-        default=0.0, metadata={"help": "first, dense: share of rows with a flag to read past, for models that reflect."}
-    )
-    flag_coef: float = field(default=1.0, metadata={"help": "Weight of the flag term."})
-    keep_coef: float = field(default=8.0, metadata={"help": "Weight of the keep term, KL(reference || trained)."})
-    peak_coef: float = field(
-        default=0.0,
-        metadata={
-            "help": "Weight of the flag term taken by response: in each, the positions with the highest log-odds of a "
-            "flag weigh most, and each response weighs the same."
-        },
-    )
-    peak_window: int = field(
-        default=16, metadata={"help": "peak_coef: log-odds are first averaged over so many positions."}
-    )
-    peak_temperature: float = field(
-        default=1.0,
-        metadata={"help": "peak_coef: inf = all positions of a response weigh the same, near 0 = its peak."},
-    )
-    reference_cache: str | None = field(
-        default=None,
-        metadata={"help": "Folder that caches the reference's hidden states (float16) over passes and runs."},
-    )
-    harmful_weight: float = field(
-        default=0.5,
-        metadata={"help": "Share of harmful positions in the flag term; harmless positions have the rest."},
+    harmful_weight: float = option(
+        0.5, "Share of harmful positions in the flag term; harmless positions have the rest."
     )
 
     def __post_init__(self) -> None:
@@ -124,15 +108,7 @@ class RedFlagConfig(TermsConfig, SFTConfig):
 
     def placement_config(self) -> PlacementConfig:
         """The fields that say where flags stand."""
-        return PlacementConfig(
-            self.placement,  # type: ignore[arg-type]
-            self.minimum_offset,
-            self.insertions,
-            self.soft_margin,
-            self.in_context,
-            self.maximum_offset,
-            self.forecasts,
-        )
+        return PlacementConfig(**{item.name: getattr(self, item.name) for item in fields(PlacementConfig)})
 
 
 class RedFlagTrainer(SFTTrainer):
@@ -140,8 +116,7 @@ class RedFlagTrainer(SFTTrainer):
 
     Args:
         model: Causal language model with flags attached (`redflag.flags.attach`).
-        train_dataset: Encoded rows (`redflag.training.encode.encode`).
-        eval_dataset: Encoded held-out rows.
+        train_dataset: Encoded rows (`redflag.training.encode.encode`), as `eval_dataset`.
         processing_class: The tokenizer with the flags.
         peft_config: `redflag.training.adapter.lora_config(...)`; None trains all weights, against a frozen copy.
     """
@@ -164,12 +139,12 @@ class RedFlagTrainer(SFTTrainer):
         self._frozen = None
         if peft_config is None and not hasattr(model, "peft_config"):
             self._frozen = copy.deepcopy(model).eval().requires_grad_(False)
-        self._kept = None
+        self._cached_states = None
         if args.reference_cache:
-            self._kept = KeptStates(args.reference_cache, model, "bfloat16" if args.bf16 else str(model.dtype))
+            self._cached_states = KeptStates(args.reference_cache, model, "bfloat16" if args.bf16 else str(model.dtype))
         pad = processing_class.pad_token_id
         answers = args.answers if args.answer_coef else None
-        collator = TermsCollator(args.placement_config(), spec, 0 if pad is None else pad, args.seed, answers=answers)
+        collator = Collator(args.placement_config(), spec, 0 if pad is None else pad, args.seed, answers=answers)
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
         super().__init__(
             model=model,
@@ -198,7 +173,8 @@ class RedFlagTrainer(SFTTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """With the consistency term, batches hold whole groups."""
         if self.args.consistency_coef:
-            return group_sampler(self.args, self.train_dataset if train_dataset is None else train_dataset)
+            groups = list((self.train_dataset if train_dataset is None else train_dataset)["group"])
+            return GroupSampler(groups, self.args.per_device_train_batch_size * max(1, self.args.n_gpu), self.args.seed)
         return super()._get_train_sampler(train_dataset)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor | None:
@@ -245,7 +221,9 @@ class RedFlagTrainer(SFTTrainer):
         row, before = judged.row, judged.column - 1
         with self._reference(model) as reference:
             reference_head = output_head(self.accelerator.unwrap_model(reference), self.spec)
-            reference_NH = reference_states(reference, reference_head, inputs, judged, self._kept, self.accelerator)
+            reference_NH = reference_states(
+                reference, reference_head, inputs, judged, self._cached_states, self.accelerator
+            )
         with watched_attention(model, training and self.args.presto_coef > 0) as attentions:
             hidden = last_hidden(model, inputs["input_ids"], inputs["attention_mask"])
         head = output_head(self.accelerator.unwrap_model(model), self.spec)

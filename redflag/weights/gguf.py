@@ -47,9 +47,7 @@ def read_gguf_tokenizer(name: str | Path) -> Any:
 def read_gguf_weights(name: str | Path, dtype: Any = "auto") -> tuple[Any, set[str]]:
     """A causal language model of ordinary weights from a GGUF file, and the names of the weights that it lacks.
 
-    Args:
-        name: The file.
-        dtype: Type of the weights; "auto" is float32, whatever the file holds.
+    The type "auto" is float32, whatever the file holds.
 
     Raises:
         RedflagError: The file isn't there, or the package gguf is not installed.

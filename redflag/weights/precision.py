@@ -75,13 +75,11 @@ def choose_precision(
     """Chooses device and types for training; explicit options win.
 
     Args:
-        machine: The available devices.
         stored: Type of the base model's weights on disk.
         dtype: Type to train and save the weights in; "auto" saves as stored and trains in float32 if that type is slow
             on this machine or, as float16, overflows.
         bf16: bfloat16 autocast; None = where it is fast.
         fp16: float16 autocast, which excludes bf16.
-        use_cpu: Do not use an accelerator.
 
     Raises:
         RedflagError: An option is not supported on this machine.

@@ -15,7 +15,7 @@ class PrefixSlot:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._kept: tuple[Any, list[int], Mapping[int, Any]] | None = None
+        self._cached: tuple[Any, list[int], Mapping[int, Any]] | None = None
 
     def put(self, cache: Any, token_ids: list[int], measured: Mapping[int, Any] | None = None) -> None:
         """Stores a cache that holds exactly `token_ids`, in place of the previous one.
@@ -23,10 +23,10 @@ class PrefixSlot:
         `measured` is what was measured before tokens, by their positions; the position behind the last may be there.
         """
         with self._lock:
-            self._kept = (cache, token_ids, measured or {})
+            self._cached = (cache, token_ids, measured or {})
 
     def take(
-        self, token_ids: Sequence[int], needed: Sequence[int] = (), found: dict[int, Any] | None = None
+        self, token_ids: Sequence[int], needed: Sequence[int] = (), stored: dict[int, Any] | None = None
     ) -> tuple[Any, int] | None:
         """Returns the stored cache, cropped to the common prefix with a prompt.
 
@@ -34,14 +34,14 @@ class PrefixSlot:
             token_ids: The new prompt.
             needed: Positions in it, ascending and above 0, whose measurements are needed. The cache is cropped so that
                 those which were not stored can be made.
-            found: Gets the stored measurements of the others.
+            stored: Gets the stored measurements of the others.
 
         Returns:
             The cache and how many of the prompt's tokens it holds: at least one, and at most all but the last, which
             must be run to get logits. None if nothing can be reused; the stored cache is then freed.
         """
         with self._lock:
-            cached, self._kept = self._kept, None
+            cached, self._cached = self._cached, None
         if cached is None:
             return None
         cache, cached_ids, measured = cached
@@ -51,14 +51,14 @@ class PrefixSlot:
         common = common if missing is None else missing - 1
         if common == 0 or not crop(cache, len(cached_ids) - common):
             return None
-        if found is not None:
-            found.update((p, measured[p]) for p in needed if p <= common)
+        if stored is not None:
+            stored.update((p, measured[p]) for p in needed if p <= common)
         return cache, common
 
     def clear(self) -> None:
         """Frees the stored cache."""
         with self._lock:
-            self._kept = None
+            self._cached = None
 
 
 def crop(cache: Any, count: int) -> bool:

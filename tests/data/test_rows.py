@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from redflag.data.rows import KEYS, BadRow, Row, load_rows, write_rows
+from redflag.data.rows import BadRow, Row, load_rows, write_rows
+from redflag.data.shapes import KEYS
 from redflag.errors import RedflagError
 
 USER = {"role": "user", "content": "Hello?"}

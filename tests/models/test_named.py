@@ -98,7 +98,7 @@ def test_a_copy_that_ends_half_way_leaves_nothing_or_the_older_one(shipped, cach
     (cache / DEFAULT).mkdir(parents=True)
     monkeypatch.setattr(named.shutil, "copyfile", fail)
     with pytest.raises(RedflagError, match=r"flagged cannot be written \(No space left on device\)"):
-        named._made(DEFAULT, cache / "none", cache / DEFAULT / "flagged")
+        named._copy_flag(DEFAULT, cache / "none", cache / DEFAULT / "flagged")
     monkeypatch.setattr(named.shutil, "copyfile", copy)
     folder = Path(model_folder(DEFAULT))
     (shipped / "README.md").write_text("newer")

@@ -7,8 +7,7 @@ import torch
 from terms import row, world
 
 from redflag.training.batch import Counts, JudgedPositions
-from redflag.training.encode import IGNORE, PlacementConfig
-from redflag.training.terms import TermsCollator
+from redflag.training.encode import IGNORE, Collator, PlacementConfig
 
 
 def batch_of(tokenizer, answers, forecasts, placement="insert"):
@@ -21,7 +20,7 @@ def batch_of(tokenizer, answers, forecasts, placement="insert"):
     ]
     _, spec, data = world(tokenizer, rows)
     config = PlacementConfig(placement, forecasts=forecasts)
-    return TermsCollator(config, spec, 0, 5, answers=answers)(list(data))
+    return Collator(config, spec, 0, 5, answers=answers)(list(data))
 
 
 def loop(batch):

@@ -166,10 +166,14 @@ class TestCollator:
             "flag_labels": [[X, X, 0, 0, 1, 1], [X, 0, 0, X, X, X]],
             "inserted": [[False] * 6, [False] * 6],
             "flag_class": [1, 0],
+            "group": [-1, -1],
+            "prefill": [-1, -1],
+            "response_start": [2, 1],
+            "answered": [[False] * 6, [False] * 6],
         }
         assert {name: value.tolist() for name, value in batch.items()} == expected
-        assert batch["inserted"].dtype == torch.bool
-        assert {value.dtype for name, value in batch.items() if name != "inserted"} == {torch.int64}
+        assert batch["inserted"].dtype == batch["answered"].dtype == torch.bool
+        assert {value.dtype for name, value in batch.items() if name not in ("inserted", "answered")} == {torch.int64}
 
     def test_the_batch_is_as_wide_as_its_widest_row_with_flags(self) -> None:
         rows = [example(3, 1), example(0, 0, row=1)]
