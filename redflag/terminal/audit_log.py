@@ -45,10 +45,8 @@ class User:
     """A user's entries in the log.
 
     Attributes:
-        responses: Number of logged responses.
         alarms_overridden: Alarms after which a response went on.
         near_misses: Responses with a high score below its threshold, and no alarm that was overridden.
-        overrides: Overrides of the watch by an operator.
         ratio: Highest score as a share of its threshold.
         categories: Category -> responses in which it alarmed or came near.
         first: Time of the first entry; likewise `last`.
