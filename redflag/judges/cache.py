@@ -23,14 +23,12 @@ class CachedJudge:
         spans: The judge's function that locates the harm, or None.
         answered: Distinct questions with a verdict, including cached ones that were used.
         unanswered: Distinct questions without a verdict.
-        asked: Number of calls of the judge.
     """
 
     def __init__(self, judge: Judge, path: str | Path, identity: str | None = None) -> None:
         """Reads the cached verdicts.
 
         Args:
-            path: The file, created with the first verdict.
             identity: Identifies the judge, its model and its prompt; default: the judge's own.
 
         Raises:

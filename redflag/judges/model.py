@@ -39,7 +39,6 @@ class ModelJudge:
     `redflag.judges.endpoint.EndpointJudge`.
 
     Attributes:
-        format: Prompt and answer format of this model.
         whole: Whether it sees the whole conversation. Some templates take one request and one answer; then earlier
             turns are left out.
 
