@@ -37,7 +37,7 @@ class Upstreams:
     Example:
         ```python
         with Upstreams(["http://gpu1:8000", "http://gpu2:8000"], spec, eos_ids) as scorer:
-            scored = list(score_rows(scorer, tokenizer, spec, rows))
+            scored = list(score(scorer, tokenizer, spec, rows))
         ```
     """
 

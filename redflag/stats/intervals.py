@@ -286,13 +286,13 @@ def _resampled(units: Counts, labels: Bools, resamples: int, seed: int) -> Itera
     size = max(1, CHUNK // len(units))
     for start in range(0, resamples, size):
         rows = min(size, resamples - start)
-        drawn = np.zeros((rows, number), dtype=np.int64)
+        draws = np.zeros((rows, number), dtype=np.int64)
         for members in strata:
             if len(members):
                 picks = rng.integers(0, len(members), (rows, len(members))) + np.arange(rows)[:, None] * len(members)
                 times = np.bincount(picks.ravel(), minlength=rows * len(members))
-                drawn[:, members] = times.reshape(rows, len(members))
-        yield drawn[:, units]
+                draws[:, members] = times.reshape(rows, len(members))
+        yield draws[:, units]
 
 
 def _score_interval(area: float, m: int, n: int) -> Interval:
