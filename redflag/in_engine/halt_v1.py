@@ -46,11 +46,6 @@ class HaltProcessor(LogitsProcessor):  # type: ignore[misc, unused-ignore]
         admit(sampling_params, penalties_first=False)
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
-        """Makes the table, once per engine.
-
-        Raises:
-            RedflagError: With speculative decoding on.
-        """
         refuse_speculation(vllm_config)
         slots = vllm_config.scheduler_config.max_num_seqs
         self._vocab_size = vllm_config.model_config.get_vocab_size()

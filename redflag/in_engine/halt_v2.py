@@ -46,11 +46,7 @@ class HaltProcessor(LogitsProcessor):  # type: ignore[misc, unused-ignore]
         admit(sampling_params, penalties_first=True)
 
     def __init__(self, vllm_config: Any, req_states: Any) -> None:
-        """Makes the table, once per engine; `req_states` is vLLM's `LogitsProcRequestState`, and only read.
-
-        Raises:
-            RedflagError: With speculative decoding on.
-        """
+        """Makes the table, once per engine; `req_states` is vLLM's `LogitsProcRequestState`, and only read."""
         refuse_speculation(vllm_config)
         self._states = req_states
         slots = req_states.max_num_reqs
