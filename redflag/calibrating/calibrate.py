@@ -23,7 +23,7 @@ from redflag.calibrating.arguments import CalibrateArguments
 from redflag.calibrating.build import build_thresholds
 from redflag.calibrating.calibration import Calibration
 from redflag.calibrating.groups import split_groups
-from redflag.calibrating.guarantee import Guarantee, fit_threshold, fit_thresholds, required
+from redflag.calibrating.guarantee import Guarantee, fit_thresholds, required
 from redflag.calibrating.measured import Measured, factors_of, of_recording, of_responses, of_thoughts, remembered
 from redflag.calibrating.run_model import record_prompts, record_responses
 from redflag.data.rows import load_rows
@@ -40,7 +40,7 @@ from redflag.watching.monitor import AGGREGATIONS, MonitorConfig
 from redflag.watching.thresholds import PROMPT_THRESHOLDS_FILE, THRESHOLDS_FILE, check_memory
 
 # What other modules import from here.
-__all__ = ["CalibrateArguments", "Calibration", "fit_threshold", "fit_thresholds", "split_groups"]
+__all__ = ["CalibrateArguments", "Calibration"]
 
 ARGUMENTS = CalibrateArguments
 POSITIONAL: str | None = None
@@ -253,8 +253,8 @@ def _fit(
     categories = spec.categories
     total = len(rows.groups)
     _check_size(len(fit_on), total, target_fpr, guarantee, delta, len(categories) if joint else 1)
-    peaks = replay.peaks(config, rows.harmless, rows.harmless_at)
-    caught = replay.peaks(config, rows.harmful, rows.harmful_at)
+    peaks = replay.peaks(config, rows.responses, rows.harmless_at)
+    caught = replay.peaks(config, rows.responses, rows.harmful_at)
     try:
         values = fit_thresholds(peaks[fit_on], target_fpr, guarantee, delta, joint)
     except RedflagError as error:
@@ -272,10 +272,10 @@ def _fit(
     alarms = peaks[measure_on] >= np.asarray(values)
     alarmed = np.asarray(alarms.any(axis=1))
     hits = caught >= np.asarray(values)
-    lengths = np.diff(rows.harmful.starts)
+    lengths = np.diff(rows.responses.starts)
     dated = [(i, o) for i, o in zip(rows.harmful_at, rows.onsets, strict=True) if o is not None and o < lengths[i]]
     thresholds, hold_back = build_thresholds(
-        *(categories, values, config, rows.harmful),
+        *(categories, values, config, rows.responses),
         [i for i, _ in dated],
         [onset for _, onset in dated],
         target_fpr=target_fpr,
