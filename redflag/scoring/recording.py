@@ -23,6 +23,7 @@ from redflag.scoring.scored import read_scored
 
 Indices = npt.NDArray[np.int64]
 
+FORMAT = 1  # of the Parquet file
 # One entry per response; a column that a file lacks is None throughout.
 COLUMNS = (
     *("id", "category", "onset", "onset_source", "group", "source", "lang", "turns", "truncated"),
@@ -164,7 +165,7 @@ class Recording:
             if name == "thought_tokens" and not self.thoughts.any():
                 continue
             table[name] = pa.array(values, types.get(name, pa.string()))
-        head = json.dumps({"format": 1, "categories": self.categories, "meta": self.meta})
+        head = json.dumps({"format": FORMAT, "categories": self.categories, "meta": self.meta})
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:
             pq.write_table(pa.table(table).replace_schema_metadata({"redflag": head}), file, compression="zstd")
@@ -186,6 +187,8 @@ class Recording:
         try:
             table = pq.read_table(path).combine_chunks()
             head = json.loads(table.schema.metadata[b"redflag"])
+            if head["format"] != FORMAT:
+                raise ValueError(f"it has format {head['format']!r}, and this version of redflag reads {FORMAT}")
             flags = len(head["categories"])
             lists = table["flag_probs"].chunk(0) if len(table) else pa.array([], pa.large_list(pa.float32()))
             tokens = table["token_ids"].chunk(0) if "token_ids" in table.column_names and len(table) else None
