@@ -27,9 +27,7 @@ from typing import Any
 import torch
 
 from redflag.errors import RedflagError
-from redflag.in_engine.halt_request import MAX_FLAGS, HaltSettings, admit, halted_by, request_fields
-
-__all__ = ["HaltTable", "closed_row", "halted_by", "initial_row", "new_row", "request_fields"]
+from redflag.in_engine.halt_request import MAX_FLAGS, HaltSettings, admit
 
 # Columns of the table: settings first, then state, so that one write per step updates the state.
 _ACTIVE, _RUN, _DECAY, _WARM_UP = range(4)
