@@ -142,7 +142,7 @@ class ModelJudge:
         """The prompt in pieces: a template text, or a stand-in with the text of user or model that it is for (True)."""
         exchanged = alternate([*({**turn} for turn in turns), {"role": "assistant", "content": answer}])
         exchanged = exchanged if self.whole else exchanged[-2:]
-        contents = {_name(): turn["content"].strip() for turn in exchanged}
+        contents = {_random_text(): turn["content"].strip() for turn in exchanged}
         stand_ins = [
             {"role": turn["role"], "content": name if content else ""}
             for turn, (name, content) in zip(exchanged, contents.items(), strict=True)
@@ -165,7 +165,7 @@ class ModelJudge:
         """Learns how the template takes contents and how much of a conversation it shows; refuses another model's."""
         import jinja2
 
-        turns = [{"role": role, "content": _name()} for role in ("user", "assistant", "user", "assistant")]
+        turns = [{"role": role, "content": _random_text()} for role in ("user", "assistant", "user", "assistant")]
         questions = range(len(self.format.questions))
         for self.whole, self._listed in ((True, False), (True, True), (False, False), (False, True)):
             shown = turns if self.whole else turns[-2:]
@@ -244,7 +244,7 @@ class ModelJudge:
         return str(self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
-def _name() -> str:
+def _random_text() -> str:
     # Random, so that no text can contain it.
     return "".join(secrets.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(24))
 

@@ -68,9 +68,9 @@ def auroc_interval(scores: Scores, labels: Labels, groups: Groups | None = None)
         (0.438, 0.997)
     """
     units = unit_of(groups, len(labels))
-    area, pull = _pulls(scores, labels)
+    area, influence = _influences(scores, labels)
     truth = np.asarray(labels).astype(bool)
-    variance = _variance(pull, truth, units)
+    variance = _variance(influence, truth, units)
     if area in (0.0, 1.0) or variance <= ROUNDING**2:
         return _score_interval(area, len(np.unique(units[truth])), len(np.unique(units[~truth])))
     return _logit_interval(area, math.sqrt(variance))
@@ -80,8 +80,10 @@ def auroc_difference(
     first: Scores, second: Scores, labels: Labels, groups: Groups | None = None
 ) -> tuple[float, Interval]:
     """AUROC of the first scores less that of the second, of the same responses, with DeLong's paired interval."""
-    (one, pull), (other, push) = _pulls(first, labels), _pulls(second, labels)
-    variance = _variance(pull - push, np.asarray(labels).astype(bool), unit_of(groups, len(labels)))
+    (one, first_influence), (other, second_influence) = _influences(first, labels), _influences(second, labels)
+    variance = _variance(
+        first_influence - second_influence, np.asarray(labels).astype(bool), unit_of(groups, len(labels))
+    )
     spread = _Z * math.sqrt(max(0.0, variance))
     return one - other, (one - other - spread, one - other + spread)
 
@@ -218,7 +220,7 @@ def unit_of(groups: Groups | None, count: int) -> Counts:
     )
 
 
-def _pulls(scores: Scores, labels: Labels) -> tuple[float, Floats]:
+def _influences(scores: Scores, labels: Labels) -> tuple[float, Floats]:
     """The AUROC, and how far each response pulls it from where it is: they sum to zero in each class."""
     harmful, harmless = (np.sort(part) for part in split_classes(scores, labels))
     values, truth = np.asarray(scores, dtype=np.float64), np.asarray(labels).astype(bool)
@@ -232,8 +234,8 @@ def _pulls(scores: Scores, labels: Labels) -> tuple[float, Floats]:
     return area, np.where(truth, (placed - area) / m, (placed - area) / n)
 
 
-def _variance(pull: Floats, truth: Bools, units: Counts) -> float:
-    parts = [np.bincount(units[side], pull[side], minlength=units.max() + 1) for side in (truth, ~truth)]
+def _variance(influence: Floats, truth: Bools, units: Counts) -> float:
+    parts = [np.bincount(units[side], influence[side], minlength=units.max() + 1) for side in (truth, ~truth)]
     sizes = [len(np.unique(units[side])) for side in (truth, ~truth)]
     # Each class's variance is freed of its bias by itself; what a group shares between the classes, by both.
     free = [size / (size - 1) if size > 1 else 1.0 for size in sizes]
