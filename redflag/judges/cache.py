@@ -85,4 +85,7 @@ class CachedJudge:
     def key(self, messages: Messages, answer: str) -> str:
         """The key of a verdict: a SHA-256 in hex."""
         turns = [[message["role"], message["content"]] for message in messages]
+        for turn, message in zip(turns, messages, strict=True):
+            if calls := message.get("tool_calls"):  # Judges read them; keys of turns without calls stay what they were.
+                turn.append(calls)
         return hashlib.sha256(json.dumps([self.identity, turns, answer]).encode()).hexdigest()
