@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -10,7 +11,10 @@ from redflag.errors import RedflagError
 
 def is_number(value: Any) -> bool:
     """Whether it is a number, which NaN is not: it fails every comparison, so a threshold would never be reached."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+    except OverflowError:  # a whole number that no float can hold
+        return False
 
 
 def check_number(name: str, value: Any, rule: str, holds: Callable[[float], bool]) -> None:
