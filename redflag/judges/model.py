@@ -130,6 +130,7 @@ class ModelJudge:
         pieces = self._pieces(turns, answer, question)
         skeleton = self._tokenise("".join(piece for piece, _, _ in pieces))
         expected = [i for i in skeleton if i in self._special]
+        # In one piece if possible, as the model was trained; piece by piece where a text would add a control token.
         ids = self._tokenise("".join(content if apart else piece for piece, content, apart in pieces))
         if [i for i in ids if i in self._special] == expected:
             return ids
@@ -245,7 +246,7 @@ class ModelJudge:
 
 
 def _random_text() -> str:
-    # Random, so that no text can contain it.
+    """A name that no text of a user or a model can contain."""
     return "".join(secrets.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(24))
 
 

@@ -291,6 +291,7 @@ def _resampled(units: Counts, labels: Bools, resamples: int, seed: int) -> Itera
         draws = np.zeros((rows, number), dtype=np.int64)
         for members in strata:
             if len(members):
+                # Each row's picks are moved into a range of their own, so that one count serves all rows.
                 picks = rng.integers(0, len(members), (rows, len(members))) + np.arange(rows)[:, None] * len(members)
                 times = np.bincount(picks.ravel(), minlength=rows * len(members))
                 draws[:, members] = times.reshape(rows, len(members))

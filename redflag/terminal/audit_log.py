@@ -238,7 +238,7 @@ def _time(text: str) -> datetime:
 
 
 def _short(time: str) -> str:
-    return f"{_time(time).astimezone(timezone.utc):%Y-%m-%d %H:%M:%S}" if time else ""
+    return f"{_time(time).astimezone(timezone.utc):%Y-%m-%d %H:%M:%S}"
 
 
 def _one_line(text: str) -> str:
