@@ -117,7 +117,6 @@ class Monitor:
     """
 
     def __init__(self, config: MonitorConfig, flags: int) -> None:
-        """Starts before the first step; `flags` is K."""
         assert flags >= 1, "a monitor needs a flag"
         self.config = config
         self.flags = flags

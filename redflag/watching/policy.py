@@ -21,8 +21,6 @@ class ActionRule(NamedTuple):
     """Properties of an action.
 
     Attributes:
-        help: Description for the command line.
-        ends: Whether it ends the response.
         intervenes: Whether the response waits for its outcome, which only a live run has. It costs one of
             `Policy.max_interventions`; if it confirms the alarm, `Policy.confirmed` follows.
         needs: The field of `Policy` that it requires.
