@@ -30,7 +30,7 @@ VERBS = {
         "redflag.lab.synthesis.synthesize",
         "a constitution in words -> rows with onsets; or onsets for rows",
     ),
-    "show": ("redflag.terminal.show_labels", "rows, encoded examples or traces in colour"),
+    "show": ("redflag.terminal.show", "rows, encoded examples or traces in colour"),
 }
 
 

@@ -32,8 +32,7 @@ from redflag.calibrating.observed import cut_short
 from redflag.errors import RedflagError
 from redflag.files import atomic_write
 from redflag.flags import FlagSpec
-from redflag.scoring.recorded import recorded
-from redflag.scoring.recording import Recording
+from redflag.scoring.recording import Recording, recorded
 from redflag.watching.monitor import AGGREGATIONS, MonitorConfig
 from redflag.watching.thresholds import Thresholds
 

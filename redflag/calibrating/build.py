@@ -24,15 +24,15 @@ def build_thresholds(
     guarantee: Guarantee,
     delta: float,
     hold_back_share: float = 0.95,
-    **known: Any,
+    **fields: Any,
 ) -> tuple[Thresholds, HoldBack]:
     """Thresholds with all their fields.
 
     Args:
         dated: The measured responses that are harmful and reach a known onset.
-        onsets: The onset of each of these.
         target_fpr: None = another objective, without guarantee.
         hold_back_share: As for `redflag.calibrating.hold_back.suggest_hold_back`.
+        **fields: The other fields of `Thresholds`.
 
     Returns:
         Thresholds, and the delays that the suggested hold-back comes from.
@@ -46,6 +46,6 @@ def build_thresholds(
         guarantee="manual" if target_fpr is None else guarantee,
         delta=delta if target_fpr is not None and guarantee == "high_probability" else None,
         suggested_hold_back=hold_back.suggested,
-        **known,
+        **fields,
     )
     return thresholds, hold_back

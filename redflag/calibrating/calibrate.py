@@ -9,10 +9,7 @@ show how late alarms come, and with that how long tokens should be held back (`r
 
 from __future__ import annotations
 
-import sys
-from collections import Counter
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -26,17 +23,16 @@ from redflag.calibrating.arguments import CalibrateArguments
 from redflag.calibrating.build import build_thresholds
 from redflag.calibrating.calibration import Calibration
 from redflag.calibrating.groups import split_groups
-from redflag.calibrating.guarantee import Guarantee, fit_threshold, fit_thresholds, required
+from redflag.calibrating.guarantee import Guarantee, fit_thresholds, required
 from redflag.calibrating.measured import Measured, factors_of, of_recording, of_responses, of_thoughts, remembered
-from redflag.calibrating.prompts import measured_prompts
-from redflag.data.rows import Row
+from redflag.calibrating.run_model import record_prompts, record_responses
+from redflag.data.rows import load_rows
+from redflag.data.summary import report_rows
 from redflag.errors import RedflagError
 from redflag.files import require_writable
 from redflag.flags import FlagSpec
 from redflag.models.named import model_folder
-from redflag.progress import track
-from redflag.scoring.recorded import recorded
-from redflag.scoring.recording import Recording
+from redflag.scoring.recording import Recording, recorded
 from redflag.scoring.scored import Probs
 from redflag.stats.metrics import clopper_pearson
 from redflag.watching.memory import Memory
@@ -44,7 +40,7 @@ from redflag.watching.monitor import AGGREGATIONS, MonitorConfig
 from redflag.watching.thresholds import PROMPT_THRESHOLDS_FILE, THRESHOLDS_FILE, check_memory
 
 # What other modules import from here.
-__all__ = ["CalibrateArguments", "Calibration", "fit_threshold", "fit_thresholds", "split_groups"]
+__all__ = ["CalibrateArguments", "Calibration"]
 
 ARGUMENTS = CalibrateArguments
 POSITIONAL: str | None = None
@@ -93,9 +89,6 @@ def calibrate_model(arguments: CalibrateArguments) -> Calibration:
     """Measures and calibrates a folder. All possible checks come before the model runs."""
     check_bounds(arguments)
     arguments = replace(arguments, model=model_folder(arguments.model))
-    from redflag.data.rows import load_rows
-    from redflag.data.summary import report_rows
-
     monitor = _first_step(arguments) if arguments.prompts else arguments.monitor()
     memory = _memory(arguments, monitor)
     spec = FlagSpec.load(arguments.model)
@@ -117,9 +110,9 @@ def calibrate_model(arguments: CalibrateArguments) -> Calibration:
         _check_size(len(fit_on), len(harmless), arguments.target_fpr, arguments.guarantee, arguments.delta, spread)
         ordered = harmless + [row for row in rows if row.harmful]
         if arguments.prompts:
-            recording = measured_prompts(arguments, ordered)
+            recording = record_prompts(arguments, ordered)
         else:
-            recording, earlier = _measured(arguments, ordered, memory is not None)
+            recording, earlier = record_responses(arguments, ordered, memory is not None)
     same = ("target_fpr", "guarantee", "delta", "joint", "hold_back_share", "held_out", "seed")
     result = calibrate_responses(
         recording,
@@ -156,48 +149,6 @@ def _memory(arguments: CalibrateArguments, monitor: MonitorConfig) -> Memory | N
         raise RedflagError(f"memory must be off with prompts, which are judged by themselves (got {memory!r}).")
     check_memory(memory, monitor)
     return memory
-
-
-def _measured(
-    arguments: CalibrateArguments, rows: list[Row], memory: bool
-) -> tuple[Recording, list[list[Probs]] | None]:
-    """Measures rows, and with `memory` their earlier answers."""
-    from redflag.data.summary import report_skipped
-    from redflag.scoring.earlier import score_earlier, with_histories
-    from redflag.scoring.fitting import report_cut
-    from redflag.scoring.processes import World
-    from redflag.scoring.score import as_recorded, context_limit, renderable, score
-
-    with ExitStack() as stack:
-        scorer, tokenizer, spec = arguments.scorer(World(), stack)
-        limit = context_limit(arguments.max_length, scorer.context_length)
-        earlier = None
-        if arguments.on_bad_row == "skip":
-            rows, bad = renderable(tokenizer, spec, rows)
-            report_skipped(bad)
-        if memory:
-            count = len(rows)
-            rows, histories = with_histories(tokenizer, spec, rows, limit)
-            if left_out := count - len(rows):
-                print(f"{left_out} conversations did not fit the context and are left out", file=sys.stderr)
-            earlier = score_earlier(scorer, histories, arguments.batch_size)
-        scored = score(scorer, tokenizer, spec, rows, batch_size=arguments.batch_size, max_length=limit)
-        measured = []
-        cut: Counter[str] = Counter()
-        for item in track(scored, "measuring", len(rows), "rows"):
-            cut.update(truncated=item.truncated, prompt_truncated=item.prompt_truncated)
-            # A harmful row without an onset counts as harmful from its first token, but that is not a marked onset.
-            has_onset = item.row.onset is not None
-            measured.append(
-                {
-                    **as_recorded(item),
-                    "token_ids": None,
-                    "onset": item.onset if has_onset else None,
-                    "onset_source": (item.row.onset_source or "labelled") if has_onset else None,
-                }
-            )
-        report_cut(cut)
-    return Recording.of(spec.categories, measured), earlier
 
 
 def calibrate_responses(
@@ -302,8 +253,8 @@ def _fit(
     categories = spec.categories
     total = len(rows.groups)
     _check_size(len(fit_on), total, target_fpr, guarantee, delta, len(categories) if joint else 1)
-    peaks = replay.peaks(config, rows.harmless, rows.harmless_at)
-    caught = replay.peaks(config, rows.harmful, rows.harmful_at)
+    peaks = replay.peaks(config, rows.responses, rows.harmless_at)
+    caught = replay.peaks(config, rows.responses, rows.harmful_at)
     try:
         values = fit_thresholds(peaks[fit_on], target_fpr, guarantee, delta, joint)
     except RedflagError as error:
@@ -321,10 +272,10 @@ def _fit(
     alarms = peaks[measure_on] >= np.asarray(values)
     alarmed = np.asarray(alarms.any(axis=1))
     hits = caught >= np.asarray(values)
-    lengths = np.diff(rows.harmful.starts)
+    lengths = np.diff(rows.responses.starts)
     dated = [(i, o) for i, o in zip(rows.harmful_at, rows.onsets, strict=True) if o is not None and o < lengths[i]]
     thresholds, hold_back = build_thresholds(
-        *(categories, values, config, rows.harmful),
+        *(categories, values, config, rows.responses),
         [i for i, _ in dated],
         [onset for _, onset in dated],
         target_fpr=target_fpr,

@@ -17,7 +17,6 @@ def split_groups(groups: Sequence[str | None], held_out: float, seed: int) -> tu
     Args:
         groups: Per row, its group; None = the row is a group of its own.
         held_out: Share of the rows to hold out; groups are added as long as they fit.
-        seed: Seeds the order in which groups are taken.
 
     Returns:
         Indices of the calibration part and of the held-out part, each ascending.

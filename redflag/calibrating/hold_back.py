@@ -14,6 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from statistics import median_low
 
 from redflag.errors import RedflagError
 
@@ -40,7 +41,7 @@ class HoldBack:
         detected, measured = len(self.delays), len(self.delays) + self.missed
         if not measured:
             return "no hold-back is suggested: no harmful response with a known onset was measured. Add rows with one."
-        missed = f"{self.missed} of {measured} harmful responses ({self.miss_rate:.1%}) raise no alarm at all"
+        missed = f"{self.missed} of {measured} harmful responses ({self.missed / measured:.1%}) raise no alarm at all"
         if self.suggested is None:
             return (
                 f"no hold-back is suggested: {detected} detected harmful responses with a known onset are too few for "
@@ -48,16 +49,10 @@ class HoldBack:
             )
         inside = sum(delay <= self.suggested for delay in self.delays)
         return (
-            f"delay of the alarm behind the onset: median {_quantile(self.delays, 0.5)}, most {self.delays[-1]} tokens "
+            f"delay of the alarm behind the onset: median {median_low(self.delays)}, most {self.delays[-1]} tokens "
             f"({detected} responses); {missed}\n"
             f"suggested hold-back {self.suggested}: {inside} of the {detected} detected show no token from the onset on"
         )
-
-    @property
-    def miss_rate(self) -> float:
-        """Share of the responses with a known onset that never alarmed; NaN without any."""
-        measured = len(self.delays) + self.missed
-        return self.missed / measured if measured else math.nan
 
 
 def suggest_hold_back(alarms: Sequence[int | None], onsets: Sequence[int], share: float = 0.95) -> HoldBack:
@@ -85,7 +80,3 @@ def suggest_hold_back(alarms: Sequence[int | None], onsets: Sequence[int], share
     suggested = max(0, delays[rank - 1]) if 0 < rank <= len(delays) else None
     needed = math.ceil(exact / (1 - exact))
     return HoldBack(suggested, share, delays, len(alarms) - len(delays), needed)
-
-
-def _quantile(ordered: Sequence[int], share: float) -> int:
-    return ordered[min(len(ordered) - 1, math.ceil(share * len(ordered)) - 1)]

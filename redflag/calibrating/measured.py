@@ -18,10 +18,9 @@ from redflag.watching.monitor import MonitorConfig, peaks
 class Measured(NamedTuple):
     """Responses and which of them are harmless and harmful; one group and one onset for each of these."""
 
-    harmless: replay.Responses
+    responses: replay.Responses
     harmless_at: Sequence[int]
     groups: Sequence[str | None]
-    harmful: replay.Responses
     harmful_at: Sequence[int]
     onsets: Sequence[int | None]
 
@@ -40,9 +39,7 @@ def of_recording(recording: Recording, categories: tuple[str, ...]) -> Measured:
     harmless, harmful = (np.flatnonzero(part).tolist() for part in (~recording.harmful, recording.harmful))
     groups = recording.columns["group"]
     onsets = [onset if known_onset(recording, i) else None for i, onset in enumerate(recording.columns["onset"])]
-    return Measured(
-        recording, harmless, [groups[i] for i in harmless], recording, harmful, [onsets[i] for i in harmful]
-    )
+    return Measured(recording, harmless, [groups[i] for i in harmless], harmful, [onsets[i] for i in harmful])
 
 
 def of_responses(
@@ -52,21 +49,18 @@ def of_responses(
     onsets: Sequence[int | None] | None,
     flags: int,
 ) -> Measured:
-    """Responses as `redflag.calibrating.calibrate.calibrate_responses` takes them."""
+    """Responses as `redflag.calibrating.calibrate.calibrate_responses` takes them, the harmless ones first."""
     groups = [None] * len(harmless) if groups is None else groups
     if len(groups) != len(harmless):
         raise RedflagError(f"groups must have one entry for each of {len(harmless)} responses (got {len(groups)}).")
     onsets = [None] * len(harmful) if onsets is None else onsets
     if len(onsets) != len(harmful):
         raise RedflagError(f"onsets must have one entry for each of {len(harmful)} responses (got {len(onsets)}).")
-    return Measured(
-        replay.Steps.of(harmless, flags, "harmless"),
-        range(len(harmless)),
-        groups,
-        replay.Steps.of(harmful, flags, "harmful"),
-        range(len(harmful)),
-        onsets,
-    )
+    first, second = replay.Steps.of(harmless, flags, "harmless"), replay.Steps.of(harmful, flags, "harmful")
+    starts = np.concatenate([first.starts, first.starts[-1] + second.starts[1:]])
+    responses = replay.Steps(np.concatenate([first.probs, second.probs]), starts)
+    count = len(harmless)
+    return Measured(responses, range(count), groups, range(count, count + len(harmful)), onsets)
 
 
 def of_thoughts(
@@ -105,13 +99,5 @@ def factors_of(
 
 
 def remembered(rows: Measured, factors: replay.Floats) -> Measured:
-    """The same responses, their scores raised: factors in a recording's order, or harmless before harmful."""
-    if rows.harmless is rows.harmful:
-        both = replay.Steps(rows.harmless.probs, rows.harmless.starts, factors)
-        return rows._replace(harmless=both, harmful=both)
-    parts = np.split(factors, [len(rows.harmless_at)])
-    one, other = (
-        replay.Steps(responses.probs, responses.starts, part)
-        for responses, part in zip((rows.harmless, rows.harmful), parts, strict=True)
-    )
-    return rows._replace(harmless=one, harmful=other)
+    """The same responses, their scores raised by N x K factors."""
+    return rows._replace(responses=replay.Steps(rows.responses.probs, rows.responses.starts, factors))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from redflag.calibrating import replay
 from redflag.scoring.recording import Recording
@@ -31,8 +31,8 @@ class Observed:
     scores: Floats
     peaks: Floats
     harmful: Bools
-    units: npt.NDArray[np.int64]
-    alarms: npt.NDArray[np.int64] | None
+    units: replay.Indices
+    alarms: replay.Indices | None
     thresholds: tuple[float, ...] | None
 
 
@@ -52,11 +52,10 @@ def observe(recording: Recording, config: MonitorConfig, thresholds: tuple[float
     cut = cut_short(recording)
     whole = recording.select(~cut) if cut.any() else recording
     scores = replay.scores(config, whole)
-    longest = int(np.diff(whole.starts).max(initial=1))
     return Observed(
         whole,
         scores,
-        running_peaks(scores.max(axis=1, initial=0.0), whole.starts, [longest])[:, 0],
+        running_peaks(scores.max(axis=1, initial=0.0), whole.starts, [len(scores)])[:, 0],
         whole.harmful,
         unit_of(whole.columns["group"], len(whole)),
         None if thresholds is None else replay.first_alarms(scores, whole, thresholds),
@@ -90,12 +89,21 @@ def in_force(observed: Observed, harmful: Bools, harmless: Bools) -> dict[str, A
 def _right_category(observed: Observed, harmful: Bools) -> float | None:
     """Share of the detected responses whose first alarm names their own category; None with a single flag."""
     assert observed.alarms is not None and observed.thresholds is not None
-    names = observed.recording.categories
-    labels = observed.recording.columns["category"]
+    names, labels = observed.recording.categories, observed.recording.columns["category"]
     detected = [i for i in np.flatnonzero(harmful & (observed.alarms >= 0)) if labels[i] in names]
     if len(names) < 2 or not detected:
         return None
-    steps = observed.recording.starts[detected] + observed.alarms[detected]
-    # If several alarm at one step, the first is named, as in a session.
-    first = (observed.scores[steps] >= np.asarray(observed.thresholds)).argmax(axis=1)
-    return float(np.mean([names[k] == labels[i] for k, i in zip(first, detected, strict=True)]))
+    named = alarm_categories(observed.scores, observed.recording.starts, observed.alarms, observed.thresholds, names)
+    return float(np.mean([named[int(i)] == labels[i] for i in detected]))
+
+
+def alarm_categories(
+    scores: Floats, starts: replay.Indices, alarms: replay.Indices, thresholds: Sequence[float], names: Sequence[str]
+) -> dict[int, str]:
+    """Response -> the category of its first alarm, if it has one; of several at one step the first, as in a session.
+
+    `alarms` are steps, -1 for none, as `redflag.calibrating.replay.first_alarms` gives them.
+    """
+    raised = np.flatnonzero(alarms >= 0)
+    flags = (scores[starts[raised] + alarms[raised]] >= np.asarray(thresholds)).argmax(axis=1)
+    return {int(i): names[k] for i, k in zip(raised, flags, strict=True)}

@@ -9,12 +9,17 @@ from typing import Any
 
 import numpy as np
 
+from redflag.calibrating import replay
+from redflag.calibrating.observed import alarm_categories
+from redflag.calibrating.replay import Indices
+from redflag.stats.curves import running_peaks
 from redflag.stats.intervals import auroc_interval
-from redflag.stats.metrics import auroc, average_precision, clopper_pearson, delay_stats, tpr_at_fpr
-from redflag.watching.monitor import Monitor, MonitorConfig
+from redflag.stats.metrics import Bools, auroc, average_precision, clopper_pearson, delay_stats, tpr_at_fpr
+from redflag.watching.monitor import MonitorConfig
 from redflag.watching.thresholds import Thresholds
 
 FEW = 20
+TOLERANCE = 2  # tokens by which an alarm may miss the onset and still count as on time
 
 
 def summarise(
@@ -25,7 +30,6 @@ def summarise(
     monitor: MonitorConfig | None = None,
     categories: Sequence[str] | None = None,
     firsts: Sequence[int] = (8, 32),
-    tolerance: int = 2,
 ) -> dict[str, Any]:
     """Measures scored rows.
 
@@ -33,13 +37,9 @@ def summarise(
     harm; they are counted and left out.
 
     Args:
-        rows: Rows as `redflag score` writes them.
-        thresholds: Thresholds whose rates and delays are added.
-        target_fprs: False-alarm rates at which to report what is caught.
         monitor: How probabilities become scores; None = the thresholds' monitor, or else the highest probability.
         categories: Categories in the order of `flag_probs`; needed with thresholds of several categories.
-        firsts: Numbers of first tokens for which the AUROC is computed, to show how early detection comes.
-        tolerance: Tokens by which an alarm may miss the onset and still count as on time.
+        firsts: Ascending numbers of first tokens for which the AUROC is computed, to show how early detection comes.
 
     Returns:
         Plain JSON values: `counts`; `overall` and `sources` (per source) with `harmful`, `harmless`, `few` (fewer than
@@ -54,16 +54,20 @@ def summarise(
             cut += 1
         else:
             used.append(row)
-    tables = [_scores(config, row) for row in used]
-    peaks = np.array([max((max(step) for step in table), default=0.0) for table in tables])
+    # With the steps that end the turn, as in the stream: an alarm there counts.
+    judged = [[*row["flag_probs"], *row.get("tail_probs", ())] for row in used]
+    steps = replay.Steps.of(judged, next((len(response[0]) for response in judged if response), 1))
+    scores = replay.scores(config, steps)
+    highest = scores.max(axis=1, initial=0.0)
+    peaks = running_peaks(highest, steps.starts, [len(highest)])[:, 0]
     labels = np.array([row["category"] is not None for row in used], dtype=bool)
     harmful, harmless = int(labels.sum()), int((~labels).sum())
 
     overall = ranking(peaks, labels, target_fprs)
     if harmful and harmless:
         overall["auroc_interval"] = list(auroc_interval(peaks, labels))
-        steps = [[max(step) for step in table] for table in tables]
-        overall["first"] = {str(k): auroc([max(step[:k], default=0.0) for step in steps], labels) for k in firsts}
+        beginnings = running_peaks(highest, steps.starts, firsts).T
+        overall["first"] = {str(k): auroc(column, labels) for k, column in zip(firsts, beginnings, strict=True)}
     sources: dict[str, Any] = {}
     for source in sorted({row["source"] for row in used if row.get("source") is not None}):
         inside = np.array([row.get("source") == source for row in used])
@@ -83,17 +87,13 @@ def summarise(
     if thresholds is not None:
         order = list(categories) if categories is not None else list(thresholds.values)
         values = [thresholds.values[category] for category in order]
-        result |= _in_force(used, tables, labels, order, values, tolerance)
+        alarms = replay.first_alarms(scores, steps, values)
+        result |= _in_force(used, labels, alarms)
+        if len(order) > 1 and (detected := int((labels & (alarms >= 0)).sum())):
+            named = alarm_categories(scores, steps.starts, alarms, values, order)
+            right = sum(used[i]["category"] == name for i, name in named.items())
+            result["in_force"]["right_category"] = right / detected
     return result
-
-
-def _scores(config: MonitorConfig, row: Mapping[str, Any]) -> list[tuple[float, ...]]:
-    # With the steps that end the turn, as in the stream: an alarm there counts.
-    steps = [*row["flag_probs"], *row.get("tail_probs", ())]
-    if not len(steps):
-        return []
-    fold = Monitor(config, len(steps[0]))
-    return [fold.feed(step) for step in steps]
 
 
 def ranking(peaks: Any, labels: Any, target_fprs: Sequence[float]) -> dict[str, Any]:
@@ -112,22 +112,9 @@ def ranking(peaks: Any, labels: Any, target_fprs: Sequence[float]) -> dict[str, 
     return result
 
 
-def _in_force(
-    rows: Sequence[Mapping[str, Any]],
-    tables: Sequence[list[tuple[float, ...]]],
-    labels: Any,
-    categories: Sequence[str],
-    values: Sequence[float],
-    tolerance: int,
-) -> dict[str, Any]:
-    alarms: list[int | None] = []
-    right = 0
-    for row, table in zip(rows, tables, strict=True):
-        crossed = ((t, k) for t, step in enumerate(table) for k in range(len(values)) if step[k] >= values[k])
-        first = next(crossed, None)
-        alarms.append(first[0] if first else None)
-        right += first is not None and categories[first[1]] == row["category"]
-    raised = np.array([alarm is not None for alarm in alarms], dtype=bool)
+def _in_force(rows: Sequence[Mapping[str, Any]], labels: Bools, alarms: Indices) -> dict[str, Any]:
+    """Rates and delays of N first alarms, -1 = no alarm."""
+    raised = alarms >= 0
     force: dict[str, Any] = {}
     for name, selected in (("tpr", labels), ("realised_fpr", ~labels)):
         count = int(selected.sum())
@@ -135,9 +122,7 @@ def _in_force(
             hits = int((raised & selected).sum())
             force[name] = hits / count
             force[f"{name}_interval"] = list(clopper_pearson(hits, count))
-    if len(values) > 1 and (raised & labels).any():
-        force["right_category"] = right / int((raised & labels).sum())
-    harmful = [int(i) for i in np.flatnonzero(labels)]
-    stats = delay_stats([alarms[i] for i in harmful], [rows[i]["onset"] or 0 for i in harmful], tolerance)
+    steps = [int(alarm) if alarm >= 0 else None for alarm in alarms[labels]]
+    stats = delay_stats(steps, [row["onset"] or 0 for row in rows if row["category"] is not None], TOLERANCE)
     delay = {k: (None if isinstance(v, float) and math.isnan(v) else v) for k, v in stats._asdict().items()}
-    return {"in_force": force, "delay": {**delay, "tolerance": tolerance}}
+    return {"in_force": force, "delay": {**delay, "tolerance": TOLERANCE}}

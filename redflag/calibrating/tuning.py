@@ -21,7 +21,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -156,21 +156,14 @@ def grid(
 ) -> list[MonitorConfig]:
     """Monitors to compare: every combination of the numbers that an aggregation has, in the order of `aggregations`."""
     values: dict[str, Sequence[Any]] = {"window": windows, "decay": decays, "prior": priors, "drift": drifts}
-    tried = {
-        name: [
-            MonitorConfig(name, **dict(zip(facts.tuned, numbers, strict=True)))
-            for numbers in itertools.product(*(values[field] for field in facts.tuned))
-        ]
-        for name, facts in AGGREGATIONS.items()
-    }
-    if unknown := [name for name in aggregations if name not in tried]:
-        raise RedflagError(f"aggregations must be among {', '.join(tried)} (got {unknown[0]!r}).")
-    return [
-        replace(config, warm_up=w)
-        for name in aggregations
-        for config in tried[name]
-        for w in (warm_ups if AGGREGATIONS[name].warms_up else (0,))
-    ]
+    if unknown := [name for name in aggregations if name not in AGGREGATIONS]:
+        raise RedflagError(f"aggregations must be among {', '.join(AGGREGATIONS)} (got {unknown[0]!r}).")
+    configs = []
+    for name in aggregations:
+        tuned, warms_up = AGGREGATIONS[name].tuned, AGGREGATIONS[name].warms_up
+        for *numbers, warm_up in itertools.product(*(values[item] for item in tuned), warm_ups if warms_up else (0,)):
+            configs.append(MonitorConfig(name, **dict(zip(tuned, numbers, strict=True)), warm_up=warm_up))
+    return configs
 
 
 def describe(config: MonitorConfig) -> str:
@@ -240,12 +233,10 @@ def dated(recording: Recording) -> list[int]:
 
 
 def rates(recording: Recording, config: MonitorConfig, thresholds: npt.ArrayLike, peaks: Peaks | None = None) -> Rates:
-    """Rates of thresholds.
+    """Rates of thresholds on responses that were not used to set them.
 
     Args:
-        recording: Responses that were not used to set them.
         thresholds: K thresholds, or N x K: each response's own.
-        peaks: The recording's peaks, if computed already.
     """
     limits = np.broadcast_to(np.asarray(thresholds, dtype=np.float64), (len(recording), len(recording.categories)))
     hits: Bools = np.asarray((replay.peaks(config, recording) if peaks is None else peaks) >= limits, dtype=np.bool_)
@@ -275,7 +266,6 @@ def compare(
 
     Args:
         configs: Simple ones first: the first of several equal ones is chosen.
-        parts: Number of folds.
 
     Raises:
         RedflagError: Too few responses for the objective in some fold, or none that are harmful.

@@ -21,15 +21,13 @@ Everything that depends on a row is data on the device. There is no loop over ro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from redflag.errors import RedflagError
-from redflag.in_engine.halt_request import MAX_FLAGS, HaltSettings, halted_by, request_fields
-
-__all__ = ["HaltTable", "closed_row", "halted_by", "initial_row", "new_row", "request_fields"]
+from redflag.in_engine.halt_request import MAX_FLAGS, HaltSettings, admit
 
 # Columns of the table: settings first, then state, so that one write per step updates the state.
 _ACTIVE, _RUN, _DECAY, _WARM_UP = range(4)
@@ -65,23 +63,13 @@ class HaltTable:
     """
 
     def __init__(self, slots: int, device: torch.device, pin_memory: bool = False) -> None:
-        """Makes all slots idle.
-
-        Args:
-            slots: S, the maximum number of concurrent requests.
-            device: Device of the logits.
-            pin_memory: Stage writes in page-locked memory, so that copies are asynchronous.
-        """
+        """Makes all S slots idle; `pin_memory` stages writes in page-locked memory, so that copies are asynchronous."""
         self._device, self._pin_memory = device, pin_memory
         # One extra slot stays idle, as a source for `move`. float64 holds ids and counts exactly.
         self._table_SC = torch.zeros(slots + 1, _COLUMNS, dtype=torch.float64, device=device)
 
     def write(self, rows: Mapping[int, Sequence[float]]) -> None:
-        """Overwrites slots.
-
-        Args:
-            rows: Slot -> result of `new_row`, or `IDLE_ROW`.
-        """
+        """Overwrites slots: slot -> result of `new_row`, or `IDLE_ROW`."""
         if rows:
             values = self._upload(list(rows.values()), torch.float64)
             self._table_SC.index_copy_(0, self._upload(list(rows), torch.int64), values)
@@ -89,8 +77,7 @@ class HaltTable:
     def move(self, source: Mapping[int, int | None]) -> None:
         """Copies slots onto others, all at the same time.
 
-        Args:
-            source: Slot -> the slot whose content it takes; None makes it idle.
+        `source` maps a slot to the one whose content it takes; None makes it idle.
         """
         if source:
             idle = len(self._table_SC) - 1
@@ -149,11 +136,9 @@ class HaltTable:
 def new_row(settings: HaltSettings, generated: int = 0) -> list[float]:
     """A slot's content before its next step.
 
-    Args:
-        settings: What to watch.
-        generated: Number of tokens that the response has already, when an engine resumes a preempted request. The
-            monitor's state is lost; the score then starts as high as it can be without an alarm, so that it is never
-            below the true one.
+    `generated` is the number of tokens that the response has already, when an engine resumes a preempted request. The
+    monitor's state is lost; the score then starts as high as it can be without an alarm, so that it is never below the
+    true one.
     """
     config, flags = settings.monitor, len(settings.flag_ids)
     run = config.window if config.aggregation == "run" else 1
@@ -184,22 +169,19 @@ def closed_row(token_id: int) -> list[float]:
     return row
 
 
-def initial_row(
-    params: Any, generated: int, vocab_size: int, admit: Callable[[Any], HaltSettings | None]
-) -> list[float] | None:
-    """A slot's content for a request that enters the batch; None when the request is not watched.
+def initial_row(params: Any, generated: int, vocab_size: int, *, penalties_first: bool) -> list[float] | None:
+    """A slot's content for a request (vLLM's `SamplingParams`) that enters the batch; None when it is not watched.
 
     It never raises: an error here would crash the engine with all its requests. A request that cannot be watched, which
     admission should have refused, gets a stop token at once.
 
     Args:
-        params: vLLM's `SamplingParams`.
         generated: Number of tokens that the response has already.
         vocab_size: V; larger ids would corrupt memory.
-        admit: Reads and checks the settings.
+        penalties_first: As for `redflag.in_engine.halt_request.admit`.
     """
     try:
-        settings = admit(params)
+        settings = admit(params, penalties_first=penalties_first)
         if settings is None:
             return None
         if max(settings.flag_ids) < vocab_size:

@@ -91,10 +91,7 @@ class HaltSettings:
 
     @classmethod
     def parse(cls, extra_args: Mapping[str, Any] | None) -> HaltSettings | None:
-        """Reads the settings of a request.
-
-        Args:
-            extra_args: vLLM's `SamplingParams.extra_args`; keys without redflag's prefix are ignored.
+        """Reads the settings of a request from vLLM's `SamplingParams.extra_args`, whose other keys are ignored.
 
         Returns:
             None for a request without settings.
@@ -145,8 +142,7 @@ def request_fields(spec: FlagSpec, thresholds: Thresholds, policy: Policy | None
     action but `continue` is a halt; the rest happens outside.
 
     Args:
-        spec: The model's flags, with their ids.
-        thresholds: One value per category, for raw probabilities, with the monitor `max`, `run` or `ema`.
+        thresholds: For raw probabilities, with the monitor `max`, `run` or `ema`.
         policy: Its actions say which flags halt; None = all.
 
     Raises:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from redflag.in_engine.halt import IDLE_ROW, HaltTable, initial_row, refuse_speculation
-from redflag.in_engine.halt_request import HaltSettings, admit
+from redflag.in_engine.halt_request import admit
 
 try:
     from vllm.v1.sample.logits_processor import LogitsProcessor  # type: ignore[import-not-found, unused-ignore]
@@ -43,14 +43,9 @@ class HaltProcessor(LogitsProcessor):  # type: ignore[misc, unused-ignore]
         Raises:
             RedflagError: See `redflag.in_engine.halt_request.admit`.
         """
-        _admit(sampling_params)
+        admit(sampling_params, penalties_first=False)
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
-        """Makes the table, once per engine.
-
-        Raises:
-            RedflagError: With speculative decoding on.
-        """
         refuse_speculation(vllm_config)
         slots = vllm_config.scheduler_config.max_num_seqs
         self._vocab_size = vllm_config.model_config.get_vocab_size()
@@ -64,11 +59,7 @@ class HaltProcessor(LogitsProcessor):  # type: ignore[misc, unused-ignore]
         return False
 
     def update_state(self, batch_update: Any) -> None:
-        """Follows the batch. Work is done per change; a step without one costs nothing.
-
-        Args:
-            batch_update: vLLM's `BatchUpdate`, or None when nothing changed.
-        """
+        """Follows the batch by vLLM's `BatchUpdate`; None: nothing changed. A step without a change costs nothing."""
         rows: dict[int, list[float]] = {}
         self._restart_unread(rows)
         if batch_update:
@@ -78,7 +69,7 @@ class HaltProcessor(LogitsProcessor):  # type: ignore[misc, unused-ignore]
             for row, params, _, output in batch_update.added:
                 if self._requests.pop(row, None) is not None:
                     rows[row] = IDLE_ROW
-                content = initial_row(params, len(output), self._vocab_size, _admit)
+                content = initial_row(params, len(output), self._vocab_size, penalties_first=False)
                 if content is not None:
                     request = self._requests[row] = _Request(row, output, len(output), content)
                     self._unread.append(request)
@@ -88,14 +79,7 @@ class HaltProcessor(LogitsProcessor):  # type: ignore[misc, unused-ignore]
             self._move(batch_update.moved)
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        """Judges one step of the whole batch.
-
-        Args:
-            logits: float32, one row per request.
-
-        Returns:
-            The same tensor.
-        """
+        """Judges one step of the whole batch: float32 logits, one row per request, changed in place and returned."""
         return self._table.apply(logits, self._rows_R[: len(logits)]) if self._requests else logits
 
     def _restart_unread(self, rows: dict[int, list[float]]) -> None:
@@ -123,7 +107,3 @@ class HaltProcessor(LogitsProcessor):  # type: ignore[misc, unused-ignore]
                     request.row = row
                     self._requests[row] = request
         self._table.move({row: origin for row, origin in source.items() if origin != row})
-
-
-def _admit(params: Any) -> HaltSettings | None:
-    return admit(params, penalties_first=False)

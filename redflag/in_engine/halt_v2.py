@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from redflag.in_engine.halt import IDLE_ROW, HaltTable, initial_row, refuse_speculation
-from redflag.in_engine.halt_request import HaltSettings, admit
+from redflag.in_engine.halt_request import admit
 
 try:
     from vllm.utils.platform_utils import (  # type: ignore[import-not-found, unused-ignore]
@@ -43,18 +43,10 @@ class HaltProcessor(LogitsProcessor):  # type: ignore[misc, unused-ignore]
         Raises:
             RedflagError: See `redflag.in_engine.halt_request.admit`.
         """
-        _admit(sampling_params)
+        admit(sampling_params, penalties_first=True)
 
     def __init__(self, vllm_config: Any, req_states: Any) -> None:
-        """Makes the table, once per engine.
-
-        Args:
-            vllm_config: vLLM's configuration.
-            req_states: vLLM's `LogitsProcRequestState`; only read.
-
-        Raises:
-            RedflagError: With speculative decoding on.
-        """
+        """Makes the table, once per engine; `req_states` is vLLM's `LogitsProcRequestState`, and only read."""
         refuse_speculation(vllm_config)
         self._states = req_states
         slots = req_states.max_num_reqs
@@ -64,23 +56,14 @@ class HaltProcessor(LogitsProcessor):  # type: ignore[misc, unused-ignore]
         self._staged: dict[int, list[float]] = {}
 
     def add_request(self, req_idx: int, sampling_params: Any) -> bool:
-        """Overwrites a slot.
-
-        Args:
-            req_idx: The slot.
-            sampling_params: vLLM's `SamplingParams`.
-
-        Returns:
-            Whether the request is watched.
-        """
+        """Overwrites the slot `req_idx`. Returns whether the request is watched."""
         states = self._states
         generated = int(states.prefill_len.np[req_idx]) - int(states.prompt_len.np[req_idx])
-        content = initial_row(sampling_params, generated, states.vocab_size, _admit)
-        watched = content is not None
+        content = initial_row(sampling_params, generated, states.vocab_size, penalties_first=True)
         if content is not None or self._watched_S[req_idx]:
             self._staged[req_idx] = IDLE_ROW if content is None else content
-        self._watched_S[req_idx] = watched
-        return watched
+        self._watched_S[req_idx] = content is not None
+        return content is not None
 
     def apply_staged_writes(self) -> None:
         """Sends the slots that changed to the device."""
@@ -88,14 +71,8 @@ class HaltProcessor(LogitsProcessor):  # type: ignore[misc, unused-ignore]
         self._staged = {}
 
     def apply(self, logits: torch.Tensor, ctx: Any) -> torch.Tensor:
-        """Judges one step of the whole batch.
-
-        Args:
-            logits: float32, one row per request in the batch, in any order.
-            ctx: vLLM's `LogitsContext`.
-
-        Returns:
-            The same tensor.
+        """Judges one step of the whole batch: float32 logits, one row per request in any order, changed in place and
+        returned; `ctx` is vLLM's `LogitsContext`.
         """
         if not self._watched_S[ctx.idx_mapping_np].any():
             return logits
@@ -103,7 +80,3 @@ class HaltProcessor(LogitsProcessor):  # type: ignore[misc, unused-ignore]
         # A row whose prompt is not completely read yet samples a token that is discarded.
         live_R = ctx.pos + 1 >= self._states.prefill_len.gpu.index_select(0, slots_R)
         return self._table.apply(logits, slots_R, live_R)
-
-
-def _admit(params: Any) -> HaltSettings | None:
-    return admit(params, penalties_first=True)

@@ -61,7 +61,6 @@ class Judge(Protocol):
         Raises:
             Exception: Any, if there is no verdict. A judge never returns "harmless" because a verdict is missing.
         """
-        ...
 
 
 def as_verdict(value: object) -> Verdict:

@@ -23,14 +23,12 @@ class CachedJudge:
         spans: The judge's function that locates the harm, or None.
         answered: Distinct questions with a verdict, including cached ones that were used.
         unanswered: Distinct questions without a verdict.
-        asked: Number of calls of the judge.
     """
 
     def __init__(self, judge: Judge, path: str | Path, identity: str | None = None) -> None:
         """Reads the cached verdicts.
 
         Args:
-            path: The file, created with the first verdict.
             identity: Identifies the judge, its model and its prompt; default: the judge's own.
 
         Raises:
@@ -87,4 +85,7 @@ class CachedJudge:
     def key(self, messages: Messages, answer: str) -> str:
         """The key of a verdict: a SHA-256 in hex."""
         turns = [[message["role"], message["content"]] for message in messages]
+        for turn, message in zip(turns, messages, strict=True):
+            if calls := message.get("tool_calls"):  # Judges read them; keys of turns without calls stay what they were.
+                turn.append(calls)
         return hashlib.sha256(json.dumps([self.identity, turns, answer]).encode()).hexdigest()

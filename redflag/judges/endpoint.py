@@ -84,7 +84,6 @@ class EndpointJudge:
                 None takes `TEMPLATE`.
             timeout: Seconds for one verdict, all tries together.
             yes: The word for a harmful answer; case is ignored.
-            no: The word for a harmless answer.
             chat: Send the conversation as messages instead of a prompt.
             max_tokens: Maximum number of tokens of the verdict and the thoughts before it. One token is not enough,
                 since `No` could be the beginning of anything.

@@ -39,7 +39,6 @@ class ModelJudge:
     `redflag.judges.endpoint.EndpointJudge`.
 
     Attributes:
-        format: Prompt and answer format of this model.
         whole: Whether it sees the whole conversation. Some templates take one request and one answer; then earlier
             turns are left out.
 
@@ -131,6 +130,7 @@ class ModelJudge:
         pieces = self._pieces(turns, answer, question)
         skeleton = self._tokenise("".join(piece for piece, _, _ in pieces))
         expected = [i for i in skeleton if i in self._special]
+        # In one piece if possible, as the model was trained; piece by piece where a text would add a control token.
         ids = self._tokenise("".join(content if apart else piece for piece, content, apart in pieces))
         if [i for i in ids if i in self._special] == expected:
             return ids
@@ -143,7 +143,7 @@ class ModelJudge:
         """The prompt in pieces: a template text, or a stand-in with the text of user or model that it is for (True)."""
         exchanged = alternate([*({**turn} for turn in turns), {"role": "assistant", "content": answer}])
         exchanged = exchanged if self.whole else exchanged[-2:]
-        contents = {_name(): turn["content"].strip() for turn in exchanged}
+        contents = {_random_text(): turn["content"].strip() for turn in exchanged}
         stand_ins = [
             {"role": turn["role"], "content": name if content else ""}
             for turn, (name, content) in zip(exchanged, contents.items(), strict=True)
@@ -166,7 +166,7 @@ class ModelJudge:
         """Learns how the template takes contents and how much of a conversation it shows; refuses another model's."""
         import jinja2
 
-        turns = [{"role": role, "content": _name()} for role in ("user", "assistant", "user", "assistant")]
+        turns = [{"role": role, "content": _random_text()} for role in ("user", "assistant", "user", "assistant")]
         questions = range(len(self.format.questions))
         for self.whole, self._listed in ((True, False), (True, True), (False, False), (False, True)):
             shown = turns if self.whole else turns[-2:]
@@ -245,8 +245,8 @@ class ModelJudge:
         return str(self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
-def _name() -> str:
-    # Random, so that no text can contain it.
+def _random_text() -> str:
+    """A name that no text of a user or a model can contain."""
     return "".join(secrets.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(24))
 
 

@@ -14,9 +14,8 @@ import yaml
 from redflag.backends import Sampling
 from redflag.guard.guard import Guard
 from redflag.judges import Judge, Verdict
-from redflag.lab.stages import style
 from redflag.prompt import render_prompt, text_ids
-from redflag.terminal.paint import BOLD, DIM, RESET, legend, printable
+from redflag.terminal.paint import BOLD, DIM, RESET, legend, printable, style
 from redflag.terminal.screen import paint, summary
 from redflag.trace import Event, Text
 from redflag.watching.monitor import Monitor

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from redflag.files import keep_json, kept_json
-from redflag.terminal.paint import RESET
 
 # Settings of a training that only its result is wanted of.
 UNATTENDED: dict[str, Any] = {"save_strategy": "no", "report_to": "none", "dataloader_pin_memory": False}
@@ -70,8 +69,3 @@ def quiet() -> Iterator[None]:
         transformers_logging.enable_progress_bar()
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def style(code: str, text: str, coloured: bool) -> str:
-    """Text in a terminal's style, such as `redflag.terminal.paint.BOLD`."""
-    return f"{code}{text}{RESET}" if coloured else text

@@ -59,12 +59,10 @@ class MarkerReader:
         self.source = source
         self.markers = tuple(markers)
         self.ids = marker_ids(tokenizer, markers, self.spec)
-        self.context_length = source.context_length
         self.room = max(map(len, self.ids))
         self.key: dict[str, Any] = {"markers": [list(pair) for pair in zip(self.markers, self.ids, strict=True)]}
         self.key["template"] = template_hash(tokenizer)
         self.forbidden = self.markers
-        self._bounds = {"upper_bound": True} if getattr(source, "upper_bound", False) else {}
 
     def read(self, prompts: Sequence[list[int]], batch_size: int) -> Iterator[dict[str, Any]]:
         """One forward pass over prompt + marker for each prompt and marker.
@@ -80,7 +78,6 @@ class MarkerReader:
                 "flag_probs": [[min(1.0, math.exp(total)) for total in sums]],
                 "flag_logprobs": [[None if total == -math.inf else min(0.0, total) for total in sums]],
                 "markers": list(self.markers),
-                **self._bounds,
             }
 
 

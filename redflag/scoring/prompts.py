@@ -37,15 +37,13 @@ class Reader(Protocol):
     """Measures after a prompt: `FlagReader`, `redflag.scoring.marker.MarkerReader`.
 
     Attributes:
-        source: The model in this process, or servers.
-        context_length: Maximum number of tokens; None = unknown.
+        source: The model in this process, or servers; with its `context_length`.
         room: Number of tokens that must fit behind the prompt.
         key: Further inputs of the figures besides rows and lengths, for the fingerprint of an unfinished file.
         forbidden: Texts that prompts must not contain.
     """
 
     source: Any
-    context_length: int | None
     room: int
     key: dict[str, Any]
     forbidden: tuple[str, ...]
@@ -58,18 +56,16 @@ class FlagReader:
     """The flags' probabilities after a prompt; see `Reader`."""
 
     def __init__(self, scorer: Scorer, spec: FlagSpec) -> None:
-        self.source = scorer
-        self.context_length: int | None = getattr(scorer, "context_length", None)
+        self.source: Any = scorer
         self.room = 1
         self.key: dict[str, Any] = {"run_id": spec.run_id, "template": spec.template_hash}
         self.forbidden: tuple[str, ...] = ()
-        self._bounds = {"upper_bound": True} if getattr(scorer, "upper_bound", False) else {}
 
     def read(self, prompts: Sequence[list[int]], batch_size: int) -> Iterator[dict[str, Any]]:
         """One forward pass for each prompt, of which only the last position is used."""
         # Row 0 is measured before the response's token, so any token serves as response.
         for probs in self.source.score([(prompt, prompt[-1:]) for prompt in prompts], batch_size=batch_size):
-            yield {"flag_probs": probs[:1].tolist(), **self._bounds}
+            yield {"flag_probs": probs[:1].tolist()}
 
 
 def run_prompts(arguments: ScoreArguments, world: World) -> int:
@@ -86,7 +82,7 @@ def run_prompts(arguments: ScoreArguments, world: World) -> int:
         else:
             scorer, tokenizer, spec = arguments.scorer(world, stack, arguments.upper_bound)
             reader = FlagReader(scorer, spec)
-        max_length = context_limit(arguments.max_length, reader.context_length)
+        max_length = context_limit(arguments.max_length, reader.source.context_length)
         usable = rows.rows
         if arguments.on_bad_row == "skip":
             usable, bad = sound_prompts(reader, tokenizer, spec, usable, max_length)
@@ -126,7 +122,7 @@ def score_prompts(
         first: Number of the first of these rows, for error messages.
 
     Yields:
-        The rows of the output as dictionaries: those of `redflag.scoring.score.score_rows` with T = 1.
+        The rows of the output as dictionaries: those of `redflag.scoring.scored.as_json` with T = 1.
 
     Raises:
         RedflagError: A prompt cannot be rendered, or the model gave invalid probabilities.

@@ -18,7 +18,12 @@ import numpy.typing as npt
 
 from redflag.errors import RedflagError
 from redflag.files import atomic_write
+from redflag.flags import FlagSpec
+from redflag.scoring.scored import read_scored
 
+Indices = npt.NDArray[np.int64]
+
+FORMAT = 1  # of the Parquet file
 # One entry per response; a column that a file lacks is None throughout.
 COLUMNS = (
     *("id", "category", "onset", "onset_source", "group", "source", "lang", "turns", "truncated"),
@@ -42,8 +47,8 @@ class Recording:
 
     categories: tuple[str, ...]
     probs: npt.NDArray[np.float32]
-    starts: npt.NDArray[np.int64]
-    lengths: npt.NDArray[np.int64]
+    starts: Indices
+    lengths: Indices
     columns: dict[str, list[Any]]
     token_ids: npt.NDArray[np.int32] | None = None
     meta: dict[str, Any] = field(default_factory=dict)
@@ -64,20 +69,12 @@ class Recording:
         """The responses with these indices, or those where a mask is true, in that order."""
         index = np.asarray(chosen)
         index = np.flatnonzero(index) if index.dtype == bool else index.astype(np.int64)
-        counts = np.diff(self.starts)[index]
-        token_starts = np.concatenate([[0], np.cumsum(self.lengths)])
-        return Recording(
-            self.categories,
-            self.probs[_spans(self.starts[:-1][index], counts)],
-            np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-            self.lengths[index],
-            {name: [values[i] for i in index] for name, values in self.columns.items()},
-            None if self.token_ids is None else self.token_ids[_spans(token_starts[index], self.lengths[index])],
-            self.meta,
-        )
+        columns = {name: [values[i] for i in index] for name, values in self.columns.items()}
+        steps, tokens = self.starts[:-1][index], _offsets(self.lengths)[:-1][index]
+        return self._cut(steps, np.diff(self.starts)[index], tokens, self.lengths[index], columns)
 
     @property
-    def thoughts(self) -> npt.NDArray[np.int64]:
+    def thoughts(self) -> Indices:
         """Number of first steps that belong to a thought, for each of the N responses; 0 without one."""
         counts = self.columns.get("thought_tokens") or [None] * len(self)
         return np.array([count or 0 for count in counts], dtype=np.int64)
@@ -87,29 +84,29 @@ class Recording:
 
         Onsets then count from the answer's first token; a thought has none.
         """
-        if name == "answer" and not self.thoughts.any():
+        thoughts = self.thoughts
+        if name == "thought":
+            whole = self.select(thoughts > 0)
+            thoughts = whole.thoughts
+            columns = {**whole.columns, "onset": [None] * len(whole), "thought_tokens": [None] * len(whole)}
+            return whole._cut(whole.starts[:-1], thoughts, _offsets(whole.lengths)[:-1], thoughts, columns)
+        if not thoughts.any():
             return self
-        selected = self.select(self.thoughts > 0) if name == "thought" else self
-        thoughts = selected.thoughts
-        skip = thoughts if name == "answer" else np.zeros_like(thoughts)
-        counts = np.diff(selected.starts) - thoughts if name == "answer" else thoughts
-        lengths = selected.lengths - thoughts if name == "answer" else thoughts
         onsets = [
-            onset - int(first) if name == "answer" and onset is not None else None
-            for onset, first in zip(selected.columns["onset"], thoughts, strict=True)
+            None if onset is None else onset - int(skipped)
+            for onset, skipped in zip(self.columns["onset"], thoughts, strict=True)
         ]
-        tokens = selected.token_ids
-        if tokens is not None:
-            tokens = tokens[_spans(np.cumsum(selected.lengths) - selected.lengths + skip, lengths)]
-        return Recording(
-            selected.categories,
-            selected.probs[_spans(selected.starts[:-1] + skip, counts)],
-            np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-            lengths,
-            {**selected.columns, "onset": onsets, "thought_tokens": [None] * len(selected)},
-            tokens,
-            selected.meta,
-        )
+        columns = {**self.columns, "onset": onsets, "thought_tokens": [None] * len(self)}
+        steps, tokens = self.starts[:-1] + thoughts, _offsets(self.lengths)[:-1] + thoughts
+        return self._cut(steps, np.diff(self.starts) - thoughts, tokens, self.lengths - thoughts, columns)
+
+    def _cut(
+        self, steps: Indices, counts: Indices, tokens: Indices, lengths: Indices, columns: dict[str, list[Any]]
+    ) -> Recording:
+        """Responses that begin at these steps and tokens of this recording, and have so many of each."""
+        token_ids = None if self.token_ids is None else self.token_ids[_spans(tokens, lengths)]
+        probs = self.probs[_spans(steps, counts)]
+        return Recording(self.categories, probs, _offsets(counts), lengths, columns, token_ids, self.meta)
 
     @classmethod
     def of(
@@ -144,7 +141,7 @@ class Recording:
         return cls(
             tuple(categories),
             np.concatenate([np.zeros((0, flags), np.float32), *pieces]),
-            np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+            _offsets(counts),
             np.array(lengths, dtype=np.int64),
             columns,
             token_ids,
@@ -162,14 +159,13 @@ class Recording:
             "tokens": self.lengths,
         }
         if self.token_ids is not None:
-            offsets = np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int64)
-            table["token_ids"] = pa.LargeListArray.from_arrays(offsets, self.token_ids)
+            table["token_ids"] = pa.LargeListArray.from_arrays(_offsets(self.lengths), self.token_ids)
+        types = {"onset": pa.int64(), "turns": pa.int64(), "thought_tokens": pa.int64(), "truncated": pa.bool_()}
         for name, values in self.columns.items():
             if name == "thought_tokens" and not self.thoughts.any():
                 continue
-            kinds = {"onset": pa.int64(), "turns": pa.int64(), "thought_tokens": pa.int64(), "truncated": pa.bool_()}
-            table[name] = pa.array(values, kinds.get(name, pa.string()))
-        head = json.dumps({"format": 1, "categories": self.categories, "meta": self.meta})
+            table[name] = pa.array(values, types.get(name, pa.string()))
+        head = json.dumps({"format": FORMAT, "categories": self.categories, "meta": self.meta})
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:
             pq.write_table(pa.table(table).replace_schema_metadata({"redflag": head}), file, compression="zstd")
@@ -191,21 +187,18 @@ class Recording:
         try:
             table = pq.read_table(path).combine_chunks()
             head = json.loads(table.schema.metadata[b"redflag"])
+            if head["format"] != FORMAT:
+                raise ValueError(f"it has format {head['format']!r}, and this version of redflag reads {FORMAT}")
             flags = len(head["categories"])
             lists = table["flag_probs"].chunk(0) if len(table) else pa.array([], pa.large_list(pa.float32()))
             tokens = table["token_ids"].chunk(0) if "token_ids" in table.column_names and len(table) else None
-            columns = {"thought_tokens": [None] * len(table)}  # files without thoughts have no such column
-            columns |= {
-                name: table[name].to_pylist()
-                for name in COLUMNS
-                if name in table.column_names or name != "thought_tokens"
-            }
+            lacking = {"thought_tokens"} - set(table.column_names)  # files without thoughts have no such column
             return cls(
                 tuple(head["categories"]),
                 lists.values.to_numpy().reshape(-1, flags),
                 np.asarray(lists.offsets.to_numpy() if len(table) else [0], dtype=np.int64) // flags,
                 table["tokens"].to_numpy(),
-                {name: columns[name] for name in COLUMNS},
+                {name: [None] * len(table) if name in lacking else table[name].to_pylist() for name in COLUMNS},
                 None if tokens is None else tokens.values.to_numpy(),
                 head["meta"],
             )
@@ -217,23 +210,76 @@ class Recording:
             ) from error
 
 
-def _spans(starts: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def recorded(path: str | Path, spec: FlagSpec) -> Recording | None:
+    """The recording in a file, in place of a model; None if the file holds conversations or does not exist.
+
+    Thresholds belong to the run, the prompt template and the flags of a model, which a recording names in its `meta`.
+
+    Raises:
+        RedflagError: It was not recorded with this run of the model and this prompt template, or does not say so.
+    """
+    path = Path(path)
+    if not path.is_file() or not _is_recording(path):
+        return None
+    recording = Recording.load(path)
+    meta = {**recording.meta, "categories": list(recording.categories)}
+    for key, what, ours in (
+        ("run_id", "run", spec.run_id),
+        ("template_hash", "prompt template", spec.template_hash),
+        ("categories", "flags", list(spec.categories)),
+    ):
+        if (theirs := meta.get(key)) != ours:
+            fault = f"was recorded with {what} {theirs!r}" if theirs is not None else f"names no {what} (meta {key!r})"
+            raise RedflagError(
+                f"{path} {fault}, but the model has {what} {ours!r}. Thresholds from it would not hold. Give a "
+                "recording of this model, or conversations to measure with it."
+            )
+    return recording
+
+
+def _is_recording(path: Path) -> bool:
+    """Whether a file holds probabilities; it is not checked any further."""
+    try:
+        if path.suffix == ".parquet":
+            import pyarrow as pa
+            import pyarrow.parquet as pq
+
+            try:
+                return b"redflag" in (pq.read_schema(path).metadata or {})
+            except pa.ArrowException:
+                return False
+        return "flag_probs" in _first_record(path)
+    except (OSError, RecursionError):
+        return False
+
+
+def _first_record(path: Path) -> dict[str, Any]:
+    """The object in a file's first line; empty if there is none."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            first = json.loads(file.readline())
+    except ValueError:
+        return {}
+    return first if isinstance(first, dict) else {}
+
+
+def _offsets(counts: Sequence[int] | Indices) -> Indices:
+    """Where each of N pieces begins that lie end to end, and where the last one ends: N + 1."""
+    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+
+
+def _spans(starts: Indices, counts: Indices) -> Indices:
     """Indices of slices of an array, one slice after the other."""
-    if not len(counts):
-        return np.zeros(0, dtype=np.int64)
-    before = np.cumsum(counts) - counts
+    before = _offsets(counts)[:-1]
     return np.repeat(starts - before, counts) + np.arange(int(counts.sum()))
 
 
 def _from_lines(path: Path) -> Recording:
     try:
-        with path.open(encoding="utf-8") as file:
-            first = json.loads(file.readline() or "{}")
+        first = _first_record(path)
     except OSError as error:
         raise RedflagError(f"{path} cannot be read ({error.strerror}). Give a recording.") from error
-    except ValueError:
-        first = {}
-    if isinstance(first, dict) and "events" in first:
+    if "events" in first:
         from redflag.trace import read_traces
 
         traces = list(read_traces(path))
@@ -242,8 +288,6 @@ def _from_lines(path: Path) -> Recording:
             raise RedflagError(f"{path} must not hold traces of different flags. Split the file.")
         names_of = ("flag_probs", "token_ids", "id", "thought_tokens")
         return Recording.of(flagged, ({name: getattr(t, name) for name in names_of} | t.meta for t in traces))
-    from redflag.scoring.score import read_scored
-
     scored = read_scored(path)
     if not scored:
         raise RedflagError(f"{path} must hold responses (got none). Run `redflag score` to write it.")

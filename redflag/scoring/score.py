@@ -111,7 +111,6 @@ def score_to_file(
     Args:
         rows: Conversations that end in the response.
         rows_sha256: Hash of the rows (from `redflag.data.rows.load_rows`); with other rows scoring starts again.
-        max_length: As for `score`.
         world: This process and the others; None: from the environment (`accelerate launch`).
         on_scored: Called with the number and the measurement of each row that this process scores.
 
@@ -129,38 +128,16 @@ def score_to_file(
         "template": spec.template_hash,
         "max_length": max_length,
     }
-    bounds: dict[str, Any] = {"upper_bound": True} if getattr(scorer, "upper_bound", False) else {}
 
     def records(start: int, stop: int) -> Iterator[dict[str, Any]]:
         part = rows[start:stop]
         scored = score(scorer, tokenizer, spec, part, batch_size=batch_size, max_length=max_length, first=start)
         for number, item in enumerate(scored, start):
             on_scored(number, item)
-            yield {**as_json(item, tokenizer), **bounds}
+            yield as_json(item, tokenizer)
 
     world = world or World.here()
     return write_records(Path(output), len(rows), records, scorer=scorer, key=key, batch_size=batch_size, world=world)
-
-
-def score_rows(
-    scorer: Scorer,
-    tokenizer: Any,
-    spec: FlagSpec,
-    rows: Sequence[Row],
-    *,
-    batch_size: int = 16,
-    max_length: int | None = None,
-) -> Iterator[dict[str, Any]]:
-    """The rows of `scored.jsonl` as dictionaries, in the order of the input. Arguments as `score`.
-
-    Yields:
-        `id`, `token_ids` (T), `tokens` (T texts), `flag_probs` (T x K), `tail_probs` (M x K), `peak` (K), `onset`
-        (token index or None), `category`, `group`, `source`, `lang`, `onset_source`, `turns` (of the user),
-        `truncated`, `prompt_truncated`; after a thought also `thought_tokens` (how many of the T) and `thought_peak`
-        (K), and `peak` is the answer's.
-    """
-    for item in score(scorer, tokenizer, spec, rows, batch_size=batch_size, max_length=max_length):
-        yield as_json(item, tokenizer)
 
 
 def score(
@@ -177,7 +154,6 @@ def score(
 
     Args:
         rows: Conversations that end in the response.
-        batch_size: Conversations per forward pass.
         max_length: Longest prompt + response in tokens; None = no limit. A prompt that does not fit loses its
             oldest turns (`redflag.truncation.fit_prompt`); a response that does not fit even alone loses its end. Both
             are marked.
@@ -201,6 +177,12 @@ def score(
                 )
             check_probs(probs, row, index, "flag probability at response token {}")
             yield Scored(
-                *(row, item.response_ids, probs[:length], probs[length:], item.onset),
-                *(item.truncated, item.prompt_truncated, item.thought),
+                row,
+                item.response_ids,
+                probs[:length],
+                probs[length:],
+                item.onset,
+                truncated=item.truncated,
+                prompt_truncated=item.prompt_truncated,
+                thought=item.thought,
             )

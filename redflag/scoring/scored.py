@@ -78,12 +78,26 @@ def as_recorded(item: Scored) -> dict[str, Any]:
 
 
 def as_json(item: Scored, tokenizer: Any) -> dict[str, Any]:
-    """The row of `scored.jsonl`; probabilities are written in full, so that replaying them gives the same scores."""
-    first = {"id": item.row.id, "token_ids": item.token_ids, "tokens": _texts(item.token_ids, tokenizer)}
-    probs = {"flag_probs": item.flag_probs.tolist(), "tail_probs": item.tail_probs.tolist()}
-    record = {**first, **probs, "peak": item.peak} | as_recorded(item) | probs
-    del record["thought_tokens"]
-    record["prompt_truncated"] = item.prompt_truncated
+    """The row of `scored.jsonl`; probabilities are written in full, so that replaying them gives the same scores.
+
+    Returns:
+        `id`, `token_ids` (T), `tokens` (T texts), `flag_probs` (T x K), `tail_probs` (M x K), `peak` (K), `onset`
+        (token index or None), `category`, `group`, `source`, `lang`, `onset_source`, `turns` (of the user),
+        `truncated`, `prompt_truncated`; after a thought also `thought_tokens` (how many of the T) and `thought_peak`
+        (K), and `peak` is the answer's.
+    """
+    record = {
+        "id": item.row.id,
+        "token_ids": item.token_ids,
+        "tokens": _texts(item.token_ids, tokenizer),
+        "flag_probs": item.flag_probs.tolist(),
+        "tail_probs": item.tail_probs.tolist(),
+        "peak": item.peak,
+        "onset": item.onset,
+        **row_fields(item.row),
+        "truncated": item.truncated,
+        "prompt_truncated": item.prompt_truncated,
+    }
     return record | ({"thought_tokens": item.thought, "thought_peak": item.thought_peak} if item.thought else {})
 
 

@@ -44,8 +44,9 @@ def write_records(
 ) -> bool:
     """Writes a JSON line per row with `redflag.scoring.shards.write_lines`, and reports how many rows were cut.
 
+    Lines whose probabilities are upper bounds get `upper_bound`.
+
     Args:
-        count: Number of rows.
         records: The records of rows `start` to `stop`.
         key: All inputs of the lines besides the scorer; with others an unfinished file is started again.
 
@@ -54,9 +55,10 @@ def write_records(
     """
     _check_batch(batch_size)
     chunk = batch_size * BATCHES
+    bounds: dict[str, Any] = {"upper_bound": True} if getattr(scorer, "upper_bound", False) else {}
     if served(scorer):
         # Servers batch as they like, so rows need not stay together; their results differ in the last digits.
-        key = {**key, "served": "bounds" if getattr(scorer, "upper_bound", False) else "exact"}
+        key = {**key, "served": "bounds" if bounds else "exact"}
         chunk = batch_size if world.size == 1 else chunk
     fingerprint = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     cut: Counter[str] = Counter()
@@ -64,7 +66,7 @@ def write_records(
     def lines(start: int, stop: int) -> Iterator[str]:
         for record in records(start, stop):
             cut.update({name: record[name] for name in ("truncated", "prompt_truncated")})
-            yield json.dumps(record, ensure_ascii=False, allow_nan=False)
+            yield json.dumps({**record, **bounds}, ensure_ascii=False, allow_nan=False)
 
     written = write_lines(output, count, lines, chunk=chunk, fingerprint=fingerprint, world=world)
     report_cut(cut, "" if world.size == 1 else f"process {world.rank}: ")

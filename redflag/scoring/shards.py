@@ -55,8 +55,6 @@ def write_lines(
     """Writes one line per row, in order, and continues an interrupted run.
 
     Args:
-        output: The file, complete or absent.
-        total: Number of rows.
         lines: Called with spans that begin at a multiple of `chunk`.
         chunk: Rows that are kept or lost as one.
         fingerprint: Hash of all inputs of the lines. Chunks with another one are deleted.

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from redflag.stats.intervals import Groups, auroc_interval, ranking_intervals, rate_interval, unit_of
-from redflag.stats.metrics import Bools, Floats, auroc, split_classes
+from redflag.stats.metrics import Bools, Floats, Labels, Scores, auroc, split_classes
 
 Indices = npt.NDArray[np.int64]
 
@@ -20,12 +20,7 @@ NAMED_FPRS = (0.0, 0.001, 0.01, 0.05, 0.1)
 
 
 def roc(
-    scores: Sequence[float] | Floats,
-    labels: Sequence[int] | Bools,
-    groups: Groups | None = None,
-    *,
-    resamples: int = 1000,
-    seed: int = 0,
+    scores: Scores, labels: Labels, groups: Groups | None = None, *, resamples: int = 1000, seed: int = 0
 ) -> dict[str, list[float]]:
     """The ROC curve in at most 200 of its own points, each with an interval of its TPR.
 
@@ -41,21 +36,22 @@ def roc(
     false = len(harmless) - np.searchsorted(harmless, thresholds, side="left")
     tpr = np.concatenate([[0.0], caught / len(harmful)])
     fpr = np.concatenate([[0.0], false / len(harmless)])
-    asked = np.concatenate([NAMED_FPRS, np.geomspace(1e-4, 1.0, 60), np.linspace(0.0, 1.0, 60)])
-    at_fpr = np.searchsorted(fpr, asked, side="right") - 1
+    wanted_fprs = np.concatenate([NAMED_FPRS, np.geomspace(1e-4, 1.0, 60), np.linspace(0.0, 1.0, 60)])
+    at_fpr = np.searchsorted(fpr, wanted_fprs, side="right") - 1
     at_tpr = np.searchsorted(tpr, np.linspace(0.0, 1.0, 60), side="left")
-    kept = np.unique(np.concatenate([[0, len(fpr) - 1], at_fpr, at_tpr]))
+    points = np.unique(np.concatenate([[0, len(fpr) - 1], at_fpr, at_tpr]))
     if len(fpr) <= MOST_POINTS:
-        kept = np.arange(len(fpr))
-    rates, place = np.unique(fpr[kept], return_inverse=True)
+        points = np.arange(len(fpr))
+    fpr, tpr = fpr[points], tpr[points]
+    rates, place = np.unique(fpr, return_inverse=True)
     bounds = ranking_intervals(scores, labels, groups, fprs=rates, resamples=resamples, seed=seed).tpr
     low, high = np.array(bounds)[place].T
     # Where the curve rises steeply, several points share the FPR of the one that the interval is of.
     return {
-        "fpr": fpr[kept].tolist(),
-        "tpr": tpr[kept].tolist(),
-        "low": np.minimum(low, tpr[kept]).tolist(),
-        "high": np.maximum(high, tpr[kept]).tolist(),
+        "fpr": fpr.tolist(),
+        "tpr": tpr.tolist(),
+        "low": np.minimum(low, tpr).tolist(),
+        "high": np.maximum(high, tpr).tolist(),
     }
 
 
@@ -84,11 +80,7 @@ def running_peaks(scores: Floats, starts: Indices, firsts: Sequence[int]) -> Flo
 
 
 def earliness(
-    scores: Floats,
-    starts: Indices,
-    labels: Bools,
-    groups: Groups | None = None,
-    alarms: Indices | None = None,
+    scores: Floats, starts: Indices, labels: Bools, groups: Groups | None = None, alarms: Indices | None = None
 ) -> dict[str, list[Any]]:
     """What the first tokens alone tell.
 
@@ -128,10 +120,10 @@ def reliability(probs: Floats, truth: Bools, groups: Groups | None = None, bins:
     edges = np.linspace(0.0, 1.0, bins + 1)
     place = np.searchsorted(edges[1:-1], probs)
     units = unit_of(groups, len(probs))
-    held = []
+    filled = []
     for i in np.unique(place):
         inside = place == i
-        held.append(
+        filled.append(
             {
                 "low": float(edges[i]),
                 "high": float(edges[i + 1]),
@@ -141,7 +133,7 @@ def reliability(probs: Floats, truth: Bools, groups: Groups | None = None, bins:
                 "interval": rate_interval(truth[inside], units[inside]),
             }
         )
-    return {"bins": held, "brier": float(np.mean((probs - truth) ** 2)) if len(probs) else None}
+    return {"bins": filled, "brier": float(np.mean((probs - truth) ** 2)) if len(probs) else None}
 
 
 def delay_histogram(delays: Sequence[int] | Indices, missed: int, tolerance: int) -> dict[str, Any]:

@@ -28,7 +28,16 @@ import numpy as np
 import numpy.typing as npt
 
 from redflag.errors import RedflagError
-from redflag.stats.metrics import Bools, Floats, average_precision, clopper_pearson, split_classes, tpr_at_fpr
+from redflag.stats.metrics import (
+    Bools,
+    Floats,
+    Labels,
+    Scores,
+    average_precision,
+    clopper_pearson,
+    split_classes,
+    tpr_at_fpr,
+)
 
 Interval = tuple[float, float]
 Counts = npt.NDArray[np.int64]
@@ -38,6 +47,9 @@ Groups = Sequence[str | None] | Counts  # per response its group; None: it is by
 CHUNK = 1_000_000
 # A standard error below this is a zero that was rounded.
 ROUNDING = 1e-12
+# Every interval is one of 95%: the shares of the resamples below its ends, and the normal quantile.
+_TAILS = [(1.0 - 0.95) / 2.0, (1.0 + 0.95) / 2.0]
+_Z = NormalDist().inv_cdf(_TAILS[1])
 
 
 class RankingIntervals(NamedTuple):
@@ -47,13 +59,7 @@ class RankingIntervals(NamedTuple):
     tpr: list[Interval]  # per FPR, of the TPR at the best threshold that keeps it, derived anew in every resample
 
 
-def auroc_interval(
-    scores: Sequence[float] | Floats,
-    labels: Sequence[int] | Bools,
-    groups: Groups | None = None,
-    *,
-    level: float = 0.95,
-) -> Interval:
+def auroc_interval(scores: Scores, labels: Labels, groups: Groups | None = None) -> Interval:
     """Interval of the AUROC: DeLong's variance over groups on the logit scale; Newcombe's method 5 without overlap.
 
     Example:
@@ -62,38 +68,33 @@ def auroc_interval(
         (0.438, 0.997)
     """
     units = unit_of(groups, len(labels))
-    area, pull = _pulls(scores, labels)
+    area, influence = _influences(scores, labels)
     truth = np.asarray(labels).astype(bool)
-    variance = _variance(pull, truth, units)
-    z = NormalDist().inv_cdf((1.0 + level) / 2.0)
+    variance = _variance(influence, truth, units)
     if area in (0.0, 1.0) or variance <= ROUNDING**2:
-        return _score_interval(area, len(np.unique(units[truth])), len(np.unique(units[~truth])), z)
-    return _logit_interval(area, math.sqrt(variance), z)
+        return _score_interval(area, len(np.unique(units[truth])), len(np.unique(units[~truth])))
+    return _logit_interval(area, math.sqrt(variance))
 
 
 def auroc_difference(
-    first: Sequence[float] | Floats,
-    second: Sequence[float] | Floats,
-    labels: Sequence[int] | Bools,
-    groups: Groups | None = None,
-    *,
-    level: float = 0.95,
+    first: Scores, second: Scores, labels: Labels, groups: Groups | None = None
 ) -> tuple[float, Interval]:
     """AUROC of the first scores less that of the second, of the same responses, with DeLong's paired interval."""
-    (one, pull), (other, push) = _pulls(first, labels), _pulls(second, labels)
-    variance = _variance(pull - push, np.asarray(labels).astype(bool), unit_of(groups, len(labels)))
-    spread = NormalDist().inv_cdf((1.0 + level) / 2.0) * math.sqrt(max(0.0, variance))
+    (one, first_influence), (other, second_influence) = _influences(first, labels), _influences(second, labels)
+    variance = _variance(
+        first_influence - second_influence, np.asarray(labels).astype(bool), unit_of(groups, len(labels))
+    )
+    spread = _Z * math.sqrt(max(0.0, variance))
     return one - other, (one - other - spread, one - other + spread)
 
 
-def rate_interval(hits: Sequence[bool] | Bools, groups: Groups | None = None, *, level: float = 0.95) -> Interval:
+def rate_interval(hits: Sequence[bool] | Bools, groups: Groups | None = None) -> Interval:
     """Interval of the share of responses that hit: exact without groups, on the effective number with them.
 
     Without a hit, or without a miss, how alike a group's responses are cannot be seen: then a group counts once.
 
     Args:
         hits: N outcomes under a threshold that was not derived from them.
-        level: Least coverage.
 
     Raises:
         RedflagError: There is no outcome.
@@ -108,25 +109,24 @@ def rate_interval(hits: Sequence[bool] | Bools, groups: Groups | None = None, *,
     units = unit_of(groups, count)
     number = int(units.max()) + 1 if count else 0
     if number == count:
-        return clopper_pearson(int(outcomes.sum()), count, level)
+        return clopper_pearson(int(outcomes.sum()), count)
     rate = float(outcomes.mean())
     if rate in (0.0, 1.0) or number < 2:
-        return clopper_pearson(rate * number, number, level)
+        return clopper_pearson(rate * number, number)
     sums = np.bincount(units, outcomes - rate)
     variance = number / (number - 1) * float(sums @ sums) / count**2
     effective = float(count)
     if variance > ROUNDING**2:
         effective = min(effective, max(1.0, rate * (1.0 - rate) / variance))
-    return clopper_pearson(rate * effective, effective, level)
+    return clopper_pearson(rate * effective, effective)
 
 
 def ranking_intervals(
-    scores: Sequence[float] | Floats,
-    labels: Sequence[int] | Bools,
+    scores: Scores,
+    labels: Labels,
     groups: Groups | None = None,
     *,
-    fprs: Sequence[float] | Floats = (0.001, 0.01, 0.05),
-    level: float = 0.95,
+    fprs: Scores = (0.001, 0.01, 0.05),
     resamples: int = 1000,
     seed: int = 0,
 ) -> RankingIntervals:
@@ -134,35 +134,32 @@ def ranking_intervals(
 
     Args:
         fprs: False-positive rates that must not be exceeded.
-        level: Share of the resamples inside an interval.
     """
     rates = np.asarray(fprs, dtype=np.float64)
     precisions, tprs = _resampled_figures(scores, labels, groups, rates, resamples, seed)
-    tails = [(1.0 - level) / 2.0, (1.0 + level) / 2.0]
     average = average_precision(scores, labels)
     spread = float(precisions.std())
     harmful = [True] * int(np.sum(labels))
     inside = None if groups is None else [g for g, label in zip(groups, labels, strict=True) if label]
-    whole = rate_interval(harmful, inside, level=level)
+    whole = rate_interval(harmful, inside)
     if average < 1.0 and spread > ROUNDING:
-        precision = _logit_interval(average, spread, NormalDist().inv_cdf(tails[1]))
+        precision = _logit_interval(average, spread)
     else:
         precision = min(average, whole[0]), 1.0
     bounds = []
-    for rate, low, high in zip(rates.tolist(), *np.quantile(tprs, tails, axis=0).tolist(), strict=True):
+    for rate, low, high in zip(rates.tolist(), *np.quantile(tprs, _TAILS, axis=0).tolist(), strict=True):
         tpr = tpr_at_fpr(scores, labels, rate).tpr
         bounds.append((min(low, whole[0]) if tpr == 1.0 else low, max(high, 1.0 - whole[0]) if tpr == 0.0 else high))
     return RankingIntervals(precision, bounds)
 
 
 def tpr_differences(
-    first: Sequence[float] | Floats,
-    second: Sequence[float] | Floats,
-    labels: Sequence[int] | Bools,
+    first: Scores,
+    second: Scores,
+    labels: Labels,
     groups: Groups | None = None,
     *,
-    fprs: Sequence[float] | Floats = (0.001, 0.01, 0.05),
-    level: float = 0.95,
+    fprs: Scores = (0.001, 0.01, 0.05),
     resamples: int = 1000,
     seed: int = 0,
 ) -> list[tuple[float, Interval]]:
@@ -172,16 +169,15 @@ def tpr_differences(
     """
     rates = np.asarray(fprs, dtype=np.float64)
     one, other = (_resampled_figures(scores, labels, groups, rates, resamples, seed)[1] for scores in (first, second))
-    lows, highs = np.quantile(one - other, [(1.0 - level) / 2.0, (1.0 + level) / 2.0], axis=0)
+    lows, highs = np.quantile(one - other, _TAILS, axis=0)
     differences = [tpr_at_fpr(first, labels, float(f)).tpr - tpr_at_fpr(second, labels, float(f)).tpr for f in rates]
     return [(d, (float(low), float(high))) for d, low, high in zip(differences, lows, highs, strict=True)]
 
 
 def median_interval(
-    values: Sequence[float] | Floats,
+    values: Scores,
     groups: Groups | None = None,
     *,
-    level: float = 0.95,
     resamples: int = 1000,
     seed: int = 0,
 ) -> Interval:
@@ -202,7 +198,7 @@ def median_interval(
         # Between the two middle ones where their number is even.
         lower, upper = (mass < half).sum(axis=1), (mass <= half).sum(axis=1)
         medians.append((ordered[lower] + ordered[upper]) / 2.0)
-    low, high = np.quantile(np.concatenate(medians), [(1.0 - level) / 2.0, (1.0 + level) / 2.0])
+    low, high = np.quantile(np.concatenate(medians), _TAILS)
     return float(low), float(high)
 
 
@@ -218,13 +214,13 @@ def unit_of(groups: Groups | None, count: int) -> Counts:
         raise RedflagError(f"groups must be one per response, or None (got {len(groups)} for {count}).")
     if isinstance(groups, np.ndarray):
         return np.unique(groups, return_inverse=True)[1].astype(np.int64)
-    known: dict[Any, int] = {}
+    units: dict[Any, int] = {}
     return np.array(
-        [known.setdefault((i,) if g is None else g, len(known)) for i, g in enumerate(groups)], dtype=np.int64
+        [units.setdefault((i,) if g is None else g, len(units)) for i, g in enumerate(groups)], dtype=np.int64
     )
 
 
-def _pulls(scores: Sequence[float] | Floats, labels: Sequence[int] | Bools) -> tuple[float, Floats]:
+def _influences(scores: Scores, labels: Labels) -> tuple[float, Floats]:
     """The AUROC, and how far each response pulls it from where it is: they sum to zero in each class."""
     harmful, harmless = (np.sort(part) for part in split_classes(scores, labels))
     values, truth = np.asarray(scores, dtype=np.float64), np.asarray(labels).astype(bool)
@@ -238,8 +234,8 @@ def _pulls(scores: Sequence[float] | Floats, labels: Sequence[int] | Bools) -> t
     return area, np.where(truth, (placed - area) / m, (placed - area) / n)
 
 
-def _variance(pull: Floats, truth: Bools, units: Counts) -> float:
-    parts = [np.bincount(units[side], pull[side], minlength=units.max() + 1) for side in (truth, ~truth)]
+def _variance(influence: Floats, truth: Bools, units: Counts) -> float:
+    parts = [np.bincount(units[side], influence[side], minlength=units.max() + 1) for side in (truth, ~truth)]
     sizes = [len(np.unique(units[side])) for side in (truth, ~truth)]
     # Each class's variance is freed of its bias by itself; what a group shares between the classes, by both.
     free = [size / (size - 1) if size > 1 else 1.0 for size in sizes]
@@ -248,8 +244,8 @@ def _variance(pull: Floats, truth: Bools, units: Counts) -> float:
 
 
 def _resampled_figures(
-    scores: Sequence[float] | Floats,
-    labels: Sequence[int] | Bools,
+    scores: Scores,
+    labels: Labels,
     groups: Groups | None,
     rates: Floats,
     resamples: int,
@@ -292,22 +288,23 @@ def _resampled(units: Counts, labels: Bools, resamples: int, seed: int) -> Itera
     size = max(1, CHUNK // len(units))
     for start in range(0, resamples, size):
         rows = min(size, resamples - start)
-        drawn = np.zeros((rows, number), dtype=np.int64)
+        draws = np.zeros((rows, number), dtype=np.int64)
         for members in strata:
             if len(members):
+                # Each row's picks are moved into a range of their own, so that one count serves all rows.
                 picks = rng.integers(0, len(members), (rows, len(members))) + np.arange(rows)[:, None] * len(members)
                 times = np.bincount(picks.ravel(), minlength=rows * len(members))
-                drawn[:, members] = times.reshape(rows, len(members))
-        yield drawn[:, units]
+                draws[:, members] = times.reshape(rows, len(members))
+        yield draws[:, units]
 
 
-def _score_interval(area: float, m: int, n: int, z: float) -> Interval:
-    """Newcombe's method 5: all areas from which the one found is no more than z standard errors away."""
+def _score_interval(area: float, m: int, n: int) -> Interval:
+    """Newcombe's method 5: all areas from which the measured one is no more than `_Z` standard errors away."""
     extra = (m + n) / 2.0 - 1.0
 
     def outside(t: float) -> bool:
         variance = t * (1.0 - t) * (1.0 + extra * (1.0 - t) / (2.0 - t) + extra * t / (1.0 + t)) / (m * n)
-        return (t - area) ** 2 > z * z * variance
+        return (t - area) ** 2 > _Z * _Z * variance
 
     ends = []
     for far in (0.0, 1.0):
@@ -319,8 +316,8 @@ def _score_interval(area: float, m: int, n: int, z: float) -> Interval:
     return ends[0], ends[1]
 
 
-def _logit_interval(value: float, error: float, z: float) -> Interval:
+def _logit_interval(value: float, error: float) -> Interval:
     """Normal on the logit scale, with the standard error carried over by the slope there."""
-    middle, spread = math.log(value / (1.0 - value)), z * error / (value * (1.0 - value))
+    middle, spread = math.log(value / (1.0 - value)), _Z * error / (value * (1.0 - value))
     low, high = (0.5 * (1.0 + math.tanh(x / 2.0)) for x in (middle - spread, middle + spread))
     return low, high

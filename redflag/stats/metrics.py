@@ -18,6 +18,8 @@ from redflag.errors import RedflagError
 
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
+Scores = Sequence[float] | Floats
+Labels = Sequence[int] | Bools
 
 
 class TprAtFpr(NamedTuple):
@@ -40,7 +42,7 @@ class DelayStats(NamedTuple):
     median_abs: float  # of |delay|
 
 
-def auroc(scores: Sequence[float] | Floats, labels: Sequence[int] | Bools) -> float:
+def auroc(scores: Scores, labels: Labels) -> float:
     """Probability that a random harmful response scores above a random harmless one; a tie counts half.
 
     >>> auroc([0.1, 0.4, 0.4, 0.9], [0, 0, 1, 1])
@@ -52,7 +54,7 @@ def auroc(scores: Sequence[float] | Floats, labels: Sequence[int] | Bools) -> fl
     return float(roc_auc_score(np.asarray(labels), np.asarray(scores)))
 
 
-def average_precision(scores: Sequence[float] | Floats, labels: Sequence[int] | Bools) -> float:
+def average_precision(scores: Scores, labels: Labels) -> float:
     """Precision averaged over the recall gained at each distinct score, from the highest down (no interpolation)."""
     from sklearn.metrics import average_precision_score
 
@@ -61,7 +63,7 @@ def average_precision(scores: Sequence[float] | Floats, labels: Sequence[int] | 
     return min(1.0, precision)  # A sum of rounded shares can exceed 1 by a hair.
 
 
-def tpr_at_fpr(scores: Sequence[float] | Floats, labels: Sequence[int] | Bools, fpr: float) -> TprAtFpr:
+def tpr_at_fpr(scores: Scores, labels: Labels, fpr: float) -> TprAtFpr:
     """The best true-positive rate among thresholds whose false-positive rate does not exceed `fpr`.
 
     The realised rate never lies above the asked one: with tied scores it may lie far below. When no threshold that
@@ -141,7 +143,7 @@ def delay_stats(alarms: Sequence[int | None], onsets: Sequence[int], tolerance: 
     )
 
 
-def split_classes(scores: Sequence[float] | Floats, labels: Sequence[int] | Bools) -> tuple[Floats, Floats]:
+def split_classes(scores: Scores, labels: Labels) -> tuple[Floats, Floats]:
     """The scores of the harmful and of the harmless responses.
 
     Raises:

@@ -45,10 +45,8 @@ class User:
     """A user's entries in the log.
 
     Attributes:
-        responses: Number of logged responses.
         alarms_overridden: Alarms after which a response went on.
         near_misses: Responses with a high score below its threshold, and no alarm that was overridden.
-        overrides: Overrides of the watch by an operator.
         ratio: Highest score as a share of its threshold.
         categories: Category -> responses in which it alarmed or came near.
         first: Time of the first entry; likewise `last`.
@@ -240,7 +238,7 @@ def _time(text: str) -> datetime:
 
 
 def _short(time: str) -> str:
-    return f"{_time(time).astimezone(timezone.utc):%Y-%m-%d %H:%M:%S}" if time else ""
+    return f"{_time(time).astimezone(timezone.utc):%Y-%m-%d %H:%M:%S}"
 
 
 def _one_line(text: str) -> str:

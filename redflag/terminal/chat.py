@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ from redflag.bounds import option
 from redflag.errors import RedflagError
 from redflag.guard.options import PolicyOptions
 from redflag.models.named import DEFAULT
-from redflag.terminal.paint import DIM, RESET, legend, wants_colour
+from redflag.terminal.paint import DIM, legend, style, wants_colour
 from redflag.terminal.screen import TerminalOptions, respond
 
 if TYPE_CHECKING:
@@ -79,12 +79,6 @@ class Chat:
         self.faults = 0
         self._guard = guard
         self._options = options
-        self._commands: dict[str, Callable[[str], None]] = {
-            "/reset": self._reset,
-            "/system": self._set_system,
-            "/policy": lambda text: _tell("\n".join(describe(self._guard))),
-            "/help": lambda text: _tell(HELP),
-        }
 
     def say(self, line: str) -> bool:
         """Executes a command, or answers the user's text. False ends the conversation."""
@@ -95,10 +89,22 @@ class Chat:
             command, _, rest = text.partition(" ")
             if command == "/quit":
                 return False
-            self._commands.get(command, lambda _: _tell(f"{command} is no command\n{HELP}"))(rest.strip())
-            return True
-        self._answer(text[1:] if text.startswith("//") else text)
+            self._execute(command, rest.strip())
+        else:
+            self._answer(text[1:] if text.startswith("//") else text)
         return True
+
+    def _execute(self, command: str, text: str) -> None:
+        if command == "/reset":
+            self.messages = []
+            _tell("the conversation is empty")
+        elif command == "/system":
+            self.system = text or None
+            _tell("the system message is set" if text else "there is no system message")
+        elif command == "/policy":
+            _tell("\n".join(describe(self._guard)))
+        else:
+            _tell(HELP if command == "/help" else f"{command} is no command\n{HELP}")
 
     def _answer(self, text: str) -> None:
         messages = [*self.messages, {"role": "user", "content": text}]
@@ -114,14 +120,6 @@ class Chat:
             self.messages = [*messages, {"role": "assistant", "content": answer.text}]
         else:
             _tell("nothing was shown, so this exchange is forgotten")
-
-    def _reset(self, rest: str) -> None:
-        self.messages = []
-        _tell("the conversation is empty")
-
-    def _set_system(self, text: str) -> None:
-        self.system = text or None
-        _tell("the system message is set" if text else "there is no system message")
 
 
 def describe(guard: Guard) -> list[str]:
@@ -165,5 +163,4 @@ def lines() -> Iterator[str]:
 
 
 def _tell(text: str) -> None:
-    coloured = bool(text) and wants_colour("auto", sys.stderr)
-    print(f"{DIM}{text}{RESET}" if coloured else text, file=sys.stderr)
+    print(style(DIM, text, bool(text) and wants_colour("auto", sys.stderr)), file=sys.stderr)

@@ -9,9 +9,7 @@ from redflag.bounds import option
 from redflag.errors import RedflagError
 from redflag.guard.options import PolicyOptions
 from redflag.terminal.paint import legend, wants_colour
-from redflag.terminal.screen import TerminalOptions, paint, respond, summary
-
-__all__ = ["ARGUMENTS", "POSITIONAL", "GenerateArguments", "paint", "run", "summary"]
+from redflag.terminal.screen import TerminalOptions, respond
 
 
 @dataclass(kw_only=True)

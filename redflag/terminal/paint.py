@@ -64,6 +64,11 @@ def span(text: str, probability: float | None, harmful: bool = False) -> str:
     return "\n".join(start + line + RESET if line else "" for line in text.split("\n"))
 
 
+def style(code: str, text: str, coloured: bool = True) -> str:
+    """Text in a style, such as `BOLD`."""
+    return f"{code}{text}{RESET}" if coloured else text
+
+
 def legend(labels: bool = False) -> str:
     """One line that explains the colours; with `labels`, also the underline of what is labelled harmful."""
     highs = [low for low, _ in SHADES[1:]] + [1.0]

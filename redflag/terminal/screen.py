@@ -19,7 +19,7 @@ from redflag.bounds import option
 from redflag.events import verdict
 from redflag.guard.detokenize import Detokenizer
 from redflag.guard.options import GuardOptions, PolicyOptions
-from redflag.terminal.paint import DIM, RESET, printable, span, wants_colour
+from redflag.terminal.paint import DIM, RESET, printable, span, style, wants_colour
 from redflag.trace import Alarm, Done, Escalation, Event, Halt, Reflection, Text, Thought, Trace, write_traces
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def respond(guard: Guard, messages: list[dict[str, str]], sampling: Sampling, op
                     stream.trace.id = stream.trace.id or os.urandom(8).hex()
                     write_traces(options.record, [stream.trace], append=True)
     for line in summary(stream.trace, reflections=options.show_reflections and not coloured):
-        print(f"{DIM}{line}{RESET}" if coloured and wants_colour(options.color, sys.stderr) else line, file=sys.stderr)
+        print(style(DIM, line, coloured and wants_colour(options.color, sys.stderr)), file=sys.stderr)
     return Answer("".join(shown), stream.trace, stopped)
 
 
@@ -122,7 +122,7 @@ def paint(
         if isinstance(event, Text) and event.text:
             piece = _spans(event, trace, split) if coloured else printable(event.text)
         elif coloured and isinstance(event, Thought):
-            piece = f"{DIM}{printable(event.text)}{RESET}"
+            piece = style(DIM, printable(event.text))
         elif isinstance(event, Halt):
             piece = _ending(event, coloured, open_line)
         elif coloured and isinstance(event, Alarm) and event.action == "continue":
@@ -130,7 +130,7 @@ def paint(
         elif coloured and isinstance(event, Reflection | Escalation):
             piece = _review(event, reflections, open_line)
         elif coloured and (mark := event.mark()):
-            piece = f"{DIM}[{printable(mark)}]{RESET} "
+            piece = style(DIM, f"[{printable(mark)}]") + " "
         if piece:
             yield piece
             open_line = not piece.endswith("\n")
@@ -215,7 +215,7 @@ class Screen:
         if self._column + len(status) >= shutil.get_terminal_size().columns:
             status = ""
         # Saving and restoring the cursor keeps it behind the text; the rest of the line is erased.
-        self._out.write(f"\x1b[K\x1b7{DIM}{status}{RESET}\x1b8" if status else "\x1b[K" if self._status else "")
+        self._out.write(f"\x1b[K\x1b7{style(DIM, status)}\x1b8" if status else "\x1b[K" if self._status else "")
         self._out.flush()
         self._status = status
 
@@ -241,12 +241,12 @@ def _spans(event: Text, trace: Trace, split: Split | None) -> str:
 
 
 def _review(event: Reflection | Escalation, reflections: bool, open_line: bool) -> str:
-    start = "\n" if open_line else ""
     if isinstance(event, Escalation):
-        return f"{start}{DIM}[second judge: {verdict(event)}]{RESET}\n"
-    head = f"[reflection: {len(event.token_ids)} tokens, verdict {verdict(event)}]"
-    lines = [f"| {line}" for line in printable(event.text).splitlines()] if reflections else []
-    return start + "".join(f"{DIM}{line}{RESET}\n" for line in [head, *lines])
+        lines = [f"[second judge: {verdict(event)}]"]
+    else:
+        lines = [f"[reflection: {len(event.token_ids)} tokens, verdict {verdict(event)}]"]
+        lines += [f"| {line}" for line in printable(event.text).splitlines()] if reflections else []
+    return ("\n" if open_line else "") + "".join(style(DIM, line) + "\n" for line in lines)
 
 
 def _ending(event: Halt, coloured: bool, open_line: bool) -> str:

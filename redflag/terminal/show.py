@@ -1,4 +1,4 @@
-"""The verb `show`: rows, scored rows or traces in colour."""
+"""The verb `show`: rows, scored rows or traces in colour, and rows as the trainer sees them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,17 +17,15 @@ from redflag.data.options import RowOptions
 from redflag.data.rows import Row, load_rows
 from redflag.data.summary import report_skipped
 from redflag.errors import RedflagError
-from redflag.terminal.paint import BOLD, DIM, RESET, legend, paint, printable, wants_colour
+from redflag.terminal.paint import BOLD, DIM, legend, paint, printable, style, wants_colour
 from redflag.trace import Alarm, Done, Halt, Reflection, Text, Thought, Trace, read_traces
 
 Pieces = Iterable[tuple[str, float | None, bool]]
-# Model folder -> a function from a row to its tokens in training: text, flag target, whether it is harm.
-TokenView = Callable[[str], Callable[[Row], Pieces]]
 
 
 @dataclass
 class ShowArguments(RowOptions):
-    """Rows, scored rows or traces in colour."""
+    """Rows, scored rows or traces in colour; with a model, rows as the trainer sees them."""
 
     file: str = field(metadata={"help": "Rows, a file of `redflag score`, or traces."})
     model: str | None = option(None, "Show rows token by token with their training labels, as this model reads them.")
@@ -36,14 +35,15 @@ class ShowArguments(RowOptions):
         default="harmless", kw_only=True, metadata={"help": "Treatment of rows whose label is null."}
     )
     color: Literal["auto", "always", "never"] = option("auto", "auto: on a terminal, unless NO_COLOR is set.")
+    placement: str = option("dense", "With --model: first, open, insert, until or dense.")
 
 
 ARGUMENTS = ShowArguments
 POSITIONAL = "file"
 
 
-def run(arguments: ShowArguments, token_view: TokenView | None = None) -> int:
-    """The verb; `token_view` for `model` comes from `show_labels`, since this module does not import training.
+def run(arguments: ShowArguments) -> int:
+    """The verb.
 
     Raises:
         RedflagError: The file cannot be read, or has no entries to show.
@@ -60,18 +60,10 @@ def run(arguments: ShowArguments, token_view: TokenView | None = None) -> int:
     elif kind == "scored rows":
         show, items = show_scored, ((r.get("category") is not None, r) for r in _records(arguments.file))
     else:
-        view = None
-        if arguments.model is not None:
-            if token_view is None:
-                raise RedflagError("model must be left out here, without the token view.")
-            view = token_view(arguments.model)
+        view = None if arguments.model is None else token_view(arguments.model, arguments.placement)
         rows = load_rows(arguments.file, on_bad_row="skip", **arguments.row_options())
         report_skipped(rows.skipped)
-
-        def show_or_view(row: Row, coloured: bool) -> str:
-            return show_row(row, coloured, view(row) if view else None)
-
-        show, items = show_or_view, ((row.harmful, row) for row in rows)
+        show, items = partial(show_row, view=view), ((row.harmful, row) for row in rows)
     if coloured:
         print(legend(labels=True) + "\n")
     shown = 0
@@ -99,8 +91,8 @@ def what_is_in(file: str) -> Literal["rows", "scored rows", "traces"]:
     return "traces" if "events" in keys else "scored rows" if "tokens" in keys else "rows"
 
 
-def show_row(row: Row, coloured: bool, tokens: Pieces | None = None) -> str:
-    """A row: its head, its turns, and the response (or `tokens`), underlined from the onset."""
+def show_row(row: Row, coloured: bool, view: Callable[[Row], Pieces] | None = None) -> str:
+    """A row: its head, its turns, and the response, underlined from the onset; with a `token_view` token by token."""
     verdict = row.category or "harmless"
     if row.harmful:
         verdict += f" from character {row.onset or 0}"
@@ -110,16 +102,41 @@ def show_row(row: Row, coloured: bool, tokens: Pieces | None = None) -> str:
         lines.append(_turn(coloured, message["role"], printable(message["content"])))
     lines += _extras(row.messages[-1], coloured)
     onset = (row.onset or 0) if row.harmful else len(row.response)
-    parts: Pieces = [(row.response[:onset], None, False), (row.response[onset:], None, row.harmful)]
-    lines.append(_turn(coloured, "assistant", "".join(paint(parts if tokens is None else tokens, coloured))))
+    response: Pieces = [(row.response[:onset], None, False), (row.response[onset:], None, row.harmful)]
+    lines.append(_turn(coloured, "assistant", "".join(paint(view(row) if view else response, coloured))))
     return "\n".join(lines)
+
+
+def token_view(model: str, placement: str) -> Callable[[Row], Pieces]:
+    """A row's response tokens as (text, flag target, harmful); target 1 is a flag, 0 none, None unjudged."""
+    from transformers import AutoTokenizer
+
+    from redflag.flags import FlagSpec
+    from redflag.training.encode import IGNORE, PlacementConfig, encode, place
+
+    spec = FlagSpec.load(model)
+    config = PlacementConfig(placement)  # type: ignore[arg-type]
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise RedflagError(f"the tokenizer in {model} cannot be loaded ({error}). Train the model again.") from None
+
+    def view(row: Row) -> Pieces:
+        example = encode(row, tokenizer, spec)
+        placed = place(example, config, spec)
+        for i in range(example["response_start"], len(placed.input_ids)):
+            label = placed.flag_labels[i]
+            target = None if label == IGNORE else float(label > 0)
+            yield tokenizer.decode([placed.input_ids[i]]), target, label > 0
+
+    return view
 
 
 def _extras(message: Mapping[str, Any], coloured: bool) -> list[str]:
     """Thoughts and tool calls of a turn."""
-    lines = printable(message.get("reasoning_content", "")).splitlines()
-    calls = [printable(json.dumps(call, ensure_ascii=False)) for call in message.get("tool_calls", ())]
-    return [_dim(f"    | {line}", coloured) for line in lines] + [_dim(f"    > {call}", coloured) for call in calls]
+    lines = [f"| {line}" for line in printable(message.get("reasoning_content", "")).splitlines()]
+    lines += [f"> {printable(json.dumps(call, ensure_ascii=False))}" for call in message.get("tool_calls", ())]
+    return [style(DIM, f"    {line}", coloured) for line in lines]
 
 
 def show_scored(record: Mapping[str, Any], coloured: bool) -> str:
@@ -163,21 +180,16 @@ def show_trace(trace: Trace, coloured: bool) -> str:
         elif description := event.describe():
             lines.append(f"  {printable(description)}")
             if isinstance(event, Reflection):
-                lines += [_dim(f"    | {line}", coloured) for line in printable(event.text).splitlines()]
+                lines += [style(DIM, f"    | {line}", coloured) for line in printable(event.text).splitlines()]
     return "\n".join(lines)
 
 
 def _head(coloured: bool, *parts: str | None) -> str:
-    text = " · ".join(printable(part) for part in parts if part)
-    return f"{BOLD}{text}{RESET}" if coloured else text
-
-
-def _dim(text: str, coloured: bool) -> str:
-    return f"{DIM}{text}{RESET}" if coloured else text
+    return style(BOLD, " · ".join(printable(part) for part in parts if part), coloured)
 
 
 def _turn(coloured: bool, role: str, text: str) -> str:
-    return f"{DIM}{role}:{RESET} {text}" if coloured else f"{role}: {text}"
+    return style(DIM, f"{role}:", coloured) + f" {text}"
 
 
 def _records(file: str) -> Iterator[Any]:

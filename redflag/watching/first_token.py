@@ -28,9 +28,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from redflag.errors import RedflagError
+from redflag.watching.checks import check_flag, check_number, is_number
 
 if TYPE_CHECKING:
     from redflag.watching.thresholds import Thresholds
@@ -83,25 +84,23 @@ class FirstTokenRule:
     thresholds: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if type(self.compare) is not bool:
-            raise RedflagError(f"compare must be true or false (got {self.compare!r}).")
+        check_flag("compare", self.compare)
         if self.selected is not None:
             if isinstance(self.selected, str) or not all(isinstance(name, str) for name in self.selected):
                 raise RedflagError(f"selected must be a list of categories, or None for all (got {self.selected!r}).")
             object.__setattr__(self, "selected", tuple(self.selected))
-        if not _finite(self.temperature) or not self.temperature > 0:
-            raise RedflagError(
-                f"the temperature of the first token must be a finite number above 0 (got {self.temperature!r})."
-            )
+        whose = "the temperature of the first token"
+        check_number(whose, self.temperature, "a finite number above 0", lambda x: 0 < x < math.inf)
         for name, numbers in (("bias", self.bias), ("thresholds", self.thresholds)):
-            if not isinstance(numbers, Mapping) or not all(_finite(value) for value in numbers.values()):
+            if not isinstance(numbers, Mapping) or not all(
+                is_number(value) and math.isfinite(value) for value in numbers.values()
+            ):
                 raise RedflagError(
                     f"the {name} of the first token must map categories to finite numbers (got {numbers!r})."
                 )
             object.__setattr__(self, name, dict(numbers))
         for category, value in self.thresholds.items():
-            if not 0 < value <= 1:
-                raise RedflagError(f"the threshold of {category!r} must be above 0 and at most 1 (got {value!r}).")
+            check_number(f"the threshold of {category!r}", value, "above 0 and at most 1", lambda x: 0 < x <= 1)
 
     def check(self, thresholds: Thresholds) -> None:
         """Checks that the rule fits thresholds and their flags.
@@ -183,7 +182,3 @@ class FirstTokenRule:
 
 def _log(p: float) -> float:
     return math.log(p) if p > 0.0 else -math.inf
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

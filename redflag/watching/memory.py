@@ -21,7 +21,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from redflag.errors import RedflagError
+from redflag.watching.checks import check_number
 from redflag.watching.monitor import MonitorConfig, UnjudgedError, _logit, judged, peaks
 
 _MOST = 30.0  # nats; a raised probability of 1e-6 is then as good as certain
@@ -53,14 +53,8 @@ class Memory:
     decay: float = 0.5
 
     def __post_init__(self) -> None:
-        for name, most, rule in (
-            ("weight", math.inf, "finite and not negative"),
-            ("decay", 1.0, "at least 0 and at most 1"),
-        ):
-            value = getattr(self, name)
-            inside = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= most
-            if not inside or math.isinf(value):
-                raise RedflagError(f"memory {name} must be a number {rule} (got {value!r}).")
+        check_number("memory weight", self.weight, "a number finite and not negative", lambda x: 0 <= x < math.inf)
+        check_number("memory decay", self.decay, "a number at least 0 and at most 1", lambda x: 0 <= x <= 1)
 
     def factors(self, earlier: Sequence[Sequence[float]], prior: float, flags: int) -> tuple[float, ...]:
         """The K factors by which the odds of the next response's scores are multiplied, all at least 1.
@@ -68,7 +62,6 @@ class Memory:
         Args:
             earlier: K peaks of each earlier response, oldest first.
             prior: Probability of a flag at a benign step.
-            flags: K.
 
         Raises:
             UnjudgedError: A peak is not K numbers in [0, 1].
@@ -99,8 +92,6 @@ def earlier_peaks(
     Args:
         measured: For each earlier response, T x K probabilities; None where the engine measured none.
         lengths: The expected numbers T.
-        monitor: How probabilities become scores.
-        flags: K.
 
     Raises:
         UnjudgedError: They were not measured, not all of them, or one is not a number in [0, 1].

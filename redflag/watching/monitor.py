@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from redflag.errors import RedflagError
+from redflag.watching.checks import check_number, check_one_of, check_whole
 
 Aggregation = Literal["max", "ema", "run", "cusum", "first"]
 
@@ -91,24 +92,17 @@ class MonitorConfig:
     warm_up: int = 0
 
     def __post_init__(self) -> None:
-        if self.aggregation not in tuple(AGGREGATIONS):
-            raise RedflagError(f"aggregation must be one of {', '.join(AGGREGATIONS)} (got {self.aggregation!r}).")
-        for name, least in (("window", 1), ("warm_up", 0)):
-            if type(value := getattr(self, name)) is not int or value < least:
-                raise RedflagError(f"{name} must be a whole number of at least {least} (got {value!r}).")
+        check_one_of("aggregation", self.aggregation, AGGREGATIONS)
+        check_whole("window", self.window, 1)
+        check_whole("warm_up", self.warm_up)
         if self.warm_up and not AGGREGATIONS[self.aggregation].warms_up:
             raise RedflagError(
                 f"warm_up must be 0 for the monitor `{self.aggregation}`, which judges only the first step (got "
                 f"{self.warm_up})."
             )
-        for name, inside, allowed in (
-            ("decay", lambda x: 0 < x <= 1, "above 0 and at most 1"),
-            ("prior", lambda x: 0 < x < 1, "above 0 and below 1"),
-            ("drift", lambda x: 0 <= x < math.inf, "finite and not negative"),
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or isinstance(value, bool) or not inside(value):
-                raise RedflagError(f"{name} must be a number {allowed} (got {value!r}).")
+        check_number("decay", self.decay, "a number above 0 and at most 1", lambda x: 0 < x <= 1)
+        check_number("prior", self.prior, "a number above 0 and below 1", lambda x: 0 < x < 1)
+        check_number("drift", self.drift, "a number finite and not negative", lambda x: 0 <= x < math.inf)
 
 
 class Monitor:
@@ -123,7 +117,6 @@ class Monitor:
     """
 
     def __init__(self, config: MonitorConfig, flags: int) -> None:
-        """Starts before the first step; `flags` is K."""
         assert flags >= 1, "a monitor needs a flag"
         self.config = config
         self.flags = flags
@@ -184,8 +177,6 @@ def peaks(
     """The K peaks of a recorded response: its probabilities folded through `Monitor`.
 
     Args:
-        config: The aggregation and its numbers.
-        flag_probs_TK: T steps of K probabilities.
         flags: K; needed only for a response that may be empty, whose peaks are 0.
 
     Raises:

@@ -32,11 +32,7 @@ class MonitorOptions:
     )
 
     def monitor(self) -> MonitorConfig:
-        """The options as a monitor.
-
-        Raises:
-            RedflagError: A value is out of bounds.
-        """
+        """The options as a monitor."""
         return MonitorConfig(**{item.name: getattr(self, item.name) for item in fields(MonitorConfig)})
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from redflag.errors import RedflagError
 from redflag.trace import Alarm, Trace
+from redflag.watching.checks import check_flag, check_number, check_one_of, check_whole
 from redflag.watching.first_token import FirstTokenRule
 from redflag.watching.thresholds import Thresholds
 
@@ -20,8 +21,6 @@ class ActionRule(NamedTuple):
     """Properties of an action.
 
     Attributes:
-        help: Description for the command line.
-        ends: Whether it ends the response.
         intervenes: Whether the response waits for its outcome, which only a live run has. It costs one of
             `Policy.max_interventions`; if it confirms the alarm, `Policy.confirmed` follows.
         needs: The field of `Policy` that it requires.
@@ -68,7 +67,6 @@ class Reflect:
         words: The harmful and the harmless word; their first tokens must differ.
         limit: Harm at and above which the verdict is harmful. For `words` harm is P(harmful) / (P(harmful) +
             P(harmless)).
-        max_tokens: Maximum number of tokens of one reflection.
         stop: Texts that end the reflection; they are part of it.
         system: Text at the head of the system message: examples of reflections after true and false alarms, which
             teach the model in context what a flag is for (soft use in "Red Flag Tokens", arXiv 2502.16366).
@@ -90,7 +88,7 @@ class Reflect:
         for name in ("cue", "verdict_cue", "system"):
             if not isinstance(value := getattr(self, name), str):
                 raise RedflagError(f"reflect.{name} must be a text (got {value!r}).")
-        _one_of("reflect.verdict", self.verdict, ("words", "flag"))
+        check_one_of("reflect.verdict", self.verdict, ("words", "flag"))
         words = self.words
         if isinstance(words, str) or len(words) != 2 or not all(isinstance(word, str) and word for word in words):
             raise RedflagError(f"reflect.words must be two texts, the harmful and the harmless word (got {words!r}).")
@@ -98,10 +96,9 @@ class Reflect:
             raise RedflagError(f"reflect.words must be two different words (got {words[0]!r} twice).")
         if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
             raise RedflagError(f"reflect.stop must be a list of texts, none empty (got {self.stop!r}).")
-        if not _is_number(self.limit) or not 0 < self.limit <= 1:
-            raise RedflagError(f"reflect.limit must be above 0 and at most 1 (got {self.limit!r}).")
-        _at_least("reflect.max_tokens", self.max_tokens, 0)
-        _flag("reflect.stay", self.stay)
+        check_number("reflect.limit", self.limit, "above 0 and at most 1", lambda x: 0 < x <= 1)
+        check_whole("reflect.max_tokens", self.max_tokens)
+        check_flag("reflect.stay", self.stay)
 
 
 @dataclass(frozen=True)
@@ -120,7 +117,6 @@ class Policy:
             which the score never falls: `halt` or `replace`.
         replacement: The text that `replace` shows, or a function of the trace that returns it.
         decoy: Show a replacement as if the model had written it: the stream ends without a mark.
-        reflect: How the model reflects.
         max_interventions: Maximum number of reflections, escalations and forced flags in one response; the next alarm
             halts.
         max_wait_tokens: Maximum number of hidden tokens in one response; when they are used up, an alarm halts.
@@ -167,18 +163,13 @@ class Policy:
         # A copy: the actions must not change during a session.
         object.__setattr__(self, "actions", dict(self.actions))
         for whose, action in (*self.actions.items(), ("all others", self.default)):
-            if action not in get_args(Action):
-                raise RedflagError(
-                    f"the action for {whose} must be one of {', '.join(get_args(Action))} (got {action!r})."
-                )
-        if type(self.hold_back) is not int or self.hold_back < 0:
-            raise RedflagError(f"hold_back must be a whole number of at least 0 (got {self.hold_back!r}).")
-        if type(self.observe) is not bool:
-            raise RedflagError(f"observe must be true or false (got {self.observe!r}).")
-        _one_of("release", self.release, get_args(Release))
-        _one_of("thoughts", self.thoughts, ("hide", "show"))
-        _one_of("confirmed", self.confirmed, ("halt", "replace"))
-        _flag("decoy", self.decoy)
+            check_one_of(f"the action for {whose}", action, get_args(Action))
+        check_whole("hold_back", self.hold_back)
+        check_flag("observe", self.observe)
+        check_one_of("release", self.release, get_args(Release))
+        check_one_of("thoughts", self.thoughts, ("hide", "show"))
+        check_one_of("confirmed", self.confirmed, ("halt", "replace"))
+        check_flag("decoy", self.decoy)
         if not isinstance(self.reflect, Reflect):
             raise RedflagError(f"reflect must be the settings of a reflection, `Reflect(...)` (got {self.reflect!r}).")
         if not isinstance(self.replacement, str) and not callable(self.replacement):
@@ -192,13 +183,10 @@ class Policy:
             if (needed := ACTIONS[action].needs) and getattr(self, needed) == "":
                 raise RedflagError(f"{needed} must not be empty with the action `{action}`. Give the text to show.")
         for name in ("max_interventions", "max_wait_tokens", "mute_limit"):
-            _at_least(name, getattr(self, name), 0)
-        if not _is_number(self.rearm) or not 0 < self.rearm <= 1:
-            raise RedflagError(f"rearm must be above 0 and at most 1, a share of the threshold (got {self.rearm!r}).")
-        if not _is_number(self.judge_timeout) or not 0 < self.judge_timeout < math.inf:
-            raise RedflagError(
-                f"judge_timeout must be a finite number above 0, in seconds (got {self.judge_timeout!r})."
-            )
+            check_whole(name, getattr(self, name))
+        check_number("rearm", self.rearm, "above 0 and at most 1, a share of the threshold", lambda x: 0 < x <= 1)
+        seconds = "a finite number above 0, in seconds"
+        check_number("judge_timeout", self.judge_timeout, seconds, lambda x: 0 < x < math.inf)
         if self.first_token is not None and not isinstance(self.first_token, FirstTokenRule):
             raise RedflagError(f"first_token must be a `FirstTokenRule` or None (got {self.first_token!r}).")
 
@@ -214,10 +202,6 @@ class Policy:
         """Alarms of the prompt's own thresholds before the first token, the severest action first.
 
         Actions that review an answer become `halt`, since there is no answer yet.
-
-        Args:
-            categories: K categories.
-            probs: K probabilities of the first step.
         """
         if self.prompt is None:
             return []
@@ -243,22 +227,3 @@ class Policy:
         if not isinstance(text, str):
             raise RedflagError(f"the replacement function must return a text (got {text!r}).")
         return text
-
-
-def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise RedflagError(f"{name} must be one of {', '.join(allowed)} (got {value!r}).")
-
-
-def _at_least(name: str, value: Any, least: int) -> None:
-    if type(value) is not int or value < least:
-        raise RedflagError(f"{name} must be a whole number of at least {least} (got {value!r}).")
-
-
-def _flag(name: str, value: Any) -> None:
-    if type(value) is not bool:
-        raise RedflagError(f"{name} must be true or false (got {value!r}).")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)

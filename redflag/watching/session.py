@@ -73,12 +73,10 @@ class Session:
 
         Args:
             thresholds: One value per category; the caller checks that they belong to the model (`Thresholds.check`).
-            policy: Actions on alarms.
             categories: K categories in the order of the flag probabilities.
             decode: Text that a token adds to all before it; None or "" while bytes are incomplete. Called once per
                 token of the response, in order, if no alarm of the token's own step stands.
             thought: Whether the response begins with a thought, which lasts until `begin_answer`.
-            trace_id: Name of the response in its trace.
 
         Raises:
             RedflagError: Thresholds, policy and categories do not match (`redflag.watching.watch.check_fit`).
@@ -189,7 +187,6 @@ class Session:
             harm: In [0, 1], compared with `Reflect.limit` for a reflection and 0.5 for a second judge. None = no
                 verdict; the alarm stands.
             token_ids: The hidden tokens that were generated.
-            text: Their text.
             detail: The judge's answer, or why there is none.
 
         Returns:

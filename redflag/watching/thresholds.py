@@ -12,6 +12,7 @@ from typing import Any, Literal, NoReturn, get_args
 
 from redflag.errors import RedflagError
 from redflag.files import atomic_write
+from redflag.watching.checks import check_flag, check_number, check_one_of, check_whole, is_number
 from redflag.watching.memory import Memory
 from redflag.watching.monitor import AGGREGATIONS, MonitorConfig
 
@@ -29,18 +30,14 @@ class Thresholds:
 
     Attributes:
         values: Category -> score at and above which an alarm is raised; finite, above 0.
-        monitor: The monitor whose scores these are.
         target_fpr: The requested false-alarm rate per benign response; None when set by hand.
         guarantee: `expected` (the rate holds on average over calibration sets), `high_probability` (it holds with
             probability 1 - `delta` over them) or `manual` (set by hand, nothing was measured).
-        delta: For `high_probability`.
         joint: Whether the rate is that of an alarm of *any* category, instead of each one.
         sample_size: Benign responses that the thresholds were set on.
         realised_fpr: Share of held-out benign responses with an alarm.
         interval: 95% Clopper-Pearson interval of `realised_fpr`.
         held_out_size: Benign responses that it was measured on.
-        run_id: Run that trained the model.
-        template_hash: Hash of the prompt template.
         logprob_mode: What the engine measures: `raw`, before temperature, bias and penalties; or another name.
         suggested_hold_back: h with which, in the harmful responses of the calibration, the first alarm came before the
             onset was shown; None if too few had an onset.
@@ -72,32 +69,28 @@ class Thresholds:
 
     def __post_init__(self) -> None:
         self._check_values()
-        if self.guarantee not in get_args(Guarantee):
-            raise RedflagError(f"guarantee must be one of {', '.join(get_args(Guarantee))} (got {self.guarantee!r}).")
+        check_one_of("guarantee", self.guarantee, get_args(Guarantee))
         needs = {"target_fpr": self.guarantee != "manual", "delta": self.guarantee == "high_probability"}
         for name, needed in needs.items():
             value = getattr(self, name)
-            if (value is None and needed) or not (value is None or (_is_number(value) and 0 < value < 1)):
+            if (value is None and needed) or not (value is None or (is_number(value) and 0 < value < 1)):
                 raise RedflagError(
                     f"{name} must be above 0 and below 1 under the guarantee {self.guarantee!r} (got {value!r})."
                 )
         rates = [rate for rate in (self.realised_fpr, *(self.interval or ())) if rate is not None]
-        if not all(_is_number(rate) and 0 <= rate <= 1 for rate in rates) or len(self.interval or (0, 0)) != 2:
+        if not all(is_number(rate) and 0 <= rate <= 1 for rate in rates) or len(self.interval or (0, 0)) != 2:
             raise RedflagError(
                 "realised_fpr and the two ends of interval must be between 0 and 1 (got "
                 f"{self.realised_fpr!r} and {self.interval!r})."
             )
-        for name in ("sample_size", "held_out_size"):
-            if type(value := getattr(self, name)) is not int or value < 0:
-                raise RedflagError(f"{name} must be a whole number of at least 0 (got {value!r}).")
+        check_whole("sample_size", self.sample_size)
+        check_whole("held_out_size", self.held_out_size)
         for name in ("run_id", "template_hash", "logprob_mode"):
             if not isinstance(value := getattr(self, name), str):
                 raise RedflagError(f"{name} must be a string (got {value!r}).")
-        suggested = self.suggested_hold_back
-        if suggested is not None and (type(suggested) is not int or suggested < 0):
-            raise RedflagError(f"suggested_hold_back must be a whole number of at least 0 (got {suggested!r}).")
-        if type(self.joint) is not bool:
-            raise RedflagError(f"joint must be true or false (got {self.joint!r}).")
+        if self.suggested_hold_back is not None:
+            check_whole("suggested_hold_back", self.suggested_hold_back)
+        check_flag("joint", self.joint)
         if self.memory is not None and not isinstance(self.memory, Memory):
             raise RedflagError(f"memory must be a `Memory` or None (got {self.memory!r}).")
         check_memory(self.memory, self.monitor)
@@ -131,11 +124,8 @@ class Thresholds:
         for category, value in self.values.items():
             if not isinstance(category, str):
                 raise RedflagError(f"categories of thresholds must be strings (got {category!r}).")
-            if not _is_number(value) or not 0 < value <= highest or math.isinf(value):
-                raise RedflagError(
-                    f"the threshold of {category!r} must be above 0{'' if highest == math.inf else ' and at most 1'} "
-                    f"for {self.monitor.aggregation!r} scores (got {value!r})."
-                )
+            rule = f"above 0{'' if highest == math.inf else ' and at most 1'} for {self.monitor.aggregation!r} scores"
+            check_number(f"the threshold of {category!r}", value, rule, lambda x: 0 < x <= highest and x < math.inf)
         object.__setattr__(self, "values", {category: float(value) for category, value in self.values.items()})
 
     @classmethod
@@ -162,9 +152,6 @@ class Thresholds:
         """Checks that thresholds are used with the model, template, mode and categories they were calibrated for.
 
         Args:
-            run_id: Run that trained the model in use.
-            template_hash: Hash of the prompt template in use.
-            logprob_mode: What the engine in use measures.
             categories: Categories of the model's flags, in any order.
 
         Raises:
@@ -299,11 +286,6 @@ def _check_keys(
 
 def _spoilt(path: Path, fault: str) -> RedflagError:
     return RedflagError(f"{path} {fault}. Its thresholds cannot be trusted. Run `redflag calibrate` again.")
-
-
-def _is_number(value: Any) -> bool:
-    # NaN is refused: it fails every comparison, so the threshold would silently never be reached.
-    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -15,7 +15,7 @@ from redflag.lab.evaluating import evaluate
 from redflag.lab.refusals import audit
 from redflag.scoring import score
 from redflag.scoring.score import read_scored
-from redflag.terminal import show_labels as show
+from redflag.terminal import show
 from redflag.training import train
 
 

@@ -283,12 +283,9 @@ def test_thresholds_and_probabilities_are_compared_without_rounding():
 
 
 def test_a_request_that_slipped_past_admission_gets_a_stop_token_and_the_engine_lives():
-    def admit(params: Any) -> HaltSettings | None:
-        return HaltSettings.parse(params.extra_args)
-
     for args in ({"redflag_flag_ids": "all"}, one(VOCABULARY).to_args()):
-        params = SimpleNamespace(extra_args=args, stop_token_ids=[7], all_stop_token_ids={3, 7})
-        assert initial_row(params, 0, VOCABULARY, admit) == closed_row(3)
+        params = SimpleNamespace(extra_args=args, stop_token_ids=[7, VOCABULARY], all_stop_token_ids={3, 7})
+        assert initial_row(params, 0, VOCABULARY, penalties_first=False) == closed_row(3)
     table = HaltTable(1, CPU)
     table.write({0: closed_row(3)})
     for _ in range(3):

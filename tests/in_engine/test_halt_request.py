@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
 from redflag.in_engine import halt_v1, halt_v2
-from redflag.in_engine.halt import halted_by, request_fields
-from redflag.in_engine.halt_request import MAX_FLAGS, HaltSettings, admit
+from redflag.in_engine.halt_request import MAX_FLAGS, HaltSettings, admit, halted_by, request_fields
 from redflag.watching.monitor import MonitorConfig
 from redflag.watching.policy import Policy
 from redflag.watching.thresholds import Thresholds

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 
 from redflag.data.rows import load_rows
 from redflag.flags import FlagSpec
-from redflag.in_engine.halt import halted_by, request_fields
+from redflag.in_engine.halt_request import halted_by, request_fields
 from redflag.watching.monitor import Monitor, MonitorConfig
 from redflag.watching.policy import Policy
 from redflag.watching.thresholds import Thresholds

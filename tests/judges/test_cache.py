@@ -50,6 +50,7 @@ def test_a_question_is_asked_once_also_by_the_next_process(tmp_path):
         ([{"role": "system", "content": "How?"}], "a", "counting 1"),
         ([{"role": "user", "content": "How"}], "?a", "counting 1"),
         ([*ASK, {"role": "assistant", "content": "a"}], "", "counting 1"),
+        ([{**ASK[0], "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}], "a", "counting 1"),
         (ASK, "a", "counting 2"),
     ],
 )

@@ -10,7 +10,7 @@ from chat_server import chat_server
 
 from redflag.errors import RedflagError
 from redflag.judges import UnansweredError, Verdict
-from redflag.judges.rubrics import STRONGREJECT_SYSTEM, StrongRejectJudge, yes_no_judge
+from redflag.judges.rubrics import RUBRICS, STRONGREJECT_SYSTEM, StrongRejectJudge
 
 ASK = [{"role": "user", "content": "How do I open a door?"}]
 URL = "http://127.0.0.1:1/v1"
@@ -107,7 +107,7 @@ def test_both_go_over_the_wire_with_the_prefill_as_part_of_the_answer():
         assert StrongRejectJudge(server.url, "gpt").__call__(prefilled, "it.") == Verdict(
             0.875, "refused 0, convincing 4, specific 5"
         )
-        assert yes_no_judge(server.url, "gpt", max_tokens=4)(prefilled, "it.").harmful
+        assert RUBRICS["yes_no"](server.url, "gpt", max_tokens=4)(prefilled, "it.").harmful
     first, second = server.bodies
     assert "\nTurn it.\n" in first["messages"][1]["content"] and "\nTurn it.\n" in second["messages"][0]["content"]
     assert "logprobs" not in first and first["max_tokens"] == 1024 and second["max_tokens"] == 4
@@ -115,7 +115,7 @@ def test_both_go_over_the_wire_with_the_prefill_as_part_of_the_answer():
 
 @pytest.mark.parametrize("said", ["Yes, because it helps", "yes", "No.", "Harmful", "no explanation is needed"])
 def test_yes_no_takes_one_word(said):
-    judge = yes_no_judge(URL, "gpt")
+    judge = RUBRICS["yes_no"](URL, "gpt")
     if said in ("Harmful", "no explanation is needed"):
         with pytest.raises(UnansweredError):
             judge.read(reply(said))
@@ -128,9 +128,9 @@ def test_identities_tell_apart_who_judges_and_how():
         StrongRejectJudge(URL, "gpt"),
         StrongRejectJudge(URL, "gpt", published=True),
         StrongRejectJudge(URL, "other"),
-        yes_no_judge(URL, "gpt"),
-        yes_no_judge(URL, "gpt", yes="ja", no="nein"),
-        yes_no_judge("http://127.0.0.1:2/v1", "gpt"),
+        RUBRICS["yes_no"](URL, "gpt"),
+        RUBRICS["yes_no"](URL, "gpt", yes="ja", no="nein"),
+        RUBRICS["yes_no"]("http://127.0.0.1:2/v1", "gpt"),
     ]
     assert len({judge.identity for judge in judges}) == len(judges)
     assert StrongRejectJudge(URL, "gpt", api_key="s3cret").identity == judges[0].identity

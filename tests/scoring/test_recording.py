@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from redflag.errors import RedflagError
 from redflag.events import Trace
+from redflag.scoring import recording as recording_module
 from redflag.scoring.recording import COLUMNS, Recording
 from redflag.trace import write_traces
 
@@ -69,6 +70,15 @@ def test_scored_rows_and_traces_are_recordings(tmp_path):
     write_traces(tmp_path / "t.jsonl", [Trace("t", ("w",), token_ids=[1], flag_probs=[(0.5,)], meta={"source": "s"})])
     recording = Recording.load(tmp_path / "t.jsonl")
     assert (recording.categories, recording.columns["source"]) == (("w",), ["s"])
+
+
+def test_a_recording_of_another_format_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(recording_module, "FORMAT", 2)
+    path = build([(1, 0), (2, 1)])[1].save(tmp_path / "newer.parquet")
+    assert len(Recording.load(path)) == 2
+    monkeypatch.undo()
+    with pytest.raises(RedflagError, match="format 2, and this version of redflag reads 1"):
+        Recording.load(path)
 
 
 @pytest.mark.parametrize(

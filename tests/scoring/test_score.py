@@ -18,7 +18,7 @@ from redflag.backends.load import load_flagged
 from redflag.data.rows import Row, write_rows
 from redflag.errors import RedflagError
 from redflag.flags import FlagSpec
-from redflag.scoring.score import ScoreArguments, read_scored, renderable, run, score, score_rows
+from redflag.scoring.score import ScoreArguments, as_json, read_scored, renderable, run, score
 
 RESPONSE = "The sea is wide and blue, and the harm begins here."
 
@@ -31,7 +31,7 @@ def test_scored_rows_hold_every_documented_key_in_the_order_of_the_input(
         conversation("Blue.", "harm", id="short"),
         conversation("The sea is wide.", id="middle"),
     ]
-    found = list(score_rows(stub_scorer(), tokenizer, spec, rows, batch_size=1))
+    found = [as_json(item, tokenizer) for item in score(stub_scorer(), tokenizer, spec, rows, batch_size=1)]
     assert [row["id"] for row in found] == ["long", "short", "middle"]
     first = found[0]
     assert list(first) == [

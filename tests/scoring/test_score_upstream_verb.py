@@ -78,10 +78,11 @@ def test_the_verb_goes_on_where_its_servers_left_off(verb: Any, tmp_path: Path) 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl", "scored.jsonl"]
 
 
-def test_bounds_are_named_as_such_in_the_rows_and_do_not_mix_with_exact_ones(verb: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("prompts", [False, True])
+def test_bounds_are_named_as_such_in_the_rows_and_do_not_mix_with_exact_ones(verb: Any, prompts: bool) -> None:
     with Scoring().serve() as server:
-        assert all(row["upper_bound"] is True for row in verb(server, upper_bound=True))
-        assert "upper_bound" not in verb(server)[0]
+        assert all(row["upper_bound"] is True for row in verb(server, upper_bound=True, prompts=prompts))
+        assert not any("upper_bound" in row for row in verb(server, prompts=prompts))
 
 
 def test_a_key_that_is_not_there_is_said(verb: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +110,6 @@ def test_S0_4_servers_measure_after_a_prompt_flags_and_markers_of_ordinary_token
             prompts = [[20, 30 + i, 40] for i in range(7)]
             reader = FlagReader(scorer, SPEC)
             probs = [row["flag_probs"][0] for row in reader.read(prompts, batch_size=2)]
-            assert all(row.get("upper_bound", False) == bound for row in reader.read(prompts[:1], 1))
             if way == "steps":
                 server.whole = 0
                 found = list(score_prompts(reader, tokenizer, SPEC, rows, batch_size=2, max_length=40))

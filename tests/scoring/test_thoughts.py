@@ -18,7 +18,7 @@ from redflag.backends.scripted import ScriptedBackend
 from redflag.data.rows import Row
 from redflag.guard.guard import Guard
 from redflag.scoring.recording import Recording
-from redflag.scoring.score import score, score_rows
+from redflag.scoring.score import as_json, score
 from redflag.trace import Step, write_traces
 
 
@@ -36,7 +36,7 @@ def scorer():
 def test_a_scored_row_counts_its_thought_and_peaks_apart(scorer):
     tokenizer, spec = world("qwen3")
     rows = [row(), row("One", category="harm"), row("One", category="harm", onset=4), row(None)]
-    scored = list(score_rows(scorer, tokenizer, spec, rows))
+    scored = [as_json(item, tokenizer) for item in score(scorer, tokenizer, spec, rows)]
     assert [item.get("thought_tokens") for item in scored] == [5, 3, 3, None]
     assert [item["onset"] for item in scored] == [None, 3, 5, None]
     for item in scored:

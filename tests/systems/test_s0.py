@@ -27,7 +27,7 @@ from redflag.prompt import render_prompt
 from redflag.scoring.marker import LocalSource, MarkerReader
 from redflag.scoring.prompts import FlagReader, score_prompts
 from redflag.scoring.recording import Recording
-from redflag.scoring.score import read_scored, score_rows
+from redflag.scoring.score import as_json, read_scored, score
 from redflag.trace import Step
 from redflag.watching.policy import Policy
 
@@ -84,7 +84,8 @@ def test_S0_4_p_marker_of_a_prompt_is_that_of_scoring_and_of_the_first_step_of_a
     asked = [Row(row.messages[:-1], id=row.id) for row in rows]
     reader = FlagReader(world.backend, world.spec)
     options = {"batch_size": 3, "max_length": 128}
-    whole = list(score_rows(world.backend, world.tokenizer, world.spec, rows, **options))
+    scored = score(world.backend, world.tokenizer, world.spec, rows, **options)
+    whole = [as_json(item, world.tokenizer) for item in scored]
     found = list(score_prompts(reader, world.tokenizer, world.spec, asked, **options))
     # A response that is there is not looked at.
     assert [row["flag_probs"] for row in score_prompts(reader, world.tokenizer, world.spec, rows, **options)] == [

@@ -9,6 +9,7 @@ from redflag.errors import RedflagError
 from redflag.guard.options import PolicyOptions
 from redflag.terminal import generate
 from redflag.terminal.generate import GenerateArguments
+from redflag.terminal.screen import paint, summary
 from redflag.trace import read_traces
 from redflag.watching.policy import Policy
 
@@ -18,7 +19,7 @@ PLAIN = re.compile(r"\x1b\[[0-9;]*m")
 
 def painted(guard, coloured):
     stream = guard.stream(ASK)
-    return list(generate.paint(stream, stream.trace, coloured)), stream.trace
+    return list(paint(stream, stream.trace, coloured)), stream.trace
 
 
 def test_the_colour_behind_a_token_is_its_own_probability(guard_of, script):
@@ -35,7 +36,7 @@ def test_nothing_held_or_dropped_is_painted_and_the_halt_is_seen(guard_of, scrip
     pieces, trace = painted(guard, True)
     assert PLAIN.sub("", "".join(pieces)) == "abcd[halted: harm]"
     assert "".join(painted(guard, False)[0]) == "abcd"
-    assert generate.summary(trace) == [
+    assert summary(trace) == [
         "alarm: harm at token 6, score 0.9 >= threshold 0.5, action halt",
         "halted: alarm harm; 4 tokens shown, 3 dropped",
         "highest p(flag): harm 0.9 at token 6, theft 0.02 at token 0",
@@ -62,8 +63,7 @@ def test_a_background_never_runs_over_a_line_end(guard_of, script):
 def test_a_fault_is_told_with_its_reason(guard_of, script):
     _, trace = painted(guard_of(script("abc"), fail_at=2), False)
     assert (
-        generate.summary(trace)[0]
-        == "halted: fault, ConnectionError: the scripted engine was lost; 2 tokens shown, 0 dropped"
+        summary(trace)[0] == "halted: fault, ConnectionError: the scripted engine was lost; 2 tokens shown, 0 dropped"
     )
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from redflag.data.rows import Row, write_rows
 from redflag.errors import RedflagError
 from redflag.lab.nano.rows import nano_rows
+from redflag.terminal import show
 from redflag.terminal.paint import RESET, paint, printable, span, wants_colour
 from redflag.terminal.show import ShowArguments, run, what_is_in
 from redflag.trace import Alarm, Escalation, Halt, Reflection, Resume, Text, Trace, write_traces
@@ -127,12 +129,14 @@ def test_traces_tell_what_became_of_alarms(tmp_path: Path, capsys: pytest.Captur
     assert "3 hidden tokens, harmless 0.12" in out and "Is it bad" not in out and "bread" not in out
 
 
-def test_the_token_view_is_handed_in(files: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ShowArguments(files["rows"], model="m", limit=1)
-    assert run(arguments, lambda model: lambda row: [(f"<{model}>", None, False), ("tok", 1.0, True)]) == 0
-    assert "assistant: <m>[[tok]]" in capsys.readouterr().out
-    with pytest.raises(RedflagError, match="model must be left out"):
-        run(arguments)
+def test_with_a_model_rows_are_shown_as_the_trainer_sees_them(
+    files: dict[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def token_view(model: str, placement: str) -> Any:
+        return lambda row: [(f"<{model} {placement}>", None, False), ("tok", 1.0, True)]
+
+    monkeypatch.setattr(show, "token_view", token_view)
+    assert "assistant: <m insert>[[tok]]" in _shown(capsys, files["rows"], model="m", limit=1, placement="insert")
     with pytest.raises(RedflagError, match="have their tokens already"):
         run(ShowArguments(files["scored"], model="m"))
 

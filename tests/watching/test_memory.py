@@ -105,7 +105,15 @@ def test_earlier_responses_that_were_not_measured_in_full_are_unjudged(measured)
 
 @pytest.mark.parametrize(
     "options",
-    [{"weight": -1}, {"weight": math.inf}, {"weight": math.nan}, {"weight": True}, {"decay": -0.1}, {"decay": 1.1}],
+    [
+        {"weight": -1},
+        {"weight": math.inf},
+        {"weight": math.nan},
+        {"weight": True},
+        {"weight": 10**400},
+        {"decay": -0.1},
+        {"decay": 1.1},
+    ],
     ids=repr,
 )
 def test_a_memory_outside_its_range_is_refused_by_name(options):

@@ -162,6 +162,7 @@ def test_what_cannot_be_judged_is_refused_and_changes_nothing(aggregation, bad):
         {"drift": -0.1},
         {"drift": math.inf},
         {"drift": math.nan},
+        {"drift": 10**400},
         {"warm_up": -1},
         {"warm_up": 1, "aggregation": "first"},
     ],

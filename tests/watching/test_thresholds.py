@@ -166,7 +166,7 @@ def test_check_names_the_mismatch(arguments, says):
         CALIBRATED.check(*arguments)
 
 
-@pytest.mark.parametrize("value", [0, -0.5, math.nan, math.inf, 1.01, 50, "0.5", None, True])
+@pytest.mark.parametrize("value", [0, -0.5, math.nan, math.inf, 1.01, 50, 10**400, "0.5", None, True])
 def test_a_threshold_that_no_score_or_every_score_reaches_is_refused(value):
     with pytest.raises(RedflagError, match="the threshold of 'weapons'"):
         Thresholds.manual(value, ["weapons"])

@@ -28,10 +28,10 @@ from redflag.flags import FlagSpec
 from redflag.lab.nano.phrases import ACTS
 from redflag.lab.nano.reflect import nano_reflections
 from redflag.lab.nano.rows import NANO_CATEGORIES, nano_pretraining_rows, nano_rows
-from redflag.lab.stages import UNATTENDED, Stages, quiet, style
+from redflag.lab.stages import UNATTENDED, Stages, quiet
 from redflag.progress import track
 from redflag.scoring import score
-from redflag.terminal.paint import BOLD, DIM, RESET, legend, printable, wants_colour
+from redflag.terminal.paint import BOLD, DIM, RESET, legend, printable, style, wants_colour
 from redflag.trace import Text, Trace
 from redflag.watching.thresholds import Thresholds
 
@@ -302,7 +302,7 @@ def _is_frightening(text: str) -> bool:
 
 
 def _stream(guard: Any, row: Row, sampling: Any, coloured: bool) -> None:
-    from redflag.terminal.generate import paint, summary
+    from redflag.terminal.screen import paint, summary
 
     for message in row.messages[:-1]:
         print(style(BOLD, f"{message['role']}: ", coloured) + printable(message["content"]))

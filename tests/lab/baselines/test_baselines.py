@@ -16,7 +16,7 @@ from redflag.lab.baselines.tfidf import TfidfBaseline
 from redflag.lab.baselines.token_classifier import TokenClassifier
 from redflag.lab.baselines.tuning import Tuning
 from redflag.scoring.recording import Recording
-from redflag.scoring.score import score_rows
+from redflag.scoring.score import as_recorded, score
 
 FITTING = probes.Fitting(passes=2, rows=8, learning_rate=0.05)
 SOLVED = probes.Fitting(lbfgs=200, passes=0, l2=1e-2)
@@ -97,7 +97,7 @@ def test_the_recording_is_over_the_rows_and_steps_of_the_flags(name, context, ro
     some = [rows[i] for i in (7, 3, 30, 4, 12)]
     recording = baseline.score(some)
     scorer, tokenizer, spec = load_flagged(origin / "model", None)
-    flags = Recording.of(spec.categories, score_rows(scorer, tokenizer, spec, some))
+    flags = Recording.of(spec.categories, map(as_recorded, score(scorer, tokenizer, spec, some)))
     assert recording.categories == ("harm",)
     assert recording.columns == flags.columns
     for ours, theirs in ((recording.starts, flags.starts), (recording.lengths, flags.lengths)):
