@@ -2,8 +2,7 @@
 
 Two defences are measured. The guard stays on, with the thresholds of the original model; and the operator restores the
 flag: the flag's adapter on the fine-tuned base, or, for merged weights, fine-tuned base + (flagged - base), as with
-    task
-vectors (Ilharco et al., arXiv 2212.04089). Copies are trained; the given model is unchanged.
+task vectors (Ilharco et al., arXiv 2212.04089). Copies are trained; the given model is unchanged.
 """
 
 from __future__ import annotations

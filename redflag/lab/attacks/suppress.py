@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from transformers import DynamicCache
 
 from redflag.backends import Sampling
 from redflag.backends.choose import Chooser
-from redflag.backends.head import CACHE
 from redflag.data.rows import Row
 from redflag.errors import RedflagError
 from redflag.lab.attacks import Attempt, Messages, Target, request_of
 from redflag.lab.attacks.prefill import prefix_ends, with_prefill
+from redflag.lab.attacks.stepping import Stepper
 from redflag.trace import Step
 
 # `{flag}` is the text of the flag tokens. Each ends as a sentence does, so that what follows stands by itself.
@@ -162,14 +160,11 @@ def biased_steps(target: Target, prompt: list[int], bias: Mapping[int, float], s
     chooser.bias_V = torch.zeros(model.get_output_embeddings().weight.shape[0], device=device)
     for token, value in bias.items():
         chooser.bias_V[token] = value
-    cache: Any = DynamicCache(config=model.config.get_text_config())
-    pending = prompt
-    model.eval()
+    stepper = Stepper(model.eval())
+    ids = list(prompt)
     for _ in range(sampling.max_new_tokens):
-        with torch.inference_mode():
-            logits = model(input_ids=torch.tensor([pending], device=device), **{CACHE: cache}).logits[:, -1]
-            step = chooser.step(logits, (0,))[0]
+        step = chooser.step(stepper.logits(ids)[None], (0,))[0]
         yield step
         if step.token_id in target.backend.eos_ids:
             return
-        pending = [step.token_id]
+        ids.append(step.token_id)
