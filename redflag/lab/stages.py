@@ -22,8 +22,8 @@ UNATTENDED: dict[str, Any] = {"save_strategy": "no", "report_to": "none", "datal
 class Stages:
     """Which stages are done, with a fingerprint of their settings and of all stages before."""
 
-    def __init__(self, path: Path, say: Callable[[str], None]) -> None:
-        self.path, self.say, self.chain = path, say, ""
+    def __init__(self, path: Path, log: Callable[[str], None]) -> None:
+        self.path, self.log, self.chain = path, log, ""
         self.seconds: dict[str, float] = {}
         self.done: dict[str, Any] = kept_json(path) or {}
 
@@ -34,18 +34,18 @@ class Stages:
             Whether they were made.
         """
         self.chain = hashlib.sha256((self.chain + name + json.dumps(settings, sort_keys=True)).encode()).hexdigest()
-        known = self.done.get(name, {})
-        self.seconds[name] = float(known.get("seconds", 0.0))
-        if known.get("fingerprint") == self.chain and all(path.exists() for path in files):
-            self.say(f"== {name}: done before")
+        cached = self.done.get(name, {})
+        self.seconds[name] = float(cached.get("seconds", 0.0))
+        if cached.get("fingerprint") == self.chain and all(path.exists() for path in files):
+            self.log(f"== {name}: done before")
             return False
-        self.say(f"== {name}")
+        self.log(f"== {name}")
         start = time.monotonic()
         make()
         self.seconds[name] = round(time.monotonic() - start, 1)
         self.done[name] = {"fingerprint": self.chain, "seconds": self.seconds[name]}
         keep_json(self.path, self.done, indent=2)
-        self.say(f"   {self.seconds[name]:.0f} s")
+        self.log(f"   {self.seconds[name]:.0f} s")
         return True
 
 
