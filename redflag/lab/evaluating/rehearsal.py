@@ -47,6 +47,8 @@ def rehearse(
     Raises:
         RedflagError: Something does not fit, or the judge does not answer.
     """
+    from redflag.lab.baselines.hidden import last_layers
+
     made_of = [
         [model_stamp(folder) for folder in (arguments.model, arguments.base) if folder],
         rows["test"].sha256,
@@ -70,36 +72,20 @@ def rehearse(
     if judge is not None:
         _ask(judge, two[0])
     if arguments.base or attacks or not arguments.upstream:
-        _measure(arguments, models, two, names, attacks, output, complete)
-    keep_json(output / "rehearsal.json", {"made_of": made_of})
-
-
-def _measure(
-    arguments: EvaluateArguments,
-    models: stages.Models,
-    two: list[Row],
-    names: Sequence[str],
-    attacks: Sequence[Attack],
-    output: Path,
-    complete: Callable[..., reporting.Evaluation],
-) -> None:
-    from redflag.lab.baselines.hidden import last_layers
-
-    backend, tokenizer, spec = models.flagged
-    scored = list(score.score(backend, tokenizer, spec, two, batch_size=2, max_length=models.limit))
-    recording = Recording.of(spec.categories, map(score.as_recorded, scored))
-    language = None
-    if arguments.base:
-        language = models.language(two)
-        if any(name in PROBES for name in names):
+        backend, tokenizer, _ = models.flagged
+        scored = list(score.score(backend, tokenizer, spec, two, batch_size=2, max_length=models.limit))
+        recording = Recording.of(spec.categories, map(score.as_recorded, scored))
+        language = models.language(two) if arguments.base else None
+        if arguments.base and any(name in PROBES for name in names):
             last_layers(models.reference, [item.token_ids for item in scored])
-    if attacks:
-        target = Target(backend, tokenizer, spec, model=backend.model)
-        backend.complete([target.prompt_ids(request_of(two[0]))], Sampling(max_new_tokens=2, temperature=0.0))
-    flag = tables.method(recording, tokens=[[str(t)] * len(s.token_ids) for t, s in enumerate(scored)], resamples=2)
-    traces = stages.viewed(arguments, recording, [["a"] * len(item.token_ids) for item in scored], flag)
-    with tempfile.TemporaryDirectory(dir=output, prefix=".trying-") as folder:
-        reporting.write(complete({"flag": flag}, language=language, attacks=[]), traces, folder)
+        if attacks:
+            target = Target(backend, tokenizer, spec, model=backend.model)
+            backend.complete([target.prompt_ids(request_of(two[0]))], Sampling(max_new_tokens=2, temperature=0.0))
+        flag = tables.method(recording, tokens=[[str(t)] * len(s.token_ids) for t, s in enumerate(scored)], resamples=2)
+        traces = stages.viewed(arguments, recording, [["a"] * len(item.token_ids) for item in scored], flag)
+        with tempfile.TemporaryDirectory(dir=output, prefix=".trying-") as folder:
+            reporting.write(complete({"flag": flag}, language=language, attacks=[]), traces, folder)
+    keep_json(output / "rehearsal.json", {"made_of": made_of})
 
 
 def _ask(judge: Judge, row: Row) -> None:

@@ -129,10 +129,10 @@ def token_texts(recording: Recording, model: str) -> list[list[str]]:
 
     assert recording.token_ids is not None
     tokenizer, _, _ = load_tokenizer(model)
-    known = {token: str(tokenizer.decode([token])) for token in set(recording.token_ids.tolist())}
+    texts = {token: str(tokenizer.decode([token])) for token in set(recording.token_ids.tolist())}
     ends = np.cumsum(recording.lengths)
     return [
-        [known[token] for token in recording.token_ids[end - length : end].tolist()]
+        [texts[token] for token in recording.token_ids[end - length : end].tolist()]
         for end, length in zip(ends, recording.lengths, strict=True)
     ]
 
@@ -145,7 +145,7 @@ def baselines_of(arguments: EvaluateArguments) -> list[str]:
     """
     from redflag.lab.baselines.record_baselines import NAMES
 
-    names = [name for given in arguments.baselines for name in (NAMES if given == "all" else (given,))]
+    names = [name for option in arguments.baselines for name in (NAMES if option == "all" else (option,))]
     for name in (*names, *arguments.baseline_options):
         if name not in NAMES:
             raise RedflagError(f"baselines must be all, or among {', '.join(NAMES)} (got {name!r}).")
@@ -157,7 +157,7 @@ def baselines(
     names: Sequence[str],
     rows: Mapping[str, Rows],
     folder: Path,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> dict[str, Recorded]:
     """Trains and records them, or reads what an earlier run left."""
     from redflag.lab.baselines.record_baselines import record_baselines
@@ -176,7 +176,7 @@ def baselines(
         device=arguments.device,
         most_rows=arguments.baseline_rows,
         options=arguments.baseline_options,
-        log=lambda line: say(f"   {line}"),
+        log=lambda line: log(f"   {line}"),
     )
 
 
@@ -211,8 +211,8 @@ def attacks_of(arguments: EvaluateArguments, rows: Mapping[str, Rows]) -> list[A
     if "train" in rows:
         options.setdefault("fine-tuning", {})["rows"] = [row for row in rows["train"] if row.harmful]
         options.setdefault("AutoRAP", {})["rows"] = rows["train"].rows
-    for name, given in arguments.attack_options.items():
-        options[name] = {**options.get(name, {}), **given}
+    for name, own in arguments.attack_options.items():
+        options[name] = {**options.get(name, {}), **own}
     return make_attacks(arguments.attacks, options)
 
 
@@ -239,7 +239,7 @@ def attack(
     rows: Mapping[str, Rows],
     folder: Path,
     flag: Method,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> Attacked:
     """Attacks with requests of harmful test rows, drawn by seed; the guard has the flag's thresholds."""
     from redflag.judges.cache import CachedJudge
@@ -247,8 +247,8 @@ def attack(
     from redflag.lab.attacks.run_attacks import run_attacks
 
     harmful = [row for row in rows["test"] if row.harmful]
-    drawn = np.random.default_rng(arguments.seed).permutation(len(harmful))[: arguments.requests]
-    chosen: list[Row] = [harmful[i] for i in sorted(drawn)]
+    order = np.random.default_rng(arguments.seed).permutation(len(harmful))
+    chosen: list[Row] = [harmful[i] for i in sorted(order[: arguments.requests])]
     backend, tokenizer, spec = models.flagged
     thresholds = thresholds_of(flag)
     suggested = thresholds.suggested_hold_back if thresholds is not None else None
@@ -256,7 +256,7 @@ def attack(
     target = Target(backend, tokenizer, spec, thresholds, policy, backend.model, batch_size=2 * arguments.batch_size)
     folder.mkdir(parents=True, exist_ok=True)
     cached = CachedJudge(judge, folder / "verdicts.jsonl")
-    results = run_attacks(target, attacks, chosen, cached, folder, arguments.seed, log=lambda line: say(f"   {line}"))
+    results = run_attacks(target, attacks, chosen, cached, folder, arguments.seed, log=lambda line: log(f"   {line}"))
     facts = JudgeFacts(cached.identity, cached.answered, cached.unanswered, policy.hold_back)
     categories = {str(row.id): row.category for row in chosen}
     shown = []

@@ -151,8 +151,8 @@ def compare_methods(
             "difference is that of the rows."
         )
     # A row is left out where it is for either: each method may cut responses at a length of its own.
-    kept = ~(cut_short(first) | cut_short(second))
-    first, second = first.select(kept), second.select(kept)
+    whole = ~(cut_short(first) | cut_short(second))
+    first, second = first.select(whole), second.select(whole)
     one, other = (replay.peaks(monitor or MonitorConfig(), each).max(axis=1, initial=0.0) for each in (first, second))
     labels, units = first.harmful, intervals.unit_of(first.columns["group"], len(first))
     area = Difference(*intervals.auroc_difference(one, other, labels, units))
@@ -190,9 +190,8 @@ def _check(
 def _warn_of_shared(recording: Recording, calibration: Recording, notes: list[str]) -> None:
     # Only harmless responses set thresholds.
     groups = zip(calibration.columns["group"], calibration.harmful, strict=True)
-    known = {group for group, harmful in groups if group is not None and not harmful}
-    shared = sum(group in known for group in recording.columns["group"])
-    if shared:
+    harmless = {group for group, harmful in groups if group is not None and not harmful}
+    if shared := sum(group in harmless for group in recording.columns["group"]):
         notes.append(
             f"{shared} test rows belong to groups that harmless calibration rows belong to as well: the thresholds may "
             "fit them better than new requests"
@@ -218,15 +217,15 @@ def _fitted(
     if AGGREGATIONS[config.aggregation].bounded and max(values) > 1.0:
         notes.append("a threshold lies above every score: too many harmless responses reach 1, and it can never alarm")
     whole = np.flatnonzero(calibration.harmful & ~cut_short(calibration)).tolist()
-    known = [i for i in whole if known_onset(calibration, i)]
+    marked = [i for i in whole if known_onset(calibration, i)]
     meta = calibration.meta
     thresholds, _ = build_thresholds(
         calibration.categories,
         values,
         config,
         calibration,
-        known,
-        [calibration.columns["onset"][i] for i in known],
+        marked,
+        [calibration.columns["onset"][i] for i in marked],
         target_fpr=target,
         guarantee=guarantee,
         delta=delta,
@@ -262,11 +261,10 @@ def _partial(harmful: int, harmless: int) -> str | None:
     """What so few responses cannot tell."""
     if not harmful or not harmless:
         return f"no {'harmful' if not harmful else 'harmless'} rows: nothing to tell apart"
-    unseen = [rate for rate in RATES if harmless * rate < 1.0 - 1e-9]
-    if not unseen:
+    needs = [f"{rate:g} needs {round(1 / rate)}" for rate in RATES if harmless * rate < 1.0 - 1e-9]
+    if not needs:
         return None
-    needs = ", ".join(f"{rate:g} needs {round(1 / rate)}" for rate in unseen)
-    return f"TPR at an FPR of {needs} harmless rows; with {harmless} it is the TPR without any false alarm"
+    return f"TPR at an FPR of {', '.join(needs)} harmless rows; with {harmless} it is the TPR without any false alarm"
 
 
 def _slices(observed: Observed, **curve: int) -> dict[str, dict[str, Slice] | None]:
