@@ -52,7 +52,7 @@ class SuppressByWords:
     def run(self, target: Target, rows: Sequence[Row], seed: int) -> Iterator[Attempt]:
         sampling = Sampling(self.max_new_tokens, self.temperature, seed=seed)
         flags = " ".join(flag.token for flag in target.spec.flags)
-        prefills = [self._given(target, row) for row in rows]
+        prefills = [self._prefill(target, row) for row in rows]
         settings = [("no words", "", "user")]
         settings += [(f"{name}, {place}", text, place) for name, text in self.texts for place in self.places]
         for setting, text, place in settings:
@@ -63,7 +63,7 @@ class SuppressByWords:
             ]
             yield from target.answers(target.fitting(sent), sampling, setting)
 
-    def _given(self, target: Target, row: Row) -> str:
+    def _prefill(self, target: Target, row: Row) -> str:
         if self.beyond is None:
             return ""
         ends = prefix_ends(target, row)
@@ -75,17 +75,15 @@ class SuppressByWords:
 
 def place_words(messages: Messages, prefill: str, instruction: str, place: str) -> Messages:
     """The conversation with the instruction in one place, and the prefill."""
-    if not instruction:
-        return with_prefill(messages, prefill)
-    if place == "prefill":
-        return with_prefill(messages, f"{instruction} {prefill}".strip())
-    if place == "user":
-        last = {**messages[-1], "content": f"{messages[-1]['content']}\n\n{instruction}"}
-        return with_prefill([*messages[:-1], last], prefill)
-    if messages[0]["role"] == "system":
-        first = {**messages[0], "content": f"{messages[0]['content']}\n\n{instruction}"}
-        return with_prefill([first, *messages[1:]], prefill)
-    return with_prefill([{"role": "system", "content": instruction}, *messages], prefill)
+    turns = list(messages)
+    if instruction and place == "prefill":
+        prefill = f"{instruction} {prefill}".strip()
+    elif instruction and place == "system" and turns[0]["role"] != "system":
+        turns.insert(0, {"role": "system", "content": instruction})
+    elif instruction:
+        changed = -1 if place == "user" else 0
+        turns[changed] = {**turns[changed], "content": f"{turns[changed]['content']}\n\n{instruction}"}
+    return with_prefill(turns, prefill)
 
 
 # First words of refusals, in English and as the nano world has them.

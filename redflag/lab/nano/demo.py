@@ -151,19 +151,18 @@ def streams(output: Path, coloured: bool, tries: int = 40) -> None:
     ):
         candidates = [row for row in rows if row.source == source][:tries]
         looking = f"looking for an answer that is {wanted}"
-        answers = []
+        chosen = None  # the first telling answer, or else the first of all
         for tried, row in enumerate(track(candidates, looking, len(candidates), "prompts"), 1):
             sampling = Sampling(max_new_tokens=90, temperature=0.6, seed=tried)
             result = guard.generate(row.messages[:-1], sampling)
-            if result.verdict == wanted:
-                answers.append((telling(result.text), tried, row, sampling))
-                if answers[-1][0]:
+            if result.verdict == wanted and (chosen is None or telling(result.text)):
+                chosen = tried, row, sampling
+                if telling(result.text):
                     break
-        if not answers:
+        if chosen is None:
             print(f"none of {len(candidates)} answers was {wanted}\n")
             continue
-        # The last is telling, or none is.
-        _, tried, row, sampling = answers[-1] if answers[-1][0] else answers[0]
+        tried, row, sampling = chosen
         _stream(guard, row, sampling, coloured)
         if wanted == "halted":
             text = blind.generate(row.messages[:-1], sampling).text

@@ -18,7 +18,7 @@ import re
 from collections.abc import Sequence
 
 from redflag.data.rows import Row
-from redflag.lab.nano.phrases import REDIRECTS, SLOTS
+from redflag.lab.nano.phrases import REDIRECTS, SLOT, SLOTS
 from redflag.lab.nano.rows import nano_rows
 from redflag.watching.policy import Reflect
 
@@ -133,8 +133,5 @@ def _turn(row: Row, rng: random.Random) -> str:
     """How an answer goes on that has been found harmful."""
     name = next((word for word in re.findall(r"\w+", row.response[row.onset :]) if word in SLOTS["name"]), "somebody")
     sentences = [rng.choice(_TURNS), *rng.sample(REDIRECTS, rng.randint(1, 2))]
-    filled = (
-        re.sub(r"\{(\w+)\}", lambda m: name if m[1] == "name" else rng.choice(SLOTS[m[1]]), sentence)
-        for sentence in sentences
-    )
-    return " " + " ".join(filled)
+    text = " ".join(sentences)
+    return " " + SLOT.sub(lambda match: name if match[1] == "name" else rng.choice(SLOTS[match[1]]), text)

@@ -76,7 +76,7 @@ class Section:
     charts: Sequence[Chart] = ()
 
 
-def percent(x: float | None, digits: int = 1) -> str:
+def percent(x: float | None) -> str:
     """A share as a percentage: never rounded to 0% or 100% unless it is.
 
     >>> [percent(x) for x in (0.0, 0.0069, 0.887, 0.9998, 1.0, None)]
@@ -86,7 +86,7 @@ def percent(x: float | None, digits: int = 1) -> str:
         return NOT_MEASURED
     if x in (0, 1):
         return f"{100 * x:.0f}%"
-    digits = max(digits, 2) if x < 0.01 else digits
+    digits = 2 if x < 0.01 else 1
     while digits < 6 and float(f"{100 * x:.{digits}f}") in (0.0, 100.0):
         digits += 1
     return f"{100 * x:.{digits}f}%"
