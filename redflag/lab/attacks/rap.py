@@ -60,7 +60,7 @@ def start_of(target: Target, row: Row, prefill_tokens: int) -> Start:
     return Start([*messages, {"role": "assistant", "content": prefill}], prefill, harm[prefill_tokens:])
 
 
-@dataclass(frozen=True)
+@dataclass
 class RAP:
     """Rank-assisted prefilling, without the guard and, where the target has thresholds, against it.
 
