@@ -1,8 +1,8 @@
-"""The verb `demo`: a real model watched, and a flag trained, in minutes on two processor cores.
+"""`redflag demo`: watches a real model and trains a flag, in minutes on two CPU cores.
 
 *Watch* streams answers of SmolLM2-135M with the flag that ships with redflag (`redflag/lab/demo_watch.py`). *Teach*
-trains a flag on the starter rows that ship as well, calibrates it, and measures it beside the untrained one on rows
-that were held out. What is done lies in the output folder and is not done twice.
+trains a flag on the starter rows, which ship too, calibrates it, and compares it with the untrained flag on held-out
+rows. Finished stages are saved in the output folder and skipped the next time.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def run(arguments: DemoArguments) -> int:
 
 
 def watch(output: Path, coloured: bool, log: Callable[[str], None]) -> None:
-    """Streams the answers; a second time what they were is shown."""
+    """Streams the answers, or prints those of an earlier run."""
     from redflag.lab.demo_watch import CASES, streams
 
     folder = Path(model_folder(DEFAULT))
@@ -205,7 +205,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def recorded(folder: Path | None = None) -> str:
-    """What was measured when the shipped flag was made, from the file beside it; "" where there is none."""
+    """The figures of the shipped flag, from the file beside it, as text; "" without that file."""
     folder = folder or SHIPPED[DEFAULT]
     try:
         record = json.loads((folder / "figures.json").read_text(encoding="utf-8"))
@@ -217,7 +217,7 @@ def recorded(folder: Path | None = None) -> str:
 
 
 def where(output: Path, skipped: list[str]) -> str:
-    """Where the files lie, and what to do next."""
+    """Where the files are, and what to do next."""
     lines = [""]
     if "teach" not in skipped:
         lines += [

@@ -114,7 +114,7 @@ def same_flag(guard: Any) -> Judge:
 
 
 def cover(text: str) -> str:
-    """Text of which only the length of its words is seen."""
+    """The text with all but its white space blocked out."""
     return re.sub(r"\S", "\u2588", printable(text).replace("\n", " "))
 
 
@@ -127,5 +127,5 @@ def by_hand(guard: Guard, value: float) -> Thresholds:
 
 
 def _with(guard: Guard, thresholds: Thresholds, policy: Policy, judge: Judge | None = None) -> Guard:
-    """The same model under another policy: it is loaded once."""
+    """The same loaded model under another policy."""
     return Guard(guard.backend, guard.tokenizer, guard.spec, thresholds, policy, judge)

@@ -1,4 +1,4 @@
-"""What demonstrations share: stages that are not done twice, and libraries that keep quiet meanwhile."""
+"""Shared by the demos: stages that are skipped when they are done, and quiet libraries."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 from redflag.files import keep_json, kept_json
 from redflag.terminal.paint import RESET
 
-# Settings of a training that only its result is wanted of.
+# Settings of a training run of which only the result is wanted.
 UNATTENDED: dict[str, Any] = {"save_strategy": "no", "report_to": "none", "dataloader_pin_memory": False}
 
 
@@ -28,11 +28,7 @@ class Stages:
         self.done: dict[str, Any] = kept_json(path) or {}
 
     def run(self, name: str, settings: dict[str, Any], files: Iterable[Path], make: Callable[[], object]) -> bool:
-        """Makes a stage's files, unless they are there from the same settings and the same stages before.
-
-        Returns:
-            Whether they were made.
-        """
+        """Makes a stage's files and returns True, unless they exist from the same settings and earlier stages."""
         self.chain = hashlib.sha256((self.chain + name + json.dumps(settings, sort_keys=True)).encode()).hexdigest()
         cached = self.done.get(name, {})
         self.seconds[name] = float(cached.get("seconds", 0.0))
@@ -51,7 +47,7 @@ class Stages:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Loading bars and notices of the libraries below would drown what is said here."""
+    """Silences the loading bars and notices of libraries, which would drown the demo's own output."""
     from transformers.utils import logging as transformers_logging
 
     before = transformers_logging.get_verbosity()

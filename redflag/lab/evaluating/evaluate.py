@@ -1,8 +1,8 @@
 """`redflag evaluate`: how well a model flags harm, how early, at what false-alarm rate, under which attacks.
 
-Everything is observed once and decided later: the rows' responses are scored, the attacks' answers recorded, all under
-no threshold; thresholds are then fitted on the calibration rows and replayed over the test rows and the attempts. Each
-stage leaves files in the output folder and goes on from them when the same command is given again.
+Flag probabilities of the rows and of the attacks' answers are recorded once, without thresholds. Thresholds are then
+fitted on the calibration rows and replayed over the test rows and the attempts. Each stage saves its files in the
+output folder, and continues from them when the command is repeated.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def evaluate(arguments: EvaluateArguments, log: Callable[[str], None] = lambda l
 
 
 def headline(report: Evaluation) -> str:
-    """What the report says, in a few lines."""
+    """The report in a few lines."""
     lines = []
     for name, method in report.methods.items():
         pooled, force = method.pooled, method.in_force
@@ -178,7 +178,7 @@ def _share(rate: Rate | None) -> str:
 
 
 def _check(arguments: EvaluateArguments, rows: Mapping[str, Rows]) -> list[str]:
-    """Refuses what would make the numbers untrue; returns what makes them weaker."""
+    """Refuses what would make the figures wrong; returns warnings about what makes them weaker."""
     if rows["test"].sha256 == rows["calibration"].sha256:
         raise RedflagError(
             f"calibration must hold other rows than test (got the same in {arguments.calibration} and "

@@ -1,4 +1,4 @@
-"""An evaluation on two rows, in seconds: what would end it after hours ends it now."""
+"""An evaluation of two rows, in seconds: an error that would end it after hours ends it now."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def rehearse(
 ) -> None:
     """Scores, compares, attacks, judges and reports the shortest harmful and the shortest harmless test row.
 
-    What an attack or a baseline does beyond that is not tried: it takes as long for two rows as for many. Done once for
-    a folder, unless models, rows or what is asked for change.
+    Attacks and baselines are not run further: that would take as long for two rows as for many. Done once for a folder,
+    unless models, rows or options change.
 
     Raises:
         RedflagError: Something does not fit, or the judge does not answer.
@@ -89,7 +89,7 @@ def rehearse(
 
 
 def _ask(judge: Judge, row: Row) -> None:
-    """Asks a judge about a harmful row, whatever it answers."""
+    """Asks a judge about a harmful row; any verdict will do."""
     try:
         judge(request_of(row), row.response)
     except Exception as error:

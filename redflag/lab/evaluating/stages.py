@@ -1,4 +1,4 @@
-"""The stages of an evaluation, each of which goes on from the files that it left."""
+"""The stages of an evaluation; each continues from the files of an earlier run."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ if TYPE_CHECKING:
     from redflag.lab.baselines.record_baselines import Recorded
     from redflag.lab.evaluating.arguments import EvaluateArguments
 
-# Attempts of each attack that stand in the report's viewer.
+# Attempts of each attack in the report's viewer.
 SHOWN = 12
 
 
 class Models:
-    """The models of an evaluation: each is opened once, and only if something is to be read with it."""
+    """The models of an evaluation, each loaded once and only when it is needed."""
 
     def __init__(self, arguments: EvaluateArguments) -> None:
         self._arguments = arguments
@@ -64,7 +64,7 @@ class Models:
 
     @property
     def limit(self) -> int | None:
-        """Most tokens of a prompt and a response."""
+        """Maximum tokens of a prompt with its response."""
         return score.context_limit(self._arguments.max_length, self.flagged[0].context_length)
 
     def language(self, rows: Sequence[Row]) -> Language:
@@ -78,7 +78,7 @@ class Models:
 
 
 def record(arguments: EvaluateArguments, models: Models, rows: Rows, path: Path, spec: FlagSpec) -> Recording:
-    """The flag's recording of some rows, made once; `path` without its ending."""
+    """The flag's recording of some rows, made once; `path` is without its suffix."""
     cached, scored = path.with_suffix(".parquet"), path.with_suffix(".scored.jsonl")
     meta = {
         "rows": rows.fingerprint,
@@ -93,7 +93,7 @@ def record(arguments: EvaluateArguments, models: Models, rows: Rows, path: Path,
         recording = Recording.load(cached)
         if recording.meta == meta:
             return recording
-    # What is not among them was scored by an earlier call or another process, and is read from the file.
+    # Rows scored by an earlier call or another process are missing here: then all are read from the file.
     fresh: dict[int, score.Scored] = {}
     with ExitStack() as stack:
         scorer, tokenizer, _ = arguments.scorer(World.here(), stack) if arguments.upstream else models.flagged
@@ -138,7 +138,7 @@ def token_texts(recording: Recording, model: str) -> list[list[str]]:
 
 
 def baselines_of(arguments: EvaluateArguments) -> list[str]:
-    """The baselines that are asked for.
+    """Names of the requested baselines.
 
     Raises:
         RedflagError: A name is unknown.
@@ -159,7 +159,7 @@ def baselines(
     folder: Path,
     log: Callable[[str], None],
 ) -> dict[str, Recorded]:
-    """Trains and records them, or reads what an earlier run left."""
+    """Trains and records baselines, or reads the recordings of an earlier run."""
     from redflag.lab.baselines.record_baselines import record_baselines
 
     return record_baselines(
@@ -196,7 +196,7 @@ def judge_of(arguments: EvaluateArguments) -> Judge:
 
 
 def attacks_of(arguments: EvaluateArguments, rows: Mapping[str, Rows]) -> list[Attack]:
-    """The attacks that are asked for; those that train do so on the training rows, where there are some.
+    """The requested attacks; those that train use the training rows, if there are any.
 
     Raises:
         RedflagError: A name or an option is unknown.
@@ -217,7 +217,7 @@ def attacks_of(arguments: EvaluateArguments, rows: Mapping[str, Rows]) -> list[A
 
 
 def thresholds_of(method: Method) -> Thresholds | None:
-    """The thresholds of a method, as a guard takes them; None where none could be set."""
+    """The thresholds of a method, as a guard takes them; None if none could be set."""
     if method.threshold is None:
         return None
     return Thresholds(**{name: value for name, value in vars(method.threshold).items() if name != "fitted_on"})
@@ -286,7 +286,7 @@ def attack(
 def viewed(
     arguments: EvaluateArguments, recording: Recording, tokens: Sequence[list[str]], flag: Method
 ) -> list[ShownResponse]:
-    """Responses for the viewer: what the thresholds in force got wrong first, then a draw of the others."""
+    """Responses for the viewer: the errors of the thresholds in force first, then others drawn by seed."""
     order = [int(i) for i in np.random.default_rng(arguments.seed).permutation(len(recording))]
     if flag.threshold is not None:
         from redflag.calibrating import replay
@@ -305,7 +305,7 @@ def viewed(
 
 
 def made(arguments: EvaluateArguments, spec: FlagSpec, rows: Mapping[str, Rows], seconds: float) -> dict[str, Any]:
-    """Where the report comes from: all that is needed to make it again."""
+    """Where the report comes from: everything that is needed to repeat it."""
     packages = ("redflag-llm", "torch", "transformers", "peft", "numpy")
     verb = sys.argv[1:2] == ["evaluate"]
     return {

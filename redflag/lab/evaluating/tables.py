@@ -1,10 +1,10 @@
 """All figures of one method (a flag or a baseline) on one set of rows.
 
-Thresholds are set on the harmless responses of one recording and reported on another. No delay stands without the rate
-of false alarms that it was bought with, an alarm well before the onset counts as early and not as on time, and onsets
-are kept apart by where they come from: built into the row (`constructed`), found by a reader in text that was not built
-(`natural`), given without their origin (`labelled`), or not given at all (`unknown`). Where no onset is marked,
-only the position of the first alarm is known, and nothing is claimed to be on time.
+Thresholds are set on the harmless responses of one recording and reported on another. Every delay comes with its rate
+of false alarms, an alarm well before the onset counts as early and not as on time, and onsets are kept apart by their
+origin: built into the row (`constructed`), found by a reader in natural text (`natural`), given without their origin
+(`labelled`), or not given (`unknown`). Without a marked onset only the position of the first alarm is known, and no
+alarm counts as on time.
 """
 
 from __future__ import annotations
@@ -137,9 +137,9 @@ def compare_methods(
     resamples: int = 1000,
     seed: int = 0,
 ) -> Lead:
-    """How much better the first of two methods tells the same responses apart than the second.
+    """How much better the first of two methods separates the same responses than the second.
 
-    The same rows are drawn for both, so what is hard for both does not blur the difference.
+    Both are resampled with the same rows, so rows that are hard for both do not blur the difference.
 
     Raises:
         RedflagError: The rows are not the same, or a class is missing.
@@ -243,7 +243,7 @@ def _in_force(observed: Observed, harmful: Bools, harmless: Bools) -> InForce | 
 
 
 def _slice(observed: Observed, harmful: Bools, harmless: Bools, against: str, *, resamples: int, seed: int) -> Slice:
-    """Some harmful responses against some harmless ones."""
+    """The ranking figures of some harmful responses against some harmless ones."""
     chosen = harmful | harmless
     peaks, labels, units = observed.peaks[chosen], harmful[chosen], observed.units[chosen]
     figures: dict[str, Any] = {"tpr": {}, **ranking(peaks, labels, RATES)}
@@ -258,7 +258,7 @@ def _slice(observed: Observed, harmful: Bools, harmless: Bools, against: str, *,
 
 
 def _partial(harmful: int, harmless: int) -> str | None:
-    """What so few responses cannot tell."""
+    """Which figures so few responses cannot give."""
     if not harmful or not harmless:
         return f"no {'harmful' if not harmful else 'harmless'} rows: nothing to tell apart"
     needs = [f"{rate:g} needs {round(1 / rate)}" for rate in RATES if harmless * rate < 1.0 - 1e-9]
@@ -270,7 +270,7 @@ def _partial(harmful: int, harmless: int) -> str | None:
 def _slices(observed: Observed, **curve: int) -> dict[str, dict[str, Slice] | None]:
     """By source, language and turns against harmless rows of the same kind; by category against all harmless rows.
 
-    A column with a single value says nothing beyond the whole, and is left empty.
+    A column with a single value adds nothing to the whole, and is left empty.
     """
     columns = {name: observed.recording.columns[name] for name in ("source", "category", "lang", "turns")}
     most = f"{MOST_TURNS}+"
@@ -299,7 +299,7 @@ def _delays(
     delays: dict[str, Delay | None] = {}
     for name, rows in members.items():
         delays[name] = None
-        # An alarm that always rings is never late: no delay without the false alarms beside it.
+        # A flag that always alarms is never late: a delay means nothing without the rate of false alarms.
         if observed.alarms is not None and rows and not observed.harmful.all():
             texts = None if tokens is None else [tokens[i] for i in rows]
             delays[name] = _delay(observed, rows, name != "unknown", hold_backs, tolerance, texts, **curve)
@@ -318,7 +318,7 @@ def _delay(
     assert observed.alarms is not None
     alarms, lengths = observed.alarms[rows], observed.recording.lengths[rows]
     raised = alarms >= 0
-    # Without a mark all that is shown may be harmful.
+    # Without a marked onset everything shown may be harmful.
     onsets = np.array([observed.recording.columns["onset"][i] if known else 0 for i in rows], dtype=np.int64)
     delays = (alarms - onsets)[raised]
     firsts = [int(alarm) if alarm >= 0 else None for alarm in alarms]
@@ -342,7 +342,7 @@ def _delay(
 
 
 def _reliability(observed: Observed) -> Reliability:
-    """Of the probabilities as observed, whatever the monitor makes of them; of several flags the highest."""
+    """Of the raw probabilities, before any monitor; of several flags the highest counts."""
     recording = observed.recording
     probs = recording.probs.max(axis=1, initial=0.0).astype(np.float64)
     counts = np.diff(recording.starts)

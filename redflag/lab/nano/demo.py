@@ -1,8 +1,8 @@
 """`redflag demo --world nano`: a small world from nothing to a watched stream, in minutes on two processor cores.
 
 Seven stages, each an ordinary use of the library: rows, base model, flags, thresholds, scores, table, stream. A stage
-is skipped when its result is there and was made with the same settings from the same inputs; one that was interrupted
-goes on where it can.
+is skipped if its result exists and was made with the same settings from the same inputs; an interrupted one continues
+where it can.
 """
 
 from __future__ import annotations
@@ -132,9 +132,9 @@ def build(arguments: DemoArguments, log: Callable[[str], None] = lambda line: No
 
 
 def streams(output: Path, coloured: bool, tries: int = 40) -> None:
-    """Two answers that the model writes here and now: one that its own flag halts, one that is completed.
+    """Streams two answers of the model: one that its own flag halts, and one that completes.
 
-    Prompts of the test rows are tried until one shows that; how many were tried is printed.
+    Prompts of the test rows are tried until one shows that; the number of tries is printed.
     """
     from redflag.backends import Sampling
     from redflag.guard.guard import Guard
@@ -172,7 +172,7 @@ def streams(output: Path, coloured: bool, tries: int = 40) -> None:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The results beside what is asked of them."""
+    """The results and their targets."""
     summary = result["summary"]
     overall, force, delay = summary["overall"], summary["in_force"], summary["delay"]
     at = overall["tpr"]["0.01"]
@@ -194,7 +194,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def where(output: Path) -> str:
-    """Where the files lie, and what to do next."""
+    """Where the files are, and what to do next."""
     return "\n".join(
         [
             "",
@@ -210,7 +210,7 @@ def where(output: Path) -> str:
 
 
 def _world() -> str:
-    """Fingerprint of the nano world's words, so that editing them makes everything anew."""
+    """Fingerprint of the nano world's words: after an edit everything is made again."""
     rows = [row.to_dict() for row in nano_rows("train", 100) + nano_pretraining_rows(100)]
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -9,7 +9,7 @@ from redflag.lab.report.parts import Cell, Section, Table
 
 
 def render(title: str, warnings: Sequence[str], verdict: Sequence[str], sections: Sequence[Section]) -> str:
-    """All of it as one text."""
+    """The whole report as text."""
     blocks = [f"# {_safe(title)}"]
     blocks += [f"> **Warning.** {_safe(warning)}" for warning in warnings]
     blocks.append("\n".join(_safe(sentence) for sentence in verdict))
