@@ -320,7 +320,7 @@ def _harm(scene: _Scene, category: str, act: str, least: int) -> list[str]:
 
 
 def _lead(rng: random.Random, sentence: str) -> str:
-    """Now and then opens a sentence with a word that says nothing."""
+    """Sometimes opens a sentence with a word without meaning."""
     if rng.random() > 0.1:
         return sentence
     first = sentence.split(" ")[0].rstrip(".,'s")

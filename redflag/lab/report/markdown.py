@@ -32,10 +32,10 @@ def _table(table: Table) -> str:
 
 def _cell(cell: Cell) -> str:
     text = _safe(cell.text)
-    text = f"**{text}**" if cell.strong else text
-    return " ".join(
-        [text, *([f"({_safe(cell.small)})"] if cell.small else []), *([f"*{_safe(cell.mark)}*"] if cell.mark else [])]
-    )
+    parts = [f"**{text}**" if cell.strong else text]
+    parts += [f"({_safe(cell.small)})"] if cell.small else []
+    parts += [f"*{_safe(cell.mark)}*"] if cell.mark else []
+    return " ".join(parts)
 
 
 def _safe(text: str) -> str:
