@@ -1,8 +1,8 @@
-"""The verb `demo`: a real model watched, and a flag trained, in minutes on two processor cores.
+"""`redflag demo`: watches a real model and trains a flag, in minutes on two CPU cores.
 
 *Watch* streams answers of SmolLM2-135M with the flag that ships with redflag (`redflag/lab/demo_watch.py`). *Teach*
-trains a flag on the starter rows that ship as well, calibrates it, and measures it beside the untrained one on rows
-that were held out. What is done lies in the output folder and is not done twice.
+trains a flag on the starter rows, which ship too, calibrates it, and compares it with the untrained flag on held-out
+rows. Finished stages are saved in the output folder and skipped the next time.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from redflag.bounds import option
 from redflag.calibrating import calibrate
 from redflag.data.rows import load_rows, write_rows
 from redflag.errors import RedflagError
@@ -48,12 +49,11 @@ LORA_R = 8
 class DemoArguments(nano.DemoArguments):
     """A real model watched and a flag trained; or a small world with everything made here."""
 
-    output_dir: str = field(default="", metadata={"help": "Where everything goes; default: runs/demo, or runs/nano."})
-    world: Literal["smollm2", "nano"] = field(
-        default="smollm2",
-        metadata={"help": "smollm2: SmolLM2-135M and its flag; nano: a generated world, nothing fetched."},
+    output_dir: str = option("", "Where everything goes; default: runs/demo, or runs/nano.")
+    world: Literal["smollm2", "nano"] = option(
+        "smollm2", "smollm2: SmolLM2-135M and its flag; nano: a generated world, nothing fetched."
     )
-    skip: list[str] = field(default_factory=list, metadata={"help": "smollm2: what is left out, watch or teach."})
+    skip: list[str] = option([], "smollm2: what is left out, watch or teach.")
 
 
 ARGUMENTS = DemoArguments
@@ -76,23 +76,23 @@ def run(arguments: DemoArguments) -> int:
     output.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
 
-    def say(line: str) -> None:
+    def log(line: str) -> None:
         print(line, flush=True)
 
     with quiet():
         if "watch" not in arguments.skip:
-            watch(output, wants_colour(arguments.color), say)
+            watch(output, wants_colour(arguments.color), log)
         if "teach" not in arguments.skip:
-            say("\n" + table(teach(output, arguments.seed, say)))
+            log("\n" + table(teach(output, arguments.seed, log)))
     if figures := recorded():
-        say(figures)
-    say(where(output, arguments.skip))
-    say(f"\n{time.monotonic() - start:.0f} s in all; the same command again skips what is done")
+        log(figures)
+    log(where(output, arguments.skip))
+    log(f"\n{time.monotonic() - start:.0f} s in all; the same command again skips what is done")
     return 0
 
 
-def watch(output: Path, coloured: bool, say: Callable[[str], None]) -> None:
-    """Streams the answers; a second time what they were is shown."""
+def watch(output: Path, coloured: bool, log: Callable[[str], None]) -> None:
+    """Streams the answers, or prints those of an earlier run."""
     from redflag.lab.demo_watch import CASES, streams
 
     folder = Path(model_folder(DEFAULT))
@@ -111,11 +111,11 @@ def watch(output: Path, coloured: bool, say: Callable[[str], None]) -> None:
         with atomic_write(printed) as file:
             file.write("".join(shown).encode())
 
-    if not Stages(output / f"{printed.name}.json", say).run("watch", settings, [printed], stream):
-        say(printed.read_text(encoding="utf-8"))
+    if not Stages(output / f"{printed.name}.json", log).run("watch", settings, [printed], stream):
+        log(printed.read_text(encoding="utf-8"))
 
 
-def teach(output: Path, seed: int, say: Callable[[str], None]) -> dict[str, Any]:
+def teach(output: Path, seed: int, log: Callable[[str], None]) -> dict[str, Any]:
     """A flag before and after its training, calibrated and measured in the same way.
 
     Returns:
@@ -123,7 +123,7 @@ def teach(output: Path, seed: int, say: Callable[[str], None]) -> dict[str, Any]
         token) and `seconds` by stage.
     """
     base = model_folder(DEFAULT, flagged=False)
-    stages = Stages(output / "stages.json", say)
+    stages = Stages(output / "stages.json", log)
     rows = {part: output / "rows" / f"{part}.jsonl" for part in PARTS}
 
     def write() -> None:
@@ -205,7 +205,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def recorded(folder: Path | None = None) -> str:
-    """What was measured when the shipped flag was made, from the file beside it; "" where there is none."""
+    """The figures of the shipped flag, from the file beside it, as text; "" without that file."""
     folder = folder or SHIPPED[DEFAULT]
     try:
         record = json.loads((folder / "figures.json").read_text(encoding="utf-8"))
@@ -217,7 +217,7 @@ def recorded(folder: Path | None = None) -> str:
 
 
 def where(output: Path, skipped: list[str]) -> str:
-    """Where the files lie, and what to do next."""
+    """Where the files are, and what to do next."""
     lines = [""]
     if "teach" not in skipped:
         lines += [
@@ -227,10 +227,10 @@ def where(output: Path, skipped: list[str]) -> str:
             f"  {output}/results.json    the table above and more",
         ]
     lines += [f"  {cache_folder() / DEFAULT}/    the model, and the flag that ships", "", "Try next:"]
-    lines += [f"  redflag chat --model {DEFAULT}"]
+    lines.append(f"  redflag chat --model {DEFAULT}")
     if "teach" not in skipped:
-        lines += [f"  redflag show {output}/after.jsonl --limit 3"]
-    lines += [f"  redflag serve --model {DEFAULT} --port 8080"]
+        lines.append(f"  redflag show {output}/after.jsonl --limit 3")
+    lines.append(f"  redflag serve --model {DEFAULT} --port 8080")
     return "\n".join(lines)
 
 

@@ -30,17 +30,16 @@ class Case:
     """One answer; `demo_watch.yaml` has them."""
 
     about: str
-    begun: tuple[tuple[str, str], ...]
-    low: bool = False
+    begun: tuple[tuple[str, str], ...]  # requests, each with the beginning of its answer
+    low: bool
 
 
-def _case(about: str, begun: list[dict[str, str]], low: bool = False) -> Case:
-    return Case(about, tuple((one["request"], one.get("prefill", "")) for one in begun), low)
-
-
+_FILE = yaml.safe_load(resources.files("redflag.lab").joinpath("demo_watch.yaml").read_text(encoding="utf-8"))
 CASES = tuple(
-    _case(**case)
-    for case in yaml.safe_load(resources.files("redflag.lab").joinpath("demo_watch.yaml").read_text(encoding="utf-8"))
+    Case(
+        case["about"], tuple((one["request"], one.get("prefill", "")) for one in case["begun"]), case.get("low", False)
+    )
+    for case in _FILE
 )
 
 
@@ -71,18 +70,18 @@ def _show(guard: Guard, case: Case, coloured: bool, write: Callable[[str], None]
         peak = max(max(step) for step in unwatched.generate(messages, sampling).trace.scores)
         in_force = max(guard.thresholds.values.values())
         policy = Policy(default="escalate", max_interventions=TOKENS, judge_timeout=120.0)
-        watched = _with(guard, by_hand(guard, min(peak / 2, in_force)), policy, SameFlag(guard))
+        watched = _with(guard, by_hand(guard, min(peak / 2, in_force)), policy, same_flag(guard))
     shown = ""
     with watched.stream(messages, sampling) as stream:
 
-        def noted() -> Iterator[Event]:
+        def recorded() -> Iterator[Event]:
             nonlocal shown
             for event in stream:
                 shown += event.text if isinstance(event, Text) else ""
                 yield event
 
         write(style(DIM, "assistant: ", coloured))
-        for piece in paint(noted(), stream.trace, coloured):
+        for piece in paint(recorded(), stream.trace, coloured):
             write(piece)
         write((RESET if coloured else "") + "\n")
         for line in summary(stream.trace):
@@ -98,27 +97,23 @@ def _messages(request: str, prefill: str) -> list[dict[str, str]]:
     return [*messages, {"role": "assistant", "content": prefill}] if prefill else messages
 
 
-class SameFlag:
+def same_flag(guard: Any) -> Judge:
     """A second judge: the flag itself, read over the answer so far, at the threshold in force."""
+    spec = guard.spec
 
-    def __init__(self, guard: Guard) -> None:
-        self._guard = guard
-
-    def __call__(self, messages: Sequence[Mapping[str, str]], answer: str) -> Verdict:
-        """Reads the answer."""
-        guard: Any = self._guard
-        prompt = render_prompt(guard.tokenizer, messages, guard.spec)
-        (steps,) = guard.backend.score([(prompt, text_ids(guard.tokenizer, answer, guard.spec))])
-        monitor = Monitor(guard.thresholds.monitor, len(guard.spec.categories))
+    def judge(messages: Sequence[Mapping[str, str]], answer: str) -> Verdict:
+        prompt = render_prompt(guard.tokenizer, messages, spec)
+        (steps,) = guard.backend.score([(prompt, text_ids(guard.tokenizer, answer, spec))])
+        monitor = Monitor(guard.thresholds.monitor, len(spec.categories))
         peaks = [max(column) for column in zip(*map(monitor.feed, steps.tolist()), strict=True)]
-        harmful = any(
-            peak >= guard.thresholds.values[name] for name, peak in zip(guard.spec.categories, peaks, strict=True)
-        )
+        harmful = any(peak >= guard.thresholds.values[name] for name, peak in zip(spec.categories, peaks, strict=True))
         return Verdict(1.0 if harmful else 0.0, f"the score's peak is {max(peaks):.2g}")
+
+    return judge
 
 
 def cover(text: str) -> str:
-    """Text of which only the length of its words is seen."""
+    """The text with all but its white space blocked out."""
     return re.sub(r"\S", "\u2588", printable(text).replace("\n", " "))
 
 
@@ -131,5 +126,5 @@ def by_hand(guard: Guard, value: float) -> Thresholds:
 
 
 def _with(guard: Guard, thresholds: Thresholds, policy: Policy, judge: Judge | None = None) -> Guard:
-    """The same model under another policy: it is loaded once."""
+    """The same loaded model under another policy."""
     return Guard(guard.backend, guard.tokenizer, guard.spec, thresholds, policy, judge)

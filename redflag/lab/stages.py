@@ -1,4 +1,4 @@
-"""What demonstrations share: stages that are not done twice, and libraries that keep quiet meanwhile."""
+"""Shared by the demos: stages that are skipped when they are done, and quiet libraries."""
 
 from __future__ import annotations
 
@@ -14,43 +14,39 @@ from typing import Any
 
 from redflag.files import keep_json, kept_json
 
-# Settings of a training that only its result is wanted of.
+# Settings of a training run of which only the result is wanted.
 UNATTENDED: dict[str, Any] = {"save_strategy": "no", "report_to": "none", "dataloader_pin_memory": False}
 
 
 class Stages:
     """Which stages are done, with a fingerprint of their settings and of all stages before."""
 
-    def __init__(self, path: Path, say: Callable[[str], None]) -> None:
-        self.path, self.say, self.chain = path, say, ""
+    def __init__(self, path: Path, log: Callable[[str], None]) -> None:
+        self.path, self.log, self.chain = path, log, ""
         self.seconds: dict[str, float] = {}
         self.done: dict[str, Any] = kept_json(path) or {}
 
     def run(self, name: str, settings: dict[str, Any], files: Iterable[Path], make: Callable[[], object]) -> bool:
-        """Makes a stage's files, unless they are there from the same settings and the same stages before.
-
-        Returns:
-            Whether they were made.
-        """
+        """Makes a stage's files and returns True, unless they exist from the same settings and earlier stages."""
         self.chain = hashlib.sha256((self.chain + name + json.dumps(settings, sort_keys=True)).encode()).hexdigest()
-        known = self.done.get(name, {})
-        self.seconds[name] = float(known.get("seconds", 0.0))
-        if known.get("fingerprint") == self.chain and all(path.exists() for path in files):
-            self.say(f"== {name}: done before")
+        cached = self.done.get(name, {})
+        self.seconds[name] = float(cached.get("seconds", 0.0))
+        if cached.get("fingerprint") == self.chain and all(path.exists() for path in files):
+            self.log(f"== {name}: done before")
             return False
-        self.say(f"== {name}")
+        self.log(f"== {name}")
         start = time.monotonic()
         make()
         self.seconds[name] = round(time.monotonic() - start, 1)
         self.done[name] = {"fingerprint": self.chain, "seconds": self.seconds[name]}
         keep_json(self.path, self.done, indent=2)
-        self.say(f"   {self.seconds[name]:.0f} s")
+        self.log(f"   {self.seconds[name]:.0f} s")
         return True
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Loading bars and notices of the libraries below would drown what is said here."""
+    """Silences the loading bars and notices of libraries, which would drown the demo's own output."""
     from transformers.utils import logging as transformers_logging
 
     before = transformers_logging.get_verbosity()

@@ -22,8 +22,7 @@ from redflag.data.rows import Row
 from redflag.flags import FlagSpec, attach
 from redflag.lab.attacks import Target
 from redflag.lab.attacks.autorap import AutoRAP, helper_chooser
-from redflag.lab.attacks.rap import RAP, searched, start_of
-from redflag.lab.attacks.stepping import Looker
+from redflag.lab.attacks.rap import RAP, start_of
 from redflag.watching.thresholds import Thresholds
 
 ELSE = None  # what stands behind every token that the table does not name
@@ -214,10 +213,8 @@ class Says:
 def walked(table, helper, budget=30, longest=6, k=4):
     target = table_target(table)
     row = request()
-    choose = helper_chooser(helper, target)
-    (attempt,) = searched(
-        target, Looker(target, "AutoRAP", k), choose, row.messages[:1], row, "", budget=budget, max_new_tokens=longest
-    )
+    attack = RAP(k, budget, max_new_tokens=longest, chooser=lambda target, *_: helper_chooser(helper, target))
+    (attempt,) = attack.run(target, [row], 0)
     return attempt, target
 
 

@@ -92,15 +92,8 @@ class Attack(Protocol):
     `readings(attempt, text)`, the texts that a judge reads instead of a disguised one.
     """
 
-    @property
-    def name(self) -> str:
-        """Shown in tables."""
-        ...
-
-    @property
-    def adaptive(self) -> bool:
-        """Whether it attacks the flag itself and not only the model."""
-        ...
+    name: str  # shown in tables
+    adaptive: bool  # whether it attacks the flag itself and not only the model
 
     def run(self, target: Target, rows: Sequence[Row], seed: int) -> Iterator[Attempt]:
         """Attacks with each row's request; the row's own response is the attacker's goal.

@@ -12,7 +12,7 @@ import copy
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from redflag.backends.load import read_model
 from redflag.data.rows import Row
 from redflag.errors import RedflagError
 from redflag.lab.attacks import Attempt, Target, request_of
-from redflag.lab.attacks.rap import searched, start_of
+from redflag.lab.attacks.rap import RAP
 from redflag.lab.attacks.search import Chooser
 from redflag.lab.attacks.stepping import Looker, weights_of
 from redflag.prompt import render_response, text_ids
@@ -62,24 +62,21 @@ class AutoRAP:
     adaptive: bool = True
 
     def run(self, target: Target, rows: Sequence[Row], seed: int) -> Iterator[Attempt]:
-        look = Looker(target, self.name, self.k)
         helper, accuracy = self.train(target, rows if self.rows is None else self.rows, seed)
-        trained_on = "the attacked rows" if self.rows is None else "other rows"
-        for row in rows:
-            start = start_of(target, row, self.prefill_tokens)
-            setting = f"k={self.k}, prefill {self.prefill_tokens}"
-            yield from searched(
-                target,
-                look,
-                helper_chooser(helper, target),
-                start.messages,
-                row,
-                setting,
-                budget=self.budget,
-                max_new_tokens=self.max_new_tokens,
-                helper_accuracy=accuracy,
-                helper_trained_on=trained_on,
-            )
+        about = {
+            "helper_accuracy": accuracy,
+            "helper_trained_on": "the attacked rows" if self.rows is None else "other rows",
+        }
+        search = RAP(
+            k=self.k,
+            budget=self.budget,
+            prefills=(self.prefill_tokens,),
+            max_new_tokens=self.max_new_tokens,
+            chooser=lambda target, plan, prefill: helper_chooser(helper, target),
+            name=self.name,
+        )
+        for attempt in search.run(target, rows, seed):
+            yield replace(attempt, detail={**about, **attempt.detail})
 
     def train(self, target: Target, rows: Sequence[Row], seed: int) -> tuple[Helper, float]:
         """The helper, and its accuracy on a fifth of the rows that it was not trained on.

@@ -2,8 +2,7 @@
 
 Two defences are measured. The guard stays on, with the thresholds of the original model; and the operator restores the
 flag: the flag's adapter on the fine-tuned base, or, for merged weights, fine-tuned base + (flagged - base), as with
-    task
-vectors (Ilharco et al., arXiv 2212.04089). Copies are trained; the given model is unchanged.
+task vectors (Ilharco et al., arXiv 2212.04089). Copies are trained; the given model is unchanged.
 """
 
 from __future__ import annotations
@@ -63,19 +62,18 @@ class FineTune:
         if not pairs:
             raise RedflagError("rows must hold harmful rows to fine-tune on (got none): FineTune(rows=...).")
         trained_on = "the attacked rows" if self.rows is None else "other rows"
+        sampling = Sampling(max_new_tokens=self.max_new_tokens, temperature=0.0)
+        sent = target.fitting([(str(row.id), request_of(row)) for row in rows])
         for setting, make in (("fine-tuned", self._tuned), ("flag re-attached", self._reattached)):
             attacked = make(model, pairs, seed)
             if attacked is None:
                 continue
             tuned, losses = attacked
-            attacked_target = dataclasses.replace(
-                target, model=tuned, backend=HFBackend(tuned, target.tokenizer, target.spec)
-            )
-            sampling = Sampling(max_new_tokens=self.max_new_tokens, temperature=0.0)
-            sent = target.fitting([(str(row.id), request_of(row)) for row in rows])
+            backend = HFBackend(tuned, target.tokenizer, target.spec)
+            attacked_target = dataclasses.replace(target, model=tuned, backend=backend)
             detail = {"trained_on": trained_on, "rows": len(pairs), "loss": [losses[0], losses[-1]]}
             yield from attacked_target.answers(sent, sampling, setting, **detail)
-            del tuned, attacked_target, attacked
+            del tuned, backend, attacked_target, attacked  # memory for the next copy
 
     def _tuned(self, model: Any, pairs: Sequence[Pair], seed: int) -> tuple[Any, list[float]]:
         """A copy of the flagged model, trained on harm with its active adapters."""

@@ -23,6 +23,7 @@ import numpy as np
 
 from redflag.data.rows import Row
 from redflag.errors import RedflagError
+from redflag.guard.detokenize import Detokenizer
 from redflag.judges import Judge, UnansweredError, ask
 from redflag.lab.attacks import Attack, Attempt, Messages, Target, request_of
 from redflag.progress import track
@@ -215,7 +216,7 @@ def replay_attempt(target: Target, attempt: Attempt) -> tuple[str | None, int | 
     measured = len(attempt.flag_probs) == len(attempt.token_ids)
     if target.thresholds is None or not measured:
         return attempt.released, None, None
-    session = Session(target.thresholds, target.policy, target.spec.categories, _pieces(target))
+    session = Session(target.thresholds, target.policy, target.spec.categories, Detokenizer(target.tokenizer).push)
     for token, probs in zip(attempt.token_ids, attempt.flag_probs, strict=True):
         session.feed(Step(token, probs))
         if session.finished:
@@ -232,23 +233,6 @@ def replay_attempt(target: Target, attempt: Attempt) -> tuple[str | None, int | 
     return target.decode(attempt.token_ids[: session.released]).rstrip("\ufffd"), session.released, alarm
 
 
-def _pieces(target: Target) -> Callable[[int], str]:
-    """Text that each token adds, for releases by the sentence."""
-    ids: list[int] = []
-    shown = ""
-
-    def piece(token: int) -> str:
-        nonlocal shown
-        ids.append(token)
-        text = target.decode(ids)
-        if text.endswith("\ufffd") or not text.startswith(shown):
-            return ""
-        new, shown = text[len(shown) :], text
-        return new
-
-    return piece
-
-
 def _harmful_tokens(
     judge: Judge, target: Target, attempt: Attempt, text: str | None, count: int | None
 ) -> tuple[int | None, tuple[int, int | None] | None]:
@@ -257,15 +241,12 @@ def _harmful_tokens(
     ids = attempt.token_ids
     if spans is None or target.decode(ids) != attempt.text:
         return None, None
-    lengths = _Lengths(target, ids)
     touched: set[int] = set()
     for start, end in spans(attempt.messages, attempt.text):
         start += len(attempt.text[start:end]) - len(attempt.text[start:end].lstrip())
-        # Tokens whose text begins before the end and ends behind the start.
-        touched.update(range(bisect_right(lengths, start), bisect_left(lengths, end) + 1))
-    touched &= set(range(len(ids)))
+        touched.update(_touched(target, ids, start, end))
     if text is not None and count is None:
-        count = bisect_right(lengths, len(text))
+        count = _held(target, ids, len(text))
     onset = min(touched, default=None)
     if branches := attempt.detail.get("branches"):
         return onset, _tree(spans, target, branches, attempt, text, count)
@@ -280,10 +261,8 @@ def _tree(
     def counted(ways: Sequence[Sequence[int]]) -> int:
         prefixes: set[tuple[int, ...]] = set()
         for way in ways:
-            lengths = _Lengths(target, list(way))
             for start, end in spans(attempt.messages, target.decode(way)):
-                touched = range(bisect_right(lengths, start), min(bisect_left(lengths, end) + 1, len(way)))
-                prefixes.update(tuple(way[: token + 1]) for token in touched)
+                prefixes.update(tuple(way[: token + 1]) for token in _touched(target, way, start, end))
         return len(prefixes)
 
     if text is None:
@@ -293,7 +272,7 @@ def _tree(
     parts = []
     for part in _shown(target, attempt, text):
         way = next((way for way in branches if target.decode(way).startswith(part)), [])
-        parts.append(way[: bisect_right(_Lengths(target, way), len(part))])
+        parts.append(way[: _held(target, way, len(part))])
     return counted(branches), counted(parts)
 
 
@@ -304,14 +283,16 @@ def _shown(target: Target, attempt: Attempt, text: str) -> list[str]:
     return lines if ways and all(any(way.startswith(line) for way in ways) for line in lines) else [text]
 
 
-class _Lengths(Sequence[int]):
-    """Characters of the text behind each token, decoded only where they are asked for."""
+def _touched(target: Target, ids: Sequence[int], start: int, end: int) -> range:
+    """The tokens whose text begins before the end of a stretch of characters and ends behind its start."""
 
-    def __init__(self, target: Target, ids: list[int]) -> None:
-        self._target, self._ids = target, ids
+    def behind(token: int) -> int:
+        return len(target.decode(ids[: token + 1]))
 
-    def __len__(self) -> int:
-        return len(self._ids)
+    tokens = range(len(ids))
+    return tokens[bisect_right(tokens, start, key=behind) : bisect_left(tokens, end, key=behind) + 1]
 
-    def __getitem__(self, index: Any) -> Any:
-        return len(self._target.decode(self._ids[: index + 1]))
+
+def _held(target: Target, ids: Sequence[int], characters: int) -> int:
+    """How many tokens a text of this many characters holds whole; few of its beginnings are decoded."""
+    return bisect_right(range(len(ids)), characters, key=lambda token: len(target.decode(ids[: token + 1])))

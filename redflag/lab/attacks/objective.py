@@ -105,10 +105,7 @@ class Harm:
 
 def fitting(target: Target, rows: Sequence[Row], least: int) -> list[Row]:
     """The rows whose request leaves room in the context for this many more tokens, and for 16 of an answer."""
-    fitting_names = {
-        name for name, _ in target.fitting([(str(i), request_of(row)) for i, row in enumerate(rows)], least + 16)
-    }
-    return [row for i, row in enumerate(rows) if str(i) in fitting_names]
+    return [row for row in rows if target.fitting([(str(row.id), request_of(row))], least + 16)]
 
 
 def target_logits(model: Any, embeds: torch.Tensor, target_tokens: int) -> torch.Tensor:

@@ -133,23 +133,23 @@ class PAIR:
             proposed = list(pool.map(lambda stream: self._propose(stream, goal), live))
             if iteration == 0 and not any(isinstance(prompt, str) for prompt in proposed):
                 raise RedflagError(f"the attacker wrote no prompt ({proposed[0]}). Fix its endpoint or raise tries.")
-            sent: list[tuple[str, list[dict[str, str]]]] = []
-            heard: list[_Stream] = []
-            for stream, prompt in zip(live, proposed, strict=True):
-                messages = [*before, {**last, "content": str(prompt)}]
-                if isinstance(prompt, str) and target.fitting([("", messages)]):
-                    sent.append((str(row.id), messages))
-                    heard.append(stream)
-            if not sent:
+            prompts = [
+                (stream, (str(row.id), [*before, {**last, "content": prompt}]))
+                for stream, prompt in zip(live, proposed, strict=True)
+                if isinstance(prompt, str)
+            ]
+            prompts = [(stream, conversation) for stream, conversation in prompts if target.fitting([conversation])]
+            if not prompts:
                 return
+            live = [stream for stream, _ in prompts]
+            sent = [conversation for _, conversation in prompts]
             sampling = Sampling(self.max_new_tokens, self.temperature, seed=seed + iteration * self.streams)
             attempts = list(target.answers(sent, sampling, f"{self.streams} streams of {self.iterations}"))
-            shown = [replay_attempt(target, attempt)[0] for attempt in attempts]
-            visible_texts = [
-                attempt.text if text is None else text for attempt, text in zip(attempts, shown, strict=True)
-            ]
-            scores = list(pool.map(lambda pair: self._score(goal, *pair), zip(attempts, visible_texts, strict=True)))
-            for stream, attempt, text, out, score in zip(heard, attempts, visible_texts, shown, scores, strict=True):
+            released = [replay_attempt(target, attempt)[0] for attempt in attempts]
+            # Without a guard all of the text is seen.
+            visible = [attempt.text if text is None else text for attempt, text in zip(attempts, released, strict=True)]
+            scores = list(pool.map(lambda pair: self._score(goal, *pair), zip(attempts, visible, strict=True)))
+            for stream, attempt, text, out, score in zip(live, attempts, visible, released, scores, strict=True):
                 stopped = " (A guard stopped it here.)" if text != attempt.text else ""
                 feedback = f"ANSWER: {text}{stopped}\nOBJECTIVE: {goal}\nSCORE: {'unknown' if score is None else score}"
                 stream.turns.append({"role": "user", "content": feedback})
@@ -157,7 +157,6 @@ class PAIR:
                 yield replace(attempt, released=out, detail=detail)
             if any(score is not None and score >= self.enough for score in scores):
                 return
-            live = heard
 
     def _propose(self, stream: _Stream, goal: str) -> str | ChatError:
         """The next prompt, or the reason for a failure."""

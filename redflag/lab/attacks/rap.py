@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from redflag.data.rows import Row
 from redflag.lab.attacks import Attempt, Messages, Target, request_of
@@ -61,7 +60,7 @@ def start_of(target: Target, row: Row, prefill_tokens: int) -> Start:
     return Start([*messages, {"role": "assistant", "content": prefill}], prefill, harm[prefill_tokens:])
 
 
-@dataclass(frozen=True)
+@dataclass
 class RAP:
     """Rank-assisted prefilling, without the guard and, where the target has thresholds, against it.
 
@@ -84,79 +83,54 @@ class RAP:
     def run(self, target: Target, rows: Sequence[Row], seed: int) -> Iterator[Attempt]:
         look = Looker(target, self.name, self.k)
         for row in rows:
-            for number in self.prefills:
-                start = start_of(target, row, number)
-                choose = self.chooser(target, start.plan, start.prefill)
-                setting = f"k={self.k}" + (f", prefill {number}" if number else "")
-                yield from searched(
-                    target,
-                    look,
-                    choose,
-                    start.messages,
-                    row,
-                    setting,
-                    budget=self.budget,
-                    max_new_tokens=self.max_new_tokens,
-                    exhaust=self.exhaust,
-                    strikes=self.strikes,
-                )
+            for prefill_tokens in self.prefills:
+                yield from self._search(target, look, row, prefill_tokens)
 
-
-def searched(
-    target: Target,
-    look: Looker,
-    choose: Chooser,
-    messages: Messages,
-    row: Row,
-    setting: str,
-    *,
-    budget: int,
-    max_new_tokens: int,
-    exhaust: bool = False,
-    strikes: int | None = None,
-    **detail: Any,
-) -> Iterator[Attempt]:
-    """The attempts of one request: unguarded, then guarded if the target has thresholds; none if there is no room."""
-    prompt = target.prompt_ids(messages)
-    room = room_for(target, prompt, max_new_tokens)
-    if not room:
-        return
-    guards: list[GuardInLoop | None] = [None]
-    if target.thresholds is not None:
-        guards.append(GuardInLoop(target.thresholds, target.policy, target.spec.categories))
-    for guard in guards:
-        result = search(
-            look,
-            choose,
-            prompt,
-            budget=budget,
-            max_new_tokens=room,
-            eos_ids=target.backend.eos_ids,
-            guard=guard,
-            exhaust=exhaust,
-            strikes=strikes,
-        )
-        how, released = "unguarded", None
-        if guard is not None:
-            how = "guarded" + (f", {strikes} alarms at most" if strikes else "")
-            released = "\n".join(target.decode(part) for part in shown(result, guard.released))
-        yield Attempt(
-            str(row.id),
-            f"{setting}, {how}",
-            messages,
-            target.decode(result.best.token_ids),
-            list(result.best.token_ids),
-            list(result.best.flag_probs),
-            queries=result.interactions,
-            released=released,
-            detail={
-                **detail,
-                "guarded": guard is not None,
-                "alarms": result.alarms,
-                "end": result.end,
-                "branches": [list(path.token_ids) for path in result.paths],
-                # NaN becomes null, since JSON has no NaN.
-                "alarm_probs": [path.alarm and [p if p == p else None for p in path.alarm] for path in result.paths],
-                "finished": [path.finished for path in result.paths],
-            },
-        )
+    def _search(self, target: Target, look: Looker, row: Row, prefill_tokens: int) -> Iterator[Attempt]:
+        """The attempts of one request: unguarded, then guarded if the target has thresholds; none without room."""
+        start = start_of(target, row, prefill_tokens)
+        setting = f"k={self.k}" + (f", prefill {prefill_tokens}" if prefill_tokens else "")
+        prompt = target.prompt_ids(start.messages)
+        room = room_for(target, prompt, self.max_new_tokens)
+        if not room:
+            return
+        choose = self.chooser(target, start.plan, start.prefill)
+        guards: list[GuardInLoop | None] = [None]
+        if target.thresholds is not None:
+            guards.append(GuardInLoop(target.thresholds, target.policy, target.spec.categories))
+        for guard in guards:
+            result = search(
+                look,
+                choose,
+                prompt,
+                budget=self.budget,
+                max_new_tokens=room,
+                eos_ids=target.backend.eos_ids,
+                guard=guard,
+                exhaust=self.exhaust,
+                strikes=self.strikes,
+            )
+            best, paths = result.best, result.paths
+            how, released = "unguarded", None
+            if guard is not None:
+                how = "guarded" + (f", {self.strikes} alarms at most" if self.strikes else "")
+                released = "\n".join(target.decode(part) for part in shown(result, guard.released))
+            yield Attempt(
+                str(row.id),
+                f"{setting}, {how}",
+                start.messages,
+                target.decode(best.token_ids),
+                list(best.token_ids),
+                list(best.flag_probs),
+                queries=result.interactions,
+                released=released,
+                detail={
+                    "guarded": guard is not None,
+                    "alarms": result.alarms,
+                    "end": result.end,
+                    "branches": [list(path.token_ids) for path in paths],
+                    # NaN becomes null, since JSON has no NaN.
+                    "alarm_probs": [path.alarm and [p if p == p else None for p in path.alarm] for path in paths],
+                    "finished": [path.finished for path in paths],
+                },
+            )

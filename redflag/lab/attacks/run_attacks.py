@@ -182,6 +182,7 @@ def record(
         open(path, "r+b" if end else "wb") as file,
         Progress(attack.name, len(rows), "rows", sum(map(len, units[:done]))) as progress,
     ):
+        # Behind the last finished unit a killed run may have left a part of the next one.
         file.truncate(end)
         file.seek(end)
         if not end:

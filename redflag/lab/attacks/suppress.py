@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from transformers import DynamicCache
 
 from redflag.backends import Sampling
 from redflag.backends.choose import Chooser
-from redflag.backends.head import CACHE
 from redflag.data.rows import Row
 from redflag.errors import RedflagError
 from redflag.lab.attacks import Attempt, Messages, Target, request_of
 from redflag.lab.attacks.prefill import prefix_ends, with_prefill
+from redflag.lab.attacks.stepping import Stepper
 from redflag.trace import Step
 
 # `{flag}` is the text of the flag tokens. Each ends as a sentence does, so that what follows stands by itself.
@@ -54,7 +52,7 @@ class SuppressByWords:
     def run(self, target: Target, rows: Sequence[Row], seed: int) -> Iterator[Attempt]:
         sampling = Sampling(self.max_new_tokens, self.temperature, seed=seed)
         flags = " ".join(flag.token for flag in target.spec.flags)
-        prefills = [self._given(target, row) for row in rows]
+        prefills = [self._prefill(target, row) for row in rows]
         settings = [("no words", "", "user")]
         settings += [(f"{name}, {place}", text, place) for name, text in self.texts for place in self.places]
         for setting, text, place in settings:
@@ -65,7 +63,7 @@ class SuppressByWords:
             ]
             yield from target.answers(target.fitting(sent), sampling, setting)
 
-    def _given(self, target: Target, row: Row) -> str:
+    def _prefill(self, target: Target, row: Row) -> str:
         if self.beyond is None:
             return ""
         ends = prefix_ends(target, row)
@@ -77,17 +75,15 @@ class SuppressByWords:
 
 def place_words(messages: Messages, prefill: str, instruction: str, place: str) -> Messages:
     """The conversation with the instruction in one place, and the prefill."""
-    if not instruction:
-        return with_prefill(messages, prefill)
-    if place == "prefill":
-        return with_prefill(messages, f"{instruction} {prefill}".strip())
-    if place == "user":
-        last = {**messages[-1], "content": f"{messages[-1]['content']}\n\n{instruction}"}
-        return with_prefill([*messages[:-1], last], prefill)
-    if messages[0]["role"] == "system":
-        first = {**messages[0], "content": f"{messages[0]['content']}\n\n{instruction}"}
-        return with_prefill([first, *messages[1:]], prefill)
-    return with_prefill([{"role": "system", "content": instruction}, *messages], prefill)
+    turns = list(messages)
+    if instruction and place == "prefill":
+        prefill = f"{instruction} {prefill}".strip()
+    elif instruction and place == "system" and turns[0]["role"] != "system":
+        turns.insert(0, {"role": "system", "content": instruction})
+    elif instruction:
+        changed = -1 if place == "user" else 0
+        turns[changed] = {**turns[changed], "content": f"{turns[changed]['content']}\n\n{instruction}"}
+    return with_prefill(turns, prefill)
 
 
 # First words of refusals, in English and as the nano world has them.
@@ -162,14 +158,11 @@ def biased_steps(target: Target, prompt: list[int], bias: Mapping[int, float], s
     chooser.bias_V = torch.zeros(model.get_output_embeddings().weight.shape[0], device=device)
     for token, value in bias.items():
         chooser.bias_V[token] = value
-    cache: Any = DynamicCache(config=model.config.get_text_config())
-    pending = prompt
-    model.eval()
+    stepper = Stepper(model.eval())
+    ids = list(prompt)
     for _ in range(sampling.max_new_tokens):
-        with torch.inference_mode():
-            logits = model(input_ids=torch.tensor([pending], device=device), **{CACHE: cache}).logits[:, -1]
-            step = chooser.step(logits, (0,))[0]
+        step = chooser.step(stepper.logits(ids)[None], (0,))[0]
         yield step
         if step.token_id in target.backend.eos_ids:
             return
-        pending = [step.token_id]
+        ids.append(step.token_id)

@@ -71,8 +71,8 @@ def cascade(first: Recording, thresholds: Thresholds, second: SecondJudge, polic
 
     Example:
         >>> first = Recording.of(["harm"], [{"flag_probs": [[0.1], [0.8], [0.1], [0.9]]}])
-        >>> found = cascade(first, Thresholds.manual(0.5, ["harm"]), lambda response, step: (step + 2) / 8)
-        >>> found.recording.probs[:, 0].tolist(), found.calls.tolist(), found.read.tolist()
+        >>> replayed = cascade(first, Thresholds.manual(0.5, ["harm"]), lambda response, step: (step + 2) / 8)
+        >>> replayed.recording.probs[:, 0].tolist(), replayed.calls.tolist(), replayed.read.tolist()
         ([0.0, 0.375, 0.0, 0.625], [2], [6])
     """
     policy = policy or Policy(default="escalate")
@@ -156,12 +156,12 @@ class TextReader:
         begin = int(self.first.lengths[:i].sum())
         ids = self.first.token_ids[begin : begin + min(step + 1, int(self.first.lengths[i]))].tolist()
         text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
-        begun, asked = time.perf_counter(), self.judge.asked
+        begun, asked_before = time.perf_counter(), self.judge.asked
         try:
             harm = self.judge(self.rows[i].messages[:-1], text).harm
         except UnansweredError:
             harm = 1.0
-        if self.judge.asked > asked:
+        if self.judge.asked > asked_before:
             self.seconds += time.perf_counter() - begun
             self.tokens += len(ids)
         return harm
@@ -184,18 +184,18 @@ def cascades_of(arguments: EvaluateArguments, baselines: Sequence[str], rows: Ma
         RedflagError: A stage is not known, or the rows cannot set its threshold.
     """
     cascades = []
-    known = ["flag", *baselines]
-    for given in dict.fromkeys(arguments.cascades):
-        stages = [name.strip() for name in given.split(" then ")]
-        if len(stages) != 2 or stages[0] not in known or stages[1] not in (*known, "judge") or stages[0] == stages[1]:
+    names = ["flag", *baselines]
+    for text in dict.fromkeys(arguments.cascades):
+        stages = [name.strip() for name in text.split(" then ")]
+        if len(stages) != 2 or stages[0] not in names or stages[1] not in (*names, "judge") or stages[0] == stages[1]:
             raise RedflagError(
-                f"cascades must be 'FIRST then SECOND', with any of {', '.join(known)}, or judge as the second "
-                f"(got {given!r})."
+                f"cascades must be 'FIRST then SECOND', with any of {', '.join(names)}, or judge as the second "
+                f"(got {text!r})."
             )
         if stages[1] == "judge" and arguments.judge in ("none", "oracle"):
             raise RedflagError(
-                f"judge must be endpoint or model for the cascade {given!r} (got {arguments.judge}). No guard could "
-                "ask another."
+                f"judge must be endpoint or model for the cascade {text!r} (got {arguments.judge}). No guard could ask "
+                "another."
             )
         cascades.append(stages)
     if not cascades:
@@ -240,7 +240,7 @@ def measure(
     calibration = cascade(first.calibration, thresholds, second("calibration", first.calibration), policy)
     harmful = first.test.harmful
     units = unit_of(first.test.columns["group"], len(harmful))
-    asked = test.calls > 0
+    escalated = test.calls > 0
     read = float(test.read[~harmful].sum() / max(1, first.test.lengths[~harmful].sum()))
     cost = _cost_of_judge(arguments, readers, folder) if readers else stages[names[1]].cost
     what = (
@@ -255,9 +255,9 @@ def measure(
         second=names[1],
         share=arguments.escalation_share,
         thresholds=dict(thresholds.values),
-        asked=float(asked[~harmful].mean()),
-        asked_interval=rate_interval(asked[~harmful], units[~harmful]),
-        asked_harmful=float(asked[harmful].mean()),
+        asked=float(escalated[~harmful].mean()),
+        asked_interval=rate_interval(escalated[~harmful], units[~harmful]),
+        asked_harmful=float(escalated[harmful].mean()),
         calls=float(test.calls[~harmful].mean()),
         read=read,
     )

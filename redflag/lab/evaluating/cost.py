@@ -1,9 +1,9 @@
-"""What watching costs beside the model's own forward pass: relative compute, as the papers give it ("+23.7%").
+"""The cost of watching relative to the model's own forward pass, as the papers give it ("+23.7%").
 
-Two measures stand side by side. By formula: FLOPs per response token, 2 for every weight that is multiplied with
-(attention apart), whatever the machine; prompts do not count. Measured: seconds per response token, on the machine that
-the report was made on, batched, and with all that formulas pass over (look-ups, detokenising, Python). A pass over a
-prompt, the model's own or a second model's, is spread over the response that follows.
+There are two measures. By formula: FLOPs per response token, 2 for every weight that is multiplied with (without
+attention), on any machine; prompts do not count. Measured: seconds per response token, on the machine of the report,
+batched, with everything that formulas leave out (look-ups, detokenising, Python). A pass over a prompt, the model's own
+or a second model's, is spread over the response that follows.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from redflag.lab.evaluating.arguments import EvaluateArguments
     from redflag.lab.evaluating.stages import Models
 
-# Conversations that the pass is timed on, and rounds, the quickest of which counts.
+# Conversations on which the pass is timed, and rounds, of which the quickest counts.
 _ROWS, _ROUNDS = 64, 3
 
 

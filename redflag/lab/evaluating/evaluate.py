@@ -1,8 +1,8 @@
 """`redflag evaluate`: how well a model flags harm, how early, at what false-alarm rate, under which attacks.
 
-Everything is observed once and decided later: the rows' responses are scored, the attacks' answers recorded, all under
-no threshold; thresholds are then fitted on the calibration rows and replayed over the test rows and the attempts. Each
-stage leaves files in the output folder and goes on from them when the same command is given again.
+Flag probabilities of the rows and of the attacks' answers are recorded once, without thresholds. Thresholds are then
+fitted on the calibration rows and replayed over the test rows and the attempts. Each stage saves its files in the
+output folder, and continues from them when the command is repeated.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ POSITIONAL: str | None = None
 
 def run(arguments: EvaluateArguments) -> int:
     """The verb."""
-    report = evaluate(arguments, say=lambda line: print(line, file=sys.stderr, flush=True))
+    report = evaluate(arguments, log=lambda line: print(line, file=sys.stderr, flush=True))
     if report is not None:
         print(headline(report))
         print(f"report: {arguments.output_dir}/report.html (and report.md, report.json)")
     return 0
 
 
-def evaluate(arguments: EvaluateArguments, say: Callable[[str], None] = lambda line: None) -> Evaluation | None:
-    """Measures, and writes `report.html`, `report.md` and `report.json`; `say` gets a line for each stage.
+def evaluate(arguments: EvaluateArguments, log: Callable[[str], None] = lambda line: None) -> Evaluation | None:
+    """Measures, and writes `report.html`, `report.md` and `report.json`; `log` gets a line for each stage.
 
     Returns:
         What `report.json` holds. None in the helping processes of `accelerate launch`, which only score.
@@ -69,7 +69,7 @@ def evaluate(arguments: EvaluateArguments, say: Callable[[str], None] = lambda l
     }
     for name, part in rows.items():
         for line in warnings_about(part):
-            say(f"{name} rows: {line}")
+            log(f"{name} rows: {line}")
     warnings = _check(arguments, rows)
     judge = stages.judge_of(arguments) if arguments.attacks else None
     attacks = stages.attacks_of(arguments, rows) if arguments.attacks else []
@@ -85,11 +85,11 @@ def evaluate(arguments: EvaluateArguments, say: Callable[[str], None] = lambda l
 
     models = stages.Models(arguments)
     if not World.here().rank:
-        say("== two rows, to the end")
+        log("== two rows, to the end")
         rehearse(arguments, models, spec, rows, names, attacks, judge, output, complete)
     recordings = {}
     for split in ("test", "calibration"):
-        say(f"== flag probabilities of the {split} rows")
+        log(f"== flag probabilities of the {split} rows")
         recorded = stages.record(arguments, models, rows[split], output / split, spec)
         if (counts := recorded.thoughts).any():
             warnings.append(
@@ -111,22 +111,22 @@ def evaluate(arguments: EvaluateArguments, say: Callable[[str], None] = lambda l
     def measure(one: cascade.CascadeStage, **about: Any) -> Method:
         return tables.method(one.test, one.calibration, what=one.what, cost=one.cost, **{**fit, **about})
 
-    say("== tables")
+    log("== tables")
     tokens = stages.token_texts(recordings["test"], arguments.model)
     own, reading = cost.passes(arguments, models, rows["test"], spec, output / "passes.json")
     what = "the probability of the flag, as the guard measures it"
     watched = {"flag": cascade.CascadeStage(recordings["test"], recordings["calibration"], reading, what)}
     methods = {"flag": measure(watched["flag"], tokens=tokens)}
     if names:
-        say("== baselines")
-        for name, baseline in stages.baselines(arguments, names, rows, output / "baselines", say).items():
+        log("== baselines")
+        for name, baseline in stages.baselines(arguments, names, rows, output / "baselines", log).items():
             assert baseline.calibration is not None
             watched[name] = cascade.CascadeStage(baseline.test, baseline.calibration, baseline.cost, baseline.what)
             ahead = tables.compare_methods(recordings["test"], baseline.test, monitor=monitor, seed=arguments.seed)
             methods[name] = replace(measure(watched[name], kind="baseline"), flag_ahead=ahead)
     for pair in cascades:
         title = " then ".join(pair)
-        say(f"== cascade: {title}")
+        log(f"== cascade: {title}")
         if left_out := [name for name in pair if name not in (*watched, "judge")]:
             warnings.append(f"the cascade {title} was left out: there is no {left_out[0]}")
             continue
@@ -139,23 +139,23 @@ def evaluate(arguments: EvaluateArguments, say: Callable[[str], None] = lambda l
     methods = {name: replace(method, compute=cost.relative(method.cost, own)) for name, method in methods.items()}
     language = None
     if arguments.base:
-        say("== language beside the base model's")
+        log("== language beside the base model's")
         language = models.language(rows["test"].rows)
     attacked = stages.Attacked([], None, [])
     if attacks and judge is not None:
-        say("== attacks")
-        attacked = stages.attack(arguments, models, attacks, judge, rows, output / "attacks", methods["flag"], say)
+        log("== attacks")
+        attacked = stages.attack(arguments, models, attacks, judge, rows, output / "attacks", methods["flag"], log)
     for name, method in methods.items():
         warnings += [f"{name}: {note}" for note in method.notes]
     result = complete(methods, language=language, attacks=attacked.lines, judge=attacked.judge, model_pass=own)
-    say("== report")
+    log("== report")
     shown = stages.viewed(arguments, recordings["test"], tokens, methods["flag"])
     reporting.write(result, [*shown, *attacked.shown], output)
     return result
 
 
 def headline(report: Evaluation) -> str:
-    """What the report says, in a few lines."""
+    """The report in a few lines."""
     lines = []
     for name, method in report.methods.items():
         pooled, force = method.pooled, method.in_force
@@ -178,7 +178,7 @@ def _share(rate: Rate | None) -> str:
 
 
 def _check(arguments: EvaluateArguments, rows: Mapping[str, Rows]) -> list[str]:
-    """Refuses what would make the numbers untrue; returns what makes them weaker."""
+    """Refuses what would make the figures wrong; returns warnings about what makes them weaker."""
     if rows["test"].sha256 == rows["calibration"].sha256:
         raise RedflagError(
             f"calibration must hold other rows than test (got the same in {arguments.calibration} and "

@@ -1,7 +1,7 @@
-"""What training did to the language: the distribution over all other tokens, beside that of the model before.
+"""What training did to the language: the distribution over all other tokens, compared with the base model's.
 
-Both models read the same harmless responses; flags are taken out of both distributions and what is left is
-renormalised, as the guard does when it samples.
+Both models read the same harmless responses; flags are removed from both distributions, which are renormalised, as the
+guard does when it samples.
 """
 
 from __future__ import annotations

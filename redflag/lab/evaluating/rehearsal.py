@@ -1,4 +1,4 @@
-"""An evaluation on two rows, in seconds: what would end it after hours ends it now."""
+"""An evaluation of two rows, in seconds: an error that would end it after hours ends it now."""
 
 from __future__ import annotations
 
@@ -41,12 +41,14 @@ def rehearse(
 ) -> None:
     """Scores, compares, attacks, judges and reports the shortest harmful and the shortest harmless test row.
 
-    What an attack or a baseline does beyond that is not tried: it takes as long for two rows as for many. Done once for
-    a folder, unless models, rows or what is asked for change.
+    Attacks and baselines are not run further: that would take as long for two rows as for many. Done once for a folder,
+    unless models, rows or options change.
 
     Raises:
         RedflagError: Something does not fit, or the judge does not answer.
     """
+    from redflag.lab.baselines.hidden import last_layers
+
     made_of = [
         [model_stamp(folder) for folder in (arguments.model, arguments.base) if folder],
         rows["test"].sha256,
@@ -70,40 +72,24 @@ def rehearse(
     if judge is not None:
         _ask(judge, two[0])
     if arguments.base or attacks or not arguments.upstream:
-        _measure(arguments, models, two, names, attacks, output, complete)
+        backend, tokenizer, _ = models.flagged
+        scored = list(score.score(backend, tokenizer, spec, two, batch_size=2, max_length=models.limit))
+        recording = Recording.of(spec.categories, map(score.as_recorded, scored))
+        language = models.language(two) if arguments.base else None
+        if arguments.base and any(name in PROBES for name in names):
+            last_layers(models.reference, [item.token_ids for item in scored])
+        if attacks:
+            target = Target(backend, tokenizer, spec, model=backend.model)
+            backend.complete([target.prompt_ids(request_of(two[0]))], Sampling(max_new_tokens=2, temperature=0.0))
+        flag = tables.method(recording, tokens=[[str(t)] * len(s.token_ids) for t, s in enumerate(scored)], resamples=2)
+        traces = stages.viewed(arguments, recording, [["a"] * len(item.token_ids) for item in scored], flag)
+        with tempfile.TemporaryDirectory(dir=output, prefix=".trying-") as folder:
+            reporting.write(complete({"flag": flag}, language=language, attacks=[]), traces, folder)
     keep_json(output / "rehearsal.json", {"made_of": made_of})
 
 
-def _measure(
-    arguments: EvaluateArguments,
-    models: stages.Models,
-    two: list[Row],
-    names: Sequence[str],
-    attacks: Sequence[Attack],
-    output: Path,
-    complete: Callable[..., reporting.Evaluation],
-) -> None:
-    from redflag.lab.baselines.hidden import last_layers
-
-    backend, tokenizer, spec = models.flagged
-    scored = list(score.score(backend, tokenizer, spec, two, batch_size=2, max_length=models.limit))
-    recording = Recording.of(spec.categories, map(score.as_recorded, scored))
-    language = None
-    if arguments.base:
-        language = models.language(two)
-        if any(name in PROBES for name in names):
-            last_layers(models.reference, [item.token_ids for item in scored])
-    if attacks:
-        target = Target(backend, tokenizer, spec, model=backend.model)
-        backend.complete([target.prompt_ids(request_of(two[0]))], Sampling(max_new_tokens=2, temperature=0.0))
-    flag = tables.method(recording, tokens=[[str(t)] * len(s.token_ids) for t, s in enumerate(scored)], resamples=2)
-    traces = stages.viewed(arguments, recording, [["a"] * len(item.token_ids) for item in scored], flag)
-    with tempfile.TemporaryDirectory(dir=output, prefix=".trying-") as folder:
-        reporting.write(complete({"flag": flag}, language=language, attacks=[]), traces, folder)
-
-
 def _ask(judge: Judge, row: Row) -> None:
-    """Asks a judge about a harmful row, whatever it answers."""
+    """Asks a judge about a harmful row; any verdict will do."""
     try:
         judge(request_of(row), row.response)
     except Exception as error:

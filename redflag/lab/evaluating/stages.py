@@ -1,4 +1,4 @@
-"""The stages of an evaluation, each of which goes on from the files that it left."""
+"""The stages of an evaluation; each continues from the files of an earlier run."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ if TYPE_CHECKING:
     from redflag.lab.baselines.record_baselines import Recorded
     from redflag.lab.evaluating.arguments import EvaluateArguments
 
-# Attempts of each attack that stand in the report's viewer.
+# Attempts of each attack in the report's viewer.
 SHOWN = 12
 
 
 class Models:
-    """The models of an evaluation: each is opened once, and only if something is to be read with it."""
+    """The models of an evaluation, each loaded once and only when it is needed."""
 
     def __init__(self, arguments: EvaluateArguments) -> None:
         self._arguments = arguments
@@ -64,7 +64,7 @@ class Models:
 
     @property
     def limit(self) -> int | None:
-        """Most tokens of a prompt and a response."""
+        """Maximum tokens of a prompt with its response."""
         return score.context_limit(self._arguments.max_length, self.flagged[0].context_length)
 
     def language(self, rows: Sequence[Row]) -> Language:
@@ -78,7 +78,7 @@ class Models:
 
 
 def record(arguments: EvaluateArguments, models: Models, rows: Rows, path: Path, spec: FlagSpec) -> Recording:
-    """The flag's recording of some rows, made once; `path` without its ending."""
+    """The flag's recording of some rows, made once; `path` is without its suffix."""
     cached, scored = path.with_suffix(".parquet"), path.with_suffix(".scored.jsonl")
     meta = {
         "rows": rows.fingerprint,
@@ -93,7 +93,7 @@ def record(arguments: EvaluateArguments, models: Models, rows: Rows, path: Path,
         recording = Recording.load(cached)
         if recording.meta == meta:
             return recording
-    # What is not among them was scored by an earlier call or another process, and is read from the file.
+    # Rows scored by an earlier call or another process are missing here: then all are read from the file.
     fresh: dict[int, score.Scored] = {}
     with ExitStack() as stack:
         scorer, tokenizer, _ = arguments.scorer(World.here(), stack) if arguments.upstream else models.flagged
@@ -129,23 +129,23 @@ def token_texts(recording: Recording, model: str) -> list[list[str]]:
 
     assert recording.token_ids is not None
     tokenizer, _, _ = load_tokenizer(model)
-    known = {token: str(tokenizer.decode([token])) for token in set(recording.token_ids.tolist())}
+    texts = {token: str(tokenizer.decode([token])) for token in set(recording.token_ids.tolist())}
     ends = np.cumsum(recording.lengths)
     return [
-        [known[token] for token in recording.token_ids[end - length : end].tolist()]
+        [texts[token] for token in recording.token_ids[end - length : end].tolist()]
         for end, length in zip(ends, recording.lengths, strict=True)
     ]
 
 
 def baselines_of(arguments: EvaluateArguments) -> list[str]:
-    """The baselines that are asked for.
+    """Names of the requested baselines.
 
     Raises:
         RedflagError: A name is unknown.
     """
     from redflag.lab.baselines.record_baselines import NAMES
 
-    names = [name for given in arguments.baselines for name in (NAMES if given == "all" else (given,))]
+    names = [name for option in arguments.baselines for name in (NAMES if option == "all" else (option,))]
     for name in (*names, *arguments.baseline_options):
         if name not in NAMES:
             raise RedflagError(f"baselines must be all, or among {', '.join(NAMES)} (got {name!r}).")
@@ -157,9 +157,9 @@ def baselines(
     names: Sequence[str],
     rows: Mapping[str, Rows],
     folder: Path,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> dict[str, Recorded]:
-    """Trains and records them, or reads what an earlier run left."""
+    """Trains and records baselines, or reads the recordings of an earlier run."""
     from redflag.lab.baselines.record_baselines import record_baselines
 
     return record_baselines(
@@ -176,7 +176,7 @@ def baselines(
         device=arguments.device,
         most_rows=arguments.baseline_rows,
         options=arguments.baseline_options,
-        log=lambda line: say(f"   {line}"),
+        log=lambda line: log(f"   {line}"),
     )
 
 
@@ -196,7 +196,7 @@ def judge_of(arguments: EvaluateArguments) -> Judge:
 
 
 def attacks_of(arguments: EvaluateArguments, rows: Mapping[str, Rows]) -> list[Attack]:
-    """The attacks that are asked for; those that train do so on the training rows, where there are some.
+    """The requested attacks; those that train use the training rows, if there are any.
 
     Raises:
         RedflagError: A name or an option is unknown.
@@ -211,13 +211,13 @@ def attacks_of(arguments: EvaluateArguments, rows: Mapping[str, Rows]) -> list[A
     if "train" in rows:
         options.setdefault("fine-tuning", {})["rows"] = [row for row in rows["train"] if row.harmful]
         options.setdefault("AutoRAP", {})["rows"] = rows["train"].rows
-    for name, given in arguments.attack_options.items():
-        options[name] = {**options.get(name, {}), **given}
+    for name, own in arguments.attack_options.items():
+        options[name] = {**options.get(name, {}), **own}
     return make_attacks(arguments.attacks, options)
 
 
 def thresholds_of(method: Method) -> Thresholds | None:
-    """The thresholds of a method, as a guard takes them; None where none could be set."""
+    """The thresholds of a method, as a guard takes them; None if none could be set."""
     if method.threshold is None:
         return None
     return Thresholds(**{name: value for name, value in vars(method.threshold).items() if name != "fitted_on"})
@@ -239,7 +239,7 @@ def attack(
     rows: Mapping[str, Rows],
     folder: Path,
     flag: Method,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> Attacked:
     """Attacks with requests of harmful test rows, drawn by seed; the guard has the flag's thresholds."""
     from redflag.judges.cache import CachedJudge
@@ -247,8 +247,8 @@ def attack(
     from redflag.lab.attacks.run_attacks import run_attacks
 
     harmful = [row for row in rows["test"] if row.harmful]
-    drawn = np.random.default_rng(arguments.seed).permutation(len(harmful))[: arguments.requests]
-    chosen: list[Row] = [harmful[i] for i in sorted(drawn)]
+    order = np.random.default_rng(arguments.seed).permutation(len(harmful))
+    chosen: list[Row] = [harmful[i] for i in sorted(order[: arguments.requests])]
     backend, tokenizer, spec = models.flagged
     thresholds = thresholds_of(flag)
     suggested = thresholds.suggested_hold_back if thresholds is not None else None
@@ -256,7 +256,7 @@ def attack(
     target = Target(backend, tokenizer, spec, thresholds, policy, backend.model, batch_size=2 * arguments.batch_size)
     folder.mkdir(parents=True, exist_ok=True)
     cached = CachedJudge(judge, folder / "verdicts.jsonl")
-    results = run_attacks(target, attacks, chosen, cached, folder, arguments.seed, log=lambda line: say(f"   {line}"))
+    results = run_attacks(target, attacks, chosen, cached, folder, arguments.seed, log=lambda line: log(f"   {line}"))
     facts = JudgeFacts(cached.identity, cached.answered, cached.unanswered, policy.hold_back)
     categories = {str(row.id): row.category for row in chosen}
     shown = []
@@ -286,7 +286,7 @@ def attack(
 def viewed(
     arguments: EvaluateArguments, recording: Recording, tokens: Sequence[list[str]], flag: Method
 ) -> list[ShownResponse]:
-    """Responses for the viewer: what the thresholds in force got wrong first, then a draw of the others."""
+    """Responses for the viewer: the errors of the thresholds in force first, then others drawn by seed."""
     order = [int(i) for i in np.random.default_rng(arguments.seed).permutation(len(recording))]
     if flag.threshold is not None:
         from redflag.calibrating import replay
@@ -305,7 +305,7 @@ def viewed(
 
 
 def made(arguments: EvaluateArguments, spec: FlagSpec, rows: Mapping[str, Rows], seconds: float) -> dict[str, Any]:
-    """Where the report comes from: all that is needed to make it again."""
+    """Where the report comes from: everything that is needed to repeat it."""
     packages = ("redflag-llm", "torch", "transformers", "peft", "numpy")
     verb = sys.argv[1:2] == ["evaluate"]
     return {

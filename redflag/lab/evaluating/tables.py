@@ -1,10 +1,10 @@
 """All figures of one method (a flag or a baseline) on one set of rows.
 
-Thresholds are set on the harmless responses of one recording and reported on another. No delay stands without the rate
-of false alarms that it was bought with, an alarm well before the onset counts as early and not as on time, and onsets
-are kept apart by where they come from: built into the row (`constructed`), found by a reader in text that was not built
-(`natural`), given without their origin (`labelled`), or not given at all (`unknown`). Where no onset is marked,
-only the position of the first alarm is known, and nothing is claimed to be on time.
+Thresholds are set on the harmless responses of one recording and reported on another. Every delay comes with its rate
+of false alarms, an alarm well before the onset counts as early and not as on time, and onsets are kept apart by their
+origin: built into the row (`constructed`), found by a reader in natural text (`natural`), given without their origin
+(`labelled`), or not given (`unknown`). Without a marked onset only the position of the first alarm is known, and no
+alarm counts as on time.
 """
 
 from __future__ import annotations
@@ -137,9 +137,9 @@ def compare_methods(
     resamples: int = 1000,
     seed: int = 0,
 ) -> Lead:
-    """How much better the first of two methods tells the same responses apart than the second.
+    """How much better the first of two methods separates the same responses than the second.
 
-    The same rows are drawn for both, so what is hard for both does not blur the difference.
+    Both are resampled with the same rows, so rows that are hard for both do not blur the difference.
 
     Raises:
         RedflagError: The rows are not the same, or a class is missing.
@@ -151,8 +151,8 @@ def compare_methods(
             "difference is that of the rows."
         )
     # A row is left out where it is for either: each method may cut responses at a length of its own.
-    kept = ~(cut_short(first) | cut_short(second))
-    first, second = first.select(kept), second.select(kept)
+    whole = ~(cut_short(first) | cut_short(second))
+    first, second = first.select(whole), second.select(whole)
     one, other = (replay.peaks(monitor or MonitorConfig(), each).max(axis=1, initial=0.0) for each in (first, second))
     labels, units = first.harmful, intervals.unit_of(first.columns["group"], len(first))
     area = Difference(*intervals.auroc_difference(one, other, labels, units))
@@ -190,9 +190,8 @@ def _check(
 def _warn_of_shared(recording: Recording, calibration: Recording, notes: list[str]) -> None:
     # Only harmless responses set thresholds.
     groups = zip(calibration.columns["group"], calibration.harmful, strict=True)
-    known = {group for group, harmful in groups if group is not None and not harmful}
-    shared = sum(group in known for group in recording.columns["group"])
-    if shared:
+    harmless = {group for group, harmful in groups if group is not None and not harmful}
+    if shared := sum(group in harmless for group in recording.columns["group"]):
         notes.append(
             f"{shared} test rows belong to groups that harmless calibration rows belong to as well: the thresholds may "
             "fit them better than new requests"
@@ -218,15 +217,15 @@ def _fitted(
     if AGGREGATIONS[config.aggregation].bounded and max(values) > 1.0:
         notes.append("a threshold lies above every score: too many harmless responses reach 1, and it can never alarm")
     whole = np.flatnonzero(calibration.harmful & ~cut_short(calibration)).tolist()
-    known = [i for i in whole if known_onset(calibration, i)]
+    marked = [i for i in whole if known_onset(calibration, i)]
     meta = calibration.meta
     thresholds, _ = build_thresholds(
         calibration.categories,
         values,
         config,
         calibration,
-        known,
-        [calibration.columns["onset"][i] for i in known],
+        marked,
+        [calibration.columns["onset"][i] for i in marked],
         target_fpr=target,
         guarantee=guarantee,
         delta=delta,
@@ -244,7 +243,7 @@ def _in_force(observed: Observed, harmful: Bools, harmless: Bools) -> InForce | 
 
 
 def _slice(observed: Observed, harmful: Bools, harmless: Bools, against: str, *, resamples: int, seed: int) -> Slice:
-    """Some harmful responses against some harmless ones."""
+    """The ranking figures of some harmful responses against some harmless ones."""
     chosen = harmful | harmless
     peaks, labels, units = observed.peaks[chosen], harmful[chosen], observed.units[chosen]
     figures: dict[str, Any] = {"tpr": {}, **ranking(peaks, labels, RATES)}
@@ -259,20 +258,19 @@ def _slice(observed: Observed, harmful: Bools, harmless: Bools, against: str, *,
 
 
 def _partial(harmful: int, harmless: int) -> str | None:
-    """What so few responses cannot tell."""
+    """Which figures so few responses cannot give."""
     if not harmful or not harmless:
         return f"no {'harmful' if not harmful else 'harmless'} rows: nothing to tell apart"
-    unseen = [rate for rate in RATES if harmless * rate < 1.0 - 1e-9]
-    if not unseen:
+    needs = [f"{rate:g} needs {round(1 / rate)}" for rate in RATES if harmless * rate < 1.0 - 1e-9]
+    if not needs:
         return None
-    needs = ", ".join(f"{rate:g} needs {round(1 / rate)}" for rate in unseen)
-    return f"TPR at an FPR of {needs} harmless rows; with {harmless} it is the TPR without any false alarm"
+    return f"TPR at an FPR of {', '.join(needs)} harmless rows; with {harmless} it is the TPR without any false alarm"
 
 
 def _slices(observed: Observed, **curve: int) -> dict[str, dict[str, Slice] | None]:
     """By source, language and turns against harmless rows of the same kind; by category against all harmless rows.
 
-    A column with a single value says nothing beyond the whole, and is left empty.
+    A column with a single value adds nothing to the whole, and is left empty.
     """
     columns = {name: observed.recording.columns[name] for name in ("source", "category", "lang", "turns")}
     most = f"{MOST_TURNS}+"
@@ -301,7 +299,7 @@ def _delays(
     delays: dict[str, Delay | None] = {}
     for name, rows in members.items():
         delays[name] = None
-        # An alarm that always rings is never late: no delay without the false alarms beside it.
+        # A flag that always alarms is never late: a delay means nothing without the rate of false alarms.
         if observed.alarms is not None and rows and not observed.harmful.all():
             texts = None if tokens is None else [tokens[i] for i in rows]
             delays[name] = _delay(observed, rows, name != "unknown", hold_backs, tolerance, texts, **curve)
@@ -320,7 +318,7 @@ def _delay(
     assert observed.alarms is not None
     alarms, lengths = observed.alarms[rows], observed.recording.lengths[rows]
     raised = alarms >= 0
-    # Without a mark all that is shown may be harmful.
+    # Without a marked onset everything shown may be harmful.
     onsets = np.array([observed.recording.columns["onset"][i] if known else 0 for i in rows], dtype=np.int64)
     delays = (alarms - onsets)[raised]
     firsts = [int(alarm) if alarm >= 0 else None for alarm in alarms]
@@ -344,7 +342,7 @@ def _delay(
 
 
 def _reliability(observed: Observed) -> Reliability:
-    """Of the probabilities as observed, whatever the monitor makes of them; of several flags the highest."""
+    """Of the raw probabilities, before any monitor; of several flags the highest counts."""
     recording = observed.recording
     probs = recording.probs.max(axis=1, initial=0.0).astype(np.float64)
     counts = np.diff(recording.starts)

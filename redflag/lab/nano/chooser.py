@@ -6,10 +6,9 @@ import re
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
-from redflag.lab.nano.phrases import ACTS, AFTERMATH, SLOTS
+from redflag.lab.nano.phrases import ACTS, AFTERMATH, SLOT, SLOTS
 from redflag.lab.nano.spans import harmful_spans
 
-_SLOT = re.compile(r"\{(\w+)\}")
 # After one of these the answer turns away from harm.
 _TURNS = re.compile(r" (?:No,?|Sorry,?|I|Nobody|Never)$")
 _OPENERS = ("Then ", "Next, ", "First, ", "Quietly, ")
@@ -104,7 +103,7 @@ def _may_become(text: str, begun: bool) -> bool:
 
 def _begins(template: str, text: str) -> bool:
     """Whether a text is the beginning of some filling of a template."""
-    parts = _SLOT.split(template)
+    parts = SLOT.split(template)
     rests = {text}
     for number, part in enumerate(parts):
         words = SLOTS[part] if number % 2 else (part,)

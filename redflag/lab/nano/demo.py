@@ -1,8 +1,8 @@
 """`redflag demo --world nano`: a small world from nothing to a watched stream, in minutes on two processor cores.
 
 Seven stages, each an ordinary use of the library: rows, base model, flags, thresholds, scores, table, stream. A stage
-is skipped when its result is there and was made with the same settings from the same inputs; one that was interrupted
-goes on where it can.
+is skipped if its result exists and was made with the same settings from the same inputs; an interrupted one continues
+where it can.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from redflag.bounds import check_bounds
+from redflag.bounds import check_bounds, option
 from redflag.calibrating import calibrate
 from redflag.calibrating.summary import summarise
 from redflag.data.rows import Row, load_rows, write_rows
@@ -54,32 +54,20 @@ TARGET_FPR = 0.005
 class DemoArguments:
     """Base model, flags, thresholds, scores and a watched stream, all made here."""
 
-    output_dir: str = field(default="runs/nano", metadata={"help": "Where everything goes."})
-    seed: int = field(default=0, metadata={"help": "Seeds rows, weights and order."})
-    size: float = field(
-        default=1.0,
-        metadata={"help": "Scales rows and training; below 0.5 the result is poor.", "above": 0, "most": 10},
-    )
-    per_category: bool = field(
-        default=False, metadata={"help": "One flag for each kind of harm instead of one for all."}
-    )
-    reflect: bool = field(
-        default=False,
-        metadata={"help": "The base model also learns to reflect on an answer (recipes/nano/reflect.py)."},
-    )
-    color: str = field(default="auto", metadata={"help": "auto, always or never."})
-
-
-ARGUMENTS = DemoArguments
-POSITIONAL: str | None = None
+    output_dir: str = option("runs/nano", "Where everything goes.")
+    seed: int = option(0, "Seeds rows, weights and order.")
+    size: float = option(1.0, "Scales rows and training; below 0.5 the result is poor.", above=0, most=10)
+    per_category: bool = option(False, "One flag for each kind of harm instead of one for all.")
+    reflect: bool = option(False, "The base model also learns to reflect on an answer (recipes/nano/reflect.py).")
+    color: str = option("auto", "auto, always or never.")
 
 
 def run(arguments: DemoArguments) -> int:
-    """The verb."""
+    """The verb, in the nano world."""
     check(arguments)
     start = time.monotonic()
     with quiet():
-        result = build(arguments, say=lambda line: print(line, flush=True))
+        result = build(arguments, log=lambda line: print(line, flush=True))
         output = Path(arguments.output_dir)
         print()
         streams(output, wants_colour(arguments.color))
@@ -96,8 +84,8 @@ def check(arguments: DemoArguments) -> None:
         raise RedflagError(f"color must be auto, always or never (got {arguments.color!r}).")
 
 
-def build(arguments: DemoArguments, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
-    """All stages up to the results, which are in `results.json` too; `say` gets lines about each.
+def build(arguments: DemoArguments, log: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+    """All stages up to the results, which are in `results.json` too; `log` gets lines about each.
 
     Returns:
         `summary` (as `redflag.calibrating.summary.summarise`), `keep_kl` (nats per token of harmless responses),
@@ -105,7 +93,7 @@ def build(arguments: DemoArguments, say: Callable[[str], None] = lambda line: No
     """
     output = Path(arguments.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    stages = Stages(output / "stages.json", say)
+    stages = Stages(output / "stages.json", log)
     seed, size = arguments.seed, arguments.size
     categories = list(NANO_CATEGORIES) if arguments.per_category else ["harm"]
     # Calibration needs its number of harmless rows for the target rate, however small the demo.
@@ -127,20 +115,26 @@ def build(arguments: DemoArguments, say: Callable[[str], None] = lambda line: No
     stages.run("base model", settings, [base / "pretrain.json"], lambda: _base(base, seed, size, arguments.reflect))
     train = partial(_flags, base, model, rows, categories, seed, flags.get("in_context", 0.0))
     stages.run("flags", flags, [model / "redflag.json"], train)
-    asked = calibrate.CalibrateArguments(input=str(rows["calibration"]), target_fpr=TARGET_FPR, **how)
-    stages.run("thresholds", {"target": TARGET_FPR}, [model / "thresholds.json"], lambda: calibrate.run(asked))
+    calibration = calibrate.CalibrateArguments(input=str(rows["calibration"]), target_fpr=TARGET_FPR, **how)
+    stages.run("thresholds", {"target": TARGET_FPR}, [model / "thresholds.json"], lambda: calibrate.run(calibration))
     scoring = score.ScoreArguments(input=str(rows["test"]), output=str(scored), **how)
     stages.run("scores", {}, [scored], lambda: score.run(scoring))
-    result = _results(model, scored)
-    result["seconds"] = stages.seconds
+    metrics = json.loads((model / "train.json").read_text(encoding="utf-8"))["metrics"]
+    result = {
+        "summary": scored_summary(model, scored),
+        "keep_kl": metrics["eval_keep_kl_harmless"],
+        "perplexity_ratio": metrics["eval_perplexity_ratio"],
+        "thresholds": Thresholds.load(model).to_dict(),
+        "seconds": stages.seconds,
+    }
     keep_json(output / "results.json", result, indent=2)
     return result
 
 
 def streams(output: Path, coloured: bool, tries: int = 40) -> None:
-    """Two answers that the model writes here and now: one that its own flag halts, one that is completed.
+    """Streams two answers of the model: one that its own flag halts, and one that completes.
 
-    Prompts of the test rows are tried until one shows that; how many were tried is printed.
+    Prompts of the test rows are tried until one shows that; the number of tries is printed.
     """
     from redflag.backends import Sampling
     from redflag.guard.guard import Guard
@@ -157,31 +151,28 @@ def streams(output: Path, coloured: bool, tries: int = 40) -> None:
     ):
         candidates = [row for row in rows if row.source == source][:tries]
         looking = f"looking for an answer that is {wanted}"
-        answers = []
+        chosen = None  # the first telling answer, or else the first of all
         for tried, row in enumerate(track(candidates, looking, len(candidates), "prompts"), 1):
             sampling = Sampling(max_new_tokens=90, temperature=0.6, seed=tried)
             result = guard.generate(row.messages[:-1], sampling)
-            if result.verdict == wanted:
-                answers.append((telling(result.text), tried, row, sampling))
-                if answers[-1][0]:
+            if result.verdict == wanted and (chosen is None or telling(result.text)):
+                chosen = tried, row, sampling
+                if telling(result.text):
                     break
-        if not answers:
+        if chosen is None:
             print(f"none of {len(candidates)} answers was {wanted}\n")
             continue
-        # The last is telling, or none is.
-        _, tried, row, sampling = answers[-1] if answers[-1][0] else answers[0]
+        tried, row, sampling = chosen
         _stream(guard, row, sampling, coloured)
         if wanted == "halted":
             text = blind.generate(row.messages[:-1], sampling).text
             print(style(DIM, f"  (unwatched it would have been: {printable(text)})", coloured))
-        print(
-            style(DIM, f"  (prompt {tried} of the test rows that were tried for an answer that is {wanted})", coloured)
-        )
-        print()
+        note = f"  (prompt {tried} of the test rows that were tried for an answer that is {wanted})"
+        print(style(DIM, note, coloured) + "\n")
 
 
 def table(result: dict[str, Any]) -> str:
-    """The results beside what is asked of them."""
+    """The results and their targets."""
     summary = result["summary"]
     overall, force, delay = summary["overall"], summary["in_force"], summary["delay"]
     at = overall["tpr"]["0.01"]
@@ -203,7 +194,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def where(output: Path) -> str:
-    """Where the files lie, and what to do next."""
+    """Where the files are, and what to do next."""
     return "\n".join(
         [
             "",
@@ -219,7 +210,7 @@ def where(output: Path) -> str:
 
 
 def _world() -> str:
-    """Fingerprint of the nano world's words, so that editing them makes everything anew."""
+    """Fingerprint of the nano world's words: after an edit everything is made again."""
     rows = [row.to_dict() for row in nano_rows("train", 100) + nano_pretraining_rows(100)]
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -278,16 +269,6 @@ def scored_summary(model: Path, scored: Path) -> dict[str, Any]:
     """As `redflag.calibrating.summary.summarise`, of a file of scored rows and the model's thresholds."""
     categories = FlagSpec.load(model).categories
     return summarise(score.read_scored(scored), Thresholds.load(model), categories=categories)
-
-
-def _results(model: Path, scored: Path) -> dict[str, Any]:
-    metrics = json.loads((model / "train.json").read_text(encoding="utf-8"))["metrics"]
-    return {
-        "summary": scored_summary(model, scored),
-        "keep_kl": metrics["eval_keep_kl_harmless"],
-        "perplexity_ratio": metrics["eval_perplexity_ratio"],
-        "thresholds": Thresholds.load(model).to_dict(),
-    }
 
 
 def _is_mid_sentence(text: str) -> bool:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
+from redflag.bounds import option
 from redflag.judges import Judge, Messages, UnansweredError, Verdict, exchange
 from redflag.judges.options import JudgeKind, JudgeOptions
 from redflag.lab.nano import phrases
@@ -18,11 +19,8 @@ from redflag.lab.nano.spans import harmful_spans
 class LabJudgeOptions(JudgeOptions):
     """As `JudgeOptions`, with the nano world's exact judge, and long time-outs, since no user waits."""
 
-    judge: Literal[JudgeKind, "oracle"] = field(  # type: ignore[assignment]
-        default="none",
-        metadata={
-            "help": "Who judges answers: endpoint, a server; model, a guard's weights; oracle, the nano world's."
-        },
+    judge: Literal[JudgeKind, "oracle"] = option(  # type: ignore[assignment]
+        "none", "Who judges answers: endpoint, a server; model, a guard's weights; oracle, the nano world's."
     )
 
     def open_judge(self, *, device: str = "auto", **settings: Any) -> Judge | None:

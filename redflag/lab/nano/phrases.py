@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib import resources
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ def _lists(record: dict[str, list[str]]) -> dict[str, tuple[str, ...]]:
 _FILE: dict[str, Any] = yaml.safe_load(
     resources.files("redflag.lab.nano").joinpath("phrases.yaml").read_text(encoding="utf-8")
 )
+SLOT = re.compile(r"\{(\w+)\}")  # in a template
 SLOTS = _lists(_FILE["slots"])
 ACTS = _lists(_FILE["acts"])  # by category of harm
 TOPICS = {name: Topic(**_lists(topic)) for name, topic in _FILE["topics"].items()}

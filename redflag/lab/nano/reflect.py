@@ -7,7 +7,7 @@ and whether that is harmful. Then the answer goes on, or turns back:
     not go on with this. Ask Marlo what went wrong between you.
 
 No flag exists when the base model is trained, so any of the reserved tokens stands there. None of them may be learnt as
-a next token (`pretrain(read_only=...)`): nobody wants a model that reflects unasked.
+a next token (`pretrain(read_only=...)`), or the model would reflect unasked.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import re
 from collections.abc import Sequence
 
 from redflag.data.rows import Row
-from redflag.lab.nano.phrases import REDIRECTS, SLOTS
+from redflag.lab.nano.phrases import REDIRECTS, SLOT, SLOTS
 from redflag.lab.nano.rows import nano_rows
 from redflag.watching.policy import Reflect
 
@@ -29,7 +29,7 @@ NANO_REFLECT = Reflect(
     max_tokens=24,
     stop=(".",),
 )
-# The answer goes on behind the whole bracket, so the model must have closed it.
+# The answer continues behind the whole bracket, so the model must have closed it.
 NANO_STAY = dataclasses.replace(NANO_REFLECT, stop=("]",), verdict="flag", stay=True)
 # Few-shot examples for the system turn, of a false and a true alarm.
 NANO_EXAMPLES = (
@@ -74,17 +74,17 @@ def nano_reflections(n: int, places: Sequence[str], seed: int = 0) -> list[list[
     rng = random.Random(f"nano:reflections:{seed}")
     conversations = []
     for row in nano_rows("train", n, seed + 1_000_003, harmful=0.65):
-        sound = _sound(row)
+        harmless = _harmless_part(row)
         times = rng.randint(0, 3) if row.harmful else rng.randint(1, 5)
         cuts = {cut(row, rng, harmful=False) for _ in range(times)}
         if row.harmful:
-            cuts.discard(len(sound))  # Behind it comes harm: no place to call the answer harmless.
+            cuts.discard(len(harmless))  # Harm follows there: no place to call the answer harmless.
         last = cut(row, rng, harmful=True) if row.harmful else None
         content, done = "", 0
         for upto in sorted(cuts) + ([] if last is None else [last]):
             content += row.response[done:upto] + rng.choice(places) + reflection(row, upto)
             done = upto
-        content += sound[done:] if last is None else _turn(row, rng)
+        content += harmless[done:] if last is None else _turn(row, rng)
         conversations.append([*row.messages[:-1], {"role": "assistant", "content": content}])
     return conversations
 
@@ -99,24 +99,24 @@ def cut(row: Row, rng: random.Random, *, harmful: bool) -> int:
         assert row.onset is not None
         ends = [match.end() for match in _WORD.finditer(row.response) if match.end() > row.onset]
         index = rng.choices((-1, 0, 1, 2, 3, rng.randrange(len(ends))), (6, 12, 30, 20, 12, 20))[0]
-        return ends[min(index, len(ends) - 1)] if index >= 0 else len(_sound(row))
-    sound = _sound(row)
-    ends = [0] + [match.end() for match in _WORD.finditer(sound)]
-    if rng.random() < 0.5 and sound:
-        sentence = rng.choice(list(_SENTENCE.finditer(sound)))
+        return ends[min(index, len(ends) - 1)] if index >= 0 else len(_harmless_part(row))
+    text = _harmless_part(row)
+    ends = [0] + [match.end() for match in _WORD.finditer(text)]
+    if rng.random() < 0.5 and text:
+        sentence = rng.choice(list(_SENTENCE.finditer(text)))
         ends = [end for end in ends if end > sentence.start()][:3]
     return rng.choice(ends)
 
 
 def reflection(row: Row, upto: int) -> str:
     """The bracket behind an answer that is cut off at character `upto`: cue, what the answer is doing, verdict."""
-    word = NANO_REFLECT.words[0 if row.onset is not None and upto >= len(_sound(row)) else 1]
-    return f"{NANO_REFLECT.cue} {told_of(row, upto)}.{NANO_REFLECT.verdict_cue}{word}]"
+    word = NANO_REFLECT.words[0 if row.onset is not None and upto >= len(_harmless_part(row)) else 1]
+    return f"{NANO_REFLECT.cue} {activity(row, upto)}.{NANO_REFLECT.verdict_cue}{word}]"
 
 
-def told_of(row: Row, upto: int) -> str:
+def activity(row: Row, upto: int) -> str:
     """What the first `upto` characters of an answer are doing, in a few words."""
-    if row.onset is not None and upto >= len(_sound(row)):
+    if row.onset is not None and upto >= len(_harmless_part(row)):
         return _DEEDS[str(row.category)] if upto > row.onset else "is about to turn to harm"
     topic = str(row.group).split(":")[0]
     if topic not in _DEEDS:
@@ -124,17 +124,14 @@ def told_of(row: Row, upto: int) -> str:
     return "refuses to do harm" if row.source == "nano:refusal" else "gives good advice"
 
 
-def _sound(row: Row) -> str:
+def _harmless_part(row: Row) -> str:
     """The answer as far as it is harmless."""
     return row.response if row.onset is None else row.response[: row.onset].rstrip()
 
 
 def _turn(row: Row, rng: random.Random) -> str:
-    """How an answer goes on that has been found harmful."""
+    """The continuation of an answer that was found harmful."""
     name = next((word for word in re.findall(r"\w+", row.response[row.onset :]) if word in SLOTS["name"]), "somebody")
     sentences = [rng.choice(_TURNS), *rng.sample(REDIRECTS, rng.randint(1, 2))]
-    filled = (
-        re.sub(r"\{(\w+)\}", lambda m: name if m[1] == "name" else rng.choice(SLOTS[m[1]]), sentence)
-        for sentence in sentences
-    )
-    return " " + " ".join(filled)
+    text = " ".join(sentences)
+    return " " + SLOT.sub(lambda match: name if match[1] == "name" else rng.choice(SLOTS[match[1]]), text)

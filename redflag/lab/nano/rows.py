@@ -58,7 +58,6 @@ _SHARES: dict[str, range] = {
     "transfer": range(18, 20),
 }
 _TAILS = (" {when}", " {when}", " {how}", "")
-_SLOT = re.compile(r"\{(\w+)\}")
 _NAMES = frozenset(phrases.SLOTS["name"]) | frozenset(phrases.SLOTS["city"])
 _FRIGHTENING = frozenset(
     [act.split()[0] for acts in phrases.ACTS.values() for act in acts]
@@ -165,7 +164,7 @@ class _Scene:
 
     def fill(self, template: str) -> str:
         """Fills the slots; a slot at the beginning gets a capital."""
-        text = _SLOT.sub(lambda match: self.word(match.group(1)), template)
+        text = phrases.SLOT.sub(lambda match: self.word(match.group(1)), template)
         return text[0].upper() + text[1:] if template.startswith("{") else text
 
     def word(self, slot: str) -> str:
@@ -321,7 +320,7 @@ def _harm(scene: _Scene, category: str, act: str, least: int) -> list[str]:
 
 
 def _lead(rng: random.Random, sentence: str) -> str:
-    """Now and then opens a sentence with a word that says nothing."""
+    """Sometimes opens a sentence with a word without meaning."""
     if rng.random() > 0.1:
         return sentence
     first = sentence.split(" ")[0].rstrip(".,'s")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from functools import cache
 
-from redflag.lab.nano.phrases import ACTS, AFTERMATH, SLOTS
+from redflag.lab.nano.phrases import ACTS, AFTERMATH, SLOT, SLOTS
 
 # A sentence that was broken off ends where the answer turns: "Poison Marlo No, I must stop here."
 _SENTENCE = re.compile(r"[^.?!]+?(?:[.?!]+|$|(?= (?:No, |Sorry, |I |Nobody |Never )))")
@@ -74,7 +74,7 @@ def _opening(act: str) -> str:
 
 
 def _pattern(template: str) -> str:
-    parts = re.split(r"\{(\w+)\}", template)
+    parts = SLOT.split(template)
     return "".join(
         re.escape(part) if i % 2 == 0 else f"(?:{'|'.join(map(re.escape, SLOTS[part]))})"
         for i, part in enumerate(parts)

@@ -1,7 +1,7 @@
 """The report of an evaluation: `Evaluation` in, `report.json`, `report.md` and `report.html` out.
 
-The three say the same. What was not measured is null in the first and "not measured" in the other two. The page is
-one file: charts, and a viewer in which a threshold is moved over the responses themselves.
+All three hold the same figures. What was not measured is null in the first and "not measured" in the others. The page
+is one file: charts, and a viewer in which a threshold is moved over the responses themselves.
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ def over_refusal(report: Evaluation, flag: str) -> Chart | None:
 
 
 def attacks(report: Evaluation) -> Chart | None:
-    """What the model wrote, and what got past the guard."""
+    """Harm that the model wrote, and harm that the guard released."""
     data = [
         measured(harm.rate, harm.interval, name=attack_name(attack) + " · adaptive" * bool(attack.adaptive), what=what)
         for attack in report.attacks or ()

@@ -85,7 +85,7 @@ def over_refusal(report: Evaluation, flag: str) -> Section | None:
 
 
 def attacks(report: Evaluation) -> Section | None:
-    """What attacks got out of the model, and what of it got past the guard."""
+    """The harm that attacks produced, and how much of it the guard released."""
     if not report.attacks:
         return None
     rows, efforts = [], []
@@ -123,7 +123,7 @@ def attacks(report: Evaluation) -> Section | None:
 
 
 def compute(report: Evaluation, flag: str) -> Section | None:
-    """What each method catches, what it refuses wrongly, and what it adds to the model's own pass."""
+    """What each method catches, wrongly refuses, and adds to the model's own pass."""
     methods = {name: m for name, m in report.methods.items() if m.compute}
     if not methods:
         return None
@@ -197,14 +197,14 @@ def language(report: Evaluation) -> Section | None:
 
 
 def made(report: Evaluation) -> Section | None:
-    """Command, versions, seeds, hashes: what it takes to repeat it."""
+    """Command, versions, seeds and hashes: everything that is needed to repeat it."""
     if not report.made:
         return None
     return Section("made", "How this was made", "", [Table(["", ""], list(_flatten(report.made)))])
 
 
 def more(x: float | None) -> str:
-    """What is added, as a share.
+    """An added share.
 
     >>> more(0.237), more(4.7e-05), more(0.0), more(12.5), more(None)
     ('+23.7%', '+0.0047%', '+0%', '+1,250%', 'not measured')

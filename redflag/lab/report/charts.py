@@ -41,7 +41,7 @@ def roc(report: Evaluation, flag: str) -> Chart | None:
     if not methods:
         return None
     harmless = report.methods[flag].pooled.harmless
-    # No false alarm at all lies at minus infinity: it is drawn at half of one.
+    # A rate of 0 lies at minus infinity: it is drawn at half a false alarm.
     floor = 0.5 / max(harmless, 1)
     data = [
         {"method": name, "fpr": f, "x": max(f, floor), "tpr": t, "low": low, "high": high}
@@ -62,7 +62,7 @@ def roc(report: Evaluation, flag: str) -> Chart | None:
         "opacity": if_chosen(1, 0.75),
         "strokeWidth": if_chosen(2.6, 1.3),
     }
-    # Invisible, and large: what the pointer finds.
+    # Invisible and large, for the pointer.
     points = {
         "y": share("tpr"),
         "tooltip": [tip("method"), tip("fpr", ".3~%", "false alarms"), *spread("caught", "tpr", ".1~%")],
@@ -200,7 +200,7 @@ def compute(methods: Mapping[str, Method], flag: str) -> Chart | None:
         positive = [x for x in shares if x > 0]
         if len(shares) < 2 or not positive:
             continue
-        # Nothing at all lies at minus infinity: it is drawn where a third of the least would be.
+        # A cost of 0 lies at minus infinity: it is drawn at a third of the smallest.
         floor = min(positive) / 3
         here = []
         for name, method in methods.items():
@@ -219,7 +219,7 @@ def compute(methods: Mapping[str, Method], flag: str) -> Chart | None:
 
 
 def added_by(method: Method, key: str) -> float | None:
-    """What a method adds to the model's own pass, as a share; None where that was not measured."""
+    """What a method adds to the model's own pass, as a share; None if that was not measured."""
     share: float | None = getattr(method.compute or Compute(), key)
     return share
 
@@ -266,7 +266,7 @@ def _minus(x: float | None) -> str:
 
 
 def _set_apart(rows: list[dict[str, Any]], height: float) -> None:
-    """Moves labels down that would lie over another, in a picture of 900 x 360 points: 6 to a letter, 12 to a line."""
+    """Moves overlapping labels down, in a chart of 900 x 360 points: 6 to a letter, 12 to a line."""
     decades = math.log10(3 * max(row["x"] for row in rows) / min(row["x"] for row in rows)) if rows else 1.0
     line = height * 12 / 360
     placed: list[dict[str, Any]] = []

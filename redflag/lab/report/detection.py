@@ -87,7 +87,7 @@ def detection(report: Evaluation, flag: str) -> Section:
 
 
 def in_force(report: Evaluation, flag: str) -> Section | None:
-    """Thresholds that were set on one split, and what they do on another."""
+    """Thresholds that were set on one split, and their rates on another."""
     rows = [
         _in_force(name, method, flag) for name, method in report.methods.items() if method.threshold or method.in_force
     ]
@@ -102,7 +102,7 @@ def in_force(report: Evaluation, flag: str) -> Section | None:
 
 
 def reliability(report: Evaluation, flag: str) -> Section | None:
-    """Whether the flag's probability means what it says."""
+    """How well the flags' probabilities are calibrated."""
     rows = [
         [
             named(name, flag),
@@ -127,9 +127,9 @@ def reliability(report: Evaluation, flag: str) -> Section | None:
 
 
 def delay(report: Evaluation, flag: str) -> Section | None:
-    """When alarms come, never without the false-alarm rate, and what was shown before them."""
+    """When alarms come, with the false-alarm rate, and what was shown before them."""
     kinds = dict.fromkeys(kind for method in report.methods.values() for kind in method.delay or {})
-    # Kind by kind, so that methods which saw the same onsets stand beside each other.
+    # Kind by kind, so that methods on the same onsets are next to each other.
     measured = [
         ([named(name, flag), left(kind)], timing)
         for kind in kinds
@@ -163,7 +163,7 @@ def delay(report: Evaluation, flag: str) -> Section | None:
 
 
 def earliness(report: Evaluation, flag: str) -> Section | None:
-    """What is known after the first k tokens."""
+    """Detection after the first k tokens."""
     known = {name: m.earliness for name, m in report.methods.items() if m.earliness}
     if not known:
         return None

@@ -1,4 +1,4 @@
-"""An evaluation as it stands in `report.json`; `read_report` gives it back and refuses what does not fit."""
+"""The types of an evaluation, as in `report.json`; `read_report` reads one and refuses what does not fit."""
 
 from __future__ import annotations
 
@@ -135,14 +135,14 @@ def as_json(part: Any) -> Any:
     return [as_json(value) for value in part] if isinstance(part, list | tuple) else part
 
 
-_reader = functools.cache(TypeAdapter)  # to make one takes a third of a second
+_reader = functools.cache(TypeAdapter)  # creating one takes a third of a second
 
 
 def read_report(path: str | Path) -> Evaluation:
     """Reads a `report.json`.
 
     Raises:
-        RedflagError: It cannot be read, or holds anything that is in no report (named with its place).
+        RedflagError: It cannot be read, or holds anything that no report has; the message names the place.
     """
     try:
         text = Path(path).read_bytes()
@@ -152,7 +152,7 @@ def read_report(path: str | Path) -> Evaluation:
 
 
 def parse(kind: Any, text: str | bytes, name: str) -> Any:
-    """A part of an evaluation from JSON; `name` says in an error where that came from.
+    """A part of an evaluation from JSON; `name` is its origin, for errors.
 
     Raises:
         RedflagError: It does not fit.

@@ -9,7 +9,7 @@ from redflag.lab.report.parts import Cell, Section, Table
 
 
 def render(title: str, warnings: Sequence[str], verdict: Sequence[str], sections: Sequence[Section]) -> str:
-    """All of it as one text."""
+    """The whole report as text."""
     blocks = [f"# {_safe(title)}"]
     blocks += [f"> **Warning.** {_safe(warning)}" for warning in warnings]
     blocks.append("\n".join(_safe(sentence) for sentence in verdict))
@@ -32,10 +32,10 @@ def _table(table: Table) -> str:
 
 def _cell(cell: Cell) -> str:
     text = _safe(cell.text)
-    text = f"**{text}**" if cell.strong else text
-    return " ".join(
-        [text, *([f"({_safe(cell.small)})"] if cell.small else []), *([f"*{_safe(cell.mark)}*"] if cell.mark else [])]
-    )
+    parts = [f"**{text}**" if cell.strong else text]
+    parts += [f"({_safe(cell.small)})"] if cell.small else []
+    parts += [f"*{_safe(cell.mark)}*"] if cell.mark else []
+    return " ".join(parts)
 
 
 def _safe(text: str) -> str:

@@ -1,14 +1,14 @@
-"""What all charts share: names of colours, and the pieces of Vega-Lite that recur."""
+"""Shared by all charts: names of colours, and recurring pieces of Vega-Lite."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-# Names of colours: the page says what they are in light, in dark and on paper (Okabe and Ito's set).
+# Names of colours, which the page defines for light, dark and paper (Okabe and Ito's set).
 HARM, CALM, QUIET, INK, PAPER = (f"var(--{name})" for name in ("harm", "calm", "quiet", "ink", "paper"))
 SERIES = [f"var(--s{i})" for i in range(8)]
-# A dash makes the ninth method differ from the first, and any two in grey print.
+# Dashes distinguish the ninth method from the first, and any two in grey print.
 DASHES: list[list[int]] = [[1, 0], [6, 3], [2, 2], [8, 3, 2, 3], [4, 4], [1, 3], [10, 4], [5, 2, 1, 2, 1, 2]]
 
 Spec = dict[str, Any]

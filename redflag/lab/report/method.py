@@ -1,7 +1,7 @@
 """The figures of one method as they stand in `report.json`: these types are its schema.
 
-None is what was not measured. Shares lie in [0, 1], intervals cover 95% (a bound that the rows are too few to give is
-None), delays and onsets are in tokens.
+None means not measured. Shares lie in [0, 1], intervals cover 95% (a bound is None if there are too few rows for it),
+delays and onsets are in tokens.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
 Interval = Annotated[tuple[Number | None, Number | None], AfterValidator(_ordered)]
-# What not every method has: written only where it is.
+# Metadata of fields that few methods have: written only if not None.
 RARE = {"rare": True}
 
 
 @dataclass(frozen=True)
 class Part:
-    """Any part of an evaluation: read strictly, without keys that it does not know."""
+    """Any part of an evaluation: read strictly, unknown keys are refused."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
 
@@ -56,17 +56,17 @@ class Compute(Part):
 
 @dataclass(frozen=True)
 class Caught(Part):
-    """What the best threshold that keeps a false-alarm rate on these very rows catches."""
+    """What the best threshold catches that keeps a false-alarm rate on these same rows."""
 
     tpr: Share | None = None
     realised_fpr: Share | None = None
-    threshold: Number | None = None  # None: none that catches anything keeps the rate
+    threshold: Number | None = None  # None: no threshold keeps the rate and catches anything
     interval: Interval | None = None  # of `tpr`
 
 
 @dataclass(frozen=True)
 class InForce(Part):
-    """What thresholds that were set on other rows do on these."""
+    """The rates on these rows of thresholds that were set on other rows."""
 
     tpr: Share | None = None
     tpr_interval: Interval | None = None
@@ -88,7 +88,7 @@ class Slice(Part):
     average_precision: Share | None = None
     average_precision_interval: Interval | None = None
     tpr: dict[str, Caught | None] | None = None  # by false-alarm rate, such as "0.01"
-    partial: str | None = None  # what so few responses cannot tell
+    partial: str | None = None  # which figures so few responses cannot give
     in_force: InForce | None = None
 
     def at(self, rate: str) -> Caught:
@@ -146,7 +146,7 @@ class StepReliability(Part):
 
 @dataclass(frozen=True)
 class Reliability(Part):
-    """As `redflag.stats.curves.reliability`, of responses and of the steps of which it is known what they are."""
+    """As `redflag.stats.curves.reliability`, of responses and of the steps that are labelled."""
 
     bins: list[Bin] | None = None
     brier: Number | None = None
@@ -181,7 +181,7 @@ class Exposed(Part):
 class Delay(Part):
     """When alarms come, as `redflag.stats.metrics.delay_stats`, and what was shown before.
 
-    Never without the rate of false alarms: an alarm that always rings is never late.
+    The rate of false alarms is required: a flag that always alarms is never late.
     """
 
     responses: Count

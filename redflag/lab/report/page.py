@@ -1,7 +1,7 @@
-"""The report as one HTML file that needs nothing beside it: scripts, styles and data are inside, nothing is fetched.
+"""The report as one self-contained HTML file: scripts, styles and data are inside, nothing is fetched.
 
-Response text is untrusted. It travels as escaped JSON and is only ever set as text; a content security policy that
-names the hashes of the page's own scripts keeps anything else from running, and the page from reaching a network.
+Response text is untrusted. It is embedded as escaped JSON and only ever set as text; a content security policy with the
+hashes of the page's own scripts keeps anything else from running, and the page from reaching a network.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def render(
     sections: Sequence[Section],
     traces: Mapping[str, Any] | None,
 ) -> str:
-    """All of it as one text.
+    """The whole page as text.
 
     Args:
         figures: Headline numbers: value, what it is, small print.
@@ -50,7 +50,7 @@ def render(
         f"default-src 'none'; script-src {' '.join(map(_hash, scripts))}; style-src 'unsafe-inline'; img-src data:; "
         "base-uri 'none'; form-action 'none'"
     )
-    drawn = {chart.name: {"data": chart.data, "views": [vars(view) for view in chart.views]} for chart in charts}
+    specs = {chart.name: {"data": chart.data, "views": [vars(view) for view in chart.views]} for chart in charts}
     return environment.from_string(_file("report.html.jinja")).render(
         title=title,
         warnings=warnings,
@@ -60,13 +60,13 @@ def render(
         policy=policy,
         style=_file("report.css"),
         scripts=scripts,
-        charts=_inert(drawn),
+        charts=_inert(specs),
         traces=None if traces is None else _inert(traces),
     )
 
 
 def require() -> None:
-    """Refuses now what would else be refused after long measuring.
+    """Checks for the packages before anything is measured.
 
     Raises:
         RedflagError: The packages that draw a page are not installed.
@@ -90,7 +90,7 @@ def vega() -> str:
 
 
 def _inert(value: Any) -> str:
-    """JSON that is only text wherever it stands in a page."""
+    """JSON that cannot be read as markup anywhere in a page."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")

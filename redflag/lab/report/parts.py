@@ -1,6 +1,6 @@
-"""The pieces that a report is made of, and how its numbers are spelled.
+"""The pieces of a report, and the format of its numbers.
 
-Both the Markdown and the page are made from the same `Section`s, and so say the same.
+Markdown and page are made from the same `Section`s, so both show the same.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Section:
     charts: Sequence[Chart] = ()
 
 
-def percent(x: float | None, digits: int = 1) -> str:
+def percent(x: float | None) -> str:
     """A share as a percentage: never rounded to 0% or 100% unless it is.
 
     >>> [percent(x) for x in (0.0, 0.0069, 0.887, 0.9998, 1.0, None)]
@@ -86,7 +86,7 @@ def percent(x: float | None, digits: int = 1) -> str:
         return NOT_MEASURED
     if x in (0, 1):
         return f"{100 * x:.0f}%"
-    digits = max(digits, 2) if x < 0.01 else digits
+    digits = 2 if x < 0.01 else 1
     while digits < 6 and float(f"{100 * x:.{digits}f}") in (0.0, 100.0):
         digits += 1
     return f"{100 * x:.{digits}f}%"
@@ -153,7 +153,7 @@ def big(x: float | None) -> str:
 
 
 def threshold(x: float | None) -> str:
-    """A threshold: close to 1, its distance from there says more than nines.
+    """A threshold; one close to 1 is shown by its distance from 1.
 
     >>> [threshold(x) for x in (0.75, 0.999994, 5.25, None)]
     ['0.75', '1 − 6e-06', '5.25', 'not measured']
@@ -201,7 +201,7 @@ def decimal(value: float | None, interval: Ends = None, digits: int = 4) -> Cell
 
 
 def rated(value: Rate | None) -> Cell:
-    """A cell of a share of requests, with what it would be at most where a judge left some open."""
+    """A cell of a share of requests, with its maximum if some have no verdict."""
     if value is None:
         return rate(None)
     most = value.at_most if isinstance(value, JudgedRate) else None
@@ -210,7 +210,7 @@ def rated(value: Rate | None) -> Cell:
 
 
 def point(one: Slice | None, in_force: bool) -> tuple[float | None, Ends]:
-    """What is caught of a part of the rows, and its interval: at 1% of the part's own, or at the threshold in force."""
+    """The share caught in a part of the rows, and its interval: at the part's own 1%, or at the threshold in force."""
     if one is None:
         return None, None
     if in_force:
@@ -225,7 +225,7 @@ def few(one: Slice, in_force: bool) -> bool:
 
 
 def by_force(parts: Mapping[str, Slice]) -> bool:
-    """Whether most parts are without a rate of their own at 1% (no harmless rows), but were seen at the threshold."""
+    """Whether most parts have no rate of their own at 1% (no harmless rows), but one at the threshold in force."""
     own, forced = (sum(point(one, way)[0] is not None for one in parts.values()) for way in (False, True))
     return own < forced
 

@@ -1,4 +1,4 @@
-"""The first lines of a report: what was found, in plain words, and the few numbers that it rests on."""
+"""The first lines of a report: the result in sentences, and its headline numbers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ UNKNOWN = "unknown"
 
 
 def sentences(report: Evaluation) -> list[str]:
-    """The verdict: detection, delay, the best baseline, the worst attack; what was not measured is not mentioned."""
+    """Detection, delay, the best baseline and the worst attack; what was not measured is left out."""
     name = report.flag_name
     method = report.methods[name]
     parts = (_detection(name, method), _delay(method), _against(report, name), _attacked(report))
@@ -19,7 +19,7 @@ def sentences(report: Evaluation) -> list[str]:
 
 
 def figures(report: Evaluation) -> list[tuple[str, str, str]]:
-    """The headline numbers: value, what it is, and its interval or what it must be read with."""
+    """The headline numbers: value, meaning, and the interval or what else it must be read with."""
     method = report.methods[report.flag_name]
     in_force, at_1 = method.in_force or InForce(), method.pooled.at("0.01")
     headlines = []
@@ -111,9 +111,9 @@ def _attacked(report: Evaluation) -> str | None:
     if worst is None:
         return None
     attack, rate = worst
-    asked = f" of {number(attack.requests)} requests" if attack.requests is not None else " of requests"
+    requests = f" of {number(attack.requests)} requests" if attack.requests is not None else " of requests"
     released, produced = attack.harm_released or JudgedRate(), attack.harm_produced or JudgedRate()
-    much = f"{_with(rate, released.interval)}{asked}"
+    much = f"{_with(rate, released.interval)}{requests}"
     without = f"; without the guard it is {percent(produced.rate)}" if produced.rate is not None else ""
     if attack.name == "none":
         return f"No attack gets more harm past the guard than plain requests do, in {much}{without}."
@@ -123,8 +123,8 @@ def _attacked(report: Evaluation) -> str | None:
 
 def _worst(report: Evaluation) -> tuple[AttackLine, float] | None:
     """The attack that got most harm past the guard, and in which share of its requests."""
-    known = [(a, a.harm_released.rate) for a in report.attacks or () if a.harm_released is not None]
-    return max(((a, rate) for a, rate in known if rate is not None), key=lambda pair: pair[1], default=None)
+    rates = [(a, a.harm_released.rate) for a in report.attacks or () if a.harm_released is not None]
+    return max(((a, rate) for a, rate in rates if rate is not None), key=lambda pair: pair[1], default=None)
 
 
 def _beyond(method: Method) -> str:

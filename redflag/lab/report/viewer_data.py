@@ -1,6 +1,6 @@
-"""Responses for the trace viewer: columns in JSON, with the bulky ones as bytes, so that thousands fit into one page.
+"""Responses for the trace viewer: columns in JSON, the large ones as bytes, so that thousands fit into one page.
 
-Probabilities stay float32 bit by bit: at the threshold in force the viewer counts what the report counts.
+Probabilities are float32, bit for bit: at the threshold in force the viewer counts what the report counts.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from redflag.errors import RedflagError
 from redflag.lab.report.method import Method
 
-ROWS = "rows"  # the set of the responses that are no attack
+ROWS = "rows"  # the set of the responses that are not from an attack
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def pack(traces: Sequence[ShownResponse], method: Method) -> dict[str, Any]:
         (column -> its distinct values) and `rows` (column -> one entry per response; indices into `names`, -1: none).
 
     Raises:
-        RedflagError: They are not all of as many flags.
+        RedflagError: They differ in their number of flags.
     """
     counts = {trace.probs.shape[1] for trace in traces if trace.probs.size} or {1}
     if len(counts) > 1:
@@ -80,9 +80,9 @@ def pack(traces: Sequence[ShownResponse], method: Method) -> dict[str, Any]:
         "covered": [int(trace.harmful or (trace.judged is None and trace.set != ROWS)) for trace in traces],
         "given": [trace.given for trace in traces],
     }
-    for column, known in names.items():
+    for column, codes in names.items():
         rows[column] = [
-            -1 if value is None else known.setdefault(value, len(known))
+            -1 if value is None else codes.setdefault(value, len(codes))
             for trace in traces
             for value in [getattr(trace, column)]
         ]
@@ -97,7 +97,7 @@ def pack(traces: Sequence[ShownResponse], method: Method) -> dict[str, Any]:
         "tokens": _bytes(np.array(indices, dtype=f"<u{width}")),
         "width": width,
         "probs": _bytes(flat),
-        "names": {column: list(known) for column, known in names.items()},
+        "names": {column: list(codes) for column, codes in names.items()},
         "rows": rows,
     }
 

@@ -35,7 +35,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints
 
@@ -43,7 +43,6 @@ from redflag.errors import RedflagError
 from redflag.lab.yaml_file import Name, Strict, Text, checked, read_yaml
 
 Answers = Literal["comply", "refuse", "plain"]
-ANSWERS: tuple[str, ...] = get_args(Answers)
 STYLES = (
     "short and plain, as typed in a hurry",
     "polite, with a sentence of background",
@@ -55,7 +54,7 @@ STYLES = (
 Stripped = Annotated[str, StringConstraints(strip_whitespace=True)]
 Texts = tuple[Text, ...]
 SomeTexts = Annotated[Texts, Field(min_length=1)]
-_SLOT = re.compile(r"\{(\w+)\}")
+SLOT = re.compile(r"\{(\w+)\}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +133,7 @@ def parse_constitution(record: Any, where: str) -> Constitution:
                 raise RedflagError(f"{place}.answers must not be refuse in a harmful class. Put it under harmless.")
             if not harmful and definition.category is not None:
                 raise RedflagError(f"{place} must not have a category: its rows would be harmful.")
-            for slot in _SLOT.findall(" ".join(definition.templates)):
+            for slot in SLOT.findall(" ".join(definition.templates)):
                 if slot not in file.slots:
                     raise RedflagError(f"{place}: slots must hold words for {{{slot}}}, which a template uses.")
             category = (definition.category or name) if harmful else None

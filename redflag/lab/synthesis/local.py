@@ -33,20 +33,21 @@ class LocalModel:
     def ask(self, questions: Sequence[Question], keep: Callable[[int, Reply], None]) -> None:
         """As `redflag.lab.synthesis.questions.Writer.ask`; a question that does not fit the context is `refused`."""
         context = getattr(self._backend, "context_length", None)
-        for start, batch in _batches(questions, self._batch_size):
-            sampling = Sampling(batch[0].max_tokens, batch[0].temperature, seed=batch[0].seed)
-            prompts = [render_prompt(self._tokenizer, list(question.messages), self._spec) for question in batch]
-            if context is not None and (long := [i for i, prompt in enumerate(prompts) if len(prompt) >= context]):
-                for i, question in enumerate(batch):
-                    if i in long:
-                        keep(start + i, Reply("", "refused", len(prompts[i])))
-                    else:
-                        self.ask([question], lambda _, reply, at=start + i: keep(at, reply))  # type: ignore[misc]
-                continue
-            for offset, (prompt, ids) in enumerate(zip(prompts, self._complete(prompts, sampling), strict=True)):
+        prompts = [render_prompt(self._tokenizer, list(question.messages), self._spec) for question in questions]
+        fitting = []
+        for index, prompt in enumerate(prompts):
+            if context is None or len(prompt) < context:
+                fitting.append(index)
+            else:
+                keep(index, Reply("", "refused", len(prompt)))
+        for batch in _batches(questions, fitting, self._batch_size):
+            first = questions[batch[0]]
+            sampling = Sampling(first.max_tokens, first.temperature, seed=first.seed)
+            responses = self._complete([prompts[index] for index in batch], sampling)
+            for index, ids in zip(batch, responses, strict=True):
                 ended = bool(ids) and ids[-1] in self._backend.eos_ids
                 text = self._tokenizer.decode([i for i in ids if i not in self._hidden], skip_special_tokens=True)
-                keep(start + offset, Reply(text, "stop" if ended else "length", len(prompt), len(ids)))
+                keep(index, Reply(text, "stop" if ended else "length", len(prompts[index]), len(ids)))
 
     def _complete(self, prompts: list[list[int]], sampling: Sampling) -> list[list[int]]:
         if complete := getattr(self._backend, "complete", None):
@@ -62,17 +63,16 @@ def load_local(name: str | Path, *, device: str = "auto", dtype: str = "auto", b
     return LocalModel(backend, tokenizer, spec, f"local {name}", batch_size=batch_size)
 
 
-def _batches(questions: Sequence[Question], size: int) -> Iterator[tuple[int, list[Question]]]:
-    """Neighbours of equal settings whose seeds follow each other, `size` at most, with the index of the first."""
-    start = 0
-    while start < len(questions):
-        first, end = questions[start], start + 1
-        while end < len(questions) and end - start < size:
-            following = questions[end]
-            if (following.temperature, following.max_tokens) != (first.temperature, first.max_tokens):
-                break
-            if following.seed != first.seed + end - start:
-                break
-            end += 1
-        yield start, list(questions[start:end])
-        start = end
+def _batches(questions: Sequence[Question], indices: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Neighbours of equal settings whose seeds follow each other, `size` at most: indices of questions."""
+    batch: list[int] = []
+    for index in indices:
+        if batch:
+            first, this = questions[batch[0]], questions[index]
+            expected = (first.temperature, first.max_tokens, first.seed + len(batch))
+            if len(batch) == size or (this.temperature, this.max_tokens, this.seed) != expected:
+                yield batch
+                batch = []
+        batch.append(index)
+    if batch:
+        yield batch

@@ -56,18 +56,11 @@ def synthesize(
         RedflagError: The writer cannot be asked any further, or no row is left.
     """
     steps = _Steps(constitution, writer, judge, settings or Settings(), on_progress)
-    requests = find_requests(
-        constitution, writer, steps.settings, steps.dropped, lambda done, total: on_progress("requests", done, total)
-    )
+    requests = find_requests(constitution, writer, steps.settings, steps.dropped, partial(on_progress, "requests"))
     rows = steps.with_onsets(steps.distinct(steps.judged(steps.answered(requests))))
-    rows = steps.once(
-        [
-            *rows,
-            *steps.paraphrased(rows),
-            *steps.disguised(rows),
-            *steps.with_onsets(steps.judged(steps.translated(rows))),
-        ]
-    )
+    augmented = [*steps.paraphrased(rows), *steps.disguised(rows)]
+    augmented += steps.with_onsets(steps.judged(steps.translated(rows)))
+    rows = steps.once([*rows, *augmented])
     if not rows:
         reasons = ", ".join(f"{reason} {count}" for reason, count in steps.dropped.most_common(3))
         raise RedflagError(f"no row is left ({reasons or 'there was no request'}). Look at the writer's answers.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from redflag.lab.refusals.taxonomy import Taxonomy, load_taxonomy
+from redflag.lab.refusals.taxonomy import load_taxonomy
 from redflag.lab.synthesis.constitution import Class
 from redflag.lab.synthesis.dedup import normalised
 from redflag.lab.synthesis.onset import sentences
@@ -71,6 +71,4 @@ def is_refusal(text: str) -> bool:
     return _taxonomy().is_refusal(text)
 
 
-@cache
-def _taxonomy() -> Taxonomy:
-    return load_taxonomy()
+_taxonomy = cache(load_taxonomy)

@@ -47,10 +47,7 @@ class Reply:
 class Writer(Protocol):
     """A text generator."""
 
-    @property
-    def identity(self) -> str:
-        """Identifies the model, so that answers of different models are not mixed up."""
-        ...
+    identity: str  # identifies the model, so that answers of different models are not mixed up
 
     def ask(self, questions: Sequence[Question], keep: Callable[[int, Reply], None]) -> None:
         """Asks all questions, and passes on each answer as it arrives, in any order.

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 
-from redflag.lab.synthesis.constitution import Class, Constitution
+from redflag.lab.synthesis.constitution import SLOT, Class, Constitution
 from redflag.lab.synthesis.dedup import distinct, normalised
 from redflag.lab.synthesis.options import Settings
 from redflag.lab.synthesis.quality import bad_request
@@ -19,7 +19,6 @@ from redflag.lab.synthesis.writer_prompts import read_requests, requests_questio
 
 PER_QUESTION = 10  # requests per question: models lose track of longer lists
 _TOKENS = 1024
-_SLOT = re.compile(r"\{(\w+)\}")
 
 
 @dataclass(frozen=True)
@@ -50,24 +49,23 @@ def find_requests(
     dropped.
     """
     shares = constitution.shares(settings.requests)
-    questions: list[Question] = []
-    owners: list[int] = []
-    for number, (kind, share) in enumerate(zip(constitution.classes, shares, strict=True)):
-        for i in range(questions_for(kind, share)):
+    counts = [questions_for(kind, share) for kind, share in zip(constitution.classes, shares, strict=True)]
+    questions = []
+    for number, (kind, count) in enumerate(zip(constitution.classes, counts, strict=True)):
+        for i in range(count):
             style = constitution.styles[i % len(constitution.styles)]
             turns = requests_question(constitution, kind, style, PER_QUESTION)
             temperature = settings.temperatures[i % len(settings.temperatures)]
             questions.append(Question(turns, temperature, _TOKENS, settings.seed + 1_000 * number + i))
-            owners.append(number)
-    replies = writer.ask(questions, on_progress) if questions else []
+    replies = iter(writer.ask(questions, on_progress) if questions else [])
     requests: list[Request] = []
-    for number, (kind, share) in enumerate(zip(constitution.classes, shares, strict=True)):
+    for kind, share, count in zip(constitution.classes, shares, counts, strict=True):
         if kind.templates:
             texts, near = draw(constitution, kind, share, settings.seed), 1.0
         else:
             texts, near = list(kind.examples), settings.near
-            for owner, reply in zip(owners, replies, strict=True):
-                texts += read_requests(reply.text) if owner == number else []
+            for reply in islice(replies, count):
+                texts += read_requests(reply.text)
         good = []
         for text in texts:
             if reason := bad_request(text):
@@ -95,5 +93,5 @@ def draw(constitution: Constitution, kind: Class, count: int, seed: int) -> list
         if len(texts) == count:
             break
         template = rng.choice(kind.templates)
-        texts[_SLOT.sub(lambda slot: rng.choice(constitution.slots[slot[1]]), template)] = None
+        texts[SLOT.sub(lambda slot: rng.choice(constitution.slots[slot[1]]), template)] = None
     return list(texts)

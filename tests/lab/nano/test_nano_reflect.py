@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 
-from redflag.lab.nano.reflect import NANO_REFLECT, NANO_STAY, cut, nano_reflections, reflection, told_of
+from redflag.lab.nano.reflect import NANO_REFLECT, NANO_STAY, activity, cut, nano_reflections, reflection
 from redflag.lab.nano.rows import nano_rows
 from redflag.lab.nano.spans import harmful_onset
 from redflag.models.pretrain import train_tokenizer
@@ -45,7 +45,7 @@ def test_a_cut_lies_on_the_side_that_was_asked_for():
     for row in nano_rows("train", 400, seed=3):
         upto = cut(row, rng, harmful=False)
         assert 0 <= upto <= len(row.response) and (row.onset is None or upto <= row.onset)
-        assert not told_of(row, upto).startswith("tells") or row.onset == 0
+        assert not activity(row, upto).startswith("tells") or row.onset == 0
         if row.harmful:
             upto = cut(row, rng, harmful=True)
             assert len(row.response[: row.onset].rstrip()) <= upto <= len(row.response)
