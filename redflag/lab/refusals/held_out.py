@@ -50,6 +50,7 @@ def train(
     names = [taxonomy.label(pair.categories[0], level) if pair.categories else None for pair in pairs]
     unknown = sum(bool(pair.categories) and name is None for pair, name in zip(pairs, names, strict=True))
     kinds = [(pair, name) for pair, name in zip(pairs, names, strict=True) if name is not None]
+    # What each stage tells apart, what it reads, and its rows with their labels.
     tasks: dict[str, tuple[tuple[str, ...], tuple[str, ...], list[tuple[RequestAndAnswer, str]]]] = {
         "refusal": (
             ("no refusal", "refusal"),
