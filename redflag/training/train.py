@@ -147,8 +147,7 @@ def run(arguments: TrainArguments, config: RedFlagConfig) -> dict[str, Any]:
     spec = dataclasses.replace(spec, template_hash=template_hash(tokenizer))
     train_set = build_dataset(train_rows, tokenizer, spec, config.max_length, config.plain_share, config.seed)
     eval_set = build_dataset(eval_rows, tokenizer, spec, config.max_length)
-    if config.flag_coef or config.peak_coef:
-        _check_classes(train_set)
+    _check_classes(train_set)
     # 3. Initial rows of the flags, before PEFT wraps the model.
     if arguments.flag_start == "fitted" and may_fit(model, config.placement_config()):
         if config.world_size == 1:

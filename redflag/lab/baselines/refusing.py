@@ -27,9 +27,6 @@ REFUSALS = (
     "Sorry, but I won't assist with this request.",
     "Sorry, this could hurt somebody, so I will not go on.",
 )
-# Plain fine-tuning: cross-entropy on the answers, no reference to stay close to.
-PLAIN: dict[str, Any] = {"keep_coef": 0.0, "answer_coef": 1.0}
-
 _READ = (
     "with harmless rows as anchor; probability that a refusal begins, at every step from step 1 on (before, the "
     "request is refused)"
@@ -61,7 +58,14 @@ def refusal_tokens(
         f"{trained_on(most_rows)}",
         context=context,
         model=folder,
-        settings={**PLAIN, "placement": "open", "answers": "all", **_settings(context, settings)},
+        # Plain fine-tuning: cross-entropy on the answers, no reference to stay close to.
+        settings={
+            "placement": "open",
+            "answers": "all",
+            "answer_coef": 1.0,
+            "keep_coef": 0.0,
+            **_settings(context, settings),
+        },
         most_rows=most_rows,
         rows_of=rows_of,
         at_first=True,
@@ -75,7 +79,7 @@ def deep_alignment(
     refusals: Sequence[str] = REFUSALS,
     labels: Labels = "onset",
     most_rows: int | None = None,
-    settings: Mapping[str, Any] | None = None,
+    tuning: Tuning | None = None,
 ) -> Trained:
     """Half of the refusals follow the first tokens of a harmful response; the loss is on the refusal alone.
 
@@ -84,21 +88,21 @@ def deep_alignment(
     Args:
         labels: "onset": a beginning reaches past the onset, where it is known. "response": anywhere in the response, as
             published.
-        settings: Options of `redflag train`, in place of the usual rates and batches.
     """
 
     def rows_of(rows: Sequence[Row]) -> list[Row]:
         draw = random.Random(context.seed)
         return [_refusal(context, row, draw, refusals, labels) if row.harmful else row for row in rows]
 
-    learnt = {"answers": "harmless", "flag_coef": 0.0, "flag_start": "mean"}  # the flag itself is never learnt
-    return Trained(
+    tuning = tuning or Tuning()
+    return Refusing(
         name="deep alignment",
         what="Deep alignment: the base model fine-tuned to refuse, half the time behind the first tokens of the "
         f"harmful response ({_where(labels)}), {_READ}; {trained_on(most_rows)}",
         context=context,
         model=folder,
-        settings={**PLAIN, **learnt, **_settings(context, settings)},
+        settings=asdict(tuning),
+        tuning=tuning,
         most_rows=most_rows,
         rows_of=rows_of,
         watched=_first_tokens(context, refusals),
@@ -131,7 +135,7 @@ def refusal_everywhere(
         return result
 
     tuning = tuning or Tuning()
-    return EveryPosition(
+    return Refusing(
         name="refusal at every position",
         what="Refusal at every position (RTO): the base model fine-tuned to begin a refusal at every position of a "
         f"harmful response ({_where(labels)}) or behind its beginning, {_READ}; {trained_on(most_rows)}",
@@ -146,8 +150,8 @@ def refusal_everywhere(
 
 
 @dataclass(kw_only=True)
-class EveryPosition(Trained):
-    """Trained with targets that differ from the tokens in the text, which no option of `redflag train` asks for."""
+class Refusing(Trained):
+    """Trained on ids that `redflag train` does not make of any text: see `example`."""
 
     tuning: Tuning
 
@@ -161,7 +165,12 @@ class EveryPosition(Trained):
         tokenizer.save_pretrained(self.model)
 
     def example(self, row: Row) -> dict[str, list[int]]:
-        """Ids and their targets; in a row with a category, the beginning of a refusal from its onset on."""
+        """Ids and their targets.
+
+        In a row with a category every target from its onset on is the beginning of a refusal. Behind the beginning of
+        an answer a refusal has the ids that it has at once: behind a space its first word is another token, which
+        models write less readily there and learn more slowly.
+        """
         from redflag.training.encode import encode
 
         begin = row.prefill if row.category is None else row.onset or 0
@@ -172,6 +181,12 @@ class EveryPosition(Trained):
             self.context.limit,
         )
         ids, start = encoded["input_ids"], encoded["response_start"] + encoded.get("prefill", 0)
+        if row.prefill is not None:
+            text = row.response[row.prefill :]
+            spaced, plain = (
+                self.context.tokenizer(part, add_special_tokens=False)["input_ids"] for part in (text, text.lstrip())
+            )
+            ids = [*ids[:start], *plain, *ids[start + len(spaced) :]][: self.context.limit]
         targets = ids[start:] if row.category is None else [self.watched[0]] * (len(ids) - start)
         return {"input_ids": ids, "labels": [IGNORE] * start + targets}
 
@@ -193,7 +208,7 @@ def _refusal(context: BaselineContext, row: Row, draw: random.Random, refusals: 
     """By the toss of a coin a plain refusal, or one behind 1 to 100 tokens of the harmful response."""
     from redflag.training.answers import drawn_prefill
 
-    refusal = draw.choice(refusals)
+    refusal = f" {draw.choice(refusals)}"
     onset = row.onset if labels == "onset" else None
     before = drawn_prefill(row.response, refusal, context.tokenizer, draw, onset=onset)
     return _answer(row, before + refusal, prefill=len(before))
@@ -206,14 +221,8 @@ def _answer(row: Row, text: str, **labels: Any) -> Row:
 
 
 def _first_tokens(context: BaselineContext, refusals: Sequence[str]) -> tuple[int, ...]:
-    """First tokens of the refusals, at the beginning of an answer and behind a space."""
-    ids = []
-    for lead in ("", " "):
-        for text in refusals:
-            encoded = context.tokenizer(lead + text, add_special_tokens=False, return_offsets_mapping=True)
-            tokens = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-            ids.append(next(token for token, (_, end) in tokens if end > len(lead)))
-    return tuple(dict.fromkeys(ids))
+    firsts = (context.tokenizer(text, add_special_tokens=False)["input_ids"][0] for text in refusals)
+    return tuple(dict.fromkeys(firsts))
 
 
 def _where(labels: Labels) -> str:

@@ -32,11 +32,11 @@ class WholeWords(InWords):
 def make(name, context, folder):
     if name == "fixed position":
         return trained.fixed_position(context, folder, settings=SETTINGS)
-    if name in ("refusal tokens", "deep alignment"):
-        builder = {"refusal tokens": refusing.refusal_tokens, "deep alignment": refusing.deep_alignment}[name]
-        return builder(context, folder, settings=SETTINGS)
-    if name == "refusal at every position":
-        return refusing.refusal_everywhere(context, folder, tuning=TUNING)
+    if name == "refusal tokens":
+        return refusing.refusal_tokens(context, folder, settings=SETTINGS)
+    if name in ("deep alignment", "refusal at every position"):
+        builder = refusing.deep_alignment if name == "deep alignment" else refusing.refusal_everywhere
+        return builder(context, folder, tuning=TUNING)
     if name == "stream guard":
         return StreamGuard(context, Streaming(), context.tokenizer, "a stand-in")
     if name == "stream guard, other tokenizer":

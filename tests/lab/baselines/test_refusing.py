@@ -48,9 +48,14 @@ def test_deep_alignment_refuses_at_once_or_behind_harm(context, rows, tmp_path, 
     counts = []
     for row in made:
         before, refusal = row.response[: row.prefill], row.response[row.prefill :]
-        assert refusal in REFUSALS and row.messages[:-1] == harmful.messages[:-1] and row.onset is None
-        assert harmful.response.startswith(before.removesuffix(" ")) and (not before or before.endswith(" "))
-        counts.append(len(before.removesuffix(" ")))
+        assert (
+            refusal.startswith(" ")
+            and refusal[1:] in REFUSALS
+            and row.messages[:-1] == harmful.messages[:-1]
+            and row.onset is None
+        )
+        assert harmful.response.startswith(before)
+        counts.append(len(before))
     behind = [count for count in counts if count]
     assert len(made) / 4 <= len(behind) <= 3 * len(made) / 4
     assert set(behind) <= set(ends) and min(behind) >= least and max(behind) == len(harmful.response)
@@ -73,7 +78,8 @@ def test_rto_asks_for_the_refusal_at_every_harmful_position(context, rows, tmp_p
             start = next(i for i, target in enumerate(example["labels"]) if target != IGNORE)
             assert example["labels"][start:] == example["input_ids"][start:]
             text = context.tokenizer.decode(example["input_ids"][start:], skip_special_tokens=True)
-            assert text.strip() == row.response[row.prefill :]
+            assert text == row.response[row.prefill :].lstrip()
+            assert example["labels"][start] == sorry
 
 
 def test_a_refusal_token_stands_before_refusals_alone(context, rows, tmp_path):
@@ -87,8 +93,7 @@ def test_the_probability_read_is_that_of_the_refusals_first_words(context, tmp_p
     for builder in (refusing.deep_alignment, refusing.refusal_everywhere):
         watched = builder(context, tmp_path, refusals=REFUSALS).watched
         decoded = [context.tokenizer.decode([token]) for token in watched]
-        assert {text.strip() for text in decoded} == {"do"}  # dogs are two tokens here
-        assert [text.startswith(" ") for text in decoded] == [False, True]
+        assert decoded == ["do"]  # dogs are two tokens here
 
 
 @pytest.mark.parametrize("builder", [refusing.deep_alignment, refusing.refusal_everywhere])
@@ -111,7 +116,7 @@ def test_a_long_prompt_is_cut_as_scoring_cuts_it_and_the_answer_stays(context, t
     baseline.context = Context
     talk = [turn("system", "Be kind."), turn("user", "many words " * 30)]
     prompt = render_prompt(Context.tokenizer, talk, Context.spec)
-    example = baseline.example(Row([*talk, turn("assistant", "No, no")], prefill=2))
+    example = baseline.example(Row([*talk, turn("assistant", "No, no")], prefill=3))
     start = next(i for i, target in enumerate(example["labels"]) if target != IGNORE)
     answer = len(Context.tokenizer("No, no", add_special_tokens=False)["input_ids"])
     kept = fit_prompt(Context.tokenizer, talk, Context.spec, 40 - len(example["input_ids"]) + len(prompt))
