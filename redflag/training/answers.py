@@ -13,6 +13,7 @@ import torch
 
 from redflag.data.rows import Row
 from redflag.errors import RedflagError
+from redflag.training.encode import onset_token
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -83,14 +84,9 @@ def deep_alignment_rows(
         prompt, harmful, refusal = texts
         if not all(text.strip() for text in texts):
             raise RedflagError(f"triple {number} must have a prompt, an answer and a refusal (got an empty text).")
-        offsets = tokenizer(harmful, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         for copy in range(copies):
             draw = random.Random(f"deep/{seed}/{number}/{copy}")
-            before = ""
-            if draw.random() < share:
-                before = harmful[: offsets[draw.randint(1, min(most, len(offsets))) - 1][1]]
-                if not before[-1:].isspace() and not refusal[:1].isspace():
-                    before += " "
+            before = drawn_prefill(harmful, refusal, tokenizer, draw, share, most)
             messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": before + refusal}]
             rows.append(
                 Row(
@@ -102,3 +98,25 @@ def deep_alignment_rows(
                 )
             )
     return rows
+
+
+def drawn_prefill(
+    harmful: str,
+    refusal: str,
+    tokenizer: PreTrainedTokenizerFast,
+    draw: random.Random,
+    share: float = 0.5,
+    most: int = 100,
+    onset: int | None = None,
+) -> str:
+    """The beginning of a harmful answer that a refusal follows, as in `deep_alignment_rows`; or none.
+
+    Args:
+        onset: Character where harm begins: a prefill reaches past it, also where that takes more than `most` tokens.
+    """
+    if draw.random() >= share:
+        return ""
+    offsets = tokenizer(harmful, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    least = 1 if onset is None else min(onset_token(offsets, onset) + 1, len(offsets))
+    before = harmful[: offsets[draw.randint(least, max(least, min(most, len(offsets)))) - 1][1]]
+    return before if before[-1:].isspace() or refusal[:1].isspace() else before + " "

@@ -26,8 +26,8 @@ from redflag.lab.attacks import Target
 from redflag.lab.attacks.finetune import FineTune
 from redflag.lab.attacks.run_attacks import make_attacks, run_attacks
 from redflag.lab.attacks.wrappers import Wrapper, Wrappers
-from redflag.lab.baselines.fixed import FixedPosition
 from redflag.lab.baselines.shared import BaselineContext
+from redflag.lab.baselines.trained import fixed_position
 from redflag.models.pretrain import pretrain, train_tokenizer
 from redflag.prompt import render_prompt, render_response
 from redflag.stats.metrics import auroc
@@ -289,7 +289,7 @@ def test_S1_7_a_fixed_position_asks_and_reads_step_0_alone(world, tmp_path):
         labels = place(example, PlacementConfig("first"), spec).flag_labels
         assert {i: label for i, label in enumerate(labels) if label != IGNORE} == {example["response_start"]: wanted}
     # Read once, before the first token, and held over the response: what comes later changes nothing.
-    fixed = FixedPosition(BaselineContext(world / "base", tmp_path / "fixed", tmp_path), tmp_path / "fixed")
+    fixed = fixed_position(BaselineContext(world / "base", tmp_path / "fixed", tmp_path), tmp_path / "fixed")
     asked = HARMFUL[0].messages[0]["content"]
     pair = [conversation(asked, f"now {GOOD[0]} {HARM}", name="a"), conversation(asked, GOOD[1], name="b")]
     recording = fixed.score(pair)

@@ -18,7 +18,7 @@ from redflag.lab.baselines.shared import BaselineContext, HiddenFrom, digest, mo
 from redflag.scoring.recording import Recording
 
 # Part of every fingerprint: raise it when a baseline is trained or scored in another way than before.
-_VERSION = 5
+_VERSION = 6
 
 NAMES = (
     "tfidf",
@@ -185,7 +185,7 @@ def _options(name: str, options: Mapping[str, Mapping[str, Any]], most_rows: int
 
 def _build(name: str, context: BaselineContext, options: dict[str, Any], folder: Path) -> Baseline | None:
     """The baseline of that name; its module is loaded only now."""
-    from redflag.lab.baselines import fixed, own_words, probes, refusing, stream_guard, tfidf
+    from redflag.lab.baselines import own_words, probes, refusing, stream_guard, tfidf, trained
     from redflag.lab.baselines.tuning import Tuning
 
     model = folder / "model"
@@ -196,7 +196,7 @@ def _build(name: str, context: BaselineContext, options: dict[str, Any], folder:
         "token head": partial(_token_head, context),
         "mlp probe": partial(probes.mlp_probe, context),
         "own words": partial(own_words.OwnWords, context),
-        "fixed position": partial(fixed.FixedPosition, context, model),
+        "fixed position": partial(trained.fixed_position, context, model),
         "refusal tokens": partial(refusing.refusal_tokens, context, model),
         "deep alignment": partial(refusing.deep_alignment, context, model),
         "refusal at every position": partial(refusing.refusal_everywhere, context, model),

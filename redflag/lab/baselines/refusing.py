@@ -7,20 +7,17 @@ arXiv 2407.09121); both are read before every token.
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from redflag.data.rows import Row
-from redflag.files import keep_json, kept_json
-from redflag.flags import Flag, FlagSpec, attach
-from redflag.lab.baselines.own_softmax import OwnSoftmax
-from redflag.lab.baselines.shared import BaselineContext, Read, digest, model_stamp, thinned
-from redflag.lab.baselines.tuning import IGNORE, Example, Tuning, fine_tune
-from redflag.truncation import fit_prompt
+from redflag.lab.baselines.shared import BaselineContext, trained_on
+from redflag.lab.baselines.trained import Trained
+from redflag.lab.baselines.tuning import IGNORE, SMALL, Tuning, fine_tune
 
 Labels = Literal["onset", "response"]
 
@@ -30,63 +27,10 @@ REFUSALS = (
     "Sorry, but I won't assist with this request.",
     "Sorry, this could hurt somebody, so I will not go on.",
 )
-MARKS = FlagSpec((Flag("refuse", "[refuse]"), Flag("respond", "[respond]")))
-_LONGEST = 100  # tokens of a harmful beginning, as in arXiv 2406.05946
-
-
-@dataclass(kw_only=True)
-class RefusalBaseline(OwnSoftmax):
-    """A base model trained to refuse, and the probability of that."""
-
-    model: Path  # folder of the trained model, an ordinary one that attacks can be run against
-    # (rows, random generator, ids of the marks) -> training examples of one pass
-    examples: Callable[[Sequence[Read], random.Random, Sequence[int]], list[Example]]
-    watched: tuple[int, ...]  # ids whose summed probability is the score; empty = that of the mark [refuse]
-    most_rows: int | None  # maximum number of training rows
-    tuning: Tuning
-
-    note = (
-        "takes the place of the model: one probability of its own softmax is read {when}, nothing comes on top; the "
-        "time is that of its own forward pass, batched, spread over the response's tokens"
-    )
-
-    def fit(self, train: Sequence[Row]) -> None:
-        """Trains, or loads the model that an earlier run trained."""
-        from redflag.backends.hf import HFBackend
-        from redflag.backends.load import read_model
-
-        context = self.context
-        rows = thinned(train, self.most_rows, context.seed)
-        key = digest(
-            [
-                [self.name, self.what, self.watched, asdict(self.tuning), context.seed, context.limit],
-                [row.to_dict() for row in rows],
-                model_stamp(context.base),
-            ]
-        )
-        done = self.model / "trained.json"
-        if record := kept_json(done, fingerprint=key):
-            model, _ = read_model(self.model, "auto")
-            self.watched = tuple(record["watched"])
-        else:
-            done.unlink(missing_ok=True)
-            model, tokenizer = read_model(context.base, "auto")
-            marks = () if self.watched else attach(model, tokenizer, MARKS).ids
-            self.watched = self.watched or marks[:1]
-            reads = context.read(rows)
-            model = fine_tune(
-                model.to(context.device),
-                lambda number: self.examples(reads, random.Random(f"{context.seed}/{number}"), marks),
-                self.tuning,
-                seed=context.seed,
-                new_rows=marks,
-            )
-            model.save_pretrained(self.model)
-            tokenizer.save_pretrained(self.model)
-            keep_json(done, {"fingerprint": key, "watched": self.watched})
-        flags = tuple(Flag(f"refusal {i}", id=token) for i, token in enumerate(self.watched))
-        model = model.to(context.device)
-        self._backend = HFBackend(model, context.tokenizer, FlagSpec(flags), reuse_prefix=False)
+_READ = (
+    "with harmless rows as anchor; probability that a refusal begins, at every step from step 1 on (before, the "
+    "request is refused)"
+)
 
 
 def refusal_tokens(
@@ -95,140 +39,191 @@ def refusal_tokens(
     *,
     refusals: Sequence[str] = REFUSALS,
     most_rows: int | None = None,
-    tuning: Tuning | None = None,
-) -> RefusalBaseline:
-    """[refuse] or [respond] before every answer, plain fine-tuning on token and answer (arXiv 2412.06748).
+    settings: Mapping[str, Any] | None = None,
+) -> Trained:
+    """A token before refusals, plain fine-tuning on token and answer (arXiv 2412.06748).
 
-    Harmful rows are answered by [refuse] and a refusal, harmless ones by [respond] and their response.
+    Harmful rows are answered by the token and a refusal, harmless ones by their response. `settings` are options of
+    `redflag train`, in place of the usual rates and batches.
     """
-    texts = [_ids(context, text) for text in refusals]
 
-    def examples(reads: Sequence[Read], draw: random.Random, marks: Sequence[int]) -> list[Example]:
-        answers = [
-            [marks[0], *draw.choice(texts), *read.judged_ids[read.tokens :]]
-            if read.row.harmful
-            else [marks[1], *read.judged_ids]
-            for read in reads
-        ]
-        return [_example(context, *pair) for pair in zip(reads, answers, strict=True)]
+    def rows_of(rows: Sequence[Row]) -> list[Row]:
+        draw = random.Random(context.seed)
+        return [_answer(row, draw.choice(refusals), category="harm") if row.harmful else row for row in rows]
 
-    what = (
-        "Refusal tokens: the base model fine-tuned to begin with [refuse] and a refusal (harmful rows) or [respond] "
-        f"and the response (harmless rows); p([refuse]) at position 0 holds for the whole response; {_on(most_rows)}"
-    )
-    return RefusalBaseline(
+    return Trained(
         name="refusal tokens",
-        what=what,
+        what="Refusal tokens: the base model fine-tuned to begin with a token of its own and a refusal (harmful rows) "
+        "or with the response (harmless rows); the token's probability at position 0 holds for the whole response; "
+        f"{trained_on(most_rows)}",
         context=context,
-        at_first=True,
         model=folder,
-        examples=examples,
-        watched=(),
+        # Plain fine-tuning: cross-entropy on the answers, no reference to stay close to.
+        settings={
+            "placement": "open",
+            "answers": "all",
+            "answer_coef": 1.0,
+            "keep_coef": 0.0,
+            **_settings(context, settings),
+        },
         most_rows=most_rows,
-        tuning=tuning or Tuning(),
+        rows_of=rows_of,
+        at_first=True,
     )
 
 
-def _refusing(
-    everywhere: bool,
+def deep_alignment(
     context: BaselineContext,
     folder: Path,
     *,
     refusals: Sequence[str] = REFUSALS,
     labels: Labels = "onset",
-    first_step: int = 1,
     most_rows: int | None = None,
     tuning: Tuning | None = None,
-) -> RefusalBaseline:
-    """A model that refuses in the middle of harmful responses.
+) -> Trained:
+    """Half of the refusals follow the first tokens of a harmful response; the loss is on the refusal alone.
 
-    `deep_alignment` (arXiv 2406.05946): half of the refusals follow the first tokens of a harmful response, and
-    the loss is on the refusal alone. `refusal_everywhere` (DeRTa, arXiv 2407.09121): by the toss of a coin that, or a
-    refusal's first token as target of every position of the harmful response. Harmless rows, with their own responses,
-    are the anchor.
-
-    At step 0 such a model refuses requests, whose harmless answers look no different yet: that step is not read.
+    Harmless rows, with their own responses, are the anchor.
 
     Args:
-        labels: "onset": a beginning reaches past the onset, and positions count from it, where it is known. "response":
-            anywhere in the response, as published.
+        labels: "onset": a beginning reaches past the onset, where it is known. "response": anywhere in the response, as
+            published.
     """
-    texts = [_ids(context, text) for text in refusals]
-    starts = tuple(sorted({text[0] for text in texts}))
 
-    def examples(reads: Sequence[Read], draw: random.Random, marks: Sequence[int]) -> list[Example]:
-        made = []
-        for read in reads:
-            if not read.row.harmful:
-                made.append(_example(context, read, read.judged_ids))
-            elif everywhere and draw.random() >= 0.5:
-                onset = min(read.onset or 0, len(read.judged_ids)) if labels == "onset" else 0
-                targets = [IGNORE] * (len(read.prompt_ids) + onset) + [texts[0][0]] * (len(read.judged_ids) - onset)
-                made.append(Example(read.prompt_ids + read.judged_ids, targets))
-            else:
-                made.append(_behind_harm(context, read, draw, draw.choice(texts), labels))
-        return made
+    def rows_of(rows: Sequence[Row]) -> list[Row]:
+        draw = random.Random(context.seed)
+        return [_refusal(context, row, draw, refusals, labels) if row.harmful else row for row in rows]
 
-    cut = "past the onset, where it is known" if labels == "onset" else "anywhere in it"
-    after = f" from step {first_step} on (before, the request is refused)" if first_step else ""
-    if everywhere:
-        what = (
-            "Refusal at every position (RTO): the base model fine-tuned to begin a refusal at every position of a "
-            f"harmful response ({cut}) or behind its beginning, with harmless rows as anchor; probability that a "
-            f"refusal begins, at every step{after}; {_on(most_rows)}"
-        )
-    else:
-        what = (
-            "Deep alignment: the base model fine-tuned to refuse, half the time behind the first tokens of the harmful "
-            f"response ({cut}), with harmless rows as anchor; probability that a refusal begins, at every "
-            f"step{after}; {_on(most_rows)}"
-        )
-    return RefusalBaseline(
-        name="refusal at every position" if everywhere else "deep alignment",
-        what=what,
+    tuning = tuning or Tuning()
+    return Refusing(
+        name="deep alignment",
+        what="Deep alignment: the base model fine-tuned to refuse, half the time behind the first tokens of the "
+        f"harmful response ({_where(labels)}), {_READ}; {trained_on(most_rows)}",
         context=context,
-        # Despite its description, refusal at every position is recorded from step 0 on: reported figures are of that.
-        first_step=0 if everywhere else first_step,
         model=folder,
-        examples=examples,
-        watched=starts,
+        settings=asdict(tuning),
+        tuning=tuning,
         most_rows=most_rows,
-        tuning=tuning or Tuning(),
+        rows_of=rows_of,
+        watched=_first_tokens(context, refusals),
     )
 
 
-deep_alignment = partial(_refusing, False)
-refusal_everywhere = partial(_refusing, True)
+def refusal_everywhere(
+    context: BaselineContext,
+    folder: Path,
+    *,
+    refusals: Sequence[str] = REFUSALS,
+    labels: Labels = "onset",
+    most_rows: int | None = None,
+    tuning: Tuning | None = None,
+) -> Trained:
+    """As `deep_alignment`, but by the toss of a coin a refusal is the target at every position of a harmful response.
+
+    With "onset" positions count from the onset on, where it is known.
+    """
+
+    def rows_of(rows: Sequence[Row]) -> list[Row]:
+        draw = random.Random(context.seed)
+        result = []
+        for row in rows:
+            if row.harmful and draw.random() < 0.5:
+                onset = row.onset if labels == "onset" else None
+                result.append(_answer(row, row.response, category="harm", onset=onset))
+            else:
+                result.append(_refusal(context, row, draw, refusals, labels) if row.harmful else row)
+        return result
+
+    tuning = tuning or Tuning()
+    return Refusing(
+        name="refusal at every position",
+        what="Refusal at every position (RTO): the base model fine-tuned to begin a refusal at every position of a "
+        f"harmful response ({_where(labels)}) or behind its beginning, {_READ}; {trained_on(most_rows)}",
+        context=context,
+        model=folder,
+        settings=asdict(tuning),
+        tuning=tuning,
+        most_rows=most_rows,
+        rows_of=rows_of,
+        watched=_first_tokens(context, refusals),
+    )
 
 
-def _behind_harm(
-    context: BaselineContext, read: Read, draw: random.Random, refusal: list[int], labels: Labels
-) -> Example:
+@dataclass(kw_only=True)
+class Refusing(Trained):
+    """Trained on ids that `redflag train` does not make of any text: see `example`."""
+
+    tuning: Tuning
+
+    def _train(self, rows: Sequence[Row]) -> None:
+        from redflag.backends.load import read_model
+
+        model, tokenizer = read_model(self.context.base, "auto")
+        examples = [self.example(row) for row in rows]
+        model = fine_tune(model.to(self.context.device), examples, self.tuning, seed=self.context.seed)
+        model.save_pretrained(self.model)
+        tokenizer.save_pretrained(self.model)
+
+    def example(self, row: Row) -> dict[str, list[int]]:
+        """Ids and their targets.
+
+        In a row with a category every target from its onset on is the beginning of a refusal. Behind the beginning of
+        an answer a refusal has the ids that it has at once: behind a space its first word is another token, which
+        models write less readily there and learn more slowly.
+        """
+        from redflag.training.encode import encode
+
+        begin = row.prefill if row.category is None else row.onset or 0
+        encoded = encode(
+            replace(row, category=None, onset=None, prefill=begin),
+            self.context.tokenizer,
+            self.context.spec,
+            self.context.limit,
+        )
+        ids, start = encoded["input_ids"], encoded["response_start"] + encoded.get("prefill", 0)
+        if row.prefill is not None:
+            text = row.response[row.prefill :]
+            spaced, plain = (
+                self.context.tokenizer(part, add_special_tokens=False)["input_ids"] for part in (text, text.lstrip())
+            )
+            ids = [*ids[:start], *plain, *ids[start + len(spaced) :]][: self.context.limit]
+        targets = ids[start:] if row.category is None else [self.watched[0]] * (len(ids) - start)
+        return {"input_ids": ids, "labels": [IGNORE] * start + targets}
+
+
+def _settings(context: BaselineContext, settings: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    if settings is not None:
+        return settings
+    small = (context.forward_flops or math.inf) <= 2 * SMALL
+    return {
+        "full": small,
+        "learning_rate": 5e-4 if small else 2e-4,
+        "per_device_train_batch_size": 16,
+        "train_sampling_strategy": "group_by_length",
+        "logging_steps": 50,
+    }
+
+
+def _refusal(context: BaselineContext, row: Row, draw: random.Random, refusals: Sequence[str], labels: Labels) -> Row:
     """By the toss of a coin a plain refusal, or one behind 1 to 100 tokens of the harmful response."""
-    refusal = [*refusal, *read.judged_ids[read.tokens :]]
-    count = 0
-    if draw.random() < 0.5:
-        least = min((read.onset or 0) + 1, read.tokens) if labels == "onset" else 1
-        count = draw.randint(least, max(least, min(_LONGEST, read.tokens)))
-    return _example(context, read, read.judged_ids[:count] + refusal, count)
+    from redflag.training.answers import drawn_prefill
+
+    refusal = f" {draw.choice(refusals)}"
+    onset = row.onset if labels == "onset" else None
+    before = drawn_prefill(row.response, refusal, context.tokenizer, draw, onset=onset)
+    return _answer(row, before + refusal, prefill=len(before))
 
 
-def _example(context: BaselineContext, read: Read, answer: list[int], begun: int = 0) -> Example:
-    """The answer after the prompt, which is cut if both do not fit; its first `begun` tokens are not targets."""
-    prompt = read.prompt_ids
-    if context.limit is not None:
-        answer = answer[: context.limit - 1]
-        room = context.limit - len(answer)
-        prompt = fit_prompt(context.tokenizer, read.row.messages[:-1], context.spec, room, prompt)
-    begun = min(begun, len(answer))
-    return Example(prompt + answer, [IGNORE] * (len(prompt) + begun) + answer[begun:])
+def _answer(row: Row, text: str, **labels: Any) -> Row:
+    """The row's conversation with another answer."""
+    messages = [*row.messages[:-1], {"role": "assistant", "content": text}]
+    return Row(messages, group=row.group, id=row.id, **labels)
 
 
-def _ids(context: BaselineContext, text: str) -> list[int]:
-    return list(context.tokenizer(text, add_special_tokens=False)["input_ids"])
+def _first_tokens(context: BaselineContext, refusals: Sequence[str]) -> tuple[int, ...]:
+    firsts = (context.tokenizer(text, add_special_tokens=False)["input_ids"][0] for text in refusals)
+    return tuple(dict.fromkeys(firsts))
 
 
-def _on(most_rows: int | None) -> str:
-    if most_rows is None:
-        return "trained on the same rows as the flag."
-    return f"trained on at most {most_rows} of the flag's rows, drawn by seed."
+def _where(labels: Labels) -> str:
+    return "past the onset, where it is known" if labels == "onset" else "anywhere in it"

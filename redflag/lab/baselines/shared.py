@@ -23,6 +23,7 @@ from redflag.flags import FILE, Flag, FlagSpec
 from redflag.lab.baselines import Cost
 from redflag.progress import track
 from redflag.scoring.fitting import fit
+from redflag.scoring.processes import World
 from redflag.scoring.recording import Recording
 from redflag.scoring.scored import Scored, as_recorded
 
@@ -156,6 +157,26 @@ class BaselineContext:
             scored = Scored(read.row, read.judged_ids[: read.tokens], *probs_of, read.onset, read.truncated)
             responses.append(as_recorded(scored))
         return Recording.of(["harm"], responses, {"baseline": name, "seed": self.seed})
+
+
+def trained_on(most_rows: int | None) -> str:
+    """What a description says of the rows."""
+    if most_rows is None:
+        return "trained on the same rows as the flag."
+    return f"trained on at most {most_rows} of the flag's rows, drawn by seed."
+
+
+def require_one_process(name: str) -> None:
+    """Refuses to train a model in a process that others have left by the time that its rows are scored.
+
+    Raises:
+        RedflagError: There are several.
+    """
+    if (size := World.here().size) > 1:
+        raise RedflagError(
+            f"the baseline {name!r} must be trained by one process (got {size}). The others have left when rows are "
+            "scored. Give the same command again without `accelerate launch`: it goes on from there."
+        )
 
 
 def digest(value: Any) -> str:

@@ -68,8 +68,8 @@ class StreamGuard:
     def __init__(self, context: BaselineContext, model: Any, tokenizer: Any, called: str, strict: bool = True) -> None:
         if not hasattr(model, "stream_generate") and not hasattr(model, "stream_moderate_from_ids"):
             raise RedflagError(
-                f"{called} has neither stream_generate nor stream_moderate_from_ids, so it cannot judge a response "
-                "that is being written: give a Qwen3Guard-Stream model"
+                f"{called} must have stream_generate or stream_moderate_from_ids (got neither). Without them it cannot "
+                "judge a response that is being written. Give a Qwen3Guard-Stream model."
             )
         self.name = "stream guard"
         self._same_tokens = tokenizer.get_vocab() == context.tokenizer.get_vocab()

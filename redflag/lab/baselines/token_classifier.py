@@ -5,8 +5,8 @@ The head alone, on a model that stays as it is, is `redflag.lab.baselines.probes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,20 +15,18 @@ from torch import Tensor
 from redflag.data.rows import Row
 from redflag.lab.baselines import Cost
 from redflag.lab.baselines.probe_losses import token_bce, towards_maximum
-from redflag.lab.baselines.shared import BaselineContext, Floats, Timing, multiplied_weights, thinned
-from redflag.lab.baselines.tuning import IGNORE, Tuning, fine_tune, hidden_of, language_loss
+from redflag.lab.baselines.shared import (
+    BaselineContext,
+    Floats,
+    Timing,
+    multiplied_weights,
+    require_one_process,
+    thinned,
+    trained_on,
+)
+from redflag.lab.baselines.tuning import IGNORE, Tuning, fine_tune, hidden_of, language_loss, padded
 from redflag.progress import track
 from redflag.scoring.recording import Recording
-
-
-class _Judged(NamedTuple):
-    """An example with its label: `steps` logits are read from position `start` on."""
-
-    ids: list[int]
-    targets: list[int]
-    start: int
-    steps: int
-    harmful: bool
 
 
 class TokenClassifier:
@@ -44,11 +42,10 @@ class TokenClassifier:
     ) -> None:
         """`language` is the weight of the next-token loss on the responses, a regulariser."""
         self.name = "token head"
-        rows = "the same rows as the flag" if most_rows is None else f"at most {most_rows} of the flag's rows"
         self.what = (
             "Token classifier: a copy of the reference model fine-tuned with a linear token head, next-token loss "
             f"({language:g}) and cross-entropy with the response's label, from each step's logit to the cumulative "
-            f"maximum in the course of training; trained on {rows}."
+            f"maximum in the course of training; {trained_on(most_rows)}"
         )
         self._context, self._language, self._most_rows = context, language, most_rows
         self._tuning = tuning or Tuning()
@@ -59,6 +56,7 @@ class TokenClassifier:
     def fit(self, train: Sequence[Row]) -> None:
         from redflag.backends.load import read_model
 
+        require_one_process(self.name)
         model, _ = read_model(self._context.base, "auto")
         reads = self._context.read(thinned(train, self._most_rows, self._context.seed))
         share = min(max(sum(read.row.harmful for read in reads) / len(reads), 1e-6), 1 - 1e-6)
@@ -66,21 +64,19 @@ class TokenClassifier:
         torch.nn.init.zeros_(head.weight)
         torch.nn.init.zeros_(head.bias)
         examples = [
-            _Judged(
-                read.prompt_ids + read.judged_ids,
-                [IGNORE] * len(read.prompt_ids) + read.judged_ids,
-                len(read.prompt_ids) - 1,
-                len(read.judged_ids),
-                read.row.harmful,
-            )
+            {
+                "input_ids": read.prompt_ids + read.judged_ids,
+                "labels": [IGNORE] * len(read.prompt_ids) + read.judged_ids,
+                "start": len(read.prompt_ids) - 1,  # `steps` logits are read from this position on
+                "steps": len(read.judged_ids),
+                "harmful": read.row.harmful,
+            }
             for read in reads
         ]
 
-        def loss(model: Any, batch: Sequence[_Judged], done: float) -> Tensor:
-            hidden = hidden_of(model, [one.ids for one in batch])
-            starts, counts, labels = (
-                torch.tensor([one[i] for one in batch], device=hidden.device)[:, None] for i in (2, 3, 4)
-            )
+        def loss(model: Any, batch: Mapping[str, Tensor], done: float) -> Tensor:
+            hidden = hidden_of(model, batch)
+            starts, counts, labels = (batch[name][:, None] for name in ("start", "steps", "harmful"))
             steps = torch.arange(int(counts.max()), device=hidden.device)
             mask = steps < counts
             logits = head(hidden)[..., 0].gather(1, (starts + steps).clamp_max(hidden.shape[1] - 1))
@@ -92,7 +88,7 @@ class TokenClassifier:
 
         self._model = fine_tune(
             model.to(self._context.device),
-            lambda number: examples,
+            examples,
             self._tuning,
             seed=self._context.seed,
             loss=loss,
@@ -110,7 +106,8 @@ class TokenClassifier:
         with self._timing.measuring(sum(len(read.judged_ids) for read in reads)):
             for first in track(starts, f"scoring {self.name}", len(starts), "batches"):
                 picks = order[first : first + self._context.batch_size]
-                hidden = hidden_of(self._model, [(reads[i].prompt_ids + reads[i].judged_ids)[:-1] for i in picks])
+                batch = padded([{"input_ids": (reads[i].prompt_ids + reads[i].judged_ids)[:-1]} for i in picks])
+                hidden = hidden_of(self._model, {"input_ids": batch["input_ids"].to(self._model.device)})
                 scores = torch.sigmoid(self._head(hidden)[..., 0].float()).cpu().numpy()
                 for i, one in zip(picks, scores, strict=True):
                     start = len(reads[i].prompt_ids) - 1

@@ -1,37 +1,29 @@
-"""A plain training loop, all weights or LoRA, with cross-entropy on chosen positions by default."""
+"""Fine-tuning by transformers' Trainer, with targets or a loss that `redflag train` does not know."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 
 from redflag.backends.head import backbone, head_logits
-from redflag.lab.baselines.shared import drawn_batches
-from redflag.progress import track
+from redflag.progress import Progress
 
 IGNORE = -100
 # Models up to this size have all their weights trained by default.
-_SMALL = 100_000_000
+SMALL = 100_000_000
 
-
-class Example(NamedTuple):
-    """Ids, and for each position its target (predicted from the ids before it), or `IGNORE`.
-
-    A target may differ from the id at its position.
-    """
-
-    ids: list[int]
-    targets: list[int]
-
-
+# An example: `input_ids` and `labels`, for each position its target (predicted from the ids before it; it may differ
+# from the id there) or `IGNORE`; and numbers that a loss of one's own reads. A batch: the same as tensors, padded.
+Example = Mapping[str, Any]
 # (model, batch, share of the training done) -> loss
-Loss = Callable[[Any, Sequence[Any], float], Tensor]
+Loss = Callable[[Any, Mapping[str, Tensor], float], Tensor]
 
 
 @dataclass(frozen=True)
@@ -47,93 +39,98 @@ class Tuning:
 
 def fine_tune(
     model: Any,
-    draw: Callable[[int], Sequence[Any]],
+    examples: Sequence[Example],
     tuning: Tuning,
     *,
     seed: int,
-    new_rows: Sequence[int] = (),
     loss: Loss | None = None,
     head: torch.nn.Module | None = None,
 ) -> Any:
-    """Trains a causal language model.
+    """Trains a causal language model, by default with the mean cross-entropy over all targets of a batch.
 
     Args:
-        draw: Pass number -> its examples: anything with `ids`, and `targets` unless another loss is given.
-        new_rows: Ids of new tokens, whose rows LoRA has to train.
         head: Another module that is trained along.
 
     Returns:
-        The model, adapters merged, in evaluation mode.
+        The model, adapters merged, in evaluation mode, on the device that it came on.
     """
+    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+    class Tuner(Trainer):
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **others: Any) -> Any:
+            if loss is None:
+                return language_loss(model, hidden_of(model, inputs), inputs)
+            return loss(model, inputs, self.state.global_step / self.state.max_steps)
+
+    class ShowProgress(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.progress = Progress("fine-tuning", state.max_steps, "steps")
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.progress(state.global_step)
+
+    device = model.device
     size = sum(parameter.numel() for parameter in model.parameters())
-    rank = (0 if size <= _SMALL else 32) if tuning.lora_r is None else tuning.lora_r
-    rate = tuning.learning_rate or (2e-4 if rank else 5e-4 if size <= _SMALL else 2e-5)
+    rank = (0 if size <= SMALL else 32) if tuning.lora_r is None else tuning.lora_r
     torch.manual_seed(seed)
-    trained = _with_lora(model, rank, new_rows) if rank else model
-    trained.train()
-    parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
-    parameters += [] if head is None else list(head.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
-    generator = torch.Generator().manual_seed(seed)
-    steps, done = 0, 0
-    for number in range(tuning.passes):
-        examples = draw(number)
-        drawn = drawn_batches([len(one.ids) for one in examples], tuning.rows, generator)
-        batches = [[examples[i] for i in picks] for picks in drawn]
-        steps = steps or tuning.passes * len(batches)
-        for batch in track(batches, f"fine-tuning, pass {number + 1} of {tuning.passes}", len(batches), "steps"):
-            share = min(done / steps, 1.0)
-            for group in optimizer.param_groups:
-                group["lr"] = rate * min(1.0, 20 * (share + 1 / steps)) * (0.5 + 0.5 * math.cos(math.pi * share))
-            optimizer.zero_grad()
-            (loss_of(trained, batch) if loss is None else loss(trained, batch, share)).backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            done += 1
-    if rank:
-        trained = trained.merge_and_unload()
-    return trained.eval()
+    trained = _with_lora(model, rank) if rank else model
+    if head is not None:
+        trained.add_module("head_beside", head)  # the optimizer takes the model's own parameters
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder,
+            learning_rate=tuning.learning_rate or (2e-4 if rank else 5e-4 if size <= SMALL else 2e-5),
+            lr_scheduler_type="cosine",
+            warmup_steps=0.05,
+            num_train_epochs=tuning.passes,
+            per_device_train_batch_size=tuning.rows,
+            train_sampling_strategy="group_by_length",
+            remove_unused_columns=False,
+            seed=seed,
+            use_cpu=device.type == "cpu",
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        )
+        arguments._n_gpu = min(arguments.n_gpu, 1)  # with several, the Trainer would spread a batch over all of them
+        trainer = Tuner(trained, arguments, data_collator=padded, train_dataset=examples, callbacks=[ShowProgress()])
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    if head is not None:
+        del trained.head_beside
+        head.to(device)
+    return (trained.merge_and_unload() if rank else trained).to(device).eval()
 
 
-def loss_of(model: Any, batch: Sequence[Example]) -> Tensor:
-    """Mean cross-entropy over all targets of a batch."""
-    return language_loss(model, hidden_of(model, [example.ids for example in batch]), batch)
-
-
-def hidden_of(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
+def hidden_of(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """Last hidden states of a batch, B x T x H.
 
     No position sees what comes after it, so the padding on the right needs no mask.
     """
-    return backbone(model)(input_ids=_padded(model, rows, 0), use_cache=False).last_hidden_state
+    states: Tensor = backbone(model)(input_ids=batch["input_ids"], use_cache=False).last_hidden_state
+    return states
 
 
-def language_loss(model: Any, hidden_BTH: Tensor, batch: Sequence[Any]) -> Tensor:
-    """As `loss_of`, from hidden states."""
-    targets = _padded(model, [example.targets for example in batch], IGNORE)[:, 1:]
+def language_loss(model: Any, hidden_BTH: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    """Mean cross-entropy over all targets of a batch."""
+    targets = batch["labels"][:, 1:]
     counted = targets != IGNORE
-    return cross_entropy(head_logits(model, hidden_BTH[:, :-1][counted]).float(), targets[counted])
+    logits = head_logits(model, hidden_BTH[:, :-1][counted]).float()
+    return cross_entropy(logits, targets[counted], reduction="sum") / counted.sum().clamp(min=1)
 
 
-def _padded(model: Any, rows: Sequence[Sequence[int]], value: int) -> Tensor:
-    width = max(map(len, rows))
-    device = next(model.parameters()).device
-    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows], device=device)
+def padded(examples: Sequence[Example]) -> dict[str, Tensor]:
+    """A batch, padded on the right."""
+    batch = {name: [torch.tensor(example[name]) for example in examples] for name in examples[0]}
+    pads = {"input_ids": 0, "labels": IGNORE}
+    return {
+        name: pad_sequence(values, batch_first=True, padding_value=pads[name]) if name in pads else torch.stack(values)
+        for name, values in batch.items()
+    }
 
 
-def _with_lora(model: Any, rank: int, new_rows: Sequence[int]) -> Any:
+def _with_lora(model: Any, rank: int) -> Any:
     from peft import LoraConfig, get_peft_model
 
-    names = {id(module): name for name, module in model.named_modules()}
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    rows = {names[id(embedding)].rpartition(".")[2]: list(new_rows)}
-    if head.weight is not embedding.weight:
-        rows[names[id(head)].rpartition(".")[2]] = list(new_rows)
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=rank,
-        lora_alpha=2 * rank,
-        target_modules="all-linear",
-        trainable_token_indices=rows if new_rows else None,
-    )
+    config = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules="all-linear")
     return get_peft_model(model, config)

@@ -73,11 +73,11 @@ class Regression:
 
     def probabilities(self, pairs: Sequence[RequestAndAnswer]) -> Doubles:
         """N x C, rows that sum to 1."""
+        from scipy.special import softmax
+
         if not pairs:
             return np.empty((0, len(self.classes)))
-        logits = np.asarray(self._matrix(pairs) @ self.weights.T) + self.intercepts
-        raised = np.exp(logits - logits.max(1, keepdims=True))
-        return raised / raised.sum(1, keepdims=True)
+        return np.asarray(softmax(np.asarray(self._matrix(pairs) @ self.weights.T) + self.intercepts, axis=1))
 
     def _matrix(self, pairs: Sequence[RequestAndAnswer]) -> Any:
         return stack(f.transform(texts(pairs, read)) for read, f in zip(self.reads, self.features, strict=True))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -50,6 +50,7 @@ def train(
     names = [taxonomy.label(pair.categories[0], level) if pair.categories else None for pair in pairs]
     unknown = sum(bool(pair.categories) and name is None for pair, name in zip(pairs, names, strict=True))
     kinds = [(pair, name) for pair, name in zip(pairs, names, strict=True) if name is not None]
+    # What each stage tells apart, what it reads, and its rows with their labels.
     tasks: dict[str, tuple[tuple[str, ...], tuple[str, ...], list[tuple[RequestAndAnswer, str]]]] = {
         "refusal": (
             ("no refusal", "refusal"),
@@ -145,16 +146,20 @@ def figures_of(
     }
 
 
-def divide(groups: Sequence[str], folds: int, seed: int) -> Counts:
-    """A fold for each pair, the same for all of one group; N numbers below `folds`."""
-    names, units = np.unique(np.asarray(groups), return_inverse=True)
-    if len(names) < folds:
+def divide(groups: Sequence[str], folds: int, seed: int) -> Iterator[tuple[Counts, Counts]]:
+    """For each fold the indices to train on and those held out; all of one group are on one side.
+
+    Raises:
+        RedflagError: There are fewer groups than folds.
+    """
+    from sklearn.model_selection import GroupKFold
+
+    if (different := len(set(groups))) < folds:
         raise RedflagError(
-            f"there must be at least {folds} different requests for {folds} folds (got {len(names)}). Give more rows, "
+            f"there must be at least {folds} different requests for {folds} folds (got {different}). Give more rows, "
             "or folds 0."
         )
-    order = np.random.default_rng(seed).permutation(len(names))
-    return np.asarray(order % folds)[units]
+    yield from GroupKFold(folds, shuffle=True, random_state=seed).split(groups, groups=groups)
 
 
 def _held_out(
@@ -165,18 +170,16 @@ def _held_out(
     folds: int,
     seed: int,
 ) -> dict[str, Any]:
-    groups = [pair.group for pair, _ in labelled]
-    fold = divide(groups, folds, seed)
-    truth = np.array([list(classes).index(label) for _, label in labelled])
-    guess = np.zeros(len(labelled), np.int64)
-    for part in track(range(folds), "figures on held-out requests", folds, "folds"):
+    pairs, labels = [pair for pair, _ in labelled], [label for _, label in labelled]
+    groups = [pair.group for pair in pairs]
+    guess = np.zeros(len(pairs), np.int64)
+    parts = divide(groups, folds, seed)
+    for others, held_out in track(parts, "figures on held-out requests", folds, "folds"):
         stage = fresh()
-        others = np.flatnonzero(fold != part).tolist()
-        stage.fit([labelled[i][0] for i in others], [labelled[i][1] for i in others], c=c, seed=seed)
-        held_out = np.flatnonzero(fold == part).tolist()
-        best = stage.probabilities([labelled[i][0] for i in held_out]).argmax(1)
-        guess[held_out] = [list(classes).index(stage.classes[i]) for i in best]
-    return figures_of(truth, guess, groups, classes, seed)
+        stage.fit([pairs[i] for i in others], [labels[i] for i in others], c=c, seed=seed)
+        best = stage.probabilities([pairs[i] for i in held_out]).argmax(1)
+        guess[held_out] = [classes.index(stage.classes[i]) for i in best]
+    return figures_of(np.array([classes.index(label) for label in labels]), guess, groups, classes, seed)
 
 
 def _once(labelled: Iterable[tuple[RequestAndAnswer, str]]) -> list[tuple[RequestAndAnswer, str]]:

@@ -8,7 +8,7 @@ from stand_in_guard import InWords, Streaming
 
 from redflag.backends.load import load_flagged
 from redflag.errors import RedflagError
-from redflag.lab.baselines import fixed, probes, refusing
+from redflag.lab.baselines import probes, refusing, trained
 from redflag.lab.baselines.hidden import hidden_states
 from redflag.lab.baselines.probe_data import balance_of, onset_of
 from redflag.lab.baselines.stream_guard import StreamGuard
@@ -21,6 +21,7 @@ from redflag.scoring.score import as_recorded, score
 FITTING = probes.Fitting(passes=2, rows=8, learning_rate=0.05)
 SOLVED = probes.Fitting(lbfgs=200, passes=0, l2=1e-2)
 TUNING = Tuning(passes=2, rows=8, learning_rate=3e-3)
+SETTINGS = {"learning_rate": 1e-2, "num_train_epochs": 2}
 AT_FIRST = ("fixed position", "refusal tokens")
 
 
@@ -30,13 +31,11 @@ class WholeWords(InWords):
 
 def make(name, context, folder):
     if name == "fixed position":
-        return fixed.FixedPosition(context, folder, settings={"learning_rate": 1e-2, "num_train_epochs": 2})
-    if name in ("refusal tokens", "deep alignment", "refusal at every position"):
-        builder = {
-            "refusal tokens": refusing.refusal_tokens,
-            "deep alignment": refusing.deep_alignment,
-            "refusal at every position": refusing.refusal_everywhere,
-        }[name]
+        return trained.fixed_position(context, folder, settings=SETTINGS)
+    if name == "refusal tokens":
+        return refusing.refusal_tokens(context, folder, settings=SETTINGS)
+    if name in ("deep alignment", "refusal at every position"):
+        builder = refusing.deep_alignment if name == "deep alignment" else refusing.refusal_everywhere
         return builder(context, folder, tuning=TUNING)
     if name == "stream guard":
         return StreamGuard(context, Streaming(), context.tokenizer, "a stand-in")
@@ -128,7 +127,7 @@ def test_the_same_rows_and_seed_give_the_same_scores(name, context, rows, tmp_pa
 def test_settings_that_no_training_takes_are_named(settings, context, rows, tmp_path):
     (name,) = settings
     with pytest.raises(RedflagError, match=f"options of `redflag train` .*{name}"):
-        fixed.FixedPosition(context, tmp_path / "model", settings=settings).fit(rows)
+        trained.fixed_position(context, tmp_path / "model", settings=settings).fit(rows)
 
 
 @pytest.mark.parametrize("name", ("last-layer probe", "tfidf"))

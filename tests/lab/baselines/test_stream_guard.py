@@ -98,5 +98,5 @@ def test_without_a_folder_there_is_no_guard_and_a_wrong_one_is_refused(context, 
         stream_guard(context, "Qwen/Qwen3Guard-Stream-0.6B", trust_remote_code=True)
     with pytest.raises(RedflagError, match="must be the whole folder"):
         stream_guard(context, tmp_path, trust_remote_code=True)
-    with pytest.raises(RedflagError, match="neither stream_generate"):
+    with pytest.raises(RedflagError, match="must have stream_generate"):
         StreamGuard(context, torch.nn.Linear(1, 1), context.tokenizer, "a guard")

@@ -16,7 +16,7 @@ from redflag.data.sources import Provenance
 from redflag.errors import RedflagError
 from redflag.lab.refusals import PhraseClassifier, RefusalClassifier, load_taxonomy
 from redflag.lab.refusals.classifier import features_maker
-from redflag.lab.refusals.features import Ngrams, _words
+from redflag.lab.refusals.features import Ngrams, _grams, _words
 from redflag.lab.refusals.held_out import divide, f1, figures_of, macro_f1, train
 from redflag.lab.refusals.pairs import RequestAndAnswer as Pair
 from redflag.lab.refusals.pairs import read_labelled
@@ -81,9 +81,15 @@ def test_S4_1_labels_without_meaning_give_chance_on_held_out_requests(small):
 
 def test_S4_1_answers_to_one_request_are_never_divided():
     groups = [f"g{i % 17}" for i in range(300)]
-    fold = divide(groups, 5, 0)
-    assert all(len({int(f) for f, g in zip(fold, groups, strict=True) if g == name}) == 1 for name in groups)
-    assert set(fold) == set(range(5))
+    parts = list(divide(groups, 5, 0))
+    fold = {int(i): number for number, (_, held_out) in enumerate(parts) for i in held_out}
+    assert sorted(fold) == list(range(300)) and all(len([*a, *b]) == len({*a, *b}) == 300 for a, b in parts)
+    assert all(len({fold[i] for i, g in enumerate(groups) if g == name}) == 1 for name in groups)
+    assert set(fold.values()) == set(range(5))
+    again = divide(groups, 5, 0)
+    assert all(
+        np.array_equal(a, b) for one, other in zip(parts, again, strict=True) for a, b in zip(one, other, strict=True)
+    )
 
 
 def test_S4_2_a_refusal_gets_the_kind_and_an_answer_none(trained):
@@ -163,7 +169,7 @@ def test_S4_1_ngrams_are_scikit_learns_tfidf(texts):
 
     def analyse(text):
         words = _words(text)
-        grams = [gram for word in words for gram in ours._grams(word)]
+        grams = [gram for word in words for gram in _grams(word)]
         return [*grams, *(f"p {a} {b}" for a, b in itertools.pairwise(words))]
 
     if not any(analyse(text) for text in texts):
