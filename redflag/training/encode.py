@@ -84,9 +84,9 @@ class PlacementConfig:
         maximum_offset: The same for positions after this one; None = to the end.
         insertions: `insert`, `until`: flags per harmful response.
         soft_margin: Positions within this many tokens before a known onset are ignored instead of labelled harmless.
-        in_context: `first`, `dense`: share of the rows, harmful or not, with a flag at a random place of the response
-            that is to be ignored: labels and language are what they would be without it. It prepares a model for
-            reflection, where a flag stands in its context after a true or a false alarm.
+        in_context: `first`, `open`, `dense`: share of the rows, harmful or not, with a flag at a random place of the
+            response that is to be ignored: labels and language are what they would be without it. It prepares a model
+            for reflection, where a flag stands in its context after a true or a false alarm.
         forecasts: Whether a row's forecasts soften the class 0, and how gaps between them are filled: `off`, `hold`
             (the earlier value), `linear`, or `points` (not at all: other positions of class 0 are ignored).
     """

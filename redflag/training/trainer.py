@@ -59,7 +59,9 @@ class RedFlagConfig(TermsConfig, SFTConfig):
     minimum_offset: int = option(0, "insert, until: first response position that may be drawn.")
     insertions: int = option(1, "insert, until: flags per harmful response.")
     soft_margin: int = option(0, "Tokens before a known onset that are not judged.")
-    in_context: float = option(0.0, "first, dense: share of rows with a flag to read past, for models that reflect.")
+    in_context: float = option(
+        0.0, "first, open, dense: share of rows with a flag to read past, for models that reflect."
+    )
     flag_coef: float = option(1.0, "Weight of the flag term.")
     keep_coef: float = option(8.0, "Weight of the keep term, KL(reference || trained).")
     peak_coef: float = option(

@@ -105,6 +105,22 @@ def test_an_upstream_that_dies_ends_the_response_and_is_trusted_again_when_it_is
         assert upstream.open == 0
 
 
+def test_an_upstream_that_falls_silent_is_an_engine_that_failed_and_the_trace_says_how(model_dir):
+    def script(body, number):
+        for count, item in enumerate(honest.answer(body)):
+            if count == 3 and body["max_tokens"] == 20:  # not in the handshake
+                yield 5.0  # seconds
+            yield item
+
+    honest = Upstream()
+    with Upstream(script=script, models=[{"id": "tiny", "max_model_len": 512}]).serve() as upstream:
+        guard = Guard.from_upstream(model_dir, upstream.url, Policy(), retries=0, step_timeout=0.5, thresholds=1.0)
+        with running(guard) as server:
+            answer = httpx.post(server.url + ROUTES[0], json=body_of(ROUTES[0], stream=False, max_tokens=20, seed=1))
+            assert answer.status_code == 503 and "gave no step" not in answer.text
+            assert "gave no step for 0.5 s" in server.told(1).facts().detail
+
+
 def test_an_upstream_that_measures_otherwise_after_a_restart_is_not_used(upstream, model_dir):
     guard = guarded(model_dir, upstream.url, thresholds=1.0)
     readiness = Readiness(partial(shake_hands, guard.backend), patience=20.0)
