@@ -1,11 +1,11 @@
 """Variants of the recipe, each trained on the same few rows, with the published objectives among them.
 
     python recipes/smollm2/run.py --data DATA --licences open --output runs/smollm2-open --stages rows
-    python recipes/smollm2/variants.py --output runs/smollm2-open                 # all of them
-    python recipes/smollm2/variants.py --output runs/smollm2-open --names dense commit --splits development
+    python recipes/smollm2/variants.py --output runs/smollm2-open                        # all, on development rows
+    python recipes/smollm2/variants.py --output runs/smollm2-open --names dense until --splits development test
 
 `--rows` training rows are drawn by the seed, the same for all variants. A stage whose output is there is not run again,
-so variants can be added one by one. Monitors are chosen on development rows; variants are to be chosen there too.
+so variants can be added one by one. Variants and monitors are chosen on development rows; test rows are read once.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def main() -> None:
     parser.add_argument("--base", type=Path, default=Path(".cache/smollm2"), help="the folder of scripts/fetch-smollm2")
     parser.add_argument("--output", type=Path, default=Path("runs/smollm2-open"))
     parser.add_argument("--names", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
-    parser.add_argument("--rows", type=int, default=600, help="training rows, a tenth of them held out for language")
-    parser.add_argument("--splits", nargs="+", choices=SPLITS, default=list(SPLITS))
+    parser.add_argument("--rows", type=int, default=600, help="training rows; language is measured on a tenth of all")
+    parser.add_argument("--splits", nargs="+", choices=SPLITS, default=["development"])
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     folder, rows = arguments.output / "variants", arguments.output / "rows"
