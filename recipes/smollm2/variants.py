@@ -23,12 +23,14 @@ from table import choose_monitor, detection, figure, peaks, read, timeliness
 from redflag.files import atomic_write
 from redflag.scoring.recording import Recording
 from redflag.stats.metrics import tpr_at_fpr
+from redflag.weights.precision import Machine
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "small-real"))
 from run import StageError, stage  # noqa: E402
 
 MAX_LENGTH = "448"  # As `run.py` scores.
+DTYPE = "bfloat16" if Machine.here().cpu_bf16 else "float32"  # emulated, it is 50 times slower
 # The objective of Red Flag Tokens (recipes/papers/red-flag-tokens/train.yaml has the derivation), every weight 1.
 THREE_TERMS = "--flag_coef 2 --harmful_weight 0.5 --benign_coef 1 --after_coef 1 --keep_coef 0"
 # Signed steps within the published ball, on as many batches as the other variants have.
@@ -76,7 +78,7 @@ def main() -> None:
         for split in arguments.splits:
             scored = model / f"{split}.jsonl"
             paths = ["--model", str(model), "--input", str(rows / f"{split}.jsonl"), "--output", str(scored)]
-            command = [*verb, "score", *paths, "--max_length", MAX_LENGTH, "--dtype", "bfloat16"]
+            command = [*verb, "score", *paths, "--max_length", MAX_LENGTH, "--dtype", DTYPE]
             stage(f"score-{split}-{model.name}", folder, scored, command)
     results = {}
     for model in sorted(folder.glob("*-*/redflag.json")):

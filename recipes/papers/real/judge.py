@@ -34,6 +34,7 @@ from redflag.lab.baselines.shared import BaselineContext, model_stamp
 from redflag.progress import track
 from redflag.stats.intervals import auroc_interval
 from redflag.stats.metrics import auroc, clopper_pearson
+from redflag.weights.precision import Machine
 
 Floats = npt.NDArray[np.float32]
 PART = 50  # rows in a file of states
@@ -62,8 +63,8 @@ class Reader:
 
     @cached_property
     def model(self) -> Any:
-        """The base in bfloat16, cut off behind `DEPTH` layers."""
-        model = read_model(self.base, torch.bfloat16)[0].eval()
+        """The base, in bfloat16 where that is fast, cut off behind `DEPTH` layers."""
+        model = read_model(self.base, torch.bfloat16 if Machine.here().cpu_bf16 else torch.float32)[0].eval()
         whole = backbone(model)
         whole.layers = whole.layers[:DEPTH]
         whole.config.num_hidden_layers = DEPTH
