@@ -39,6 +39,7 @@ VARIANTS = {
     "dense": "",  # The recipe: labels from the onset on.
     "commit": "",  # From where harm can be seen coming.
     "whole": "",  # From the first token of a harmful answer: labels by response.
+    "fitted": "--flag_start fitted",  # The flag's row before step 1, which in the recipe is a mean of other rows.
     "by-response": "--flag_coef 0 --peak_coef 1",
     "keep-2": "--keep_coef 2",
     "keep-32": "--keep_coef 32",

@@ -197,13 +197,12 @@ class _Run:
             run = [number for _, number in group]
             lines = self.lines(self._span(run[0]).start, self._span(run[-1]).stop)
             for number in run:
-                before, rows, done = self._done(), len(self._span(number)), 0
+                rows, done = len(self._span(number)), 0
                 with atomic_write(self._part(number)) as file:
                     for done, line in enumerate(islice(lines, rows), 1):
                         file.write(line.encode() + b"\n")
-                        if progress is not None and self.world.size == 1:
-                            progress(before + done)
                     assert done == rows, f"{done} lines for {rows} rows"
+                # Not line by line: those of a chunk come all at once, so the first would seem to take as long as all.
                 if progress is not None:
                     self._look(progress)
 
