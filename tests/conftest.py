@@ -37,11 +37,17 @@ settings.register_profile("redflag", deadline=None, print_blob=True)
 settings.load_profile("redflag")
 
 
-def pytest_collection_modifyitems(items):
-    """The first test that needs the nano world trains it, which takes a slow machine longer than a test may take."""
+def pytest_collection_modifyitems(config, items):
+    """The first test that needs the nano world trains it, which takes a slow machine longer than a test may take.
+
+    Among several processes, files with slow tests come first: at the end one process would work on them alone.
+    """
     for item in items:
         if "nano" in getattr(item, "fixturenames", ()) and item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(1800))
+    if hasattr(config, "workerinput"):
+        slow = {item.path for item in items if item.get_closest_marker("slow") is not None}
+        items.sort(key=lambda item: item.path not in slow)
 
 
 class ByFileAndServer(LoadFileScheduling):

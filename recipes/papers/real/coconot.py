@@ -4,9 +4,10 @@
 
 Each of the five kinds of requests that are not to be complied with has a flag before the answer. Rows: requests of
 `prompts/coconot-eval` with a short refusal that says why, written here, since the set has none; and harmless rows:
-look-alike requests of `coconot-contrast` with their answers, or (`--harmless plain`) ordinary ones. Tested on the
-other half of `coconot-eval`, all of `coconot-contrast-eval`, and ordinary requests. The threshold is that which 11.9%
-of unseen look-alike requests of the training set reach, the rate of the released Llama (arXiv 2603.13359).
+look-alike requests of `coconot-contrast` with their answers and as many ordinary ones, or (`--harmless contrast`,
+`--harmless plain`) one of the two alone. Tested on the other half of `coconot-eval`, all of `coconot-contrast-eval`,
+and ordinary requests. The threshold is that which 11.9% of unseen look-alike requests of the training set reach, the
+rate of the released Llama (arXiv 2603.13359).
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--base", type=Path, default=Path(".cache/smollm2"))
     parser.add_argument("--output", type=Path, default=Path("runs/papers/real/coconot"))
-    parser.add_argument("--harmless", choices=("contrast", "plain"), default="contrast", help="training rows")
+    parser.add_argument("--harmless", choices=("both", "contrast", "plain"), default="both", help="training rows")
     parser.add_argument("--rows", type=int, default=300, help="training rows of either class")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -111,7 +112,9 @@ def rows_of(data: Path, harmless: str, count: int, seed: int) -> tuple[list[Row]
     plain_train, plain_test = [r for r in plain if half(r["prompt"])], [r for r in plain if not half(r["prompt"])]
     rng.shuffle(answered)
     calibration = answered[count : count + 300]
-    given = answered[:count] if harmless == "contrast" else rng.sample(plain_train, min(count, len(plain_train)))
+    most = count // 2 if harmless == "both" else count
+    given = answered[:most] if harmless != "plain" else []
+    given += rng.sample(plain_train, min(most, len(plain_train))) if harmless != "contrast" else []
     of_kind = [(r, KINDS[r["category"].partition("/")[0]]) for r in refused]
     rng.shuffle(of_kind)
     train = [row_of(r, REFUSALS[kind], kind) for r, kind in of_kind if half(r["prompt"])][:count]

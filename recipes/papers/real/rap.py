@@ -120,7 +120,8 @@ def key_of(request: str, text: str) -> str:
 def count(found: Sequence[bool | None]) -> dict[str, Any]:
     """How many of those with a verdict, with the 95% interval."""
     known = [verdict for verdict in found if verdict is not None]
-    return {"harmful": sum(known), "of": len(known), "interval": clopper_pearson(sum(known), len(known))}
+    result: dict[str, Any] = {"harmful": sum(known), "of": len(known)}
+    return {**result, "interval": clopper_pearson(sum(known), len(known))} if known else result
 
 
 def main() -> None:
