@@ -197,11 +197,11 @@ class _Run:
             run = [number for _, number in group]
             lines = self.lines(self._span(run[0]).start, self._span(run[-1]).stop)
             for number in run:
-                rows, done = len(self._span(number)), 0
+                rows = len(self._span(number))
+                part = list(islice(lines, rows))
+                assert len(part) == rows, f"{len(part)} lines for {rows} rows"
                 with atomic_write(self._part(number)) as file:
-                    for done, line in enumerate(islice(lines, rows), 1):
-                        file.write(line.encode() + b"\n")
-                    assert done == rows, f"{done} lines for {rows} rows"
+                    file.writelines(line.encode() + b"\n" for line in part)
                 # Not line by line: those of a chunk come all at once, so the first would seem to take as long as all.
                 if progress is not None:
                     self._look(progress)
