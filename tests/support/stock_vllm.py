@@ -102,6 +102,8 @@ def serve_vllm(model: Path, folder: Path, *options: str, name: str = "nano", por
     command += ["--max-model-len", str(CONTEXT), "--host", "127.0.0.1", "--port", str(port), *options]
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "PYTEST"))}
     environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "VLLM_NO_USAGE_STATS": "1"}
+    # Else every server binds itself to the first core, and one that starts waits minutes for one that is busy.
+    environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
     environment["VLLM_SERVER_DEV_MODE"] = "1"  # for the one route by which a cache can be emptied
     log = folder / f"vllm-{port}.log"
     with log.open("wb") as output:
