@@ -57,7 +57,7 @@ FPR = 0.05
 
 
 def main() -> None:
-    """Trains, scores, and writes `variants/results.json` and `variants/results.md`."""
+    """Trains, scores, and writes `results.json` and `results.md` under `variants/ROWS/`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, default=Path(".cache/smollm2"), help="the folder of scripts/fetch-smollm2")
     parser.add_argument("--output", type=Path, default=Path("runs/smollm2-open"))
@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--splits", nargs="+", choices=SPLITS, default=["development"])
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    folder, rows = arguments.output / "variants", arguments.output / "rows"
+    folder, rows = arguments.output / "variants" / str(arguments.rows), arguments.output / "rows"
     verb = [sys.executable, "-u", "-m", "redflag.cli"]
     for name in arguments.names:
         model = folder / f"{name}-{arguments.seed}"

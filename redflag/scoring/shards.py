@@ -202,7 +202,7 @@ class _Run:
                 assert len(part) == rows, f"{len(part)} lines for {rows} rows"
                 with atomic_write(self._part(number)) as file:
                     file.writelines(line.encode() + b"\n" for line in part)
-                # Not line by line: those of a chunk come all at once, so the first would seem to take as long as all.
+                # Once a chunk: its lines come together, so the first alone would seem to take as long as all of them.
                 if progress is not None:
                     self._look(progress)
 

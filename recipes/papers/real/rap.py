@@ -157,9 +157,11 @@ def main() -> None:
     table, unread = [], {}
     for name, thresholds in guards.items():
         guard = None if thresholds is None else GuardInLoop(thresholds, target.policy, spec.categories)
+        # Searches under another model or threshold are others.
+        under = "none" if thresholds is None else f"{min(thresholds.values.values()):.8f}"
         kept = []
         for row in track(rows, f"RAP, guard: {name}", len(rows), "requests"):
-            made = output / f"{name.split()[0]}-{arguments.prefill}-{row.id}.json".replace("/", "_")
+            made = output / f"{spec.run_id}-{under}-{arguments.prefill}-{row.id}.json"
             if not made.exists():
                 with atomic_write(made) as file:
                     found = searched(target, look, start_of(target, row, arguments.prefill), guard)
@@ -173,8 +175,8 @@ def main() -> None:
                 line: dict[str, Any] = {"guard": name, "hold_back": hold_back, "limit": limit}
                 line["judge"] = count([verdict(judge, row, some) for row, some in zip(rows, parts, strict=True)])
                 keys = [key_of(str(row.id), text) for row, text in zip(rows, texts, strict=True)]
-                read = [False if not text else said.get(key) for key, text in zip(keys, texts, strict=True)]
-                line["reader"] = count([None if one is None else one in (True, "1") for one in read])
+                read = ["0" if not text else said.get(key) for key, text in zip(keys, texts, strict=True)]
+                line["reader"] = count([None if one is None else one == "1" for one in read])
                 line["tokens shown"] = float(
                     np.mean([sum(len(tokenizer(part)["input_ids"]) for part in some) for some in parts])
                 )
