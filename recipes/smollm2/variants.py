@@ -20,7 +20,9 @@ from typing import Any
 import numpy as np
 from table import choose_monitor, detection, figure, peaks, read, timeliness
 
+from redflag.data.rows import load_rows, write_rows
 from redflag.files import atomic_write
+from redflag.lab.demo import STARTER
 from redflag.scoring.recording import Recording
 from redflag.stats.metrics import tpr_at_fpr
 from redflag.weights.precision import Machine
@@ -36,10 +38,11 @@ THREE_TERMS = "--flag_coef 2 --harmful_weight 0.5 --benign_coef 1 --after_coef 1
 # Signed steps within the published ball, on as many batches as the other variants have.
 ADVERSARY = "--adversarial_coef 1 --adversarial_steps 5 --adversarial_step_size 1e-3 --adversarial_radius 0.05"
 VARIANTS = {
-    "dense": "",  # The recipe: labels from the onset on.
+    "dense": "",  # Labels from the onset on.
+    "mean-start": "--flag_start mean",  # As the recipe's three seeds on all rows were trained.
     "commit": "",  # From where harm can be seen coming.
     "whole": "",  # From the first token of a harmful answer: labels by response.
-    "fitted": "--flag_start fitted",  # The flag's row before step 1, which in the recipe is a mean of other rows.
+    "templates": "",  # The starter rows, written by templates, in place of real ones: at most 160.
     "by-response": "--flag_coef 0 --peak_coef 1",
     "keep-2": "--keep_coef 2",
     "keep-32": "--keep_coef 32",
@@ -47,6 +50,7 @@ VARIANTS = {
     "all-weights": "--full true --learning_rate 1e-4",
     "three-passes": "--num_train_epochs 3",
     "until": f"--placement until {THREE_TERMS}",
+    "until-mean-start": f"--placement until {THREE_TERMS} --flag_start mean",
     "several": f"--placement until --insertions 3 {THREE_TERMS}",
     "insert": f"--placement insert {THREE_TERMS}",
     "first": "--placement first --flag_coef 2 --benign_coef 0 --after_coef 0 --keep_coef 1",
@@ -72,6 +76,7 @@ def main() -> None:
         model = folder / f"{name}-{arguments.seed}"
         paths = ["--model", str(arguments.base), "--input", str(training_rows(name, rows)), "--output_dir", str(model)]
         command = [*verb, "train", "--config", str(HERE / "train.yaml"), *paths, "--seed", str(arguments.seed)]
+        command += ["--flag_start", "fitted"]  # A variant's own start comes later, and counts.
         command += ["--max_rows", str(arguments.rows), "--reference_cache", str(arguments.output / "reference")]
         stage(
             f"train-{model.name}", folder, model / "redflag.json", [*command, "--resume", *shlex.split(VARIANTS[name])]
@@ -93,11 +98,13 @@ def main() -> None:
 
 
 def training_rows(name: str, rows: Path) -> Path:
-    """The rows of a variant: the recipe's, or these with other onsets."""
-    if name not in ("commit", "whole"):
+    """The rows of a variant: the recipe's, these with other onsets, or the starter rows."""
+    if name not in ("commit", "whole", "templates"):
         return rows / "train.jsonl"
     path = rows / f"train-{name}.jsonl"
-    if not path.exists():
+    if name == "templates":
+        write_rows(path, [row for row in load_rows(STARTER).rows if str(row.id).startswith("train-")])
+    elif not path.exists():
         lines = read(rows / "train.jsonl")
         for row in lines:
             if row["onset"] is not None:

@@ -49,6 +49,7 @@ from redflag.watching.thresholds import Thresholds
 
 # hidden size, layers, heads, key-value heads, intermediate size, vocabulary, tied embeddings
 SHAPES = {
+    "smollm2": (576, 30, 9, 3, 1536, 49_152, True),  # SmolLM2-135M
     "0.5b": (896, 24, 14, 2, 4864, 151_936, True),  # Qwen2.5-0.5B
     "1b": (2048, 16, 32, 8, 8192, 128_256, True),  # Llama 3.2 1B
     "8b": (4096, 32, 32, 8, 14_336, 128_256, False),  # Llama 3.1 8B
