@@ -33,6 +33,8 @@ from redflag.data.rows import Row, load_rows
 from redflag.files import atomic_write
 from redflag.judges.cache import CachedJudge
 from redflag.lab.attacks import Attack, Attempt, Target, request_of
+from redflag.lab.attacks.embedding import EmbeddingAttack
+from redflag.lab.attacks.finetune import FineTune
 from redflag.lab.attacks.judging import Judged, entries, judge_attempts
 from redflag.lab.attacks.prefill import Prefill, prefix_ends, with_prefill
 from redflag.lab.attacks.run_attacks import named_rows, record
@@ -48,6 +50,8 @@ TOKENS = 48  # of an answer
 UNIT = 10
 HOLD_BACK = 8
 WORDS = ("leetspeak", "role-play")
+FEW = 20  # requests of the attack that takes longest with each
+TRAINED = 100  # harmful rows to fine-tune on
 
 
 @dataclass
@@ -64,8 +68,9 @@ class GivenPrefill:
         yield from target.answers(sent, Sampling(self.max_new_tokens, 0.0, seed=seed), "whole")
 
 
-def attacks() -> list[Attack]:
+def attacks(rows: Path, base: Path) -> list[Attack]:
     """Those of `redflag.lab.attacks` that need no other model, at sizes for a processor."""
+    harmful = [row for row in load_rows(rows / "train.jsonl").rows if row.harmful]
     wrappers = tuple(wrapper for wrapper in WRAPPERS if wrapper.name in WORDS)
     return [
         Plain(temperatures=(0.0,), max_new_tokens=TOKENS),
@@ -73,6 +78,8 @@ def attacks() -> list[Attack]:
         RepeatedSampling(n=2, max_new_tokens=TOKENS),
         SuppressByWords(places=("system",), max_new_tokens=TOKENS),
         Wrappers(wrappers=wrappers, max_new_tokens=TOKENS),
+        EmbeddingAttack(max_new_tokens=TOKENS),
+        FineTune(harmful, base, TRAINED, epochs=1, batch=8, max_new_tokens=TOKENS),
     ]
 
 
@@ -163,14 +170,17 @@ def main() -> None:
     # In float32 the adapter is merged, and a step takes a fraction of the time.
     engine, tokenizer, spec = open_backend(folder, dtype="float32")
     ships = Thresholds.load(folder)
-    target = Target(engine, tokenizer, spec, ships, Policy(hold_back=HOLD_BACK))
+    target = Target(engine, tokenizer, spec, ships, Policy(hold_back=HOLD_BACK), engine.model)
     developed = load_rows(arguments.rows / "development.jsonl").rows
     lines = scored("development", developed, output.parent / "scored", arguments.model)
     loose = float(np.quantile([peak(line) for line in lines if line["category"] is None], 0.95))
     guards = {"shipped": ships, "5% of development rows": replace(ships, values=dict.fromkeys(ships.values, loose))}
     judge = CachedJudge(HiddenJudge(arguments.judge, arguments.base), output / "verdicts.jsonl")
     rows = chosen(arguments.rows, target, arguments.count)
-    work: list[tuple[Attack, list[Row]]] = [(attack, rows) for attack in attacks()]
+    work: list[tuple[Attack, list[Row]]] = [
+        (attack, rows[:FEW] if isinstance(attack, EmbeddingAttack) else rows)
+        for attack in attacks(arguments.rows, arguments.base)
+    ]
     work.insert(1, (GivenPrefill(), prefills(arguments.data, arguments.count, arguments.seed)))
     result: dict[str, Any] = {
         "requests": len(rows),
