@@ -68,6 +68,7 @@ def shares_vllm(file):
     return path.is_relative_to(Path(__file__).parent) and re.search("vllm_(nano|smollm2)", path.read_text()) is not None
 
 
+@pytest.hookimpl(optionalhook=True)  # Tests also run without xdist.
 def pytest_xdist_make_scheduler(config, log):
     """In place of `--dist loadgroup`, which groups nothing under pytest 9.2."""
     return ByFileAndServer(config, log)

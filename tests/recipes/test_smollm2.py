@@ -199,6 +199,11 @@ def test_a_variant_moves_onsets_and_nothing_else(variants, prepared):
     assert any(row["onset"] not in (None, row["extra"]["commit"]) for row in rows)
 
 
+def test_templates_are_the_starter_rows_that_are_for_training(variants, tmp_path):
+    rows = load_rows(variants.training_rows("templates", tmp_path)).rows
+    assert len(rows) == 160 and {str(row.id)[:6] for row in rows} == {"train-"}
+
+
 def test_each_stage_of_the_baselines_makes_baselines_that_exist():
     names = [name for some in load("run").BASELINES.values() for name in some]
     assert names == list(load("baselines").BASELINES) and set(names) <= set(NAMES)
