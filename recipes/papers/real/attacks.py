@@ -42,6 +42,7 @@ from redflag.lab.attacks.sampling import Plain, RepeatedSampling
 from redflag.lab.attacks.suppress import SuppressByWords
 from redflag.lab.attacks.wrappers import WRAPPERS, Wrappers
 from redflag.models.named import model_folder
+from redflag.models.pack import merge_flag
 from redflag.stats.metrics import clopper_pearson
 from redflag.watching.thresholds import Thresholds
 
@@ -166,8 +167,9 @@ def main() -> None:
     arguments = parser.parse_args()
     output = arguments.output
     output.mkdir(parents=True, exist_ok=True)
-    folder = model_folder(arguments.model)
-    # In float32 the adapter is merged, and a step takes a fraction of the time.
+    folder = output / "merged"  # A step takes a fraction of the time, and weights can be compared with the base's.
+    if not folder.exists():
+        merge_flag(model_folder(arguments.model), folder)
     engine, tokenizer, spec = open_backend(folder, dtype="float32")
     ships = Thresholds.load(folder)
     target = Target(engine, tokenizer, spec, ships, Policy(hold_back=HOLD_BACK), engine.model)
