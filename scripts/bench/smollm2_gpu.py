@@ -52,7 +52,7 @@ def trainings(arguments: argparse.Namespace) -> dict[str, str]:
     count = len((arguments.output / "rows" / "train.jsonl").read_bytes().splitlines())
     found = {}
     for seed in SEEDS:
-        options = f'--train "--flag_start fitted" --name fitted --seeds {seed} --stages train score language'
+        options = f"--name fitted --seeds {seed} --stages train score language"
         found[f"fitted-{seed}"] = f"{recipe}/run.py --data none --licences open {output} {options}"
     for name in (*VARIANTS, *PUBLISHED):
         found[f"variant-{name}"] = f"{recipe}/variants.py {output} --rows {count} --names {name}"
