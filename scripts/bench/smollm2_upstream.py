@@ -117,7 +117,8 @@ def calibrated(arguments: argparse.Namespace, model: Path, rows: Path, *way: str
     command = [sys.executable, "-m", "redflag.cli", "calibrate", "--model", str(folder), "--input", str(rows)]
     command += ["--config", str(ROOT / "recipes/smollm2/calibrate.yaml"), "--max_length", "448", *way]
     begun = time.monotonic()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    if status := subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
+        sys.exit(status)  # The verb has said why.
     made = json.loads((folder / "thresholds.json").read_text(encoding="utf-8"))
     shutil.rmtree(folder)
     line = {name: made[name] for name in ("values", "sample_size", "realised_fpr", "held_out_size")}
