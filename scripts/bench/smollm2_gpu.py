@@ -109,8 +109,6 @@ def main() -> None:
     with ThreadPoolExecutor(arguments.jobs) as pool:
         running = {name: pool.submit(run, name, command, report, deadline) for name, command in shared.items()}
         done |= {name: future.result() for name, future in running.items()}
-    if any(name.startswith("variant-") for name in shared):  # once more, since they have written their table at once
-        run("variants", shared[next(name for name in shared if name.startswith("variant-"))], report, deadline)
     for path in (*arguments.output.glob("variants/*/results.md"), arguments.output / "results.md"):
         if path.exists():
             shutil.copyfile(path, report / f"{path.parent.name}-{path.name}")

@@ -31,6 +31,7 @@ from redflag.backends import Sampling
 from redflag.backends.open import open_backend
 from redflag.data.rows import Row, load_rows
 from redflag.files import atomic_write
+from redflag.flags import FlagSpec
 from redflag.judges.cache import CachedJudge
 from redflag.lab.attacks import Attack, Attempt, Target, request_of
 from redflag.lab.attacks.embedding import EmbeddingAttack
@@ -41,7 +42,7 @@ from redflag.lab.attacks.run_attacks import named_rows, record
 from redflag.lab.attacks.sampling import Plain, RepeatedSampling
 from redflag.lab.attacks.suppress import SuppressByWords
 from redflag.lab.attacks.wrappers import WRAPPERS, Wrappers
-from redflag.models.named import model_folder
+from redflag.models.named import ADAPTER, model_folder
 from redflag.models.pack import merge_flag
 from redflag.stats.metrics import clopper_pearson
 from redflag.watching.thresholds import Thresholds
@@ -167,9 +168,11 @@ def main() -> None:
     arguments = parser.parse_args()
     output = arguments.output
     output.mkdir(parents=True, exist_ok=True)
-    folder = output / "merged"  # A step takes a fraction of the time, and weights can be compared with the base's.
+    given = Path(model_folder(arguments.model))
+    # Merged, a step takes a fraction of the time, and the weights can be compared with the base's.
+    folder = output / f"merged-{FlagSpec.load(given).run_id}" if (given / ADAPTER).exists() else given
     if not folder.exists():
-        merge_flag(model_folder(arguments.model), folder)
+        merge_flag(given, folder)
     engine, tokenizer, spec = open_backend(folder, dtype="float32")
     ships = Thresholds.load(folder)
     target = Target(engine, tokenizer, spec, ships, Policy(hold_back=HOLD_BACK), engine.model)

@@ -38,7 +38,7 @@ MAX = MonitorConfig("max")
 
 
 def main() -> None:
-    """Writes `cascade.json` and prints a table."""
+    """Writes `cascade.json` and prints it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=Path, default=Path("runs/smollm2-open/rows"))
     parser.add_argument("--base", type=Path, default=Path(".cache/smollm2"))
@@ -69,7 +69,6 @@ def main() -> None:
             found["harmful that ask"] = float((made.calls[test.harmful] > 0).mean())
             found["tokens read for each written"] = float(made.read[harmless].sum() / test.lengths[harmless].sum())
             lines.append(found)
-            print(json.dumps(found), flush=True)
     result |= {"lines": lines, "seconds": reader.seconds, "tokens": reader.tokens}
     with atomic_write(arguments.output / "cascade.json") as file:
         file.write(json.dumps(result, indent=1).encode())
