@@ -44,6 +44,15 @@ def test_colour_comes_while_the_answer_is_written(serve, visit):
     assert len(heats(page)) == 8
 
 
+def test_an_answer_that_is_over_stands_there_whole(serve, visit):
+    page = visit(serve("abc"))
+    page.evaluate("window.requestAnimationFrame = () => 0")  # as on a machine too busy to draw
+    page.fill("#question", "hello")
+    page.press("#question", "Enter")
+    page.locator(".turn.assistant[aria-busy=false]").wait_for()
+    assert answer(page).inner_text() == "abc"
+
+
 def test_keys_send_stop_and_keep_the_focus(serve, visit):
     server = serve("abcdefgh", pause=(3, 2.0))
     page = visit(server)

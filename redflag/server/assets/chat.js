@@ -202,6 +202,7 @@
     running = null;
     busy(false);
     const bottom = atEnd();
+    render(turn); // not busy is said of text that stands there, not of text that the next frame will bring
     turn.node.setAttribute("aria-busy", "false");
     playground.redraw();
     if (bottom) toEnd();
