@@ -53,7 +53,8 @@ class GCG:
             _package()
         attempts = []
         allowed = allowed_ids(target)
-        for number, row in enumerate(fitting(target, rows, len(self.suffix) + self.target_tokens)):
+        suffix_tokens = len(text_ids(target.tokenizer, self.suffix, target.spec))
+        for number, row in enumerate(fitting(target, rows, suffix_tokens + self.target_tokens)):
             harm = Harm(target, row, self.suffix, self.target_tokens)
             if self.adaptive:
                 ids, first, last = self._joint(model, target, harm, allowed, seed + number)

@@ -55,7 +55,10 @@ ATTACKS: dict[str, Callable[..., Attack]] = {
 # Rows at a time: None (all) for attacks that train on them, few for those that take long with each.
 UNITS: dict[type, int | None] = {AutoRAP: None, FineTune: None, RAP: 8, GCG: 4, EmbeddingAttack: 4}
 # Attacks without the guard in their loop: what they send does not depend on its thresholds.
-UNGUARDED = (Plain, Prefill, AffirmativeOpening, RepeatedSampling, BuildUp, Wrappers, SuppressByWords, LogitBias)
+UNGUARDED = (
+    *(Plain, Prefill, AffirmativeOpening, RepeatedSampling, BuildUp, Wrappers, SuppressByWords, LogitBias),
+    *(GCG, EmbeddingAttack, FineTune),
+)
 # Attacks that need an outside model, named in their options.
 OUTSIDE: dict[str, Callable[..., Attack]] = {"PAIR": pair}
 # Options for the nano world, where the longest answer has 90 tokens.

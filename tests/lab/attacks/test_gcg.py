@@ -15,6 +15,8 @@ from redflag.errors import RedflagError
 from redflag.lab.attacks import Target
 from redflag.lab.attacks.gcg import GCG, allowed_ids
 from redflag.lab.attacks.objective import Harm
+from redflag.lab.attacks.run_attacks import record
+from redflag.watching.thresholds import Thresholds
 
 SMALL = dict(steps=6, width=12, top_k=40, suffix=" x x x", target_tokens=4, max_new_tokens=6)
 
@@ -90,6 +92,15 @@ def test_without_nanogcg_the_plain_search_is_refused_and_the_adaptive_one_runs(m
         next(GCG(adaptive=False).run(target, [harmful_row()], 0))
     assert importlib.util.find_spec("redflag.lab.attacks.gcg")
     assert next(GCG(**{**SMALL, "steps": 1}).run(target, [harmful_row()], 0)).detail["suffix"]
+
+
+def test_other_thresholds_do_not_search_anew(tmp_path, monkeypatch):
+    target, attack, path = tiny_target(0.5), GCG(**{**SMALL, "steps": 1}), tmp_path / "gcg.jsonl"
+    target.thresholds = Thresholds.manual(0.5, target.spec.categories, run_id=target.spec.run_id)
+    found, _ = record(target, attack, [harmful_row()], path, 0)
+    target.thresholds = Thresholds.manual(0.9, target.spec.categories, run_id=target.spec.run_id)
+    monkeypatch.setattr(target, "answers", lambda *arguments, **options: pytest.fail("it was asked again"))
+    assert record(target, attack, [harmful_row()], path, 0)[0] == found
 
 
 def test_without_weights_it_is_refused():
