@@ -20,6 +20,7 @@ from redflag.judges import Messages, UnansweredError, Verdict, exchange
 from redflag.judges.formats import Turns, alternate, find_format
 from redflag.weights.gguf import is_gguf
 from redflag.weights.precision import inference_device
+from redflag.weights.stamp import stamped_name
 
 
 class ModelJudge:
@@ -71,7 +72,7 @@ class ModelJudge:
         self._model, self._tokenizer = _read(name, dtype)
         template = _chat_template(self._tokenizer, name)
         self.format = find_format(kind, str(name), template or "")
-        self.identity = f"model {Path(name).name} {self.format.name} {'strict' if strict else 'loose'}"
+        self.identity = f"model {stamped_name(name)} {self.format.name} {'strict' if strict else 'loose'}"
         if not template and self.format.text is None:
             raise RedflagError(
                 f"{name} must have a chat template, which holds the judge's rubric. Restore its tokenizer files."

@@ -24,6 +24,7 @@ from redflag.errors import RedflagError
 from redflag.flags import FILE, Flag, FlagSpec
 from redflag.prompt import template_hash, text_ids
 from redflag.scoring.processes import World
+from redflag.weights.stamp import model_stamp
 
 if TYPE_CHECKING:
     from redflag.backends.upstreams import Upstreams
@@ -191,7 +192,7 @@ def open_markers(arguments: ScoreArguments, world: World, stack: ExitStack) -> t
         model, tokenizer = read_model(arguments.model, arguments.dtype)
         source = LocalSource(to_device(model, world.device(arguments.device)))
     reader = MarkerReader(source, tokenizer, arguments.marker, spec)
-    reader.key["model"] = _identity(arguments.model)
+    reader.key["model"] = [arguments.model, model_stamp(arguments.model)]
     return reader, tokenizer, reader.spec
 
 
@@ -230,9 +231,3 @@ def marker_ids(tokenizer: Any, markers: Sequence[str], spec: FlagSpec) -> list[l
 def _no_flags(tokenizer: Any) -> FlagSpec:
     """For rendering with a model without flags: an id beyond the vocabulary, which no text produces."""
     return FlagSpec((Flag("marker", id=len(tokenizer)),))
-
-
-def _identity(name: str) -> list[Any]:
-    """Identifies a model's files, since a folder without flags has no run id."""
-    files = sorted(path for path in Path(name).glob("*") if path.suffix in (".safetensors", ".bin", ".json"))
-    return [name, [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]]

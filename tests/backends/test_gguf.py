@@ -14,9 +14,9 @@ from redflag import cli
 from redflag.backends.load import load_flagged, read_model, read_tokenizer
 from redflag.data.rows import write_rows
 from redflag.errors import RedflagError
-from redflag.lab.baselines.shared import model_stamp
 from redflag.models.pretrain import train_tokenizer
 from redflag.weights.gguf import is_gguf
+from redflag.weights.stamp import model_stamp
 
 IDS = torch.arange(3, 20)[None]
 

@@ -353,3 +353,9 @@ def test_settings_that_cannot_work_are_named(folders, options, named):
 def test_a_folder_that_is_none_is_named(tmp_path):
     with pytest.raises(RedflagError, match="Llama-Guard-3-1B"):
         ModelJudge(tmp_path / "Llama-Guard-3-1B")
+
+
+def test_its_identity_is_of_these_files_and_no_others_of_the_same_name(tmp_path):
+    folders = [save(tmp_path / name, "llama-guard") for name in ("a", "b")]
+    one, again, other = (ModelJudge(folders[i], device="cpu").identity for i in (0, 0, 1))
+    assert folders[0].name == folders[1].name and one == again != other

@@ -30,11 +30,12 @@ from redflag.data.rows import Row, load_rows
 from redflag.files import atomic_write
 from redflag.judges import Messages, Verdict, exchange
 from redflag.lab.baselines.hidden import last_layers
-from redflag.lab.baselines.shared import BaselineContext, model_stamp
+from redflag.lab.baselines.shared import BaselineContext
 from redflag.progress import track
 from redflag.stats.intervals import auroc_interval
 from redflag.stats.metrics import auroc, clopper_pearson
 from redflag.weights.precision import Machine
+from redflag.weights.stamp import model_stamp
 
 Floats = npt.NDArray[np.float32]
 PART = 50  # rows in a file of states

@@ -15,8 +15,9 @@ import numpy.typing as npt
 
 from redflag.errors import RedflagError
 from redflag.files import keep_json, kept_json
-from redflag.lab.baselines.shared import BaselineContext, Read, digest, model_stamp
+from redflag.lab.baselines.shared import BaselineContext, Read, digest
 from redflag.progress import Progress
+from redflag.weights.stamp import model_stamp
 
 # Bytes of disk for all probes of one comparison: every layer of every step if they fit, else half of it for each view.
 MOST_DISK = 2_000_000_000

@@ -14,8 +14,9 @@ from redflag.errors import RedflagError
 from redflag.files import keep_json, kept_json
 from redflag.lab.baselines import Baseline, Cost
 from redflag.lab.baselines.hidden import forget
-from redflag.lab.baselines.shared import BaselineContext, HiddenFrom, digest, model_stamp
+from redflag.lab.baselines.shared import BaselineContext, HiddenFrom, digest
 from redflag.scoring.recording import Recording
+from redflag.weights.stamp import model_stamp
 
 # Part of every fingerprint: raise it when a baseline is trained or scored in another way than before.
 _VERSION = 6

@@ -206,17 +206,6 @@ def forward_flops(folder: str | Path) -> float | None:
     return 2.0 * total if total else None
 
 
-def model_stamp(folder: str | Path) -> list[Any]:
-    """What changes when a model's folder is written again: its configuration, and the size and time of its weights."""
-    folder = Path(folder)
-    weights = [folder] if folder.is_file() else sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
-    config = folder / "config.json"
-    return [
-        config.read_text(encoding="utf-8") if config.exists() else None,
-        [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in weights],
-    ]
-
-
 def thinned(rows: Sequence[Row], most: int | None, seed: int) -> list[Row]:
     """At most `most` rows, in their order, drawn so that the share of harmful ones stays."""
     if most is None or len(rows) <= most:

@@ -25,13 +25,13 @@ from redflag.lab.baselines.shared import (
     BaselineContext,
     Timing,
     digest,
-    model_stamp,
     require_one_process,
     score_pairs,
     thinned,
     trained_on,
 )
 from redflag.scoring.recording import Recording
+from redflag.weights.stamp import model_stamp
 
 # As the demo trains its flags.
 SETTINGS: dict[str, Any] = {

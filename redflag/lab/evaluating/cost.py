@@ -17,8 +17,9 @@ from redflag.data.rows import Rows
 from redflag.files import keep_json, kept_json
 from redflag.flags import FlagSpec
 from redflag.lab.baselines import Cost
-from redflag.lab.baselines.shared import forward_flops, model_stamp
+from redflag.lab.baselines.shared import forward_flops
 from redflag.lab.report.method import Compute
+from redflag.weights.stamp import model_stamp
 
 if TYPE_CHECKING:
     from redflag.lab.evaluating.arguments import EvaluateArguments

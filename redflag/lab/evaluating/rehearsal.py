@@ -15,10 +15,10 @@ from redflag.flags import FlagSpec
 from redflag.lab import report as reporting
 from redflag.lab.attacks import Attack, Target, request_of
 from redflag.lab.baselines.record_baselines import check_baselines
-from redflag.lab.baselines.shared import model_stamp
 from redflag.lab.evaluating import stages, tables
 from redflag.scoring import score
 from redflag.scoring.recording import Recording
+from redflag.weights.stamp import model_stamp
 
 if TYPE_CHECKING:
     from redflag.judges import Judge

@@ -11,6 +11,7 @@ from redflag.backends.open import open_writer
 from redflag.flags import FlagSpec
 from redflag.lab.synthesis.questions import Question, Reply
 from redflag.prompt import render_prompt
+from redflag.weights.stamp import stamped_name
 
 
 class LocalModel:
@@ -60,7 +61,7 @@ class LocalModel:
 def load_local(name: str | Path, *, device: str = "auto", dtype: str = "auto", batch_size: int = 16) -> LocalModel:
     """A model from a folder or the hub, flagged or not."""
     backend, tokenizer, spec = open_writer(name, device=device, dtype=dtype)
-    return LocalModel(backend, tokenizer, spec, f"local {name}", batch_size=batch_size)
+    return LocalModel(backend, tokenizer, spec, f"local {stamped_name(name)}", batch_size=batch_size)
 
 
 def _batches(questions: Sequence[Question], indices: Sequence[int], size: int) -> Iterator[list[int]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 from redflag.errors import RedflagError
@@ -42,6 +44,13 @@ def test_S3_1_a_question_that_is_too_long_is_refused_and_its_neighbours_are_not(
     assert got[1] == Reply("", "refused", got[1].tokens_in) and got[1].tokens_in > 128
     assert [reply.finish in ("stop", "length") for reply in got] == [True, False, True]
     assert got[0] == asked(model, [short])[0]
+
+
+def test_S3_1_answers_of_other_weights_under_the_same_name_are_not_taken(origin, tmp_path):
+    shutil.copytree(origin / "base", tmp_path / "base")
+    (tmp_path / "base" / "model.safetensors").touch()
+    one, again, other = (load_local(parent / "base", device="cpu").identity for parent in (origin, origin, tmp_path))
+    assert one == again != other
 
 
 def test_S3_1_whom_to_ask_is_checked(tmp_path, monkeypatch):
