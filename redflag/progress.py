@@ -103,12 +103,18 @@ class Progress:
         self._bar.update(self._bar.task_ids[0], completed=self._done, description=self._line(), refresh=True)
 
 
-def track(items: Iterable[Item], what: str, total: int, unit: str) -> Iterator[Item]:
-    """Yields the items, and shows how many are done."""
+def track(items: Iterable[Item], what: str, total: int, unit: str, together: int = 1) -> Iterator[Item]:
+    """Yields the items, and shows how many are done.
+
+    Args:
+        together: How many are made at a time. Counted in between, the first of them would seem to have taken as long as
+            all.
+    """
     with Progress(what, total, unit) as progress:
         for done, item in enumerate(items, 1):
             yield item
-            progress(done)
+            if done % together == 0 or done >= total:
+                progress(done)
 
 
 def _duration(seconds: float) -> str:

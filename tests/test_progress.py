@@ -60,6 +60,20 @@ def test_a_stage_that_is_broken_off_is_not_said_to_have_ended(clock, capsys):
     assert capsys.readouterr().err.splitlines() == ["reading: 4/10 rows, 46 s left"]
 
 
+def test_items_that_are_made_together_are_counted_together(clock, capsys):
+    def bursts():
+        for index in range(10):
+            clock[0] += 40.0 if index % 4 == 0 else 0.0
+            yield index
+
+    assert list(progress.track(bursts(), "reading", 10, "rows", 4)) == list(range(10))
+    assert capsys.readouterr().err.splitlines() == [
+        "reading: 4/10 rows, 60 s left",
+        "reading: 8/10 rows, 20 s left",
+        "reading: 10/10 rows, 2 min",
+    ]
+
+
 def test_items_are_passed_on_and_counted(clock, capsys):
     def slow():
         for item in "abc":

@@ -18,7 +18,7 @@ from redflag.scoring.prompts import FlagReader, score_prompts, sound_prompts
 from redflag.scoring.recording import Recording
 from redflag.scoring.score import score
 from redflag.scoring.scored import Probs, as_recorded
-from redflag.scoring.scorer import context_limit
+from redflag.scoring.scorer import context_limit, measured_together
 
 
 def record_responses(
@@ -45,7 +45,7 @@ def record_responses(
         scored = score(scorer, tokenizer, spec, rows, batch_size=arguments.batch_size, max_length=limit)
         responses = []
         cut: Counter[str] = Counter()
-        for item in track(scored, "measuring", len(rows), "rows"):
+        for item in track(scored, "measuring", len(rows), "rows", measured_together(scorer, arguments.batch_size)):
             cut.update(truncated=item.truncated, prompt_truncated=item.prompt_truncated)
             # A harmful row without an onset counts as harmful from its first token, but that is not a marked onset.
             has_onset = item.row.onset is not None
@@ -75,6 +75,8 @@ def record_prompts(arguments: CalibrateArguments, rows: Sequence[Row]) -> Record
             rows, bad = sound_prompts(reader, tokenizer, spec, rows, limit)
             report_skipped(bad)
         scored = score_prompts(reader, tokenizer, spec, rows, batch_size=arguments.batch_size, max_length=limit)
-        prompts = list(track(scored, "measuring", len(rows), "prompts"))
+        prompts = list(
+            track(scored, "measuring", len(rows), "prompts", measured_together(scorer, arguments.batch_size))
+        )
         report_cut({"prompt_truncated": sum(item["prompt_truncated"] for item in prompts)})
     return Recording.of(spec.categories, prompts)

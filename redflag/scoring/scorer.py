@@ -74,13 +74,18 @@ def write_records(
 
 
 def windows(scorer: object, count: int, batch_size: int) -> Iterator[range]:
-    """Spans of rows that are measured together: several batches, of which the backend sorts the rows by length.
+    """Spans of rows that are sent together: several batches, of which the backend sorts the rows by length.
 
     Servers get more, since they idle at the end of each.
     """
     _check_batch(batch_size)
     size = max(batch_size * BATCHES, _SERVED_WINDOW if served(scorer) else 0)
     return (range(start, min(start + size, count)) for start in range(0, count, size))
+
+
+def measured_together(scorer: object, batch_size: int) -> int:
+    """How many rows are measured at a time: a server's results come one by one."""
+    return 1 if served(scorer) else batch_size * BATCHES
 
 
 def named(rows: Iterable[tuple[int, Row]], measured: Iterable[Measurement]) -> Iterator[tuple[int, Row, Measurement]]:

@@ -13,6 +13,7 @@ from scripted_guard import tokenizer  # noqa: F401
 
 from redflag.data.rows import Row
 from redflag.lab.baselines.refusing import REFUSALS
+from redflag.watching.monitor import MonitorConfig
 
 PAPERS = Path(__file__).parents[2] / "recipes" / "papers"
 
@@ -47,3 +48,9 @@ def test_one_refusal_to_a_request_and_as_many_rows_of_each_class(presto, tokeniz
 def test_refusals_that_were_taught_are_told_from_answers(presto):
     assert all(presto.refuses(f" {text}") for text in REFUSALS)
     assert not presto.refuses("Here is how.")
+
+
+def test_a_peak_is_of_the_scores_that_a_threshold_is_compared_with(presto):
+    line = {"peak": [0.9], "flag_probs": [[0.1], [0.9], [0.2]]}
+    assert presto.peak(line, MonitorConfig()) == 0.9
+    assert presto.peak(line, MonitorConfig("ema", decay=0.5, prior=0.1)) == pytest.approx(0.5)

@@ -178,7 +178,7 @@ def main() -> None:
     target = Target(engine, tokenizer, spec, ships, Policy(hold_back=HOLD_BACK), engine.model)
     developed = load_rows(arguments.rows / "development.jsonl").rows
     lines = scored("development", developed, output.parent / "scored", arguments.model)
-    loose = float(np.quantile([peak(line) for line in lines if line["category"] is None], 0.95))
+    loose = float(np.quantile([peak(line, ships.monitor) for line in lines if line["category"] is None], 0.95))
     guards = {"shipped": ships, "5% of development rows": replace(ships, values=dict.fromkeys(ships.values, loose))}
     judge = CachedJudge(HiddenJudge(arguments.judge, arguments.base), output / "verdicts.jsonl")
     rows = chosen(arguments.rows, target, arguments.count)

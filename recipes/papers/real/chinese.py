@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scored import SHIPPED, peak, scored
+from scored import SHIPPED, monitor_of, peak, scored
 
 from redflag.data.rows import Row, load_rows
 from redflag.models.named import model_folder
@@ -57,8 +57,9 @@ def main() -> None:
     developed = load_rows(arguments.rows / "development.jsonl").rows
     english = scored("development", developed, arguments.output, arguments.model)
     ships = next(iter(Thresholds.load(model_folder(arguments.model)).values.values()))
-    loose = float(np.quantile([peak(line) for line in english if line["category"] is None], 0.95))
-    peaks, harmful = np.array([peak(line) for line in lines]), np.array([row.harmful for row in rows])
+    monitor = monitor_of(arguments.model)
+    loose = float(np.quantile([peak(line, monitor) for line in english if line["category"] is None], 0.95))
+    peaks, harmful = np.array([peak(line, monitor) for line in lines]), np.array([row.harmful for row in rows])
     groups = [str(row.group) for row in rows]
     result: dict[str, Any] = {"pairs": arguments.count, "AUROC": [auroc(peaks, harmful)]}
     result["AUROC"] += auroc_interval(peaks, harmful, groups)

@@ -41,6 +41,7 @@ from redflag.models.pack import merge_flag
 from redflag.progress import track
 from redflag.training.answers import deep_alignment_rows
 from redflag.training.ranks import harmful_ranks
+from redflag.watching.monitor import MonitorConfig
 
 HERE = Path(__file__).parent
 RECIPE = HERE.parents[1] / "smollm2"
@@ -146,7 +147,9 @@ def main() -> None:
         if name not in (SHIPPED, "aligned", "aligned-presto"):
             developed = load_rows(arguments.rows / "development.jsonl").rows
             lines = scored("development", developed, model / "scored", str(model))
-            threshold = float(np.quantile([peak(line) for line in lines if line["category"] is None], 0.95))
+            threshold = float(
+                np.quantile([peak(line, MonitorConfig()) for line in lines if line["category"] is None], 0.95)
+            )
         for setting in dict.fromkeys(one["setting"] for one in kept["texts"]):
             some = [one for one in kept["texts"] if one["setting"] == setting]
             verdicts = [said.get(key_of(one["request"], one["text"])) for one in some]

@@ -144,7 +144,7 @@ def main() -> None:
     target = Target(engine, tokenizer, spec, ships, Policy(), engine.model)
     developed = load_rows(arguments.rows / "development.jsonl").rows
     lines = scored("development", developed, output.parent / "scored", arguments.model)
-    harmless = np.array([peak(line) for line in lines if line["category"] is None])
+    harmless = np.array([peak(line, ships.monitor) for line in lines if line["category"] is None])
     guards = {"none": None, "shipped": ships}
     guards["5% of development rows"] = replace(
         ships, values=dict.fromkeys(ships.values, float(np.quantile(harmless, 0.95)))

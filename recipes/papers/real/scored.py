@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from redflag.data.rows import Row, write_rows
+from redflag.models.named import model_folder
 from redflag.scoring.scored import read_scored
+from redflag.watching.monitor import Monitor, MonitorConfig
+from redflag.watching.thresholds import Thresholds
 from redflag.weights.precision import Machine
 
 SHIPPED = "smollm2-135m"
@@ -32,6 +35,15 @@ def scored(name: str, rows: Sequence[Row], folder: Path, model: str, *, prompts:
     return found
 
 
-def peak(line: dict[str, Any]) -> float:
-    """The highest probability along an answer, its end-of-turn step included."""
-    return float(max(line["peak"]))
+def monitor_of(model: str | Path) -> MonitorConfig:
+    """The monitor of a model's thresholds; the maximum where it has none."""
+    folder = Path(model_folder(model))
+    return Thresholds.load(folder).monitor if (folder / "thresholds.json").exists() else MonitorConfig()
+
+
+def peak(line: dict[str, Any], monitor: MonitorConfig) -> float:
+    """The highest score along an answer, which is what thresholds are compared with."""
+    scores = Monitor(monitor, len(line["peak"]))
+    for probs in line["flag_probs"]:
+        scores.feed(probs)
+    return max(scores.peak)

@@ -23,7 +23,7 @@ from random import Random
 from typing import Any
 
 import numpy as np
-from scored import SHIPPED, peak, scored
+from scored import SHIPPED, monitor_of, peak, scored
 
 from redflag.data.rows import Row, load_rows
 from redflag.models.named import model_folder
@@ -104,7 +104,7 @@ def before(data: Path, folder: Path, model: str, seed: int) -> dict[str, Any]:
     lines = scored("before", rows, folder, model, prompts=True)
     kinds: dict[str, list[tuple[float, str]]] = defaultdict(list)
     for row, line in zip(rows, lines, strict=True):
-        kinds[KIND.match(str(row.id))[0]].append((peak(line), str(row.group)))
+        kinds[KIND.match(str(row.id))[0]].append((max(line["peak"]), str(row.group)))
     result: dict[str, Any] = {}
     for kind, found in kinds.items():
         p = np.array([value for value, _ in found])
@@ -132,7 +132,9 @@ def along(data: Path, folder: Path, model: str, seed: int, thresholds: dict[str,
         own.append(asked(row["prompt"], f"own-{row['id']}", row["group"], category, row["response"]))
         plain.append(asked(goals[row["group"]], f"plain-{row['id']}", row["group"], category, row["response"]))
     lines = scored("along", [*own, *plain], folder, model)
-    a, b = (np.array([peak(line) for line in part]) for part in (lines[: len(own)], lines[len(own) :]))
+    a, b = (
+        np.array([peak(line, monitor_of(model)) for line in part]) for part in (lines[: len(own)], lines[len(own) :])
+    )
     harmful = np.array([row.harmful for row in own])
     groups = [str(row.group) for row in own]
     refuses = np.array([is_refusal(row.response) for row in own])
@@ -164,11 +166,11 @@ def along(data: Path, folder: Path, model: str, seed: int, thresholds: dict[str,
     return result
 
 
-def severity(rows: Path, lines: list[dict[str, Any]], thresholds: dict[str, float]) -> dict[str, Any]:
+def severity(rows: Path, lines: list[dict[str, Any]], model: str, thresholds: dict[str, float]) -> dict[str, Any]:
     """Share caught by kind of harm, on development rows."""
     with (rows / "development.jsonl").open(encoding="utf-8") as file:
         kinds = [json.loads(line)["extra"]["kind"] for line in file]
-    peaks = np.array([peak(line) for line in lines])
+    peaks = np.array([peak(line, monitor_of(model)) for line in lines])
     harmful = np.array([line["category"] is not None for line in lines])
     grades = {"mild": MILD, "severe": SEVERE, "mild, narrow": NARROW["mild"], "severe, narrow": NARROW["severe"]}
     result: dict[str, Any] = {}
@@ -208,7 +210,7 @@ def main() -> None:
     model = arguments.model
     ships = next(iter(Thresholds.load(Path(model_folder(model))).values.values()))
     developed = scored("development", load_rows(arguments.rows / "development.jsonl").rows, arguments.output, model)
-    loose = float(np.quantile([peak(line) for line in developed if line["category"] is None], 0.95))
+    loose = float(np.quantile([peak(line, monitor_of(model)) for line in developed if line["category"] is None], 0.95))
     thresholds = {"shipped": float(ships), "5% of development rows": loose, "0.5": 0.5, "0.01": 0.01}
     path = arguments.output.parent / "wordings.json"
     result = json.loads(path.read_text()) if path.exists() else {}
@@ -216,7 +218,7 @@ def main() -> None:
     if "before" in arguments.parts:
         result["before"] = before(arguments.data, arguments.output, model, arguments.seed)
     if "severity" in arguments.parts:
-        result["severity"] = severity(arguments.rows, developed, thresholds)
+        result["severity"] = severity(arguments.rows, developed, model, thresholds)
     if "along" in arguments.parts:
         result["along"] = along(arguments.data, arguments.output, model, arguments.seed, thresholds)
     text = json.dumps(result, indent=1)
