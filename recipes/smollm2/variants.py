@@ -39,7 +39,7 @@ THREE_TERMS = "--flag_coef 2 --harmful_weight 0.5 --benign_coef 1 --after_coef 1
 ADVERSARY = "--adversarial_coef 1 --adversarial_steps 5 --adversarial_step_size 1e-3 --adversarial_radius 0.05"
 VARIANTS = {
     "dense": "",  # Labels from the onset on.
-    "mean-start": "--flag_start mean",  # As the flag that ships was trained.
+    "mean-start": "--flag_start mean",  # As the first flag was trained.
     "commit": "",  # From where harm can be seen coming.
     "whole": "",  # From the first token of a harmful answer: labels by response.
     "templates": "",  # The starter rows, written by templates, in place of real ones: at most 160.

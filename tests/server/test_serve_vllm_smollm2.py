@@ -13,6 +13,7 @@ from redflag.backends.remote import RemoteBackend
 from redflag.backends.remote_handshake import handshake
 from redflag.lab.demo_watch import CASES
 from redflag.trace import Alarm, Text, read_traces
+from redflag.watching.monitor import Monitor
 
 pytestmark = pytest.mark.slow
 
@@ -66,14 +67,17 @@ def test_a_harmless_request_completes_and_a_prefilled_harmful_answer_halts(watch
 
 def test_no_text_leaves_the_server_that_was_not_judged_below_the_threshold(smollm2, watched, local):
     _, tokenizer, spec = local
-    (threshold,) = Guard.from_pretrained(smollm2).thresholds.values.values()
+    thresholds = Guard.from_pretrained(smollm2).thresholds
+    (threshold,) = thresholds.values.values()
     answers, traces = watched
     for name, text, end in answers:
         trace = traces[name]
         released = [i for event in trace.events if isinstance(event, Text) for i in event.token_ids]
         assert not set(spec.ids) & set(trace.token_ids) and released == trace.token_ids[: len(released)]
         assert text.strip() == tokenizer.decode(released, skip_special_tokens=True).strip()
-        assert all(p < threshold for (p,) in trace.flag_probs[: len(released)])
+        monitor = Monitor(thresholds.monitor, 1)
+        assert [monitor.feed(probs) for probs in trace.flag_probs] == [pytest.approx(score) for score in trace.scores]
+        assert all(score < threshold for (score,) in trace.scores[: len(released)])
         alarms = [event.position for event in trace.events if isinstance(event, Alarm)]
         assert alarms == ([len(released)] if end == "content_filter" else [])
 
