@@ -74,7 +74,7 @@ def write_records(
 
 
 def windows(scorer: object, count: int, batch_size: int) -> Iterator[range]:
-    """Spans of rows that are sent together: several batches, of which the backend sorts the rows by length.
+    """Spans of rows that a backend is given together: several batches, of which it sorts the rows by length.
 
     Servers get more, since they idle at the end of each.
     """

@@ -7,19 +7,27 @@ import json
 from pathlib import Path
 from typing import Any
 
+# Besides `config.json`: what a model computes with, and how texts become its tokens.
+FILES = (
+    *("*.safetensors", "*.bin", "adapter_config.json", "generation_config.json"),
+    *("tokenizer*", "special_tokens_map.json", "chat_template*"),
+)
+
 
 def model_stamp(name: str | Path) -> list[Any]:
-    """What changes when a model's folder is written again: its configuration, and the size and time of its weights.
+    """What changes when a model's folder is written again: its configuration, the size and time of its other files.
+
+    Thresholds and records beside them do not count: they change nothing of what the model says.
 
     A copy that does not keep the files' times counts as another model. Of a name on a hub nothing is known: all such
     names have one stamp.
     """
     folder = Path(name)
-    weights = [folder] if folder.is_file() else sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
+    files = [folder] if folder.is_file() else sorted(path for pattern in FILES for path in folder.glob(pattern))
     config = folder / "config.json"
     return [
         config.read_text(encoding="utf-8") if config.exists() else None,
-        [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in weights],
+        [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files],
     ]
 
 

@@ -7,7 +7,7 @@
     python scripts/bench/smollm2_upstream.py soak --minutes 20    # 32 clients, the engine killed twice: soak.py
 
 The model is merged once, as `scripts/pack-flag --merged` does. Results lie under `--output`, as JSON; a stage whose
-result is there is not measured again.
+result is there is not measured again. Where another flag ships than the one that was merged, delete the folder.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ from redflag import Policy
 from redflag.backends.open import open_backend
 from redflag.data.rows import Row, load_rows, write_rows
 from redflag.files import atomic_write
+from redflag.flags import FlagSpec
 from redflag.lab.attacks import Target
 from redflag.lab.attacks.prefill import Prefill
 from redflag.lab.attacks.rap import start_of
@@ -64,11 +65,12 @@ def training_rows(train: Sequence[Row], tokenizer: Any, count: int) -> list[Row]
     """`count` refusals, one to a request, and the first `count` rows of each class."""
     harmful = [row for row in train if row.harmful]
     harmless = [row for row in train if not row.harmful][:count]
-    of_requests = {row.group: row for row in reversed(harmful)}
-    firsts = [row for row in harmful if of_requests[row.group] is row][:count]
+    firsts: dict[str | None, Row] = {}
+    for row in harmful:
+        firsts.setdefault(row.group, row)
     triples = [
         (row.messages[-2]["content"], row.response, REFUSALS[number % len(REFUSALS)])
-        for number, row in enumerate(firsts)
+        for number, row in enumerate(list(firsts.values())[:count])
     ]
     return [*deep_alignment_rows(triples, tokenizer), *harmful[:count], *harmless]
 
@@ -105,7 +107,7 @@ def main() -> None:
     parser.add_argument("--base", type=Path, default=Path(".cache/smollm2"))
     parser.add_argument("--output", type=Path, default=Path("runs/papers/real/presto"))
     parser.add_argument("--names", nargs="+", choices=(SHIPPED, *VARIANTS), default=[SHIPPED, *VARIANTS])
-    parser.add_argument("--each", type=int, default=150, help="training rows: refusals, harmful ones, harmless ones")
+    parser.add_argument("--each", type=int, default=100, help="training rows: refusals, harmful ones, harmless ones")
     parser.add_argument("--count", type=int, default=20, help="requests")
     parser.add_argument("--draw", action="store_true", help="write what a reader has not read yet")
     parser.add_argument("--seed", type=int, default=0)
@@ -122,9 +124,10 @@ def main() -> None:
     for name in arguments.names:
         model = output / f"{name}-{arguments.each}-{arguments.seed}"
         if name == SHIPPED:
-            model = output / SHIPPED
+            folder = model_folder(DEFAULT)
+            model = output / f"{SHIPPED}-{FlagSpec.load(folder).run_id}"
             if not model.exists():
-                merge_flag(model_folder(DEFAULT), model)
+                merge_flag(folder, model)
         else:
             command = [sys.executable, "-u", "-m", "redflag.cli", "train", "--config", str(RECIPE / "train.yaml")]
             command += ["--model", str(arguments.base), "--input", str(given), "--output_dir", str(model), "--resume"]
@@ -144,12 +147,11 @@ def main() -> None:
                 file.write(json.dumps(result, indent=1).encode())
         kept = json.loads(made.read_text())
         threshold = None
-        if name not in (SHIPPED, "aligned", "aligned-presto"):
+        if name == "flag-aligned-presto":
             developed = load_rows(arguments.rows / "development.jsonl").rows
             lines = scored("development", developed, model / "scored", str(model))
-            threshold = float(
-                np.quantile([peak(line, MonitorConfig()) for line in lines if line["category"] is None], 0.95)
-            )
+            harmless = [peak(line, MonitorConfig()) for line in lines if line["category"] is None]
+            threshold = float(np.quantile(harmless, 0.95))
         for setting in dict.fromkeys(one["setting"] for one in kept["texts"]):
             some = [one for one in kept["texts"] if one["setting"] == setting]
             verdicts = [said.get(key_of(one["request"], one["text"])) for one in some]
@@ -177,10 +179,8 @@ def main() -> None:
                 unread[key] = {"key": key, "request": request, "setting": one["setting"], "text": one["text"]}
         del engine, target
     if arguments.draw:
-        drawn = sorted(
-            unread.values(), key=lambda one: str(one["key"])
-        )  # so that a reader cannot tell the models apart
-        text = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in drawn)
+        # By hash, so that a reader cannot tell the models apart.
+        text = "".join(json.dumps(unread[key], ensure_ascii=False) + "\n" for key in sorted(unread))
         (output / "drawn.jsonl").write_text(text, encoding="utf-8")
         print(f"{output / 'drawn.jsonl'}: {len(unread)} texts")
     with atomic_write(output.parent / "presto.json") as file:

@@ -46,9 +46,10 @@ def test_S3_1_a_question_that_is_too_long_is_refused_and_its_neighbours_are_not(
     assert got[0] == asked(model, [short])[0]
 
 
-def test_S3_1_answers_of_other_weights_under_the_same_name_are_not_taken(origin, tmp_path):
+@pytest.mark.parametrize("changed", ["model.safetensors", "tokenizer.json"])
+def test_S3_1_answers_of_other_files_under_the_same_name_are_not_taken(origin, tmp_path, changed):
     shutil.copytree(origin / "base", tmp_path / "base")
-    (tmp_path / "base" / "model.safetensors").touch()
+    (tmp_path / "base" / changed).touch()
     one, again, other = (load_local(parent / "base", device="cpu").identity for parent in (origin, origin, tmp_path))
     assert one == again != other
 
