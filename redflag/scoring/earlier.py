@@ -13,7 +13,7 @@ from redflag.flags import FlagSpec
 from redflag.progress import track
 from redflag.scoring.fitting import fit
 from redflag.scoring.scored import Probs
-from redflag.scoring.scorer import Scorer
+from redflag.scoring.scorer import Scorer, measured_together, windows
 
 
 def with_histories(
@@ -38,7 +38,10 @@ def score_earlier(
     """For each conversation T x K probabilities of each earlier answer, oldest first; one pass over each prompt."""
     several = [(ids, spans) for ids, spans in histories if spans]
     pairs = [(ids[: spans[0][0]], ids[spans[0][0] : spans[-1][1]]) for ids, spans in several]
-    measured = iter(track(scorer.score(pairs, batch_size=batch_size), "measuring earlier answers", len(pairs), "rows"))
+    together = measured_together(scorer, batch_size)
+    parts = (pairs[window.start : window.stop] for window in windows(scorer, len(pairs), batch_size))
+    scored = (probs for part in parts for probs in scorer.score(part, batch_size=batch_size))
+    measured = iter(track(scored, "measuring earlier answers", len(pairs), "rows", together))
     answers: list[list[Probs]] = []
     for _, spans in histories:
         probs = next(measured) if spans else np.zeros(0, np.float32)  # from the first answer to the end of the last

@@ -183,8 +183,11 @@ def main() -> None:
         text = "".join(json.dumps(unread[key], ensure_ascii=False) + "\n" for key in sorted(unread))
         (output / "drawn.jsonl").write_text(text, encoding="utf-8")
         print(f"{output / 'drawn.jsonl'}: {len(unread)} texts")
-    with atomic_write(output.parent / "presto.json") as file:
-        file.write(json.dumps(table, indent=1).encode())
+    report = output.parent / "presto.json"
+    before = json.loads(report.read_text()) if report.exists() else []
+    others = [line for line in before if line["model"] not in arguments.names]
+    with atomic_write(report) as file:
+        file.write(json.dumps(others + table, indent=1).encode())
 
 
 if __name__ == "__main__":

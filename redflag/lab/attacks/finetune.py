@@ -82,10 +82,20 @@ class FineTune:
 
     def _reattached(self, model: Any, pairs: Sequence[Pair], seed: int) -> tuple[Any, list[float]] | None:
         """A copy whose base was trained on harm without the flag, with the flag put back; None without a base."""
-        if hasattr(model, "disable_adapter"):
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        from redflag.training.adapter import adapters_off
+
+        if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
             tuned = copy.deepcopy(model)
-            with tuned.disable_adapter():
-                losses = self.train(tuned, plain_model(tuned), pairs, seed, skip=tuned.prefix)
+            # In memory an adapter may lie in the base's weights (`redflag.backends.load`), which are to learn alone.
+            merged = [module for module in tuned.modules() if isinstance(module, BaseTunerLayer) and module.merged]
+            for layer in merged:
+                layer.unmerge()
+            with adapters_off(tuned):
+                losses = self.train(tuned, plain_model(tuned), pairs, seed)
+            for layer in merged:
+                layer.merge()
             return tuned, losses
         name = self.base or recorded_base(model)
         if name is None:
@@ -96,17 +106,16 @@ class FineTune:
         losses = self.train(base, base, pairs, seed)
         return add_difference(model, before, base.state_dict()), losses
 
-    def train(self, model: Any, plain: Any, pairs: Sequence[Pair], seed: int, skip: str | None = None) -> list[float]:
+    def train(self, model: Any, plain: Any, pairs: Sequence[Pair], seed: int) -> list[float]:
         """Trains in place on the answers' tokens.
 
         Args:
             plain: The model whose parameters are trained, except those of an adapter.
-            skip: Parameters whose name contains this are not trained: the flag's adapter.
 
         Returns:
             The mean loss of each epoch, nats per answer token.
         """
-        adapter = (skip or "lora_", "token_adapter.")
+        adapter = ("lora_", "trainable_tokens_")
         trained = [p for name, p in plain.named_parameters() if not any(part in name for part in adapter)]
         was = [p.requires_grad for p in trained]
         for parameter in trained:

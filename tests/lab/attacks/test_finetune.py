@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
 import torch
 from peft import get_peft_model
+from peft.tuners.lora.layer import LoraLayer
+from tiny import build
+from tiny_smollm2 import train_flag
 from tiny_target import harmful_row, same_weights, tiny_target, tiny_tokenizer, weights
 
+from redflag.backends.load import load_flagged, read_model
 from redflag.errors import RedflagError
+from redflag.flags import attach
 from redflag.lab.attacks import Target
 from redflag.lab.attacks.finetune import FineTune, add_difference, answer_loss, recorded_base
 from redflag.training.adapter import lora_config
@@ -77,8 +83,6 @@ def test_the_flags_difference_is_added_to_the_fine_tuned_base(merged):
     attack = FineTune(**SMALL)
     rendered = [(target.prompt_ids(row.messages[:1]), [8, 9, 10]) for row in ROWS[:2]]
     made, _ = attack._reattached(target.model, rendered, 0)
-    from redflag.backends.load import read_model
-
     tuned, _ = read_model(base)
     started = weights(tuned)
     attack.train(tuned, tuned, rendered, 0)
@@ -97,9 +101,9 @@ def test_an_adapter_is_put_back_on_the_fine_tuned_base_as_it_was():
     pairs = [(target.prompt_ids(row.messages[:1]), [8, 9, 10]) for row in ROWS[:2]]
     made, losses = attack._reattached(target.model, pairs, 0)
     after = made.state_dict()
-    adapter = [key for key in before if "lora_" in key or "token_adapter" in key or "trainable_tokens" in key]
+    adapter = [key for key in before if "lora_" in key or "trainable_tokens" in key]
     assert adapter and all(torch.equal(after[key], before[key]) for key in adapter)
-    assert any(not torch.equal(after[key], before[key]) for key in before if key not in adapter)
+    assert not any(torch.equal(after[key], before[key]) for key in before if key not in adapter)  # all of the base
     assert losses[-1] < losses[0]
     assert same_weights(target.model, before)
     # The adapter is in force again, and was not while the base learnt.
@@ -121,6 +125,35 @@ def test_an_adapters_model_is_attacked_in_both_settings_and_stays():
     assert attempts[0].detail["trained_on"] == "other rows" and attempts[0].detail["rows"] == 4
     assert same_weights(target.model, before)
     assert [p.requires_grad for p in target.model.parameters()] == needed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["merged in memory", "apart"])
+def test_a_folders_adapter_is_put_back_on_the_fine_tuned_base(tmp_path, dtype):
+    target, words = tiny_target(), copy.deepcopy(tiny_tokenizer())
+    build("llama", len(words)).save_pretrained(tmp_path / "base")
+    words.save_pretrained(tmp_path / "base")
+    backend, words, spec = load_flagged(train_flag(tmp_path / "flag", tmp_path / "base"), None, dtype)
+    target = Target(backend, words, spec, None, model=backend.model)
+    before = weights(target.model)
+    assert [a.setting for a in FineTune(**SMALL).run(target, ROWS[:1], 0)] == ["fine-tuned", "flag re-attached"]
+    assert same_weights(target.model, before)
+
+    attack = FineTune(**SMALL)
+    pairs = [(target.prompt_ids(row.messages[:1]), [8, 9, 10]) for row in ROWS[:2]]
+    made, losses = attack._reattached(target.model, pairs, 0)
+    base, _ = read_model(tmp_path / "base", dtype)
+    attach(base, copy.deepcopy(words), spec)
+    assert losses == pytest.approx(attack.train(base, base, pairs, 0), rel=0.02)
+    assert losses[-1] < losses[0]
+    was, layers = dict(target.model.named_modules()), 0
+    learnt = dict(base.named_modules())
+    for name, layer in made.named_modules():
+        if isinstance(layer, LoraLayer):
+            layers += 1
+            assert layer.merged == was[name].merged == (dtype == torch.float32)
+            added = layer.get_delta_weight("default") if layer.merged else 0.0
+            torch.testing.assert_close(layer.base_layer.weight - added, learnt[name].weight, rtol=0.02, atol=2e-3)
+    assert layers
 
 
 def test_without_a_known_base_nothing_is_re_attached():
