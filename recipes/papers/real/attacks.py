@@ -34,8 +34,10 @@ from redflag.files import atomic_write
 from redflag.flags import FlagSpec
 from redflag.judges.cache import CachedJudge
 from redflag.lab.attacks import Attack, Attempt, Target, request_of
+from redflag.lab.attacks.autorap import AutoRAP
 from redflag.lab.attacks.embedding import EmbeddingAttack
 from redflag.lab.attacks.finetune import FineTune
+from redflag.lab.attacks.gcg import GCG
 from redflag.lab.attacks.judging import Judged, entries, judge_attempts
 from redflag.lab.attacks.prefill import Prefill, prefix_ends, with_prefill
 from redflag.lab.attacks.run_attacks import named_rows, record
@@ -52,7 +54,8 @@ TOKENS = 48  # of an answer
 UNIT = 10
 HOLD_BACK = 8
 WORDS = ("leetspeak", "role-play")
-FEW = 20  # requests of the attack that takes longest with each
+FEW = {EmbeddingAttack: 20, AutoRAP: 20, GCG: 10}  # requests of the attacks that take longest with each
+STEPS = 30  # of GCG, a sixteenth of the paper's, at 24 candidates in place of 512
 TRAINED = 100  # harmful rows to fine-tune on
 
 
@@ -72,7 +75,8 @@ class GivenPrefill:
 
 def attacks(rows: Path, base: Path) -> list[Attack]:
     """Those of `redflag.lab.attacks` that need no other model, at sizes for a processor."""
-    harmful = [row for row in load_rows(rows / "train.jsonl").rows if row.harmful]
+    train = load_rows(rows / "train.jsonl").rows
+    harmful = [row for row in train if row.harmful]
     wrappers = tuple(wrapper for wrapper in WRAPPERS if wrapper.name in WORDS)
     return [
         Plain(temperatures=(0.0,), max_new_tokens=TOKENS),
@@ -82,6 +86,9 @@ def attacks(rows: Path, base: Path) -> list[Attack]:
         Wrappers(wrappers=wrappers, max_new_tokens=TOKENS),
         EmbeddingAttack(max_new_tokens=TOKENS),
         FineTune(harmful, base, TRAINED, epochs=1, batch=8, max_new_tokens=TOKENS),
+        AutoRAP(rows=train, max_new_tokens=TOKENS, epochs=3, learning_rate=1e-4),
+        GCG(adaptive=False, steps=STEPS),
+        GCG(steps=STEPS),
     ]
 
 
@@ -183,8 +190,7 @@ def main() -> None:
     judge = CachedJudge(HiddenJudge(arguments.judge, arguments.base), output / "verdicts.jsonl")
     rows = chosen(arguments.rows, target, arguments.count)
     work: list[tuple[Attack, list[Row]]] = [
-        (attack, rows[:FEW] if isinstance(attack, EmbeddingAttack) else rows)
-        for attack in attacks(arguments.rows, arguments.base)
+        (attack, rows[: FEW.get(type(attack))]) for attack in attacks(arguments.rows, arguments.base)
     ]
     work.insert(1, (GivenPrefill(), prefills(arguments.data, arguments.count, arguments.seed)))
     result: dict[str, Any] = {
