@@ -26,6 +26,7 @@ from redflag.data.rows import Row
 from redflag.errors import RedflagError
 from redflag.lab.attacks import Attempt, Target, request_of
 from redflag.lab.attacks.stepping import room_for, weights_of
+from redflag.progress import Progress
 from redflag.prompt import render_response
 
 
@@ -123,11 +124,12 @@ class FineTune:
         optimizer = torch.optim.AdamW(trained, lr=self.learning_rate, weight_decay=0.0)
         rng, losses = random.Random(seed), []
         order = list(pairs)
-        with torch.enable_grad():
-            for _ in range(self.epochs):
+        starts = range(0, len(order), self.batch)
+        with torch.enable_grad(), Progress("fine-tuning on harm", self.epochs * len(starts), "steps") as progress:
+            for epoch in range(self.epochs):
                 rng.shuffle(order)
                 total = 0.0
-                for begin in range(0, len(order), self.batch):
+                for step, begin in enumerate(starts, 1):
                     few = order[begin : begin + self.batch]
                     loss = answer_loss(model, few)
                     optimizer.zero_grad()
@@ -135,6 +137,7 @@ class FineTune:
                     torch.nn.utils.clip_grad_norm_(trained, 1.0)
                     optimizer.step()
                     total += loss.item() * len(few)
+                    progress(epoch * len(starts) + step)
                 losses.append(total / len(order))
         for parameter, needed in zip(trained, was, strict=True):
             parameter.grad = None
