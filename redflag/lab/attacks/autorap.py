@@ -28,6 +28,7 @@ from redflag.lab.attacks import Attempt, Target, request_of
 from redflag.lab.attacks.rap import RAP
 from redflag.lab.attacks.search import Chooser
 from redflag.lab.attacks.stepping import Looker, weights_of
+from redflag.progress import Progress
 from redflag.prompt import render_response, text_ids
 from redflag.weights.prefix import PrefixSlot
 
@@ -101,7 +102,7 @@ class AutoRAP:
         steps = self.epochs * -(-len(trains) // self.batch)
         optimizer = torch.optim.AdamW(helper.parameters(), lr=self.learning_rate)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps))
-        with torch.enable_grad():
+        with torch.enable_grad(), Progress("training the helper", steps, "steps") as progress:
             for _ in range(self.epochs):
                 rng.shuffle(trains)
                 for begin in range(0, len(trains), self.batch):
@@ -115,6 +116,7 @@ class AutoRAP:
                     loss.backward()
                     optimizer.step()
                     schedule.step()
+                    progress(schedule.last_epoch)
         examples = [example(sample, target.tokenizer, rng, self.first_cut) for sample in tests for _ in range(4)]
         with torch.inference_mode():
             predicted = helper.margins([ids for ids, _ in examples]) > 0
