@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from redflag.flags import Flag, FlagSpec
 from redflag.watching.thresholds import Thresholds
 
 BENCH = Path(__file__).resolve().parents[1] / "scripts" / "bench"
@@ -32,8 +34,16 @@ def test_the_model_goes_on_from_half_of_an_answer_at_most(bench):
 
 def test_a_stage_whose_result_is_there_is_not_measured_again(bench, tmp_path, monkeypatch, capsys):
     module, asked = bench["smollm2_upstream"], []
-    monkeypatch.setattr(module, "merge_flag", lambda source, output: asked.append("model"))
-    monkeypatch.setattr(module, "model_folder", lambda name: name)
+    shipped = tmp_path / "shipped"
+    spec = FlagSpec((Flag("harm", "<|redflag_harm|>", id=7),), run_id="one")
+    spec.save(shipped)
+
+    def merge(source, output):
+        asked.append("model")
+        spec.save(output)
+
+    monkeypatch.setattr(module, "merge_flag", merge)
+    monkeypatch.setattr(module, "model_folder", lambda name: shipped)
     monkeypatch.setitem(module.STAGES, "speed", lambda arguments, model: {"rounds": arguments.rounds})
     monkeypatch.setattr(sys, "argv", ["bench", "speed", "--output", str(tmp_path), "--rounds", "5"])
     module.main()
@@ -41,6 +51,9 @@ def test_a_stage_whose_result_is_there_is_not_measured_again(bench, tmp_path, mo
     monkeypatch.setitem(module.STAGES, "speed", lambda *_: pytest.fail("measured twice"))
     module.main()
     assert json.loads(capsys.readouterr().out) == {"rounds": 5}
+    replace(spec, run_id="another").save(shipped)
+    with pytest.raises(SystemExit, match="must hold the flag that ships"):
+        module.main()
 
 
 def test_two_scored_files_are_compared_row_by_row(bench, tmp_path, monkeypatch, capsys):

@@ -7,7 +7,7 @@
     python scripts/bench/smollm2_upstream.py soak --minutes 20    # 32 clients, the engine killed twice: soak.py
 
 The model is merged once, as `scripts/pack-flag --merged` does. Results lie under `--output`, as JSON; a stage whose
-result is there is not measured again. Where another flag ships than the one that was merged, delete the folder.
+result is there is not measured again.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any
 from serve import serve
 
 from redflag.files import atomic_write
+from redflag.flags import FlagSpec
 from redflag.models.named import DEFAULT, model_folder
 from redflag.models.pack import merge_flag
 
@@ -52,8 +53,11 @@ def main() -> None:
     output = arguments.output
     arguments.tokens = arguments.tokens or (64 if arguments.stage == "speed" else 32)
     output.mkdir(parents=True, exist_ok=True)
+    shipped = model_folder(DEFAULT)
     if not (output / "model" / "redflag.json").is_file():
-        merge_flag(model_folder(DEFAULT), output / "model")
+        merge_flag(shipped, output / "model")
+    if FlagSpec.load(output / "model").run_id != FlagSpec.load(shipped).run_id:
+        sys.exit(f"{output} must hold the flag that ships (got an earlier one). Delete it, or give another --output.")
     made = output / f"{arguments.stage}.json"
     if made.is_file():
         print(f"{made} is there already; delete it to measure again", file=sys.stderr)
