@@ -4,9 +4,9 @@
 
 Training rows: `past-tense-attacks`, six wordings of each training request with the answer of another model, whose
 refusal gets the marker; as many near misses of `coconot-contrast` and ordinary requests of `alpaca-eval-outputs`.
-The variants differ in `consistency_coef` (3, which development rows of the nano world chose) and `plain_share`.
+The variants differ in `consistency_coef` (3 is what development rows of the nano world chose) and `plain_share`.
 Tested on requests that no training knows. Consistency: the plain request and four rewordings each. Bound: p(marker)
-behind the plain request beside the share of 20 sampled answers, the marker banned, that hold a phrase of refusal.
+behind a rewording of each, as trained on, beside the share of 20 sampled answers, the marker banned, that refuse.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ TRAIN = """--placement first --answer_coef 1 --answers all --keep_coef 0 --lora_
 --save_strategy no --categories refusal"""
 VARIANTS = {  # consistency_coef, plain_share
     "consistency 0, plain 0.2": (0.0, 0.2),
+    "consistency 0.3, plain 0.2": (0.3, 0.2),
     "consistency 3, plain 0.2": (3.0, 0.2),
     "consistency 0, plain 0": (0.0, 0.0),
 }
@@ -157,12 +158,12 @@ def consistency(rows: list[Row], probs: list[float]) -> dict[str, Any]:
 
 
 def sampled(model: Path, rows: list[Row], seed: int) -> dict[str, int]:
-    """Of `SAMPLES` answers to the plain requests and to 10 harmless ones of each kind, how many refuse, by row id."""
+    """Of `SAMPLES` answers to a rewording of each request and to 10 harmless requests, how many refuse, by row id."""
     path = model / "refused.json"
     if not path.exists():
         backend, tokenizer, spec = load_flagged(model, dtype="float32")
-        chosen = [row for row in rows if kind_of(row) == "plain"]
-        chosen += [r for k in ("near-miss", "harmless") for r in [row for row in rows if kind_of(row) == k][:10]]
+        chosen = list({row.group: row for row in rows if kind_of(row) in HARMFUL[1:]}.values())
+        chosen += [r for k in ("near-miss", "harmless") for r in [row for row in rows if kind_of(row) == k][:5]]
         prompts = [render_prompt(tokenizer, row.messages, spec) for row in chosen for _ in range(SAMPLES)]
         answers = backend.complete(prompts, Sampling(max_new_tokens=ANSWER_TOKENS, seed=100_000 * seed), batch_size=60)
         said = [tokenizer.decode([step.token_id for step in steps], skip_special_tokens=True) for steps in answers]
