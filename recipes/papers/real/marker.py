@@ -4,7 +4,7 @@
 
 Training rows: `past-tense-attacks`, six wordings of each training request with the answer of another model, whose
 refusal gets the marker; as many near misses of `coconot-contrast` and ordinary requests of `alpaca-eval-outputs`.
-The variants differ in `consistency_coef` (3 is what development rows of the nano world chose) and `plain_share`.
+The variants differ in `consistency_coef` (3 is what nano's development rows chose) and `plain_share`.
 Tested on requests that no training knows. Consistency: the plain request and four rewordings each. Bound: p(marker)
 behind a rewording of each, as trained on, beside the share of 20 sampled answers, the marker banned, that refuse.
 """
