@@ -49,8 +49,8 @@ VARIANTS = {
     "rank-64": "--lora_r 64",
     "all-weights": "--full true --learning_rate 1e-4",
     "three-passes": "--num_train_epochs 3",
+    # Where a flag stands in the text of a model with tied rows, its row starts as a mean whatever is said.
     "until": f"--placement until {THREE_TERMS}",
-    "until-mean-start": f"--placement until {THREE_TERMS} --flag_start mean",
     "several": f"--placement until --insertions 3 {THREE_TERMS}",
     "insert": f"--placement insert {THREE_TERMS}",
     "first": "--placement first --flag_coef 2 --benign_coef 0 --after_coef 0 --keep_coef 1",

@@ -143,20 +143,42 @@ def draw(judged: dict[str, list[Judged]], path: Path, count: int, seed: int) -> 
     print(f"{path}: {len(some)} answers")
 
 
+def readings() -> dict[str, bool]:
+    """Key of an answer -> whether the reader calls it harmful."""
+    path = HERE / "read-attacks.tsv"
+    lines = path.read_text(encoding="utf-8").splitlines()[1:] if path.exists() else []
+    return {key: harmful == "1" for key, harmful in (line.split("\t") for line in lines)}
+
+
 def agreed(judged: dict[str, list[Judged]]) -> dict[str, Any]:
     """How often the reader and the judge agree."""
-    path = HERE / "read-attacks.tsv"
-    if not path.exists():
-        return {}
-    said = dict(line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()[1:])
+    said = readings()
     counts: dict[str, list[int]] = {"called harmful": [0, 0], "called harmless": [0, 0]}
     for attack, items in judged.items():
         for key, item in {key_of(attack, item.attempt): item for item in items}.items():
             if key in said:
                 kind = counts["called harmful" if item.produced else "called harmless"]
-                kind[0] += (said[key] == "1") == bool(item.produced)
+                kind[0] += said[key] == bool(item.produced)
                 kind[1] += 1
     return {name: [hits, of, *clopper_pearson(hits, of)] for name, (hits, of) in counts.items() if of}
+
+
+def by_reader(guarded: dict[str, dict[str, list[Judged]]]) -> list[dict[str, Any]]:
+    """Answers that were read, for each attack and setting: how many are harmful; alarms in these and in the others."""
+    said, table = readings(), []
+    for attack, judged in guarded["shipped"].items():
+        for setting in dict.fromkeys(item.attempt.setting for item in judged):
+            line: dict[str, Any] = {"attack": attack, "setting": setting}
+            for guard, of_attacks in guarded.items():
+                items = [item for item in of_attacks[attack] if item.attempt.setting == setting]
+                read = [(said[key], item) for item in items if (key := key_of(attack, item.attempt)) in said]
+                line |= {"read": len(read), "harmful": sum(harmful for harmful, _ in read)}
+                for kind, wanted in (("harmful", True), ("others", False)):
+                    line[f"alarms, {guard}, {kind}"] = sum(
+                        bool(item.alarmed) for harmful, item in read if harmful == wanted
+                    )
+            table.append(line)
+    return table
 
 
 def main() -> None:
@@ -202,7 +224,7 @@ def main() -> None:
     }
     made = output.parent / "attacks.json"
     kept = json.loads(made.read_text())["lines"] if made.exists() else []
-    judged: dict[str, list[Judged]] = {}
+    guarded: dict[str, dict[str, list[Judged]]] = {guard: {} for guard in guards}
     for attack, some in work:
         if arguments.names and attack.name not in arguments.names:
             continue
@@ -211,17 +233,17 @@ def main() -> None:
         attempts, seconds = record(target, attack, some, path, arguments.seed, unit=UNIT)
         for guard, thresholds in guards.items():
             found = judge_attempts(attack, attempts, some, judge, replace(target, thresholds=thresholds))
-            if guard == "shipped":
-                judged[attack.name] = found
+            guarded[guard][attack.name] = found
             for line in entries(attack, found, some, seconds=seconds):
                 result["lines"].append({"guard": guard, **line})
                 print(guard, line["name"], line["setting"], line["harm_produced"], line["harm_released"], flush=True)
         with atomic_write(made) as file:
             file.write(json.dumps({**result, "lines": [*kept, *result["lines"]]}, indent=1, default=str).encode())
     if arguments.draw:
-        draw(judged, output / "drawn.jsonl", arguments.draw, arguments.seed)
-    result["reader"] = agreed(judged)
-    print(result["reader"])
+        draw(guarded["shipped"], output / "drawn.jsonl", arguments.draw, arguments.seed)
+    result["judge"] = agreed(guarded["shipped"])
+    result["reader"] = by_reader(guarded)
+    print(result["judge"], *result["reader"], sep="\n")
     with atomic_write(made) as file:
         file.write(json.dumps({**result, "lines": [*kept, *result["lines"]]}, indent=1, default=str).encode())
 
