@@ -49,6 +49,8 @@ VARIANTS = {
     "rank-64": "--lora_r 64",
     "all-weights": "--full true --learning_rate 1e-4",
     "three-passes": "--num_train_epochs 3",
+    "batch-4": "--per_device_train_batch_size 4",  # twice the steps on the same rows
+    "batch-2": "--per_device_train_batch_size 2",
     # Where a flag stands in the text of a model with tied rows, its row starts as a mean whatever is said.
     "until": f"--placement until {THREE_TERMS}",
     "several": f"--placement until --insertions 3 {THREE_TERMS}",

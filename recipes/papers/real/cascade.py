@@ -3,10 +3,10 @@
     python recipes/papers/real/judge.py
     python recipes/papers/real/cascade.py
 
-The two stages of "Constitutional Classifiers++" (arXiv 2601.04603), here with the flag at every token: its threshold is
-set so that a share of the harmless development rows ask, and the judge reads the answer up to the alarm. Then the judge
-alone decides, or 0.55 of the flag's and 0.45 of the judge's log-odds. The first `--count` test rows; what is caught
-at a rate of false alarms, and how many tokens the judge reads for each that is written.
+The two stages of "Constitutional Classifiers++" (arXiv 2601.04603), here with the flag at every token, under its
+monitor: its threshold is set so that a share of the harmless development rows ask, and the judge reads the answer up to
+the alarm. Then the judge alone decides, or 0.55 of the flag's and 0.45 of the judge's log-odds. The first `--count`
+test rows; what is caught at a rate of false alarms, and how many tokens the judge reads for each that is written.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from judge import HiddenJudge
-from scored import SHIPPED, scored
+from scored import SHIPPED, monitor_of, scored
 
 from redflag import Policy
 from redflag.backends.load import read_tokenizer
@@ -34,7 +34,7 @@ from redflag.watching.monitor import MonitorConfig
 SHARES = (0.05, 0.1)  # of the harmless development rows that ask
 WEIGHTS = (0.0, 0.55)  # the flag's share in the verdict; 0.55 is the paper's
 RATES = (0.01, 0.02, 0.05)
-MAX = MonitorConfig("max")
+VERDICTS = MonitorConfig("max")  # as `redflag.lab.evaluating.cascade` records them
 
 
 def main() -> None:
@@ -57,12 +57,13 @@ def main() -> None:
     reader = TextReader(judge, tested, test, read_tokenizer(arguments.base)[0])
     policy = Policy(default="escalate", mute_limit=arguments.mute_limit, max_interventions=arguments.max_interventions)
     result: dict[str, Any] = {"harmful": int(test.harmful.sum()), "harmless": int((~test.harmful).sum())}
-    lines = [line("the flag alone", test)]
+    monitor = monitor_of(SHIPPED)
+    lines = [line("the flag alone", test, monitor)]
     for share in SHARES:
-        thresholds = asking(first, MAX, share)
+        thresholds = asking(first, monitor, share)
         for weight in WEIGHTS:
             made = cascade(test, thresholds, weighted(reader, test, weight), policy)
-            found = line(f"{share:g}, {weight:g}", made.recording)
+            found = line(f"{share:g}, {weight:g}", made.recording, VERDICTS)
             harmless = ~test.harmful
             found["threshold"] = thresholds.values["harm"]
             found["harmless that ask"] = float((made.calls[harmless] > 0).mean())
@@ -75,9 +76,9 @@ def main() -> None:
     print(json.dumps(result, indent=1))
 
 
-def line(name: str, recording: Recording) -> dict[str, Any]:
+def line(name: str, recording: Recording, monitor: MonitorConfig) -> dict[str, Any]:
     """What is caught at some rates of false alarms, with 95% intervals over requests."""
-    scores = peaks(MAX, recording)[:, 0]
+    scores = peaks(monitor, recording)[:, 0]
     groups = recording.columns["group"]
     bounds = ranking_intervals(scores, recording.harmful, groups, fprs=RATES).tpr
     found: dict[str, Any] = {"name": name}
