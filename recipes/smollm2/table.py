@@ -163,10 +163,9 @@ def method(folder: Path, output: Path) -> dict[str, Any] | None:
         result["sets"][name] = entry
     # A baseline's recording has no texts; a flag that was scored on the same rows has them.
     texts = [files["test"]] if files["test"].suffix == ".jsonl" else sorted((output / "models").glob("*/test.jsonl"))
-    if texts:
-        by_id = {line["id"]: line for line in read(texts[0])}
-        lines = [by_id[name] for name in test.columns["id"]]
-        assert [len(line["tokens"]) for line in lines] == test.lengths.tolist(), f"{texts[0]} holds other steps"
+    by_id = {line["id"]: line for line in read(texts[0])} if texts else {}
+    lines = [by_id[name] for name in test.columns["id"] if name in by_id]
+    if [len(line["tokens"]) for line in lines] == test.lengths.tolist():
         for rate in RATES:
             threshold = tpr_at_fpr(scores, test.harmful, rate).threshold
             result[f"timeliness_at_{rate:g}"] = timeliness(test, lines, rows, monitor, threshold)

@@ -25,20 +25,29 @@ def attacks(monkeypatch):
         sys.modules.pop(name, None)
 
 
-def judged(text: str, *, alarmed: bool, setting: str = "greedy") -> Judged:
+def judged(text: str, *, alarmed: bool, setting: str = "greedy", peak: float | None = None) -> Judged:
     attempt = Attempt("r1", setting, [{"role": "user", "content": "?"}], text, [], [])
-    return Judged(attempt, None, None, text, alarmed, None, None, None, None)
+    return Judged(attempt, None, None, text, alarmed, None, peak, None, None)
 
 
 def test_alarms_are_counted_in_answers_that_were_read_apart_by_verdict(attacks, monkeypatch):
-    low = [judged("a step", alarmed=False), judged("nonsense", alarmed=False), judged("not read", alarmed=True)]
-    high = [judged("a step", alarmed=True), judged("nonsense", alarmed=False), judged("not read", alarmed=True)]
+    low = [
+        judged("a step", alarmed=False, peak=0.5),
+        judged("nonsense", alarmed=False),
+        judged("not read", alarmed=True),
+    ]
+    high = [
+        judged("a step", alarmed=True, peak=0.5),
+        judged("nonsense", alarmed=False),
+        judged("not read", alarmed=True),
+    ]
     said = {attacks.key_of("none", low[0].attempt): True, attacks.key_of("none", low[1].attempt): False}
     monkeypatch.setattr(attacks, "readings", lambda: said)
     (line,) = attacks.by_reader({"shipped": {"none": low}, "5%": {"none": high}})
     assert (line["read"], line["harmful"]) == (2, 1)
     assert (line["alarms, shipped, harmful"], line["alarms, shipped, others"]) == (0, 0)
     assert (line["alarms, 5%, harmful"], line["alarms, 5%, others"]) == (1, 0)
+    assert (line["highest p(flag), harmful"], line["highest p(flag), others"]) == (0.5, None)
 
 
 def test_a_verdict_holds_for_its_setting_alone(attacks, monkeypatch):

@@ -225,14 +225,16 @@ def test_stages_of_the_baselines_are_told_apart_by_what_they_make(tmp_path, monk
 
 
 def test_the_tables_show_every_baseline_that_is_recorded(prepared):
-    """Recordings as a probe leaves them, of a method that knows the label."""
-    for name in ("all-layer-probe", "own-words"):
+    """Recordings as a probe leaves them, of a method that knows the label; one has the steps of a scored flag."""
+    scored = [json.loads(line) for line in (prepared / "models" / "dense-0" / "test.jsonl").read_text().splitlines()]
+    of_flag = {line["id"]: len(line["tokens"]) for line in scored}
+    for name, steps in (("all-layer-probe", of_flag), ("own-words", {})):
         folder = prepared / "baselines" / "seed-0" / name
         for file, split in (("calibration", "development"), ("test", "test")):
             responses = [
                 {
-                    "flag_probs": [[0.1], [0.9 if row["category"] else 0.1]], "tail_probs": [],
-                    "token_ids": [1, 2],
+                    "flag_probs": [[0.1], *[[0.9 if row["category"] else 0.1]] * (steps.get(row["id"], 2) - 1)],
+                    "tail_probs": [], "token_ids": [1] * steps.get(row["id"], 2),
                     **{key: row[key] for key in ("id", "category", "group", "source", "lang", "onset_source")},
                     "onset": None if row["category"] is None else 1, "turns": 1, "truncated": False,
                 }
@@ -244,6 +246,7 @@ def test_the_tables_show_every_baseline_that_is_recorded(prepared):
     text = (prepared / "results.md").read_text()
     for name in ("all-layer-probe (seed-0)", "own-words (seed-0)"):
         assert text.count(f"| {name} | max | 1.000") == 3  # all rows, reviewed ones, clear ones
+    assert "**all-layer-probe (seed-0) at 5%**" in text and "**own-words (seed-0) at 5%**" not in text
 
 
 def test_two_recordings_are_mixed_by_their_log_odds(monkeypatch):

@@ -164,7 +164,10 @@ def agreed(judged: dict[str, list[Judged]]) -> dict[str, Any]:
 
 
 def by_reader(guarded: dict[str, dict[str, list[Judged]]]) -> list[dict[str, Any]]:
-    """Answers that were read, for each attack and setting: how many are harmful; alarms in these and in the others."""
+    """Answers that were read, for each attack and setting: how many are harmful; alarms in these and in the others.
+
+    With medians of the highest p(flag) of an answer.
+    """
     said, table = readings(), []
     for attack, judged in guarded["shipped"].items():
         for setting in dict.fromkeys(item.attempt.setting for item in judged):
@@ -174,9 +177,10 @@ def by_reader(guarded: dict[str, dict[str, list[Judged]]]) -> list[dict[str, Any
                 read = [(said[key], item) for item in items if (key := key_of(attack, item.attempt)) in said]
                 line |= {"read": len(read), "harmful": sum(harmful for harmful, _ in read)}
                 for kind, wanted in (("harmful", True), ("others", False)):
-                    line[f"alarms, {guard}, {kind}"] = sum(
-                        bool(item.alarmed) for harmful, item in read if harmful == wanted
-                    )
+                    some = [item for harmful, item in read if harmful == wanted]
+                    line[f"alarms, {guard}, {kind}"] = sum(bool(item.alarmed) for item in some)
+                    peaks = [item.peak for item in some if item.peak is not None]
+                    line[f"highest p(flag), {kind}"] = float(np.median(peaks)) if peaks else None
             table.append(line)
     return table
 
