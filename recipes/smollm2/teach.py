@@ -44,7 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=Path, default=Path("runs/smollm2-open/rows/teach.jsonl"))
     parser.add_argument("--scored", type=Path, required=True, help="the rows as `redflag score` has scored them")
-    parser.add_argument("--threshold", type=float, default=0.854, help="the lowered one of reflect.py")
+    parser.add_argument("--threshold", type=float, default=0.902, help="the lowered one of reflect.py")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--learning_rate", type=float, default=5e-4)
     parser.add_argument("--batch", type=int, default=8)
