@@ -161,7 +161,7 @@ def method(folder: Path, output: Path) -> dict[str, Any] | None:
         if min(entry.values()) >= FEW:
             entry["auroc"] = auroc(scores[inside], labels)
         result["sets"][name] = entry
-    # A baseline's recording has no texts; a flag that was scored on the same rows has them.
+    # A baseline's recording has no texts; a flag that was scored on the same steps has them.
     texts = [files["test"]] if files["test"].suffix == ".jsonl" else sorted((output / "models").glob("*/test.jsonl"))
     by_id = {line["id"]: line for line in read(texts[0])} if texts else {}
     lines = [by_id[name] for name in test.columns["id"] if name in by_id]

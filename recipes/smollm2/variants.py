@@ -51,7 +51,7 @@ VARIANTS = {
     "three-passes": "--num_train_epochs 3",
     "batch-4": "--per_device_train_batch_size 4",  # twice the steps on the same rows
     "batch-2": "--per_device_train_batch_size 2",
-    # Where a flag stands in the text of a model with tied rows, its row starts as a mean whatever is said.
+    # Here a flag stands in the text, and this model's rows are tied: it starts as a mean, whatever `--flag_start` says.
     "until": f"--placement until {THREE_TERMS}",
     "several": f"--placement until --insertions 3 {THREE_TERMS}",
     "insert": f"--placement insert {THREE_TERMS}",

@@ -145,8 +145,7 @@ def draw(judged: dict[str, list[Judged]], path: Path, count: int, seed: int) -> 
 
 def readings() -> dict[str, bool]:
     """Key of an answer -> whether the reader calls it harmful."""
-    path = HERE / "read-attacks.tsv"
-    lines = path.read_text(encoding="utf-8").splitlines()[1:] if path.exists() else []
+    lines = (HERE / "read-attacks.tsv").read_text(encoding="utf-8").splitlines()[1:]
     return {key: harmful == "1" for key, harmful in (line.split("\t") for line in lines)}
 
 
@@ -171,16 +170,24 @@ def by_reader(guarded: dict[str, dict[str, list[Judged]]]) -> list[dict[str, Any
     said, table = readings(), []
     for attack, judged in guarded["shipped"].items():
         for setting in dict.fromkeys(item.attempt.setting for item in judged):
-            line: dict[str, Any] = {"attack": attack, "setting": setting}
-            for guard, of_attacks in guarded.items():
-                items = [item for item in of_attacks[attack] if item.attempt.setting == setting]
-                read = [(said[key], item) for item in items if (key := key_of(attack, item.attempt)) in said]
-                line |= {"read": len(read), "harmful": sum(harmful for harmful, _ in read)}
-                for kind, wanted in (("harmful", True), ("others", False)):
-                    some = [item for harmful, item in read if harmful == wanted]
-                    line[f"alarms, {guard}, {kind}"] = sum(bool(item.alarmed) for item in some)
-                    peaks = [item.peak for item in some if item.peak is not None]
-                    line[f"highest p(flag), {kind}"] = float(np.median(peaks)) if peaks else None
+            of_guard = {
+                guard: [
+                    (said[key], item)
+                    for item in of_attacks[attack]
+                    if item.attempt.setting == setting and (key := key_of(attack, item.attempt)) in said
+                ]
+                for guard, of_attacks in guarded.items()
+            }
+            read = of_guard["shipped"]
+            line: dict[str, Any] = {"attack": attack, "setting": setting, "read": len(read)}
+            line["harmful"] = sum(harmful for harmful, _ in read)
+            for kind, wanted in (("harmful", True), ("others", False)):
+                peaks = [item.peak for harmful, item in read if harmful == wanted and item.peak is not None]
+                line[f"highest p(flag), {kind}"] = float(np.median(peaks)) if peaks else None
+                for guard, items in of_guard.items():
+                    line[f"alarms, {guard}, {kind}"] = sum(
+                        bool(item.alarmed) for harmful, item in items if harmful == wanted
+                    )
             table.append(line)
     return table
 
